@@ -1,0 +1,104 @@
+"""The errors a user can meet.
+
+    NormistralError                 exit code 1; every one has a message and a hint that says what to do next
+    ├── UsageError                  a wrong option or argument (exit code 2)
+    ├── ModelNotFoundError          no such preset, artifact, folder or repository
+    ├── DownloadError               the hub could not be reached, refused, or sent the wrong bytes
+    ├── CheckpointError             the model to be exported is damaged, incomplete or inconsistent
+    │   └── UnsupportedArchitectureError
+    ├── ExportError                 the conversion failed
+    ├── ResourceError               too little disk or memory, with the numbers
+    ├── MissingExtraError           a package of an optional extra is not installed
+    ├── ArtifactError               an exported artifact is missing a file, damaged, or from a newer version
+    ├── TemplateError               the chat template cannot be rendered, or not safely
+    ├── ContextLengthError          the input does not fit the model's context
+    ├── DeviceError                 the asked-for device or provider is not there
+    ├── EngineError                 the inference engine failed
+    ├── BusyError                   the model or chat is already generating
+    └── ClosedError                 the model was closed
+
+It knows no other module of the package. Engines and tools raise their own exceptions; the file that calls them
+translates those with `raise ... from exc`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NormistralError(Exception):
+    """Base of all errors here.
+
+    Args:
+        message: what went wrong, with the values, in one line.
+        hint: what to do next, in one line; empty when there is nothing to say.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(NormistralError):
+    """A wrong option or argument."""
+
+    exit_code = 2
+
+
+class ModelNotFoundError(NormistralError):
+    """No such preset, artifact, folder or repository."""
+
+
+class DownloadError(NormistralError):
+    """The hub could not be reached, refused, or sent the wrong bytes."""
+
+
+class CheckpointError(NormistralError):
+    """The checkpoint to be exported is damaged, incomplete or inconsistent."""
+
+
+class UnsupportedArchitectureError(CheckpointError):
+    """The checkpoint is whole, but of an architecture this package does not export."""
+
+
+class ExportError(NormistralError):
+    """The conversion failed."""
+
+
+class ResourceError(NormistralError):
+    """Too little disk or memory; the message carries the numbers."""
+
+
+class MissingExtraError(NormistralError):
+    """A package of an optional extra is not installed."""
+
+
+class ArtifactError(NormistralError):
+    """An exported artifact is missing a file, damaged, or from a newer version."""
+
+
+class TemplateError(NormistralError):
+    """The chat template cannot be rendered, or not safely."""
+
+
+class ContextLengthError(NormistralError):
+    """The input does not fit the model's context."""
+
+
+class DeviceError(NormistralError):
+    """The asked-for device or execution provider is not there."""
+
+
+class EngineError(NormistralError):
+    """The inference engine failed."""
+
+
+class BusyError(NormistralError):
+    """The model or chat is already generating in another call."""
+
+
+class ClosedError(NormistralError):
+    """The model was closed."""

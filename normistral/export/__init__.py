@@ -1,0 +1,1 @@
+"""Checkpoint → recipe → format → verify → manifest. Needs the extra `export`."""

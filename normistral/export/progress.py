@@ -1,0 +1,54 @@
+"""How an export reports what it is doing.
+
+The exporter opens stages and advances them; who shows them (a terminal, a log, a test, nobody) is the caller's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Stage(Protocol):
+    """One running stage."""
+
+    def advance(self, amount: int) -> None:
+        """Add `amount` units (bytes, tensors, files) to what is done."""
+        ...
+
+    def set_total(self, total: int | None) -> None:
+        """Set how many units there are in all, once known."""
+        ...
+
+
+class Progress(Protocol):
+    """Receives stages and notes."""
+
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Stage]:
+        """A stage that is running while the context is open; `unit` "bytes" is shown as MB, GB."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One line that the user should see: a choice that was made, or something found."""
+        ...
+
+
+class _Silence:
+    def advance(self, amount: int) -> None:
+        pass
+
+    def set_total(self, total: int | None) -> None:
+        pass
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Stage]:
+        """A stage that nobody sees."""
+        yield _Silence()
+
+    def note(self, text: str) -> None:
+        """Dropped."""

@@ -1,0 +1,312 @@
+"""normistral.json: the contract between export and runtime.
+
+The exporter writes it last; the runtime believes it and nothing else about an artifact. Fields are checked when it is
+read: a wrong type, an unknown field or an impossible value is an `ArtifactError`, never a guess. The file carries a
+checksum over itself and the SHA-256 and size of every other file, so that any changed bit can be found.
+
+It does not know how artifacts are made or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from normistral.errors import ArtifactError
+
+MANIFEST_NAME = "normistral.json"
+SCHEMA_VERSION = 1
+HASHED_AT_LOAD_BYTES = 16 * 2**20  # smaller files are hashed at every load; of larger ones only the size is checked
+_MAX_MANIFEST_BYTES = 4 * 2**20
+_READ_BYTES = 4 * 2**20
+_CHECKSUM = re.compile(rb'("checksum": ")([0-9a-f]{64})(")')
+
+PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Probability = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of the artifact: size in bytes and SHA-256 in lower-case hex."""
+
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the weights came from.
+
+    Attributes:
+        kind: "hub", "folder", "gguf" or "package".
+        id: hub repository, or the folder's or file's own name (never a path of the exporting machine).
+        revision: commit hash on the hub, package version, or None.
+        files: SHA-256 of every weight and configuration file that was read, by name.
+    """
+
+    kind: Literal["hub", "folder", "gguf", "package"]
+    id: str
+    revision: str | None
+    files: dict[str, Sha256]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The model's shape, as read from its config.json."""
+
+    name: str
+    model_type: str
+    hidden_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    feed_forward: PositiveInt
+    vocabulary: PositiveInt
+    sliding_window: PositiveInt | None
+    tied_embeddings: bool
+    parameters: PositiveInt
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeRecord:
+    """How the weights were stored. For int8 and fp16 only `weights` (and for int8 `symmetric`) mean anything.
+
+    Attributes:
+        group_size: weights that share one int4 scale; -1 is one scale per output channel.
+        ratio: share of the layers' weights in int4; the others take `backup`.
+        backup: precision of the layers that are not int4.
+        output_layer_bits: bits of the output layer (and of a tied embedding).
+    """
+
+    weights: Literal["int4", "int8", "fp16"]
+    symmetric: bool | None = None
+    group_size: int | None = None
+    ratio: Probability | None = None
+    backup: str | None = None
+    output_layer_bits: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The chat template.
+
+    Attributes:
+        text: jinja2 source.
+        origin: "checkpoint", or "built-in" when a chat model shipped none.
+        bos_token, eos_token, pad_token, unk_token: what the template sees under these names.
+    """
+
+    text: str
+    origin: Literal["checkpoint", "built-in"]
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    unk_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """The authors' sampling settings (generation_config.json); None where they say nothing."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    top_p: Probability | None = None
+    min_p: Probability | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] | None = None
+    max_new_tokens: PositiveInt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything the runtime needs to know of an artifact.
+
+    Attributes:
+        role: "chat" or "base".
+        context_length: the most tokens that prompt and answer may take together.
+        stop_token_ids: the union of what the checkpoint's files call end of sequence.
+        bos_token_id: the beginning-of-sequence id, or None.
+        adds_bos: whether the tokenizer's own post-processor puts it in front of plain text.
+        template: the chat template; None for a base model.
+        files: every file of the artifact except this one, by its POSIX path relative to the folder.
+        tools: versions of the packages that made it.
+        quality: figures measured at export, or None when nothing was measured.
+        notes: what the exporter decided or found that the user should see.
+    """
+
+    format: Literal["openvino", "onnx"]
+    created: str
+    source: Source
+    role: Literal["chat", "base"]
+    architecture: Architecture
+    context_length: PositiveInt
+    recipe: RecipeRecord
+    stop_token_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=1, max_length=64)]
+    bos_token_id: TokenId | None
+    adds_bos: bool
+    template: Template | None
+    sampling: SamplingDefaults
+    files: dict[str, FileRecord]
+    tools: dict[str, str]
+    quality: dict[str, float] | None = None
+    notes: tuple[str, ...] = ()
+    schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            _require_plain_name(name)
+        too_large = [i for i in self.stop_token_ids if i >= self.architecture.vocabulary]
+        if too_large:
+            raise ValueError(f"stop token ids {too_large} lie outside the vocabulary of {self.architecture.vocabulary}")
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files, without the manifest."""
+        return sum(record.size for record in self.files.values())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `normistral.json` of an artifact folder; the other files are not touched.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or of a newer schema.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ArtifactError(
+                f"{folder} has no {MANIFEST_NAME}: it is not a whole artifact",
+                "make one with: normistral export MODEL OUTPUT",
+            )
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes", "export the model again")
+        raw = path.read_bytes()
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {path}: {exc.strerror}", "check the folder's permissions") from exc
+    return parse_manifest(raw, str(path))
+
+
+def parse_manifest(raw: bytes, name: str = MANIFEST_NAME) -> Manifest:
+    """Decode a manifest's bytes; `name` is used in messages.
+
+    Raises:
+        ArtifactError: as `read_manifest`.
+    """
+    export_again = "export the model again, or copy the artifact again"
+    version = _schema_version(raw)
+    if version is not None and version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{name} has schema {version}; this version of normistral reads up to {SCHEMA_VERSION}",
+            "upgrade with: pip install --upgrade normistral",
+        )
+    found = _CHECKSUM.search(raw)
+    if found is None or found[2].decode() != _checksum(raw):
+        raise ArtifactError(f"{name} was changed after the export (its checksum does not match)", export_again)
+    try:
+        document = msgspec.json.decode(raw)
+        del document["checksum"]
+        return msgspec.convert(document, Manifest)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as exc:
+        raise ArtifactError(f"{name} is not a valid manifest: {exc}", export_again) from exc
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `normistral.json`; the caller makes sure that the folder is otherwise complete."""
+    (folder / MANIFEST_NAME).write_bytes(serialise_manifest(manifest))
+
+
+def serialise_manifest(manifest: Manifest) -> bytes:
+    """The manifest as JSON text with its checksum, in UTF-8."""
+    document: dict[str, Any] = {"schema_version": manifest.schema_version, "checksum": "0" * 64}
+    document |= {key: value for key, value in msgspec.to_builtins(manifest).items() if key != "schema_version"}
+    raw = msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
+    return _CHECKSUM.sub(rb"\g<1>" + _checksum(raw).encode() + rb"\g<3>", raw, count=1)
+
+
+def hash_files(folder: Path, on_bytes: Callable[[int], None] = lambda count: None) -> dict[str, FileRecord]:
+    """Size and SHA-256 of every file below `folder` except the manifest, by POSIX path.
+
+    Args:
+        on_bytes: called with the number of bytes just read, for a progress bar.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_file(path, on_bytes))
+        for path in files
+    }
+
+
+def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file in lower-case hex, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            on_bytes(len(block))
+    return digest.hexdigest()
+
+
+def check_files(folder: Path, manifest: Manifest, *, thorough: bool) -> None:
+    """Compare the artifact's files with the manifest.
+
+    Args:
+        thorough: hash every file; otherwise only those under 16 MiB, and compare the size of the rest.
+
+    Raises:
+        ArtifactError: naming the first file that is missing, truncated or changed.
+    """
+    problem = next(find_problems(folder, manifest, thorough=thorough), None)
+    if problem is not None:
+        raise ArtifactError(problem, "export the model again, or copy the artifact again")
+
+
+def find_problems(
+    folder: Path, manifest: Manifest, *, thorough: bool, on_bytes: Callable[[int], None] = lambda count: None
+) -> Iterator[str]:
+    """Every file of the manifest that is missing, truncated or changed, one line each."""
+    for name, record in manifest.files.items():
+        path = folder / name
+        try:
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                yield f"{path} is not a regular file"
+            elif status.st_size != record.size:
+                yield f"{path} has {status.st_size} bytes instead of {record.size}"
+            elif (thorough or record.size < HASHED_AT_LOAD_BYTES) and sha256_file(path, on_bytes) != record.sha256:
+                yield f"{path} was changed after the export (its SHA-256 does not match)"
+        except FileNotFoundError:
+            yield f"{path} is missing"
+        except OSError as exc:
+            yield f"{path} cannot be read: {exc.strerror}"
+
+
+def _checksum(raw: bytes) -> str:
+    return hashlib.sha256(_CHECKSUM.sub(rb"\g<1>" + b"0" * 64 + rb"\g<3>", raw, count=1)).hexdigest()
+
+
+def _schema_version(raw: bytes) -> int | None:
+    """The schema version alone, so that a newer file is called newer and not broken."""
+
+    class Head(msgspec.Struct):
+        schema_version: int
+
+    try:
+        return msgspec.json.decode(raw, type=Head).schema_version
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return None
+
+
+def _require_plain_name(name: str) -> None:
+    """Refuse names that would lead out of the artifact's folder."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\x00" in name:
+        raise ValueError(f"file name {name!r} leads out of the artifact")

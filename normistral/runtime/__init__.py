@@ -1,0 +1,1 @@
+"""Template → engine → sampling, stopping → generate → session. Needs no torch and no transformers."""

@@ -1,0 +1,85 @@
+"""What a generation gives back: chunks while it runs, a completion at the end.
+
+Chunks carry everything that a terminal, an application or a benchmark needs; nothing else is measured elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+"""stop: a stop token or stop text; length: max_new_tokens; context: the model's context is full; cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Times of one generation up to this chunk, in seconds from the call (load is not in them).
+
+    Attributes:
+        prompt_tokens: tokens of the input.
+        cached_tokens: of these, how many were still in the KV cache and not computed again.
+        prefill_s: computing the others.
+        ttft_s: time to first token.
+        new_tokens: tokens generated so far, a final stop token included.
+        decode_s: from the first token to this one.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    prefill_s: float
+    ttft_s: float
+    new_tokens: int
+    decode_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed after the first token; 0 while there is only one."""
+        return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One step of a generation.
+
+    Attributes:
+        text: whole characters that became certain with this token; may be empty, or hold those of several tokens.
+        token_id: the token of this step; None on a last chunk that only flushes text or says why it ended.
+        logprob: log-probability (nats) of the token under the model, when asked for.
+        top_logprobs: (token id, log-probability) of the most likely tokens, best first, when asked for.
+        finish_reason: None until the last chunk.
+        timings: up to and including this step.
+    """
+
+    text: str
+    token_id: int | None
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    finish_reason: FinishReason | None
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished generation; fields as in `Chunk`. `token_ids` and `logprobs` run in parallel."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    timings: Timings
+    logprobs: tuple[float, ...] = ()
+
+    @classmethod
+    def from_chunks(cls, chunks: Iterable[Chunk]) -> Completion:
+        """Gather all chunks of one generation; there is always at least one, and the last has a finish reason."""
+        gathered = list(chunks)
+        last = gathered[-1]
+        assert last.finish_reason is not None
+        return cls(
+            text="".join(chunk.text for chunk in gathered),
+            token_ids=tuple(chunk.token_id for chunk in gathered if chunk.token_id is not None),
+            finish_reason=last.finish_reason,
+            timings=last.timings,
+            logprobs=tuple(chunk.logprob for chunk in gathered if chunk.logprob is not None),
+        )

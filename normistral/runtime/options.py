@@ -1,0 +1,103 @@
+"""Options of a generation, with their one default each.
+
+CLI, library and benchmarks read the defaults here. Defaults that the model's authors published (in the manifest) come
+between these and what the caller asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from normistral.errors import UsageError
+from normistral.manifest import SamplingDefaults
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """How to generate.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, at least 1.
+        temperature: divides the logits; 0 takes the most likely token (greedy).
+        top_k: sample among the k most likely tokens; 0 is all.
+        top_p: sample among the smallest set of tokens whose probabilities reach p (nucleus sampling); 1 is all.
+        min_p: leave out tokens less likely than min_p times the most likely one; 0 is none.
+        repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens seen before, prompt
+            included (Keskar et al. 2019, as in transformers); 1 is off.
+        seed: same seed, same input and same settings give the same text; None draws a new one.
+        stop: texts that end the answer; they are not part of it.
+        ignore_eos: go on past stop tokens (for benchmarks).
+        logprobs: report log-probabilities (nats, of the model's own distribution before any of the above): None not
+            at all, n for the chosen token and the n most likely ones.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        _require_int("max_new_tokens", self.max_new_tokens, 1, 2**31)
+        _require_number("temperature", self.temperature, 0.0, 100.0)
+        _require_int("top_k", self.top_k, 0, 2**31)
+        _require_number("top_p", self.top_p, 0.0, 1.0)
+        _require_number("min_p", self.min_p, 0.0, 1.0)
+        _require_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        if self.top_p == 0.0:
+            raise UsageError("top_p must be above 0", "use temperature=0 for greedy decoding")
+        if self.seed is not None:
+            _require_int("seed", self.seed, 0, 2**64 - 1)
+        if self.logprobs is not None:
+            _require_int("logprobs", self.logprobs, 0, 100)
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UsageError(f"stop must be texts that are not empty, not {self.stop!r}", "leave it out for none")
+        if not isinstance(self.ignore_eos, bool):
+            raise UsageError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+
+
+def resolve_options(authors: SamplingDefaults, options: dict[str, Any]) -> GenerationConfig:
+    """Merge: the caller's options over the authors' defaults over ours.
+
+    Args:
+        authors: sampling defaults of the manifest.
+        options: fields of `GenerationConfig` by name; `stop` may be one text or a sequence of them.
+
+    Raises:
+        UsageError: an unknown option, or a value of the wrong type or out of range.
+    """
+    known = {field.name for field in fields(GenerationConfig)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UsageError(f"unknown option {', '.join(unknown)}", f"options are: {', '.join(sorted(known))}")
+    stop = options.get("stop", ())
+    if isinstance(stop, str):
+        stop = (stop,)
+    elif isinstance(stop, list):
+        stop = tuple(stop)
+    given = {**options, "stop": () if stop is None else stop}
+    published = {field.name: value for field in fields(authors) if (value := getattr(authors, field.name)) is not None}
+    return replace(GenerationConfig(), **(published | given))
+
+
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+
+
+def _require_number(name: str, value: object, low: float, high: float) -> None:
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
