@@ -159,14 +159,15 @@ class Manifest:
     tools: dict[str, str]
     quality: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
-    schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
+    schema_version: PositiveInt = field(default=SCHEMA_VERSION, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in self.files:
             _require_plain_name(name)
-        too_large = [i for i in self.stop_token_ids if i >= self.architecture.vocabulary]
+        bos = () if self.bos_token_id is None else (self.bos_token_id,)
+        too_large = [i for i in (*self.stop_token_ids, *bos) if i >= self.architecture.vocabulary]
         if too_large:
-            raise ValueError(f"stop token ids {too_large} lie outside the vocabulary of {self.architecture.vocabulary}")
+            raise ValueError(f"token ids {too_large} lie outside the vocabulary of {self.architecture.vocabulary}")
 
     @property
     def total_bytes(self) -> int:
@@ -213,10 +214,12 @@ def parse_manifest(raw: bytes, name: str = MANIFEST_NAME) -> Manifest:
         raise ArtifactError(f"{name} was changed after the export (its checksum does not match)", export_again)
     try:
         document = msgspec.json.decode(raw)
-        del document["checksum"]
-        return msgspec.convert(document, Manifest)
-    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as exc:
+        document.pop("checksum", None)
+        manifest = msgspec.convert(document, Manifest)
+        _require_known_fields(document, msgspec.to_builtins(manifest))
+    except (msgspec.MsgspecError, ValueError, TypeError, AttributeError, RecursionError) as exc:
         raise ArtifactError(f"{name} is not a valid manifest: {exc}", export_again) from exc
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -305,8 +308,17 @@ def _schema_version(raw: bytes) -> int | None:
         return None
 
 
+def _require_known_fields(given: Any, known: Any) -> None:
+    """Refuse fields that this version does not know; msgspec lets them pass for dataclasses."""
+    if isinstance(given, dict):
+        if unknown := sorted(given.keys() - known.keys()):
+            raise ValueError(f"unknown field {', '.join(unknown)}")
+        for key, value in given.items():
+            _require_known_fields(value, known[key])
+
+
 def _require_plain_name(name: str) -> None:
     """Refuse names that would lead out of the artifact's folder."""
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\x00" in name:
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\x00" in name:
         raise ValueError(f"file name {name!r} leads out of the artifact")

@@ -1,0 +1,69 @@
+"""Small artifacts for tests: a valid manifest and a few files, no model."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from normistral.manifest import (
+    HASHED_AT_LOAD_BYTES,
+    Architecture,
+    FileRecord,
+    Manifest,
+    RecipeRecord,
+    SamplingDefaults,
+    Source,
+    Template,
+    hash_files,
+    write_manifest,
+)
+
+BIG_FILE = "openvino_model.bin"
+SMALL_FILE = "config.json"
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    """A chat model's manifest; keyword arguments replace its fields."""
+    manifest = Manifest(
+        format="openvino",
+        created="2026-11-24T00:00:00Z",
+        source=Source("hub", "example/model", "0123abcd", {"model.safetensors": "a" * 64}),
+        role="chat",
+        architecture=Architecture(
+            name="MistralForCausalLM",
+            model_type="mistral",
+            hidden_size=64,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_dim=16,
+            feed_forward=128,
+            vocabulary=320,
+            sliding_window=None,
+            tied_embeddings=False,
+            parameters=100_000,
+        ),
+        context_length=128,
+        recipe=RecipeRecord("int4", symmetric=True, group_size=64, ratio=1.0, backup="int8_asym", output_layer_bits=8),
+        stop_token_ids=(2, 4),
+        bos_token_id=1,
+        adds_bos=True,
+        template=Template("{{ messages }} blåbærsyltetøy", "checkpoint", bos_token="<s>"),
+        sampling=SamplingDefaults(temperature=0.3, top_k=64, top_p=0.9),
+        files={SMALL_FILE: FileRecord(2, "b" * 64)},
+        tools={"openvino": "2026.4.1"},
+        quality={"kl": 0.25},
+        notes=("gruppestørrelse 64",),
+    )
+    return dataclasses.replace(manifest, **changes)
+
+
+def write_artifact(folder: Path, **changes: Any) -> Manifest:
+    """A folder with a small file, one in a subfolder, a sparse one that is too big to be hashed at load, a manifest."""
+    (folder / "sub").mkdir(parents=True)
+    (folder / SMALL_FILE).write_text('{"name": "ærlig"}', encoding="utf-8")
+    (folder / "sub" / "tokens.txt").write_text("æ ø å", encoding="utf-8")
+    with (folder / BIG_FILE).open("wb") as file:
+        file.truncate(HASHED_AT_LOAD_BYTES + 1)
+    manifest = make_manifest(files=hash_files(folder), **changes)
+    write_manifest(folder, manifest)
+    return manifest
