@@ -1,0 +1,201 @@
+"""A conversation: whole turns in, answers out, and a KV cache that outlives them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from normistral.errors import BusyError, ContextLengthError, UsageError
+from normistral.runtime.chunks import Chunk, Completion
+from normistral.runtime.options import GenerationConfig, resolve_options
+from normistral.runtime.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from normistral.runtime.model import Model
+    from normistral.runtime.sequence import CachedSequence
+
+logger = logging.getLogger(__name__)
+
+Overflow = Literal["error", "drop-oldest"]
+Message = dict[str, str]
+
+_ANSWER_SHARE = 4  # "drop-oldest" keeps at least a quarter of the context for the answer, if it may be that long
+
+
+class Chat:
+    """One conversation with a model; made by `Model.chat`.
+
+    The whole conversation is rendered and tokenised for every turn, so an answer never depends on how it came about;
+    the KV cache then keeps the common beginning, so only what is new is computed.
+
+    Attributes:
+        messages: the conversation so far, as {"role": ..., "content": ...}; read it, and change it with the methods.
+        dropped: messages left out of the model's view by "drop-oldest", in all. They stay in `messages`.
+    """
+
+    def __init__(self, model: Model, template: ChatTemplate, system: str | None, overflow: Overflow) -> None:
+        if overflow not in get_args(Overflow):
+            raise UsageError(f"no policy {overflow!r}", f"overflow is one of: {', '.join(get_args(Overflow))}")
+        self.messages: list[Message] = []
+        self.dropped = 0
+        self._model = model
+        self._template = template
+        self._overflow = overflow
+        self._sequence: CachedSequence | None = None
+        self._busy = threading.Lock()
+        self._cancelled: threading.Event | None = None
+        self.reset(system)
+
+    @property
+    def context_left(self) -> int:
+        """Tokens that the next message and its answer may take together; never below 0."""
+        visible = self._visible(self.messages)
+        used = len(self._template.encode(visible, add_generation_prompt=False)) if visible else 0
+        return max(0, self._model.context_length - used)
+
+    def send(self, message: str, **options: Any) -> Completion:
+        """Send a message and wait for the whole answer; arguments and errors as in `stream`."""
+        return Completion.from_chunks(self.stream(message, **options))
+
+    def stream(self, message: str, **options: Any) -> Iterator[Chunk]:
+        """Send a message; the answer comes chunk by chunk.
+
+        Message and answer join `messages` when the answer ends, also when it was cancelled or the iterator is closed
+        early (then with the text so far). After an error the conversation is as it was before.
+
+        Raises:
+            UsageError: an unknown option or wrong value, or an empty message.
+            ContextLengthError: the conversation does not fit and `overflow` is "error", or the message alone does not.
+            BusyError: this chat is still answering.
+            ClosedError: the model was closed.
+        """
+        config = resolve_options(self._model.manifest.sampling, options)
+        self._model.require_open()
+        if not isinstance(message, str) or not message.strip():
+            raise UsageError("the message is empty", "write something")
+        if self._busy.locked():
+            raise BusyError("this chat is still answering", "wait for the answer, or cancel() it")
+        user = {"role": "user", "content": message}
+        dropped, prompt_ids = self._fit([*self.messages, user], config)
+        return self._answer(user, dropped, prompt_ids, config)
+
+    def cancel(self) -> None:
+        """Stop the running answer within one token; may be called from any thread or a signal handler."""
+        if self._cancelled is not None:
+            self._cancelled.set()
+
+    def reset(self, system: str | None = None) -> None:
+        """Begin anew, with this system message.
+
+        Raises:
+            BusyError: an answer is running.
+        """
+        self._require_idle()
+        self.messages = [{"role": "system", "content": system}] if system is not None else []
+        self.dropped = 0
+
+    def undo(self) -> bool:
+        """Take back the last message and its answer; False when there is none.
+
+        Raises:
+            BusyError: an answer is running.
+        """
+        self._require_idle()
+        last_user = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
+        if last_user is None:
+            return False
+        del self.messages[last_user:]
+        self.dropped = min(self.dropped, len(self._turns(self.messages)))
+        return True
+
+    def replace(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Continue from a saved conversation.
+
+        Raises:
+            UsageError: not a list of messages with the texts "role" and "content".
+            BusyError: an answer is running.
+        """
+        self._require_idle()
+        for message in messages:
+            if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+                raise UsageError('a message has exactly "role" and "content"')
+            if not all(isinstance(text, str) for text in message.values()):
+                raise UsageError("role and content of a message must be texts")
+        self.messages = [dict(message) for message in messages]
+        self.dropped = 0
+
+    def close(self) -> None:
+        """Free this chat's KV cache; the chat can still be used, and then computes it anew."""
+        self._require_idle()
+        if self._sequence is not None:
+            self._sequence.close()
+            self._sequence = None
+
+    def _answer(self, user: Message, dropped: int, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
+        if not self._busy.acquire(blocking=False):
+            raise BusyError("this chat is still answering", "wait for the answer, or cancel() it")
+        text, failed = "", False
+        try:
+            with self._model.cancellation() as event:
+                self._cancelled = event
+                self._sequence = self._sequence or self._model.create_sequence()
+                for chunk in self._model.run(self._sequence, prompt_ids, config, event.is_set):
+                    text += chunk.text
+                    yield chunk
+        except Exception:
+            failed = True
+            raise
+        finally:
+            self._cancelled = None
+            if not failed:
+                self.messages += [user, {"role": "assistant", "content": text}]
+                self.dropped = dropped
+            self._busy.release()
+
+    def _fit(self, messages: list[Message], config: GenerationConfig) -> tuple[int, list[int]]:
+        """Token ids of the prompt that fits, and how many messages had to be left out for it."""
+        context = self._model.context_length
+        prompt_ids = self._template.encode(self._visible(messages))
+        if self._overflow == "error":
+            self._require_fit(len(prompt_ids))
+            return self.dropped, prompt_ids
+        answer_room = min(config.max_new_tokens, context // _ANSWER_SHARE)
+        dropped = self.dropped
+        while len(prompt_ids) + answer_room > context:
+            exchange = self._first_exchange(messages, dropped)
+            if exchange == 0:  # only the new message is left
+                self._require_fit(len(prompt_ids))
+                break
+            dropped += exchange
+            prompt_ids = self._template.encode(self._visible(messages, dropped))
+        if dropped > self.dropped:
+            logger.warning("left out the oldest %d messages: the context is full", dropped)
+        return dropped, prompt_ids
+
+    def _require_fit(self, tokens: int) -> None:
+        context = self._model.context_length
+        if tokens >= context:
+            raise ContextLengthError(
+                f"the conversation takes {tokens} tokens; {self._model.name} has room for {context}, answer included",
+                "shorten the message, reset or undo, or choose the policy that drops the oldest turns "
+                "(--overflow drop-oldest)",
+            )
+
+    def _visible(self, messages: list[Message], dropped: int | None = None) -> list[Message]:
+        """What the model sees: a leading system message, then the turns without the first `dropped`."""
+        turns = self._turns(messages)
+        return messages[: len(messages) - len(turns)] + turns[self.dropped if dropped is None else dropped :]
+
+    def _turns(self, messages: list[Message]) -> list[Message]:
+        return messages[1:] if messages and messages[0]["role"] == "system" else messages
+
+    def _first_exchange(self, messages: list[Message], dropped: int) -> int:
+        """Length of the oldest visible exchange: messages up to the next user message; 0 if it is the last."""
+        turns = self._turns(messages)[dropped:]
+        return next((i for i in range(1, len(turns)) if turns[i]["role"] == "user"), 0)
+
+    def _require_idle(self) -> None:
+        if self._busy.locked():
+            raise BusyError("this chat is still answering", "wait for the answer, or cancel() it")

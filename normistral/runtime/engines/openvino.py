@@ -1,0 +1,249 @@
+"""Engine on OpenVINO alone: a stateful IR, driven by our own loop over its infer requests.
+
+The KV cache lives inside an infer request as variables (`past_key_values.N.key/value`, of shape
+[1, kv_heads, length, head_dim]). One compiled model serves many requests, so every sequence has a cache of its own
+and the weights exist once.
+
+Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from normistral import hardware
+from normistral.errors import ClosedError, DeviceError, EngineError
+from normistral.manifest import Manifest
+from normistral.runtime.engines.base import Capabilities, Logits
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "openvino_model.xml"
+PREFILL_CHUNK = (
+    256  # tokens; long enough for full speed, short enough that a prompt can be cancelled (docs/decisions.md)
+)
+_VIRTUAL_DEVICES = ("AUTO", "HETERO")  # OpenVINO's own ways to combine devices
+_WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load
+
+
+class OpenVINOBackend:
+    """A compiled OpenVINO model; see `load_openvino`."""
+
+    def __init__(self, compiled: ov.CompiledModel, device: str, settings: dict[str, str]) -> None:
+        self._compiled: ov.CompiledModel | None = compiled
+        self.capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings)
+
+    def create_engine(self) -> OpenVINOEngine:
+        """A new, empty sequence with a KV cache of its own."""
+        if self._compiled is None:
+            raise ClosedError("the model was closed", "load it again")
+        try:
+            return OpenVINOEngine(self._compiled.create_infer_request())
+        except RuntimeError as exc:
+            raise EngineError(f"OpenVINO could not create an infer request: {_first_line(exc)}") from exc
+
+    def close(self) -> None:
+        """Let go of the weights; they are freed with the last engine made from them."""
+        self._compiled = None
+
+
+@dataclass(frozen=True, slots=True)
+class _SavedCache:
+    length: int
+    states: dict[str, Logits]  # variable name -> [1, kv_heads, length, head_dim]
+
+
+class OpenVINOEngine:
+    """One sequence in one infer request."""
+
+    def __init__(self, request: ov.InferRequest) -> None:
+        self._request: ov.InferRequest | None = request
+        self._length = 0
+        self._beam = np.zeros(1, np.int32)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the KV cache."""
+        return self._length
+
+    def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
+        """Append tokens; logits [last, vocabulary] of the last positions, valid until the next call.
+
+        Raises:
+            EngineError: OpenVINO failed.
+        """
+        request = self._open_request()
+        total = self._length + len(token_ids)
+        inputs = {
+            "input_ids": np.array([token_ids], np.int64),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
+            "beam_idx": self._beam,
+            _LAST: np.array([last], np.int64),
+        }
+        try:
+            request.infer(inputs, share_inputs=True)
+            logits = request.get_tensor("logits").data  # [1, last, vocabulary]
+        except RuntimeError as exc:
+            raise EngineError(f"OpenVINO failed at token {total}: {_first_line(exc)}") from exc
+        self._length = total
+        return np.asarray(logits[0], dtype=np.float32)
+
+    def trim(self, length: int) -> None:
+        """Forget everything after the first `length` tokens; copies what stays."""
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot trim {self._length} tokens to {length}")
+        if length == 0:
+            self.reset()
+        elif length < self._length:
+            self._write_states({name: keys[:, :, :length] for name, keys in self._read_states().items()})
+            self._length = length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._open_request().reset_state()
+        self._length = 0
+
+    def save(self) -> _SavedCache:
+        """A copy of the KV cache, as float32."""
+        return _SavedCache(self._length, {name: keys.copy() for name, keys in self._read_states().items()})
+
+    def restore(self, saved: object) -> None:
+        """Continue from what `save` gave."""
+        assert isinstance(saved, _SavedCache)
+        self.reset()
+        if saved.length:
+            self._write_states(saved.states)
+        self._length = saved.length
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        self._request = None
+
+    def _read_states(self) -> dict[str, Logits]:
+        try:
+            return {state.name: state.state.data for state in self._open_request().query_state()}
+        except RuntimeError as exc:
+            raise EngineError(f"OpenVINO could not read the KV cache: {_first_line(exc)}") from exc
+
+    def _write_states(self, states: dict[str, Logits]) -> None:
+        import openvino as ov
+
+        try:
+            for state in self._open_request().query_state():
+                state.state = ov.Tensor(np.ascontiguousarray(states[state.name]))
+        except RuntimeError as exc:
+            raise EngineError(f"OpenVINO could not write the KV cache: {_first_line(exc)}") from exc
+
+    def _open_request(self) -> ov.InferRequest:
+        if self._request is None:
+            raise ClosedError("the model was closed", "load it again")
+        return self._request
+
+
+def load_openvino(folder: Path, manifest: Manifest, device: str = "CPU", *, exact: bool = False) -> OpenVINOBackend:
+    """Compile an artifact's IR for a device and warm it up.
+
+    Args:
+        device: OpenVINO's name: CPU, GPU, GPU.1, AUTO, AUTO:GPU,CPU ...
+        exact: reference arithmetic: float32 activations and KV cache, no dynamic quantisation.
+
+    Raises:
+        DeviceError: the device is not there.
+        EngineError: OpenVINO could not read or compile the model.
+    """
+    import openvino as ov
+
+    core = ov.Core()
+    require_device(device, list(core.available_devices))
+    machine = hardware.read_machine()
+    settings = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
+    if device != "CPU":  # the plan is for CPUs; elsewhere only what every plugin understands
+        shared = ("PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT") if exact else ("PERFORMANCE_HINT",)
+        settings = {key: value for key, value in settings.items() if key in shared}
+    try:
+        model = core.read_model(folder / MODEL_FILE)
+        keep_last_logits(model)
+        compiled = core.compile_model(model, device, settings)
+    except RuntimeError as exc:
+        raise EngineError(
+            f"OpenVINO could not load {folder.name} on {device}: {_first_line(exc)}",
+            "check the artifact with: normistral info ARTIFACT --check",
+        ) from exc
+    logger.info("loaded %s on %s with %s", folder.name, device, settings)
+    backend = OpenVINOBackend(compiled, device, settings)
+    warm_up(backend)
+    return backend
+
+
+def require_device(device: str, available: Sequence[str]) -> None:
+    """Refuse a device that OpenVINO does not list.
+
+    Raises:
+        DeviceError: naming the devices that are there.
+    """
+    kind, _, members = device.partition(":")
+    wanted = [member.strip() for member in members.split(",")] if members else []
+    if kind not in _VIRTUAL_DEVICES:
+        wanted.append(device)
+    # OpenVINO lists "GPU" for one and "GPU.0", "GPU.1" for several; both "GPU" and "GPU.0" name the first.
+    known = {
+        name for entry in available for name in (entry, entry.split(".")[0], f"{entry}.0" if "." not in entry else "")
+    }
+    missing = [name for name in wanted if name not in known]
+    if missing or not device:
+        raise DeviceError(
+            f"no device {', '.join(missing) or repr(device)} on this machine",
+            f"OpenVINO sees: {', '.join([*available, *_VIRTUAL_DEVICES])}",
+        )
+
+
+_LAST = "last_positions"  # name of the input that `keep_last_logits` adds
+
+
+def keep_last_logits(model: ov.Model) -> None:
+    """Compute the output layer for the last positions only, as many as the new input `last_positions` [1] says.
+
+    The exported IR computes logits of every position, as other loaders expect: for a prompt of 1,500 tokens that is
+    a large product and 200 MB nobody reads. Changed in memory; the file stays as it is.
+    """
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    output_layer: Any = model.output("logits").get_node().input_value(0).get_node()
+    while output_layer.get_type_name() in ("Convert", "Add"):
+        output_layer = output_layer.input_value(0).get_node()
+    if output_layer.get_type_name() != "MatMul":
+        raise EngineError(f"the model's logits come from {output_layer.get_type_name()}, not from a matrix product")
+    last = ops.parameter([1], ov.Type.i64, name=_LAST)
+    last.output(0).get_tensor().set_names({_LAST})
+    start, stop = ops.negative(last), ops.constant(np.array([2**31 - 1], np.int64))
+    step, axis = ops.constant(np.array([1], np.int64)), ops.constant(np.array([1], np.int64))
+    hidden = output_layer.input_value(0)  # [1, n, hidden]
+    output_layer.input(0).replace_source_output(ops.slice(hidden, start, stop, step, axis).output(0))
+    model.add_parameters([last])
+    model.validate_nodes_and_infer_types()
+
+
+def warm_up(backend: OpenVINOBackend) -> None:
+    """Run a short prompt and one token, so that the first answer does not pay for compiling kernels."""
+    engine = backend.create_engine()
+    for length in _WARM_UP_LENGTHS:
+        engine.forward([0] * length)
+    engine.close()
+
+
+def _first_line(exc: BaseException) -> str:
+    """The part of OpenVINO's message that says what happened, without its source locations."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("Exception from ", "Check '"))]
+    return (said or lines or [type(exc).__name__])[0]

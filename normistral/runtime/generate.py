@@ -1,0 +1,138 @@
+"""The decode loop: the only one, for every engine.
+
+Two layers: `generate_tokens` goes from token ids to token ids and never sees text; `stream_text` turns its steps into
+chunks of whole characters and watches for stop texts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from normistral.runtime.chunks import Chunk, FinishReason, Timings
+from normistral.runtime.detokenizer import StreamDetokenizer
+from normistral.runtime.engines.base import Logits
+from normistral.runtime.options import GenerationConfig
+from normistral.runtime.sampling import Sampler, log_softmax
+from normistral.runtime.sequence import CachedSequence
+from normistral.runtime.stopping import StopTexts
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What ends a generation, besides its options.
+
+    Attributes:
+        stop_token_ids: the model's own ends of sequence.
+        context_length: the most tokens that prompt and answer may take together.
+        cancelled: asked before every forward.
+    """
+
+    stop_token_ids: Collection[int]
+    context_length: int
+    cancelled: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """One generated token, or only a finish reason (token_id None) when none could be generated any more."""
+
+    token_id: int | None
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    finish_reason: FinishReason | None
+    timings: Timings
+
+
+def generate_tokens(
+    sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig, limits: Limits
+) -> Iterator[TokenStep]:
+    """Prefill the prompt, then sample and feed one token at a time until something ends it.
+
+    The prompt must hold at least one token and leave room for one in the context. The last step, and only it, has a
+    finish reason. A sampled token is fed when the next one is needed, so the last one is never in the cache.
+    """
+    clock = _Clock(len(prompt_ids), sequence.common_prefix(prompt_ids))
+    sampler = Sampler(config, prompt_ids)
+    logits = sequence.prefill(prompt_ids, limits.cancelled)
+    clock.prefilled()
+    room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))
+    for generated in range(1, room + 1):
+        if logits is None or limits.cancelled():
+            yield TokenStep(None, None, (), "cancelled", clock.read())
+            return
+        token_id = sampler.sample(logits)
+        logprob, top_logprobs = report_logprobs(logits, token_id, config.logprobs)
+        clock.token_done()
+        finish_reason: FinishReason | None = None
+        if token_id in limits.stop_token_ids and not config.ignore_eos:
+            finish_reason = "stop"
+        elif generated == config.max_new_tokens:
+            finish_reason = "length"
+        elif generated == room:
+            finish_reason = "context"
+        yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read())
+        if finish_reason is not None:
+            return
+        logits = None if limits.cancelled() else sequence.append([token_id])
+
+
+def stream_text(steps: Iterator[TokenStep], detokenizer: StreamDetokenizer, stop: Sequence[str]) -> Iterator[Chunk]:
+    """Turn token steps into chunks of whole characters; ends early at a stop text, of which nothing is shown."""
+    stop_texts = StopTexts(stop)
+    for step in steps:
+        is_text = step.token_id is not None and step.finish_reason != "stop"  # a stop token is no text
+        text = detokenizer.push(step.token_id) if is_text else ""
+        shown, stopped = stop_texts.push(text)
+        finish_reason = step.finish_reason
+        if not stopped and finish_reason is not None:
+            rest, stopped = stop_texts.push(detokenizer.flush())
+            shown += rest if stopped else rest + stop_texts.flush()
+        if stopped:
+            finish_reason = "stop"
+        yield Chunk(shown, step.token_id, step.logprob, step.top_logprobs, finish_reason, step.timings)
+        if finish_reason is not None:
+            return
+
+
+def report_logprobs(
+    logits: Logits, token_id: int, wanted: int | None
+) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    """Log-probability of the token, and the `wanted` most likely tokens with theirs, under the bare logits."""
+    if wanted is None:
+        return None, ()
+    logprobs = log_softmax(logits)
+    best = np.argsort(-logprobs, kind="stable")[:wanted]
+    return float(logprobs[token_id]), tuple((int(i), float(logprobs[i])) for i in best)
+
+
+class _Clock:
+    """Measures one generation; seconds since it was made."""
+
+    def __init__(self, prompt_tokens: int, cached_tokens: int) -> None:
+        self._start = time.perf_counter()
+        self._prompt_tokens, self._cached_tokens = prompt_tokens, cached_tokens
+        self._prefill_s = self._first_s = self._last_s = 0.0
+        self._new_tokens = 0
+
+    def prefilled(self) -> None:
+        self._prefill_s = time.perf_counter() - self._start
+
+    def token_done(self) -> None:
+        self._last_s = time.perf_counter() - self._start
+        self._new_tokens += 1
+        if self._new_tokens == 1:
+            self._first_s = self._last_s
+
+    def read(self) -> Timings:
+        return Timings(
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            prefill_s=self._prefill_s,
+            ttft_s=self._first_s,
+            new_tokens=self._new_tokens,
+            decode_s=self._last_s - self._first_s,
+        )

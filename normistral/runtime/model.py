@@ -1,0 +1,229 @@
+"""A loaded model: what `normistral.load` gives."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from normistral import store
+from normistral.errors import ArtifactError, ClosedError, ContextLengthError, UsageError
+from normistral.manifest import Manifest, check_files, read_manifest
+from normistral.runtime.chat import Chat, Overflow
+from normistral.runtime.chunks import Chunk, Completion
+from normistral.runtime.detokenizer import StreamDetokenizer
+from normistral.runtime.engines.base import Backend, Capabilities
+from normistral.runtime.generate import Limits, generate_tokens, stream_text
+from normistral.runtime.options import GenerationConfig, resolve_options
+from normistral.runtime.sequence import CachedSequence
+from normistral.runtime.template import ChatTemplate
+from normistral.runtime.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> Model:
+    """Load an exported artifact.
+
+    Args:
+        artifact: a folder, or a name in the local store.
+        device: CPU, or another device of the artifact's engine (OpenVINO: GPU, GPU.1, AUTO ...).
+        exact: reference arithmetic, for proofs and comparisons: float32 and no run-time quantisation. Slower.
+
+    Raises:
+        ModelNotFoundError: no such artifact.
+        ArtifactError: it is damaged, incomplete, or from a newer version.
+        DeviceError: the device is not there.
+        EngineError: the engine could not load it.
+    """
+    folder = store.resolve_artifact(str(artifact))
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, thorough=False)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocabulary_size > manifest.architecture.vocabulary:
+        raise ArtifactError(
+            f"the tokenizer of {folder.name} has {tokenizer.vocabulary_size} tokens, "
+            f"the model {manifest.architecture.vocabulary}",
+            "export the model again",
+        )
+    return Model(_load_backend(folder, manifest, device, exact), manifest, tokenizer, name=folder.name)
+
+
+class Model:
+    """Weights, tokenizer and template of one artifact, ready to generate.
+
+    Chats and calls each have a KV cache of their own, so they may run in turn in any order, and from several threads:
+    their forwards are serialised. Close it, or use it as a context manager, to give the memory back.
+    """
+
+    def __init__(self, backend: Backend, manifest: Manifest, tokenizer: Tokenizer, name: str = "model") -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.name = name
+        self._backend = backend
+        self._forward_lock = threading.Lock()
+        self._idle_lock = threading.Lock()
+        self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it
+        self._sequences: weakref.WeakSet[CachedSequence] = weakref.WeakSet()
+        self._running: weakref.WeakSet[threading.Event] = weakref.WeakSet()
+        self._closed = False
+        self._template = ChatTemplate(manifest.template, tokenizer) if manifest.template is not None else None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The engine, its device and its settings."""
+        return self._backend.capabilities
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that prompt and answer may take together."""
+        return self.manifest.context_length
+
+    def generate(self, prompt: Prompt, **options: Any) -> Completion:
+        """Complete a prompt; arguments and errors as in `stream`."""
+        return Completion.from_chunks(self.stream(prompt, **options))
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """Complete a prompt, chunk by chunk, without a chat template.
+
+        Args:
+            prompt: text, tokenised as the checkpoint's tokenizer does it; or token ids, taken as they are.
+            options: fields of `GenerationConfig`.
+
+        Raises:
+            UsageError: an unknown option or wrong value, or an empty prompt.
+            ContextLengthError: the prompt leaves no room in the model's context.
+            ClosedError: the model was closed.
+        """
+        config = resolve_options(self.manifest.sampling, options)
+        self.require_open()
+        prompt_ids = self._encode(prompt)
+        self.require_fit(len(prompt_ids), "the prompt")
+        return self._stream_once(prompt_ids, config)
+
+    def chat(self, system: str | None = None, overflow: Overflow = "error") -> Chat:
+        """Start a conversation.
+
+        Args:
+            system: system message, or None for the template's own default.
+            overflow: what to do when the conversation outgrows the context: "error" raises; "drop-oldest" leaves out
+                whole exchanges from the beginning and counts them in `Chat.dropped`.
+
+        Raises:
+            UsageError: this is a base model, or a wrong `overflow`.
+        """
+        self.require_open()
+        if self._template is None:
+            raise UsageError(
+                f"{self.name} is a base model: it completes text and knows no conversation",
+                "use generate (normistral generate ARTIFACT --prompt TEXT)",
+            )
+        return Chat(self, self._template, system, overflow)
+
+    def cancel(self) -> None:
+        """Stop everything that is generating, within one token; may be called from any thread."""
+        for event in list(self._running):
+            event.set()
+
+    def close(self) -> None:
+        """Stop what is running and free engine, weights and caches. Closing twice is fine."""
+        self._closed = True
+        self.cancel()
+        with self._forward_lock:  # whoever is in a forward finishes it; their next one finds the engine closed
+            for sequence in list(self._sequences):
+                sequence.close()
+            self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # For Chat: the parts of a generation.
+
+    def create_sequence(self) -> CachedSequence:
+        """A new KV cache on these weights."""
+        self.require_open()
+        sequence = CachedSequence(self._backend.create_engine(), self.capabilities.prefill_chunk, self._forward_lock)
+        self._sequences.add(sequence)
+        return sequence
+
+    @contextmanager
+    def cancellation(self) -> Iterator[threading.Event]:
+        """An event that `cancel` and `close` set while the context is open."""
+        event = threading.Event()
+        self._running.add(event)
+        try:
+            yield event
+        finally:
+            self._running.discard(event)
+
+    def run(
+        self,
+        sequence: CachedSequence,
+        prompt_ids: Sequence[int],
+        config: GenerationConfig,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Chunk]:
+        """Generate on a sequence, chunk by chunk."""
+        limits = Limits(frozenset(self.manifest.stop_token_ids), self.context_length, cancelled)
+        steps = generate_tokens(sequence, prompt_ids, config, limits)
+        return stream_text(steps, StreamDetokenizer(self.tokenizer, prompt_ids), config.stop)
+
+    def require_open(self) -> None:
+        """Raise ClosedError after `close`."""
+        if self._closed:
+            raise ClosedError(f"{self.name} was closed", "load it again")
+
+    def require_fit(self, tokens: int, what: str) -> None:
+        """Raise ContextLengthError unless this many tokens leave room for one more."""
+        if tokens >= self.context_length:
+            raise ContextLengthError(
+                f"{what} takes {tokens} tokens; the context of {self.name} is {self.context_length}, answer included",
+                "shorten it",
+            )
+
+    def _stream_once(self, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
+        with self._idle_lock:
+            sequence, self._idle = self._idle, None
+        sequence = sequence or self.create_sequence()
+        try:
+            with self.cancellation() as event:
+                yield from self.run(sequence, prompt_ids, config, event.is_set)
+        finally:
+            with self._idle_lock:
+                spare = self._idle is not None or self._closed
+                if not spare:
+                    self._idle = sequence
+            if spare:
+                sequence.close()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not prompt or not prompt_ids:
+            raise UsageError("the prompt is empty", "give it some text")
+        vocabulary = self.manifest.architecture.vocabulary
+        wrong = [i for i in prompt_ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocabulary]
+        if wrong:
+            raise UsageError(
+                f"{wrong[0]!r} is not a token id of this model", f"token ids go from 0 to {vocabulary - 1}"
+            )
+        return prompt_ids
+
+
+def _load_backend(folder: Path, manifest: Manifest, device: str, exact: bool) -> Backend:
+    if manifest.format == "openvino":
+        from normistral.runtime.engines.openvino import load_openvino
+
+        return load_openvino(folder, manifest, device, exact=exact)
+    raise ArtifactError(
+        f"{folder.name} is in the format {manifest.format}, which this version cannot run",
+        "export it with --format openvino",
+    )

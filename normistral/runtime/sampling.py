@@ -1,0 +1,88 @@
+"""From logits to a token: plain numpy on one vector, with the semantics of transformers' logits processors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normistral.errors import EngineError
+from normistral.runtime.engines.base import Logits
+from normistral.runtime.options import GenerationConfig
+
+
+class Sampler:
+    """Draws the next token of one generation; holds the random state and the tokens seen.
+
+    Filters apply in transformers' order: repetition penalty, temperature, top_k, top_p, min_p.
+    """
+
+    def __init__(self, config: GenerationConfig, prompt_ids: Iterable[int]) -> None:
+        self._config = config
+        self._random = np.random.default_rng(config.seed)
+        self._seen = set(prompt_ids) if config.repetition_penalty != 1.0 else None
+
+    def sample(self, logits: Logits) -> int:
+        """The next token id for logits [vocabulary].
+
+        Raises:
+            EngineError: the logits are not finite.
+        """
+        if not np.isfinite(logits.max()):
+            raise EngineError(
+                "the model returned logits that are not finite",
+                "try --exact; if that helps, this device cannot run this artifact",
+            )
+        if self._seen is not None:
+            logits = penalise_repetition(logits, self._seen, self._config.repetition_penalty)
+        token_id = int(np.argmax(logits)) if self._config.temperature == 0 else self._draw(logits)
+        if self._seen is not None:
+            self._seen.add(token_id)
+        return token_id
+
+    def _draw(self, logits: Logits) -> int:
+        config = self._config
+        candidates, probabilities = most_likely(logits, config.temperature, config.top_k)
+        keep = nucleus(probabilities, config.top_p) & (probabilities >= config.min_p * probabilities[0])
+        candidates, probabilities = candidates[keep], probabilities[keep]
+        # Inverse of the cumulative distribution: one uniform number a token, so a seed fixes the text.
+        cumulative = np.cumsum(probabilities)
+        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        return int(candidates[min(int(drawn), len(candidates) - 1)])
+
+
+def penalise_repetition(logits: Logits, seen: set[int], penalty: float) -> Logits:
+    """Make seen tokens less likely (CTRL, Keskar et al. 2019): divide what is positive, multiply what is negative."""
+    ids = np.fromiter(seen, np.int64, len(seen))
+    ids = ids[ids < len(logits)]
+    penalised = logits.copy()
+    penalised[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+    return penalised
+
+
+def most_likely(logits: Logits, temperature: float, top_k: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Token ids of the top_k (0: all) largest logits, best first, and their probabilities at this temperature."""
+    if 0 < top_k < len(logits):
+        ids = np.argpartition(logits, -top_k)[-top_k:]
+        ids = ids[np.argsort(-logits[ids], kind="stable")]
+    else:
+        ids = np.argsort(-logits, kind="stable")
+    scaled = logits[ids].astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled[0])
+    return ids, weights / weights.sum()
+
+
+def nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.bool_]:
+    """Mask of the smallest set of tokens (given best first) that reaches top_p (Holtzman et al. 2020)."""
+    if top_p >= 1.0:
+        return np.ones(len(probabilities), np.bool_)
+    before: NDArray[np.float64] = np.cumsum(probabilities) - probabilities
+    keep: NDArray[np.bool_] = before < top_p
+    return keep
+
+
+def log_softmax(logits: Logits) -> NDArray[np.float64]:
+    """Log-probabilities (nats) of logits [vocabulary], in float64."""
+    shifted: NDArray[np.float64] = logits.astype(np.float64) - float(logits.max())
+    return shifted - float(np.log(np.exp(shifted).sum()))

@@ -1,0 +1,70 @@
+"""A token sequence and the KV cache that holds its beginning."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from normistral.runtime.engines.base import Engine, Logits
+
+
+class CachedSequence:
+    """An engine together with the token ids in its KV cache, so that a common beginning is computed once.
+
+    An interrupted forward (Ctrl-C, engine failure) leaves the cache unknown; it is then rebuilt at the next prefill.
+    """
+
+    def __init__(self, engine: Engine, prefill_chunk: int, lock: threading.Lock) -> None:
+        self._engine = engine
+        self._prefill_chunk = prefill_chunk
+        self._lock = lock  # engines of one backend take turns
+        self._token_ids: list[int] | None = []
+
+    def common_prefix(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens need not be computed again; at least one always is, for its logits."""
+        cached = self._token_ids or []
+        limit = min(len(cached), len(token_ids) - 1)
+        return next((i for i in range(limit) if cached[i] != token_ids[i]), limit)
+
+    def prefill(self, token_ids: Sequence[int], cancelled: Callable[[], bool]) -> Logits | None:
+        """Make the cache hold exactly these tokens, computing only those it does not hold yet.
+
+        Returns:
+            logits [vocabulary] after the last token, or None if `cancelled` became true between two chunks.
+        """
+        start = self.common_prefix(token_ids)
+        self._truncate(start)
+        logits = None
+        while start < len(token_ids):
+            if cancelled():
+                return None
+            chunk = token_ids[start : start + self._prefill_chunk]
+            logits = self.append(chunk)
+            start += len(chunk)
+        return logits
+
+    def append(self, token_ids: Sequence[int]) -> Logits:
+        """Compute these tokens; logits [vocabulary] after the last one, valid until the next call."""
+        known = self._token_ids
+        assert known is not None, "prefill comes first"
+        self._token_ids = None  # unknown until the engine is done
+        with self._lock:
+            logits = self._engine.forward(token_ids)
+        known.extend(token_ids)
+        self._token_ids = known
+        final: Logits = logits[-1]
+        return final
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        self._token_ids = None
+        self._engine.close()
+
+    def _truncate(self, length: int) -> None:
+        known, self._token_ids = self._token_ids, None
+        with self._lock:
+            if known is None or length == 0:
+                self._engine.reset()
+            elif length < len(known):
+                self._engine.trim(length)
+        self._token_ids = known[:length] if known else []
