@@ -1,0 +1,128 @@
+"""What an export needs of the machine: estimated before the start, measured on the way.
+
+It knows bytes, not models' names: the coefficients below were measured (benchmarks/results/), and say on what.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from normistral.errors import ResourceError
+from normistral.export.recipe import Recipe, estimate_weight_bytes
+from normistral.hardware import available_memory_bytes, free_disk_bytes
+from normistral.manifest import Architecture
+
+# Python with torch, transformers, NNCF and OpenVINO, and the traced graph: 0.46 GB of anonymous memory after the
+# conversion of an 8-layer model at the 7B's width, 0.1 GB of it for the graph.
+_PROGRAM_BYTES = 350_000_000
+_GRAPH_BYTES_PER_LAYER = 12_000_000
+# Tokenizers (once as they are, once as OpenVINO models), graph, configuration.
+_SMALL_FILES_BYTES = 64 * 2**20
+_SAMPLES_PER_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes that an export takes beside the checkpoint.
+
+    Attributes:
+        disk: most that lies on OUTPUT's disk at one time, temporary files included.
+        memory: most anonymous memory. The checkpoint is memory-mapped; its pages can be dropped and do not count.
+    """
+
+    disk: int
+    memory: int
+
+
+def estimate_needs(architecture: Architecture, recipe: Recipe, group_size: int, *, workspace_bytes: int = 0) -> Needs:
+    """What an export will take.
+
+    Args:
+        workspace_bytes: what the opened checkpoint put, or will put, on OUTPUT's disk.
+    """
+    stored = estimate_weight_bytes(architecture, recipe, group_size)
+    widest = max(architecture.vocabulary, architecture.feed_forward) * architecture.hidden_size
+    disk = stored + _SMALL_FILES_BYTES + workspace_bytes
+    memory = _PROGRAM_BYTES + _GRAPH_BYTES_PER_LAYER * architecture.layers
+    if recipe.weights == "fp16":
+        # Rounded into a file that is mapped like a checkpoint, then copied from there into the artifact.
+        disk += stored
+    else:
+        # Rounded weights stay in memory until they are saved; one matrix at a time is there in float32 as well.
+        memory += stored + 4 * widest
+    return Needs(disk, memory)
+
+
+def check_resources(output: Path, needs: Needs) -> None:
+    """Refuse before the start what cannot end well.
+
+    Raises:
+        ResourceError: too little free disk at `output` or too little memory, with the numbers.
+    """
+    free = free_disk_bytes(output)
+    if free < needs.disk:
+        raise ResourceError(
+            f"this export needs about {needs.disk / 1e9:.2f} GB of disk at {output.absolute().parent}; "
+            f"{free / 1e9:.2f} GB are free",
+            "free some space, choose an OUTPUT on another disk, or smaller weights (int8, int4)",
+        )
+    available = available_memory_bytes()
+    if available < needs.memory:
+        raise ResourceError(
+            f"this export needs about {needs.memory / 1e9:.2f} GB of memory; {available / 1e9:.2f} GB are available",
+            "close other programs, use smaller weights (int4), or export on a larger machine",
+        )
+
+
+class MemoryMeter:
+    """Measures this process and its children, 20 times a second, while the context is open.
+
+    Attributes:
+        peak_bytes: most anonymous memory seen: RssAnon + RssShmem + VmSwap of /proc/PID/status (proc(5)), summed.
+            Mapped files are not in it. None on systems without /proc.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = anonymous_bytes()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="memory meter", daemon=True)
+
+    def __enter__(self) -> MemoryMeter:
+        if self.peak_bytes is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stopping.wait(1 / _SAMPLES_PER_S):
+            self.peak_bytes = max(self.peak_bytes or 0, anonymous_bytes() or 0)
+
+
+def anonymous_bytes() -> int | None:
+    """Anonymous, shared and swapped memory of this process and its descendants; None on systems without /proc."""
+    if not Path("/proc/self/status").exists():
+        return None
+    return _tree_bytes("self")
+
+
+def _tree_bytes(process: str) -> int:
+    total = 0
+    folder = Path("/proc") / process
+    try:
+        for line in (folder / "status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in ("RssAnon", "RssShmem", "VmSwap"):
+                total += 1024 * int(value.split()[0])
+        children = [task.read_text().split() for task in (folder / "task").glob("*/children")]
+    except OSError:  # it ended while we looked
+        return total
+    return total + sum(_tree_bytes(child) for group in children for child in group)

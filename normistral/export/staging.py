@@ -1,0 +1,258 @@
+"""Writes an artifact beside its place and moves it there when it is whole.
+
+While OUTPUT is being made, its parent holds two hidden neighbours:
+
+    .OUTPUT.lock              held (flock) by the running export; the system lets go of it when the process dies
+    .OUTPUT.partial-XXXXXXXX  `artifact`, which becomes OUTPUT, and `workspace`, which is thrown away
+
+A new OUTPUT appears by one rename, an old one is exchanged for the new one by one rename: at every moment the name
+OUTPUT stands for nothing, the whole old artifact, or the whole new one. Whoever holds the lock knows that other
+partial folders were left by a killed export, and removes them.
+
+It does not know what an artifact consists of, except that the manifest makes it whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normistral.errors import ResourceError, UsageError
+from normistral.hardware import free_disk_bytes
+from normistral.manifest import MANIFEST_NAME
+
+_REPLACED = "replaced"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Two empty folders on OUTPUT's disk.
+
+    Attributes:
+        artifact: becomes OUTPUT.
+        workspace: for temporary files.
+    """
+
+    artifact: Path
+    workspace: Path
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an OUTPUT that must not be written or replaced.
+
+    Raises:
+        UsageError: it exists and `force` is off; or `force` is on and it holds something that no export made.
+    """
+    if output.name in ("", ".."):
+        raise UsageError(f"{output} cannot be the name of a new folder", "name a folder that does not exist yet")
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
+    by_hand = "choose another OUTPUT, or remove this one yourself"
+    if output.is_symlink() or not output.is_dir():
+        raise UsageError(f"{output} is not a folder, so it is not replaced", by_hand)
+    present = {
+        path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir() or path.is_symlink()
+    }
+    if not present:
+        return
+    ours = _exported_files(output / MANIFEST_NAME)
+    if ours is None:
+        raise UsageError(f"{output} is not an artifact of normistral, so it is not replaced", by_hand)
+    foreign = sorted(present - ours)
+    if foreign:
+        raise UsageError(
+            f"{output} holds {foreign[0]}, which no export wrote, so it is not replaced",
+            "move that file elsewhere, or choose another OUTPUT",
+        )
+
+
+@contextmanager
+def stage(output: Path, *, force: bool) -> Iterator[Staging]:
+    """Folders to write into; when the block ends, the artifact takes OUTPUT's place, old one or none.
+
+    When the block raises (`KeyboardInterrupt` included) everything written is removed and OUTPUT is untouched.
+
+    Raises:
+        UsageError: as `check_output`, or another export is writing the same OUTPUT.
+        ResourceError: the disk is full.
+    """
+    output = output.absolute()
+    with translate_full_disk(output):
+        _make_parent(output)
+        with _lock(output):
+            for leftover in _leftovers(output):
+                _put_back(leftover / _REPLACED, output)
+                _remove(leftover)
+            check_output(output, force=force)  # now that nobody else can change it
+            folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
+            staging = Staging(folder / "artifact", folder / "workspace")
+            try:
+                staging.artifact.mkdir(parents=True)
+                staging.workspace.mkdir()
+                yield staging
+                _flush_to_disk(staging.artifact)
+                _move_into_place(staging.artifact, output)
+            finally:
+                _remove(folder)
+
+
+@contextmanager
+def translate_full_disk(path: Path) -> Iterator[None]:
+    """Turn the system's "no space left" into a ResourceError that says how much is free."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _NO_SPACE:
+            raise
+        raise full_disk_error(path) from exc
+
+
+def full_disk_error(path: Path) -> ResourceError:
+    """The error for a disk that filled up while writing below `path`."""
+    free = free_disk_bytes(path)
+    return ResourceError(
+        f"the disk of {path.parent} is full ({free / 1e9:.2f} GB free); what was written has been removed",
+        "free some space or choose an OUTPUT on another disk",
+    )
+
+
+def _exported_files(manifest: Path) -> set[str] | None:
+    """Names that the manifest lists, itself included; None without one. A damaged manifest may still be replaced."""
+    try:
+        document: Any = json.loads(manifest.read_bytes()) if not manifest.is_symlink() else None
+        return {MANIFEST_NAME, *document["files"]}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _make_parent(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as exc:
+        raise UsageError(f"cannot make the folder {output.parent}: {exc.strerror}", "choose another OUTPUT") from exc
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """Hold the lock of this OUTPUT; the kernel releases it if the process dies."""
+    path = output.parent / f".{output.name}.lock"
+    while True:
+        try:
+            file = path.open("ab")
+        except OSError as exc:
+            if exc.errno in _NO_SPACE:
+                raise
+            raise UsageError(f"cannot write in {output.parent}: {exc.strerror}", "choose another OUTPUT") from exc
+        try:
+            _take_lock(file.fileno())
+        except OSError as exc:
+            file.close()
+            raise UsageError(
+                f"another export is writing {output}", "wait until it is done, or choose another OUTPUT"
+            ) from exc
+        # The holder before us may have removed the name between our open and our lock: then this is nobody's lock.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _take_lock(descriptor: int) -> None:
+    """Raises OSError when another process or thread holds it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _leftovers(output: Path) -> list[Path]:
+    """Folders of exports to this OUTPUT that were killed; to be asked only while holding the lock."""
+    prefix = f".{output.name}.partial-"
+    return [path for path in output.parent.iterdir() if path.name.startswith(prefix)]
+
+
+def _put_back(replaced: Path, output: Path) -> None:
+    """Undo half an exchange: the old artifact was moved aside, and nothing took its place."""
+    if replaced.exists() and not os.path.lexists(output):
+        replaced.rename(output)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, the manifest first: what a kill in between leaves must not look whole."""
+    for part in (folder / "artifact", folder / _REPLACED):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            (part / MANIFEST_NAME).unlink()
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Make sure that the files are on the disk before their names are, should the power fail."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _move_into_place(artifact: Path, output: Path) -> None:
+    if not os.path.lexists(output):
+        artifact.rename(output)
+    elif not any(output.iterdir()):
+        output.rmdir()
+        artifact.rename(output)
+    elif not _exchange(artifact, output):
+        # Without an atomic exchange there is a moment in which neither stands under the name. The old one then lies
+        # in the partial folder, and is put back if the second rename fails or by the next export.
+        aside = artifact.with_name(_REPLACED)
+        output.rename(aside)
+        try:
+            artifact.rename(output)
+        finally:
+            _put_back(aside, output)
+    _flush(output.parent)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and sys.platform == "win32":
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step: renameat2(2) with RENAME_EXCHANGE. False where system or file system cannot."""
+    if sys.platform != "linux":
+        return False
+    at_working_folder, rename_exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <linux/fs.h>
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    failed = renameat2(at_working_folder, os.fsencode(first), at_working_folder, os.fsencode(second), rename_exchange)
+    if failed and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(second))
+    return not failed
