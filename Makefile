@@ -31,11 +31,7 @@ help:
 	@echo 'make clean                 remove the environment, the demo model and all caches'
 
 chat: $(DEMO)/normistral.json
-ifeq ($(origin PROMPT),undefined)
-	@$(VENV)/bin/normistral chat $(DEMO)
-else
-	@$(VENV)/bin/normistral chat $(DEMO) --prompt="$$NORMISTRAL_PROMPT"
-endif
+	@$(VENV)/bin/normistral chat $(DEMO) $${NORMISTRAL_PROMPT+--prompt="$$NORMISTRAL_PROMPT"}
 
 test: $(VENV)/.ready-dev
 	@$(RUN) -m pytest $(ARGS)
@@ -70,7 +66,7 @@ $(VENV)/.ready-export: pyproject.toml $(VENV)/.created
 $(VENV)/.ready-dev: $(VENV)/.ready-export
 	@echo "installing the test and lint tools into $(VENV)" >&2
 	@touch $(VENV)/.unfinished
-	@$(RUN) -m pip install --quiet --editable ".[export,dev]" >&2
+	@$(RUN) -m pip install --quiet --editable ".[dev]" >&2
 	@rm $(VENV)/.unfinished
 	@touch $@
 
