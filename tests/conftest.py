@@ -1,0 +1,23 @@
+"""Artifacts exported once for a whole test run, from random checkpoints with the family's quirks."""
+
+from pathlib import Path
+
+import pytest
+from tiny_models import make_mistral
+
+# Grouped KV heads, head_dim 24 where hidden/heads is 16, a window of 16 in 64 positions, untied output.
+QUIRKS = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 24, "sliding_window": 16, "positions": 64}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    return make_mistral(tmp_path_factory.mktemp("checkpoint") / "tiny", **QUIRKS)
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16(tiny_checkpoint, tmp_path_factory) -> Path:
+    from normistral import export_model
+
+    output = tmp_path_factory.mktemp("artifacts") / "tiny-openvino-fp16"
+    export_model(str(tiny_checkpoint), output, weights="fp16")
+    return output
