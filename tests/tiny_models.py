@@ -167,6 +167,11 @@ def write_tokenizer(folder: Path, vocab: int, *, chat: bool, adds_bos: bool) -> 
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {
+            str(i): {"content": word, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+            | {"special": True}
+            for i, word in enumerate(SPECIALS)
+        },
         "bos_token": "<s>",
         "eos_token": "<|im_end|>" if chat else "</s>",
         "pad_token": "</s>",

@@ -1,0 +1,359 @@
+"""Open a located model: check all of it, gather the facts the manifest needs, and lay out a safe view of it.
+
+The view is a folder that transformers and optimum may load: config.json and generation_config.json written anew from
+checked fields, links to the weights, the tokenizer's own files. What the authors' files say wins over presets, and
+where they contradict each other the rules stand beside the functions below.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from normistral.errors import CheckpointError, ResourceError
+from normistral.export.config import architecture_of, expected_tensors, read_json, sanitise_config, token_ids
+from normistral.export.gguf import convert_gguf
+from normistral.export.locate import Located
+from normistral.export.progress import Progress
+from normistral.export.vocabulary import TOKENIZER_FILES, Vocabulary, convert_sentencepiece, read_vocabulary
+from normistral.export.weights import (
+    Dtype,
+    Tensor,
+    check_tensors,
+    has_separate_output,
+    read_tensors,
+    stored_dtype,
+    weight_files,
+)
+from normistral.manifest import Architecture, SamplingDefaults, Source, Template, sha256_file
+from normistral.presets import Preset, Role
+
+_AGAIN = "download or copy the checkpoint again"
+# Bounds of the authors' sampling settings: those of GenerationConfig (runtime/options.py).
+_SAMPLING_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checked model, ready to be converted.
+
+    Attributes:
+        folder: the view for transformers and optimum (local_files_only, no remote code).
+        source: origin; `files` has the small files, and what was hashed on the way. `hash_sources` completes it.
+        unhashed: weight files that are not in `source.files` yet, by the name they get there.
+        config: sanitised config.json.
+        dtype: type of the stored weights; `weight_bytes` is their size.
+        tokenizer_files: to be shipped byte for byte.
+        context_length: positions in tokens.
+        stop_token_ids: every id that a file calls end of sequence, sorted.
+        adds_bos: measured: whether encoding plain text puts `bos_token_id` in front.
+        notes: what the user should see.
+    """
+
+    folder: Path
+    source: Source
+    unhashed: tuple[tuple[str, Path], ...]
+    config: dict[str, Any]
+    architecture: Architecture
+    role: Role
+    dtype: Dtype
+    weight_bytes: int
+    tokenizer_files: tuple[Path, ...]
+    context_length: int
+    stop_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    adds_bos: bool
+    template: Template | None
+    sampling: SamplingDefaults
+    notes: tuple[str, ...]
+
+
+def open_checkpoint(located: Located, workspace: Path, *, progress: Progress) -> Checkpoint:
+    """Check a model and lay out its view in `workspace`/checkpoint. No code of the checkpoint is run.
+
+    Args:
+        workspace: an existing folder on the disk of the artifact; a .gguf file is unpacked there to float32.
+
+    Raises:
+        CheckpointError: something is missing, damaged or inconsistent.
+        UnsupportedArchitectureError: not a model that can be exported.
+        ResourceError: the disk is full, or a .gguf file's float copy fits neither memory nor disk.
+    """
+    try:
+        if located.kind not in ("gguf", "package"):
+            return _open_folder(located, located.path, workspace, (), progress)
+        unpacked = workspace / "unpacked"
+        notes = convert_gguf(located.path, unpacked, progress=progress)
+        checkpoint = _open_folder(located, unpacked, workspace, notes, progress)
+        return replace(
+            checkpoint, source=replace(checkpoint.source, files={}), unhashed=((located.path.name, located.path),)
+        )
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"the disk of {workspace} is full", "free some space, or write elsewhere") from exc
+        raise CheckpointError(
+            f"cannot read {exc.filename or located.path}: {exc.strerror}", "check the folder's permissions"
+        ) from exc
+
+
+def hash_sources(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda count: None) -> Source:
+    """The origin with the SHA-256 of every file that was read.
+
+    Reads all weights once, 14.5 GB for a 7B: run it in a thread beside the conversion, hashlib releases the GIL. Files
+    of a hub download were hashed there and are not read again.
+
+    Args:
+        on_bytes: called with the number of bytes just read.
+    """
+    hashes = {name: sha256_file(path, on_bytes) for name, path in checkpoint.unhashed}
+    return replace(checkpoint.source, files=dict(sorted({**checkpoint.source.files, **hashes}.items())))
+
+
+def _open_folder(
+    located: Located, folder: Path, workspace: Path, notes: tuple[str, ...], progress: Progress
+) -> Checkpoint:
+    found = list(notes)
+    with progress.stage("Checking the checkpoint"):
+        config = _read_config(folder, located.preset, found)
+        tensors = _check_weights(folder, config, found)
+        view = _lay_out(folder, workspace / "checkpoint", config, found)
+        vocabulary = read_vocabulary(view)
+        if vocabulary.largest_id >= config["vocab_size"]:
+            raise CheckpointError(
+                f"the tokenizer does not fit the model: its ids run to {vocabulary.largest_id}, "
+                f"but config.json has vocab_size {config['vocab_size']}",
+                "the tokenizer and the weights belong to different models",
+            )
+        generation = read_json(view / "generation_config.json") if (view / "generation_config.json").exists() else {}
+        stops = _stop_token_ids(config, generation, vocabulary)
+        template = _choose_template(vocabulary, located.preset, found)
+        sampling = _sampling_defaults(generation)
+        bos = vocabulary.bos_id if vocabulary.bos_id is not None else config["bos_token_id"]
+        _write_json(view / "generation_config.json", _generation_config(config, bos, stops, sampling))
+        weights, _ = weight_files(folder)
+        source, unhashed = _origin(located, folder, weights)
+    for note in found:
+        progress.note(note)
+    return Checkpoint(
+        folder=view,
+        source=source,
+        unhashed=unhashed,
+        config=config,
+        architecture=architecture_of(config),
+        role="chat" if template is not None else "base",
+        dtype=stored_dtype(tensors),
+        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        tokenizer_files=tuple(view / name for name in TOKENIZER_FILES if (view / name).exists()),
+        context_length=config["max_position_embeddings"],
+        stop_token_ids=stops,
+        bos_token_id=bos,
+        adds_bos=vocabulary.adds_bos,
+        template=template,
+        sampling=sampling,
+        notes=tuple(found),
+    )
+
+
+def _read_config(folder: Path, preset: Preset | None, notes: list[str]) -> dict[str, Any]:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
+    _require_inside(folder, "config.json")
+    raw = read_json(folder / "config.json")
+    if raw.get("max_position_embeddings") is None and preset is not None and preset.context_length is not None:
+        raw["max_position_embeddings"] = preset.context_length
+        notes.append(f"config.json gives no context length; the preset's is used: {preset.context_length} tokens")
+    if raw.get("auto_map") is not None:
+        notes.append("the checkpoint comes with code of its own (auto_map), which is never run")
+    return sanitise_config(raw)
+
+
+def _check_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> dict[str, Tensor]:
+    """Headers against config.json; sets the stored type, and unties an output layer that the weights hold apart."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        _require_inside(folder, index)
+    files, _ = weight_files(folder)
+    for name in files:
+        _require_inside(folder, name)
+    tensors = read_tensors(folder)
+    if config["tie_word_embeddings"] and has_separate_output(tensors):
+        config["tie_word_embeddings"] = False
+        notes.append(
+            "config.json ties the output layer to the embedding, but the weights hold one of its own: it is used"
+        )
+    check_tensors(tensors, expected_tensors(config))
+    config["torch_dtype"] = stored_dtype(tensors)
+    return tensors
+
+
+def _lay_out(folder: Path, view: Path, config: dict[str, Any], notes: list[str]) -> Path:
+    view.mkdir(parents=True)
+    _write_json(view / "config.json", config)
+    files, weight_map = weight_files(folder)
+    names = [*files, *TOKENIZER_FILES, "generation_config.json"]
+    if weight_map is not None:
+        suffix = files[0].rpartition(".")[2]
+        names.append("model.safetensors.index.json" if suffix == "safetensors" else "pytorch_model.bin.index.json")
+    for name in names:
+        _require_inside(folder, name)
+        if not (folder / name).exists():
+            continue
+        if name == "generation_config.json":  # read here, and replaced by a checked one
+            shutil.copyfile(folder / name, view / name)
+        else:
+            _link(folder / name, view / name)
+    _drop_tokenizer_code(view, notes)
+    if not (view / "tokenizer.json").exists():
+        if not (view / "tokenizer.model").exists():
+            raise CheckpointError(
+                f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model",
+                "copy the tokenizer's files beside config.json",
+            )
+        convert_sentencepiece(view)
+        notes.append("tokenizer.json was made from tokenizer.model")
+    return view
+
+
+def _link(source: Path, target: Path) -> None:
+    """A symbolic link, or a copy where the file system has none."""
+    try:
+        target.symlink_to(source.resolve())
+    except (OSError, NotImplementedError):
+        shutil.copyfile(source, target)
+
+
+def _drop_tokenizer_code(view: Path, notes: list[str]) -> None:
+    path = view / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    if "auto_map" in settings:
+        path.unlink()
+        _write_json(path, {key: value for key, value in settings.items() if key != "auto_map"})
+        notes.append("the tokenizer comes with code of its own (auto_map), which is never run")
+
+
+def _require_inside(folder: Path, name: str) -> None:
+    """Refuse a file that is a link out of the checkpoint; a hub cache's links into its own blobs are meant."""
+    path = folder / name
+    if not path.is_symlink() and not path.exists():
+        return
+    try:
+        target, root = path.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError) as exc:  # a dangling link, or a circle of them
+        raise CheckpointError(f"{name} is a link to a file that is missing", _AGAIN) from exc
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise CheckpointError(f"{name} is a link that leads out of {folder}", "replace the link by the file itself")
+    if not target.is_file():
+        raise CheckpointError(f"{name} is not a regular file", _AGAIN)
+
+
+def _stop_token_ids(config: dict[str, Any], generation: dict[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Union over all files: NorMistral's name different tokens, and stopping on config.json's alone never stops."""
+    ids = set(config["eos_token_id"] or []) | set(vocabulary.eos_ids)
+    ids |= set(token_ids(generation, "eos_token_id", config["vocab_size"], "generation_config.json"))
+    if not ids:
+        raise CheckpointError(
+            "no file of the checkpoint names an end-of-sequence token", "set eos_token_id in generation_config.json"
+        )
+    if len(ids) > 64:
+        raise CheckpointError(f"the checkpoint names {len(ids)} end-of-sequence tokens", _AGAIN)
+    return tuple(sorted(ids))
+
+
+def _choose_template(vocabulary: Vocabulary, preset: Preset | None, notes: list[str]) -> Template | None:
+    from normistral.runtime.template import CHATML
+
+    if vocabulary.template is None and (preset is None or preset.role != "chat"):
+        return None
+    if vocabulary.template is None:
+        notes.append(
+            "the checkpoint has no chat template: the built-in ChatML is used, which may not be what it learnt"
+        )
+    specials = vocabulary.specials
+    return Template(
+        text=CHATML if vocabulary.template is None else vocabulary.template,
+        origin="built-in" if vocabulary.template is None else "checkpoint",
+        bos_token=specials.get("bos_token"),
+        eos_token=specials.get("eos_token"),
+        pad_token=specials.get("pad_token"),
+        unk_token=specials.get("unk_token"),
+    )
+
+
+def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
+    """The authors' settings of generation_config.json.
+
+    They count when it says "do_sample": true, or "sample": true as NorMistral's does; transformers knows only the
+    first, and then takes 1.0 and 50 for a temperature and a top_k that are not given. Otherwise decoding is greedy.
+    """
+    values: dict[str, Any] = {"max_new_tokens": _whole(generation, "max_new_tokens", 1)}
+    if generation.get("do_sample") is True or generation.get("sample") is True:
+        values["top_k"] = 50 if (top_k := _whole(generation, "top_k", 0)) is None else top_k
+        for name, (low, high) in _SAMPLING_RANGES.items():
+            value = generation.get(name)
+            if value is not None and (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or not math.isfinite(value)
+                or not low <= value <= high
+            ):
+                raise CheckpointError(
+                    f"generation_config.json: {name} is {ascii(value)[:60]}, not a number from {low:g} to {high:g}",
+                    "correct generation_config.json",
+                )
+            values[name] = None if value is None else float(value)
+        values["temperature"] = 1.0 if values["temperature"] is None else values["temperature"]
+    return SamplingDefaults(**values)
+
+
+def _whole(generation: dict[str, Any], name: str, low: int) -> int | None:
+    value = generation.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31):
+        raise CheckpointError(
+            f"generation_config.json: {name} must be a whole number of at least {low}, not {ascii(value)[:60]}",
+            "correct generation_config.json",
+        )
+    return value
+
+
+def _generation_config(
+    config: dict[str, Any], bos: int | None, stops: tuple[int, ...], sampling: SamplingDefaults
+) -> dict[str, Any]:
+    """generation_config.json for other loaders, with all stop ids, and `do_sample` where the authors wrote `sample`."""
+    document: dict[str, Any] = {
+        "bos_token_id": bos,
+        "eos_token_id": list(stops),
+        "pad_token_id": config["pad_token_id"],
+    }
+    if sampling.temperature:
+        document |= {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+        document |= {"top_p": sampling.top_p, "min_p": sampling.min_p}
+    document |= {"repetition_penalty": sampling.repetition_penalty, "max_new_tokens": sampling.max_new_tokens}
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _origin(located: Located, folder: Path, weights: list[str]) -> tuple[Source, tuple[tuple[str, Path], ...]]:
+    small = [path.name for path in folder.iterdir() if path.suffix == ".json" or path.name in TOKENIZER_FILES]
+    hashes: dict[str, str] = {}
+    for name in sorted({*small, *weights}):
+        if name in located.hashes:
+            hashes[name] = located.hashes[name]
+        elif name not in weights and (folder / name).is_file():
+            _require_inside(folder, name)
+            hashes[name] = sha256_file(folder / name)
+    unhashed = tuple((name, folder / name) for name in weights if name not in hashes)
+    return Source(kind=located.kind, id=located.id, revision=located.revision, files=hashes), unhashed
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,342 @@
+"""Turn a .gguf file of a Llama or Mistral model into an ordinary checkpoint folder.
+
+The file is read here, and not through transformers' GGUF support, for three reasons: transformers parses the whole
+metadata three times with a reader that takes seconds for a vocabulary of 50,000; its tokenizer conversion confuses BOS
+and EOS and ignores the pre-tokenizer's name; and a damaged file ends in a traceback. The package `gguf` supplies the
+arithmetic of the quantised formats. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+The weights come out as float32, so nothing is lost on top of what the file's own quantisation lost.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normistral.errors import CheckpointError, ResourceError, UnsupportedArchitectureError
+from normistral.export.config import count_parameters, expected_tensors, sanitise_config
+from normistral.export.gguf_tokenizer import write_tokenizer
+from normistral.export.progress import Progress
+from normistral.hardware import available_memory_bytes
+
+_AGAIN = "download or copy the file again"
+_ORIGINAL = "export the original checkpoint instead of the .gguf file"
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_MAX_ENTRIES = 2**24
+_MARGIN_BYTES = 2**30  # the converter itself, and the largest tensor while it is unpacked
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor: shape [out, in] as torch writes it, ggml's type number, and its bytes' place in the file."""
+
+    shape: tuple[int, ...]
+    ggml_type: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """The header of a .gguf file."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+def convert_gguf(path: Path, folder: Path, *, progress: Progress) -> tuple[str, ...]:
+    """Write config.json, generation_config.json, model.safetensors and tokenizer files into `folder`.
+
+    Returns:
+        notes for the user.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged or inconsistent.
+        UnsupportedArchitectureError: it holds another kind of model.
+        ResourceError: its float copy does not fit in memory or on the disk.
+    """
+    gguf = read_gguf(path)
+    config = sanitise_config(_config(gguf))
+    sources = _match_tensors(gguf, config)
+    _require_room(path, folder, 4 * count_parameters(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = write_tokenizer(gguf.metadata, folder)
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=2), encoding="utf-8")
+    with progress.stage("Unpacking the GGUF weights", path.stat().st_size, "bytes") as stage:
+        _write_weights(gguf, config, sources, folder / "model.safetensors", stage.advance)
+    return notes
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read metadata and tensor table; every length is checked against the file's size.
+
+    Raises:
+        CheckpointError: not a whole little-endian GGUF file of version 2 or 3.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size < 24 or file.read(4) != b"GGUF":
+                raise CheckpointError(f"{path.name} is not a GGUF file", "give a .gguf file")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Reader(path, data).read()
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {path}: {exc.strerror}", "check the file's permissions") from exc
+    except (struct.error, ValueError, IndexError, OverflowError, RecursionError) as exc:
+        raise CheckpointError(f"{path.name} is truncated or damaged: {exc}", _AGAIN) from exc
+
+
+class _Reader:
+    """Walks the header; raises ValueError or struct.error at the first thing that cannot be."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.position = path, data, 4
+
+    def read(self) -> GgufFile:
+        version = self._scalar("<I")
+        if version not in (2, 3):
+            raise ValueError(f"GGUF version {version}, but 2 and 3 are known")
+        tensor_count, entry_count = self._count(), self._count()
+        metadata: dict[str, Any] = {}
+        for _ in range(entry_count):
+            key = self._string()
+            metadata[key] = self._value(self._scalar("<I"))
+        table = [self._tensor_entry() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise ValueError(f"alignment {alignment}")
+        data_start = -(-self.position // alignment) * alignment
+        tensors = {name: self._place(name, shape, kind, data_start + offset) for name, shape, kind, offset in table}
+        if len(tensors) != tensor_count:
+            raise ValueError("two tensors of one name")
+        return GgufFile(self.path, metadata, tensors)
+
+    def _place(self, name: str, shape: tuple[int, ...], ggml_type: int, start: int) -> GgufTensor:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
+        if not shape or shape[-1] % block or math.prod(shape) > 2**40:
+            raise ValueError(f"{name} has the impossible shape {list(shape)}")
+        nbytes = math.prod(shape) // block * block_bytes
+        if start + nbytes > len(self.data):
+            raise ValueError(f"{name} ends at byte {start + nbytes} of {len(self.data)}")
+        return GgufTensor(shape, ggml_type, start, nbytes)
+
+    def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        dimensions = self._scalar("<I")
+        if dimensions > 4:
+            raise ValueError(f"{name} has {dimensions} dimensions")
+        shape = tuple(self._scalar("<Q") for _ in range(dimensions))[::-1]  # ggml names the fastest one first
+        return name, shape, self._scalar("<I"), self._scalar("<Q")
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._scalar(_scalar_format(kind))
+        item = self._scalar("<I")
+        count = self._count()
+        if item == _STRING:
+            return [self._string() for _ in range(count)]
+        layout = f"<{count}{_scalar_format(item)[1]}"
+        values = struct.unpack_from(layout, self.data, self.position)
+        self.position += struct.calcsize(layout)
+        return list(values)
+
+    def _count(self) -> int:
+        count: int = self._scalar("<Q")
+        if count > min(_MAX_ENTRIES, len(self.data)):
+            raise ValueError(f"a count of {count} at byte {self.position - 8}")
+        return count
+
+    def _string(self) -> str:
+        length = self._scalar("<Q")
+        end = self.position + length
+        if end > len(self.data):
+            raise ValueError(f"a string of {length} bytes at byte {self.position} of {len(self.data)}")
+        text = self.data[self.position : end].decode("utf-8")
+        self.position = end
+        return text
+
+    def _scalar(self, layout: str) -> Any:
+        (value,) = struct.unpack_from(layout, self.data, self.position)
+        self.position += struct.calcsize(layout)
+        return value
+
+
+def _scalar_format(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"a value of the unknown type {kind}")
+    return _SCALARS[kind]
+
+
+def _config(gguf: GgufFile) -> dict[str, Any]:
+    """The metadata as the config.json of a Llama model, or of a Mistral one when there is a sliding window."""
+    metadata = gguf.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise UnsupportedArchitectureError(
+            f"{gguf.path.name} holds the architecture {ascii(architecture)[:40]}, which is not supported",
+            "supported is: llama, under which llama.cpp keeps Llama and Mistral models",
+        )
+
+    def get(name: str) -> Any:
+        return metadata.get(f"llama.{name}")
+
+    if get("expert_count") or "rope_freqs.weight" in gguf.tensors or get("rope.scaling.type") not in (None, "none"):
+        raise UnsupportedArchitectureError(
+            f"{gguf.path.name} has experts or scaled rotary positions, which are not read from GGUF", _ORIGINAL
+        )
+    named = [get("rope.dimension_count"), get("attention.key_length"), get("attention.value_length")]
+    widths = [width for width in named if width is not None]
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    if any(width != widths[0] for width in widths):
+        raise UnsupportedArchitectureError(
+            f"{gguf.path.name} rotates only a part of each head, or has keys and values of different widths", _ORIGINAL
+        )
+    embedding = gguf.tensors.get("token_embd.weight")
+    window = get("attention.sliding_window")
+    return {
+        "architectures": ["LlamaForCausalLM" if window is None else "MistralForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if get("attention.head_count_kv") is None else get("attention.head_count_kv"),
+        "head_dim": widths[0] if widths else None,
+        "vocab_size": None if embedding is None else embedding.shape[0],
+        "max_position_embeddings": get("context_length"),
+        "rope_theta": get("rope.freq_base"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "sliding_window": window,
+        "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in gguf.tensors,
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": [
+            metadata[f"tokenizer.ggml.{name}_token_id"]
+            for name in ("eos", "eot")
+            if f"tokenizer.ggml.{name}_token_id" in metadata
+        ],
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _match_tensors(gguf: GgufFile, config: dict[str, Any]) -> dict[str, GgufTensor]:
+    """The file's tensors under transformers' names, compared with what the config describes."""
+    sources: dict[str, GgufTensor] = {}
+    for name, tensor in gguf.tensors.items():
+        match = _LAYER.fullmatch(name)
+        if name in _NAMES:
+            sources[_NAMES[name]] = tensor
+        elif match and match[2] in _LAYER_NAMES:
+            sources[f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"] = tensor
+        else:
+            raise CheckpointError(f"{gguf.path.name} holds the unknown tensor {ascii(name)[:80]}", _ORIGINAL)
+    expected = expected_tensors(config)
+    for name, shape in expected.items():
+        if name not in sources:
+            raise CheckpointError(f"{gguf.path.name} lacks {name}", _AGAIN)
+        if sources[name].shape != shape:
+            raise CheckpointError(
+                f"{gguf.path.name}: {name} has shape {list(sources[name].shape)}, its metadata asks for {list(shape)}",
+                _AGAIN,
+            )
+    extra = sorted(sources.keys() - expected.keys())
+    if extra:
+        raise CheckpointError(f"{gguf.path.name} holds {extra[0]}, which its metadata does not describe", _AGAIN)
+    return {name: sources[name] for name in expected}
+
+
+def _require_room(path: Path, folder: Path, float_bytes: int) -> None:
+    available = available_memory_bytes()
+    if float_bytes + _MARGIN_BYTES > available:
+        raise ResourceError(
+            f"{path.name} unpacks to {float_bytes / 1e9:.1f} GB of float32, and with {_MARGIN_BYTES / 1e9:.1f} GB "
+            f"for the converter that does not fit in the {available / 1e9:.1f} GB of memory that is available",
+            "export the original checkpoint (it is mapped, not copied), or use a machine with more memory",
+        )
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if float_bytes > free:
+        raise ResourceError(
+            f"unpacking {path.name} needs {float_bytes / 1e9:.1f} GB of disk, but {existing} has "
+            f"{free / 1e9:.1f} GB free",
+            "free some space, or write to another disk",
+        )
+
+
+def _write_weights(
+    gguf: GgufFile,
+    config: dict[str, Any],
+    sources: dict[str, GgufTensor],
+    output: Path,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Unpack tensor by tensor into a safetensors file, so that one of them is in memory at a time."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sources.items():
+        begin, end = end, end + 4 * math.prod(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    source = np.memmap(gguf.path, dtype=np.uint8, mode="r")
+    with output.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, tensor in sources.items():
+            packed = source[tensor.start : tensor.start + tensor.nbytes].reshape(*tensor.shape[:-1], -1)
+            try:
+                values = dequantize(packed, GGMLQuantizationType(tensor.ggml_type)).astype(np.float32, copy=False)
+            except NotImplementedError as exc:
+                kind = GGMLQuantizationType(tensor.ggml_type).name
+                raise CheckpointError(
+                    f"{gguf.path.name}: {name} is packed as {kind}, not supported", _ORIGINAL
+                ) from exc
+            heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+            if heads is not None:
+                values = _interleaved_to_halves(values, config[heads])
+            if not np.isfinite(values).all():
+                raise CheckpointError(f"{gguf.path.name}: {name} holds values that are not finite", _AGAIN)
+            file.write(np.ascontiguousarray(values).data)
+            on_bytes(tensor.nbytes)
+
+
+def _interleaved_to_halves(values: Any, heads: int) -> Any:
+    """Undo llama.cpp's reordering of rotary dimensions: [heads, half, 2] rows back to [heads, 2, half].
+
+    Source: `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py, of which this is the inverse.
+    """
+    half = values.shape[0] // heads // 2
+    return values.reshape(heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
