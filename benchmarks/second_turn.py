@@ -2,8 +2,8 @@
 
     python benchmarks/second_turn.py ARTIFACT [--first 100 1500] [--json FILE]
 
-The second turn is one of three short messages of equal length, taken back after each. If only its own tokens are computed, its time to first token
-does not grow with the first turn (but for attention over a longer cache, a small part).
+The second turn is one of three short messages of equal length, taken back after each. If only its own tokens are
+computed, its time to first token does not grow with the first turn (but for attention over a longer cache).
 """
 
 from __future__ import annotations
