@@ -5,17 +5,20 @@ Each step lives in a file of its own; this one only puts them in order.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from normistral.errors import ExportError, ResourceError, UsageError
 from normistral.export import openvino, verify
-from normistral.export.checkpoint import Checkpoint, open_checkpoint
-from normistral.export.companions import copy_files, folder_bytes, tool_versions, write_generation_config
+from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
+from normistral.export.companions import copy_companions, folder_bytes, tool_versions
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress, Progress
 from normistral.export.recipe import (
@@ -30,7 +33,7 @@ from normistral.export.recipe import (
 from normistral.export.resources import MemoryMeter, check_resources, estimate_needs
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tokenizer_ir import load_tokenizer, save_tokenizer_ir, tokenizer_ir_differs
-from normistral.manifest import Manifest, hash_files, write_manifest
+from normistral.manifest import Manifest, Source, hash_files, write_manifest
 from normistral.quiet import silence_telemetry
 from normistral.store import default_output
 
@@ -79,14 +82,20 @@ def export_model(
         located = locate(model, revision=revision, progress=progress)
         with stage(output, force=force) as staging, openvino.quiet_tools():
             checkpoint = open_checkpoint(located, staging.workspace, progress=progress)
-            manifest = _make_artifact(checkpoint, choice, staging, output, progress)
+            with _beside(partial(hash_sources, checkpoint)) as source:
+                manifest = _make_artifact(checkpoint, source, choice, staging, output, progress)
     peak = "" if meter.peak_bytes is None else f", peak memory {meter.peak_bytes / 2**30:.1f} GiB"
     progress.note(f"{output}: {manifest.total_bytes / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s{peak}")
     return manifest
 
 
 def _make_artifact(
-    checkpoint: Checkpoint, recipe: Recipe, staging: Staging, output: Path, progress: Progress
+    checkpoint: Checkpoint,
+    source: Future[Source],
+    recipe: Recipe,
+    staging: Staging,
+    output: Path,
+    progress: Progress,
 ) -> Manifest:
     """Fill `staging.artifact`, manifest last."""
     group_size = choose_group_size(checkpoint.architecture, recipe.group_size)
@@ -104,8 +113,7 @@ def _make_artifact(
     template = None if checkpoint.template is None else checkpoint.template.text
     with progress.stage("writing tokenizer and configuration"):
         save_tokenizer_ir(tokenizer, staging.artifact, template)
-        copy_files([checkpoint.folder / "config.json", *checkpoint.tokenizer_files], staging.artifact)
-        write_generation_config(staging.artifact, checkpoint)
+        copy_companions(checkpoint, staging.artifact)
     with progress.stage("verifying"):
         proof = verify.verify(staging.artifact / openvino.IR_NAME, checkpoint.architecture, recipe.weights, reference)
         made.append(proof.note)
@@ -120,7 +128,7 @@ def _make_artifact(
     manifest = Manifest(
         format="openvino",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        source=checkpoint.source,
+        source=source.result(),
         role=checkpoint.role,
         architecture=checkpoint.architecture,
         context_length=checkpoint.context_length,
@@ -168,6 +176,22 @@ def _make_weights(
     with progress.stage("saving"):
         openvino.save(graph, staging.artifact, recipe)
     return reference
+
+
+@contextmanager
+def _beside(work: Callable[[Callable[[int], None]], Source]) -> Iterator[Future[Source]]:
+    """Run `work` in a thread while the block runs; it is stopped, at its next report of bytes, when the block ends."""
+    stopping = threading.Event()
+
+    def stop_if_asked(count: int) -> None:
+        if stopping.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="export") as executor:
+        try:
+            yield executor.submit(work, stop_if_asked)
+        finally:
+            stopping.set()
 
 
 @contextmanager

@@ -44,15 +44,17 @@ def estimate_needs(architecture: Architecture, recipe: Recipe, group_size: int, 
         workspace_bytes: what the opened checkpoint put, or will put, on OUTPUT's disk.
     """
     stored = estimate_weight_bytes(architecture, recipe, group_size)
-    widest = max(architecture.vocabulary, architecture.feed_forward) * architecture.hidden_size
+    widest_rows = max(architecture.vocabulary, architecture.feed_forward)
     disk = stored + _SMALL_FILES_BYTES + workspace_bytes
     memory = _PROGRAM_BYTES + _GRAPH_BYTES_PER_LAYER * architecture.layers
     if recipe.weights == "fp16":
         # Rounded into a file that is mapped like a checkpoint, then copied from there into the artifact.
         disk += stored
     else:
-        # Rounded weights stay in memory until they are saved; one matrix at a time is there in float32 as well.
-        memory += stored + 4 * widest
+        # Rounded weights stay in memory until they are saved. One matrix at a time is there in float32 as well, twice
+        # when it is rounded to int4 (8 layers of the 7B with a 4-bit output layer: 1.0 GB above the rest).
+        four_bits = architecture.feed_forward if recipe.output_layer_bits == 8 else widest_rows
+        memory += stored + max(4 * widest_rows, 8 * four_bits) * architecture.hidden_size
     return Needs(disk, memory)
 
 

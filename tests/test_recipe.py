@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from normistral.errors import ResourceError, UsageError
+from normistral.export import resources
+from normistral.export.recipe import (
+    PER_CHANNEL,
+    Recipe,
+    choose_group_size,
+    choose_recipe,
+    describe_recipe,
+    estimate_weight_bytes,
+    record_recipe,
+)
+from normistral.manifest import Architecture, RecipeRecord
+
+SEVEN_B = Architecture(
+    name="MistralForCausalLM",
+    model_type="mistral",
+    hidden_size=4096,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    feed_forward=14336,
+    vocabulary=32768,
+    sliding_window=4096,
+    tied_embeddings=False,
+    parameters=7_248_023_552,
+)
+DEMO = replace(
+    SEVEN_B,
+    hidden_size=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    feed_forward=1536,
+    vocabulary=49152,
+    tied_embeddings=True,
+    parameters=134_515_008,
+)
+GB = 10**9
+
+
+def test_group_size_is_the_largest_that_divides_all_widths():
+    assert choose_group_size(SEVEN_B) == 128
+    assert choose_group_size(DEMO) == 64
+    assert choose_group_size(replace(SEVEN_B, head_dim=99)) == 32  # the output projection reads 32 × 99 features
+    assert choose_group_size(replace(DEMO, hidden_size=100)) == PER_CHANNEL
+
+
+def test_a_group_size_that_was_asked_for_is_used_or_refused():
+    assert choose_group_size(SEVEN_B, 32) == 32
+    assert choose_group_size(DEMO, PER_CHANNEL) == PER_CHANNEL
+    with pytest.raises(UsageError) as error:
+        choose_group_size(DEMO, 128)
+    assert error.value.message == "group size 128 does not divide the model's widths 576, 1536"
+    assert error.value.hint == "for this model choose one of: 64, 32, 16, -1"
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "words"),
+    [
+        ("int4", {"gruop_size": 64}, "unknown option gruop_size"),
+        ("int3", {}, "weights must be one of int4, int8, fp16, not 'int3'"),
+        ("int4", {"group_size": 48}, "not 48"),
+        ("int4", {"group_size": True}, "not True"),
+        ("int4", {"symmetric": 1}, "not 1"),
+        ("int4", {"ratio": 0.0}, "ratio must be a number above 0"),
+        ("int4", {"ratio": True}, "ratio must be a number"),
+        ("int4", {"ratio": float("nan")}, "not nan"),
+        ("int4", {"backup": "int7"}, "not 'int7'"),
+        ("int4", {"output_layer_bits": 5}, "one of 4, 8, not 5"),
+        ("int4", {"backup": "fp"}, "an output layer of 8 bits needs an 8-bit backup"),
+        ("int8", {"group_size": 64}, "group_size means nothing for int8 weights"),
+        ("fp16", {"symmetric": False}, "symmetric means nothing for fp16 weights"),
+    ],
+)
+def test_impossible_and_meaningless_options_are_refused(weights, options, words):
+    with pytest.raises(UsageError) as error:
+        choose_recipe(weights, options)
+    assert words in error.value.message
+
+
+def test_the_manifest_keeps_only_what_means_something():
+    assert record_recipe(Recipe("fp16"), 128) == RecipeRecord("fp16")
+    assert record_recipe(Recipe("int8"), 128) == RecipeRecord("int8", symmetric=Recipe().symmetric)
+    assert record_recipe(Recipe(), 64) == RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8)
+    assert describe_recipe(Recipe(ratio=0.8), 64) == (
+        "int4 symmetric, group 64, 80% of the layers, output layer int8_asym"
+    )
+
+
+def test_sizes_match_exported_artifacts():
+    # openvino_model.bin of real exports (benchmarks/results)
+    assert estimate_weight_bytes(DEMO, Recipe(), 64) == pytest.approx(85_001_925, rel=0.01)
+    assert estimate_weight_bytes(DEMO, Recipe("int8"), 64) == pytest.approx(135_030_149, rel=0.01)
+    eighth = replace(SEVEN_B, layers=8, parameters=2_013_335_552)
+    assert estimate_weight_bytes(eighth, Recipe(), 128) == pytest.approx(1_168_310_877, rel=0.01)
+    assert estimate_weight_bytes(eighth, Recipe(output_layer_bits=4), 128) == pytest.approx(1_103_200_877, rel=0.01)
+    assert estimate_weight_bytes(eighth, Recipe("fp16"), 128) == pytest.approx(4_026_532_381, rel=0.01)
+
+
+def test_memory_of_the_whole_7b_stays_within_its_bounds():
+    gib = 2**30
+    assert 3.5 * gib < resources.estimate_needs(SEVEN_B, Recipe(), 128).memory < 5 * gib
+    assert 6.7 * gib < resources.estimate_needs(SEVEN_B, Recipe("int8"), 128).memory < 8 * gib
+    assert resources.estimate_needs(SEVEN_B, Recipe("fp16"), 128).memory < gib
+
+
+def test_a_shortage_is_said_with_numbers(monkeypatch, tmp_path):
+    monkeypatch.setattr(resources, "free_disk_bytes", lambda path: 5 * GB)
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 2 * GB)
+    resources.check_resources(tmp_path / "out", resources.Needs(disk=5 * GB, memory=2 * GB))
+    with pytest.raises(ResourceError) as error:
+        resources.check_resources(tmp_path / "out", resources.Needs(disk=6 * GB, memory=GB))
+    assert error.value.message == (f"this export needs about 6.00 GB of disk at {tmp_path}; 5.00 GB are free")
+    with pytest.raises(ResourceError) as error:
+        resources.check_resources(tmp_path / "out", resources.Needs(disk=GB, memory=3 * GB))
+    assert error.value.message == "this export needs about 3.00 GB of memory; 2.00 GB are available"
+
+
+def test_the_meter_sees_memory_that_came_and_went():
+    size = 64 * 2**20
+    with resources.MemoryMeter() as meter:
+        before = resources.anonymous_bytes()
+        block = bytearray(b"\x01") * size
+        meter._stopping.wait(0.3)
+        del block
+    if before is None:
+        pytest.skip("no /proc on this system")
+    assert meter.peak_bytes is not None
+    assert meter.peak_bytes >= before + 0.9 * size
