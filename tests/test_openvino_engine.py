@@ -53,13 +53,13 @@ def test_prefill_at_once_matches_transformers_beyond_the_window(engine, referenc
 
 
 def test_token_by_token_matches_transformers_beyond_the_window(engine, reference):
-    assert_close(np.concatenate([engine.forward([token]).copy() for token in TOKENS]), reference)
+    assert_close(np.concatenate([engine.forward([token]) for token in TOKENS]), reference)
 
 
 @pytest.mark.parametrize("cuts", [(1, 20), (16,), (15, 17, 33), (40, 41, 42)])
 def test_any_chunking_matches_transformers(engine, reference, cuts):
     starts, ends = (0, *cuts), (*cuts, 48)
-    pieces = [engine.forward(TOKENS[a:b], last=b - a).copy() for a, b in zip(starts, ends, strict=True)]
+    pieces = [engine.forward(TOKENS[a:b], last=b - a) for a, b in zip(starts, ends, strict=True)]
     assert_close(np.concatenate(pieces), reference)
 
 

@@ -5,6 +5,8 @@ nothing but the template's own literals ever becomes `TEMPLATE`, so an operation
 look like the template. Sizes are asked from the render budget before anything is made. It does not know jinja.
 """
 
+# ruff: noqa: D102 - methods without a docstring are str's own
+
 from __future__ import annotations
 
 import re
@@ -42,7 +44,7 @@ def reserve_formatting(pattern: str, fields: int, arguments: Any) -> None:
 
 
 class TrackedText(str):
-    """A string with an owner for each character. Equal to, and hashed like, the plain string.
+    """A string with an owner for each character. Equal to, and hashed like, the plain string `str.__str__(self)`.
 
     Args:
         text: the characters.

@@ -8,22 +8,24 @@ before they work. What no limit can be kept in (`lipsum`, `urlize`, `wordwrap`, 
 Source for the set-up: transformers 4.57.6, utils/chat_template_utils.py, `_compile_jinja_template`.
 """
 
+# ruff: noqa: D102 - methods without a docstring are overridden ones of jinja2
+
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2  # noqa: TID253 - this file is imported lazily, by template.py
 from jinja2 import nodes  # noqa: TID253
 from jinja2.ext import Extension, loopcontrols  # noqa: TID253
-from jinja2.filters import make_attrgetter  # type: ignore[attr-defined]  # noqa: TID253
+from jinja2.filters import make_attrgetter  # noqa: TID253
 from jinja2.parser import Parser  # noqa: TID253
-from jinja2.runtime import Context, Macro, Undefined  # noqa: TID253
+from jinja2.runtime import Context, Macro  # noqa: TID253
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: TID253
-from jinja2.utils import Namespace, pass_environment  # noqa: TID253
+from jinja2.utils import Namespace, pass_context, pass_environment  # noqa: TID253
 from jinja2.visitor import NodeTransformer  # noqa: TID253
 from markupsafe import Markup
 
@@ -31,7 +33,6 @@ from normistral.errors import TemplateError
 from normistral.runtime.provenance import (
     TEMPLATE,
     TrackedText,
-    owners_of,
     require_width,
     reserve_formatting,
 )
@@ -44,17 +45,11 @@ _MAX_DATE_FORMAT = 256
 _UNLIMITED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _WIDTH_FILTERS = ("batch", "center", "round", "slice", "truncate")
 _METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(
-        "capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit "
-        "isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition "
-        "removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith "
-        "strip swapcase title upper zfill".split()
-    ),
     Mapping: frozenset(("copy", "get", "items", "keys", "values")),
     list: frozenset(("copy", "count", "index")),
     tuple: frozenset(("count", "index")),
 }
-_BUILT_INS = (str, Mapping, list, tuple, bytes, bytearray, int, float, complex, set, frozenset, range, slice, type)
+_BUILT_INS = (Mapping, list, tuple, bytes, bytearray, int, float, complex, set, frozenset, range, type)
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -68,7 +63,7 @@ def compile_template(source: str) -> jinja2.Template:
     environment = ChatEnvironment()
     with spending(RenderBudget(len(source))):
         tree = environment.parse(source)
-        if tree.find((nodes.ScopedEvalContextModifier, nodes.EvalContextModifier)):
+        if tree.find(nodes.ScopedEvalContextModifier):
             raise TemplateError("the chat template uses {% autoescape %}, which is not supported", HINT)
         code = environment.compile(_Instrument().visit(tree))
     module: dict[str, Any] = {"environment": environment, "__file__": "<chat template>"}
@@ -96,7 +91,7 @@ class _Instrument(NodeTransformer):
         node.iter = self._call("each", node.iter)
         return node
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
+    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return self._call("measured", node)
 
@@ -107,9 +102,9 @@ class _Instrument(NodeTransformer):
         return self._call("measured", node) if node.ctx == "load" else node
 
     @staticmethod
-    def _call(method: str, argument: nodes.Expr) -> nodes.Call:
+    def _call(method: str, argument: nodes.Node) -> nodes.Call:
         target = nodes.EnvironmentAttribute(method, lineno=argument.lineno)
-        return nodes.Call(target, [argument], [], None, None, lineno=argument.lineno)
+        return nodes.Call(target, [cast(nodes.Expr, argument)], [], None, None, lineno=argument.lineno)
 
 
 class _Generation(Extension):
@@ -173,7 +168,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         budget.reserve(weigh(value, budget.largest))
         return value
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         current_budget().tick()
         return __self.measured(super().call(__context, __obj, *args, **kwargs))
 
@@ -203,8 +198,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not super().is_safe_attribute(obj, attr, value):
             return False
-        if isinstance(obj, Markup) or not isinstance(obj, _BUILT_INS):
-            return not isinstance(obj, Markup)
+        if isinstance(obj, Markup):
+            return False
+        if isinstance(obj, TrackedText) or not isinstance(obj, _BUILT_INS):
+            return True
         return any(isinstance(obj, kind) and attr in names for kind, names in _METHODS.items())
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -288,13 +285,12 @@ def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = Fal
     return indention + result if first else result
 
 
-@pass_environment
-def _sum(
-    environment: ChatEnvironment, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0
-) -> Any:
+@pass_context
+def _sum(context: Context, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
     """jinja2's `sum`, one watched addition after the other."""
-    items = iterable if attribute is None else map(make_attrgetter(environment, attribute), iterable)
-    return functools.reduce(lambda total, item: environment.call_binop(None, "+", total, item), items, start)
+    items = iterable if attribute is None else map(make_attrgetter(context.environment, attribute), iterable)
+    add = context.environment.call_binop  # type: ignore[attr-defined]
+    return functools.reduce(lambda total, item: add(context, "+", total, item), items, start)
 
 
 def _to_json(
@@ -328,6 +324,3 @@ def _strftime_now(format: str) -> str:
     if len(format) > _MAX_DATE_FORMAT:
         raise TemplateError(f"the chat template formats the date with more than {_MAX_DATE_FORMAT} characters", HINT)
     return datetime.now().strftime(format)
-
-
-__all__ = ["MAX_SOURCE", "ChatEnvironment", "Undefined", "compile_template", "own", "owners_of"]

@@ -44,7 +44,7 @@ class CachedSequence:
         return logits
 
     def append(self, token_ids: Sequence[int]) -> Logits:
-        """Compute these tokens; logits [vocabulary] after the last one, valid until the next call."""
+        """Compute these tokens; logits [vocabulary] after the last one."""
         known = self._token_ids
         assert known is not None, "prefill comes first"
         self._token_ids = None  # unknown until the engine is done

@@ -48,7 +48,7 @@ class Engine(Protocol):
         """Append `token_ids` to the sequence.
 
         Returns:
-            logits of the last `last` positions: float32 [last, vocabulary], valid until the next call.
+            logits of the last `last` positions: float32 [last, vocabulary], the caller's own.
 
         Raises:
             EngineError: the engine failed.

@@ -76,7 +76,7 @@ class OpenVINOEngine:
         return self._length
 
     def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
-        """Append tokens; logits [last, vocabulary] of the last positions, valid until the next call.
+        """Append tokens; logits [last, vocabulary] of the last positions.
 
         Raises:
             EngineError: OpenVINO failed.
@@ -96,7 +96,7 @@ class OpenVINOEngine:
         except RuntimeError as exc:
             raise EngineError(f"OpenVINO failed at token {total}: {_first_line(exc)}") from exc
         self._length = total
-        return np.asarray(logits[0], dtype=np.float32)
+        return np.array(logits[0], dtype=np.float32)  # a copy: the request overwrites its tensor at the next step
 
     def trim(self, length: int) -> None:
         """Forget everything after the first `length` tokens; copies what stays."""
