@@ -128,7 +128,7 @@ def _open_folder(
         config = _read_config(folder, located.preset, found)
         tensors = _check_weights(folder, config, found)
         view = _lay_out(folder, workspace / "checkpoint", config, found)
-        vocabulary = read_vocabulary(view)
+        vocabulary = read_vocabulary(view, config["bos_token_id"])
         if vocabulary.largest_id >= config["vocab_size"]:
             raise CheckpointError(
                 f"the tokenizer does not fit the model: its ids run to {vocabulary.largest_id}, "
@@ -139,8 +139,7 @@ def _open_folder(
         stops = _stop_token_ids(config, generation, vocabulary)
         template = _choose_template(vocabulary, located.preset, found)
         sampling = _sampling_defaults(generation)
-        bos = vocabulary.bos_id if vocabulary.bos_id is not None else config["bos_token_id"]
-        _write_json(view / "generation_config.json", _generation_config(config, bos, stops, sampling))
+        _write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
         weights, _ = weight_files(folder)
         source, unhashed = _origin(located, folder, weights)
     for note in found:
@@ -157,7 +156,7 @@ def _open_folder(
         tokenizer_files=tuple(view / name for name in TOKENIZER_FILES if (view / name).exists()),
         context_length=config["max_position_embeddings"],
         stop_token_ids=stops,
-        bos_token_id=bos,
+        bos_token_id=vocabulary.bos_id,
         adds_bos=vocabulary.adds_bos,
         template=template,
         sampling=sampling,

@@ -52,7 +52,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path.name} is larger than {_MAX_JSON_BYTES >> 20} MiB", _WHOLE)
-        document = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        document = json.loads(raw)
+        if b"\\ud" in raw.lower():  # half a surrogate pair is no character: nothing could write it again
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     except OSError as exc:
         raise CheckpointError(f"cannot read {path}: {exc.strerror}", "check the folder's permissions") from exc
     except (ValueError, RecursionError) as exc:

@@ -41,7 +41,7 @@ class Vocabulary:
         specials: content of bos_token, eos_token, pad_token and unk_token, where a file names them.
         eos_ids: ids of every token that a tokenizer file calls end of sequence, and of the token with which the chat
             template closes a message; sorted.
-        bos_id: id of bos_token.
+        bos_id: id of bos_token, else config.json's.
         adds_bos: whether encoding plain text puts that token in front.
         template: jinja2 source of the chat template, or None.
     """
@@ -54,8 +54,11 @@ class Vocabulary:
     template: str | None
 
 
-def read_vocabulary(folder: Path) -> Vocabulary:
+def read_vocabulary(folder: Path, config_bos_id: int | None) -> Vocabulary:
     """Read tokenizer.json and the files beside it.
+
+    Args:
+        config_bos_id: bos_token_id of config.json, for when no tokenizer file names the token.
 
     Raises:
         CheckpointError: a file is damaged, or names a token that the tokenizer does not have.
@@ -76,7 +79,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
             token_id = tokenizer.token_to_id(content)
             if token_id is None:
                 raise CheckpointError(
-                    f"{file} names {content!r} as {name}, but the tokenizer has no such token",
+                    f"{file} names {content[:60]!r} as {name}, but the tokenizer has no such token",
                     "the tokenizer files belong to different models; copy them again",
                 )
             specials[name] = content
@@ -84,7 +87,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
                 eos_ids.add(token_id)
     template = _template(folder, settings)
     eos_ids |= set(_closing_tokens(template, tokenizer))
-    bos_id = tokenizer.token_to_id(specials["bos_token"]) if "bos_token" in specials else None
+    bos_id = tokenizer.token_to_id(specials["bos_token"]) if "bos_token" in specials else config_bos_id
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise CheckpointError("tokenizer.json has an empty vocabulary", "copy the file again")
@@ -107,7 +110,8 @@ def convert_sentencepiece(folder: Path) -> None:
     from transformers import LlamaTokenizerFast
 
     settings = _optional_json(folder / "tokenizer_config.json")
-    options = {key: settings[key] for key in ("add_bos_token", "add_eos_token", "legacy") if key in settings}
+    options = {"add_prefix_space": True}  # sentencepiece's own default; the fast class takes silence for False
+    options |= {key: settings[key] for key in (*options, "add_bos_token", "add_eos_token", "legacy") if key in settings}
     try:
         fast = LlamaTokenizerFast(vocab_file=str(folder / "tokenizer.model"), **options)
         fast.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -164,7 +168,7 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
             )
     if template is None or template == "":
         return None
-    if not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARACTERS or not _encodable(template):
+    if not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARACTERS:
         raise CheckpointError(
             f"the chat template is {ascii(template)[:40]}, not a text of at most {_MAX_TEMPLATE_CHARACTERS} characters",
             "copy tokenizer_config.json again",
@@ -186,14 +190,6 @@ def _adds_bos(tokenizer: Any, bos_id: int | None) -> bool:
     with_specials = tokenizer.encode("a", add_special_tokens=True).ids
     without = tokenizer.encode("a", add_special_tokens=False).ids
     return bool(bos_id is not None and with_specials[:1] == [bos_id] and without[:1] != [bos_id])
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair, written as \ud800 in the JSON
-        return False
-    return True
 
 
 def _first_line(exc: BaseException) -> str:

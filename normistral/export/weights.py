@@ -92,12 +92,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare with what config.json describes; all names with or all names without the prefix "model." are accepted.
+    """Compare with what config.json describes.
+
+    A headless checkpoint, whose names lack the prefix "model.", is accepted when its output layer is tied.
 
     Raises:
         CheckpointError: naming tensors that are missing, mis-shaped or left over.
     """
     found = with_prefix(tensors)
+    if found is not tensors and "lm_head.weight" in found:  # transformers cannot load this mixture
+        raise CheckpointError(
+            'the weights hold lm_head.weight, but the other names lack the prefix "model."',
+            "save the causal language model with transformers' save_pretrained",
+        )
     missing = [name for name in expected if name not in found]
     if missing:
         hint = "give the folder of a whole checkpoint"

@@ -1,0 +1,132 @@
+"""A server on 127.0.0.1 that speaks the parts of the hub's HTTP interface that a download needs, faults included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE_BYTES = 20_000  # files from this size on are kept as the hub keeps large ones: known by their SHA-256
+
+
+@dataclass
+class LoopbackHub:
+    """What it serves, and how it misbehaves.
+
+    Attributes:
+        files: contents by name.
+        status: HTTP status for every request to the repository, with the hub's error code; None is the normal answer.
+        cut: close the connection after this many bytes of a body, this many times; by file name.
+        swapped: bytes that are sent instead of a file's own.
+        requests: "METHOD path range" of everything that was asked.
+    """
+
+    repository: str
+    files: dict[str, bytes]
+    revisions: tuple[str, ...] = ("main", COMMIT)
+    status: tuple[int, str] | None = None
+    cut: dict[str, list[int]] = field(default_factory=dict)
+    swapped: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    endpoint: str = ""
+
+    def asked_for(self, name: str) -> list[str]:
+        return [line for line in self.requests if line.startswith("GET ") and f"/{name} " in line]
+
+
+@contextmanager
+def serve(folder: Path, repository: str = "norallm/tiny") -> Iterator[LoopbackHub]:
+    """Serve the files of a checkpoint folder as one repository."""
+    hub = LoopbackHub(repository, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def etag_of(data: bytes) -> str:
+    if len(data) >= LARGE_BYTES:
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: LoopbackHub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def _answer(self, *, body: bool) -> None:
+        hub = self.hub
+        hub.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^?]+)(\?.*)?", self.path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^/?]+)", self.path)
+        match = api or file
+        if match is None or match[1] != hub.repository:
+            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        if hub.status is not None:
+            return self._send(hub.status[0], b"{}", {"X-Error-Code": hub.status[1]}, body)
+        if match[2] not in hub.revisions:
+            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+        if api:
+            return self._send(200, json.dumps(self._listing()).encode(), {"Content-Type": "application/json"}, body)
+        assert file is not None
+        if file[3] not in hub.files:
+            return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, body)
+        return self._send_file(file[3], body)
+
+    def _listing(self) -> dict[str, Any]:
+        siblings = []
+        for name, data in self.hub.files.items():
+            entry: dict[str, Any] = {"rfilename": name, "size": len(data)}
+            entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            if len(data) >= LARGE_BYTES:
+                entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            siblings.append(entry)
+        return {"id": self.hub.repository, "modelId": self.hub.repository, "sha": COMMIT, "siblings": siblings}
+
+    def _send_file(self, name: str, body: bool) -> None:
+        data = self.hub.files[name]
+        etag = f'"{etag_of(data)}"'
+        headers = {"X-Repo-Commit": COMMIT, "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": str(len(data))}
+        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        sent = self.hub.swapped.get(name, data) if body else data
+        status = 200
+        if start is not None:
+            status = 206
+            headers["Content-Range"] = f"bytes {start[1]}-{len(sent) - 1}/{len(sent)}"
+            sent = sent[int(start[1]) :]
+        self._send(status, sent, headers, body, self.hub.cut.get(name) if body else None)
+
+    def _send(
+        self, status: int, data: bytes, headers: dict[str, str], body: bool, cut: list[int] | None = None
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data[: cut.pop(0)] if cut else data)
+            self.close_connection = self.close_connection or bool(cut is not None)

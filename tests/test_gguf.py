@@ -1,0 +1,244 @@
+"""A .gguf file becomes the checkpoint that it was made from, or is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from tiny_models import TEMPLATE, make_llama
+
+from normistral.errors import CheckpointError, NormistralError, ResourceError, UnsupportedArchitectureError
+from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
+from normistral.export.config import read_json
+from normistral.export.locate import locate
+from normistral.export.progress import NoProgress
+from normistral.manifest import sha256_file
+
+TYPES = gguf.TokenType
+
+
+def to_interleaved(weights: np.ndarray, heads: int) -> np.ndarray:
+    """`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py."""
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
+
+
+def byte_level_vocabulary(folder: Path) -> dict[str, Any]:
+    vocab = read_json(folder / "tokenizer.json")["model"]["vocab"]
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    types = [TYPES.CONTROL if i < 5 else TYPES.NORMAL for i in range(len(tokens))]
+    return {"model": "gpt2", "pre": "smollm", "tokens": tokens, "types": types, "merges": ["Ġ Ġ"]}
+
+
+def write_gguf(
+    path: Path, folder: Path, vocabulary: dict[str, Any], *, architecture: str = "llama", packed: bool = False
+) -> Path:
+    from safetensors.numpy import load_file
+
+    config = read_json(folder / "config.json")
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_tokenizer_model(vocabulary["model"])
+    if "pre" in vocabulary:
+        writer.add_tokenizer_pre(vocabulary["pre"])
+    writer.add_token_list(vocabulary["tokens"])
+    writer.add_token_types(vocabulary["types"])
+    if "scores" in vocabulary:
+        writer.add_token_scores(vocabulary["scores"])
+    else:
+        writer.add_token_merges(vocabulary["merges"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(4 if "scores" not in vocabulary else 2)
+    writer.add_unk_token_id(0)
+    if "adds_bos" in vocabulary:
+        writer.add_add_bos_token(vocabulary["adds_bos"])
+    writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, values in load_file(folder / "model.safetensors").items():
+        if ".q_proj." in name or ".k_proj." in name:
+            values = to_interleaved(values, heads if ".q_proj." in name else kv_heads)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        assert target is not None
+        if packed and values.ndim == 2:
+            quantised = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(target, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(target, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def open_gguf(path: Path, workspace: Path) -> Checkpoint:
+    workspace.mkdir(exist_ok=True)
+    return open_checkpoint(locate(str(path), progress=NoProgress()), workspace, progress=NoProgress())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with one merge and SmolLM2's pre-tokenizer, as its own tokenizer.json has it."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    folder = make_llama(tmp_path_factory.mktemp("source") / "model", vocab=262)
+    path = folder / "tokenizer.json"
+    document = read_json(path)
+    document["model"]["vocab"] = {("ĠĠ" if i == 261 else word): i for word, i in document["model"]["vocab"].items()}
+    document["model"]["merges"] = [["Ġ", "Ġ"]]
+    tokenizer = Tokenizer.from_str(json.dumps(document))
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.save(str(path))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def file(model: Path) -> Path:
+    return write_gguf(model.parent / "tiny.gguf", model, byte_level_vocabulary(model))
+
+
+def test_round_trip(model: Path, file: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    checkpoint = open_gguf(file, tmp_path / "workspace")
+    before, after = load_file(model / "model.safetensors"), load_file(checkpoint.folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert (checkpoint.stop_token_ids, checkpoint.bos_token_id, checkpoint.adds_bos) == ((4,), 1, False)
+    assert (checkpoint.architecture.head_dim, checkpoint.architecture.tied_embeddings) == (24, False)
+    assert checkpoint.template is not None
+    assert (checkpoint.template.text, checkpoint.template.eos_token) == (TEMPLATE, "<|im_end|>")
+    assert hash_sources(checkpoint).files == {"tiny.gguf": sha256_file(file)}
+
+
+def test_tokenizer_splits_as_the_named_pre_tokenizer_does(model: Path, file: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    folder = open_gguf(file, tmp_path / "workspace").folder
+    ours, original = (
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+        Tokenizer.from_file(str(model / "tokenizer.json")),
+    )
+    for text in (
+        "Hello",
+        "tre   blanke",
+        "Hva er 12345 + æøå 🙂?",
+        "<|im_start|> user\nHei<|im_end|>\n",
+        "  to  blanke\t\n",
+    ):
+        assert ours.encode(text).ids == original.encode(text).ids
+        assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
+    splits = ours.pre_tokenizer.pre_tokenize_str("år 2024")  # one digit each, unlike GPT-2's
+    assert [piece for piece, _ in splits] == ["Ã¥r", "Ġ", "2", "0", "2", "4"]
+
+
+def test_bos_is_added_only_when_the_file_says_so(model: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "bos.gguf", model, {**byte_level_vocabulary(model), "adds_bos": True})
+    assert open_gguf(path, tmp_path / "workspace").adds_bos
+
+
+def test_packed_weights(model: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    path = write_gguf(tmp_path / "packed.gguf", model, byte_level_vocabulary(model), packed=True)
+    before = load_file(model / "model.safetensors")
+    after = load_file(open_gguf(path, tmp_path / "workspace").folder / "model.safetensors")
+    for name, values in before.items():
+        assert np.abs(after[name] - values).max() <= np.abs(values).max() / 127, name
+
+
+def test_unknown_pre_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", model, {**byte_level_vocabulary(model), "pre": "viking"})
+    with pytest.raises(CheckpointError, match="pre-tokenizer 'viking'"):
+        open_gguf(path, tmp_path / "workspace")
+
+
+def test_other_architecture_is_named(model: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", model, byte_level_vocabulary(model), architecture="qwen2")
+    with pytest.raises(UnsupportedArchitectureError, match="architecture 'qwen2'"):
+        open_gguf(path, tmp_path / "workspace")
+
+
+def test_too_little_memory_is_said_with_numbers(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normistral.export.gguf.available_memory_bytes", lambda: 10**9)
+    with pytest.raises(ResourceError, match=r"unpacks to 0\.0 GB of float32.*1\.1 GB.*1\.0 GB of memory"):
+        open_gguf(file, tmp_path / "workspace")
+    assert list((tmp_path / "workspace").iterdir()) == []
+
+
+def test_truncated_and_damaged_files(file: Path, tmp_path: Path) -> None:
+    whole = file.read_bytes()
+    rng = random.Random(3)
+    path = tmp_path / "damaged.gguf"
+    for keep in (0, 3, 4, 10, 24, 100, 1000, 5000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(CheckpointError) as caught:
+            open_gguf(path, tmp_path / f"cut{keep}")
+        assert "damaged.gguf" in caught.value.message
+    refused = 0
+    for trial in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(6000)] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            open_gguf(path, tmp_path / f"flip{trial}")
+        except NormistralError:
+            refused += 1
+    assert refused > 20  # many flips only change a token's text; none ends in a traceback
+
+
+def test_sentencepiece_vocabulary(tmp_path: Path) -> None:
+    """Ids equal those of the sentencepiece library, from a .gguf file and from a tokenizer.model."""
+    import sentencepiece
+    from tokenizers import Tokenizer
+
+    words = "Hovedstaden i Norge er Oslo. Været på Vestlandet er vått, og fjorden er blå. Hun kjøper brød og ost."
+    (tmp_path / "text.txt").write_text("\n".join([words, words.lower(), "Å ære ørret: 12 + 34 = 46!"] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "spm"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, character_coverage=1.0, minloglevel=2, normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    pieces = range(original.get_piece_size())
+    kinds = {original.is_unknown: TYPES.UNKNOWN, original.is_control: TYPES.CONTROL, original.is_byte: TYPES.BYTE}
+    vocabulary = {
+        "model": "llama",
+        "tokens": [original.id_to_piece(i) for i in pieces],
+        "scores": [original.get_score(i) for i in pieces],
+        "types": [next((kind for test, kind in kinds.items() if test(i)), TYPES.NORMAL) for i in pieces],
+    }
+    folder = make_llama(tmp_path / "model", vocab=len(pieces), chat=False)
+    from_gguf = open_gguf(write_gguf(tmp_path / "spm.gguf", folder, vocabulary), tmp_path / "one")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    (tmp_path / "spm.model").rename(folder / "tokenizer.model")
+    (tmp_path / "two").mkdir()
+    from_model = open_checkpoint(locate(str(folder), progress=NoProgress()), tmp_path / "two", progress=NoProgress())
+    assert "tokenizer.json was made from tokenizer.model" in from_model.notes
+    for checkpoint in (from_gguf, from_model):
+        assert checkpoint.adds_bos
+        tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+        for text in ("Hovedstaden i Norge er Oslo.", "blåbær og brød", "12 + 46 🙂", "to  blanke"):
+            assert tokenizer.encode(text, add_special_tokens=False).ids == original.encode(text)
+            assert tokenizer.decode(original.encode(text)) == text
