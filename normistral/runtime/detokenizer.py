@@ -1,0 +1,224 @@
+"""Token ids to text, one at a time, in whole characters.
+
+The decoder of a tokenizer.json is a chain of steps over a list of tokens. Each has an incremental twin here that gives
+out what later tokens can no longer change and holds the rest, so a token costs the same however long the answer is.
+It does not know engines or stop rules.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from normistral.errors import ArtifactError
+from normistral.runtime.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+
+
+class _Stage(Protocol):
+    """One step of the chain: a piece in, the pieces that are now certain out."""
+
+    def push(self, piece: str) -> list[str]: ...
+
+    def flush(self) -> list[str]: ...
+
+    def forget(self) -> None:
+        """The prompt ends: drop its whole characters, keep one that it left unfinished."""
+
+
+class StreamDetokenizer:
+    """Text of one generation.
+
+    All pieces together are `tokenizer.decode(prompt + answer)` without its `tokenizer.decode(prompt)`: with a
+    `prompt_tail`, a SentencePiece tokenizer keeps the blank in front of the answer's first word; without one the answer
+    stands alone and loses it. A character that the prompt left unfinished belongs to the answer.
+
+    Args:
+        tokenizer: the artifact's.
+        prompt_tail: last tokens of the prompt, all or at least one that is not special.
+        skip_special_tokens: leave special tokens out.
+
+    Raises:
+        ArtifactError: the tokenizer's decoder has a step that is not known here.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_tail: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._stages = [_make_stage(description) for description in tokenizer.decoder_stages]
+        if not self._stages:
+            raise ArtifactError("the tokenizer has no decoder", "add one to tokenizer.json and export the model again")
+        for token_id in prompt_tail:
+            self.push(token_id)
+        for stage in self._stages:
+            stage.forget()
+
+    def push(self, token_id: int) -> str:
+        """Characters that became certain; "" in the middle of one. Ids outside the vocabulary give nothing."""
+        token = self._tokenizer.token_text(token_id)
+        if token is None or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
+            return ""
+        return self._run([token], from_stage=0)
+
+    def flush(self) -> str:
+        """What is left at the end; an unfinished character comes out as U+FFFD."""
+        return "".join(self._run(stage.flush(), index + 1) for index, stage in enumerate(self._stages))
+
+    def _run(self, pieces: list[str], from_stage: int) -> str:
+        for stage in self._stages[from_stage:]:
+            pieces = [out for piece in pieces for out in stage.push(piece)]
+        return "".join(pieces)
+
+
+class _PerPiece:
+    """Steps that look at one piece only."""
+
+    def __init__(self, change: Callable[[str], str]) -> None:
+        self._change = change
+
+    def push(self, piece: str) -> list[str]:
+        return [self._change(piece)]
+
+    def flush(self) -> list[str]:
+        return []
+
+    def forget(self) -> None: ...
+
+
+class _ByteFallback:
+    """`<0xF0>`: runs of byte tokens are UTF-8. One wrong byte spoils its whole run, each byte giving one U+FFFD, so
+    nothing of a run is certain before it ends.
+    """
+
+    def __init__(self) -> None:
+        self._run = bytearray()
+
+    def push(self, piece: str) -> list[str]:
+        byte = _byte_of(piece)
+        if byte is None:
+            return [*self.flush(), piece]
+        self._run.append(byte)
+        return []
+
+    def flush(self) -> list[str]:
+        run = bytes(self._run)
+        self._run.clear()
+        try:
+            return [run.decode("utf-8")] if run else []
+        except UnicodeDecodeError:
+            return [_REPLACEMENT] * len(run)
+
+    def forget(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(bytes(self._run))
+        self._run = bytearray(decoder.getstate()[0])
+
+
+class _ByteLevel:
+    """GPT-2's bytes as letters. All tokens together are UTF-8, malformed parts replaced.
+
+    A token with a letter that stands for no byte counts as UTF-8 itself. (Behind `Fuse`, tokenizers then takes the
+    whole text so, and shows Ġ for every blank; here it stays with that token.)
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, piece: str) -> list[str]:
+        try:
+            raw = bytes([_BYTE_OF_LETTER[letter] for letter in piece])
+        except KeyError:
+            raw = piece.encode("utf-8")
+        return [self._decoder.decode(raw)]
+
+    def flush(self) -> list[str]:
+        return [self._decoder.decode(b"", final=True)]
+
+    def forget(self) -> None: ...
+
+
+class _Metaspace:
+    """▁ is a blank, except in the very first token, where it is nothing."""
+
+    def __init__(self, replacement: str, prepend_scheme: str) -> None:
+        self._replacement = replacement
+        self._first = prepend_scheme != "never"
+
+    def push(self, piece: str) -> list[str]:
+        blank = "" if self._first else " "
+        self._first = False
+        return [piece.replace(self._replacement, blank)]
+
+    def flush(self) -> list[str]:
+        return []
+
+    def forget(self) -> None: ...
+
+
+class _StripStart:
+    """Drops the first characters of the whole text, if they are `content`."""
+
+    def __init__(self, content: str, count: int) -> None:
+        self._content = content
+        self._left = count
+
+    def push(self, piece: str) -> list[str]:
+        start = 0
+        while self._left and start < len(piece):
+            if piece[start] == self._content:
+                start += 1
+                self._left -= 1
+            else:
+                self._left = 0
+        return [piece[start:]]
+
+    def flush(self) -> list[str]:
+        return []
+
+    def forget(self) -> None: ...
+
+
+def _make_stage(description: dict[str, Any]) -> _Stage:
+    """The incremental twin of one decoder step of tokenizer.json (tokenizers 0.22, `decoders`)."""
+    match description:
+        case {"type": "ByteLevel"}:
+            return _ByteLevel()
+        case {"type": "ByteFallback"}:
+            return _ByteFallback()
+        case {"type": "Fuse"}:
+            return _PerPiece(lambda piece: piece)
+        case {"type": "Metaspace", "replacement": str(replacement)}:
+            return _Metaspace(replacement, description.get("prepend_scheme", "always"))
+        case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)}:
+            return _PerPiece(lambda piece: piece.replace(pattern, content))
+        case {"type": "Strip", "content": str(content), "start": int(start), "stop": 0}:
+            return _StripStart(content, start)
+        case _:
+            raise ArtifactError(
+                f"the tokenizer's decoder has a step that is not supported: {description}",
+                "export a model of a family that this version supports",
+            )
+
+
+def _byte_of(token: str) -> int | None:
+    if len(token) != 6 or not token.startswith("<0x") or not token.endswith(">"):
+        return None
+    try:
+        return int(token[3:5], 16)
+    except ValueError:
+        return None
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_letters()
