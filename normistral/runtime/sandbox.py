@@ -200,7 +200,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             return False
         if isinstance(obj, Markup):
             return False
-        if isinstance(obj, TrackedText) or not isinstance(obj, _BUILT_INS):
+        if isinstance(obj, TrackedText):
+            return hasattr(str, attr)
+        if not isinstance(obj, _BUILT_INS):
             return True
         return any(isinstance(obj, kind) and attr in names for kind, names in _METHODS.items())
 

@@ -1,0 +1,183 @@
+"""Messages to text and token ids, through the checkpoint's own chat template.
+
+Rendering is byte for byte that of transformers 4.57.6. Token ids are those of its `apply_chat_template`, except where a
+message holds the text of a control token: that stays text. The template is not trusted either: it runs in jinja2's
+sandbox under the limits of `render_budget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from normistral.errors import NormistralError, TemplateError
+from normistral.manifest import Template
+from normistral.runtime.encoding import ConversationEncoder
+from normistral.runtime.provenance import MESSAGE, TEMPLATE, UNKNOWN, TrackedText
+from normistral.runtime.render_budget import RenderBudget, spending
+from normistral.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import jinja2
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Plain ChatML: the fall-back for a chat model that ships no template."""
+
+# Names with a fixed meaning, chosen by the application and not typed by a user: templates make tokens of them, as in
+# `'<|' + message['role'] + '|>'`.
+ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
+
+_BAD_TEMPLATE = "export the model again with a template that works"
+_BAD_MESSAGES = "change the messages to what this model's template takes"
+_MAX_QUOTE = 300
+
+
+class ChatTemplate:
+    """A compiled chat template; safe to share between threads.
+
+    Args:
+        template: source and special tokens, from the manifest.
+        tokenizer: the artifact's.
+
+    Raises:
+        TemplateError: the template has a syntax error, or uses what the sandbox does not offer.
+    """
+
+    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+        self._template = template
+        self._encoder = ConversationEncoder(tokenizer, template.text)
+        self._compiled = _compile(template.text)
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as text, as `apply_chat_template(messages, tokenize=False)`.
+
+        Raises:
+            TemplateError: the template refuses the messages, fails, breaks the sandbox or exceeds its limits.
+        """
+        return self._render(messages, add_generation_prompt)[0]
+
+    def encode(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+        """The conversation as token ids, as `apply_chat_template(messages)` where no message holds control text.
+
+        Otherwise every control token that stands wholly in text of the template is one, and every other is tokenised
+        as ordinary text: one typed into a content, a role or any other field, and one that would only come about where
+        a message meets the template.
+
+        Raises:
+            TemplateError: as `render`; or a message may hold control text and the template treats it in a way that
+                cannot be followed.
+            UsageError: the text is not valid Unicode.
+        """
+        text, owners = self._render(messages, add_generation_prompt)
+        if UNKNOWN in owners and not any(map(self._encoder.could_write_control_text, _typed_strings(messages))):
+            owners = owners.replace(UNKNOWN, TEMPLATE)
+        return self._encoder.encode(text, owners)
+
+    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> tuple[str, str]:
+        """Text, and the owner of each of its characters."""
+        import jinja2
+        from jinja2.exceptions import SecurityError
+
+        size = sum(map(len, _strings(messages)))
+        try:
+            with spending(RenderBudget(size)) as budget:
+                variables = self._special_tokens() | {
+                    "messages": [_track_message(message) for message in messages],
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
+                pieces, length = [], 0
+                for piece in self._compiled.generate(**variables):
+                    pieces.append(piece)
+                    length += len(piece)
+                    budget.reserve(0 if length <= budget.largest else length)
+                rendered = TrackedText().join(pieces)
+                return str.__str__(rendered), rendered.owners
+        except NormistralError:
+            raise
+        except SecurityError as exc:
+            raise TemplateError(f"the chat template breaks the sandbox: {_quote(exc)}", _BAD_TEMPLATE) from exc
+        except jinja2.UndefinedError as exc:
+            raise TemplateError(f"the chat template uses what is not there: {_quote(exc)}", _BAD_MESSAGES) from exc
+        except jinja2.TemplateError as exc:
+            raise TemplateError(f"the chat template refuses the messages: {_quote(exc)}", _BAD_MESSAGES) from exc
+        except Exception as exc:  # whatever Python raises on the template's behalf
+            raise TemplateError(f"the chat template fails: {_quote(exc)}", _BAD_TEMPLATE) from exc
+
+    def _special_tokens(self) -> dict[str, Any]:
+        """bos_token and so on, where the checkpoint has them."""
+        from normistral.runtime.sandbox import own
+
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        values = {name: own(getattr(self._template, name)) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _compile(source: str) -> jinja2.Template:
+    import jinja2
+
+    from normistral.runtime.sandbox import compile_template
+
+    try:
+        return compile_template(source)
+    except NormistralError:
+        raise
+    except jinja2.TemplateSyntaxError as exc:
+        where = f"line {exc.lineno}: {_quote(exc, with_type=False)}"
+        raise TemplateError(f"the chat template has an error in {where}", _BAD_TEMPLATE) from exc
+    except Exception as exc:  # nested too deep for jinja2 or for Python's own compiler
+        raise TemplateError(f"the chat template cannot be compiled: {_quote(exc)}", _BAD_TEMPLATE) from exc
+
+
+def _track_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    tracked: dict[str, Any] = _track(message)
+    if isinstance(message.get("role"), str) and message["role"] in ROLES:
+        tracked["role"] = TrackedText(message["role"], TEMPLATE * len(message["role"]))
+    return tracked
+
+
+def _track(value: Any) -> Any:
+    if isinstance(value, str):
+        return TrackedText(str.__str__(value), MESSAGE * len(value))
+    if isinstance(value, Mapping):
+        return {key: _track(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_track(inner) for inner in value]
+    return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _typed_strings(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Every string of the messages except the usual keys and roles."""
+    for message in messages:
+        for key, value in message.items():
+            if key not in ("role", "content"):
+                yield from _strings(key)
+            if key != "role" or value not in ROLES:
+                yield from _strings(value)
+
+
+def _quote(exc: Exception, *, with_type: bool = True) -> str:
+    """An exception in one line, and not a long one: its text comes from the template."""
+    import jinja2
+
+    text = " ".join(str.__str__(str(exc)).split())[:_MAX_QUOTE]
+    plain = isinstance(exc, jinja2.TemplateError) or not with_type
+    return text if plain else f"{type(exc).__name__}: {text}" if text else type(exc).__name__
