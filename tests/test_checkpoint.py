@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -294,6 +296,40 @@ def test_tokenizer_that_does_not_fit(tmp_path: Path) -> None:
 def test_damaged_tokenizer(model: Path, tmp_path: Path) -> None:
     (model / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": 3}}')
     assert "tokenizer.json cannot be read" in refusal(model, tmp_path)
+
+
+def test_truncated_and_flipped_torch_files(tmp_path: Path) -> None:
+    folder = make_mistral(tmp_path / "model", layers=1, safetensors=False)
+    path = folder / "pytorch_model.bin"
+    whole = path.read_bytes()
+    rng = random.Random(5)
+    for keep in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        assert "pytorch_model.bin is truncated" in refusal(folder, tmp_path)
+    refused = 0
+    for trial in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.choice((rng.randrange(2000), len(whole) - 1 - rng.randrange(3000)))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            open_folder(folder, tmp_path / f"workspace{trial}")
+        except CheckpointError:
+            refused += 1
+    assert refused > 10  # the zip format does not use every byte; none ends in a traceback
+
+
+def test_checking_a_safetensors_folder_imports_no_torch(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "workspace").mkdir()
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from normistral.export.checkpoint import open_checkpoint\n"
+        "from normistral.export.locate import locate; from normistral.export.progress import NoProgress\n"
+        f"located = locate({str(model)!r}, progress=NoProgress())\n"
+        f"open_checkpoint(located, Path({str(tmp_path / 'workspace')!r}), progress=NoProgress())\n"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_eos_token_that_the_tokenizer_lacks(model: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def _model_type(config: dict[str, Any]) -> str:
 
 
 def _attention(config: dict[str, Any], model_type: str, hidden: int, heads: int) -> dict[str, Any]:
-    """Heads, their width and the window. Norwegian-Mistral-11b has head_dim 128 where hidden/heads is 160."""
+    """Heads, their width and the window. NorMistral-11b has head_dim 128 where hidden/heads is 160."""
     fields: dict[str, Any] = {}
     kv_heads = _integer(config, "num_key_value_heads", 1, heads, min(8, heads) if model_type == "mistral" else heads)
     if heads % kv_heads:

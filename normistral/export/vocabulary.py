@@ -187,8 +187,11 @@ def _closing_tokens(template: str | None, tokenizer: Any) -> Iterator[int]:
 
 
 def _adds_bos(tokenizer: Any, bos_id: int | None) -> bool:
-    with_specials = tokenizer.encode("a", add_special_tokens=True).ids
-    without = tokenizer.encode("a", add_special_tokens=False).ids
+    try:
+        with_specials = tokenizer.encode("a", add_special_tokens=True).ids
+        without = tokenizer.encode("a", add_special_tokens=False).ids
+    except Exception as exc:  # tokenizers raises plain Exceptions
+        raise CheckpointError(f"the tokenizer cannot encode text: {_first_line(exc)}", "copy the file again") from exc
     return bool(bos_id is not None and with_specials[:1] == [bos_id] and without[:1] != [bos_id])
 
 
