@@ -75,12 +75,12 @@ def download(
         ResourceError: the disk is full, or will be.
     """
     _require_revision(revision)
-    _set_up_transport()
+    silence_telemetry()
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE) if cache is None else cache
     transport = _Transport(repository, revision or "main", endpoint, cache)
-    with _without_bars():
+    with _plain_transport():
         try:
             commit, files = transport.list_files()
         except _UnreachableError as exc:
@@ -371,26 +371,27 @@ def _require_revision(revision: str | None) -> None:
         raise UsageError(f"{revision!r} is no revision", "give a branch, a tag or a commit")
 
 
-def _set_up_transport() -> None:
-    # Xet is left out because its transfers cannot be resumed from a partial file, and leave a cache and logs of their
-    # own in HF_HOME; plain HTTP does both right. huggingface_hub reads both switches when it is imported.
-    silence_telemetry()
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-
-
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """huggingface_hub's own progress bars off: progress goes through ours."""
+def _plain_transport() -> Iterator[None]:
+    """huggingface_hub without its progress bars (progress goes through ours) and without Xet.
+
+    Xet's transfers cannot be resumed from a partial file, and leave a cache and logs of their own in HF_HOME; plain
+    HTTP does both right. HF_HUB_DISABLE_XET=0 in the environment turns it on again.
+    """
+    from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    name = "huggingface_hub.http_get"
-    before = are_progress_bars_disabled(name)
-    disable_progress_bars(name)
+    bars = "huggingface_hub.http_get"
+    had_bars, had_xet_off = not are_progress_bars_disabled(bars), constants.HF_HUB_DISABLE_XET
+    disable_progress_bars(bars)
+    if "HF_HUB_DISABLE_XET" not in os.environ:
+        constants.HF_HUB_DISABLE_XET = True
     try:
         yield
     finally:
-        if not before:
-            enable_progress_bars(name)
+        constants.HF_HUB_DISABLE_XET = had_xet_off
+        if had_bars:
+            enable_progress_bars(bars)
 
 
 def _is_transient(exc: Exception) -> bool:
