@@ -14,7 +14,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -137,7 +137,7 @@ class Manifest:
         bos_token_id: the beginning-of-sequence id, or None.
         adds_bos: whether the tokenizer's own post-processor puts it in front of plain text.
         template: the chat template; None for a base model.
-        files: every file of the artifact except this one, by its POSIX path relative to the folder.
+        files: every file of the artifact except this one, by name.
         tools: versions of the packages that made it.
         quality: figures measured at export, or None when nothing was measured.
         notes: what the exporter decided or found that the user should see.
@@ -236,16 +236,13 @@ def serialise_manifest(manifest: Manifest) -> bytes:
 
 
 def hash_files(folder: Path, on_bytes: Callable[[int], None] = lambda count: None) -> dict[str, FileRecord]:
-    """Size and SHA-256 of every file below `folder` except the manifest, by POSIX path.
+    """Size and SHA-256 of every file in `folder` except the manifest, by name. An artifact has no subfolders.
 
     Args:
         on_bytes: called with the number of bytes just read, for a progress bar.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_file(path, on_bytes))
-        for path in files
-    }
+    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST_NAME)
+    return {path.name: FileRecord(path.stat().st_size, sha256_file(path, on_bytes)) for path in files}
 
 
 def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
@@ -318,7 +315,6 @@ def _require_known_fields(given: Any, known: Any) -> None:
 
 
 def _require_plain_name(name: str) -> None:
-    """Refuse names that would lead out of the artifact's folder."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\x00" in name:
-        raise ValueError(f"file name {name!r} leads out of the artifact")
+    """Refuse names that would lead out of the artifact's folder, on any operating system."""
+    if name in ("", ".", "..") or set(name) & {"/", "\\", ":", "\x00"}:
+        raise ValueError(f"file name {name!r} is not a plain name")

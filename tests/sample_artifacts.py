@@ -58,10 +58,10 @@ def make_manifest(**changes: Any) -> Manifest:
 
 
 def write_artifact(folder: Path, **changes: Any) -> Manifest:
-    """A folder with a small file, one in a subfolder, a sparse one that is too big to be hashed at load, a manifest."""
-    (folder / "sub").mkdir(parents=True)
+    """A folder with two small files, a sparse one that is too big to be hashed at load, a manifest."""
+    folder.mkdir(parents=True)
     (folder / SMALL_FILE).write_text('{"name": "ærlig"}', encoding="utf-8")
-    (folder / "sub" / "tokens.txt").write_text("æ ø å", encoding="utf-8")
+    (folder / "tokens.txt").write_text("æ ø å", encoding="utf-8")
     with (folder / BIG_FILE).open("wb") as file:
         file.truncate(HASHED_AT_LOAD_BYTES + 1)
     manifest = make_manifest(files=hash_files(folder), **changes)

@@ -207,10 +207,10 @@ def replace_by_link(path: Path) -> None:
 DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
     (SMALL_FILE, Path.unlink, "is missing"),
     (BIG_FILE, Path.unlink, "is missing"),
-    ("sub/tokens.txt", lambda path: path.write_text("æ"), "bytes instead of"),
+    ("tokens.txt", lambda path: path.write_text("æ"), "bytes instead of"),
     (BIG_FILE, lambda path: os.truncate(path, 17 * 2**20 - 1), "bytes instead of"),
     (SMALL_FILE, flip_last_bit, "was changed after the export"),
-    ("sub/tokens.txt", flip_last_bit, "was changed after the export"),
+    ("tokens.txt", flip_last_bit, "was changed after the export"),
     (SMALL_FILE, replace_by_link, "is not a regular file"),
     (BIG_FILE, replace_by_link, "is not a regular file"),
 ]

@@ -84,8 +84,8 @@ def stream_text(steps: Iterator[TokenStep], detokenizer: StreamDetokenizer, stop
     """Turn token steps into chunks of whole characters; ends early at a stop text, of which nothing is shown."""
     stop_texts = StopTexts(stop)
     for step in steps:
-        is_text = step.token_id is not None and step.finish_reason != "stop"  # a stop token is no text
-        text = detokenizer.push(step.token_id) if is_text else ""
+        # A stop token is no text.
+        text = "" if step.token_id is None or step.finish_reason == "stop" else detokenizer.push(step.token_id)
         shown, stopped = stop_texts.push(text)
         finish_reason = step.finish_reason
         if not stopped and finish_reason is not None:
