@@ -223,14 +223,14 @@ def stored_type_of(graph, name):
     return found
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["fp16", "int4"])
 def test_tied_embeddings_are_stored_once(tmp_path, weights):
     sizes = {}
     for tied in (True, False):
-        checkpoint = make_llama(tmp_path / f"checkpoint-{tied}", tied=tied, vocab=4096, dtype="bfloat16")
+        checkpoint = make_llama(tmp_path / f"checkpoint-{tied}", tied=tied, vocab=1024, dtype="bfloat16")
         normistral.export_model(str(checkpoint), tmp_path / f"out-{tied}", weights=weights)
         sizes[tied] = (tmp_path / f"out-{tied}" / "openvino_model.bin").stat().st_size
-    table = 4096 * 64 * (2 if weights == "fp16" else 1)
+    table = 1024 * 64 * (2 if weights == "fp16" else 1)
     assert table <= sizes[False] - sizes[True] <= 1.1 * table
 
 

@@ -1,0 +1,34 @@
+"""SIGKILL at random moments of a tiny export; `kill_export.py` alone does the same to any model, as often as wanted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import make_mistral
+
+pytest.importorskip("optimum.exporters.openvino")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+KILLS = int(os.environ.get("NORMISTRAL_TEST_KILLS", "6"))
+
+
+def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path):
+    checkpoint = make_mistral(tmp_path / "checkpoint")
+    script = Path(__file__).with_name("kill_export.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(checkpoint), "--kills", str(KILLS), "--recover-every", "3"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60 + 60 * KILLS,
+    )
+    assert done.returncode == 0, done.stderr
+    tally = json.loads(done.stdout)
+    assert tally["killed"] + tally["finished"] == KILLS
+    assert tally["killed"] >= KILLS // 2
+    assert tally["partial_left"] >= 1
