@@ -101,6 +101,7 @@ BOMBS = [
     "{{ range(100000) | map('list') | sum(start=[]) }}",
     "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "{% for i in range(100000) %}{% for j in range(100000) if j > 100000 %}{% endfor %}{% endfor %}",
+    "{% set r = range(30000) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
     "{% for i in range(100000) recursive %}{{ loop(range(100000)) }}{% endfor %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
