@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,11 +54,12 @@ def available_bytes() -> int:
 def folder_bytes(folder: Path) -> int:
     """Bytes on disk below a folder; files that vanish while it looks count nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_blocks * 512
-        except OSError:
-            continue
+    for parent, _, names in os.walk(folder):  # unlike rglob, it does not mind a folder that vanishes
+        for name in names:
+            try:
+                total += os.lstat(f"{parent}/{name}").st_blocks * 512
+            except OSError:
+                continue
     return total
 
 

@@ -21,3 +21,13 @@ def tiny_fp16(tiny_checkpoint, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("artifacts") / "tiny-openvino-fp16"
     export_model(str(tiny_checkpoint), output, weights="fp16")
     return output
+
+
+@pytest.fixture(scope="session")
+def demo_int4(tmp_path_factory) -> Path:
+    """The demo model as `make chat` exports it."""
+    from normistral import export_model
+
+    output = tmp_path_factory.mktemp("demo") / "artifacts" / "demo-openvino-int4"
+    export_model("demo", output, weights="int4")
+    return output
