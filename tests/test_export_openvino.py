@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 
@@ -18,6 +19,7 @@ from tiny_models import make_llama, make_mistral  # noqa: E402
 
 import normistral  # noqa: E402
 from normistral.errors import ExportError, ResourceError, UsageError  # noqa: E402
+from normistral.export import staging  # noqa: E402
 from normistral.export import verify as verifying  # noqa: E402
 from normistral.export.openvino import round_to_float16  # noqa: E402
 from normistral.hardware import exact_openvino, read_machine  # noqa: E402
@@ -279,9 +281,26 @@ def test_a_disk_that_fills_up_while_openvino_writes_leaves_nothing(tmp_path, mon
     checkpoint = make_mistral(tmp_path / "checkpoint")
     with pytest.raises(ExportError, match="its weights are not whole"):
         normistral.export_model(str(checkpoint), tmp_path / "out")
-    monkeypatch.setattr(verifying, "free_disk_bytes", lambda path: 1000)
-    with pytest.raises(ResourceError, match="is full"):
+    monkeypatch.setattr(staging, "free_disk_bytes", lambda path: 1000)
+    with pytest.raises(ResourceError, match="the disk is full"):
         normistral.export_model(str(checkpoint), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs resource limits")
+@pytest.mark.parametrize("limit", [2_000, 50_000, 150_000])
+def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path, limit):
+    """A limit on the size of files stands in for a full disk: the writes fail inside OpenVINO and Python alike."""
+    import resource
+
+    checkpoint = make_mistral(tmp_path / "checkpoint")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises((ExportError, ResourceError)):
+            normistral.export_model(str(checkpoint), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 

@@ -24,6 +24,7 @@ from unittest import mock
 from normistral.errors import ExportError, MissingExtraError
 from normistral.export.progress import Stage
 from normistral.export.recipe import Recipe
+from normistral.export.staging import require_free_disk
 
 if TYPE_CHECKING:
     import openvino
@@ -188,9 +189,8 @@ def save(graph: openvino.Model, folder: Path, recipe: Recipe) -> None:
     """Write openvino_model.xml and .bin, with the same hints for other loaders as Optimum gives them.
 
     Raises:
-        ExportError: OpenVINO cannot write them. (It may also write too little without a word: see verify.py.)
+        ResourceError, ExportError: as `write_ir`.
     """
-    import openvino
     from optimum.exporters.openvino.convert import _add_version_info_to_model
 
     _add_version_info_to_model(graph, "transformers")
@@ -198,10 +198,23 @@ def save(graph: openvino.Model, folder: Path, recipe: Recipe) -> None:
     graph.set_rt_info("8.0", ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
     if recipe.weights == "fp16":
         graph.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
+    write_ir(graph, folder / IR_NAME)
+
+
+def write_ir(graph: openvino.Model, path: Path) -> None:
+    """Write a graph as .xml and .bin, with its constants as they are.
+
+    Raises:
+        ResourceError: the disk is full.
+        ExportError: OpenVINO cannot write it for another reason.
+    """
+    import openvino
+
     try:
-        openvino.save_model(graph, folder / IR_NAME, compress_to_fp16=False)
-    except RuntimeError as exc:
-        raise ExportError(f"OpenVINO cannot write the model: {_first_line(exc)}") from exc
+        openvino.save_model(graph, path, compress_to_fp16=False)
+    except RuntimeError as exc:  # it says "iostream error" for everything that the system may refuse
+        require_free_disk(path)
+        raise ExportError(f"OpenVINO cannot write {path.name}: {_first_line(exc)}") from exc
 
 
 @contextmanager

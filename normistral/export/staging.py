@@ -32,6 +32,7 @@ from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME
 
 _REPLACED = "replaced"
+_FULL_BELOW_BYTES = 2**20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -117,15 +118,24 @@ def translate_full_disk(path: Path) -> Iterator[None]:
     except OSError as exc:
         if exc.errno not in _NO_SPACE:
             raise
-        raise full_disk_error(path) from exc
+        raise _full_disk(path) from exc
 
 
-def full_disk_error(path: Path) -> ResourceError:
-    """The error for a disk that filled up while writing below `path`."""
-    free = free_disk_bytes(path)
+def require_free_disk(path: Path) -> None:
+    """To be asked when a library failed to write `path` and does not say why.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    if free_disk_bytes(path) < _FULL_BELOW_BYTES:
+        raise _full_disk(path)
+
+
+def _full_disk(path: Path) -> ResourceError:
     return ResourceError(
-        f"the disk of {path.parent} is full ({free / 1e9:.2f} GB free); what was written has been removed",
-        "free some space or choose an OUTPUT on another disk",
+        f"the disk is full: {free_disk_bytes(path) / 1e6:.1f} MB were left while writing {path.name}; "
+        "what was written has been removed",
+        "free some space, or choose an OUTPUT on another disk",
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, ExportError
+from normistral.export.openvino import write_ir
 
 TOKENIZER_NAME = "openvino_tokenizer.xml"
 DETOKENIZER_NAME = "openvino_detokenizer.xml"
@@ -40,8 +41,8 @@ def save_tokenizer_ir(tokenizer: Any, folder: Path, template: str | None) -> Non
 
     Raises:
         ExportError: openvino_tokenizers does not support this tokenizer.
+        ResourceError: the disk is full.
     """
-    import openvino
     from openvino_tokenizers import convert_tokenizer
     from optimum.exporters.openvino.utils import set_simplified_chat_template
 
@@ -53,8 +54,8 @@ def save_tokenizer_ir(tokenizer: Any, folder: Path, template: str | None) -> Non
     if template is not None:
         encoder.set_rt_info(template, "chat_template")
         set_simplified_chat_template(encoder)
-    openvino.save_model(encoder, folder / TOKENIZER_NAME)
-    openvino.save_model(decoder, folder / DETOKENIZER_NAME)
+    write_ir(encoder, folder / TOKENIZER_NAME)
+    write_ir(decoder, folder / DETOKENIZER_NAME)
 
 
 def tokenizer_ir_differs(tokenizer: Any, folder: Path, text: str) -> bool:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ExportError
-from normistral.export.staging import full_disk_error
-from normistral.hardware import available_memory_bytes, exact_openvino, free_disk_bytes, read_machine
+from normistral.export.staging import require_free_disk
+from normistral.hardware import available_memory_bytes, exact_openvino, read_machine
 from normistral.manifest import Architecture
 from normistral.presets import WeightFormat
 
@@ -90,8 +90,7 @@ def verify(ir: Path, architecture: Architecture, weights: WeightFormat, referenc
     try:
         graph = core.read_model(ir)
     except RuntimeError as exc:
-        if free_disk_bytes(ir) < 2**20:
-            raise full_disk_error(ir) from exc
+        require_free_disk(ir)
         raise ExportError("the written model cannot be opened again: its weights are not whole") from exc
     check_structure(graph, architecture)
     if reference is None:
