@@ -75,7 +75,6 @@ def main() -> None:
     variants = {
         "ours": hardware.plan_openvino(machine, manifest.recipe.weights),
         "openvino": {},
-        "openvino latency": {"PERFORMANCE_HINT": "LATENCY"},
         "exact": hardware.exact_openvino(machine),
     }
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
