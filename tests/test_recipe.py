@@ -96,7 +96,7 @@ def test_the_manifest_keeps_only_what_means_something():
 
 
 def test_sizes_match_exported_artifacts():
-    # openvino_model.bin of real exports (benchmarks/results)
+    # openvino_model.bin of real exports: the demo, and a random model of 8 layers at the 7B's width
     assert estimate_weight_bytes(DEMO, Recipe(), 64) == pytest.approx(85_001_925, rel=0.01)
     assert estimate_weight_bytes(DEMO, Recipe("int8"), 64) == pytest.approx(135_030_149, rel=0.01)
     eighth = replace(SEVEN_B, layers=8, parameters=2_013_335_552)

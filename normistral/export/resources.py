@@ -1,6 +1,6 @@
 """What an export needs of the machine: estimated before the start, measured on the way.
 
-It knows bytes, not models' names: the coefficients below were measured (benchmarks/results/), and say on what.
+It knows bytes, not models' names: the coefficients below say on what they were measured.
 """
 
 from __future__ import annotations
