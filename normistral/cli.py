@@ -1,0 +1,520 @@
+"""The command line: parse, call, print. What it prints, and how, is in `normistral.terminal`.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import normistral
+from normistral import store
+from normistral.errors import ArtifactError, NormistralError, UsageError
+from normistral.export.recipe import GROUP_SIZES, PER_CHANNEL, Recipe
+from normistral.manifest import find_problems, read_manifest
+from normistral.runtime.options import GenerationConfig
+from normistral.terminal import console
+
+if TYPE_CHECKING:
+    from normistral.runtime.chunks import Chunk, Completion, Timings
+
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
+_OURS, _RECIPE = GenerationConfig(), Recipe()
+_logger = logging.getLogger("normistral")
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+
+    Returns:
+        exit code: 0 done, 1 it could not be done, 2 wrong usage, 130 interrupted, 141 nobody reads what it writes.
+    """
+    console.use_utf8()
+    _logger.setLevel(logging.WARNING)
+    _logger.handlers[:] = [console.WarningLines()]
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("normistral", list(sys.argv[1:] if arguments is None else arguments)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except NormistralError as error:
+        console.show_error(error)
+        return _end_in_error(error.exit_code)
+    except typer.TyperException as error:  # the parser's own: unknown options, missing arguments
+        console.print_error(_uncapitalised(error.format_message()), _usage_hint(error))
+        return _end_in_error(error.exit_code)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _INTERRUPTED
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            return _end_in_broken_pipe()
+        where = f"{error.filename}: " if error.filename else ""
+        console.print_error(f"{where}{error.strerror or error}", "see that it is there and you may use it")
+        return _end_in_error(1)
+    except MemoryError:
+        console.print_error("the memory is used up", "close other programs, or take smaller weights (int4)")
+        return _end_in_error(1)
+    except Exception as error:
+        console.print_error(
+            f"this is a bug in normistral: {type(error).__name__}: {error}",
+            "run it again with --debug, and report what that prints",
+        )
+        return _end_in_error(1)
+    return 0
+
+
+def _remember_debug(on: bool) -> bool:
+    if on:
+        _logger.setLevel(logging.DEBUG)
+    return on
+
+
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", help="Show what is logged, and a traceback after an error.", callback=_remember_debug, is_eager=True
+    ),
+]
+
+
+def _print_version(on: bool) -> None:
+    if on:
+        typer.echo(f"normistral {normistral.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _normistral(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """NorMistral on ordinary processors: export a checkpoint to int4 or int8 OpenVINO, and talk to it.
+
+    An ARTIFACT is the folder of an exported model, or its name in the local store. Exit codes: 0 done, 1 it could not
+    be done, 2 wrong usage.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+# Exporting
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with each preset's quirks.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the presets, and the artifacts in the local store."""
+    from normistral.terminal.tables import models_document, models_lines
+
+    folder, artifacts = store.artifacts_dir(), store.list_artifacts()
+    if as_json:
+        _print_json(models_document(folder, artifacts))
+    else:
+        console.print_lines(models_lines(folder, artifacts))
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A preset, a hub id, a folder, or a .gguf file.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUTPUT]", help="The folder to make; default: named after MODEL, in the local store."),
+    ] = None,
+    format: Annotated[str, typer.Option(help="Format of the artifact: openvino.")] = "openvino",
+    weights: Annotated[str, typer.Option(help="Weights: int4, int8 or fp16.")] = _RECIPE.weights,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help=f"int4 weights that share one scale: {', '.join(map(str, GROUP_SIZES))}, or {PER_CHANNEL} for one "
+            "scale per channel. Default: the largest that divides the model's widths."
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help=f"Round int4 and int8 to a grid around zero. Default: {'sym' if _RECIPE.symmetric else 'asym'}metric.",
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Share of the layers in int4; the most sensitive take --backup. Default: {_RECIPE.ratio:g}."
+        ),
+    ] = None,
+    backup: Annotated[
+        str | None,
+        typer.Option(help=f"Layers that are not int4: int8_asym, int8_sym or fp. Default: {_RECIPE.backup}."),
+    ] = None,
+    output_layer_bits: Annotated[
+        int | None,
+        typer.Option(help=f"Output layer in 8 bits (--backup) or in 4. Default: {_RECIPE.output_layer_bits}."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUTPUT if it is an artifact, once the new one is whole.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a checkpoint into an artifact that runs without torch. Prints the artifact's folder on stdout.
+
+    Needs the extra "export": pip install "normistral[export]".
+    """
+    from normistral.export.pipeline import export_model
+    from normistral.terminal.progress import show_progress
+
+    recipe = _given(
+        group_size=group_size, symmetric=symmetric, ratio=ratio, backup=backup, output_layer_bits=output_layer_bits
+    )
+    folder = store.default_output(model, weights, format) if output is None else output
+    with show_progress() as progress:
+        export_model(model, folder, format, weights, force=force, revision=revision, progress=progress, **recipe)
+    print(folder, flush=True)
+
+
+# Talking
+
+Artifact = Annotated[
+    str,
+    typer.Argument(
+        metavar="ARTIFACT", help="Folder of an exported model, or its name in the store.", show_default=False
+    ),
+]
+Prompt = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Answer this on stdout and end. Input from a pipe does the same.")
+]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the most likely token; same as --temperature 0.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Reference arithmetic (float32, nothing quantised while running); slower.")
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="OpenVINO's name of a device: CPU, GPU, AUTO ...")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(metavar="N", help=f"Most tokens to write. (*) {_OURS.max_new_tokens}")
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help=f"Above 0 answers vary; 0 is greedy. (*) {_OURS.temperature:g}")
+]
+TopK = Annotated[
+    int | None, typer.Option(metavar="K", help=f"Sample among the K likeliest tokens; 0 is all. (*) {_OURS.top_k}")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="P", help=f"Sample among the likeliest that reach probability P. (*) {_OURS.top_p:g}"),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(metavar="P", help=f"Leave out tokens below P times the likeliest one. (*) {_OURS.min_p:g}"),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(metavar="R", help=f"Above 1 makes repeated tokens less likely. (*) {_OURS.repetition_penalty:g}"),
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Same seed and input, same text. Default: a new one every time.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON: text, finish_reason, timings.")]
+
+_DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."
+
+
+@app.command(epilog=_DEFAULTS_NOTE)
+def chat(
+    artifact: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ARTIFACT]", help="Folder of an exported model, or its name in the store; default: the only one."
+        ),
+    ] = None,
+    prompt: Prompt = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    overflow: Annotated[
+        Literal["error", "drop-oldest"],
+        typer.Option(help="When the conversation outgrows the context: stop, or leave out the oldest exchanges."),
+    ] = "error",
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Do not remember messages for the next session.")
+    ] = False,
+    greedy: Greedy = False,
+    exact: Exact = False,
+    device: Device = "CPU",
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    stats: Stats = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Talk to a chat model; /help in the conversation lists its commands.
+
+    With --prompt, or input from a pipe, it answers once: the answer alone on stdout, everything else on stderr.
+    """
+    options = _options(
+        greedy,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop) if stop else None,
+    )
+    message = _read_prompt(prompt)
+    if message is None and (as_json or stats):
+        raise UsageError(
+            "--json and --stats are for single answers", "add --prompt TEXT; in a conversation there is /stats"
+        )
+    if message is None and not console.is_terminal(sys.stdout):
+        raise UsageError("a conversation needs a terminal for its answers", "add --prompt TEXT for a single answer")
+    from normistral.runtime.model import load
+
+    folder = store.default_artifact() if artifact is None else store.resolve_artifact(artifact)
+    _refuse_base_model(folder)
+    if message is None:
+        console.say(f"loading {folder.name} ...")
+    with load(folder, device=device, exact=exact) as model:
+        conversation = model.chat(system=system, overflow=overflow)
+        if message is not None:
+            _answer(conversation.stream(message, **options), as_json=as_json, stats=stats)
+            return
+        from normistral.terminal.line_editor import LineEditor
+        from normistral.terminal.repl import Repl
+
+        Repl(model, conversation, options, LineEditor(keep_history=not no_history)).run()
+
+
+@app.command(epilog=_DEFAULTS_NOTE)
+def generate(
+    artifact: Artifact,
+    prompt: Prompt = None,
+    greedy: Greedy = False,
+    exact: Exact = False,
+    device: Device = "CPU",
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    stats: Stats = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Complete a text, without a chat template: what base models are for. The text itself is not repeated."""
+    options = _options(
+        greedy,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop) if stop else None,
+    )
+    text = _read_prompt(prompt)
+    if text is None:
+        raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
+    from normistral.runtime.model import load
+
+    with load(artifact, device=device, exact=exact) as model:
+        _answer(model.stream(text, **options), as_json=as_json, stats=stats)
+
+
+# Looking
+
+
+@app.command()
+def info(
+    artifact: Artifact,
+    check: Annotated[bool, typer.Option("--check", help="Hash every file again; exit code 1 if one differs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an artifact is made of."""
+    from normistral.terminal.tables import info_document, info_lines
+
+    folder = store.resolve_artifact(artifact)
+    manifest = read_manifest(folder)
+    problems = None
+    if check:
+        from normistral.terminal.progress import show_progress
+
+        with show_progress() as progress, progress.stage("hashing", manifest.total_bytes, "bytes") as hashing:
+            problems = list(find_problems(folder, manifest, thorough=True, on_bytes=hashing.advance))
+    if as_json:
+        _print_json(info_document(folder, manifest, problems))
+    else:
+        console.print_lines(info_lines(folder, manifest))
+        if problems is not None:
+            console.print_lines(problems or [f"all {len(manifest.files)} files are as they were exported"])
+    if problems:
+        raise ArtifactError(
+            f"{folder} has {len(problems)} damaged or missing files", "export the model again, or copy it again"
+        )
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show this machine, its devices and versions, and which settings will be used and why."""
+    from normistral.terminal.doctor import doctor_lines, examine
+
+    report = examine()
+    if as_json:
+        _print_json(report)
+    else:
+        console.print_lines(doctor_lines(report))
+
+
+# Parts of the commands
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _options(greedy: bool, **options: Any) -> dict[str, Any]:
+    """Generation options that the user gave, checked before a model is loaded."""
+    given = _given(**options)
+    if greedy:
+        pointless = sorted({"temperature", "top_k", "top_p", "min_p"} & given.keys())
+        if pointless:
+            named = ", ".join("--" + name.replace("_", "-") for name in pointless)
+            raise UsageError(f"--greedy leaves {named} nothing to do", "leave one of them out")
+        given["temperature"] = 0.0
+    GenerationConfig(**given)
+    return given
+
+
+def _read_prompt(prompt: str | None) -> str | None:
+    """The text of --prompt or of the pipe; None when somebody sits at the terminal."""
+    text = console.read_piped_prompt() if prompt is None else prompt
+    if text is not None and not text.strip():
+        raise UsageError("the prompt is empty", "give --prompt TEXT, or pipe some text in")
+    return text
+
+
+def _refuse_base_model(folder: Path) -> None:
+    """Say so before the weights are loaded."""
+    if read_manifest(folder).template is None:
+        raise UsageError(
+            f"{folder.name} is a base model: it completes text and cannot chat",
+            f"use: normistral generate {folder} --prompt TEXT",
+        )
+
+
+def _answer(chunks: Iterable[Chunk], *, as_json: bool, stats: bool) -> None:
+    """Print one answer on stdout while it comes (as JSON: when it is whole), and what it is not on stderr."""
+    from normistral.runtime.chunks import Completion
+
+    writer, gathered = console.AnswerWriter(), []
+    try:
+        for chunk in chunks:
+            gathered.append(chunk)
+            if not as_json:
+                writer.write(chunk.text)
+    finally:
+        writer.end()
+    completion = Completion.from_chunks(gathered)
+    if as_json:
+        _print_json(_completion_document(completion))
+    if completion.finish_reason == "length":
+        console.warn("the answer is cut off: --max-new-tokens was reached")
+    elif completion.finish_reason == "context":
+        console.warn("the answer is cut off: the context is full")
+    if stats:
+        from normistral.terminal.repl import describe_timings
+
+        console.say(describe_timings(completion.timings))
+
+
+def _completion_document(completion: Completion) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "token_ids": list(completion.token_ids),
+        "timings": _timings_document(completion.timings),
+    }
+
+
+def _timings_document(timings: Timings) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(timings) | {"tokens_per_s": timings.tokens_per_s}
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    text = json.dumps(document, ensure_ascii=False, indent=2)
+    print(text, flush=True)
+
+
+def _uncapitalised(message: str) -> str:
+    return (message[:1].lower() + message[1:]).rstrip(".")
+
+
+def _usage_hint(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    command = "normistral" if context is None else context.command_path
+    return f"see {command} --help"
+
+
+def _end_in_error(code: int) -> int:
+    if _logger.isEnabledFor(logging.DEBUG):
+        traceback.print_exc()
+    return code
+
+
+def _end_in_broken_pipe() -> int:
+    """Let nothing more be written, or the interpreter complains when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    return _BROKEN_PIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""How text gets to the terminal: answers on stdout, all else on stderr, one `error:` and one `hint:` line.
+
+It knows nothing of models; and nothing heavy, so that errors and the help come at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import TextIO
+
+from normistral.errors import NormistralError, UsageError
+
+DIM, BOLD, RED, YELLOW, CYAN = "2", "1", "1;31", "33", "36"  # SGR parameters (ECMA-48, 8.3.117)
+
+_DEFAULT_HINT = "normistral --help, or --help after a command, says what is possible"
+_PICTURES = (
+    {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}  # the block Control Pictures: ESC is ␛
+    | {0x7F: 0x2421}
+    | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # C1: there CSI is one character
+)
+
+
+def use_utf8() -> None:
+    """Write UTF-8 whatever the locale says, so that Norwegian letters come out whole."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        reconfigure = getattr(stream, "reconfigure", None)  # a stream may be replaced by something simpler
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors=errors)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person looks at this stream (or types into it)."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def colour(text: str, sgr: str, stream: TextIO) -> str:
+    """`text` in a colour if `stream` is a terminal that shows them, and NO_COLOR (no-color.org) is not set."""
+    plain = not is_terminal(stream) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{sgr}m{text}\x1b[0m"
+
+
+def harmless(text: str) -> str:
+    """Control characters (ESC, C0, DEL, C1) as visible signs, so that no text steers a terminal; keeps \\n and \\t."""
+    return text.translate(_PICTURES)
+
+
+def one_line(text: str) -> str:
+    """`text` in one line, without control characters."""
+    return harmless(re.sub(r"\s+", " ", text).strip())
+
+
+def say(text: str) -> None:
+    """A line about what is going on, on stderr."""
+    print(colour(one_line(text), DIM, sys.stderr), file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """One `warning:` line on stderr."""
+    print(colour("warning:", YELLOW, sys.stderr), one_line(text), file=sys.stderr, flush=True)
+
+
+def print_error(message: str, hint: str) -> None:
+    """One `error:` line and one `hint:` line on stderr."""
+    print(colour("error:", RED, sys.stderr), one_line(message) or "unknown", file=sys.stderr)
+    print(colour("hint:", CYAN, sys.stderr), one_line(hint) or _DEFAULT_HINT, file=sys.stderr, flush=True)
+
+
+def show_error(error: NormistralError) -> None:
+    """Print an error of the package."""
+    print_error(error.message, error.hint)
+
+
+class AnswerWriter:
+    """Writes an answer to stdout piece by piece, harmless if stdout is a terminal and byte for byte if it is not."""
+
+    def __init__(self) -> None:
+        self._terminal = is_terminal(sys.stdout)
+        self._at_line_start = True
+
+    def write(self, text: str) -> None:
+        """Write a piece, at once."""
+        if text:
+            sys.stdout.write(harmless(text) if self._terminal else text)
+            sys.stdout.flush()
+            self._at_line_start = text.endswith("\n")
+
+    def end(self) -> None:
+        """Finish the last line, if it is not."""
+        if not self._at_line_start:
+            self.write("\n")
+
+
+def read_piped_prompt() -> str | None:
+    """What is piped into stdin, without the line end that `echo` adds; None if stdin is a terminal or closed.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return None
+    raw = sys.stdin.buffer.read()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise UsageError(
+            f"the input is not UTF-8: byte 0x{raw[exc.start]:02x} at position {exc.start}",
+            "convert it, such as with: iconv -f latin1 -t utf-8",
+        ) from exc
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def format_columns(rows: Sequence[Sequence[str]], indent: int = 0) -> str:
+    """Rows in aligned columns; nothing is cut, so that a pipe gets whole names."""
+    widths = [max(_width(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
+        lines.append((" " * indent + "  ".join(padded)).rstrip())
+    return "\n".join(lines)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines of a result, on stdout; harmless if that is a terminal."""
+    text = "\n".join(lines)
+    print(harmless(text) if is_terminal(sys.stdout) else text, flush=True)
+
+
+class WarningLines(logging.Handler):
+    """Shows the package's log records as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        if record.levelno >= logging.WARNING:
+            warn(record.getMessage())
+        else:
+            say(f"{record.name}: {record.getMessage()}")
+
+
+def _width(text: str) -> int:
+    """Terminal cells that `text` takes."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    marks = sum(unicodedata.combining(character) != 0 for character in text)
+    return len(text) + wide - marks

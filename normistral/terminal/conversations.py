@@ -1,0 +1,107 @@
+"""Conversations as files: written whole or not at all, readable by their owner only, checked when they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normistral.errors import NormistralError, UsageError
+
+_FORMAT = "normistral-chat"
+_VERSION = 1
+_MAX_BYTES = 64 * 2**20
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A saved conversation: messages of {"role", "content"}, and the name of the artifact that they were with."""
+
+    messages: list[dict[str, str]]
+    artifact: str
+
+
+def save_conversation(
+    file: str, messages: list[dict[str, str]], *, artifact: str, settings: dict[str, Any], overwrite: bool
+) -> Path:
+    """Write a conversation with permissions 0600, through a neighbour that is renamed.
+
+    Raises:
+        UsageError: no file is named, or it exists and `overwrite` is false.
+        NormistralError: it cannot be written.
+    """
+    path = _path(file, "/save FILE")
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "artifact": artifact,
+        "settings": settings,
+        "messages": messages,
+    }
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{path} is there already", f"overwrite it with: /save! {file}")
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # permissions 0600
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogatepass") as stream:
+                json.dump(document, stream, ensure_ascii=False, indent=2)
+                stream.write("\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as exc:
+        raise NormistralError(f"cannot write {path}: {exc.strerror}", "save it elsewhere") from exc
+    return path
+
+
+def load_conversation(file: str) -> Conversation:
+    """Read what `save_conversation` wrote.
+
+    Raises:
+        UsageError: no file is named, or it is no saved conversation.
+        NormistralError: it cannot be read.
+    """
+    path = _path(file, "/load FILE")
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise _not_saved(path, f"it is larger than {_MAX_BYTES} bytes")
+        document = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as exc:
+        raise NormistralError(f"cannot read {path}: {exc.strerror}", "/load takes a file that /save wrote") from exc
+    except (ValueError, RecursionError) as exc:
+        raise _not_saved(path, "it is not JSON in UTF-8") from exc
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise _not_saved(path, f'its "format" is not "{_FORMAT}"')
+    if document.get("version") != _VERSION:
+        raise _not_saved(path, f"its version is {document.get('version')!r}, not {_VERSION}")
+    messages, artifact = document.get("messages"), document.get("artifact")
+    if not isinstance(messages, list) or not isinstance(artifact, str):
+        raise _not_saved(path, '"messages" or "artifact" is missing')
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise _not_saved(path, f'message {position} has not exactly "role" and "content"')
+        if message["role"] not in _ROLES or (message["role"] == "system" and position > 0):
+            raise _not_saved(path, f"message {position} cannot have the role {message['role']!r}")
+        if not isinstance(message["content"], str):
+            raise _not_saved(path, f"the content of message {position} is no text")
+    return Conversation(messages, artifact)
+
+
+def _path(file: str, usage: str) -> Path:
+    if not file:
+        raise UsageError("no file is named", f"use it like this: {usage}")
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", f"name a file: {usage}")
+    return path
+
+
+def _not_saved(path: Path, why: str) -> UsageError:
+    return UsageError(f"{path} is no saved conversation: {why}", "/load takes a file that /save wrote")

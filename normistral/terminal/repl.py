@@ -1,0 +1,253 @@
+"""The conversation at a terminal: reads a message, streams the answer, and obeys commands that begin with a slash."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from normistral.errors import ContextLengthError, NormistralError, UsageError
+from normistral.runtime.chunks import Timings
+from normistral.terminal.console import AnswerWriter, format_columns, print_lines, say, show_error, warn
+from normistral.terminal.conversations import load_conversation, save_conversation
+from normistral.terminal.line_editor import TEXT_BLOCK, LineEditor
+
+if TYPE_CHECKING:
+    from normistral.runtime.chat import Chat
+    from normistral.runtime.model import Model
+
+_LITTLE_CONTEXT_SHARE = 10  # warn when less than a tenth of the context is left
+
+
+@dataclass
+class _Totals:
+    """Sums over this session's answers."""
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    decode_s: float = 0.0
+    last: Timings | None = field(default=None)
+
+    def add(self, timings: Timings) -> None:
+        self.answers += 1
+        self.prompt_tokens += timings.prompt_tokens
+        self.cached_tokens += timings.cached_tokens
+        self.new_tokens += timings.new_tokens
+        self.decode_s += timings.decode_s
+        self.last = timings
+
+
+class Repl:
+    """One session.
+
+    Args:
+        model: for its name and settings.
+        chat: the conversation; also of `model`.
+        options: of every answer, as `Chat.stream` takes them.
+        editor: reads the messages.
+    """
+
+    def __init__(self, model: Model, chat: Chat, options: dict[str, Any], editor: LineEditor) -> None:
+        self._model, self._chat, self._options, self._editor = model, chat, options, editor
+        self._totals = _Totals()
+        self._context_left = chat.context_left  # counting it tokenises the conversation: once a turn is enough
+        self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
+            "help": ("", "this list", self._help),
+            "reset": ("", "begin anew; the system message stays", self._reset),
+            "system": ("TEXT", 'set the system message; without TEXT show it; "" removes it', self._system),
+            "undo": ("", "take back the last message and its answer", self._undo),
+            "save": ("FILE", "save the conversation; /save! FILE overwrites", self._save),
+            "save!": ("FILE", "", lambda argument: self._save(argument, overwrite=True)),
+            "load": ("FILE", "continue a saved conversation", self._load),
+            "stats": ("", "speed, and what the context holds", self._stats),
+            "exit": ("", "leave (so does Ctrl-D)", self._exit),
+        }
+        self._leaving = False
+
+    def run(self) -> None:
+        """Talk until the user leaves."""
+        say(f"{self._model.name}: /help lists the commands, Ctrl-D leaves, Ctrl-C stops an answer")
+        while not self._leaving:
+            try:
+                text = self._editor.read(self.status)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                continue  # the line is gone, the session is not
+            try:
+                self.handle(text)
+            except NormistralError as error:
+                show_error(error)
+
+    def handle(self, text: str) -> None:
+        """Obey a command, or answer a message; an empty one is nothing."""
+        if not text.strip():
+            return
+        if text.startswith("//"):
+            self._answer(text[1:])
+        elif text.startswith("/"):
+            self._obey(text[1:])
+        else:
+            self._answer(text)
+
+    def status(self) -> str:
+        """The status line."""
+        parts = [self._model.name]
+        if (last := self._totals.last) is not None:
+            parts += [f"{last.tokens_per_s:.1f} tokens/s", f"first token after {last.ttft_s:.2f} s"]
+        parts.append(f"{self._context_left:,} of {self._model.context_length:,} tokens of context left")
+        return " · ".join(parts)
+
+    def _answer(self, message: str) -> None:
+        writer = AnswerWriter()
+        finish_reason = None
+        try:
+            with _interruptible(self._chat.cancel) as interrupted:
+                stream = self._chat.stream(message, **self._options)
+                if interrupted():  # before there was anything to cancel: nothing was sent
+                    return
+                for chunk in stream:
+                    writer.write(chunk.text)
+                    finish_reason = chunk.finish_reason
+                    timings = chunk.timings
+        except KeyboardInterrupt:  # a second Ctrl-C: the chat has kept the text so far
+            finish_reason = "cancelled"
+        except ContextLengthError as error:
+            raise ContextLengthError(error.message, _room_hint(self._chat)) from error
+        else:
+            self._totals.add(timings)
+        finally:
+            writer.end()
+            self._context_left = self._chat.context_left
+        self._comment(finish_reason)
+
+    def _comment(self, finish_reason: str | None) -> None:
+        """Say what the answer does not: that it is not whole, or that the context fills up."""
+        if finish_reason == "cancelled":
+            say("(stopped; the text so far is part of the conversation, /undo takes it back)")
+        elif finish_reason == "length":
+            say("(cut off: --max-new-tokens was reached)")
+        elif finish_reason == "context":
+            warn("cut off: the context is full; /undo or /reset makes room")
+        if finish_reason != "context":
+            self._warn_of_little_context()
+
+    def _warn_of_little_context(self) -> None:
+        if self._context_left < self._model.context_length // _LITTLE_CONTEXT_SHARE:
+            warn(f"only {self._context_left} tokens of context are left; /reset or /undo makes room")
+
+    def _obey(self, line: str) -> None:
+        name = line[: next((i for i, character in enumerate(line) if character.isspace()), len(line))]
+        argument = line[len(name) :].strip()
+        if name not in self._commands:
+            raise UsageError(f"no command /{name}", "/help lists them; // at the beginning sends a /")
+        takes, _, action = self._commands[name]
+        if argument and not takes:
+            raise UsageError(f"/{name} takes nothing after it, not {argument!r}", "/help lists the commands")
+        action(argument)
+        self._context_left = self._chat.context_left
+
+    def _help(self, _: str) -> None:
+        rows = [(f"/{name} {takes}".rstrip(), what) for name, (takes, what, _) in self._commands.items() if what]
+        print_lines(
+            [
+                format_columns([*rows, ("//TEXT", "send a message that begins with a slash")], indent=2),
+                "",
+                "  A message ends with Enter. For more lines: Alt-Enter (or Esc, Enter), or a backslash at the end of",
+                f"  the line, or everything between {TEXT_BLOCK} and {TEXT_BLOCK}; pasted text keeps its lines.",
+                "  Ctrl-C stops an answer and clears a message; arrow up brings back earlier ones, Ctrl-R finds them.",
+            ]
+        )
+
+    def _reset(self, _: str) -> None:
+        self._chat.reset(system=self._system_message())
+        say("(a new conversation)")
+
+    def _system(self, text: str) -> None:
+        if not text:
+            current = self._system_message()
+            print_lines(["no system message" if current is None else current])
+            return
+        turns = [message for message in self._chat.messages if message["role"] != "system"]
+        system = [] if text == '""' else [{"role": "system", "content": text}]
+        self._chat.replace([*system, *turns])
+        say("(the system message is removed)" if not system else "(the system message is set)")
+
+    def _undo(self, _: str) -> None:
+        say("(the last message and its answer are taken back)" if self._chat.undo() else "(nothing to take back)")
+
+    def _save(self, file: str, *, overwrite: bool = False) -> None:
+        path = save_conversation(
+            file, self._chat.messages, artifact=self._model.name, settings=self._options, overwrite=overwrite
+        )
+        say(f"(saved {len(self._chat.messages)} messages to {path})")
+
+    def _load(self, file: str) -> None:
+        conversation = load_conversation(file)
+        self._chat.replace(conversation.messages)
+        self._context_left = self._chat.context_left
+        other = f", which were with {conversation.artifact}" if conversation.artifact != self._model.name else ""
+        say(f"(loaded {len(conversation.messages)} messages{other})")
+        self._warn_of_little_context()
+
+    def _stats(self, _: str) -> None:
+        totals, last, capabilities = self._totals, self._totals.last, self._model.capabilities
+        rows = [
+            ("model", f"{self._model.name}, {capabilities.name} on {capabilities.device}"),
+            ("settings", ", ".join(f"{key}={value}" for key, value in capabilities.settings.items()) or "none"),
+            ("options", ", ".join(f"{key} {value}" for key, value in self._options.items()) or "the defaults"),
+            ("context", f"{self._chat.context_left:,} of {self._model.context_length:,} tokens left"),
+            ("messages", f"{len(self._chat.messages)}, the oldest {self._chat.dropped} left out"),
+        ]
+        if last is not None:
+            rows += [
+                ("last answer", describe_timings(last)),
+                ("all answers", f"{totals.answers}, {totals.new_tokens:,} tokens in {totals.decode_s:.1f} s"),
+                ("read", f"{totals.prompt_tokens:,} tokens, of these {totals.cached_tokens:,} from the cache"),
+            ]
+        print_lines([format_columns(rows, indent=2)])
+
+    def _exit(self, _: str) -> None:
+        self._leaving = True
+
+    def _system_message(self) -> str | None:
+        messages = self._chat.messages
+        return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+
+
+def describe_timings(timings: Timings) -> str:
+    """One line on a generation."""
+    return (
+        f"{timings.new_tokens} tokens, {timings.tokens_per_s:.1f} tokens/s, first token after {timings.ttft_s:.2f} s, "
+        f"prompt {timings.prompt_tokens} tokens ({timings.cached_tokens} from the cache)"
+    )
+
+
+@contextmanager
+def _interruptible(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C call `cancel`, and a second one raise KeyboardInterrupt; gives whether there was one."""
+    presses = 0
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal presses
+        presses += 1
+        if presses > 1:
+            raise KeyboardInterrupt
+        cancel()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: presses > 0
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _room_hint(chat: Chat) -> str:
+    if len(chat.messages) < 2:
+        return "shorten the message"
+    return "/undo takes back the last exchange, /reset begins anew; --overflow drop-oldest forgets old turns by itself"

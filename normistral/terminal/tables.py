@@ -1,0 +1,156 @@
+"""The views of `models` and `info`: as text for people, as documents for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from normistral.manifest import Manifest, RecipeRecord
+from normistral.presets import PRESETS
+from normistral.store import StoredArtifact
+from normistral.terminal.console import format_columns
+from normistral.terminal.progress import format_bytes
+
+_UNKNOWN = "?"  # not published; read from the checkpoint
+
+
+def models_document(store: Path, artifacts: list[StoredArtifact]) -> dict[str, Any]:
+    """Presets and local artifacts for programs."""
+    return {
+        "presets": [asdict(preset) | {"source": preset.source} for preset in PRESETS],
+        "store": str(store),
+        "artifacts": [_artifact_document(artifact) for artifact in artifacts],
+    }
+
+
+def models_lines(store: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
+    """Presets and local artifacts for people."""
+    presets = [
+        (
+            preset.name,
+            preset.source,
+            preset.role,
+            _count(preset.context_length),
+            preset.licence,
+            preset.weights,
+        )
+        for preset in PRESETS
+    ]
+    yield "Presets (normistral export NAME)"
+    yield format_columns([("name", "from", "role", "context", "licence", "recommended"), *presets], indent=2)
+    yield ""
+    yield f"Artifacts in {store} (normistral chat NAME)"
+    if not artifacts:
+        yield "  none yet; make one with: normistral export demo"
+        return
+    usable = [artifact for artifact in artifacts if isinstance(artifact.content, Manifest)]
+    if usable:
+        rows = [_artifact_row(artifact.name, artifact.content) for artifact in usable]  # type: ignore[arg-type]
+        yield format_columns([("name", "size", "format", "weights", "role", "context", "made from"), *rows], indent=2)
+    for artifact in artifacts:
+        if isinstance(artifact.content, str):
+            yield f"  {artifact.name}: {artifact.content}"
+
+
+def info_document(folder: Path, manifest: Manifest, problems: list[str] | None) -> dict[str, Any]:
+    """The manifest for programs, with its folder, and with what `--check` found if it was asked for."""
+    document: dict[str, Any] = {"path": str(folder), "total_bytes": manifest.total_bytes}
+    if problems is not None:
+        document["problems"] = problems
+    described: dict[str, Any] = msgspec.to_builtins(manifest)
+    return document | described
+
+
+def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """The manifest for people."""
+    shape, source = manifest.architecture, manifest.source
+    heads = f"{shape.heads} heads, {shape.kv_heads} of keys and values, {shape.head_dim} wide"
+    window = "" if shape.sliding_window is None else f", sliding window {shape.sliding_window:,}"
+    revision = "" if source.revision is None else f" at {source.revision}"
+    rows = [
+        ("artifact", str(folder)),
+        ("made from", f"{source.id}{revision} ({source.kind})"),
+        ("made", f"{manifest.created} with {_listed(manifest.tools)}"),
+        ("format", manifest.format),
+        ("weights", describe_weights(manifest.recipe)),
+        ("role", manifest.role),
+        ("architecture", f"{shape.name}, {shape.parameters / 1e6:,.0f} million parameters"),
+        ("", f"{shape.layers} layers, {shape.hidden_size} wide, feed-forward {shape.feed_forward}; {heads}{window}"),
+        ("vocabulary", f"{shape.vocabulary:,} tokens, {'tied' if shape.tied_embeddings else 'separate'} output layer"),
+        ("context", f"{manifest.context_length:,} tokens"),
+        ("stops at", f"token {', '.join(map(str, manifest.stop_token_ids))}"),
+        ("begins with", _describe_bos(manifest)),
+        ("template", "none" if manifest.template is None else f"from the {manifest.template.origin}"),
+        ("sampling", _describe_sampling(manifest)),
+        ("quality", "not measured" if not manifest.quality else _listed(manifest.quality)),
+        *((("note" if i == 0 else ""), note) for i, note in enumerate(manifest.notes)),
+        ("size", format_bytes(manifest.total_bytes)),
+    ]
+    yield format_columns(rows)
+    files = [(name, f"{record.size:,} bytes", record.sha256[:12]) for name, record in manifest.files.items()]
+    yield format_columns([("file", "size", "sha256"), *files], indent=2)
+
+
+def describe_weights(recipe: RecipeRecord) -> str:
+    """How the weights are stored, in a few words."""
+    if recipe.weights == "fp16":
+        return "fp16"
+    grid = "symmetric" if recipe.symmetric else "asymmetric"
+    if recipe.weights == "int8":
+        return f"int8, {grid}"
+    groups = "one scale per channel" if recipe.group_size == -1 else f"groups of {recipe.group_size}"
+    share = "" if recipe.ratio in (None, 1.0) else f", {recipe.ratio:.0%} of the layers"
+    return f"int4, {grid}, {groups}{share}; others {recipe.backup}; output layer {recipe.output_layer_bits} bits"
+
+
+def _describe_bos(manifest: Manifest) -> str:
+    if manifest.bos_token_id is None:
+        return "nothing: the model has no beginning-of-sequence token"
+    how = "put before plain text" if manifest.adds_bos else "not put before text by the tokenizer"
+    return f"token {manifest.bos_token_id}, {how}"
+
+
+def _describe_sampling(manifest: Manifest) -> str:
+    published = {key: value for key, value in asdict(manifest.sampling).items() if value is not None}
+    return f"published: {_listed(published)}" if published else "nothing published: greedy unless you say otherwise"
+
+
+def _artifact_document(artifact: StoredArtifact) -> dict[str, Any]:
+    name, path, content = artifact
+    if isinstance(content, str):
+        return {"name": name, "path": str(path), "problem": content}
+    return {
+        "name": name,
+        "path": str(path),
+        "total_bytes": content.total_bytes,
+        "format": content.format,
+        "weights": content.recipe.weights,
+        "role": content.role,
+        "context_length": content.context_length,
+        "source": content.source.id,
+    }
+
+
+def _artifact_row(name: str, manifest: Manifest) -> tuple[str, ...]:
+    return (
+        name,
+        format_bytes(manifest.total_bytes),
+        manifest.format,
+        manifest.recipe.weights,
+        manifest.role,
+        _count(manifest.context_length),
+        manifest.source.id,
+    )
+
+
+def _count(value: int | None) -> str:
+    return _UNKNOWN if value is None else f"{value:,}"
+
+
+def _listed(values: dict[str, Any]) -> str:
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
