@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from normistral.errors import ExportError, MissingExtraError
 from normistral.export.progress import Stage
@@ -299,8 +298,14 @@ def _report_nncf(stage: Stage) -> Iterator[None]:
             yield item
             stage.advance(size)
 
-    with mock.patch.object(algorithm, "track", track), mock.patch.object(mixed_precision, "track", track):
+    originals = [(module, module.track) for module in (algorithm, mixed_precision)]
+    try:
+        for module, _ in originals:
+            module.track = track
         yield
+    finally:
+        for module, original in originals:
+            module.track = original
 
 
 def _first_line(exc: BaseException) -> str:
