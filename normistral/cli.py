@@ -52,13 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.use_utf8()
     _logger.setLevel(logging.WARNING)
     _logger.handlers[:] = [console.WarningLines()]
-    command = typer.main.get_command(app)
     try:
-        with command.make_context("normistral", list(sys.argv[1:] if arguments is None else arguments)) as context:
-            command.invoke(context)
-        sys.stdout.flush()
-    except typer.Exit as exit_:
-        return exit_.exit_code
+        return _invoke(sys.argv[1:] if arguments is None else arguments)
     except NormistralError as error:
         console.show_error(error)
         return _end_in_error(error.exit_code)
@@ -83,7 +78,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "run it again with --debug, and report what that prints",
         )
         return _end_in_error(1)
-    return 0
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    """Parse and call; errors are the caller's. (Typer's own `main` would print them in its way.)"""
+    command = typer.main.get_command(app)
+    code = 0
+    try:
+        with command.make_context("normistral", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    sys.stdout.flush()  # here, where a closed pipe is still noticed
+    return code
 
 
 def _remember_debug(on: bool) -> bool:
@@ -186,7 +193,7 @@ def export(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Turn a checkpoint into an artifact that runs without torch. Prints the artifact's folder on stdout.
+    """Turn a checkpoint into an artifact. Prints the artifact's folder on stdout.
 
     Needs the extra "export": pip install "normistral[export]".
     """
@@ -283,9 +290,10 @@ def chat(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Talk to a chat model; /help in the conversation lists its commands.
+    """Talk to a chat model.
 
-    With --prompt, or input from a pipe, it answers once: the answer alone on stdout, everything else on stderr.
+    In the conversation, /help lists its commands. With --prompt, or input from a pipe, it answers once: the answer
+    alone on stdout, everything else on stderr.
     """
     options = _options(
         greedy,
@@ -296,9 +304,10 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop=tuple(stop) if stop else None,
+        stop=tuple(map(console.decode_argument, stop)) if stop else None,
     )
     message = _read_prompt(prompt)
+    system = None if system is None else console.decode_argument(system)
     if message is None and (as_json or stats):
         raise UsageError(
             "--json and --stats are for single answers", "add --prompt TEXT; in a conversation there is /stats"
@@ -341,7 +350,10 @@ def generate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Complete a text, without a chat template: what base models are for. The text itself is not repeated."""
+    """Complete a text; for base models.
+
+    No chat template is used. The text itself is not repeated.
+    """
     options = _options(
         greedy,
         max_new_tokens=max_new_tokens,
@@ -351,7 +363,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop=tuple(stop) if stop else None,
+        stop=tuple(map(console.decode_argument, stop)) if stop else None,
     )
     text = _read_prompt(prompt)
     if text is None:
@@ -400,7 +412,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show this machine, its devices and versions, and which settings will be used and why."""
+    """Show this machine, and what will be used and why."""
     from normistral.terminal.doctor import doctor_lines, examine
 
     report = examine()
@@ -433,7 +445,7 @@ def _options(greedy: bool, **options: Any) -> dict[str, Any]:
 
 def _read_prompt(prompt: str | None) -> str | None:
     """The text of --prompt or of the pipe; None when somebody sits at the terminal."""
-    text = console.read_piped_prompt() if prompt is None else prompt
+    text = console.read_piped_prompt() if prompt is None else console.decode_argument(prompt)
     if text is not None and not text.strip():
         raise UsageError("the prompt is empty", "give --prompt TEXT, or pipe some text in")
     return text
@@ -489,8 +501,7 @@ def _timings_document(timings: Timings) -> dict[str, Any]:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    text = json.dumps(document, ensure_ascii=False, indent=2)
-    print(text, flush=True)
+    console.print_lines([json.dumps(document, ensure_ascii=False, indent=2)])
 
 
 def _uncapitalised(message: str) -> str:

@@ -114,6 +114,23 @@ def read_piped_prompt() -> str | None:
     return text.removesuffix("\n").removesuffix("\r")
 
 
+def decode_argument(text: str) -> str:
+    """A text from the command line, which Python decoded as the locale says, as the UTF-8 that was typed.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        text.encode("utf-8")  # no bytes were left over: the locale's decoding holds
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError as exc:
+        raise UsageError(f"{text!r} is not UTF-8 text", "pipe the text in as UTF-8") from exc
+
+
 def format_columns(rows: Sequence[Sequence[str]], indent: int = 0) -> str:
     """Rows in aligned columns; nothing is cut, so that a pipe gets whole names."""
     widths = [max(_width(cell) for cell in column) for column in zip(*rows, strict=True)]
