@@ -328,7 +328,7 @@ def test_a_model_that_computes_something_else_is_refused(tmp_path, monkeypatch):
         ({"format": "gguf"}, "format 'gguf' cannot be exported"),
         ({"weights": "int2"}, "weights must be one of"),
         ({"colour": "blue"}, "unknown option colour"),
-        ({"group_size": 128}, "group size 128 does not divide the model's widths 64, 96, 128"),
+        ({"group_size": 128}, "group size 128 does not divide all of the model's widths 64, 96, 128"),
     ],
 )
 def test_impossible_requests_are_refused(tmp_path, options, words):

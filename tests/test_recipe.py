@@ -58,7 +58,7 @@ def test_a_group_size_that_was_asked_for_is_used_or_refused():
     assert choose_group_size(DEMO, PER_CHANNEL) == PER_CHANNEL
     with pytest.raises(UsageError) as error:
         choose_group_size(DEMO, 128)
-    assert error.value.message == "group size 128 does not divide the model's widths 576, 1536"
+    assert error.value.message == "group size 128 does not divide all of the model's widths 576, 1536"
     assert error.value.hint == "for this model choose one of: 64, 32, 16, -1"
 
 

@@ -103,7 +103,7 @@ def _make_artifact(
     made = [f"weights: {describe_recipe(recipe, group_size)}"]
     if recipe.weights == "int4" and recipe.group_size is None and group_size != GROUP_SIZES[0]:
         widths = ", ".join(map(str, input_widths(checkpoint.architecture)))
-        made.append(f"group size {GROUP_SIZES[0]} does not divide the model's widths {widths}")
+        made.append(f"group size {GROUP_SIZES[0]} does not divide all of the model's widths {widths}")
     for note in made:
         progress.note(note)
 

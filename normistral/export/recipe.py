@@ -101,7 +101,7 @@ def choose_group_size(architecture: Architecture, wanted: int | None = None) -> 
     if wanted != PER_CHANNEL and wanted not in fitting:
         choices = ", ".join(str(size) for size in [*fitting, PER_CHANNEL])
         raise UsageError(
-            f"group size {wanted} does not divide the model's widths {', '.join(map(str, widths))}",
+            f"group size {wanted} does not divide all of the model's widths {', '.join(map(str, widths))}",
             f"for this model choose one of: {choices}",
         )
     return wanted
