@@ -8,7 +8,7 @@ import time
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from text_models import BACKENDS, byte_level, copy, sentencepiece, wrap
 from tokenizers import decoders
@@ -92,6 +92,7 @@ def byte_letter(byte: int) -> str:
 @pytest.mark.parametrize("kind", DECODERS)
 @settings(max_examples=30, deadline=None)
 @given(prompt=st.text(alphabet="aå 😀\n", min_size=1), answer=st.text(alphabet="bø 🇳🇴\n"))
+@example(prompt="😀", answer=" ")  # a prompt of byte tokens only, then what a step drops at the very beginning
 def test_after_a_prompt_the_answer_is_what_it_adds(kind, prompt, answer):
     tokenizer = wrap(DECODERS[kind]())
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)

@@ -24,8 +24,9 @@ class _Stage(Protocol):
 
     def flush(self) -> list[str]: ...
 
-    def forget(self) -> None:
-        """The prompt ends: drop its whole characters, keep one that it left unfinished."""
+    def forget(self) -> list[str]:
+        """The prompt ends: give out its whole characters, keep one that it left unfinished."""
+        ...
 
 
 class StreamDetokenizer:
@@ -54,8 +55,8 @@ class StreamDetokenizer:
             raise ArtifactError("the tokenizer has no decoder", "add one to tokenizer.json and export the model again")
         for token_id in prompt_tail:
             self.push(token_id)
-        for stage in self._stages:
-            stage.forget()
+        for index, stage in enumerate(self._stages):
+            self._run(stage.forget(), index + 1)  # later steps must know that there was text before
 
     def push(self, token_id: int) -> str:
         """Characters that became certain; "" in the middle of one. Ids outside the vocabulary give nothing."""
@@ -86,7 +87,8 @@ class _PerPiece:
     def flush(self) -> list[str]:
         return []
 
-    def forget(self) -> None: ...
+    def forget(self) -> list[str]:
+        return []
 
 
 class _ByteFallback:
@@ -112,10 +114,11 @@ class _ByteFallback:
         except UnicodeDecodeError:
             return [_REPLACEMENT] * len(run)
 
-    def forget(self) -> None:
+    def forget(self) -> list[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(bytes(self._run))
+        whole = decoder.decode(bytes(self._run))
         self._run = bytearray(decoder.getstate()[0])
+        return [whole] if whole else []
 
 
 class _ByteLevel:
@@ -138,7 +141,8 @@ class _ByteLevel:
     def flush(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]
 
-    def forget(self) -> None: ...
+    def forget(self) -> list[str]:
+        return []
 
 
 class _Metaspace:
@@ -156,7 +160,8 @@ class _Metaspace:
     def flush(self) -> list[str]:
         return []
 
-    def forget(self) -> None: ...
+    def forget(self) -> list[str]:
+        return []
 
 
 class _StripStart:
@@ -179,7 +184,8 @@ class _StripStart:
     def flush(self) -> list[str]:
         return []
 
-    def forget(self) -> None: ...
+    def forget(self) -> list[str]:
+        return []
 
 
 def _make_stage(description: dict[str, Any]) -> _Stage:
