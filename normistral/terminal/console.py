@@ -85,9 +85,9 @@ class AnswerWriter:
     def write(self, text: str) -> None:
         """Write a piece, at once."""
         if text:
+            self._at_line_start = text.endswith("\n")  # first, because Ctrl-C may come right after the writing
             sys.stdout.write(harmless(text) if self._terminal else text)
             sys.stdout.flush()
-            self._at_line_start = text.endswith("\n")
 
     def end(self) -> None:
         """Finish the last line, if it is not."""

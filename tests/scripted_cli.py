@@ -1,0 +1,51 @@
+"""The real command line in a process of its own, with a scripted model behind every artifact.
+
+python scripted_cli.py '{"folder": ..., "answers": [...], "pause_s": 0, "context_length": 400}' chat ARTIFACT ...
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from sample_artifacts import write_artifact
+from scripted_models import make_model
+
+import normistral.runtime.model
+from normistral.cli import main
+from normistral.runtime.model import Model
+
+TESTS = Path(__file__).parent
+
+
+def command(folder: Path, *arguments: str, **settings) -> list[str]:
+    """The command that runs `normistral ARGUMENTS` like this."""
+    return [sys.executable, __file__, json.dumps({"folder": str(folder), **settings}), *arguments]
+
+
+def make_artifact(folder: Path, **changes) -> Path:
+    """A folder that looks like an artifact as far as the command line looks."""
+    write_artifact(folder, **changes)
+    return folder
+
+
+def run(settings: dict, arguments: list[str]) -> int:
+    def load(folder: Path, device: str = "CPU", *, exact: bool = False) -> Model:
+        model = make_model(
+            Path(settings["folder"]) / "tokenizer", settings["answers"], context_length=settings["context_length"]
+        )
+        next_logits = model._backend.next_logits
+
+        def slowly(token_ids):
+            time.sleep(settings.get("pause_s", 0))
+            return next_logits(token_ids)
+
+        model._backend.next_logits = slowly
+        return model
+
+    normistral.runtime.model.load = load
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run({"context_length": 400, "answers": ["svar"]} | json.loads(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,490 @@
+"""The command line: what goes to stdout and stderr, exit codes, and every error in two lines."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from sample_artifacts import BIG_FILE, SMALL_FILE
+from scripted_cli import TESTS, command, make_artifact
+
+from normistral import errors
+from normistral.cli import main
+from normistral.export.recipe import Recipe
+from normistral.manifest import Manifest, read_manifest, write_manifest
+from normistral.presets import PRESETS
+from normistral.runtime.options import GenerationConfig
+from normistral.terminal import console
+
+ANSWER = "Blåbærsyltetøy på brød, 😀."
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "artifacts"
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    return make_artifact(tmp_path / "scripted")
+
+
+def run(tmp_path, *arguments, stdin=None, settings=None, env=None):
+    """Run in a process of its own; stdout and stderr as bytes."""
+    return subprocess.run(
+        command(tmp_path, *map(str, arguments), **{"answers": [ANSWER]} | (settings or {})),
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        timeout=60,
+        cwd=TESTS,
+        env=os.environ | (env or {}),
+    )
+
+
+def require_two_lines(stderr: str) -> tuple[str, str]:
+    """The message and the hint of exactly one error."""
+    found = re.fullmatch(r"error: (\S.*)\nhint: (\S.*)\n", stderr)
+    assert found, stderr
+    return found[1], found[2]
+
+
+# One answer
+
+
+def test_the_answer_alone_is_on_stdout(tmp_path, artifact):
+    done = run(tmp_path, "chat", artifact, "--prompt", "Hva spiser du?")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, ANSWER + "\n", b"")
+
+
+@pytest.mark.parametrize(
+    "locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "latin-1"}]
+)
+def test_norwegian_letters_come_out_whole_in_any_locale(tmp_path, artifact, locale):
+    done = run(tmp_path, "chat", artifact, "--prompt", "blåbær", "--system", "Vær snill", env=locale)
+    assert (done.returncode, done.stdout.decode("utf-8")) == (0, ANSWER + "\n")
+    missing = run(tmp_path, "chat", "blåbær", "--prompt", "x", env=locale)
+    assert missing.returncode == 1
+    if "LC_ALL" not in locale:  # there the name has become bytes that no path can hold
+        assert "blåbær" in missing.stderr.decode("utf-8")
+
+
+def test_a_prompt_may_come_through_a_pipe(tmp_path, artifact):
+    done = run(tmp_path, "chat", artifact, "--json", stdin=b"Hva spiser du?\n")
+    typed = run(tmp_path, "chat", artifact, "--json", "--prompt", "Hva spiser du?")
+    assert done.returncode == 0
+    piped, typed = json.loads(done.stdout), json.loads(typed.stdout)
+    assert piped["timings"]["prompt_tokens"] == typed["timings"]["prompt_tokens"]
+    assert piped["text"] == ANSWER
+    assert piped["finish_reason"] == "stop"
+
+
+def test_piped_bytes_that_are_no_text_are_refused(tmp_path, artifact):
+    done = run(tmp_path, "chat", artifact, stdin=b"bl\xe5")
+    message, _ = require_two_lines(done.stderr.decode())
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert "byte 0xe5 at position 2" in message
+
+
+@pytest.mark.parametrize("stdin", [b"", b" \n"])
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_an_empty_prompt_is_wrong_usage(tmp_path, artifact, stdin, name):
+    done = run(tmp_path, name, artifact, stdin=stdin)
+    message, _ = require_two_lines(done.stderr.decode())
+    assert (done.returncode, message) == (2, "the prompt is empty")
+
+
+def test_an_answer_that_is_cut_off_is_said_to_be(tmp_path, artifact):
+    done = run(tmp_path, "chat", artifact, "--prompt", "x", "--max-new-tokens", "2", "--stats")
+    assert done.stdout.decode() == ANSWER[:2] + "\n"  # this tokenizer's tokens are bytes
+    warning, stats = done.stderr.decode().splitlines()
+    assert warning == "warning: the answer is cut off: --max-new-tokens was reached"
+    assert stats.startswith("2 tokens, ")
+
+
+def test_options_reach_the_model(tmp_path, artifact):
+    done = run(tmp_path, "chat", artifact, "--prompt", "x", "--stop", "på", "--stop", "zzz", "--greedy")
+    assert done.stdout.decode() == "Blåbærsyltetøy \n"
+
+
+def test_control_characters_reach_a_pipe_unchanged(tmp_path, artifact):
+    done = run(tmp_path, "chat", artifact, "--prompt", "x", settings={"answers": ["\x1b[31mrød\x07"]})
+    assert done.stdout.decode() == "\x1b[31mrød\x07\n"
+
+
+def test_generate_completes_without_a_template(tmp_path, artifact):
+    done = run(tmp_path, "generate", artifact, "--prompt", "<|im_start|> assistant\n", "--json")
+    assert json.loads(done.stdout)["text"] == ANSWER
+    assert json.loads(done.stdout)["timings"]["prompt_tokens"] < 20
+
+
+def test_what_does_not_fit_is_an_error_with_a_way_out(tmp_path, artifact):
+    done = run(tmp_path, "chat", artifact, "--prompt", "x" * 500)
+    message, hint = require_two_lines(done.stderr.decode())
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert "400" in message
+    assert "shorten" in hint
+
+
+def test_a_base_model_is_sent_to_generate(tmp_path):
+    base = make_artifact(tmp_path / "base", template=None, role="base")
+    done = run(tmp_path, "chat", base, "--prompt", "x")
+    _, hint = require_two_lines(done.stderr.decode())
+    assert done.returncode == 2
+    assert hint == f"use: normistral generate {base} --prompt TEXT"
+
+
+def test_without_a_name_the_only_artifact_is_meant(tmp_path, own_store):
+    make_artifact(own_store / "mitt")
+    assert run(tmp_path, "chat", "--prompt", "x").stdout.decode() == ANSWER + "\n"
+    make_artifact(own_store / "ditt")
+    done = run(tmp_path, "chat", "--prompt", "x")
+    assert done.returncode == 1
+    assert "ditt, mitt" in require_two_lines(done.stderr.decode())[0]
+
+
+def test_answers_need_a_terminal_or_a_prompt(tmp_path, artifact):
+    import pty
+
+    leader, follower = pty.openpty()  # stdin is a terminal, stdout is not
+    try:
+        done = subprocess.run(
+            command(tmp_path, "chat", str(artifact)),
+            stdin=follower,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=TESTS,
+        )
+    finally:
+        os.close(leader)
+        os.close(follower)
+    assert done.returncode == 2
+    assert "--prompt" in require_two_lines(done.stderr)[1]
+
+
+# Ends
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tmp_path, artifact):
+    process = subprocess.Popen(
+        command(tmp_path, "chat", str(artifact), "--prompt", "x", answers=["a" * 200], pause_s=0.02),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=TESTS,
+    )
+    assert process.stdout.read(1) == b"a"  # streamed, not gathered
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_an_interrupt_ends_with_130_and_keeps_what_was_written(tmp_path, artifact):
+    process = subprocess.Popen(
+        command(tmp_path, "chat", str(artifact), "--prompt", "x", answers=["a" * 300], pause_s=0.05),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=TESTS,
+    )
+    assert os.read(process.stdout.fileno(), 1) == b"a"
+    process.send_signal(signal.SIGINT)
+    rest, complaints = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert re.fullmatch(rb"a*\n", rest)
+    assert complaints == b"\n"
+
+
+def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys):
+    def fail():
+        raise ZeroDivisionError("fem\nog seks")
+
+    monkeypatch.setattr("normistral.store.list_artifacts", fail)
+    assert main(["models"]) == 1
+    message, hint = require_two_lines(capsys.readouterr().err)
+    assert "ZeroDivisionError: fem og seks" in message
+    assert "--debug" in hint
+    assert main(["models", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["--debug", "models"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["models"]) == 1  # it is not remembered
+    require_two_lines(capsys.readouterr().err)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["nonsense"], 2, "nonsense"),
+        (["chat", "--nonsense"], 2, "--nonsense"),
+        (["generate"], 2, "ARTIFACT"),
+        (["export"], 2, "MODEL"),
+        (["generate", "x", "y", "--prompt", "z"], 2, "y"),
+        (["chat", "x", "--prompt"], 2, "--prompt"),
+        (["chat", "x", "--prompt", "y", "--overflow", "forget"], 2, "forget"),
+        (["chat", "x", "--prompt", "y", "--top-k", "many"], 2, "many"),
+        (["chat", "x", "--prompt", "y", "--temperature", "-1"], 2, "temperature"),
+        (["chat", "x", "--prompt", "y", "--greedy", "--temperature", "1"], 2, "--temperature"),
+        (["chat", "x", "--prompt", "y", "--greedy", "--top-k", "3"], 2, "--top-k"),
+        (["chat", "x", "--prompt", "y", "--max-new-tokens", "0"], 2, "max_new_tokens"),
+        (["chat", "x", "--prompt", ""], 2, "empty"),
+        (["chat", "x", "--prompt", "y"], 1, "no artifact 'x'"),
+        (["generate", "x", "--prompt", "y"], 1, "no artifact 'x'"),
+        (["info", "x"], 1, "no artifact 'x'"),
+        (["info", "x\x1b[31m\ny"], 1, "no artifact"),
+        (["export", "demo", "out", "--weights", "int3"], 2, "int3"),
+        (["export", "demo", "out", "--weights", "fp16", "--ratio", "0.5"], 2, "ratio means nothing"),
+        (["export", "demo", "out", "--weights", "fp16", "--asymmetric"], 2, "symmetric means nothing"),
+        (["export", "demo", "out", "--format", "onnx"], 2, "onnx"),
+        (["export", "nonsense", "out"], 1, "nonsense"),
+    ],
+)
+def test_errors_are_two_lines_on_stderr(tmp_path, monkeypatch, capsys, arguments, code, expected):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    message, _ = require_two_lines(printed.err)
+    assert expected in message
+    assert printed.out == ""
+    assert "\x1b" not in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_kind_of_error_gets_its_exit_code_and_a_hint(monkeypatch, capsys):
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert len(kinds) > 10
+    for kind in kinds:
+
+        def fail(kind=kind):
+            raise kind("åtte")
+
+        monkeypatch.setattr("normistral.store.list_artifacts", fail)
+        assert main(["models"]) == (2 if kind is errors.UsageError else 1)
+        message, _ = require_two_lines(capsys.readouterr().err)
+        assert message == "åtte"
+
+
+def test_what_the_operating_system_refuses_is_no_bug(monkeypatch, capsys):
+    def fail():
+        raise PermissionError(13, "Permission denied", "/store")
+
+    monkeypatch.setattr("normistral.store.list_artifacts", fail)
+    assert main(["models"]) == 1
+    assert require_two_lines(capsys.readouterr().err)[0] == "/store: Permission denied"
+
+
+# Help
+
+
+def test_help_tells_the_defaults_that_are_in_force(capsys):
+    assert main(["chat", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    ours = GenerationConfig()
+    assert f"Most tokens to write. (*) {ours.max_new_tokens}" in text
+    assert f"0 is greedy. (*) {ours.temperature:g}" in text
+    assert "authors published comes first" in text
+    assert main(["export", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"Default: {Recipe().backup}." in text
+    assert "Default: symmetric." in text
+    assert "--asymmetric" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_the_help_lists_the_commands(capsys, arguments):
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for name in ("models", "export", "chat", "generate", "info", "doctor"):
+        assert re.search(rf"^  {name} ", printed.out, re.MULTILINE)
+    assert "..." not in printed.out.partition("Commands:")[2]  # no summary is cut
+
+
+def test_the_version(capsys):
+    import normistral
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"normistral {normistral.__version__}\n"
+
+
+@pytest.mark.parametrize("module", ["normistral", "normistral.cli"])
+def test_it_runs_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "models"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "7b-warm-instruct" in done.stdout
+
+
+# Looking
+
+
+def test_models_lists_presets_and_artifacts(own_store, capsys):
+    make_artifact(own_store / "mitt")
+    broken = make_artifact(own_store / "ødelagt")
+    (broken / "normistral.json").write_text("{}")
+    assert main(["models"]) == 0
+    text = capsys.readouterr().out
+    for preset in PRESETS:
+        assert re.search(rf"^  {preset.name} +{re.escape(preset.source)} +{preset.role} .*{preset.licence}", text, re.M)
+    assert re.search(r"^  mitt +16\.8 MB +openvino +int4 +chat +128 +example/model$", text, re.M)
+    assert re.search(r"^  ødelagt: .*was changed", text, re.M)
+    assert main(["models", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [preset["name"] for preset in document["presets"]] == [preset.name for preset in PRESETS]
+    assert [artifact["name"] for artifact in document["artifacts"]] == ["mitt", "ødelagt"]
+    assert document["artifacts"][0]["total_bytes"] > 16e6
+    assert "problem" in document["artifacts"][1]
+
+
+def test_info_shows_the_manifest(artifact, capsys):
+    assert main(["info", str(artifact)]) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "example/model at 0123abcd",
+        "groups of 64",
+        "128 tokens",
+        "token 2, 4",
+        "temperature 0.3, top_k 64",
+    ):
+        assert expected in text
+    assert main(["info", str(artifact), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["notes"] == ["gruppestørrelse 64"]
+    assert document["files"][BIG_FILE]["size"] > 16e6
+
+
+@pytest.mark.parametrize("kind", ["changed", "truncated", "missing"])
+def test_info_check_finds_every_damaged_file(artifact, capsys, kind):
+    assert main(["info", str(artifact), "--check"]) == 0
+    assert "files are as they were exported" in capsys.readouterr().out
+    for name in (SMALL_FILE, BIG_FILE):
+        path = artifact / name
+        if kind == "missing":
+            path.unlink()
+        elif kind == "truncated":
+            os.truncate(path, path.stat().st_size - 1)
+        else:
+            with path.open("r+b") as file:
+                file.seek(path.stat().st_size // 2)
+                byte = file.read(1)
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte[0] ^ 1]))
+    assert main(["info", str(artifact), "--check"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith("hint: export the model again, or copy it again\n")
+    assert "2 damaged or missing files" in printed.err
+    assert sum(str(artifact / name) + " " in printed.out for name in (SMALL_FILE, BIG_FILE)) == 2
+    assert main(["info", str(artifact), "--check", "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 2
+
+
+def test_a_newer_artifact_asks_for_an_upgrade(artifact, capsys):
+    manifest: Manifest = read_manifest(artifact)
+    write_manifest(artifact, replace(manifest, schema_version=99))
+    assert main(["info", str(artifact)]) == 1
+    message, hint = require_two_lines(capsys.readouterr().err)
+    assert "schema 99" in message
+    assert "--upgrade" in hint
+
+
+def test_doctor_reports_machine_and_openvino(capsys):
+    import openvino
+
+    from normistral.hardware import plan_openvino, plan_threads, read_machine
+
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    machine = read_machine()
+    assert report["openvino"]["version"] == openvino.__version__
+    assert "CPU" in report["openvino"]["devices"]
+    assert report["threads"] == plan_threads(machine)
+    assert report["settings"]["int4"] == plan_openvino(machine, "int4")
+    assert report["packages"]["numpy"]
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"{plan_threads(machine)} threads: " in text
+    assert openvino.__version__ in text
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import openvino_that_is_not_there", "ModuleNotFoundError"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "SIGILL"),
+        ("print('x')", "nothing that could be read"),
+    ],
+)
+def test_doctor_works_when_openvino_does_not(monkeypatch, capsys, code, expected):
+    from normistral.terminal import doctor
+
+    ask = doctor.ask_openvino
+    monkeypatch.setattr(doctor, "ask_openvino", lambda: ask(code))
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"cannot be used: .*{expected}", text)
+    assert "pip install --force-reinstall" in text
+    assert "threads" in text
+
+
+# Console
+
+
+def test_harmless_leaves_text_alone_and_shows_controls():
+    assert console.harmless("æøå 😀\n\tx") == "æøå 😀\n\tx"
+    assert console.harmless("\x1b]0;x\x07\r\x7f\x9b1m") == "␛]0;x␇␍␡\ufffd1m"
+
+
+def test_columns_are_aligned_and_whole():
+    assert console.format_columns([("å", "b"), ("日本", "c" * 200)]) == "å     b\n日本  " + "c" * 200
+
+
+class _Terminal:
+    closed = False
+
+    def isatty(self):
+        return True
+
+
+def test_colours_only_where_they_are_wanted(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert console.colour("x", "31", _Terminal()) == "\x1b[31mx\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert console.colour("x", "31", _Terminal()) == "x"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert console.colour("x", "31", _Terminal()) == "x"
+    assert console.colour("x", "31", sys.stdout) == "x"
+
+
+def test_progress_is_lines_in_a_log_and_bars_at_a_terminal(monkeypatch, capsys):
+    from normistral.terminal.progress import show_progress
+
+    def work():
+        with show_progress() as progress:
+            with progress.stage("hashing [b]", 5_000_000, "bytes") as stage:
+                stage.advance(2_000_000)
+                stage.set_total(6_000_000)
+                time.sleep(0.15)  # bars are drawn ten times a second
+            progress.note("gruppe\x1b 64")
+
+    work()
+    assert capsys.readouterr().err == "hashing [b] (5 MB)\n  gruppe␛ 64\n"
+    monkeypatch.setattr("normistral.terminal.progress.is_terminal", lambda stream: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    work()
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "2 MB of 6 MB" in drawn
+    assert re.search(r"✓ hashing \[b\]  0\.\d s\n", drawn)
+    assert "  gruppe␛ 64\n" in drawn

@@ -1,0 +1,414 @@
+"""The conversation at a real pseudo-terminal, and the files it saves."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import stat
+import struct
+import subprocess
+import termios
+import time
+
+import pytest
+from scripted_cli import TESTS, command, make_artifact
+
+from normistral.errors import NormistralError, UsageError
+from normistral.terminal.conversations import load_conversation, save_conversation
+from normistral.terminal.line_editor import strip_text_block, wants_more
+
+PATIENCE_S = 10
+PROMPT = r"(\A|\n)>"
+CTRL_C, CTRL_D, ALT_ENTER, ENTER = "\x03", "\x04", "\x1b\r", "\r"
+
+
+class Terminal:
+    """A process on a pseudo-terminal of 100 columns, as somebody in front of it sees it."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
+        self._leader, follower = pty.openpty()
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        self.process = subprocess.Popen(
+            arguments,
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            cwd=TESTS,
+            env=os.environ | {"TERM": "xterm"} | env,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C becomes a signal
+        )
+        os.close(follower)
+        self.raw = b""
+        self._seen = 0
+
+    def type(self, text: str) -> None:
+        os.write(self._leader, text.encode())
+
+    def expect(self, pattern: str) -> str:
+        """Wait for `pattern` (a regular expression) after what was expected before; what came up to its end."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            new = self.text[self._seen :]
+            if found := re.search(pattern, new):
+                self._seen += found.end()
+                return new[: found.end()]
+            if time.monotonic() > deadline or not self._read():
+                raise AssertionError(f"no {pattern!r} in {new!r}")
+
+    def end(self) -> int:
+        """Wait for the end of the process; its exit code."""
+        while self._read():
+            pass
+        return self.process.wait(timeout=PATIENCE_S)
+
+    @property
+    def text(self) -> str:
+        """Everything so far without escape sequences."""
+        whole = self.raw.decode("utf-8", "ignore")
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]", "", whole).replace("\r", "")
+
+    def _read(self) -> bool:
+        """Read what is there; False at the end."""
+        ready, _, _ = select.select([self._leader], [], [], PATIENCE_S)
+        try:
+            block = os.read(self._leader, 65536) if ready else b""
+        except OSError:  # Linux says EIO when the last process has gone
+            block = b""
+        self.raw += block
+        if b"\x1b[6n" in block:  # where is the cursor? (a terminal answers that)
+            os.write(self._leader, b"\x1b[1;1R")
+        return bool(block)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._leader)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a conversation with these answers and command line options."""
+    started = []
+
+    def start(answers, *options, env=None, **settings):
+        artifact = tmp_path / "mitt"
+        if not artifact.exists():
+            make_artifact(artifact)
+        terminal = Terminal(
+            command(tmp_path, "chat", str(artifact), *options, answers=answers, **settings),
+            {"NORMISTRAL_HOME": str(tmp_path / "home"), **(env or {})},
+        )
+        started.append(terminal)
+        terminal.expect(PROMPT)
+        return terminal
+
+    yield start
+    for terminal in started:
+        terminal.close()
+
+
+def save(terminal, path):
+    """Save the conversation; its messages as (role, content)."""
+    terminal.type(f"/save! {path}\r")
+    terminal.expect(r"\(saved \d+ messages")
+    terminal.expect(PROMPT)
+    return [tuple(message.values()) for message in json.loads(path.read_text(encoding="utf-8"))["messages"]]
+
+
+def test_a_conversation_from_greeting_to_goodbye(start):
+    terminal = start(["Blåbær på brød 😀", "Ja, på Østlandet."])
+    terminal.type("Hva spiser du?\r")
+    terminal.expect("Blåbær på brød 😀\n")
+    status = terminal.expect(r"tokens of context left")
+    assert re.search(r"scripted · [\d.]+ tokens/s · first token after [\d.]+ s · \d+ of 400 tokens", status)
+    terminal.type("Sikker?\r")
+    terminal.expect("Ja, på Østlandet.\n")
+    terminal.expect(PROMPT)
+    terminal.type(CTRL_D)
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_stops_an_answer_within_a_token_and_the_session_goes_on(start, tmp_path):
+    terminal = start(["a" * 200, "ferdig"], pause_s=0.05)
+    terminal.type("Skriv langt\r")
+    terminal.expect("aaa")
+    pressed = time.monotonic()
+    terminal.type(CTRL_C)
+    terminal.expect(r"\(stopped")
+    assert time.monotonic() - pressed < 2
+    terminal.expect(PROMPT)
+    terminal.type("Og nå?\r")
+    terminal.expect("ferdig\n")
+    terminal.expect(PROMPT)
+    messages = save(terminal, tmp_path / "lagret.json")
+    assert [role for role, _ in messages] == ["user", "assistant", "user", "assistant"]
+    assert re.fullmatch("a{3,40}", messages[1][1])
+
+
+def test_ctrl_c_while_the_prompt_is_read_stops_too(start):
+    terminal = start(["svar"], pause_s=2, context_length=400)  # the prompt's last chunk alone takes two seconds
+    terminal.type("hei\r")
+    terminal.expect("hei")
+    time.sleep(1)
+    terminal.type(CTRL_C)
+    assert "svar" not in terminal.expect(r"\(stopped")
+    terminal.expect(PROMPT)
+    terminal.type("/exit\r")
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_at_the_prompt_clears_the_line(start):
+    terminal = start(["svar"])
+    terminal.type("bare tull")
+    terminal.expect("bare tull")
+    terminal.type(CTRL_C)
+    terminal.expect(PROMPT)
+    terminal.type("hei\r")
+    terminal.expect("svar\n")
+    terminal.expect(PROMPT)
+    terminal.type("/stats\r")
+    terminal.expect(r"messages +2,")
+
+
+def test_messages_of_several_lines(start, tmp_path):
+    terminal = start(["ok"])
+    for typed in (
+        f"en{ALT_ENTER}to{ENTER}",
+        f"en\\{ENTER}to{ENTER}",
+        f'"""{ENTER}en{ENTER}to{ENTER}"""{ENTER}',
+        f"\x1b[200~en\nto\x1b[201~{ENTER}",  # a terminal marks pasted text like this
+    ):
+        terminal.type(typed)
+        terminal.expect("ok\n")
+        terminal.expect(PROMPT)
+    messages = save(terminal, tmp_path / "lagret.json")
+    assert [content for role, content in messages if role == "user"] == ["en\nto"] * 4
+
+
+def test_output_cannot_steer_the_terminal(start):
+    terminal = start(["\x1b]0;eid\x07\x1b[2Jrød\x9b31m"])
+    terminal.type("hei\r")
+    terminal.expect(r"␛\]0;eid␇␛\[2Jrød\ufffd31m\n")
+    assert b"\x1b]0;" not in terminal.raw
+    assert b"\x07" not in terminal.raw
+
+
+def test_system_undo_and_reset(start, tmp_path):
+    terminal = start(["en", "to", "tre"], "--system", "Vær snill")
+    file = tmp_path / "lagret.json"
+    for message, answer in (("1", "en"), ("2", "to")):
+        terminal.type(f"{message}\r")
+        terminal.expect(f"{answer}\n")
+        terminal.expect(PROMPT)
+    terminal.type("/undo\r")
+    terminal.expect("taken back")
+    terminal.type("/system Svar på nynorsk\r")
+    terminal.expect("is set")
+    assert save(terminal, file) == [("system", "Svar på nynorsk"), ("user", "1"), ("assistant", "en")]
+    terminal.type("/reset\r")
+    terminal.expect("new conversation")
+    assert save(terminal, file) == [("system", "Svar på nynorsk")]
+    terminal.type('/system ""\r')
+    terminal.expect("is removed")
+    terminal.type("/undo\r")
+    terminal.expect("nothing to take back")
+    assert save(terminal, file) == []
+
+
+def test_a_saved_conversation_goes_on_elsewhere(start, tmp_path):
+    file = tmp_path / "med blank.json"
+    first = start(["Oslo.", "Bergen."])
+    first.type("Hovedstad?\r")
+    first.expect("Oslo.\n")
+    first.type(f"/save {file}\r")
+    first.expect(r"\(saved 2 messages")
+    first.type(f"/save {file}\r")
+    first.expect("error: .* is there already\nhint: overwrite it with: /save! ")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert sorted(path.name for path in tmp_path.glob("*blank*")) == ["med blank.json"]
+    second = start(["Oslo.", "Bergen."])
+    second.type(f"/load {file}\r")
+    second.expect(r"\(loaded 2 messages\)")
+    second.type("Nest størst?\r")
+    second.expect("Bergen.\n")  # the second answer: the first turn is there
+
+
+def test_mistakes_are_explained_and_cost_nothing(start):
+    terminal = start(["svar"])
+    for typed, expected in (
+        ("/tull", "error: no command /tull\nhint: /help"),
+        ("/", "error: no command /\n"),
+        ("/reset nå", "error: /reset takes nothing after it"),
+        ("/save", "error: no file is named"),
+        ("/load /nowhere/x.json", "error: cannot read /nowhere/x.json: No such file"),
+        ("/save /nowhere/x.json", "error: cannot write /nowhere/x.json: No such file"),
+    ):
+        terminal.type(f"{typed}\r")
+        terminal.expect(expected)
+        terminal.expect(PROMPT)
+    terminal.type("/help\r")
+    listed = terminal.expect("Ctrl-R")
+    for name in ("help", "reset", "system", "undo", "save", "load", "stats", "exit"):
+        assert f"/{name}" in listed
+    terminal.type("//tull\r")  # a message
+    terminal.expect("svar\n")
+
+
+def test_a_full_context_warns_then_explains(start):
+    terminal = start(["svar"], context_length=110)
+    terminal.type("x" * 75 + ENTER)
+    terminal.expect(r"warning: only \d+ tokens of context are left; /reset or /undo makes room")
+    terminal.expect(PROMPT)
+    terminal.type("y" * 40 + ENTER)
+    terminal.expect(r"error: the conversation takes \d+ tokens; scripted has room for 110")
+    terminal.expect("hint: .*/undo.*/reset.*--overflow drop-oldest")
+    terminal.expect(PROMPT)
+    terminal.type("/reset\r")
+    terminal.type("hei\r")
+    terminal.expect("svar\n")
+
+
+def test_dropped_turns_are_said(start):
+    terminal = start(["svar"], "--overflow", "drop-oldest", context_length=130)
+    for _ in range(2):
+        terminal.type("x" * 40 + ENTER)
+        terminal.expect("svar\n")
+        terminal.expect(PROMPT)
+    assert re.search(r"warning: left out the oldest 2 messages: the context is full\n+svar", terminal.text)
+
+
+def test_the_history_is_the_users_own(start, tmp_path):
+    terminal = start(["svar"])
+    terminal.type("hemmelig\r")
+    terminal.expect("svar\n")
+    terminal.type("/exit\r")
+    assert terminal.end() == 0
+    file = tmp_path / "home" / "history"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert "+hemmelig" in file.read_text(encoding="utf-8")
+    later = start(["svar"])
+    later.type("\x1b[A\x1b[A")  # up: first /exit, then the message
+    later.expect("hemmelig")
+
+
+def test_no_history_leaves_no_trace(start, tmp_path):
+    terminal = start(["svar"], "--no-history")
+    terminal.type("hemmelig\r")
+    terminal.expect("svar\n")
+    terminal.type("/exit\r")
+    assert terminal.end() == 0
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"hemmelig" not in path.read_bytes()
+
+
+def test_a_history_that_cannot_be_kept_is_said_and_the_chat_goes_on(start, tmp_path):
+    (tmp_path / "home").write_text("a file, not a folder")
+    terminal = start(["svar"])
+    assert "warning: messages are not remembered" in terminal.text
+    terminal.type("hei\r")
+    terminal.expect("svar\n")
+
+
+def test_typed_bytes_that_are_no_text_do_not_end_the_session(start):
+    terminal = start(["svar"])
+    os.write(terminal._leader, b"bl\xe5 \r")
+    terminal.expect("svar\n")
+    terminal.expect(PROMPT)
+
+
+def test_no_colour_when_it_is_not_wanted(start):
+    terminal = start(["svar"], env={"NO_COLOR": "1"})
+    terminal.type("/tull\r")
+    terminal.expect("no command")
+    assert b"\x1b[1;31m" not in terminal.raw
+    coloured = start(["svar"])
+    coloured.type("/tull\r")
+    coloured.expect("no command")
+    assert b"\x1b[1;31merror:" in coloured.raw
+
+
+# Saved conversations
+
+MESSAGES = [{"role": "user", "content": "Hei på deg"}, {"role": "assistant", "content": "Hallo"}]
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    file = tmp_path / "lagret.json"
+    save_conversation(str(file), MESSAGES, artifact="mitt", settings={"seed": 3}, overwrite=False)
+    loaded = load_conversation(str(file))
+    assert (loaded.messages, loaded.artifact) == (MESSAGES, "mitt")
+    assert json.loads(file.read_text(encoding="utf-8"))["settings"] == {"seed": 3}
+    assert "på" in file.read_text(encoding="utf-8")
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    file = tmp_path / "lagret.json"
+    save_conversation(str(file), MESSAGES, artifact="mitt", settings={}, overwrite=False)
+    before = file.read_bytes()
+    with pytest.raises(UsageError, match="there already"):
+        save_conversation(str(file), [], artifact="mitt", settings={}, overwrite=False)
+    with pytest.raises(TypeError):
+        save_conversation(str(file), [], artifact="mitt", settings={"x": object()}, overwrite=True)
+    with pytest.raises(UsageError, match="folder"):
+        save_conversation(str(tmp_path), [], artifact="mitt", settings={}, overwrite=True)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda saved: [],
+        lambda saved: saved | {"format": "other"},
+        lambda saved: saved | {"version": 2},
+        lambda saved: saved | {"messages": "Hei"},
+        lambda saved: saved | {"artifact": 3},
+        lambda saved: saved | {"messages": ["Hei"]},
+        lambda saved: saved | {"messages": [{"role": "user"}]},
+        lambda saved: saved | {"messages": [{"role": "user", "content": 3}]},
+        lambda saved: saved | {"messages": [{"role": [], "content": "x"}]},
+        lambda saved: saved | {"messages": [{"role": "tool", "content": "x"}]},
+        lambda saved: saved | {"messages": [*MESSAGES, {"role": "system", "content": "x"}]},
+    ],
+)
+def test_what_is_no_saved_conversation_is_refused(tmp_path, change):
+    file = tmp_path / "lagret.json"
+    save_conversation(str(file), MESSAGES, artifact="mitt", settings={}, overwrite=False)
+    file.write_text(json.dumps(change(json.loads(file.read_text(encoding="utf-8")))), encoding="utf-8")
+    with pytest.raises(UsageError, match="is no saved conversation"):
+        load_conversation(str(file))
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_bytes_that_are_no_json_are_refused(tmp_path, raw):
+    file = tmp_path / "lagret.json"
+    file.write_bytes(raw)
+    with pytest.raises(UsageError, match="is no saved conversation"):
+        load_conversation(str(file))
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(NormistralError, match="No such file"):
+        load_conversation(str(tmp_path / "x"))
+
+
+# Lines
+
+
+@pytest.mark.parametrize("text", ["en\\", '"""', '"""en', '"""\nen\n', '  """en'])
+def test_enter_goes_on(text):
+    assert wants_more(text)
+
+
+@pytest.mark.parametrize("text", ["", "en", '"""en"""', '"""\nen\n"""', 'han sa """', '"" og "'])
+def test_enter_sends(text):
+    assert not wants_more(text)
+
+
+def test_a_text_block_loses_its_marks_only():
+    assert strip_text_block('"""\n  en\nto\n"""') == "  en\nto"
+    assert strip_text_block('si """ igjen') == 'si """ igjen'
+    assert strip_text_block('"""') == '"""'
