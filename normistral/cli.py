@@ -24,12 +24,30 @@ from normistral.export.recipe import GROUP_SIZES, PER_CHANNEL, Recipe
 from normistral.manifest import find_problems, read_manifest
 from normistral.runtime.options import GenerationConfig
 from normistral.terminal import console
+from normistral.terminal.arguments import (
+    DEFAULTS_NOTE,
+    Artifact,
+    AsJson,
+    Device,
+    Exact,
+    Greedy,
+    MaxNewTokens,
+    MinP,
+    Prompt,
+    RepetitionPenalty,
+    Seed,
+    Stats,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 if TYPE_CHECKING:
     from normistral.runtime.chunks import Chunk, Completion, Timings
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
-_OURS, _RECIPE = GenerationConfig(), Recipe()
+_RECIPE = Recipe()
 _logger = logging.getLogger("normistral")
 
 app = typer.Typer(
@@ -211,54 +229,8 @@ def export(
 
 # Talking
 
-Artifact = Annotated[
-    str,
-    typer.Argument(
-        metavar="ARTIFACT", help="Folder of an exported model, or its name in the store.", show_default=False
-    ),
-]
-Prompt = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="Answer this on stdout and end. Input from a pipe does the same.")
-]
-Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the most likely token; same as --temperature 0.")]
-Exact = Annotated[
-    bool, typer.Option("--exact", help="Reference arithmetic (float32, nothing quantised while running); slower.")
-]
-Device = Annotated[str, typer.Option(metavar="NAME", help="OpenVINO's name of a device: CPU, GPU, AUTO ...")]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(metavar="N", help=f"Most tokens to write. (*) {_OURS.max_new_tokens}")
-]
-Temperature = Annotated[
-    float | None, typer.Option(metavar="T", help=f"Above 0 answers vary; 0 is greedy. (*) {_OURS.temperature:g}")
-]
-TopK = Annotated[
-    int | None, typer.Option(metavar="K", help=f"Sample among the K likeliest tokens; 0 is all. (*) {_OURS.top_k}")
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(metavar="P", help=f"Sample among the likeliest that reach probability P. (*) {_OURS.top_p:g}"),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(metavar="P", help=f"Leave out tokens below P times the likeliest one. (*) {_OURS.min_p:g}"),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(metavar="R", help=f"Above 1 makes repeated tokens less likely. (*) {_OURS.repetition_penalty:g}"),
-]
-Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="Same seed and input, same text. Default: a new one every time.")
-]
-Stop = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
-]
-Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON: text, finish_reason, timings.")]
 
-_DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."
-
-
-@app.command(epilog=_DEFAULTS_NOTE)
+@app.command(epilog=DEFAULTS_NOTE)
 def chat(
     artifact: Annotated[
         str | None,
@@ -331,7 +303,7 @@ def chat(
         Repl(model, conversation, options, LineEditor(keep_history=not no_history)).run()
 
 
-@app.command(epilog=_DEFAULTS_NOTE)
+@app.command(epilog=DEFAULTS_NOTE)
 def generate(
     artifact: Artifact,
     prompt: Prompt = None,
