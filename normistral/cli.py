@@ -44,7 +44,7 @@ from normistral.terminal.arguments import (
 )
 
 if TYPE_CHECKING:
-    from normistral.runtime.chunks import Chunk, Completion, Timings
+    from normistral.runtime.chunks import Chunk
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
 _RECIPE = Recipe()
@@ -446,7 +446,9 @@ def _answer(chunks: Iterable[Chunk], *, as_json: bool, stats: bool) -> None:
         writer.end()
     completion = Completion.from_chunks(gathered)
     if as_json:
-        _print_json(_completion_document(completion))
+        from normistral.terminal.tables import completion_document
+
+        _print_json(completion_document(completion))
     if completion.finish_reason == "length":
         console.warn("the answer is cut off: --max-new-tokens was reached")
     elif completion.finish_reason == "context":
@@ -455,21 +457,6 @@ def _answer(chunks: Iterable[Chunk], *, as_json: bool, stats: bool) -> None:
         from normistral.terminal.repl import describe_timings
 
         console.say(describe_timings(completion.timings))
-
-
-def _completion_document(completion: Completion) -> dict[str, Any]:
-    return {
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "token_ids": list(completion.token_ids),
-        "timings": _timings_document(completion.timings),
-    }
-
-
-def _timings_document(timings: Timings) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(timings) | {"tokens_per_s": timings.tokens_per_s}
 
 
 def _print_json(document: dict[str, Any]) -> None:

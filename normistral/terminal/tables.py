@@ -1,4 +1,4 @@
-"""The views of `models` and `info`: as text for people, as documents for programs."""
+"""The views of artifacts and answers: as text for people, as documents for programs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import msgspec
 
 from normistral.manifest import Manifest, RecipeRecord
 from normistral.presets import PRESETS
+from normistral.runtime.chunks import Completion
 from normistral.store import StoredArtifact
 from normistral.terminal.console import format_columns
 from normistral.terminal.progress import format_bytes
@@ -93,6 +94,16 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
     yield format_columns(rows)
     files = [(name, f"{record.size:,} bytes", record.sha256[:12]) for name, record in manifest.files.items()]
     yield format_columns([("file", "size", "sha256"), *files], indent=2)
+
+
+def completion_document(completion: Completion) -> dict[str, Any]:
+    """A whole answer for programs; times in seconds."""
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "token_ids": list(completion.token_ids),
+        "timings": asdict(completion.timings) | {"tokens_per_s": completion.timings.tokens_per_s},
+    }
 
 
 def describe_weights(recipe: RecipeRecord) -> str:
