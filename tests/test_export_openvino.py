@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ import openvino  # noqa: E402
 from tiny_models import make_llama, make_mistral  # noqa: E402
 
 import normistral  # noqa: E402
-from normistral.errors import ExportError, ResourceError, UsageError  # noqa: E402
+from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError  # noqa: E402
 from normistral.export import staging  # noqa: E402
 from normistral.export import verify as verifying  # noqa: E402
 from normistral.export.openvino import round_to_float16  # noqa: E402
@@ -345,3 +346,12 @@ def test_a_large_model_is_opened_but_not_run(quirky, monkeypatch):
     proof = verifying.verify(folder / "openvino_model.xml", manifest.architecture, "fp16", None)
     assert proof.quality is None
     assert "too large to run here" in proof.note
+
+
+def test_a_missing_package_is_named_before_any_work(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nncf" else find(name))
+    with pytest.raises(MissingExtraError, match="needs the package nncf") as caught:
+        export_model("nosuchmodel", tmp_path / "out")
+    assert 'pip install "normistral[export]"' in caught.value.hint
+    assert not list(tmp_path.iterdir())

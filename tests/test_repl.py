@@ -19,7 +19,7 @@ from normistral.errors import NormistralError, UsageError
 from normistral.terminal.conversations import load_conversation, save_conversation
 from normistral.terminal.line_editor import strip_text_block, wants_more
 
-PATIENCE_S = 10
+PATIENCE_S = 30
 PROMPT = r"(\A|\n)>"
 CTRL_C, CTRL_D, ALT_ENTER, ENTER = "\x03", "\x04", "\x1b\r", "\r"
 

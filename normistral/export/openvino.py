@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import logging
 import warnings
@@ -35,20 +36,39 @@ _TASK = "text-generation-with-past"
 _LARGEST_FLOAT16 = 65504.0
 
 
-def require_export_tools() -> None:
-    """Import everything an export needs, so that what is missing is said before any work.
+_TOOLS = ("torch", "transformers", "nncf", "openvino_tokenizers", "optimum.exporters.openvino.convert")
+
+
+def find_export_tools() -> None:
+    """See that everything an export needs is installed, before any work and without the seconds that importing takes.
 
     Raises:
         MissingExtraError: the extra `export` is not installed.
     """
+    for tool in _TOOLS:
+        package = tool.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            raise _missing(package)
+
+
+def require_export_tools() -> None:
+    """Import everything an export needs.
+
+    Raises:
+        MissingExtraError: the extra `export` is installed only in part.
+    """
     try:
-        for name in ("torch", "transformers", "nncf", "openvino_tokenizers", "optimum.exporters.openvino.convert"):
-            importlib.import_module(name)
+        for tool in _TOOLS:
+            importlib.import_module(tool)
     except ImportError as exc:
-        raise MissingExtraError(
-            f"exporting needs the package {exc.name or 'optimum'}, which is not installed",
-            'install it with: pip install "normistral[export]"',
-        ) from exc
+        raise _missing(exc.name or "optimum") from exc
+
+
+def _missing(package: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"exporting needs the package {package}, which is not installed",
+        'install it with: pip install "normistral[export]"',
+    )
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:

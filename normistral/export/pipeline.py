@@ -78,8 +78,10 @@ def export_model(
     check_output(output, force=force)
     silence_telemetry()
     with MemoryMeter() as meter, _translate_system_errors():
-        openvino.require_export_tools()
+        openvino.find_export_tools()
         located = locate(model, revision=revision, progress=progress)
+        with progress.stage("starting the export tools"):
+            openvino.require_export_tools()
         with stage(output, force=force) as staging, openvino.quiet_tools():
             checkpoint = open_checkpoint(located, staging.workspace, progress=progress)
             with _beside(partial(hash_sources, checkpoint)) as source:
