@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from tiny_models import make_mistral
 
-pytest.importorskip("optimum.exporters.openvino")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 KILLS = int(os.environ.get("NORMISTRAL_TEST_KILLS", "6"))

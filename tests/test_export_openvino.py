@@ -10,21 +10,18 @@ import socket
 import threading
 
 import numpy as np
+import openvino
 import pytest
+import torch
+from tiny_models import make_llama, make_mistral
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("optimum.exporters.openvino")
-
-import openvino  # noqa: E402
-from tiny_models import make_llama, make_mistral  # noqa: E402
-
-import normistral  # noqa: E402
-from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError  # noqa: E402
-from normistral.export import staging  # noqa: E402
-from normistral.export import verify as verifying  # noqa: E402
-from normistral.export.openvino import round_to_float16  # noqa: E402
-from normistral.hardware import exact_openvino, read_machine  # noqa: E402
-from normistral.manifest import check_files, read_manifest  # noqa: E402
+import normistral
+from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError
+from normistral.export import staging
+from normistral.export import verify as verifying
+from normistral.export.openvino import round_to_float16
+from normistral.hardware import exact_openvino, read_machine
+from normistral.manifest import check_files, read_manifest
 
 # Reference and artifact hold the same float16 weights and compute in float32; what is left is the order of sums:
 # 1e-6 of the largest logit (about 5) per operation, over two layers. Dropping the sliding window costs 0.1 and more
@@ -352,6 +349,6 @@ def test_a_missing_package_is_named_before_any_work(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nncf" else find(name))
     with pytest.raises(MissingExtraError, match="needs the package nncf") as caught:
-        export_model("nosuchmodel", tmp_path / "out")
+        normistral.export_model("nosuchmodel", tmp_path / "out")
     assert 'pip install "normistral[export]"' in caught.value.hint
     assert not list(tmp_path.iterdir())
