@@ -42,6 +42,12 @@ class NormistralError(Exception):
         self.hint = hint
 
 
+def first_line(exc: BaseException) -> str:
+    """What another package's exception says first, for a message of ours that has to fit in one line."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return lines[0] if lines else type(exc).__name__
+
+
 class UsageError(NormistralError):
     """A wrong option or argument."""
 

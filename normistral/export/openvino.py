@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normistral.errors import ExportError, MissingExtraError
+from normistral.errors import ExportError, MissingExtraError, first_line
 from normistral.export.progress import Stage
 from normistral.export.recipe import Recipe
 from normistral.export.staging import require_free_disk
@@ -95,7 +95,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
             trust_remote_code=False,
         )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
-        raise ExportError(f"transformers cannot load the checkpoint: {_first_line(exc)}") from exc
+        raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
     return model.eval()
 
 
@@ -168,7 +168,7 @@ def convert(model: PreTrainedModel) -> openvino.Model:
             port.get_tensor().set_names({item.name})
         patch_stateful(model.config, graph)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as exc:
-        raise ExportError(f"the model cannot be converted to OpenVINO: {_first_line(exc)}") from exc
+        raise ExportError(f"the model cannot be converted to OpenVINO: {first_line(exc)}") from exc
     return graph
 
 
@@ -201,7 +201,7 @@ def compress(graph: openvino.Model, recipe: Recipe, group_size: int, stage: Stag
                 return graph
             return nncf.compress_weights(graph, mode=modes[recipe.backup.upper()])
     except (nncf.ValidationError, nncf.InternalError, nncf.UnsupportedModelError, RuntimeError, ValueError) as exc:
-        raise ExportError(f"the weights cannot be rounded: {_first_line(exc)}") from exc
+        raise ExportError(f"the weights cannot be rounded: {first_line(exc)}") from exc
 
 
 def save(graph: openvino.Model, folder: Path, recipe: Recipe) -> None:
@@ -233,7 +233,7 @@ def write_ir(graph: openvino.Model, path: Path) -> None:
         openvino.save_model(graph, path, compress_to_fp16=False)
     except RuntimeError as exc:  # it says "iostream error" for everything that the system may refuse
         require_free_disk(path)
-        raise ExportError(f"OpenVINO cannot write {path.name}: {_first_line(exc)}") from exc
+        raise ExportError(f"OpenVINO cannot write {path.name}: {first_line(exc)}") from exc
 
 
 @contextmanager
@@ -326,8 +326,3 @@ def _report_nncf(stage: Stage) -> Iterator[None]:
     finally:
         for module, original in originals:
             module.track = original
-
-
-def _first_line(exc: BaseException) -> str:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return lines[0] if lines else type(exc).__name__

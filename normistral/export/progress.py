@@ -34,12 +34,14 @@ class Progress(Protocol):
         ...
 
 
-class _Silence:
+class Uncounted:
+    """A stage whose amounts nobody shows."""
+
     def advance(self, amount: int) -> None:
-        pass
+        """Dropped."""
 
     def set_total(self, total: int | None) -> None:
-        pass
+        """Dropped."""
 
 
 class NoProgress:
@@ -48,7 +50,7 @@ class NoProgress:
     @contextmanager
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Stage]:
         """A stage that nobody sees."""
-        yield _Silence()
+        yield Uncounted()
 
     def note(self, text: str) -> None:
         """Dropped."""

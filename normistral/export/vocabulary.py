@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normistral.errors import CheckpointError
+from normistral.errors import CheckpointError, first_line
 from normistral.export.config import read_json
 
 TOKENIZER_FILES = (
@@ -117,7 +117,8 @@ def convert_sentencepiece(folder: Path) -> None:
         fast.backend_tokenizer.save(str(folder / "tokenizer.json"))
     except Exception as exc:  # sentencepiece and protobuf raise types of their own
         raise CheckpointError(
-            f"tokenizer.model cannot be converted: {_first_line(exc)}", "use a checkpoint that has a tokenizer.json"
+            f"tokenizer.model cannot be converted: {first_line(exc)[:160]}",
+            "use a checkpoint that has a tokenizer.json",
         ) from exc
 
 
@@ -131,7 +132,7 @@ def _load(path: Path) -> Any:
         raise
     except BaseException as exc:  # a panic in its Rust code is no Exception
         raise CheckpointError(
-            f"tokenizer.json cannot be read: {_first_line(exc)}", "download or copy the file again"
+            f"tokenizer.json cannot be read: {first_line(exc)[:160]}", "download or copy the file again"
         ) from exc
 
 
@@ -191,9 +192,7 @@ def _adds_bos(tokenizer: Any, bos_id: int | None) -> bool:
         with_specials = tokenizer.encode("a", add_special_tokens=True).ids
         without = tokenizer.encode("a", add_special_tokens=False).ids
     except Exception as exc:  # tokenizers raises plain Exceptions
-        raise CheckpointError(f"the tokenizer cannot encode text: {_first_line(exc)}", "copy the file again") from exc
+        raise CheckpointError(
+            f"the tokenizer cannot encode text: {first_line(exc)[:160]}", "copy the file again"
+        ) from exc
     return bool(bos_id is not None and with_specials[:1] == [bos_id] and without[:1] != [bos_id])
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).strip().partition("\n")[0] or type(exc).__name__)[:160]

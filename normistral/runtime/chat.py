@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from normistral.errors import BusyError, ContextLengthError, UsageError
+from normistral.errors import BusyError, UsageError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.options import GenerationConfig, resolve_options
 from normistral.runtime.template import ChatTemplate
@@ -175,13 +175,12 @@ class Chat:
         return dropped, prompt_ids
 
     def _require_fit(self, tokens: int) -> None:
-        context = self._model.context_length
-        if tokens >= context:
-            raise ContextLengthError(
-                f"the conversation takes {tokens} tokens; {self._model.name} has room for {context}, answer included",
-                "shorten the message, reset or undo, or choose the policy that drops the oldest turns "
-                "(--overflow drop-oldest)",
-            )
+        self._model.require_fit(
+            tokens,
+            "the conversation",
+            "shorten the message, reset or undo, or choose the policy that drops the oldest turns "
+            "(--overflow drop-oldest)",
+        )
 
     def _visible(self, messages: list[Message], dropped: int | None = None) -> list[Message]:
         """What the model sees: a leading system message, then the turns without the first `dropped`."""

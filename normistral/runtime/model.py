@@ -182,12 +182,11 @@ class Model:
         if self._closed:
             raise ClosedError(f"{self.name} was closed", "load it again")
 
-    def require_fit(self, tokens: int, what: str) -> None:
+    def require_fit(self, tokens: int, what: str, hint: str = "shorten it") -> None:
         """Raise ContextLengthError unless this many tokens leave room for one more."""
         if tokens >= self.context_length:
             raise ContextLengthError(
-                f"{what} takes {tokens} tokens; the context of {self.name} is {self.context_length}, answer included",
-                "shorten it",
+                f"{what} takes {tokens} tokens; {self.name} has room for {self.context_length}, answer included", hint
             )
 
     def _stream_once(self, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:

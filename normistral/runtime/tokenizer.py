@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normistral.errors import ArtifactError, UsageError
+from normistral.errors import ArtifactError, UsageError, first_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -84,7 +84,7 @@ class Tokenizer:
         except BaseException as exc:  # `tokenizers` raises plain Exception, and PanicException for some damage
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 raise
-            raise ArtifactError(f"{path} is not a valid tokenizer: {_first_line(exc)}", export_again) from exc
+            raise ArtifactError(f"{path} is not a valid tokenizer: {first_line(exc)[:200]}", export_again) from exc
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, as `transformers` gives them.
@@ -184,7 +184,3 @@ def _require_unicode(text: str) -> str:
             "read the text as UTF-8",
         ) from exc
     return text
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0][:200]

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from normistral.errors import NormistralError, UsageError
 
-DIM, BOLD, RED, YELLOW, CYAN = "2", "1", "1;31", "33", "36"  # SGR parameters (ECMA-48, 8.3.117)
+DIM, RED, YELLOW, CYAN = "2", "1;31", "33", "36"  # SGR parameters (ECMA-48, 8.3.117)
 
 _DEFAULT_HINT = "normistral --help, or --help after a command, says what is possible"
 _PICTURES = (

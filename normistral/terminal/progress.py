@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from normistral.export.progress import Progress, Stage
+from normistral.export.progress import Progress, Stage, Uncounted
 from normistral.terminal.console import colour, is_terminal, one_line
 
 if TYPE_CHECKING:
@@ -52,21 +52,13 @@ class PlainProgress:
         size = f" ({_amount(total, unit)})" if total else ""
         print(one_line(title + size), file=sys.stderr, flush=True)
         started = time.perf_counter()
-        yield _Uncounted()
+        yield Uncounted()
         if (took := time.perf_counter() - started) >= _WORTH_TELLING_S:
             print(f"  done in {took:.1f} s", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Print it."""
         print(f"  {one_line(text)}", file=sys.stderr, flush=True)
-
-
-class _Uncounted:
-    def advance(self, amount: int) -> None:
-        pass
-
-    def set_total(self, total: int | None) -> None:
-        pass
 
 
 class BarProgress:
