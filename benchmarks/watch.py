@@ -1,10 +1,12 @@
 """Run a command and record what it took: time, memory over its process tree, temporary disk.
 
-    python benchmarks/watch.py [--disk FOLDER] [--json FILE] -- COMMAND [ARGUMENT ...]
+    python benchmarks/watch.py [--disk FOLDER] [--limit-gib N] [--kill-after S] [--json FILE] -- COMMAND [ARGUMENT ...]
 
 Memory is RssAnon + RssShmem + VmSwap, summed over the command and all its descendants, read 20 times a second: what
-the machine must really provide. Mapped files (RssFile) are given apart: the kernel can drop them. The command is killed
-when the machine's available memory falls below a floor, so that nothing else is.
+the machine must really provide. Mapped files (RssFile) are given apart, since the kernel can drop them; "resident" is
+the peak of both together. The command is killed when the machine's available memory falls below a floor, so that
+nothing else is. With --limit-gib it runs in a control group of that size, page cache included; --kill-after ends it
+with SIGKILL after so many seconds, as a power cut would.
 """
 
 from __future__ import annotations
@@ -12,10 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
+
+from memory_group import MemoryGroup, memory_group
 
 INTERVAL_S = 0.05
 FLOOR_BYTES = 2**30
@@ -63,23 +69,31 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def watch(command: list[str], disk: Path | None) -> dict[str, object]:
-    """Run the command to its end; peaks in bytes, time in seconds."""
+def watch(
+    command: list[str], disk: Path | None, kill_after_s: float | None = None, group: MemoryGroup | None = None
+) -> dict[str, object]:
+    """Run the command to its end, within a control group if one is given; peaks in GiB, time in seconds."""
     disk_before = folder_bytes(disk) if disk else 0
-    peak = {"anonymous": 0, "mapped": 0, "disk": 0}
+    peak = {"anonymous": 0, "mapped": 0, "resident": 0, "disk": 0}
     killed = False
     started = time.monotonic()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, preexec_fn=group.join if group else None)
     samples = 0
     while process.poll() is None:
         memory = [read_memory(pid) for pid in descendants(process.pid)]
-        peak["anonymous"] = max(peak["anonymous"], sum(one[kind] for one in memory for kind in PRIVATE))
-        peak["mapped"] = max(peak["mapped"], sum(one["RssFile"] for one in memory))
+        anonymous = sum(one[kind] for one in memory for kind in PRIVATE)
+        mapped = sum(one["RssFile"] for one in memory)
+        for kind, now in (("anonymous", anonymous), ("mapped", mapped), ("resident", anonymous + mapped)):
+            peak[kind] = max(peak[kind], now)
         if disk and samples % 20 == 0:
             peak["disk"] = max(peak["disk"], folder_bytes(disk) - disk_before)
         if available_bytes() < FLOOR_BYTES:
             process.kill()
             killed = True
+        if kill_after_s is not None and time.monotonic() - started > kill_after_s:
+            for pid in descendants(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         samples += 1
         time.sleep(INTERVAL_S)
     seconds = time.monotonic() - started
@@ -91,19 +105,27 @@ def watch(command: list[str], disk: Path | None) -> dict[str, object]:
         "samples_per_s": round(samples / seconds, 1),
         "peak_anonymous_gib": round(peak["anonymous"] / 2**30, 2),
         "peak_mapped_gib": round(peak["mapped"] / 2**30, 2),
+        "peak_resident_gib": round(peak["resident"] / 2**30, 2),
         "peak_disk_gib": round(peak["disk"] / 2**30, 2) if disk else None,
         "final_disk_gib": round((folder_bytes(disk) - disk_before) / 2**30, 2) if disk else None,
+        "group": group.figures() if group else None,
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--disk", type=Path, help="measure how much this folder grows")
+    parser.add_argument("--limit-gib", type=float, help="run in a control group of this size")
+    parser.add_argument("--kill-after", type=float, metavar="S", help="SIGKILL after so many seconds")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
-    figures = watch(command, arguments.disk)
+    with ExitStack() as stack:
+        group = None
+        if arguments.limit_gib is not None:
+            group = stack.enter_context(memory_group(int(arguments.limit_gib * 2**30)))
+        figures = watch(command, arguments.disk, arguments.kill_after, group)
     line = json.dumps(figures)
     print(line, file=sys.stderr)
     if arguments.json:

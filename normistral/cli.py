@@ -20,7 +20,7 @@ import typer
 import normistral
 from normistral import store
 from normistral.errors import ArtifactError, NormistralError, UsageError
-from normistral.export.recipe import GROUP_SIZES, PER_CHANNEL, Recipe
+from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Recipe
 from normistral.manifest import find_problems, read_manifest
 from normistral.runtime.options import GenerationConfig
 from normistral.terminal import console
@@ -139,7 +139,7 @@ def _normistral(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """NorMistral on ordinary processors: export a checkpoint to int4 or int8 OpenVINO, and talk to it.
+    """NorMistral on ordinary processors: export a checkpoint to int4 or int8, OpenVINO or ONNX, and talk to it.
 
     An ARTIFACT is the folder of an exported model, or its name in the local store. Exit codes: 0 done, 1 it could not
     be done, 2 wrong usage.
@@ -175,14 +175,14 @@ def export(
         Path | None,
         typer.Argument(metavar="[OUTPUT]", help="The folder to make; default: named after MODEL, in the local store."),
     ] = None,
-    format: Annotated[str, typer.Option(help="Format of the artifact: openvino.")] = "openvino",
-    weights: Annotated[str, typer.Option(help="Weights: int4, int8 or fp16.")] = _RECIPE.weights,
+    format: Annotated[str, typer.Option(help="Format of the artifact: openvino or onnx.")] = _RECIPE.format,
+    weights: Annotated[str, typer.Option(help="Weights: int4, int8 or fp16; for ONNX also fp32.")] = _RECIPE.weights,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
-            help=f"int4 weights that share one scale: {', '.join(map(str, GROUP_SIZES))}, or {PER_CHANNEL} for one "
-            "scale per channel. Default: the largest that divides the model's widths."
+            help=f"Weights that share one scale, in int4 and ONNX's int8: {', '.join(map(str, GROUP_SIZES))}, or "
+            f"{PER_CHANNEL} for one per channel (not in ONNX). Default: the largest that divides the model's widths."
         ),
     ] = None,
     symmetric: Annotated[
@@ -195,7 +195,8 @@ def export(
     ratio: Annotated[
         float | None,
         typer.Option(
-            help=f"Share of the layers in int4; the most sensitive take --backup. Default: {_RECIPE.ratio:g}."
+            help="Share of the layers in int4; the most sensitive take --backup (not in ONNX). "
+            f"Default: {_RECIPE.ratio:g}."
         ),
     ] = None,
     backup: Annotated[
@@ -206,6 +207,21 @@ def export(
         int | None,
         typer.Option(help=f"Output layer in 8 bits (--backup) or in 4. Default: {_RECIPE.output_layer_bits}."),
     ] = None,
+    graph: Annotated[
+        str | None,
+        typer.Option(
+            help="ONNX graph: fused (onnxruntime's own operators) or plain (the standard's, for fp16 and fp32). "
+            "Default: fused for int4 and int8, else plain."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most tokens that prompt and answer may take. Default: the checkpoint's, in a fused graph at most "
+            f"{FUSED_CONTEXT}.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUTPUT if it is an artifact, once the new one is whole.")
     ] = False,
@@ -213,13 +229,19 @@ def export(
 ) -> None:
     """Turn a checkpoint into an artifact. Prints the artifact's folder on stdout.
 
-    Needs the extra "export": pip install "normistral[export]".
+    Needs the extra "export": pip install "normistral[export]"; for ONNX also "onnx": "normistral[export,onnx]".
     """
     from normistral.export.pipeline import export_model
     from normistral.terminal.progress import show_progress
 
     recipe = _given(
-        group_size=group_size, symmetric=symmetric, ratio=ratio, backup=backup, output_layer_bits=output_layer_bits
+        group_size=group_size,
+        symmetric=symmetric,
+        ratio=ratio,
+        backup=backup,
+        output_layer_bits=output_layer_bits,
+        graph=graph,
+        context_length=context,
     )
     folder = store.default_output(model, weights, format) if output is None else output
     with show_progress() as progress:

@@ -95,6 +95,20 @@ def exact_openvino(machine: Machine) -> dict[str, str]:
     }
 
 
+def plan_onnxruntime(machine: Machine) -> dict[str, str]:
+    """onnxruntime settings for decoding one sequence: fields of its SessionOptions, and "session." entries of its
+    configuration (onnxruntime_session_options_config_keys.h).
+    """
+    return {
+        "intra_op_num_threads": str(plan_threads(machine)),
+        "inter_op_num_threads": "1",  # a decoder has no branches worth a thread
+        # Between two operators, threads wait faster by spinning than by sleeping; under a quota they burn it.
+        "session.intra_op.allow_spinning": "1" if machine.cpu_quota is None else "0",
+        # Weights stay for good: outside the arena they do not make it grow in steps of twice the size.
+        "session.use_device_allocator_for_initializers": "1",
+    }
+
+
 def read_machine(root: Path = Path("/")) -> Machine:
     """Look at this machine, or at the copy of a Linux machine's /proc and /sys below `root`."""
     if not (root / "proc/cpuinfo").is_file():

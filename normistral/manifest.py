@@ -22,7 +22,7 @@ import msgspec
 from normistral.errors import ArtifactError
 
 MANIFEST_NAME = "normistral.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: ONNX. What 1 described reads the same
 HASHED_AT_LOAD_BYTES = 16 * 2**20  # smaller files are hashed at every load; of larger ones only the size is checked
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _READ_BYTES = 4 * 2**20
@@ -30,6 +30,8 @@ _CHECKSUM = re.compile(rb'("checksum": ")([0-9a-f]{64})(")')
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
+ArtifactFormat = Literal["openvino", "onnx"]
+GraphKind = Literal["fused", "plain"]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Probability = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
@@ -79,21 +81,24 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class RecipeRecord:
-    """How the weights were stored. For int8 and fp16 only `weights` (and for int8 `symmetric`) mean anything.
+    """How the weights were stored; what means nothing for a weight format is None.
 
     Attributes:
-        group_size: weights that share one int4 scale; -1 is one scale per output channel.
+        group_size: weights that share one scale; -1 is one scale per output channel.
         ratio: share of the layers' weights in int4; the others take `backup`.
         backup: precision of the layers that are not int4.
         output_layer_bits: bits of the output layer (and of a tied embedding).
+        graph: of ONNX: "fused" has onnxruntime's own operators for attention and rounded weights, "plain" only those of
+            the standard.
     """
 
-    weights: Literal["int4", "int8", "fp16"]
+    weights: Literal["int4", "int8", "fp16", "fp32"]
     symmetric: bool | None = None
     group_size: int | None = None
     ratio: Probability | None = None
     backup: str | None = None
     output_layer_bits: int | None = None
+    graph: GraphKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +148,7 @@ class Manifest:
         notes: what the exporter decided or found that the user should see.
     """
 
-    format: Literal["openvino", "onnx"]
+    format: ArtifactFormat
     created: str
     source: Source
     role: Literal["chat", "base"]

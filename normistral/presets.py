@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["chat", "base"]
-WeightFormat = Literal["int4", "int8", "fp16"]
+WeightFormat = Literal["int4", "int8", "fp16", "fp32"]
 
 
 @dataclass(frozen=True, slots=True)

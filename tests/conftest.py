@@ -1,5 +1,6 @@
 """Artifacts exported once for a whole test run, from random checkpoints with the family's quirks."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ settings.register_profile("explore", max_examples=500, deadline=None)
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
-# Grouped KV heads, head_dim 24 where hidden/heads is 16, a window of 16 in 64 positions, untied output.
-QUIRKS = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 24, "sliding_window": 16, "positions": 64}
+# Grouped KV heads, head_dim 32 where hidden/heads is 16, a window of 16 in 64 positions, untied output.
+QUIRKS = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "sliding_window": 16, "positions": 64}
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +39,29 @@ def demo_int4(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("demo") / "artifacts" / "demo-openvino-int4"
     export_model("demo", output, weights="int4")
     return output
+
+
+# The ways to store one checkpoint: name -> options of `export_model`.
+ONNX_EXPORTS = {
+    "onnx-fp32-plain": {"weights": "fp32", "graph": "plain"},
+    "onnx-fp32-fused": {"weights": "fp32", "graph": "fused"},
+    "onnx-fp16-plain": {"weights": "fp16", "graph": "plain"},
+    "onnx-fp16-fused": {"weights": "fp16", "graph": "fused"},
+    "onnx-int8": {"weights": "int8"},
+    "onnx-int4": {"weights": "int4", "group_size": 32},
+    "onnx-int4-asymmetric": {"weights": "int4", "group_size": 32, "symmetric": False},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_checkpoint, tmp_path_factory):
+    """name -> the artifact of the tiny checkpoint; each is made when it is first asked for."""
+    from normistral import export_model
+
+    @cache
+    def export(name: str) -> Path:
+        output = tmp_path_factory.mktemp("artifacts") / f"tiny-{name}"
+        export_model(str(tiny_checkpoint), output, format="onnx", **ONNX_EXPORTS[name])
+        return output
+
+    return export

@@ -1,6 +1,6 @@
 """Kill exports at random moments and look at what is left.
 
-    python tests/kill_export.py MODEL --kills 50 --seed 1 --weights int4
+    python tests/kill_export.py MODEL --kills 50 --seed 1 --format onnx --weights int4
 
 A process that has imported everything forks one export per kill, so that the moments fall into the export itself and
 not into imports. Half of the kills hit a first export, half one that replaces an old artifact (--force). After each:
@@ -26,8 +26,8 @@ import time
 import traceback
 from pathlib import Path
 
-from normistral.export.openvino import require_export_tools
 from normistral.export.pipeline import export_model
+from normistral.export.tools import require_export_tools
 from normistral.manifest import MANIFEST_NAME, check_files, read_manifest
 from normistral.quiet import silence_telemetry
 
@@ -37,11 +37,12 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--format", default="openvino")
     parser.add_argument("--weights", default="int4")
     parser.add_argument("--recover-every", type=int, default=1, help="a whole export after every n-th kill")
     options = parser.parse_args()
     silence_telemetry()
-    require_export_tools()
+    require_export_tools(options.format)
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "out"
@@ -63,7 +64,13 @@ def main() -> int:
                 tally["recoveries"] += 1
         print(
             json.dumps(
-                {"model": Path(options.model).name, "seed": options.seed, "export_s": round(seconds, 1), **tally}
+                {
+                    "model": Path(options.model).name,
+                    "format": options.format,
+                    "seed": options.seed,
+                    "export_s": round(seconds, 1),
+                    **tally,
+                }
             )
         )
     return 0
@@ -103,7 +110,7 @@ def fork_export(options: argparse.Namespace, output: Path, *, force: bool) -> in
     if child:
         return child
     try:
-        export_model(options.model, output, weights=options.weights, force=force)
+        export_model(options.model, output, options.format, options.weights, force=force)
         os._exit(0)
     except BaseException:
         traceback.print_exc()

@@ -50,6 +50,30 @@ def bad_checkpoints(root: Path) -> dict[str, Command]:
         "a tokenizer that does not fit": model(
             "tokenizer", lambda folder: write_tokenizer(folder, VOCABULARY + 9, chat=True, adds_bos=False)
         ),
+        "ONNX without groups": [
+            "export",
+            str(root / "empty"),
+            str(root / "out"),
+            "--format",
+            "onnx",
+            "--group-size",
+            "-1",
+        ],
+        "a plain graph of int4": [
+            "export",
+            str(root / "empty"),
+            str(root / "out"),
+            "--format",
+            "onnx",
+            "--graph",
+            "plain",
+        ],
+        "fp32 in OpenVINO": ["export", str(root / "empty"), str(root / "out"), "--weights", "fp32"],
+        "a context that is too short": ["export", str(root / "empty"), str(root / "out"), "--context", "3"],
+        "heads that the fused graph cannot turn": [
+            *model("heads", lambda folder: None, head_dim=24),
+            *("--format", "onnx", "--group-size", "32"),
+        ],
         "a wrong option": ["export", str(root / "empty"), str(root / "out"), "--group-size", "48"],
         "a config that names code": model(
             "code", lambda folder: edit_json(folder / "config.json", hidden_size="64; import os", auto_map={"a": "b.c"})
@@ -91,7 +115,7 @@ def bad_artifacts(root: Path, artifact: Path) -> dict[str, Command]:
     def make_newer(folder: Path) -> None:
         raw = (folder / "normistral.json").read_bytes()
         assert parse_manifest(raw)
-        (folder / "normistral.json").write_bytes(raw.replace(b'"schema_version": 1', b'"schema_version": 2'))
+        (folder / "normistral.json").write_bytes(raw.replace(b'"schema_version": 2', b'"schema_version": 3'))
 
     def grow(folder: Path) -> None:
         """A large file whose size is right and whose content is not: only --check sees that."""
@@ -129,6 +153,32 @@ def bad_artifacts(root: Path, artifact: Path) -> dict[str, Command]:
     }
 
 
+def bad_onnx_artifacts(root: Path, artifact: Path) -> dict[str, Command]:
+    """As `bad_artifacts`, for what is different in ONNX."""
+    hello = ["--prompt", "Hei"]
+
+    def damaged(name: str, damage: Callable[[Path], object]) -> Command:
+        folder = shutil.copytree(artifact, root / f"onnx-{name}")
+        damage(folder)
+        return ["chat", str(folder), *hello]
+
+    def flip(file: Path) -> None:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    chat = ["chat", str(artifact), *hello]
+    return {
+        "ONNX: weights are missing": damaged("missing", lambda f: (f / "model.onnx.data").unlink()),
+        "ONNX: truncated weights": damaged("truncated", lambda f: os.truncate(f / "model.onnx.data", 1000)),
+        "ONNX: changed weights": damaged("weights", lambda f: flip(f / "model.onnx.data")),
+        "ONNX: a changed graph": damaged("graph", lambda f: flip(f / "model.onnx")),
+        "ONNX: a truncated graph": damaged("half", lambda f: os.truncate(f / "model.onnx", 1000)),
+        "ONNX: a provider that is not installed": [*chat, "--device", "CUDA"],
+        "ONNX: a device of OpenVINO": [*chat, "--device", "GPU"],
+        "ONNX: a device that nobody has": [*chat, "--device", "TOASTER:1"],
+    }
+
+
 def run(name: str, arguments: Command, python: str = sys.executable) -> bool:
     """Run one case, print it; whether it ended as it must."""
     done = subprocess.run(
@@ -160,8 +210,19 @@ def main() -> int:
         artifact = root / "artifact"
         good = make_mistral(root / "good")
         subprocess.run([sys.executable, "-m", "normistral", "export", str(good), str(artifact)], check=True)
+        onnx = root / "onnx"
+        export = [
+            sys.executable,
+            "-m",
+            "normistral",
+            "export",
+            str(make_mistral(root / "even", head_dim=32)),
+            str(onnx),
+        ]
+        subprocess.run([*export, "--format", "onnx"], check=True)
         results = [run(name, arguments) for name, arguments in bad_checkpoints(root).items()]
         results += [run(name, arguments) for name, arguments in bad_artifacts(root, artifact).items()]
+        results += [run(name, arguments) for name, arguments in bad_onnx_artifacts(root, onnx).items()]
         if os.geteuid() == 0:
             disk = root / "disk"
             disk.mkdir()

@@ -16,10 +16,11 @@ from scripted_cli import TESTS, command, make_artifact
 from normistral import errors
 from normistral.cli import main
 from normistral.export.recipe import Recipe
-from normistral.manifest import Manifest, read_manifest, write_manifest
+from normistral.manifest import Manifest, RecipeRecord, read_manifest, write_manifest
 from normistral.presets import PRESETS
 from normistral.runtime.options import GenerationConfig
 from normistral.terminal import console
+from normistral.terminal.tables import describe_weights
 
 ANSWER = "Blåbærsyltetøy på brød, 😀."
 
@@ -246,7 +247,12 @@ def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys)
         (["export", "demo", "out", "--weights", "int3"], 2, "int3"),
         (["export", "demo", "out", "--weights", "fp16", "--ratio", "0.5"], 2, "ratio means nothing"),
         (["export", "demo", "out", "--weights", "fp16", "--asymmetric"], 2, "symmetric means nothing"),
-        (["export", "demo", "out", "--format", "onnx"], 2, "onnx"),
+        (["export", "demo", "out", "--format", "gguf"], 2, "format must be one of openvino, onnx, not 'gguf'"),
+        (["export", "demo", "out", "--format", "onnx", "--ratio", "0.5"], 2, "ratio means nothing"),
+        (["export", "demo", "out", "--format", "onnx", "--graph", "plain"], 2, "a plain graph has no int4 weights"),
+        (["export", "demo", "out", "--graph", "fused"], 2, "graph means nothing"),
+        (["export", "demo", "out", "--weights", "fp32"], 2, "OpenVINO artifacts have no fp32 weights"),
+        (["export", "demo", "out", "--context", "1"], 2, "at least 16 tokens"),
         (["export", "nonsense", "out"], 1, "nonsense"),
     ],
 )
@@ -363,6 +369,20 @@ def test_info_shows_the_manifest(artifact, capsys):
     assert document["files"][BIG_FILE]["size"] > 16e6
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8), "int4, symmetric, groups of 64; others int8_asym; "),
+        (RecipeRecord("int4", False, -1, 0.8, "fp", 4), "int4, asymmetric, one scale per channel, 80% of the layers; "),
+        (RecipeRecord("int8", symmetric=True), "int8, symmetric"),
+        (RecipeRecord("int8", symmetric=True, group_size=32, graph="fused"), "groups of 32; fused graph"),
+        (RecipeRecord("fp32", graph="plain"), "fp32; plain graph"),
+    ],
+)
+def test_weights_are_described_with_their_graph(recipe, expected):
+    assert expected in describe_weights(recipe)
+
+
 @pytest.mark.parametrize("kind", ["changed", "truncated", "missing"])
 def test_info_check_finds_every_damaged_file(artifact, capsys, kind):
     assert main(["info", str(artifact), "--check"]) == 0
@@ -397,10 +417,11 @@ def test_a_newer_artifact_asks_for_an_upgrade(artifact, capsys):
     assert "--upgrade" in hint
 
 
-def test_doctor_reports_machine_and_openvino(capsys):
+def test_doctor_reports_machine_and_engines(capsys):
+    import onnxruntime
     import openvino
 
-    from normistral.hardware import plan_openvino, plan_threads, read_machine
+    from normistral.hardware import plan_onnxruntime, plan_openvino, plan_threads, read_machine
 
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -409,11 +430,16 @@ def test_doctor_reports_machine_and_openvino(capsys):
     assert "CPU" in report["openvino"]["devices"]
     assert report["threads"] == plan_threads(machine)
     assert report["settings"]["int4"] == plan_openvino(machine, "int4")
+    assert report["onnxruntime"]["version"] == onnxruntime.__version__
+    assert report["onnxruntime"]["devices"]["CPU"] == "CPUExecutionProvider"
+    assert report["onnx_settings"] == plan_onnxruntime(machine)
     assert report["packages"]["numpy"]
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert f"{plan_threads(machine)} threads: " in text
     assert openvino.__version__ in text
+    assert re.search(r"CPU +CPUExecutionProvider\n", text)
+    assert f"intra_op_num_threads={plan_threads(machine)}" in text
 
 
 @pytest.mark.parametrize(
@@ -424,16 +450,34 @@ def test_doctor_reports_machine_and_openvino(capsys):
         ("print('x')", "nothing that could be read"),
     ],
 )
-def test_doctor_works_when_openvino_does_not(monkeypatch, capsys, code, expected):
+def test_doctor_works_when_an_engine_does_not(monkeypatch, capsys, code, expected):
     from normistral.terminal import doctor
 
-    ask = doctor.ask_openvino
-    monkeypatch.setattr(doctor, "ask_openvino", lambda: ask(code))
+    monkeypatch.setattr(doctor, "_ASK_OPENVINO", code)
+    monkeypatch.setattr(doctor, "_ASK_ONNXRUNTIME", code)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert re.search(rf"cannot be used: .*{expected}", text)
-    assert "pip install --force-reinstall" in text
+    assert len(re.findall(rf"cannot be used: .*{expected}", text)) == 2
+    assert "pip install --force-reinstall --no-deps openvino\n" in text
+    assert "pip install --force-reinstall --no-deps onnxruntime\n" in text
     assert "threads" in text
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        ([], r"cannot be used: not installed: pip install \"normistral\[onnx\]\""),
+        (["onnxruntime", "onnxruntime-gpu"], "onnxruntime and onnxruntime-gpu overwrite each other"),
+    ],
+)
+def test_doctor_knows_how_many_builds_of_onnxruntime_there_are(monkeypatch, capsys, installed, expected):
+    from normistral.terminal import doctor
+
+    version = doctor._version
+    builds = {**dict.fromkeys(doctor._ONNX), **dict.fromkeys(installed, "1.32.0")}
+    monkeypatch.setattr(doctor, "_version", lambda name: builds[name] if name in builds else version(name))
+    assert main(["doctor"]) == 0
+    assert re.search(expected, capsys.readouterr().out)
 
 
 # Console

@@ -1,4 +1,4 @@
-"""Damage to a real artifact: whatever bit is changed, it is found, and nothing ends in a traceback."""
+"""Damage to real artifacts: whatever bit is changed, it is found, and nothing ends in a traceback."""
 
 import random
 import shutil
@@ -9,12 +9,23 @@ import normistral
 from normistral.errors import ArtifactError, NormistralError
 from normistral.manifest import find_problems, read_manifest
 
-FLIPS = 1000
+FLIPS = {"openvino": 1000, "onnx": 300}
+DAMAGED = {
+    "openvino": ("openvino_model.bin", "openvino_model.xml", "tokenizer.json", "config.json"),
+    "onnx": ("model.onnx.data", "model.onnx", "genai_config.json", "tokenizer.json"),
+}
 
 
 @pytest.fixture(scope="module")
-def artifact(tiny_fp16, tmp_path_factory):
-    return shutil.copytree(tiny_fp16, tmp_path_factory.mktemp("damaged") / "artifact")
+def artifacts(tiny_fp16, tiny_onnx, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged")
+    exported = {"openvino": tiny_fp16, "onnx": tiny_onnx("onnx-int4")}
+    return {format: shutil.copytree(artifact, folder / format) for format, artifact in exported.items()}
+
+
+@pytest.fixture(params=DAMAGED)
+def artifact(request, artifacts):
+    return artifacts[request.param]
 
 
 def is_found(folder) -> bool:
@@ -36,7 +47,7 @@ def test_every_bit_flip_is_found(artifact):
     files = sorted(artifact.iterdir())
     sizes = [file.stat().st_size for file in files]
     missed = []
-    for number in range(FLIPS):
+    for number in range(FLIPS[read_manifest(artifact).format]):
         file = chance.choices(files, sizes)[0] if number % 2 else files[number // 2 % len(files)]
         position, bit = chance.randrange(file.stat().st_size), chance.randrange(8)
         with file.open("r+b") as damaged:
@@ -53,9 +64,10 @@ def test_every_bit_flip_is_found(artifact):
     assert not is_found(artifact)
 
 
-@pytest.mark.parametrize("name", ["openvino_model.bin", "openvino_model.xml", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(("format", "name"), [(format, name) for format in DAMAGED for name in DAMAGED[format]])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "changed", "a link"])
-def test_load_refuses_a_damaged_artifact(artifact, tmp_path, name, damage):
+def test_load_refuses_a_damaged_artifact(artifacts, tmp_path, format, name, damage):
+    artifact = artifacts[format]
     folder = shutil.copytree(artifact, tmp_path / "artifact")
     file = folder / name
     content = file.read_bytes()

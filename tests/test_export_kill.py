@@ -16,11 +16,13 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 KILLS = int(os.environ.get("NORMISTRAL_TEST_KILLS", "6"))
 
 
-def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path):
-    checkpoint = make_mistral(tmp_path / "checkpoint")
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
+def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path, format):
+    checkpoint = make_mistral(tmp_path / "checkpoint", head_dim=32)
     script = Path(__file__).with_name("kill_export.py")
+    options = ["--format", format, "--kills", str(KILLS), "--recover-every", "3"]
     done = subprocess.run(
-        [sys.executable, str(script), str(checkpoint), "--kills", str(KILLS), "--recover-every", "3"],
+        [sys.executable, str(script), str(checkpoint), *options],
         capture_output=True,
         text=True,
         check=False,

@@ -17,9 +17,10 @@ from tiny_models import make_llama, make_mistral
 
 import normistral
 from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError
+from normistral.export import reference as referring
 from normistral.export import staging
-from normistral.export import verify as verifying
 from normistral.export.openvino import round_to_float16
+from normistral.export.verify import verify
 from normistral.hardware import exact_openvino, read_machine
 from normistral.manifest import check_files, read_manifest
 
@@ -322,8 +323,8 @@ def test_a_model_that_computes_something_else_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"format": "onnx"}, "format 'onnx' cannot be exported"),
-        ({"format": "gguf"}, "format 'gguf' cannot be exported"),
+        ({"format": "gguf"}, "format must be one of openvino, onnx, not 'gguf'"),
+        ({"context_length": 65}, "the context of 65 tokens is beyond the checkpoint's 64"),
         ({"weights": "int2"}, "weights must be one of"),
         ({"colour": "blue"}, "unknown option colour"),
         ({"group_size": 128}, "group size 128 does not divide all of the model's widths 64, 96, 128"),
@@ -338,9 +339,9 @@ def test_impossible_requests_are_refused(tmp_path, options, words):
 
 def test_a_large_model_is_opened_but_not_run(quirky, monkeypatch):
     _, folder, manifest, _ = quirky
-    monkeypatch.setattr(verifying, "available_memory_bytes", lambda: 1000)
-    assert not verifying.fits_for_running(manifest.architecture)
-    proof = verifying.verify(folder / "openvino_model.xml", manifest.architecture, "fp16", None)
+    monkeypatch.setattr(referring, "available_memory_bytes", lambda: 1000)
+    assert not referring.fits_for_running(manifest.architecture)
+    proof = verify(folder, manifest, None)
     assert proof.quality is None
     assert "too large to run here" in proof.note
 

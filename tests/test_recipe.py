@@ -9,6 +9,7 @@ from normistral.export import resources
 from normistral.export.recipe import (
     PER_CHANNEL,
     Recipe,
+    choose_context,
     choose_group_size,
     choose_recipe,
     describe_recipe,
@@ -47,26 +48,54 @@ GB = 10**9
 
 
 def test_group_size_is_the_largest_that_divides_all_widths():
-    assert choose_group_size(SEVEN_B) == 128
-    assert choose_group_size(DEMO) == 64
-    assert choose_group_size(replace(SEVEN_B, head_dim=99)) == 32  # the output projection reads 32 × 99 features
-    assert choose_group_size(replace(DEMO, hidden_size=100)) == PER_CHANNEL
+    assert choose_group_size(SEVEN_B, Recipe()) == 128
+    assert choose_group_size(DEMO, Recipe()) == 64
+    # The output projection reads 32 × 99 features.
+    assert choose_group_size(replace(SEVEN_B, head_dim=99), Recipe()) == 32
+    assert choose_group_size(replace(DEMO, hidden_size=100), Recipe()) == PER_CHANNEL
+
+
+def test_group_sizes_are_for_weights_that_have_groups():
+    assert choose_group_size(DEMO, Recipe("int8")) is None
+    assert choose_group_size(DEMO, Recipe("int8", format="onnx")) == 64
+    assert choose_group_size(DEMO, Recipe("fp32", format="onnx")) is None
+
+
+def test_onnx_has_no_scale_per_channel_to_fall_back_on():
+    with pytest.raises(UsageError) as error:
+        choose_group_size(replace(DEMO, hidden_size=100), Recipe(format="onnx"))
+    assert error.value.message == "no group size divides all of the model's widths 100, 576, 1536"
+    assert error.value.hint == "use fp16 weights, or --format openvino"
 
 
 def test_a_group_size_that_was_asked_for_is_used_or_refused():
-    assert choose_group_size(SEVEN_B, 32) == 32
-    assert choose_group_size(DEMO, PER_CHANNEL) == PER_CHANNEL
+    assert choose_group_size(SEVEN_B, Recipe(group_size=32)) == 32
+    assert choose_group_size(DEMO, Recipe(group_size=PER_CHANNEL)) == PER_CHANNEL
     with pytest.raises(UsageError) as error:
-        choose_group_size(DEMO, 128)
+        choose_group_size(DEMO, Recipe(group_size=128))
     assert error.value.message == "group size 128 does not divide all of the model's widths 576, 1536"
     assert error.value.hint == "for this model choose one of: 64, 32, 16, -1"
+    with pytest.raises(UsageError) as error:
+        choose_group_size(DEMO, Recipe(format="onnx", group_size=128))
+    assert error.value.hint == "for this model choose one of: 64, 32, 16"
+
+
+def test_the_context_is_the_checkpoints_or_less():
+    assert choose_context(4096, Recipe()) == 4096
+    assert choose_context(1_024_000, Recipe()) == 1_024_000
+    assert choose_context(1_024_000, Recipe(format="onnx")) == 32768  # the length of the rotary tables
+    assert choose_context(1_024_000, Recipe("fp16", format="onnx")) == 1_024_000
+    assert choose_context(1_024_000, Recipe(format="onnx", context_length=100_000)) == 100_000
+    with pytest.raises(UsageError) as error:
+        choose_context(4096, Recipe(context_length=4097))
+    assert error.value.message == "the context of 4097 tokens is beyond the checkpoint's 4096"
 
 
 @pytest.mark.parametrize(
     ("weights", "options", "words"),
     [
         ("int4", {"gruop_size": 64}, "unknown option gruop_size"),
-        ("int3", {}, "weights must be one of int4, int8, fp16, not 'int3'"),
+        ("int3", {}, "weights must be one of int4, int8, fp16, fp32, not 'int3'"),
         ("int4", {"group_size": 48}, "not 48"),
         ("int4", {"group_size": True}, "not True"),
         ("int4", {"symmetric": 1}, "not 1"),
@@ -76,40 +105,64 @@ def test_a_group_size_that_was_asked_for_is_used_or_refused():
         ("int4", {"backup": "int7"}, "not 'int7'"),
         ("int4", {"output_layer_bits": 5}, "one of 4, 8, not 5"),
         ("int4", {"backup": "fp"}, "an output layer of 8 bits needs an 8-bit backup"),
-        ("int8", {"group_size": 64}, "group_size means nothing for int8 weights"),
-        ("fp16", {"symmetric": False}, "symmetric means nothing for fp16 weights"),
+        ("int8", {"group_size": 64}, "group_size means nothing for int8 weights in OpenVINO"),
+        ("fp16", {"symmetric": False}, "symmetric means nothing for fp16 weights in OpenVINO"),
+        ("int4", {"graph": "fused"}, "graph means nothing for int4 weights in OpenVINO"),
+        ("fp32", {}, "OpenVINO artifacts have no fp32 weights"),
+        ("int4", {"context_length": 15}, "at least 16 tokens, not 15"),
+        ("int4", {"context_length": True}, "at least 16 tokens, not True"),
+        ("int4", {"format": "gguf"}, "format must be one of openvino, onnx, not 'gguf'"),
+        ("int4", {"format": "onnx", "graph": "mixed"}, "graph must be one of None, fused, plain, not 'mixed'"),
+        ("int4", {"format": "onnx", "graph": "plain"}, "a plain graph has no int4 weights"),
+        ("int8", {"format": "onnx", "graph": "plain"}, "a plain graph has no int8 weights"),
+        ("int4", {"format": "onnx", "ratio": 0.5}, "ratio means nothing for int4 weights in ONNX"),
+        ("int4", {"format": "onnx", "group_size": -1}, "one scale per channel (-1) is not possible"),
+        ("int8", {"format": "onnx", "backup": "int8_sym"}, "backup means nothing for int8 weights in ONNX"),
+        ("fp32", {"format": "onnx", "group_size": 64}, "group_size means nothing for fp32 weights in ONNX"),
     ],
 )
 def test_impossible_and_meaningless_options_are_refused(weights, options, words):
+    options = dict(options)
     with pytest.raises(UsageError) as error:
-        choose_recipe(weights, options)
+        choose_recipe(options.pop("format", "openvino"), weights, options)
     assert words in error.value.message
 
 
 def test_the_manifest_keeps_only_what_means_something():
-    assert record_recipe(Recipe("fp16"), 128) == RecipeRecord("fp16")
-    assert record_recipe(Recipe("int8"), 128) == RecipeRecord("int8", symmetric=Recipe().symmetric)
+    assert record_recipe(Recipe("fp16"), None) == RecipeRecord("fp16")
+    assert record_recipe(Recipe("int8"), None) == RecipeRecord("int8", symmetric=Recipe().symmetric)
     assert record_recipe(Recipe(), 64) == RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8)
     assert describe_recipe(Recipe(ratio=0.8), 64) == (
         "int4 symmetric, group 64, 80% of the layers, output layer int8_asym"
     )
 
 
+def test_the_manifest_keeps_the_graph_of_onnx():
+    fused = Recipe("int8", format="onnx", symmetric=False)
+    assert record_recipe(fused, 32) == RecipeRecord("int8", symmetric=False, group_size=32, graph="fused")
+    assert describe_recipe(fused, 32) == "int8 asymmetric, group 32, fused graph"
+    assert record_recipe(Recipe("fp16", format="onnx"), None) == RecipeRecord("fp16", graph="plain")
+    assert record_recipe(Recipe("fp16", format="onnx", graph="fused"), None) == RecipeRecord("fp16", graph="fused")
+
+
 def test_sizes_match_exported_artifacts():
     # openvino_model.bin of real exports: the demo, and a random model of 8 layers at the 7B's width
     assert estimate_weight_bytes(DEMO, Recipe(), 64) == pytest.approx(85_001_925, rel=0.01)
-    assert estimate_weight_bytes(DEMO, Recipe("int8"), 64) == pytest.approx(135_030_149, rel=0.01)
+    assert estimate_weight_bytes(DEMO, Recipe("int8"), None) == pytest.approx(135_030_149, rel=0.01)
+    # model.onnx.data of real exports
+    assert estimate_weight_bytes(DEMO, Recipe(format="onnx"), 64) == pytest.approx(90_732_544, rel=0.01)
     eighth = replace(SEVEN_B, layers=8, parameters=2_013_335_552)
     assert estimate_weight_bytes(eighth, Recipe(), 128) == pytest.approx(1_168_310_877, rel=0.01)
     assert estimate_weight_bytes(eighth, Recipe(output_layer_bits=4), 128) == pytest.approx(1_103_200_877, rel=0.01)
-    assert estimate_weight_bytes(eighth, Recipe("fp16"), 128) == pytest.approx(4_026_532_381, rel=0.01)
+    assert estimate_weight_bytes(eighth, Recipe("fp16"), None) == pytest.approx(4_026_532_381, rel=0.01)
 
 
 def test_memory_of_the_whole_7b_stays_within_its_bounds():
     gib = 2**30
     assert 3.5 * gib < resources.estimate_needs(SEVEN_B, Recipe(), 128).memory < 5 * gib
     assert 6.7 * gib < resources.estimate_needs(SEVEN_B, Recipe("int8"), 128).memory < 8 * gib
-    assert resources.estimate_needs(SEVEN_B, Recipe("fp16"), 128).memory < gib
+    assert resources.estimate_needs(SEVEN_B, Recipe("fp16"), None).memory < gib
+    assert resources.estimate_needs(SEVEN_B, Recipe(format="onnx"), 128).memory < 1.5 * gib
 
 
 def test_a_shortage_is_said_with_numbers(monkeypatch, tmp_path):

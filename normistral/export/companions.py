@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 from normistral.export.checkpoint import Checkpoint
-
-_TOOLS = ("normistral", "torch", "transformers", "optimum", "optimum-intel", "nncf", "openvino", "openvino-tokenizers")
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
@@ -21,8 +18,3 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
 def folder_bytes(folder: Path) -> int:
     """Size of all files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of the packages that take part in an export."""
-    return {name: version(name) for name in _TOOLS}

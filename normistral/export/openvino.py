@@ -5,26 +5,25 @@ The export configuration, the patches that make a model traceable and the statef
 it. Here NNCF rounds the traced graph itself, whose constants are the memory-mapped safetensors: no temporary copy of
 the weights, neither on disk nor in memory.
 
-It does not know where checkpoints come from or what else an artifact holds.
+It does not know what else an artifact holds.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
-import logging
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normistral.errors import ExportError, MissingExtraError, first_line
-from normistral.export.progress import Stage
+from normistral.errors import ExportError, first_line
+from normistral.export.checkpoint import Checkpoint
+from normistral.export.progress import Progress, Stage
 from normistral.export.recipe import Recipe
-from normistral.export.staging import require_free_disk
+from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model
+from normistral.export.staging import Staging, require_free_disk
+from normistral.manifest import Architecture
 
 if TYPE_CHECKING:
     import openvino
@@ -36,67 +35,33 @@ _TASK = "text-generation-with-past"
 _LARGEST_FLOAT16 = 65504.0
 
 
-_TOOLS = ("torch", "transformers", "nncf", "openvino_tokenizers", "optimum.exporters.openvino.convert")
+def write_model(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    group_size: int | None,
+    staging: Staging,
+    token_ids: list[int],
+    progress: Progress,
+) -> Reference | None:
+    """Write the IR; torch and its memory-mapped weights are let go of on return.
 
-
-def find_export_tools() -> None:
-    """See that everything an export needs is installed, before any work and without the seconds that importing takes.
-
-    Raises:
-        MissingExtraError: the extra `export` is not installed.
+    Returns:
+        what the model itself computes for `token_ids`, or None when it is too large to run.
     """
-    for tool in _TOOLS:
-        package = tool.partition(".")[0]
-        if importlib.util.find_spec(package) is None:
-            raise _missing(package)
-
-
-def require_export_tools() -> None:
-    """Import everything an export needs.
-
-    Raises:
-        MissingExtraError: the extra `export` is installed only in part.
-    """
-    try:
-        for tool in _TOOLS:
-            importlib.import_module(tool)
-    except ImportError as exc:
-        raise _missing(exc.name or "optimum") from exc
-
-
-def _missing(package: str) -> MissingExtraError:
-    return MissingExtraError(
-        f"exporting needs the package {package}, which is not installed",
-        'install it with: pip install "normistral[export]"',
-    )
-
-
-def load_model(folder: Path, dtype: str) -> PreTrainedModel:
-    """The checkpoint as a transformers model; safetensors stay memory-mapped when `dtype` is their own.
-
-    Runs no code of the checkpoint and asks no network.
-
-    Args:
-        folder: config.json and weights, as `open_checkpoint` prepared them.
-        dtype: "float32", "float16" or "bfloat16".
-
-    Raises:
-        ExportError: transformers cannot load it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
-        raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
-    return model.eval()
+    with progress.stage("loading the model"):
+        model = load_model(checkpoint.folder, checkpoint.dtype)
+        reference = compute_reference(model, token_ids) if fits_for_running(checkpoint.architecture) else None
+    if recipe.weights == "fp16":
+        with progress.stage("rounding to float16"):
+            round_to_float16(model, staging.workspace / "float16")
+    with progress.stage("converting to OpenVINO"):
+        graph = convert(model)
+    if recipe.weights != "fp16":
+        with progress.stage(f"compressing to {recipe.weights}") as compressing:
+            graph = compress(graph, recipe, group_size, compressing)
+    with progress.stage("saving"):
+        save(graph, staging.artifact, recipe)
+    return reference
 
 
 def round_to_float16(model: PreTrainedModel, file: Path) -> None:
@@ -172,7 +137,7 @@ def convert(model: PreTrainedModel) -> openvino.Model:
     return graph
 
 
-def compress(graph: openvino.Model, recipe: Recipe, group_size: int, stage: Stage) -> openvino.Model:
+def compress(graph: openvino.Model, recipe: Recipe, group_size: int | None, stage: Stage) -> openvino.Model:
     """Round the weights with NNCF, data-free (round to nearest).
 
     Args:
@@ -236,24 +201,37 @@ def write_ir(graph: openvino.Model, path: Path) -> None:
         raise ExportError(f"OpenVINO cannot write {path.name}: {first_line(exc)}") from exc
 
 
-@contextmanager
-def quiet_tools() -> Iterator[None]:
-    """Keep the tools' own bars, tables and warnings off stdout and stderr; ours say what matters."""
-    import nncf
-    from nncf.common.logging.logger import nncf_logger
-    from transformers.utils import logging as transformers_logging
+def check_structure(folder: Path, architecture: Architecture) -> None:
+    """Inputs, output and KV cache variables of a written IR, as `convert` promises them.
 
-    with ExitStack() as restore:
-        restore.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        restore.callback(nncf.set_log_level, nncf_logger.level)
-        nncf.set_log_level(logging.ERROR)
-        restore.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
-        transformers_logging.set_verbosity_error()
-        if transformers_logging.is_progress_bar_enabled():
-            restore.callback(transformers_logging.enable_progress_bar)
-        transformers_logging.disable_progress_bar()
-        yield
+    Raises:
+        ExportError: something is missing or has another shape.
+        ResourceError: the disk is full.
+    """
+    import openvino
+
+    try:
+        graph = openvino.Core().read_model(folder / IR_NAME)
+    except RuntimeError as exc:
+        require_free_disk(folder)
+        raise ExportError("the written model cannot be opened again: its weights are not whole") from exc
+    inputs = {name for port in graph.inputs for name in port.get_names()}
+    missing = {"input_ids", "attention_mask", "position_ids", "beam_idx"} - inputs
+    if missing:
+        raise ExportError(f"the converted model lacks the input {', '.join(sorted(missing))}")
+    vocabulary = graph.output("logits").get_partial_shape()[2]
+    if vocabulary.is_static and vocabulary.get_length() != architecture.vocabulary:
+        raise ExportError(f"the converted model has {vocabulary} logits instead of {architecture.vocabulary}")
+    caches = [node.get_output_partial_shape(0) for node in graph.get_ops() if node.get_type_name() == "ReadValue"]
+    if len(caches) != 2 * architecture.layers:
+        raise ExportError(
+            f"the converted model has {len(caches)} KV cache tensors instead of {2 * architecture.layers}"
+        )
+    wanted = (architecture.kv_heads, architecture.head_dim)
+    for shape in caches:
+        found = tuple(shape[axis].get_length() if shape[axis].is_static else None for axis in (1, 3))
+        if found != wanted:
+            raise ExportError(f"the converted model's KV cache is {shape}, without {wanted[0]} heads of {wanted[1]}")
 
 
 def _export_config(model: PreTrainedModel) -> Any:

@@ -5,19 +5,38 @@ It knows nothing of the tool that does the rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from normistral.errors import UsageError
-from normistral.manifest import Architecture, RecipeRecord
+from normistral.manifest import Architecture, ArtifactFormat, GraphKind, RecipeRecord
 from normistral.presets import WeightFormat
 
 GROUP_SIZES = (128, 64, 32, 16)
-"""Weights per int4 scale, best first: larger groups decode faster and take fewer bytes."""
+"""Weights per scale, best first: larger groups decode faster and take fewer bytes."""
 
 PER_CHANNEL = -1
+MIN_CONTEXT = 16  # tokens
+FUSED_CONTEXT = 32768  # tokens; the fused graph holds a table of every position's rotary angles: 512 bytes each
 
 Backup = Literal["int8_asym", "int8_sym", "fp"]
+
+_WEIGHTS: dict[ArtifactFormat, tuple[WeightFormat, ...]] = {
+    "openvino": ("int4", "int8", "fp16"),
+    "onnx": ("int4", "int8", "fp16", "fp32"),
+}
+# The options that each weight format heeds; `context_length` is for all.
+_MEANINGFUL: dict[tuple[ArtifactFormat, WeightFormat], set[str]] = {
+    ("openvino", "int4"): {"group_size", "symmetric", "ratio", "backup", "output_layer_bits"},
+    ("openvino", "int8"): {"symmetric"},
+    ("openvino", "fp16"): set(),
+    ("onnx", "int4"): {"group_size", "symmetric", "backup", "output_layer_bits", "graph"},
+    ("onnx", "int8"): {"group_size", "symmetric", "graph"},
+    ("onnx", "fp16"): {"graph"},
+    ("onnx", "fp32"): {"graph"},
+}
+_NAMES: dict[ArtifactFormat, str] = {"openvino": "OpenVINO", "onnx": "ONNX"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +44,21 @@ class Recipe:
     """What the user may choose; the defaults are the ones in force everywhere.
 
     Attributes:
-        weights: "int4", "int8" or "fp16".
-        group_size: weights that share one int4 scale (128, 64, 32 or 16), or -1 for one scale per output channel.
-            None takes the largest that divides the widths of this model.
+        weights: "int4", "int8", "fp16", or in ONNX "fp32".
+        group_size: weights that share one scale (128, 64, 32 or 16) in int4 and in ONNX's int8; for OpenVINO also -1,
+            one scale per output channel. None takes the largest that divides the widths of this model.
         symmetric: rounding to a grid around zero, without zero points; for int4 and int8. Symmetric int4 decodes a
             third faster than asymmetric int4 on CPUs and costs no quality that could be measured.
         ratio: share of the inner layers' weights in int4, above 0 and up to 1; the most sensitive layers (by
-            their rounding error) take `backup` instead.
+            their rounding error) take `backup` instead. Always 1 in ONNX.
         backup: precision of the layers that are not int4 (embedding, output layer, what `ratio` leaves): "int8_asym",
-            "int8_sym", or "fp" to leave them as they are in the checkpoint.
+            "int8_sym", or "fp" to leave them as they are in the checkpoint (in ONNX: float32).
         output_layer_bits: 8 stores the output layer in `backup`, 4 in int4. An embedding that is tied to it goes along.
+        graph: of ONNX: "fused" has onnxruntime's own operators, "plain" those of the standard and no rounded weights.
+            None takes fused for int4 and int8, plain for fp16 and fp32.
+        context_length: the most tokens that prompt and answer may take together. None takes the checkpoint's, in a
+            fused graph at most 32,768.
+        format: "openvino" or "onnx".
     """
 
     weights: WeightFormat = "int4"
@@ -43,116 +67,215 @@ class Recipe:
     ratio: float = 1.0
     backup: Backup = "int8_asym"
     output_layer_bits: int = 8
+    graph: GraphKind | None = None
+    context_length: int | None = None
+    format: ArtifactFormat = "openvino"
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a value out of range, or for one that this weight format would ignore."""
-        _require_one_of("weights", self.weights, ("int4", "int8", "fp16"))
+        """Raises UsageError for a value out of range, or for one that this format would ignore."""
+        _require_one_of("format", self.format, tuple(_WEIGHTS))
+        _require_one_of("weights", self.weights, _WEIGHTS["onnx"])
         _require_one_of("group_size", self.group_size, (None, *GROUP_SIZES, PER_CHANNEL))
         _require_one_of("symmetric", self.symmetric, (True, False))
         _require_one_of("backup", self.backup, ("int8_asym", "int8_sym", "fp"))
         _require_one_of("output_layer_bits", self.output_layer_bits, (4, 8))
+        _require_one_of("graph", self.graph, (None, "fused", "plain"))
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0.0 < self.ratio <= 1.0:
             raise UsageError(f"ratio must be a number above 0 and up to 1, not {self.ratio!r}", "1 is every layer")
-        meaningful = {"int4": {field.name for field in fields(self)}, "int8": {"symmetric"}, "fp16": set()}
-        for field in fields(self)[1:]:
-            if getattr(self, field.name) != field.default and field.name not in meaningful[self.weights]:
+        if self.context_length is not None and (
+            not isinstance(self.context_length, int)
+            or isinstance(self.context_length, bool)
+            or self.context_length < MIN_CONTEXT
+        ):
+            raise UsageError(
+                f"the context must be a whole number of at least {MIN_CONTEXT} tokens, not {self.context_length!r}",
+                "leave it out for the checkpoint's own",
+            )
+        self._require_possible()
+
+    def _require_possible(self) -> None:
+        """Raises UsageError for options that are each fine and not so together."""
+        if self.weights not in _WEIGHTS[self.format]:
+            raise UsageError(
+                f"{_NAMES[self.format]} artifacts have no {self.weights} weights", "use --format onnx, or fp16 weights"
+            )
+        for field in fields(self):
+            if (
+                field.name in set().union(*_MEANINGFUL.values())
+                and getattr(self, field.name) != field.default
+                and field.name not in _MEANINGFUL[self.format, self.weights]
+            ):
                 raise UsageError(
-                    f"{field.name} means nothing for {self.weights} weights", "leave it out, or use int4 weights"
+                    f"{field.name} means nothing for {self.weights} weights in {_NAMES[self.format]}",
+                    f"leave it out; {self._elsewhere(field.name)}",
                 )
+        if self.format == "onnx" and self.group_size == PER_CHANNEL:
+            raise UsageError(
+                "ONNX's rounded matrices have groups; one scale per channel (-1) is not possible",
+                f"use a group size of {', '.join(map(str, GROUP_SIZES))}, or --format openvino",
+            )
+        if self.graph == "plain" and self.weights in ("int4", "int8"):
+            raise UsageError(
+                f"a plain graph has no {self.weights} weights: onnxruntime's operators for them make it a fused one",
+                "use --graph fused, or fp16 or fp32 weights",
+            )
         if self.output_layer_bits == 8 and self.backup == "fp":
             raise UsageError(
                 "an output layer of 8 bits needs an 8-bit backup, not fp",
                 "use backup int8_asym, or 4 output layer bits",
             )
 
+    def _elsewhere(self, name: str) -> str:
+        """Where an option does mean something."""
+        users = [f"{weights} in {_NAMES[format]}" for (format, weights), names in _MEANINGFUL.items() if name in names]
+        return f"it is for {', '.join(users)}"
 
-def choose_recipe(weights: str, options: dict[str, Any]) -> Recipe:
+    @property
+    def graph_kind(self) -> GraphKind | None:
+        """The graph to write; None in OpenVINO."""
+        if self.format != "onnx":
+            return None
+        return self.graph or ("fused" if self.weights in ("int4", "int8") else "plain")
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether `group_size` is for these weights."""
+        return "group_size" in _MEANINGFUL[self.format, self.weights]
+
+
+def choose_recipe(format: str, weights: str, options: dict[str, Any]) -> Recipe:
     """Check the user's options.
 
     Raises:
         UsageError: an unknown option or an impossible value.
     """
-    known = [field.name for field in fields(Recipe)]
+    known = [field.name for field in fields(Recipe) if field.name not in ("format", "weights")]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise UsageError(f"unknown option {', '.join(unknown)}", f"recipe options are: {', '.join(known[1:])}")
-    return Recipe(weights=weights, **options)  # type: ignore[arg-type]
+        raise UsageError(f"unknown option {', '.join(unknown)}", f"recipe options are: {', '.join(known)}")
+    return Recipe(format=format, weights=weights, **options)  # type: ignore[arg-type]
 
 
 def input_widths(architecture: Architecture) -> tuple[int, ...]:
-    """Input features of the layers that are rounded: int4 groups are cut along them."""
+    """Input features of the layers that are rounded: groups are cut along them."""
     attention = architecture.heads * architecture.head_dim
     return tuple(sorted({architecture.hidden_size, attention, architecture.feed_forward}))
 
 
-def choose_group_size(architecture: Architecture, wanted: int | None = None) -> int:
-    """The group size to use: `wanted` if it fits, else the largest allowed one that divides every width.
+def choose_group_size(architecture: Architecture, recipe: Recipe) -> int | None:
+    """The group size to use: the one asked for if it fits, else the largest allowed one that divides every width.
 
     Returns:
-        weights per int4 scale; -1 (one scale per output channel) when none divides them.
+        weights per scale; -1 (one scale per output channel) when none divides them; None for weights without groups.
 
     Raises:
-        UsageError: `wanted` was asked for and does not divide the widths.
+        UsageError: the one asked for does not divide the widths, or none does and ONNX is asked for.
     """
+    if not recipe.has_groups:
+        return None
     widths = input_widths(architecture)
     fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
-    if wanted is None:
-        return fitting[0] if fitting else PER_CHANNEL
-    if wanted != PER_CHANNEL and wanted not in fitting:
-        choices = ", ".join(str(size) for size in [*fitting, PER_CHANNEL])
-        raise UsageError(
-            f"group size {wanted} does not divide all of the model's widths {', '.join(map(str, widths))}",
-            f"for this model choose one of: {choices}",
-        )
-    return wanted
-
-
-def describe_recipe(recipe: Recipe, group_size: int) -> str:
-    """The recipe in a few words: "int4 symmetric, group 64, output layer int8"."""
-    if recipe.weights == "fp16":
-        return "fp16"
-    grid = "symmetric" if recipe.symmetric else "asymmetric"
-    if recipe.weights == "int8":
-        return f"int8 {grid}, per channel"
-    groups = "per channel" if group_size == PER_CHANNEL else f"group {group_size}"
-    mixed = "" if recipe.ratio == 1.0 else f", {recipe.ratio:.0%} of the layers"
-    output = recipe.backup if recipe.output_layer_bits == 8 else "int4"
-    return f"int4 {grid}, {groups}{mixed}, output layer {output}"
-
-
-def record_recipe(recipe: Recipe, group_size: int) -> RecipeRecord:
-    """The recipe as the manifest keeps it; what means nothing for this weight format stays None."""
-    if recipe.weights == "fp16":
-        return RecipeRecord("fp16")
-    if recipe.weights == "int8":
-        return RecipeRecord("int8", symmetric=recipe.symmetric)
-    return RecipeRecord(
-        "int4",
-        symmetric=recipe.symmetric,
-        group_size=group_size,
-        ratio=float(recipe.ratio),
-        backup=recipe.backup,
-        output_layer_bits=recipe.output_layer_bits,
+    possible = fitting if recipe.format == "onnx" else [*fitting, PER_CHANNEL]
+    if recipe.group_size in possible:
+        return recipe.group_size
+    wanted = "no group size divides" if recipe.group_size is None else f"group size {recipe.group_size} does not divide"
+    if recipe.group_size is None and possible:
+        return possible[0]
+    raise UsageError(
+        f"{wanted} all of the model's widths {', '.join(map(str, widths))}",
+        f"for this model choose one of: {', '.join(map(str, possible))}"
+        if possible
+        else "use fp16 weights, or --format openvino",
     )
 
 
-def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size: int) -> int:
-    """Size of the stored weights in bytes: what the bits come to, scales (float16) and zero points included."""
-    table = architecture.vocabulary * architecture.hidden_size  # embedding, and output layer
-    tables = table if architecture.tied_embeddings else 2 * table
-    inner = architecture.parameters - tables
-    if recipe.weights == "fp16":
-        return 2 * architecture.parameters
-    eight_bits = 1.0 + 3 / min(input_widths(architecture))  # per channel: a float16 scale and an 8-bit zero point
+def choose_context(trained: int, recipe: Recipe) -> int:
+    """The context of the artifact in tokens.
+
+    Args:
+        trained: the checkpoint's.
+
+    Raises:
+        UsageError: more is asked for than the checkpoint has.
+    """
+    if recipe.context_length is None:
+        return min(trained, FUSED_CONTEXT) if recipe.graph_kind == "fused" else trained
+    if recipe.context_length > trained:
+        raise UsageError(
+            f"the context of {recipe.context_length} tokens is beyond the checkpoint's {trained}",
+            f"use at most {trained}",
+        )
+    return recipe.context_length
+
+
+def describe_choices(
+    architecture: Architecture, trained: int, recipe: Recipe, group_size: int | None, context: int
+) -> Iterator[str]:
+    """What the user should know before the work: the recipe in words, and what was chosen for a reason of the model's.
+
+    Args:
+        trained: the checkpoint's context in tokens.
+    """
+    yield f"weights: {describe_recipe(recipe, group_size)}"
+    if recipe.has_groups and recipe.group_size is None and group_size != GROUP_SIZES[0]:
+        widths = ", ".join(map(str, input_widths(architecture)))
+        yield f"group size {GROUP_SIZES[0]} does not divide all of the model's widths {widths}"
+    if recipe.context_length is None and context < trained:
+        yield f"context: {context} of the checkpoint's {trained} tokens, the default's limit; --context N sets another"
+
+
+def describe_recipe(recipe: Recipe, group_size: int | None) -> str:
+    """The recipe in a few words: "int4 symmetric, group 64, output layer int8_asym"."""
+    graph = "" if recipe.graph_kind is None else f", {recipe.graph_kind} graph"
+    if recipe.weights in ("fp16", "fp32"):
+        return recipe.weights + graph
+    grid = "symmetric" if recipe.symmetric else "asymmetric"
+    groups = "per channel" if group_size in (None, PER_CHANNEL) else f"group {group_size}"
     if recipe.weights == "int8":
-        return int(eight_bits * architecture.parameters)
-    width = min(input_widths(architecture)) if group_size == PER_CHANNEL else group_size
-    four_bits = 0.5 + (2.0 if recipe.symmetric else 2.5) / width
-    backup = 2.0 if recipe.backup == "fp" else eight_bits
-    in_four_bits = recipe.ratio * inner
-    if recipe.output_layer_bits == 4:
-        in_four_bits += table
+        return f"int8 {grid}, {groups}{graph}"
+    mixed = "" if recipe.ratio == 1.0 else f", {recipe.ratio:.0%} of the layers"
+    output = recipe.backup if recipe.output_layer_bits == 8 else "int4"
+    return f"int4 {grid}, {groups}{mixed}, output layer {output}{graph}"
+
+
+def record_recipe(recipe: Recipe, group_size: int | None) -> RecipeRecord:
+    """The recipe as the manifest keeps it; what means nothing for this weight format stays None."""
+    meant = _MEANINGFUL[recipe.format, recipe.weights]
+    return RecipeRecord(
+        recipe.weights,
+        symmetric=recipe.symmetric if "symmetric" in meant else None,
+        group_size=group_size,
+        ratio=float(recipe.ratio) if recipe.weights == "int4" else None,
+        backup=recipe.backup if "backup" in meant else None,
+        output_layer_bits=recipe.output_layer_bits if "output_layer_bits" in meant else None,
+        graph=recipe.graph_kind,
+    )
+
+
+def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size: int | None) -> int:
+    """Size of the stored weights in bytes: what the bits come to, scales and zero points included."""
+    if recipe.weights in ("fp16", "fp32"):
+        return (2 if recipe.weights == "fp16" else 4) * architecture.parameters
+    narrowest = min(input_widths(architecture))
+    width = group_size if group_size is not None and group_size != PER_CHANNEL else narrowest
+    eight_bits_width = width if recipe.format == "onnx" else narrowest  # OpenVINO's int8 is per channel
+    if recipe.weights == "int8":
+        return int(_bytes_per_weight(recipe, 8, recipe.symmetric, eight_bits_width) * architecture.parameters)
+    if recipe.backup == "fp":
+        backup = 4.0 if recipe.format == "onnx" else 2.0
+    else:
+        backup = _bytes_per_weight(recipe, 8, recipe.backup == "int8_sym", eight_bits_width)
+    table = architecture.vocabulary * architecture.hidden_size  # embedding, and output layer
+    inner = architecture.parameters - (table if architecture.tied_embeddings else 2 * table)
+    in_four_bits = recipe.ratio * inner + (table if recipe.output_layer_bits == 4 else 0)
+    four_bits = _bytes_per_weight(recipe, 4, recipe.symmetric, width)
     return int(four_bits * in_four_bits + backup * (architecture.parameters - in_four_bits))
+
+
+def _bytes_per_weight(recipe: Recipe, bits: int, symmetric: bool, width: int) -> float:
+    """Codes, and a scale (float32 in ONNX, float16 in OpenVINO) and zero point for every `width` of them."""
+    scale = 4.0 if recipe.format == "onnx" else 2.0
+    return bits / 8 + (scale + (0.0 if symmetric else bits / 8)) / width
 
 
 def _require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -19,6 +19,8 @@ from normistral.manifest import Architecture
 # conversion of an 8-layer model at the 7B's width, 0.1 GB of it for the graph.
 _PROGRAM_BYTES = 350_000_000
 _GRAPH_BYTES_PER_LAYER = 12_000_000
+# Blocks of rows in float32, as they are read, rounded and written, several at a time.
+_BLOCKS_BYTES = 256 * 2**20
 # Tokenizers (once as they are, once as OpenVINO models), graph, configuration.
 _SMALL_FILES_BYTES = 64 * 2**20
 _SAMPLES_PER_S = 20
@@ -37,7 +39,9 @@ class Needs:
     memory: int
 
 
-def estimate_needs(architecture: Architecture, recipe: Recipe, group_size: int, *, workspace_bytes: int = 0) -> Needs:
+def estimate_needs(
+    architecture: Architecture, recipe: Recipe, group_size: int | None, *, workspace_bytes: int = 0
+) -> Needs:
     """What an export will take.
 
     Args:
@@ -47,7 +51,12 @@ def estimate_needs(architecture: Architecture, recipe: Recipe, group_size: int, 
     widest_rows = max(architecture.vocabulary, architecture.feed_forward)
     disk = stored + _SMALL_FILES_BYTES + workspace_bytes
     memory = _PROGRAM_BYTES + _GRAPH_BYTES_PER_LAYER * architecture.layers
-    if recipe.weights == "fp16":
+    if recipe.format == "onnx":
+        # Written in blocks as they are read; a float matrix is turned round as a whole, in the type it is stored in.
+        memory += _BLOCKS_BYTES
+        if recipe.weights in ("fp16", "fp32"):
+            memory += (2 if recipe.weights == "fp16" else 4) * widest_rows * architecture.hidden_size
+    elif recipe.weights == "fp16":
         # Rounded into a file that is mapped like a checkpoint, then copied from there into the artifact.
         disk += stored
     else:

@@ -13,12 +13,13 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from normistral.errors import CheckpointError
 from normistral.export.config import read_json
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+T = TypeVar("T")
 
 _DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _ITEM_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -125,8 +126,8 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
         )
 
 
-def with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of the causal language model: a headless checkpoint lacks the prefix "model."."""
+def with_prefix(tensors: dict[str, T]) -> dict[str, T]:
+    """Tensors under the names of the causal language model: a headless checkpoint lacks the prefix "model."."""
     if any(name.startswith("model.") for name in tensors):
         return tensors
     return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -243,7 +244,7 @@ def _tensor(path: Path, name: str, dtype: object, shape: object, start: int | No
     return Tensor(_DTYPES[dtype], tuple(shape), path, start)
 
 
-def _load_torch(path: Path) -> Any:
+def load_torch_file(path: Path) -> Any:
     """A .bin file's tensors, mapped, without running its pickle's code."""
     import torch
 
@@ -263,7 +264,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     import torch
 
     names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-    state = _load_torch(path)
+    state = load_torch_file(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path.name} holds no plain table of tensors", "save the model's state_dict alone")
     return {
@@ -276,7 +277,7 @@ def _equal_in_torch_files(left: Tensor, right: Tensor) -> bool:
     import torch
 
     def find(tensor: Tensor, name: str) -> Any:
-        state = _load_torch(tensor.file)
+        state = load_torch_file(tensor.file)
         return next(value for key, value in state.items() if key.endswith(name))
 
     return bool(torch.equal(find(left, "lm_head.weight"), find(right, "embed_tokens.weight")))

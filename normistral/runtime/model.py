@@ -31,12 +31,14 @@ def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> M
 
     Args:
         artifact: a folder, or a name in the local store.
-        device: CPU, or another device of the artifact's engine (OpenVINO: GPU, GPU.1, AUTO ...).
+        device: CPU, or another device of the artifact's engine (OpenVINO: GPU, GPU.1, AUTO ...; ONNX: CUDA, CUDA:1,
+            DIRECTML ...: `normistral doctor` lists those that are there).
         exact: reference arithmetic, for proofs and comparisons: float32 and no run-time quantisation. Slower.
 
     Raises:
         ModelNotFoundError: no such artifact.
         ArtifactError: it is damaged, incomplete, or from a newer version.
+        MissingExtraError: the artifact's engine is not installed.
         DeviceError: the device is not there.
         EngineError: the engine could not load it.
     """
@@ -222,7 +224,6 @@ def _load_backend(folder: Path, manifest: Manifest, device: str, exact: bool) ->
         from normistral.runtime.engines.openvino import load_openvino
 
         return load_openvino(folder, manifest, device, exact=exact)
-    raise ArtifactError(
-        f"{folder.name} is in the format {manifest.format}, which this version cannot run",
-        "export it with --format openvino",
-    )
+    from normistral.runtime.engines.onnxruntime import load_onnx
+
+    return load_onnx(folder, manifest, device, exact=exact)

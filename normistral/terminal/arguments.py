@@ -23,7 +23,7 @@ Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the most lik
 Exact = Annotated[
     bool, typer.Option("--exact", help="Reference arithmetic (float32, nothing quantised while running); slower.")
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="OpenVINO's name of a device: CPU, GPU, AUTO ...")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="CPU, or another that `normistral doctor` lists.")]
 MaxNewTokens = Annotated[
     int | None, typer.Option(metavar="N", help=f"Most tokens to write. (*) {_OURS.max_new_tokens}")
 ]

@@ -1,6 +1,6 @@
 """The view of `doctor`: what this machine has, what is installed, and what will be used and why.
 
-OpenVINO is asked in a process of its own, so that a build that crashes on this processor is found and not suffered.
+Engines are asked in processes of their own, so that a build that crashes on this processor is found and not suffered.
 """
 
 from __future__ import annotations
@@ -16,13 +16,24 @@ from importlib import metadata
 from typing import Any
 
 from normistral import store
-from normistral.hardware import Machine, free_disk_bytes, plan_openvino, plan_threads, read_machine
+from normistral.hardware import (
+    Machine,
+    free_disk_bytes,
+    plan_onnxruntime,
+    plan_openvino,
+    plan_threads,
+    read_machine,
+)
 from normistral.terminal.console import format_columns
 from normistral.terminal.progress import format_bytes
 
 _RUNTIME = ("openvino", "tokenizers", "jinja2", "numpy", "msgspec", "typer", "rich", "prompt_toolkit")
 _EXPORT = ("torch", "transformers", "optimum", "optimum-intel", "optimum-onnx", "nncf", "openvino-tokenizers")
-_ONNX = ("onnxruntime", "onnxruntime-gpu")
+_ONNX = (  # builds of one Python package
+    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-migraphx"),
+    "onnxruntime-rocm",
+)
+_NO_ONNX = 'not installed: pip install "normistral[onnx]"'
 _ASKED_FOR_S = 60
 
 _ASK_OPENVINO = """
@@ -33,32 +44,44 @@ core = openvino.Core()
 devices = {name: core.get_property(name, "FULL_DEVICE_NAME") for name in core.available_devices}
 print(json.dumps({"version": openvino.__version__, "devices": devices}))
 """
+_ASK_ONNXRUNTIME = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+import normistral, onnxruntime
+from normistral.runtime.providers import PROVIDERS, device_names
+devices = {name: PROVIDERS[name].name for name in device_names(onnxruntime.get_available_providers())}
+print(json.dumps({"version": onnxruntime.__version__, "devices": devices}))
+"""
 
 
 def examine() -> dict[str, Any]:
     """Everything that `doctor` shows, as a document for programs."""
     machine = read_machine()
     described = asdict(machine) | {"instruction_sets": sorted(machine.instruction_sets)}
-    openvino = ask_openvino()
-    packages = {name: _version(name) for name in (*_RUNTIME, *_EXPORT, *_ONNX)}
+    openvino = ask_engine(_ASK_OPENVINO)
+    builds = {name: version for name in _ONNX if (version := _version(name))}
+    onnxruntime = ask_engine(_ASK_ONNXRUNTIME) if builds else {"problem": _NO_ONNX}
+    packages = {name: _version(name) for name in (*_RUNTIME, *_EXPORT, *(builds or _ONNX[:1]))}
     return {
         "normistral": _version("normistral"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "machine": described,
         "openvino": openvino,
+        "onnxruntime": onnxruntime,
         "packages": packages,
         "store": {"path": str(store.artifacts_dir()), "free_bytes": _free_bytes()},
         "threads": plan_threads(machine),
         "threads_because": _why_threads(machine),
         "settings": {weights: plan_openvino(machine, weights) for weights in ("int4", "int8", "fp16")},
+        "onnx_settings": plan_onnxruntime(machine),
         "export": _describe_export(packages),
-        "problems": _find_problems(openvino, packages),
+        "problems": _find_problems(openvino, onnxruntime, list(builds)),
     }
 
 
-def ask_openvino(code: str = _ASK_OPENVINO) -> dict[str, Any]:
-    """Version and devices of OpenVINO, or {"problem": ...} if it cannot be used."""
+def ask_engine(code: str) -> dict[str, Any]:
+    """What a script prints about an engine (version, devices), or {"problem": ...} if that cannot be used."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", code, json.dumps(sys.path)],
@@ -83,7 +106,7 @@ def ask_openvino(code: str = _ASK_OPENVINO) -> dict[str, Any]:
 
 def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     """The document for people."""
-    machine, openvino = report["machine"], report["openvino"]
+    machine = report["machine"]
     quota = "none" if machine["cpu_quota"] is None else f"{machine['cpu_quota']:g} CPUs"
     memory = f"{_gib(machine['available_memory_bytes'])} of {_gib(machine['total_memory_bytes'])} available"
     free = report["store"]["free_bytes"]
@@ -101,25 +124,28 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
         indent=2,
     )
     yield "OpenVINO"
-    if "problem" in openvino:
-        yield f"  cannot be used: {openvino['problem']}"
-    else:
-        rows = [("version", openvino["version"]), *openvino["devices"].items()]
-        yield format_columns(rows, indent=2)
+    yield _describe_engine(report["openvino"])
+    yield "onnxruntime, for ONNX artifacts: --device and its execution providers"
+    yield _describe_engine(report["onnxruntime"])
     yield "Packages"
     packages = {"python": report["python"], "normistral": report["normistral"]} | report["packages"]
     yield format_columns([(name, version or "not installed") for name, version in packages.items()], indent=2)
     yield f"  exporting is {report['export']}"
     yield "What will be used on the CPU"
     yield f"  {report['threads']} threads: {report['threads_because']}"
-    rows = [
-        (weights, ", ".join(f"{key}={value}" for key, value in settings.items()))
-        for weights, settings in report["settings"].items()
-    ]
+    plans = {f"OpenVINO, {weights}": settings for weights, settings in report["settings"].items()}
+    plans["onnxruntime"] = report["onnx_settings"]
+    rows = [(name, ", ".join(f"{key}={value}" for key, value in settings.items())) for name, settings in plans.items()]
     yield format_columns(rows, indent=2)
     if report["problems"]:
         yield "Problems"
         yield from (f"  {problem}" for problem in report["problems"])
+
+
+def _describe_engine(answer: dict[str, Any]) -> str:
+    if "problem" in answer:
+        return f"  cannot be used: {answer['problem']}"
+    return format_columns([("version", answer["version"]), *answer["devices"].items()], indent=2)
 
 
 def _why_threads(machine: Machine) -> str:
@@ -129,7 +155,7 @@ def _why_threads(machine: Machine) -> str:
     return f"{cores}, but the container may use {machine.cpu_quota:g} CPUs"
 
 
-def _find_problems(openvino: dict[str, Any], packages: dict[str, str | None]) -> list[str]:
+def _find_problems(openvino: dict[str, Any], onnxruntime: dict[str, Any], builds: list[str]) -> list[str]:
     problems = []
     if "problem" in openvino:
         problems.append(
@@ -137,8 +163,11 @@ def _find_problems(openvino: dict[str, Any], packages: dict[str, str | None]) ->
         )
     elif "CPU" not in openvino["devices"]:
         problems.append("OpenVINO does not find the CPU: name another device with --device")
-    if all(packages[name] for name in _ONNX):
-        problems.append("onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then install one")
+    if len(builds) > 1:
+        problems.append(f"{' and '.join(builds)} overwrite each other: uninstall all of them, then install one")
+    elif builds and "problem" in onnxruntime:
+        reinstall = f"pip install --force-reinstall --no-deps {builds[0]}"
+        problems.append(f"onnxruntime cannot be used ({onnxruntime['problem']}): {reinstall}")
     return problems
 
 

@@ -108,14 +108,18 @@ def completion_document(completion: Completion) -> dict[str, Any]:
 
 def describe_weights(recipe: RecipeRecord) -> str:
     """How the weights are stored, in a few words."""
-    if recipe.weights == "fp16":
-        return "fp16"
-    grid = "symmetric" if recipe.symmetric else "asymmetric"
-    if recipe.weights == "int8":
-        return f"int8, {grid}"
-    groups = "one scale per channel" if recipe.group_size == -1 else f"groups of {recipe.group_size}"
-    share = "" if recipe.ratio in (None, 1.0) else f", {recipe.ratio:.0%} of the layers"
-    return f"int4, {grid}, {groups}{share}; others {recipe.backup}; output layer {recipe.output_layer_bits} bits"
+    graph = "" if recipe.graph is None else f"; {recipe.graph} graph"
+    if recipe.symmetric is None:
+        return recipe.weights + graph
+    parts = [recipe.weights, "symmetric" if recipe.symmetric else "asymmetric"]
+    if recipe.group_size is not None:
+        parts.append("one scale per channel" if recipe.group_size == -1 else f"groups of {recipe.group_size}")
+    if recipe.ratio not in (None, 1.0):
+        parts.append(f"{recipe.ratio:.0%} of the layers")
+    described = ", ".join(parts)
+    if recipe.backup is not None:
+        described += f"; others {recipe.backup}; output layer {recipe.output_layer_bits} bits"
+    return described + graph
 
 
 def _describe_bos(manifest: Manifest) -> str:

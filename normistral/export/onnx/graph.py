@@ -1,0 +1,198 @@
+"""A graph under construction: nodes, small constants, and weights that go straight to the data file."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from normistral.errors import ExportError
+from normistral.export.onnx.external import ExternalData, point_to
+from normistral.export.onnx.reader import Rows, WeightReader
+from normistral.export.onnx.rounding import Grid, Rounded, round_rows
+from normistral.export.onnx.signature import Signature
+from normistral.export.progress import Stage
+
+MICROSOFT = "com.microsoft"  # operators that onnxruntime adds to the standard ones
+GRAPH_NAME = "model.onnx"
+DATA_NAME = "model.onnx.data"
+
+_IR_VERSION = 10  # what onnx 1.16 wrote: old enough for every runtime that knows the operators used here
+_LARGEST_FLOAT16 = 65504.0
+_AHEAD = 3  # blocks being rounded while one is written
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A rounded matrix in the data file: its initializers, which the graph may use or look at in another shape."""
+
+    codes: TensorProto
+    scales: TensorProto
+    zero_points: TensorProto | None
+    grid: Grid
+
+
+@dataclass(slots=True)
+class Graph:
+    """Collects one model.
+
+    Attributes:
+        float_type: TensorProto type of activations, scales and vectors.
+        stage: advanced by the stored bytes of each tensor that was read.
+    """
+
+    reader: WeightReader
+    data: ExternalData
+    stage: Stage
+    float_type: int
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: list[TensorProto] = field(default_factory=list)
+
+    @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """`float_type` in numpy's terms."""
+        return onnx.helper.tensor_dtype_to_np_dtype(self.float_type)
+
+    def node(
+        self, operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any
+    ) -> str:
+        """Add a node, named after its first output, and return that output's name."""
+        self.nodes.append(
+            onnx.helper.make_node(operator, inputs, outputs, name=f"/{outputs[0]}", domain=domain, **attributes)
+        )
+        return outputs[0]
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        """A small initializer inside model.onnx."""
+        self.initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(values), name))
+        return name
+
+    def store(self, name: str, values: NDArray[Any]) -> str:
+        """Floats of our own making in the data file: model.onnx stays so small that every load can hash it."""
+        return self.use(self.data.write(name, self.float_type, values.shape, [self._to_floats(name, values)]))
+
+    def vector(self, name: str) -> str:
+        """A checkpoint's vector, as floats inside model.onnx."""
+        return self.vectors(name, [name])
+
+    def vectors(self, name: str, parts: Sequence[str]) -> str:
+        """Vectors of a checkpoint one after another, as `vector`."""
+        self.stage.advance(self.reader.nbytes(parts))
+        return self.constant(name, np.concatenate([self._to_floats(part, self.reader.read(part)) for part in parts]))
+
+    def table(self, name: str, parts: Sequence[str], grid: Grid) -> Table:
+        """Matrices [out, in] below each other, rounded on the way into the data file.
+
+        Codes are [rows, blocks, bytes], scales [rows, blocks], as MatMulNBits wants them.
+        """
+        columns = self.reader.shape(parts[0])[1]
+        rows = sum(self.reader.shape(part)[0] for part in parts)
+        blocks = columns // grid.group_size
+        scales: list[NDArray[Any]] = []
+        zero_points: list[NDArray[np.uint8]] = []
+
+        def codes() -> Iterator[NDArray[np.uint8]]:
+            for rounded in _round_ahead(self._read(parts), grid):
+                if not np.isfinite(rounded.scales).all():
+                    raise ExportError(f"{name} has values that are not numbers", "the checkpoint may be damaged")
+                scales.append(self._to_floats(name, rounded.scales))
+                if rounded.zero_points is not None:
+                    zero_points.append(rounded.zero_points)
+                yield rounded.codes
+
+        shape = (rows, blocks, grid.code_bytes(grid.group_size))
+        stored = self.data.write(f"{name}.codes", TensorProto.UINT8, shape, codes())
+        scale = self.data.write(f"{name}.scales", self.float_type, (rows, blocks), scales)
+        zeros = None
+        if not grid.symmetric:
+            shape_of_zeros = (rows, grid.zero_point_bytes(columns))
+            zeros = self.data.write(f"{name}.zero_points", TensorProto.UINT8, shape_of_zeros, zero_points)
+        return Table(stored, scale, zeros, grid)
+
+    def matrix(self, name: str, parts: Sequence[str], *, transposed: bool) -> str:
+        """Matrices [out, in] below each other, as floats in the data file; transposed they are [in, out]."""
+        columns = self.reader.shape(parts[0])[1]
+        rows = sum(self.reader.shape(part)[0] for part in parts)
+        blocks: Iterable[NDArray[Any]] = (self._to_floats(name, block) for block in self._read(parts))
+        shape = (rows, columns)
+        if transposed:
+            whole = np.empty((columns, rows), self.float_dtype)
+            start = 0
+            for block in blocks:
+                whole[:, start : start + len(block)] = block.T
+                start += len(block)
+            blocks, shape = [whole], (columns, rows)
+        self.initializers.append(self.data.write(name, self.float_type, shape, blocks))
+        return name
+
+    def use(self, tensor: TensorProto | None) -> str:
+        """Make a tensor of the data file an initializer, once however often it is used; "" for None."""
+        if tensor is None:
+            return ""
+        if all(known is not tensor for known in self.initializers):
+            self.initializers.append(tensor)
+        return str(tensor.name)
+
+    def view(self, tensor: TensorProto, name: str, shape: tuple[int, ...]) -> str:
+        """The bytes of a tensor in the data file under another name and shape; they are there once."""
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        self.initializers.append(
+            point_to(name, tensor.data_type, shape, where["location"], int(where["offset"]), int(where["length"]))
+        )
+        return name
+
+    def save(self, folder: Path, signature: Signature, producer_version: str) -> None:
+        """Write model.onnx; the weights are in the data file already."""
+        graph = onnx.helper.make_graph(
+            self.nodes,
+            "decoder",
+            [port.value_info() for port in signature.inputs],
+            [port.value_info() for port in signature.outputs],
+            self.initializers,
+        )
+        opsets = {"": signature.opset} | {node.domain: 1 for node in self.nodes if node.domain == MICROSOFT}
+        model = onnx.helper.make_model(
+            graph,
+            opset_imports=[onnx.helper.make_opsetid(domain, opset) for domain, opset in opsets.items()],
+            ir_version=_IR_VERSION,
+            producer_name="normistral",
+            producer_version=producer_version,
+        )
+        (folder / GRAPH_NAME).write_bytes(model.SerializeToString(deterministic=True))
+
+    def _to_floats(self, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
+        """Values in the graph's float type; ExportError for one that float16 cannot hold."""
+        if self.float_type == TensorProto.FLOAT16 and values.size:
+            largest = max(-values.min(), values.max())
+            if not largest <= _LARGEST_FLOAT16:  # NaN is not either
+                raise ExportError(
+                    f"{name} has values up to {largest:g}, beyond float16's {_LARGEST_FLOAT16:g}",
+                    "use fp32, int8 or int4 weights",
+                )
+        return values.astype(self.float_dtype, copy=False)
+
+    def _read(self, parts: Sequence[str]) -> Iterator[Rows]:
+        for part in parts:
+            width = self.reader.nbytes([part]) // self.reader.shape(part)[0]
+            for block in self.reader.blocks([part]):
+                self.stage.advance(width * len(block))
+                yield block
+
+
+def _round_ahead(blocks: Iterator[Rows], grid: Grid) -> Iterator[Rounded]:
+    """The blocks rounded, in order, in two threads (numpy lets go of the interpreter) that are a few blocks ahead."""
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="round") as executor:
+        pending = deque(executor.submit(round_rows, block, grid) for block in islice(blocks, _AHEAD))
+        while pending:
+            rounded = pending.popleft().result()
+            pending.extend(executor.submit(round_rows, block, grid) for block in islice(blocks, 1))
+            yield rounded

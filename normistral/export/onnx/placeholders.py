@@ -1,0 +1,147 @@
+"""A decoder without weights, and the graph that Optimum's exporter traces from it.
+
+Every matrix product and every look-up becomes one node of a domain of our own, which names the weights that it wants:
+
+    Linear(x [..., in], weight, bias?) → [..., out]        Embedding(ids [...], weight) → [..., width]
+
+So the tracer neither needs the weights nor decides in which layout they are stored. Every parameter has one element;
+all that is computed while tracing are the small activations of Optimum's dummy inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from normistral.errors import ExportError, first_line
+from normistral.export.onnx.signature import export_config
+
+DOMAIN = "normistral.placeholder"
+
+_OPEN = (None, None)  # batch and tokens: sizes that were left as traced would become constants of the graph
+
+
+class _Product(torch.autograd.Function):
+    """What nn.Linear computes, as a node Linear."""
+
+    @staticmethod
+    def forward(
+        context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, width: int
+    ) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], width)
+
+    @staticmethod
+    def symbolic(graph: Any, x: Any, weight: Any, bias: Any | None, width: int) -> Any:
+        # torch's exporter masks attention scores with a float32 constant, and all that follows is float32. Softmax and
+        # the product with the values gain by it; before the projection it has to end.
+        if weight.type().scalarType() == "Half" and x.type().scalarType() != "Half":
+            x = graph.op("Cast", x, to_i=onnx.TensorProto.FLOAT16)
+        inputs = [x, weight] if bias is None else [x, weight, bias]
+        return graph.op(f"{DOMAIN}::Linear", *inputs).setType(weight.type().with_sizes([*_OPEN, width]))
+
+
+class _LookUp(torch.autograd.Function):
+    """What nn.Embedding computes, as a node Embedding."""
+
+    @staticmethod
+    def forward(context: Any, ids: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
+        return weight.new_zeros(*ids.shape, width)
+
+    @staticmethod
+    def symbolic(graph: Any, ids: Any, weight: Any, width: int) -> Any:
+        return graph.op(f"{DOMAIN}::Embedding", ids, weight).setType(weight.type().with_sizes([*_OPEN, width]))
+
+
+class _Linear(nn.Module):
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias, self.width = original.weight, original.bias, original.out_features
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return _Product.apply(x, self.weight, self.bias, self.width)  # type: ignore[no-untyped-call]
+
+
+class _Embedding(nn.Module):
+    def __init__(self, original: nn.Embedding) -> None:
+        super().__init__()
+        self.weight, self.width = original.weight, original.embedding_dim
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return _LookUp.apply(ids, self.weight, self.width)  # type: ignore[no-untyped-call]
+
+
+def build_decoder(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The transformers model of a configuration, with one element for every parameter.
+
+    Args:
+        config: the transformers configuration.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):  # buffers are the rotary frequencies, which are wanted
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, _Linear(module))
+        elif isinstance(module, nn.Embedding):
+            model.set_submodule(name, _Embedding(module))
+    _shrink_parameters(model, dtype)
+    return model.eval()
+
+
+def _shrink_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """One element each, no two alike: the exporter makes one initializer of equal ones."""
+    # A tied output layer is a module with a parameter of its own here: which bytes it reads is the writer's business.
+    owners = [(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)]
+    bits = torch.int16 if dtype == torch.float16 else torch.int32  # of integers, float16 tells only 2048 apart
+    values = torch.arange(1, len(owners) + 1, dtype=bits).view(dtype)
+    for index, (module, name) in enumerate(owners):
+        setattr(module, name, nn.Parameter(values[index : index + 1].clone(), requires_grad=False))
+
+
+def trace(config: Any, dtype: torch.dtype, folder: Path) -> onnx.GraphProto:
+    """The graph of a decoder as Optimum exports it, with placeholders for weights, products and look-ups.
+
+    Initializers that stand for weights are named as in the checkpoint ("model.layers.0.self_attn.q_proj.weight").
+
+    Args:
+        config: the transformers configuration.
+        folder: where the exporter may put a file of a few megabytes; it is gone afterwards.
+
+    Raises:
+        ExportError: transformers, torch or Optimum cannot.
+    """
+    from optimum.exporters.onnx.convert import export_pytorch
+
+    optimum = export_config(config)
+    optimum.float_dtype = "fp16" if dtype == torch.float16 else "fp32"
+    try:
+        with _quiet(), TemporaryDirectory(prefix="trace-", dir=folder) as scratch:
+            file = Path(scratch) / "traced.onnx"
+            export_pytorch(build_decoder(config, dtype), optimum, optimum.DEFAULT_ONNX_OPSET, file)
+            return onnx.load(file).graph
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as exc:
+        raise ExportError(f"the model cannot be converted to ONNX: {first_line(exc)}") from exc
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's warnings and Optimum's log off stderr."""
+    from optimum.utils import logging as optimum_logging
+
+    with ExitStack() as restore:
+        restore.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        restore.callback(optimum_logging.set_verbosity, optimum_logging.get_verbosity())
+        optimum_logging.set_verbosity(logging.ERROR)
+        yield

@@ -1,0 +1,84 @@
+"""Reads the values of a checkpoint's tensors, a few rows at a time, as float32.
+
+An export that streams never holds more of the model than the rows it works on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normistral.errors import CheckpointError
+from normistral.export.weights import Tensor, load_torch_file, read_tensors, with_prefix
+
+Rows = NDArray[np.float32]
+
+_BLOCK_VALUES = 4 * 2**20  # 16 MiB of float32: large enough for numpy, small enough to keep a few of them
+
+
+class WeightReader:
+    """The tensors of a checkpoint folder, under the names of the causal language model ("model.layers.0...")."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the headers only.
+
+        Raises:
+            CheckpointError: as `read_tensors`.
+        """
+        self._tensors = with_prefix(read_tensors(folder))
+        self._torch_files: dict[Path, dict[str, Any]] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored, [out, in] for a matrix."""
+        return self._tensors[name].shape
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def nbytes(self, names: Sequence[str]) -> int:
+        """Stored size of some tensors."""
+        return sum(self._tensors[name].nbytes for name in names)
+
+    def read(self, name: str) -> Rows:
+        """A whole tensor; for vectors and small matrices."""
+        tensor = self._tensors[name]
+        return self._read_rows(name, tensor, 0, tensor.shape[0])
+
+    def blocks(self, names: Sequence[str]) -> Iterator[Rows]:
+        """Matrices [out, in] below each other, in blocks of rows: float32 [rows, in]. A block never spans two."""
+        for name in names:
+            tensor = self._tensors[name]
+            rows = max(1, _BLOCK_VALUES // tensor.shape[1])
+            for start in range(0, tensor.shape[0], rows):
+                yield self._read_rows(name, tensor, start, min(start + rows, tensor.shape[0]))
+
+    def _read_rows(self, name: str, tensor: Tensor, start: int, stop: int) -> Rows:
+        if tensor.start is None:
+            return self._read_torch_rows(name, tensor, start, stop)
+        row_values = int(np.prod(tensor.shape[1:], dtype=np.int64))
+        row_bytes = tensor.nbytes // max(1, tensor.shape[0])
+        count = (stop - start) * row_values
+        stored = np.dtype("<f4" if tensor.dtype == "float32" else "<f2" if tensor.dtype == "float16" else "<u2")
+        # Read and not mapped: a mapped checkpoint counts as resident until the kernel needs the pages elsewhere.
+        values = np.fromfile(tensor.file, stored, count, offset=tensor.start + start * row_bytes)
+        if values.size != count:
+            raise CheckpointError(f"{tensor.file.name} ended while it was read", "download or copy the file again")
+        return _to_float32(values, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
+
+    def _read_torch_rows(self, name: str, tensor: Tensor, start: int, stop: int) -> Rows:
+        state = self._torch_files.get(tensor.file)
+        if state is None:
+            state = self._torch_files[tensor.file] = with_prefix(load_torch_file(tensor.file))
+        return np.asarray(state[name][start:stop].float().numpy())
+
+
+def _to_float32(values: NDArray[Any], dtype: str) -> Rows:
+    if dtype == "bfloat16":  # the upper half of a float32
+        wide = values.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return values.astype(np.float32, copy=False)

@@ -1,0 +1,87 @@
+"""The packages that an export works with: whether they are there, how they are kept quiet, which versions they are."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+
+from normistral.errors import MissingExtraError
+from normistral.manifest import ArtifactFormat
+
+_MODULES: dict[ArtifactFormat, tuple[str, ...]] = {
+    "openvino": ("torch", "transformers", "nncf", "openvino_tokenizers", "optimum.exporters.openvino.convert"),
+    "onnx": ("torch", "transformers", "onnx", "onnxruntime", "optimum.exporters.onnx.model_configs"),
+}
+_DISTRIBUTIONS: dict[ArtifactFormat, tuple[str, ...]] = {
+    "openvino": ("optimum-intel", "nncf", "openvino", "openvino-tokenizers"),
+    "onnx": ("optimum-onnx", "onnx"),
+}
+_EXTRAS: dict[ArtifactFormat, str] = {"openvino": "export", "onnx": "export,onnx"}
+
+
+def find_export_tools(format: ArtifactFormat) -> None:
+    """See that everything an export needs is installed, before any work and without the seconds that importing takes.
+
+    Raises:
+        MissingExtraError: an extra is not installed.
+    """
+    for module in _MODULES[format]:
+        package = module.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            raise _missing(package, format)
+
+
+def require_export_tools(format: ArtifactFormat) -> None:
+    """Import everything an export needs.
+
+    Raises:
+        MissingExtraError: an extra is installed only in part.
+    """
+    try:
+        for module in _MODULES[format]:
+            importlib.import_module(module)
+    except ImportError as exc:
+        raise _missing(exc.name or "optimum", format) from exc
+
+
+def _missing(package: str, format: ArtifactFormat) -> MissingExtraError:
+    return MissingExtraError(
+        f"exporting needs the package {package}, which is not installed",
+        f'install it with: pip install "normistral[{_EXTRAS[format]}]"',
+    )
+
+
+@contextmanager
+def quiet_tools(format: ArtifactFormat) -> Iterator[None]:
+    """Keep the tools' own bars, tables and warnings off stdout and stderr; ours say what matters."""
+    from transformers.utils import logging as transformers_logging
+
+    with ExitStack() as restore:
+        restore.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        if format == "openvino":
+            import nncf
+            from nncf.common.logging.logger import nncf_logger
+
+            restore.callback(nncf.set_log_level, nncf_logger.level)
+            nncf.set_log_level(logging.ERROR)
+        restore.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        transformers_logging.set_verbosity_error()
+        if transformers_logging.is_progress_bar_enabled():
+            restore.callback(transformers_logging.enable_progress_bar)
+        transformers_logging.disable_progress_bar()
+        yield
+
+
+def tool_versions(format: ArtifactFormat) -> dict[str, str]:
+    """Versions of the packages that take part in an export."""
+    versions = {name: version(name) for name in ("normistral", "torch", "transformers", "optimum")}
+    versions |= {name: version(name) for name in _DISTRIBUTIONS[format]}
+    if format == "onnx":  # several distributions bring this module: for CPUs, for GPUs, of other vendors
+        versions["onnxruntime"] = importlib.import_module("onnxruntime").__version__
+    return versions

@@ -1,0 +1,159 @@
+"""KV caches of an ONNX decoder: tensors `past_key_values.N.key/value` in, `present.N.key/value` out.
+
+Each is [1, kv_heads, length, head_dim]. What the graph does with the past decides how it is kept:
+`SharedCache` for attention that appends to the past where it lies, `ChainedCache` for attention that returns a longer
+copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from onnxruntime import IOBinding, OrtValue
+
+Tensors = dict[str, NDArray[Any]]  # name of the past tensor -> [1, kv_heads, length, head_dim]
+
+CAPACITY_STEP = 512  # positions by which a shared buffer grows; 128 MiB for 7B. Growing copies the cache
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """What the cache of one decoder looks like, and where it lives.
+
+    Attributes:
+        names: past tensor -> present tensor.
+        kv_heads, head_dim: of every tensor.
+        dtype: of every tensor.
+        memory: onnxruntime's name of the device: "cpu", "cuda", "dml".
+        device_id: its index.
+        limit: the most positions there can be.
+    """
+
+    names: dict[str, str]
+    kv_heads: int
+    head_dim: int
+    dtype: np.dtype[Any]
+    memory: str
+    device_id: int
+    limit: int
+
+    def zeros(self, length: int) -> NDArray[Any]:
+        """A tensor on the host; the system gives it memory page by page as it is written."""
+        return np.zeros((1, self.kv_heads, length, self.head_dim), self.dtype)
+
+    def place(self, tensor: NDArray[Any]) -> OrtValue:
+        """The tensor where the cache lives; on the CPU it is not copied."""
+        import onnxruntime as ort
+
+        return ort.OrtValue.ortvalue_from_numpy(tensor, self.memory, self.device_id)
+
+
+class Cache(Protocol):
+    """Past keys and values of one sequence, bound to a session's inputs and outputs."""
+
+    def prepare(self, length: int, total: int) -> None:
+        """Bind for a step from `length` to `total` positions."""
+        ...
+
+    def advance(self) -> None:
+        """Take over what the step computed."""
+        ...
+
+    def trim(self, length: int) -> None:
+        """Keep the first `length` positions; 0 also mends what a failed step left."""
+        ...
+
+    def read(self, length: int) -> Tensors:
+        """Copies of the first `length` positions."""
+        ...
+
+    def write(self, tensors: Tensors) -> None:
+        """Replace everything."""
+        ...
+
+
+class SharedCache:
+    """One buffer per tensor, bound both as past and as present: a step writes its positions and copies nothing.
+
+    The buffer is longer than the sequence; the graph takes the length from the attention mask.
+    """
+
+    def __init__(self, layout: CacheLayout, binding: IOBinding) -> None:
+        self._layout = layout
+        self._binding = binding
+        self._capacity = 0
+        self._values: dict[str, OrtValue] = {}
+
+    def prepare(self, length: int, total: int) -> None:
+        """Grow if need be; one tensor after the other, so that little is held twice."""
+        if total > self._capacity:
+            capacity = min(-(-total // CAPACITY_STEP) * CAPACITY_STEP, self._layout.limit)
+            for name in self._layout.names:
+                grown = self._layout.zeros(capacity)
+                if length:
+                    grown[:, :, :length] = self._values[name].numpy()[:, :, :length]
+                self._bind(name, self._layout.place(grown))
+            self._capacity = capacity
+
+    def advance(self) -> None:
+        """Nothing: the step wrote into the buffer."""
+
+    def trim(self, length: int) -> None:
+        """Nothing: what lies behind the length is never read."""
+
+    def read(self, length: int) -> Tensors:
+        """Copies of the first `length` positions."""
+        return {name: value.numpy()[:, :, :length].copy() for name, value in self._values.items()}
+
+    def write(self, tensors: Tensors) -> None:
+        """Replace everything."""
+        for name, tensor in tensors.items():
+            self._bind(name, self._layout.place(tensor.copy()))
+            self._capacity = tensor.shape[2]
+
+    def _bind(self, name: str, value: OrtValue) -> None:
+        self._values[name] = value
+        self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output(self._layout.names[name], value)
+
+
+class ChainedCache:
+    """What one step returns is the past of the next, where it lies."""
+
+    def __init__(self, layout: CacheLayout, binding: IOBinding) -> None:
+        self._layout = layout
+        self._binding = binding
+        self._values: dict[str, OrtValue] = {}
+        self.write(dict.fromkeys(layout.names, layout.zeros(0)))
+        self._allow_outputs()  # first of all outputs, so that they come first in what `get_outputs` lists
+
+    def prepare(self, length: int, total: int) -> None:
+        """Bind the past, and let onnxruntime allocate the present."""
+        for name, value in self._values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._allow_outputs()
+
+    def advance(self) -> None:
+        """The present becomes the past. Its values refer to the binding's outputs, until those are bound again."""
+        self._values = dict(zip(self._layout.names, self._binding.get_outputs(), strict=False))  # logits come last
+
+    def trim(self, length: int) -> None:
+        """Cut every tensor: copies what stays."""
+        self.write(self.read(length) if length else dict.fromkeys(self._values, self._layout.zeros(0)))
+
+    def read(self, length: int) -> Tensors:
+        """Copies of the first `length` positions."""
+        return {name: value.numpy()[:, :, :length].copy() for name, value in self._values.items()}
+
+    def write(self, tensors: Tensors) -> None:
+        """Replace everything."""
+        self._values = {name: self._layout.place(tensor.copy()) for name, tensor in tensors.items()}
+
+    def _allow_outputs(self) -> None:
+        for present in self._layout.names.values():
+            self._binding.bind_output(present, self._layout.memory, self._layout.device_id)

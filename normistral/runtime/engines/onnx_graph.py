@@ -1,0 +1,261 @@
+"""Changes an ONNX graph in memory at load: what only this runtime wants never gets into the file.
+
+The runtime does without the package `onnx`: of a model it reads nodes, and the names of weights. Source of the field
+numbers: onnx.proto of the ONNX repository.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from normistral.errors import ArtifactError
+from normistral.runtime.engines.protobuf import Message, WireError
+
+LOGITS = "logits"
+LOGITS_START = "logits_start"  # name of the input that `keep_last_logits` adds
+
+# onnx.proto
+_MODEL_GRAPH = 7
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
+_ATTRIBUTE_NAME, _ATTRIBUTE_I, _ATTRIBUTE_G, _ATTRIBUTE_TYPE, _ATTRIBUTE_GRAPHS = 1, 3, 6, 20, 11
+_TENSOR_DIMS, _TENSOR_DATA_TYPE, _TENSOR_NAME, _TENSOR_RAW_DATA, _TENSOR_EXTERNAL_DATA = 1, 2, 8, 9, 13
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_VALUE_INFO_NAME, _VALUE_INFO_TYPE = 1, 2
+_TYPE_TENSOR, _TYPE_TENSOR_ELEM_TYPE, _TYPE_TENSOR_SHAPE = 1, 1, 2
+_SHAPE_DIM, _DIM_VALUE = 1, 1
+_INT64 = 7  # TensorProto.DataType
+_INT = 2  # AttributeProto.AttributeType
+
+# onnxruntime's ContribOperators.md: two operators, and inputs of the first
+_ATTENTION = "GroupQueryAttention"
+_ROUNDED = "MatMulNBits"
+_PRODUCTS = ("MatMul", "Gemm", _ROUNDED)
+_PAST_INPUTS, _ATTENTION_BIAS = (3, 4), 10
+
+Result = TypeVar("Result")
+
+
+class Node:
+    """A NodeProto: its inputs, outputs and operator; everything else stays as it was."""
+
+    def __init__(self, message: Message) -> None:
+        self.inputs = message.texts(_NODE_INPUT)
+        self.outputs = message.texts(_NODE_OUTPUT)
+        self.operator = message.text(_NODE_OP_TYPE)
+        message.remove(_NODE_INPUT, _NODE_OUTPUT)
+        self._rest = message
+
+    def get_int(self, name: str) -> int:
+        """An integer attribute, 0 where it is not set."""
+        attributes = [Message(chunk) for chunk in self._rest.chunks(_NODE_ATTRIBUTE)]
+        found = [attribute for attribute in attributes if attribute.text(_ATTRIBUTE_NAME) == name]
+        return found[0].number(_ATTRIBUTE_I) if found else 0
+
+    def set_int(self, name: str, value: int) -> None:
+        """Set an integer attribute, new or not."""
+        kept = [chunk for chunk in self._rest.chunks(_NODE_ATTRIBUTE) if Message(chunk).text(_ATTRIBUTE_NAME) != name]
+        self._rest.remove(_NODE_ATTRIBUTE)
+        for chunk in kept:
+            self._rest.add(_NODE_ATTRIBUTE, bytes(chunk))
+        attribute = Message().add(_ATTRIBUTE_NAME, name).add(_ATTRIBUTE_I, value).add(_ATTRIBUTE_TYPE, _INT)
+        self._rest.add(_NODE_ATTRIBUTE, attribute)
+
+    def has_subgraph(self) -> bool:
+        """Whether an attribute is a graph (If, Loop, Scan), which may use any name of the graph around it."""
+        attributes = [Message(chunk) for chunk in self._rest.chunks(_NODE_ATTRIBUTE)]
+        return any(attribute.chunks(_ATTRIBUTE_G) or attribute.chunks(_ATTRIBUTE_GRAPHS) for attribute in attributes)
+
+    def message(self) -> Message:
+        """As it is written."""
+        message = Message()
+        for name in self.inputs:
+            message.add(_NODE_INPUT, name)
+        for name in self.outputs:
+            message.add(_NODE_OUTPUT, name)
+        message.fields += self._rest.fields
+        return message
+
+
+class OnnxGraph:
+    """A ModelProto, open at its nodes."""
+
+    def __init__(self, data: bytes) -> None:
+        """Take a model.onnx apart.
+
+        Raises:
+            ArtifactError: the bytes are no ONNX model.
+        """
+        self._model, self._graph, self.nodes = _readable(lambda: _take_apart(data))
+
+    def inputs(self) -> list[str]:
+        """Names of the graph's inputs."""
+        return self._names(_GRAPH_INPUT)
+
+    def outputs(self) -> list[str]:
+        """Names of the graph's outputs."""
+        return self._names(_GRAPH_OUTPUT)
+
+    def external_files(self) -> set[str]:
+        """Names of the files that hold the weights, as the graph gives them."""
+
+        def collect() -> set[str]:
+            entries = [
+                Message(entry)
+                for tensor in self._graph.chunks(_GRAPH_INITIALIZER)
+                for entry in Message(tensor).chunks(_TENSOR_EXTERNAL_DATA)
+            ]
+            return {entry.text(_ENTRY_VALUE) for entry in entries if entry.text(_ENTRY_KEY) == "location"}
+
+        return _readable(collect)
+
+    def add_vector_input(self, name: str) -> None:
+        """A new input: int64 [1]."""
+        shape = Message().add(_SHAPE_DIM, Message().add(_DIM_VALUE, 1))
+        tensor = Message().add(_TYPE_TENSOR_ELEM_TYPE, _INT64).add(_TYPE_TENSOR_SHAPE, shape)
+        value_info = Message().add(_VALUE_INFO_NAME, name).add(_VALUE_INFO_TYPE, Message().add(_TYPE_TENSOR, tensor))
+        self._graph.add(_GRAPH_INPUT, value_info)
+
+    def add_vector(self, name: str, value: int) -> str:
+        """A new constant: int64 [1]; returns its name."""
+        tensor = Message().add(_TENSOR_DIMS, 1).add(_TENSOR_DATA_TYPE, _INT64).add(_TENSOR_NAME, name)
+        self._graph.add(_GRAPH_INITIALIZER, tensor.add(_TENSOR_RAW_DATA, struct.pack("<q", value)))
+        return name
+
+    def add_node(self, before: Node, operator: str, inputs: Iterable[str], output: str) -> str:
+        """A new node, placed before another that reads it (nodes have to be in order); returns its output."""
+        node = Node(Message().add(_NODE_OP_TYPE, operator).add(_NODE_NAME, f"/{output}"))
+        node.inputs, node.outputs = list(inputs), [output]
+        self.nodes.insert(self.nodes.index(before), node)
+        return output
+
+    def producer(self, name: str) -> Node | None:
+        """The node that computes a tensor; None for inputs and constants."""
+        return next((node for node in self.nodes if name in node.outputs), None)
+
+    def __bytes__(self) -> bytes:
+        graph, model = Message(), Message()
+        for node in self.nodes:
+            graph.add(_GRAPH_NODE, node.message())
+        graph.fields += self._graph.fields
+        model.fields = list(self._model.fields)
+        return bytes(model.add(_MODEL_GRAPH, graph))
+
+    def _names(self, field: int) -> list[str]:
+        return _readable(lambda: [Message(chunk).text(_VALUE_INFO_NAME) for chunk in self._graph.chunks(field)])
+
+
+def keep_last_logits(graph: OnnxGraph) -> None:
+    """Compute the output layer from position `logits_start` on only, a new input [1]; -1 is the last position.
+
+    The file computes logits of every position, as other loaders expect: for a prompt of 1,500 tokens that is a large
+    product and 200 MB nobody reads.
+
+    Raises:
+        ArtifactError: the logits do not come from a matrix product.
+    """
+    product = _walk_back(graph, LOGITS, ("Cast", "Add", "Reshape"))
+    if product is None or product.operator not in _PRODUCTS or not product.inputs:
+        raise _damaged(f"the logits come from {product.operator if product else 'no node'}, not from a matrix product")
+    hidden = product.inputs[0]
+    flattened = graph.producer(hidden)
+    if product.operator == "Gemm" and flattened is not None and flattened.operator == "Reshape" and flattened.inputs:
+        hidden = flattened.inputs[0]  # [1, n, hidden], which Gemm reads as [n, hidden]
+    readers = [node for node in graph.nodes if hidden in node.inputs]
+    graph.add_vector_input(LOGITS_START)
+    end, axis = graph.add_vector("logits_end", 2**63 - 1), graph.add_vector("logits_axis", 1)
+    last = graph.add_node(readers[0], "Slice", [hidden, LOGITS_START, end, axis], "last_hidden")
+    for node in readers:
+        node.inputs = [last if name == hidden else name for name in node.inputs]
+
+
+def _walk_back(graph: OnnxGraph, name: str, operators: Sequence[str]) -> Node | None:
+    """The node that computes a tensor, seen through operators that only change what another node computed."""
+    node = graph.producer(name)
+    for _ in graph.nodes:  # as many steps as there are nodes, in case a damaged graph goes round
+        if node is None or node.operator not in operators or not node.inputs:
+            break
+        node = graph.producer(node.inputs[0])
+    return node
+
+
+def accuracy_levels(graph: OnnxGraph) -> list[int]:
+    """The levels of the products of rounded weights, each once: 1 computes in float32, 4 rounds activations to int8."""
+    return _readable(
+        lambda: sorted({node.get_int("accuracy_level") for node in graph.nodes if node.operator == _ROUNDED})
+    )
+
+
+def multiply_in_float(graph: OnnxGraph) -> None:
+    """Multiply rounded weights in float32, without rounding activations."""
+
+    def set_levels() -> None:
+        for node in graph.nodes:
+            if node.operator == _ROUNDED:
+                node.set_int("accuracy_level", 1)
+
+    _readable(set_levels)
+
+
+def is_fused(graph: OnnxGraph) -> bool:
+    """Whether attention is one operator that can keep past and present keys and values in one buffer."""
+    return any(node.operator == _ATTENTION for node in graph.nodes)
+
+
+def attend_in_place(graph: OnnxGraph) -> None:
+    """Make every attention node read the past where it is bound, and take one sequence for granted.
+
+    A Reshape between input and attention (it mends an empty past of another width) would be in the way of sharing one
+    buffer. One sequence has no padding, so it needs no bias that hides padding.
+    """
+    inputs = set(graph.inputs())
+    for node in graph.nodes:
+        if node.operator != _ATTENTION:
+            continue
+        for index in _PAST_INPUTS:
+            mend = graph.producer(node.inputs[index]) if index < len(node.inputs) else None
+            if mend is not None and mend.operator == "Reshape" and mend.inputs and mend.inputs[0] in inputs:
+                node.inputs[index] = mend.inputs[0]
+        if len(node.inputs) > _ATTENTION_BIAS:
+            node.inputs[_ATTENTION_BIAS] = ""
+        while node.inputs and not node.inputs[-1]:  # optional inputs at the end are left out
+            node.inputs.pop()
+    remove_unused(graph)
+
+
+def remove_unused(graph: OnnxGraph) -> None:
+    """Drop the nodes whose results nobody reads; onnxruntime would compute them."""
+    if _readable(lambda: any(node.has_subgraph() for node in graph.nodes)):
+        return
+    used = set(graph.outputs())
+    kept = []
+    for node in reversed(graph.nodes):  # nodes are in order: whoever reads a node's result stands behind it
+        if used.intersection(node.outputs):
+            used.update(node.inputs)
+            kept.append(node)
+    graph.nodes[:] = reversed(kept)
+
+
+def _take_apart(data: bytes) -> tuple[Message, Message, list[Node]]:
+    model = Message(data)
+    graphs = model.chunks(_MODEL_GRAPH)
+    if len(graphs) != 1:
+        raise WireError(f"{len(graphs)} graphs instead of one")
+    graph = Message(graphs[0])
+    nodes = [Node(Message(chunk)) for chunk in graph.chunks(_GRAPH_NODE)]
+    model.remove(_MODEL_GRAPH)
+    graph.remove(_GRAPH_NODE)
+    return model, graph, nodes
+
+
+def _readable(read: Callable[[], Result]) -> Result:
+    try:
+        return read()
+    except WireError as exc:
+        raise _damaged(str(exc)) from exc
+
+
+def _damaged(what: str) -> ArtifactError:
+    return ArtifactError(f"model.onnx is damaged: {what}", "export the model again, or copy the artifact again")

@@ -1,0 +1,292 @@
+"""Engine on onnxruntime alone: a decoder with its KV cache as inputs and outputs, driven by our own loop.
+
+The graph is read, changed in memory (onnx_graph.py) and given to onnxruntime as bytes; its weights stay in their file
+and are mapped from there. One session serves many engines, each with a cache and an I/O binding of its own.
+
+Exceptions of onnxruntime end here, as `EngineError` or `DeviceError`.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normistral import hardware
+from normistral.errors import ArtifactError, ClosedError, EngineError
+from normistral.manifest import Manifest
+from normistral.runtime.engines import onnx_graph
+from normistral.runtime.engines.base import Capabilities, Logits
+from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache, Tensors
+from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
+from normistral.runtime.engines.onnx_session import open_session, session_options, translated
+from normistral.runtime.providers import Target, find_target, import_onnxruntime, require_all_on
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "model.onnx"
+PREFILL_CHUNK = 256  # tokens; long enough for full speed, short enough that a prompt can be cancelled
+_WARM_UP_LENGTHS = (8, 1)  # a first run prepares kernels and memory: do that at load
+_FLOATS: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    """A session, and what all sequences on it share.
+
+    Attributes:
+        in_place: past and present may be one buffer.
+        layout: of the KV cache.
+        takes_positions: position_ids is an input.
+        logits_dtype: float32 or float16.
+        ones, positions: int64 [1, context]; masks and position ids are slices of them.
+    """
+
+    session: InferenceSession
+    in_place: bool
+    layout: CacheLayout
+    takes_positions: bool
+    logits_dtype: np.dtype[Any]
+    vocabulary: int
+    ones: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
+class OnnxBackend:
+    """A session of onnxruntime; see `load_onnx`."""
+
+    def __init__(self, decoder: _Decoder, capabilities: Capabilities) -> None:
+        self._decoder: _Decoder | None = decoder
+        self.capabilities = capabilities
+
+    def create_engine(self) -> OnnxEngine:
+        """A new, empty sequence with a KV cache of its own."""
+        if self._decoder is None:
+            raise ClosedError("the model was closed", "load it again")
+        return OnnxEngine(_Sequence(self._decoder))
+
+    def close(self) -> None:
+        """Let go of the weights; they are freed with the last engine made from them."""
+        self._decoder = None
+
+
+@dataclass(frozen=True, slots=True)
+class _SavedCache:
+    length: int
+    tensors: Tensors
+
+
+class _Sequence:
+    """What an engine holds while it is open."""
+
+    def __init__(self, decoder: _Decoder) -> None:
+        with translated("onnxruntime could not create an I/O binding"):
+            self.decoder = decoder
+            self.binding = decoder.session.io_binding()
+            self.cache = (SharedCache if decoder.in_place else ChainedCache)(decoder.layout, self.binding)
+
+
+class OnnxEngine:
+    """One sequence: an I/O binding and a KV cache."""
+
+    def __init__(self, sequence: _Sequence) -> None:
+        self._sequence: _Sequence | None = sequence
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens in the KV cache."""
+        return self._length
+
+    def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
+        """Append tokens; logits [last, vocabulary] of the last positions.
+
+        Raises:
+            EngineError: onnxruntime failed, or the sequence outgrows the model's context.
+        """
+        sequence = self._open_sequence()
+        decoder, binding = sequence.decoder, sequence.binding
+        total = self._length + len(token_ids)
+        if total > decoder.layout.limit:
+            raise EngineError(f"{total} tokens do not fit into the model's context of {decoder.layout.limit}")
+        logits = np.empty((1, last, decoder.vocabulary), decoder.logits_dtype)
+        with translated(f"onnxruntime failed at token {total}"):
+            sequence.cache.prepare(self._length, total)
+            binding.bind_cpu_input("input_ids", np.array([token_ids], np.int64))
+            binding.bind_cpu_input("attention_mask", decoder.ones[:, :total])
+            if decoder.takes_positions:
+                binding.bind_cpu_input("position_ids", decoder.positions[:, self._length : total])
+            binding.bind_cpu_input(LOGITS_START, np.array([-last], np.int64))
+            binding.bind_output(LOGITS, "cpu", 0, decoder.logits_dtype, logits.shape, logits.ctypes.data)
+            decoder.session.run_with_iobinding(binding)
+            sequence.cache.advance()
+        self._length = total
+        result: Logits = logits[0].astype(np.float32, copy=False)
+        return result
+
+    def trim(self, length: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot trim {self._length} tokens to {length}")
+        if length < self._length:
+            with translated("onnxruntime could not shorten the KV cache"):
+                self._open_sequence().cache.trim(length)
+            self._length = length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        with translated("onnxruntime could not clear the KV cache"):
+            self._open_sequence().cache.trim(0)
+        self._length = 0
+
+    def save(self) -> _SavedCache:
+        """A copy of the KV cache, in its own precision."""
+        with translated("onnxruntime could not read the KV cache"):
+            return _SavedCache(self._length, self._open_sequence().cache.read(self._length))
+
+    def restore(self, saved: object) -> None:
+        """Continue from what `save` gave."""
+        assert isinstance(saved, _SavedCache)
+        with translated("onnxruntime could not write the KV cache"):
+            self._open_sequence().cache.write(saved.tensors)
+        self._length = saved.length
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        self._sequence = None
+
+    def _open_sequence(self) -> _Sequence:
+        if self._sequence is None:
+            raise ClosedError("the model was closed", "load it again")
+        return self._sequence
+
+
+def load_onnx(folder: Path, manifest: Manifest, device: str = "CPU", *, exact: bool = False) -> OnnxBackend:
+    """Open an artifact's graph on a device and warm it up.
+
+    Args:
+        device: CPU, CUDA, CUDA:1, OPENVINO:GPU ...: a key of `providers.PROVIDERS`, as far as the installed onnxruntime
+            has its provider.
+        exact: reference arithmetic: products of rounded weights in float32.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        DeviceError: the device is not there, or would leave matrix or attention nodes to the CPU.
+        ArtifactError: the graph is damaged.
+        EngineError: onnxruntime could not load or run the model.
+    """
+    ort = import_onnxruntime()
+    target = find_target(device, ort.get_available_providers(), exact=exact)
+    graph = read_graph(folder, manifest)
+    in_place = onnx_graph.is_fused(graph)
+    adapt_graph(graph, exact=exact)
+    settings = hardware.plan_onnxruntime(hardware.read_machine())
+    options = session_options(settings, folder)
+    with tempfile.TemporaryDirectory(prefix="normistral-") as scratch:
+        if not target.is_cpu:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(scratch, "profile"))
+        session = open_session(bytes(graph), options, target, folder.name)
+        settings |= {"provider": target.provider} | target.options
+        if levels := onnx_graph.accuracy_levels(graph):
+            settings["accuracy_level"] = ",".join(map(str, levels))
+        decoder = describe_decoder(session, manifest, target, in_place=in_place)
+        backend = OnnxBackend(decoder, Capabilities("onnxruntime", device, PREFILL_CHUNK, settings))
+        warm_up(backend)
+        if not target.is_cpu:
+            require_all_on(target, Path(session.end_profiling()))
+    logger.info("loaded %s on %s with %s", folder.name, device, settings)
+    return backend
+
+
+def read_graph(folder: Path, manifest: Manifest) -> OnnxGraph:
+    """Take an artifact's model.onnx apart.
+
+    Raises:
+        ArtifactError: it cannot be read, or its weights are said to lie outside the artifact.
+    """
+    path = folder / MODEL_FILE
+    try:
+        graph = OnnxGraph(path.read_bytes())
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {path}: {exc.strerror}", "check the folder's permissions") from exc
+    if strangers := sorted(graph.external_files() - manifest.files.keys()):
+        raise ArtifactError(
+            f"{MODEL_FILE} wants weights from {strangers[0]}, which is no file of the artifact",
+            "export the model again",
+        )
+    return graph
+
+
+def adapt_graph(graph: OnnxGraph, *, exact: bool) -> None:
+    """What this runtime wants different from the file, which is made for every loader."""
+    onnx_graph.keep_last_logits(graph)
+    if onnx_graph.is_fused(graph):
+        onnx_graph.attend_in_place(graph)
+    if exact:
+        onnx_graph.multiply_in_float(graph)
+
+
+def describe_decoder(session: InferenceSession, manifest: Manifest, target: Target, *, in_place: bool) -> _Decoder:
+    """Read inputs and outputs of a session.
+
+    Raises:
+        ArtifactError: they are not those of a decoder with a KV cache.
+    """
+    shape, limit = manifest.architecture, manifest.context_length
+    inputs = {port.name: port.type for port in session.get_inputs()}
+    outputs = {port.name: port.type for port in session.get_outputs()}
+    tensors = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
+    names = {_PAST + name: _PRESENT + name for name in tensors}
+    needed = {"input_ids", "attention_mask", LOGITS_START, *names}
+    cache_types = {inputs.get(name, "") for name in names}
+    if not (
+        needed <= inputs.keys() <= needed | {"position_ids"}
+        and {LOGITS, *names.values()} <= outputs.keys()
+        and len(cache_types) == 1
+        and {outputs[LOGITS], *cache_types} <= _FLOATS.keys()
+    ):
+        raise ArtifactError(
+            f"{MODEL_FILE} is no decoder with a KV cache for {shape.layers} layers: "
+            f"its inputs are {', '.join(inputs)}, its outputs {', '.join(outputs)}",
+            "export the model again",
+        )
+    return _Decoder(
+        session,
+        in_place,
+        CacheLayout(
+            names,
+            shape.kv_heads,
+            shape.head_dim,
+            _FLOATS[cache_types.pop()],
+            target.memory,
+            target.memory_index,
+            limit,
+        ),
+        "position_ids" in inputs,
+        _FLOATS[outputs[LOGITS]],
+        shape.vocabulary,
+        np.ones((1, limit), np.int64),
+        np.arange(limit, dtype=np.int64)[None],
+    )
+
+
+def warm_up(backend: OnnxBackend) -> None:
+    """Run a short prompt and one token, so that the first answer does not pay for it."""
+    engine = backend.create_engine()
+    for length in _WARM_UP_LENGTHS:
+        engine.forward([0] * length)
+    engine.close()

@@ -1,0 +1,69 @@
+"""The weights of an ONNX artifact as floats, read without the code that wrote or runs it.
+
+    state = dequantised(folder)     # {"model.layers.0.self_attn.q_proj.weight": [out, in], ...}
+
+Source: MatMulNBits and GatherBlockQuantized in onnxruntime's ContribOperators.md. A row of K weights is cut into
+blocks; codes are unsigned, at 4 bits two to a byte, the first in the low half; weight = (code - zero point) * scale,
+and without zero points the zero point is the middle of the codes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def dequantised(folder: Path) -> dict[str, np.ndarray]:
+    """Every rounded matrix, under the checkpoint's names: float32 [out, in]."""
+    model = onnx.load(folder / "model.onnx")
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    state = {}
+    for node in model.graph.node:
+        attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        if node.op_type == "MatMulNBits":
+            codes, scales = node.input[1:3]
+            zeros = node.input[3] if len(node.input) > 3 else ""
+        elif node.op_type == "GatherBlockQuantized":
+            codes, scales = node.input[0], node.input[2]
+            zeros = node.input[3] if len(node.input) > 3 else ""
+        else:
+            continue
+        name = scales.removesuffix(".scales")
+        matrix = dequantise(
+            arrays[codes], arrays[scales], arrays.get(zeros), attributes["bits"], attributes["block_size"]
+        )
+        if "qkv_proj" in name:
+            state |= split_attention(name, matrix, node, model)
+        else:
+            state[name] = matrix
+    return state
+
+
+def dequantise(codes, scales, zeros, bits, block):
+    rows, blocks = scales.shape
+    middle = np.full((rows, blocks), 1 << (bits - 1), np.float64)
+    zero_points = middle if zeros is None else unpack(zeros.reshape(rows, -1), bits)[:, :blocks]
+    values = unpack(codes.reshape(rows, -1), bits)[:, : blocks * block].reshape(rows, blocks, block)
+    matrix = (values - zero_points[..., None]) * scales.astype(np.float64)[..., None]
+    return matrix.reshape(rows, -1).astype(np.float32)
+
+
+def unpack(packed, bits):
+    if bits == 8:
+        return packed.astype(np.float64)
+    assert bits == 4
+    both = np.stack([packed & 15, packed >> 4], axis=-1)
+    return both.reshape(len(packed), -1).astype(np.float64)
+
+
+def split_attention(name, matrix, node, model):
+    """Rows of the packed projection: queries, then keys, then values."""
+    attention = next(other for other in model.graph.node if node.output[0] in other.input)
+    heads = {entry.name: entry.i for entry in attention.attribute}
+    head_dim = len(matrix) // (heads["num_heads"] + 2 * heads["kv_num_heads"])
+    cuts = np.cumsum([heads["num_heads"] * head_dim, heads["kv_num_heads"] * head_dim])
+    parts = np.split(matrix, cuts)
+    return {name.replace("qkv_proj", part): rows for part, rows in zip(PROJECTIONS, parts, strict=True)}
