@@ -181,7 +181,7 @@ def test_attention_reads_the_bound_past_and_no_padding(fused):
     assert len(attentions) == 2
     for layer, node in enumerate(attentions):
         assert node.input[3:5] == [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
-        assert len(node.input) == 10
+        assert len(node.input) == 9
     outputs = {name for node in model.graph.node for name in node.output}
     assert not {name for name in outputs if "mask.float" in name or "padding" in name or "mended" in name}
 
