@@ -190,7 +190,7 @@ def test_a_reader_that_leaves_ends_it_quietly(tmp_path, artifact):
 
 def test_an_interrupt_ends_with_130_and_keeps_what_was_written(tmp_path, artifact):
     process = subprocess.Popen(
-        command(tmp_path, "chat", str(artifact), "--prompt", "x", answers=["a" * 300], pause_s=0.05),
+        command(tmp_path, "chat", str(artifact), "--prompt", "x", answers=["a" * 3000], pause_s=0.05),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
