@@ -22,7 +22,7 @@ import msgspec
 from normistral.errors import ArtifactError
 
 MANIFEST_NAME = "normistral.json"
-SCHEMA_VERSION = 2  # 2: ONNX. What 1 described reads the same
+SCHEMA_VERSION = 3  # 2: ONNX. 3: ALiBi, reasoning. What an older one described reads the same
 HASHED_AT_LOAD_BYTES = 16 * 2**20  # smaller files are hashed at every load; of larger ones only the size is checked
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _READ_BYTES = 4 * 2**20
@@ -63,7 +63,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The model's shape, as read from its config.json."""
+    """The model's shape, as read from its config.json.
+
+    Attributes:
+        positions: "rotary" turns queries and keys by an angle; "alibi" adds a bias that falls with the distance.
+    """
 
     name: str
     model_type: str
@@ -77,6 +81,7 @@ class Architecture:
     sliding_window: PositiveInt | None
     tied_embeddings: bool
     parameters: PositiveInt
+    positions: Literal["rotary", "alibi"] = "rotary"
 
 
 @dataclass(frozen=True, slots=True)

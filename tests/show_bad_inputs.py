@@ -115,7 +115,7 @@ def bad_artifacts(root: Path, artifact: Path) -> dict[str, Command]:
     def make_newer(folder: Path) -> None:
         raw = (folder / "normistral.json").read_bytes()
         assert parse_manifest(raw)
-        (folder / "normistral.json").write_bytes(raw.replace(b'"schema_version": 2', b'"schema_version": 3'))
+        (folder / "normistral.json").write_bytes(raw.replace(b'"schema_version": 3', b'"schema_version": 4'))
 
     def grow(folder: Path) -> None:
         """A large file whose size is right and whose content is not: only --check sees that."""

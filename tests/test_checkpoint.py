@@ -175,9 +175,11 @@ def test_code_in_the_config_is_dropped(model: Path, tmp_path: Path) -> None:
 
 
 def test_unsupported_architecture_is_named(model: Path, tmp_path: Path) -> None:
-    edit_json(model / "config.json", architectures=["BloomModel"], model_type="bloom")
-    message = refusal(model, tmp_path, UnsupportedArchitectureError)
-    assert "'BloomModel'" in message
+    edit_json(model / "config.json", architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox")
+    with pytest.raises(UnsupportedArchitectureError) as caught:
+        open_folder(model, tmp_path / "workspace")
+    assert "'GPTNeoXForCausalLM'" in caught.value.message
+    assert caught.value.hint == "supported are: MistralForCausalLM, LlamaForCausalLM, BloomForCausalLM"
 
 
 def test_already_quantised(model: Path, tmp_path: Path) -> None:

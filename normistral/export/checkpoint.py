@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError
-from normistral.export.config import architecture_of, expected_tensors, read_json, sanitise_config, token_ids
+from normistral.export.config import architecture_of, context_of, expected_tensors, read_json, sanitise_config
+from normistral.export.families import find_family
+from normistral.export.families.base import Family
+from normistral.export.fields import read_token_ids
 from normistral.export.gguf import convert_gguf
 from normistral.export.locate import Located
 from normistral.export.progress import Progress
@@ -52,10 +55,10 @@ class Checkpoint:
         folder: the view for transformers and optimum (local_files_only, no remote code).
         source: origin; `files` has the small files, and what was hashed on the way. `hash_sources` completes it.
         unhashed: weight files that are not in `source.files` yet, by the name they get there.
-        config: sanitised config.json.
+        family: of the architecture; `config`: sanitised config.json.
         dtype: type of the stored weights; `weight_bytes` is their size.
         tokenizer_files: to be shipped byte for byte.
-        context_length: positions in tokens.
+        context_length: positions in tokens; None where no file gives any (ALiBi needs none).
         stop_token_ids: every id that a file calls end of sequence, sorted.
         adds_bos: measured: whether encoding plain text puts `bos_token_id` in front.
         notes: what the user should see.
@@ -64,13 +67,14 @@ class Checkpoint:
     folder: Path
     source: Source
     unhashed: tuple[tuple[str, Path], ...]
+    family: Family
     config: dict[str, Any]
     architecture: Architecture
     role: Role
     dtype: Dtype
     weight_bytes: int
     tokenizer_files: tuple[Path, ...]
-    context_length: int
+    context_length: int | None
     stop_token_ids: tuple[int, ...]
     bos_token_id: int | None
     adds_bos: bool
@@ -148,13 +152,14 @@ def _open_folder(
         folder=view,
         source=source,
         unhashed=unhashed,
+        family=find_family(config),
         config=config,
         architecture=architecture_of(config),
         role="chat" if template is not None else "base",
         dtype=stored_dtype(tensors),
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         tokenizer_files=tuple(view / name for name in TOKENIZER_FILES if (view / name).exists()),
-        context_length=config["max_position_embeddings"],
+        context_length=context_of(config),
         stop_token_ids=stops,
         bos_token_id=vocabulary.bos_id,
         adds_bos=vocabulary.adds_bos,
@@ -169,8 +174,9 @@ def _read_config(folder: Path, preset: Preset | None, notes: list[str]) -> dict[
         raise CheckpointError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
     _require_inside(folder, "config.json")
     raw = read_json(folder / "config.json")
-    if raw.get("max_position_embeddings") is None and preset is not None and preset.context_length is not None:
-        raw["max_position_embeddings"] = preset.context_length
+    context = find_family(raw).context_field
+    if raw.get(context) is None and preset is not None and preset.context_length is not None:
+        raw[context] = preset.context_length
         notes.append(f"config.json gives no context length; the preset's is used: {preset.context_length} tokens")
     if raw.get("auto_map") is not None:
         notes.append("the checkpoint comes with code of its own (auto_map), which is never run")
@@ -184,13 +190,13 @@ def _check_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> di
     files, _ = weight_files(folder)
     for name in files:
         _require_inside(folder, name)
-    tensors = read_tensors(folder)
-    if config["tie_word_embeddings"] and has_separate_output(tensors):
+    tensors, family = read_tensors(folder), find_family(config)
+    if config["tie_word_embeddings"] and has_separate_output(tensors, family):
         config["tie_word_embeddings"] = False
         notes.append(
             "config.json ties the output layer to the embedding, but the weights hold one of its own: it is used"
         )
-    check_tensors(tensors, expected_tensors(config))
+    check_tensors(tensors, expected_tensors(config), family)
     config["torch_dtype"] = stored_dtype(tensors)
     return tensors
 
@@ -259,7 +265,7 @@ def _require_inside(folder: Path, name: str) -> None:
 def _stop_token_ids(config: dict[str, Any], generation: dict[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
     """Union over all files: NorMistral's name different tokens, and stopping on config.json's alone never stops."""
     ids = set(config["eos_token_id"] or []) | set(vocabulary.eos_ids)
-    ids |= set(token_ids(generation, "eos_token_id", config["vocab_size"], "generation_config.json"))
+    ids |= set(read_token_ids(generation, "eos_token_id", config["vocab_size"], "generation_config.json"))
     if not ids:
         raise CheckpointError(
             "no file of the checkpoint names an end-of-sequence token", "set eos_token_id in generation_config.json"

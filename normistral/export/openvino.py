@@ -94,8 +94,9 @@ def round_to_float16(model: PreTrainedModel, file: Path) -> None:
 def convert(model: PreTrainedModel) -> openvino.Model:
     """Trace a decoder into a stateful OpenVINO graph.
 
-    Inputs are input_ids, attention_mask, position_ids [batch, tokens] and beam_idx [batch], the output is logits
-    float32 [batch, tokens, vocabulary]; keys and values live in variables float32 [batch, KV heads, past, head_dim].
+    Inputs are input_ids, attention_mask, position_ids (not with ALiBi) [batch, tokens] and beam_idx [batch], the output
+    is logits float32 [batch, tokens, vocabulary]; keys and values live in variables float32 [batch, KV heads, past,
+    head_dim].
     The graph's large constants are the model's own memory: keep `model` until the graph is saved.
 
     Follows `optimum.exporters.openvino.convert.export_pytorch` (optimum-intel 1.27), without its save.
@@ -105,7 +106,6 @@ def convert(model: PreTrainedModel) -> openvino.Model:
     """
     import openvino
     import torch
-    from openvino.frontend.pytorch import patch_model
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     from optimum.exporters.openvino.stateful import patch_stateful
     from optimum.exporters.openvino.utils import _get_input_info
@@ -116,11 +116,7 @@ def convert(model: PreTrainedModel) -> openvino.Model:
         inputs = config.rename_ambiguous_inputs(config.generate_dummy_inputs(framework="pt"))
         patcher = config.patch_model_for_export(model)
         patcher.patched_forward = _positional(patcher.patched_forward, patcher.orig_forward, inputs)
-        with torch.no_grad(), patcher:
-            if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
-                # 16-bit matrices become constants as they are, without a float32 copy, and all arithmetic float32.
-                # The name has two leading underscores, and is what Optimum calls as well.
-                getattr(patch_model, "__make_16bit_traceable")(model)
+        with torch.no_grad(), patcher, _traceable_in_16_bits(model):
             signature = _get_input_info(model, config, inputs)
             # TorchScript would trace a second time to compare; verify.py compares with the model itself.
             decoder = TorchScriptPythonDecoder(model, example_input=inputs, trace_kwargs={"check_trace": False})
@@ -216,7 +212,8 @@ def check_structure(folder: Path, architecture: Architecture) -> None:
         require_free_disk(folder)
         raise ExportError("the written model cannot be opened again: its weights are not whole") from exc
     inputs = {name for port in graph.inputs for name in port.get_names()}
-    missing = {"input_ids", "attention_mask", "position_ids", "beam_idx"} - inputs
+    wanted = {"input_ids", "attention_mask", "beam_idx"}
+    missing = wanted.union({"position_ids"} if architecture.positions == "rotary" else ()) - inputs
     if missing:
         raise ExportError(f"the converted model lacks the input {', '.join(sorted(missing))}")
     vocabulary = graph.output("logits").get_partial_shape()[2]
@@ -227,11 +224,11 @@ def check_structure(folder: Path, architecture: Architecture) -> None:
         raise ExportError(
             f"the converted model has {len(caches)} KV cache tensors instead of {2 * architecture.layers}"
         )
-    wanted = (architecture.kv_heads, architecture.head_dim)
+    heads = (architecture.kv_heads, architecture.head_dim)
     for shape in caches:
         found = tuple(shape[axis].get_length() if shape[axis].is_static else None for axis in (1, 3))
-        if found != wanted:
-            raise ExportError(f"the converted model's KV cache is {shape}, without {wanted[0]} heads of {wanted[1]}")
+        if found != heads:
+            raise ExportError(f"the converted model's KV cache is {shape}, without {heads[0]} heads of {heads[1]}")
 
 
 def _export_config(model: PreTrainedModel) -> Any:
@@ -244,6 +241,27 @@ def _export_config(model: PreTrainedModel) -> Any:
     )
     kind = constructor.func  # a partial that knows only the task
     return kind(model.config, task="text-generation", use_past=True, use_past_in_inputs=True)
+
+
+@contextmanager
+def _traceable_in_16_bits(model: PreTrainedModel) -> Iterator[None]:
+    """Let 16-bit matrices become constants as they are, without a float32 copy, and all arithmetic float32.
+
+    OpenVINO replaces torch.bmm for this, in the whole process, and leaves it so; here it is put back.
+    """
+    import torch
+    from openvino.frontend.pytorch import patch_model
+
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        yield
+        return
+    original = "_forward_before_tracing"
+    try:
+        # The name has two leading underscores, and is what Optimum calls as well.
+        getattr(patch_model, "__make_16bit_traceable")(model, original)
+        yield
+    finally:
+        patch_model.unpatch_model(model, original)
 
 
 def _positional(patched_forward: Any, forward: Any, inputs: dict[str, torch.Tensor]) -> Any:

@@ -101,7 +101,7 @@ def _make_artifact(
 ) -> Manifest:
     """Fill `staging.artifact`, manifest last."""
     group_size = choose_group_size(checkpoint.architecture, recipe)
-    context = choose_context(checkpoint.context_length, recipe)
+    context = choose_context(checkpoint.architecture, checkpoint.context_length, recipe)
     check_resources(output, estimate_needs(checkpoint.architecture, recipe, group_size))
     made = [*describe_choices(checkpoint.architecture, checkpoint.context_length, recipe, group_size, context)]
     for note in made:

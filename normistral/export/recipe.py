@@ -19,6 +19,7 @@ GROUP_SIZES = (128, 64, 32, 16)
 PER_CHANNEL = -1
 MIN_CONTEXT = 16  # tokens
 FUSED_CONTEXT = 32768  # tokens; the fused graph holds a table of every position's rotary angles: 512 bytes each
+UNSTATED_CONTEXT = 2048  # tokens; where no file gives a context, as NorBLOOM's: the sequence length of the first BLOOM
 
 Backup = Literal["int8_asym", "int8_sym", "fp"]
 
@@ -189,18 +190,21 @@ def choose_group_size(architecture: Architecture, recipe: Recipe) -> int | None:
     )
 
 
-def choose_context(trained: int, recipe: Recipe) -> int:
+def choose_context(architecture: Architecture, trained: int | None, recipe: Recipe) -> int:
     """The context of the artifact in tokens.
 
     Args:
-        trained: the checkpoint's.
+        trained: the checkpoint's; None where it gives none, and any may be asked for.
 
     Raises:
         UsageError: more is asked for than the checkpoint has.
     """
     if recipe.context_length is None:
-        return min(trained, FUSED_CONTEXT) if recipe.graph_kind == "fused" else trained
-    if recipe.context_length > trained:
+        if trained is None:
+            return UNSTATED_CONTEXT
+        has_table = recipe.graph_kind == "fused" and architecture.positions == "rotary"
+        return min(trained, FUSED_CONTEXT) if has_table else trained
+    if trained is not None and recipe.context_length > trained:
         raise UsageError(
             f"the context of {recipe.context_length} tokens is beyond the checkpoint's {trained}",
             f"use at most {trained}",
@@ -209,18 +213,21 @@ def choose_context(trained: int, recipe: Recipe) -> int:
 
 
 def describe_choices(
-    architecture: Architecture, trained: int, recipe: Recipe, group_size: int | None, context: int
+    architecture: Architecture, trained: int | None, recipe: Recipe, group_size: int | None, context: int
 ) -> Iterator[str]:
     """What the user should know before the work: the recipe in words, and what was chosen for a reason of the model's.
 
     Args:
-        trained: the checkpoint's context in tokens.
+        trained: the checkpoint's context in tokens; None where it gives none.
     """
     yield f"weights: {describe_recipe(recipe, group_size)}"
     if recipe.has_groups and recipe.group_size is None and group_size != GROUP_SIZES[0]:
         widths = ", ".join(map(str, input_widths(architecture)))
         yield f"group size {GROUP_SIZES[0]} does not divide all of the model's widths {widths}"
-    if recipe.context_length is None and context < trained:
+    if trained is None:
+        chosen = "is taken; --context N sets another" if recipe.context_length is None else "is asked for"
+        yield f"context: the checkpoint gives none, and ALiBi has no limit of its own: {context} tokens {chosen}"
+    elif recipe.context_length is None and context < trained:
         yield f"context: {context} of the checkpoint's {trained} tokens, the default's limit; --context N sets another"
 
 

@@ -60,7 +60,6 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
         )

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from normistral.errors import CheckpointError
 from normistral.export.config import read_json
+from normistral.export.families.base import OUTPUT_LAYER, Family
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 T = TypeVar("T")
@@ -26,7 +27,6 @@ _ITEM_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _INDEXED = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 _AGAIN = "download or copy the file again"
-_ROPE_BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")  # old checkpoints carry it; it is computed, not learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +92,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], family: Family) -> None:
     """Compare with what config.json describes.
-
-    A headless checkpoint, whose names lack the prefix "model.", is accepted when its output layer is tied.
 
     Raises:
         CheckpointError: naming tensors that are missing, mis-shaped or left over.
     """
-    found = with_prefix(tensors)
-    if found is not tensors and "lm_head.weight" in found:  # transformers cannot load this mixture
-        raise CheckpointError(
-            'the weights hold lm_head.weight, but the other names lack the prefix "model."',
-            "save the causal language model with transformers' save_pretrained",
-        )
+    found = with_prefix(tensors, family)
     missing = [name for name in expected if name not in found]
     if missing:
         hint = "give the folder of a whole checkpoint"
-        if missing == ["lm_head.weight"]:
+        if missing == [OUTPUT_LAYER]:
             hint = "it may have been saved without its output layer; export the causal language model"
         raise CheckpointError(f"the weights lack {_some(missing)}, which config.json asks for", hint)
     for name, shape in expected.items():
@@ -118,25 +111,29 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
                 f"{name} has shape {list(found[name].shape)}, but config.json asks for {list(shape)}",
                 "config.json and weights belong to different models",
             )
-    extra = [name for name in found if name not in expected and not _ROPE_BUFFER.search(name)]
-    if extra and extra != ["lm_head.weight"]:
+    extra = [
+        name
+        for name in found
+        if name not in expected and not (family.computed is not None and family.computed.search(name))
+    ]
+    if extra and extra != [OUTPUT_LAYER]:
         raise CheckpointError(
             f"the weights hold {_some(extra)}, which config.json does not describe",
             "config.json and weights belong to different models",
         )
 
 
-def with_prefix(tensors: dict[str, T]) -> dict[str, T]:
-    """Tensors under the names of the causal language model: a headless checkpoint lacks the prefix "model."."""
-    if any(name.startswith("model.") for name in tensors):
+def with_prefix(tensors: dict[str, T], family: Family) -> dict[str, T]:
+    """Tensors under the names of the causal language model: a headless checkpoint's lack the family's prefix."""
+    if any(name.startswith(family.prefix) for name in tensors):
         return tensors
-    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in tensors.items()}
+    return {name if name == OUTPUT_LAYER else f"{family.prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def has_separate_output(tensors: dict[str, Tensor]) -> bool:
+def has_separate_output(tensors: dict[str, Tensor], family: Family) -> bool:
     """Whether there is an output matrix that differs from the input embedding."""
-    found = with_prefix(tensors)
-    output, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    found = with_prefix(tensors, family)
+    output, embedding = found.get(OUTPUT_LAYER), found.get(family.embedding)
     if output is None or embedding is None:
         return False
     if (output.dtype, output.shape) != (embedding.dtype, embedding.shape):

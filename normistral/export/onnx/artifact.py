@@ -12,9 +12,10 @@ from onnx import TensorProto
 
 import normistral
 from normistral.export.checkpoint import Checkpoint
+from normistral.export.onnx import bloom, llama
+from normistral.export.onnx.blocks import Storage
 from normistral.export.onnx.external import ExternalData
 from normistral.export.onnx.graph import DATA_NAME, Graph
-from normistral.export.onnx.llama import Storage, write_decoder
 from normistral.export.onnx.plain import write_plain
 from normistral.export.onnx.reader import WeightReader
 from normistral.export.onnx.rounding import Grid
@@ -24,6 +25,8 @@ from normistral.export.recipe import Recipe
 from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model
 from normistral.export.staging import Staging
 from normistral.presets import WeightFormat
+
+_WRITERS = {"llama": llama.write_decoder, "mistral": llama.write_decoder, "bloom": bloom.write_decoder}  # by model_type
 
 
 def write_model(
@@ -85,12 +88,12 @@ def write_fused(
     """
     from transformers import AutoConfig
 
-    reader = WeightReader(checkpoint.folder)
+    reader = WeightReader(checkpoint.folder, checkpoint.family)
     config, architecture, floats = checkpoint.config, checkpoint.architecture, float_type(weights)
     signature = read_signature(AutoConfig.for_model(**config), architecture, floats)
     with ExternalData(folder / DATA_NAME) as data:
         graph = Graph(reader, data, stage, floats)
-        write_decoder(graph, architecture, config, storage, context)
+        _WRITERS[checkpoint.family.model_type](graph, architecture, config, storage, context)
         graph.save(folder, signature, normistral.__version__)
 
 

@@ -43,6 +43,7 @@ def write_genai_config(checkpoint: Checkpoint, recipe: Recipe, context: int, fol
 
 def describe_decoder(architecture: Architecture) -> dict[str, Any]:
     """Shapes, and the names that Optimum gives inputs and outputs; %d is the layer."""
+    positions = {"position_ids": "position_ids"} if architecture.positions == "rotary" else {}
     return {
         "filename": GRAPH_NAME,
         # Threads are left to onnxruntime-genai: what is best depends on the machine that runs it.
@@ -55,7 +56,7 @@ def describe_decoder(architecture: Architecture) -> dict[str, Any]:
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
-            "position_ids": "position_ids",
+            **positions,
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },

@@ -4,6 +4,7 @@ Every matrix product and every look-up becomes one node of a domain of our own, 
 
     Linear(x [..., in], weight, bias?) → [..., out]        Embedding(ids [...], weight) → [..., width]
 
+A layer norm becomes the standard's LayerNormalization, because torch's would look at its weights' shape.
 So the tracer neither needs the weights nor decides in which layout they are stored. Every parameter has one element;
 all that is computed while tracing are the small activations of Optimum's dummy inputs.
 """
@@ -61,6 +62,20 @@ class _LookUp(torch.autograd.Function):
         return graph.op(f"{DOMAIN}::Embedding", ids, weight).setType(weight.type().with_sizes([*_OPEN, width]))
 
 
+class _Normalisation(torch.autograd.Function):
+    """What nn.LayerNorm computes, as the standard's node."""
+
+    @staticmethod
+    def forward(
+        context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def symbolic(graph: Any, x: Any, weight: Any, bias: Any, epsilon: float) -> Any:
+        return graph.op("LayerNormalization", x, weight, bias, axis_i=-1, epsilon_f=epsilon).setType(x.type())
+
+
 class _Linear(nn.Module):
     def __init__(self, original: nn.Linear) -> None:
         super().__init__()
@@ -79,6 +94,15 @@ class _Embedding(nn.Module):
         return _LookUp.apply(ids, self.weight, self.width)  # type: ignore[no-untyped-call]
 
 
+class _LayerNorm(nn.Module):
+    def __init__(self, original: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.epsilon = original.weight, original.bias, original.eps
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return _Normalisation.apply(x, self.weight, self.bias, self.epsilon)  # type: ignore[no-untyped-call]
+
+
 def build_decoder(config: Any, dtype: torch.dtype) -> nn.Module:
     """The transformers model of a configuration, with one element for every parameter.
 
@@ -89,12 +113,14 @@ def build_decoder(config: Any, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):  # buffers are the rotary frequencies, which are wanted
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(name, _Linear(module))
         elif isinstance(module, nn.Embedding):
             model.set_submodule(name, _Embedding(module))
+        elif isinstance(module, nn.LayerNorm):
+            model.set_submodule(name, _LayerNorm(module))
     _shrink_parameters(model, dtype)
     return model.eval()
 

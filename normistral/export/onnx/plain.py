@@ -16,10 +16,12 @@ import torch
 from onnx import TensorProto
 
 from normistral.export.config import expected_tensors
+from normistral.export.families import find_family
+from normistral.export.families.base import OUTPUT_LAYER
 from normistral.export.onnx import placeholders
+from normistral.export.onnx.blocks import multiply_by_embedding, past_input
 from normistral.export.onnx.external import ExternalData
 from normistral.export.onnx.graph import DATA_NAME, Graph
-from normistral.export.onnx.llama import multiply_by_embedding, past_input
 from normistral.export.onnx.reader import WeightReader
 from normistral.export.onnx.signature import read_signature
 from normistral.export.progress import Stage
@@ -58,15 +60,17 @@ def write_plain(
     transformers_config = AutoConfig.for_model(**config)
     traced = placeholders.trace(transformers_config, torch_type, output)
     with ExternalData(output / DATA_NAME) as data:
-        graph = Graph(WeightReader(checkpoint), data, stage, float_type)
-        fill(graph, traced, architecture, expected_tensors(config).keys())
+        family = find_family(config)
+        graph = Graph(WeightReader(checkpoint, family), data, stage, float_type)
+        fill(graph, traced, architecture, family.embedding, expected_tensors(config).keys())
         graph.save(output, read_signature(transformers_config, architecture, float_type), producer_version)
 
 
-def fill(graph: Graph, traced: onnx.GraphProto, architecture: Architecture, weights: Set[str]) -> None:
+def fill(graph: Graph, traced: onnx.GraphProto, architecture: Architecture, embedding: str, weights: Set[str]) -> None:
     """Add a traced graph, with operators for its placeholders and the checkpoint's weights.
 
     Args:
+        embedding: name of its matrix.
         weights: names of the checkpoint's tensors.
     """
     mended = {
@@ -83,8 +87,8 @@ def fill(graph: Graph, traced: onnx.GraphProto, architecture: Architecture, weig
             graph.nodes.append(node)
         elif node.op_type == "Embedding":
             look_up(graph, node)
-        elif node.input[1] == "lm_head.weight" and architecture.tied_embeddings:
-            multiply_by_embedding(graph, node.input[0], architecture, node.output[0])
+        elif node.input[1] == OUTPUT_LAYER and architecture.tied_embeddings:
+            multiply_by_embedding(graph, node.input[0], embedding, architecture, node.output[0])
         else:
             multiply(graph, node)
     written = {tensor.name for tensor in graph.initializers}

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError
+from normistral.export.families.base import Family
 from normistral.export.weights import Tensor, load_torch_file, read_tensors, with_prefix
 
 Rows = NDArray[np.float32]
@@ -23,38 +24,60 @@ _BLOCK_VALUES = 4 * 2**20  # 16 MiB of float32: large enough for numpy, small en
 class WeightReader:
     """The tensors of a checkpoint folder, under the names of the causal language model ("model.layers.0...")."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, family: Family) -> None:
         """Reads the headers only.
 
         Raises:
             CheckpointError: as `read_tensors`.
         """
-        self._tensors = with_prefix(read_tensors(folder))
+        self._family = family
+        self._tensors = with_prefix(read_tensors(folder), family)
         self._torch_files: dict[Path, dict[str, Any]] = {}
+        self._views: dict[str, tuple[str, tuple[range, ...]]] = {}
+
+    def add_view(self, name: str, whole: str, rows: Sequence[range]) -> None:
+        """Give some rows of a tensor, in the order of `rows`, a name of their own; they can be read like a tensor."""
+        self._views[name] = (whole, tuple(rows))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored, [out, in] for a matrix."""
-        return self._tensors[name].shape
+        whole, rows = self._place(name)
+        return (sum(map(len, rows)), *self._tensors[whole].shape[1:])
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return self._place(name)[0] in self._tensors
 
     def nbytes(self, names: Sequence[str]) -> int:
         """Stored size of some tensors."""
-        return sum(self._tensors[name].nbytes for name in names)
+        return sum(self._row_bytes(name) * self.shape(name)[0] for name in names)
 
     def read(self, name: str) -> Rows:
         """A whole tensor; for vectors and small matrices."""
-        tensor = self._tensors[name]
-        return self._read_rows(name, tensor, 0, tensor.shape[0])
+        whole, rows = self._place(name)
+        parts = [self._read_rows(whole, self._tensors[whole], part.start, part.stop) for part in rows]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def blocks(self, names: Sequence[str]) -> Iterator[Rows]:
         """Matrices [out, in] below each other, in blocks of rows: float32 [rows, in]. A block never spans two."""
         for name in names:
-            tensor = self._tensors[name]
+            whole, parts = self._place(name)
+            tensor = self._tensors[whole]
             rows = max(1, _BLOCK_VALUES // tensor.shape[1])
-            for start in range(0, tensor.shape[0], rows):
-                yield self._read_rows(name, tensor, start, min(start + rows, tensor.shape[0]))
+            for part in parts:
+                for start in range(part.start, part.stop, rows):
+                    yield self._read_rows(whole, tensor, start, min(start + rows, part.stop))
+
+    def _place(self, name: str) -> tuple[str, tuple[range, ...]]:
+        """The stored tensor, and which of its rows are meant."""
+        view = self._views.get(name)
+        if view is not None:
+            return view
+        tensor = self._tensors.get(name)
+        return name, () if tensor is None else (range(tensor.shape[0]),)
+
+    def _row_bytes(self, name: str) -> int:
+        tensor = self._tensors[self._place(name)[0]]
+        return tensor.nbytes // max(1, tensor.shape[0])
 
     def _read_rows(self, name: str, tensor: Tensor, start: int, stop: int) -> Rows:
         if tensor.start is None:
@@ -72,7 +95,7 @@ class WeightReader:
     def _read_torch_rows(self, name: str, tensor: Tensor, start: int, stop: int) -> Rows:
         state = self._torch_files.get(tensor.file)
         if state is None:
-            state = self._torch_files[tensor.file] = with_prefix(load_torch_file(tensor.file))
+            state = self._torch_files[tensor.file] = with_prefix(load_torch_file(tensor.file), self._family)
         return np.asarray(state[name][start:stop].float().numpy())
 
 

@@ -34,6 +34,7 @@ _ATTENTION = "GroupQueryAttention"
 _ROUNDED = "MatMulNBits"
 _PRODUCTS = ("MatMul", "Gemm", _ROUNDED)
 _PAST_INPUTS, _ATTENTION_BIAS = (3, 4), 10
+_PADDING = "mask.row"  # what hides padding in every attention's bias, as the exporter names it: [b, 1, 1, total]
 
 Result = TypeVar("Result")
 
@@ -208,9 +209,10 @@ def attend_in_place(graph: OnnxGraph) -> None:
     """Make every attention node read the past where it is bound, and take one sequence for granted.
 
     A Reshape between input and attention (it mends an empty past of another width) would be in the way of sharing one
-    buffer. One sequence has no padding, so it needs no bias that hides padding.
+    buffer. One sequence has no padding: what a bias says of padding is left out, and what else it says (ALiBi) stays.
     """
     inputs = set(graph.inputs())
+    without_padding: dict[str, str] = {}  # a few hundred nodes, and all layers share one bias
     for node in graph.nodes:
         if node.operator != _ATTENTION:
             continue
@@ -219,10 +221,25 @@ def attend_in_place(graph: OnnxGraph) -> None:
             if mend is not None and mend.operator == "Reshape" and mend.inputs and mend.inputs[0] in inputs:
                 node.inputs[index] = mend.inputs[0]
         if len(node.inputs) > _ATTENTION_BIAS:
-            node.inputs[_ATTENTION_BIAS] = ""
+            bias = node.inputs[_ATTENTION_BIAS]
+            if bias not in without_padding:
+                without_padding[bias] = _leave_out_padding(graph, bias)
+            node.inputs[_ATTENTION_BIAS] = without_padding[bias]
         while node.inputs and not node.inputs[-1]:  # optional inputs at the end are left out
             node.inputs.pop()
     remove_unused(graph)
+
+
+def _leave_out_padding(graph: OnnxGraph, bias: str) -> str:
+    """The part of a bias that is not about padding; "" when nothing is left."""
+    source = graph.producer(bias)
+    if source is None or _PADDING not in source.inputs:
+        return bias
+    if source.operator == "Expand":
+        return ""
+    if source.operator == "Add" and len(source.inputs) == 2:
+        return next(name for name in source.inputs if name != _PADDING)
+    raise _damaged(f"an attention's bias comes from {source.operator}")
 
 
 def remove_unused(graph: OnnxGraph) -> None:

@@ -40,6 +40,7 @@ class OpenVINOBackend:
 
     def __init__(self, compiled: ov.CompiledModel, device: str, settings: dict[str, str]) -> None:
         self._compiled: ov.CompiledModel | None = compiled
+        self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
         self.capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings)
 
     def create_engine(self) -> OpenVINOEngine:
@@ -47,7 +48,7 @@ class OpenVINOBackend:
         if self._compiled is None:
             raise ClosedError("the model was closed", "load it again")
         try:
-            return OpenVINOEngine(self._compiled.create_infer_request())
+            return OpenVINOEngine(self._compiled.create_infer_request(), self._takes_positions)
         except RuntimeError as exc:
             raise EngineError(f"OpenVINO could not create an infer request: {_first_line(exc)}") from exc
 
@@ -65,8 +66,9 @@ class _SavedCache:
 class OpenVINOEngine:
     """One sequence in one infer request."""
 
-    def __init__(self, request: ov.InferRequest) -> None:
+    def __init__(self, request: ov.InferRequest, takes_positions: bool) -> None:
         self._request: ov.InferRequest | None = request
+        self._takes_positions = takes_positions  # a model with ALiBi has no such input
         self._length = 0
         self._beam = np.zeros(1, np.int32)
 
@@ -86,10 +88,11 @@ class OpenVINOEngine:
         inputs = {
             "input_ids": np.array([token_ids], np.int64),
             "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
             "beam_idx": self._beam,
             _LAST: np.array([last], np.int64),
         }
+        if self._takes_positions:
+            inputs["position_ids"] = np.arange(self._length, total, dtype=np.int64)[None]
         try:
             request.infer(inputs, share_inputs=True)
             logits = request.get_tensor("logits").data  # [1, last, vocabulary]
