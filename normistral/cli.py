@@ -298,7 +298,7 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop=tuple(map(console.decode_argument, stop)) if stop else None,
+        stop=_stop_texts(stop),
     )
     message = _read_prompt(prompt)
     system = None if system is None else console.decode_argument(system)
@@ -340,6 +340,10 @@ def generate(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    stop_at_newline: Annotated[
+        bool,
+        typer.Option("--stop-at-newline", help="End at the first line break; for prompts such as a translation's."),
+    ] = False,
     stats: Stats = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -357,7 +361,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop=tuple(map(console.decode_argument, stop)) if stop else None,
+        stop=_stop_texts(stop, at_newline=stop_at_newline),
     )
     text = _read_prompt(prompt)
     if text is None:
@@ -435,6 +439,12 @@ def _options(greedy: bool, **options: Any) -> dict[str, Any]:
         given["temperature"] = 0.0
     GenerationConfig(**given)
     return given
+
+
+def _stop_texts(stop: list[str] | None, *, at_newline: bool = False) -> tuple[str, ...] | None:
+    """What --stop and --stop-at-newline ask for together; None where neither was given."""
+    texts = [console.decode_argument(text) for text in stop or ()] + ["\n"] * at_newline
+    return tuple(texts) if texts else None
 
 
 def _read_prompt(prompt: str | None) -> str | None:

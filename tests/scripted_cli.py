@@ -1,6 +1,6 @@
 """The real command line in a process of its own, with a scripted model behind every artifact.
 
-python scripted_cli.py '{"folder": ..., "answers": [...], "pause_s": 0, "context_length": 400}' chat ARTIFACT ...
+python scripted_cli.py '{"folder": ..., "answers": [...], "after": ..., "pause_s": 0, "context_length": 400}' chat ...
 """
 
 import json
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from sample_artifacts import write_artifact
-from scripted_models import make_model
+from scripted_models import ANSWER_MARKER, make_model
 
 import normistral.runtime.model
 from normistral.cli import main
@@ -32,7 +32,10 @@ def make_artifact(folder: Path, **changes) -> Path:
 def run(settings: dict, arguments: list[str]) -> int:
     def load(folder: Path, device: str = "CPU", *, exact: bool = False) -> Model:
         model = make_model(
-            Path(settings["folder"]) / "tokenizer", settings["answers"], context_length=settings["context_length"]
+            Path(settings["folder"]) / "tokenizer",
+            settings["answers"],
+            after=settings["after"],
+            context_length=settings["context_length"],
         )
         next_logits = model._backend.next_logits
 
@@ -48,4 +51,5 @@ def run(settings: dict, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run({"context_length": 400, "answers": ["svar"]} | json.loads(sys.argv[1]), sys.argv[2:]))
+    defaults = {"context_length": 400, "answers": ["svar"], "after": ANSWER_MARKER}
+    sys.exit(run(defaults | json.loads(sys.argv[1]), sys.argv[2:]))

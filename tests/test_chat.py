@@ -1,7 +1,7 @@
 """Conversations on the scripted engine: what is kept, what is computed, what does not fit."""
 
 import pytest
-from scripted_models import END_OF_TURN, make_model
+from scripted_models import END_OF_TURN, make_base_model, make_model
 from tiny_models import VOCABULARY
 
 from normistral.errors import BusyError, ContextLengthError, UsageError
@@ -165,9 +165,10 @@ def test_chats_of_one_model_do_not_disturb_each_other(tmp_path):
 
 
 def test_a_base_model_explains_itself(tmp_path):
-    with pytest.raises(UsageError, match="base model") as caught:
-        make_model(tmp_path, ["x"], template=None, role="base").chat()
-    assert "generate" in caught.value.hint
+    with pytest.raises(UsageError) as caught:
+        make_base_model(tmp_path, ["x"]).chat()
+    assert caught.value.message == "scripted is a base model: it completes text and knows no conversation"
+    assert caught.value.hint == "use generate (normistral generate ARTIFACT --prompt TEXT)"
 
 
 @pytest.mark.parametrize("message", ["", "  \n"])

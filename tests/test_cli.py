@@ -125,6 +125,22 @@ def test_generate_completes_without_a_template(tmp_path, artifact):
     assert json.loads(done.stdout)["timings"]["prompt_tokens"] < 20
 
 
+@pytest.mark.parametrize(
+    ("answer", "options", "expected"),
+    [
+        (" God morgen.\nEngelsk: Good night.", [], " God morgen.\nEngelsk: Good night.\n"),
+        (" God morgen.\nEngelsk: Good night.", ["--stop-at-newline"], " God morgen.\n"),
+        (" God morgen.\r\nEngelsk: Good night.", ["--stop-at-newline", "--stop", "\r"], " God morgen.\n"),
+        (" God morgen.\nEngelsk: Good night.", ["--stop-at-newline", "--stop", " morgen"], " God\n"),
+        (" \nGod morgen.", ["--stop-at-newline"], " \n"),
+    ],
+)
+def test_generate_can_stop_at_the_first_line_break(tmp_path, artifact, answer, options, expected):
+    prompt = ["--prompt", "Engelsk: Good morning.\nBokmål:"]
+    done = run(tmp_path, "generate", artifact, *prompt, *options, settings={"answers": [answer], "after": "Bokmål:"})
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected, b"")
+
+
 def test_what_does_not_fit_is_an_error_with_a_way_out(tmp_path, artifact):
     done = run(tmp_path, "chat", artifact, "--prompt", "x" * 500)
     message, hint = require_two_lines(done.stderr.decode())
@@ -136,8 +152,9 @@ def test_what_does_not_fit_is_an_error_with_a_way_out(tmp_path, artifact):
 def test_a_base_model_is_sent_to_generate(tmp_path):
     base = make_artifact(tmp_path / "base", template=None, role="base")
     done = run(tmp_path, "chat", base, "--prompt", "x")
-    _, hint = require_two_lines(done.stderr.decode())
-    assert done.returncode == 2
+    message, hint = require_two_lines(done.stderr.decode())
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert message == "base is a base model: it completes text and cannot chat"
     assert hint == f"use: normistral generate {base} --prompt TEXT"
 
 
@@ -240,6 +257,7 @@ def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys)
         (["chat", "x", "--prompt", "y", "--greedy", "--top-k", "3"], 2, "--top-k"),
         (["chat", "x", "--prompt", "y", "--max-new-tokens", "0"], 2, "max_new_tokens"),
         (["chat", "x", "--prompt", ""], 2, "empty"),
+        (["chat", "x", "--prompt", "y", "--stop-at-newline"], 2, "--stop-at-newline"),
         (["chat", "x", "--prompt", "y"], 1, "no artifact 'x'"),
         (["generate", "x", "--prompt", "y"], 1, "no artifact 'x'"),
         (["info", "x"], 1, "no artifact 'x'"),
