@@ -44,11 +44,12 @@ def convert(checkpoint: Path, output: Path, dtype: str) -> None:
     import gguf
 
     from normistral.export.config import architecture_of, read_json
+    from normistral.export.families import find_family
     from normistral.export.onnx.reader import WeightReader
 
     config = read_json(checkpoint / "config.json")
     architecture = architecture_of(config)
-    reader = WeightReader(checkpoint)
+    reader = WeightReader(checkpoint, find_family(config))
     writer = gguf.GGUFWriter(output, "llama")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])

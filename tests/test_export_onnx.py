@@ -239,12 +239,12 @@ def test_heads_that_the_fused_graph_cannot_turn_are_refused(tmp_path):
 
 
 def test_a_model_that_computes_something_else_is_refused(checkpoint, tmp_path, monkeypatch):
-    real = writing.write_decoder
+    real = writing._WRITERS["mistral"]
 
     def write_damaged(graph, architecture, config, *args):
         real(graph, architecture, config | {"rms_norm_eps": 10.0}, *args)
 
-    monkeypatch.setattr(writing, "write_decoder", write_damaged)
+    monkeypatch.setitem(writing._WRITERS, "mistral", write_damaged)
     with pytest.raises(ExportError, match="does not compute what the checkpoint does"):
         export(checkpoint, tmp_path / "out", weights="fp32", graph="fused")
     assert not any(tmp_path.iterdir())

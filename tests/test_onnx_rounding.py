@@ -11,6 +11,7 @@ from tiny_models import make_mistral
 
 import normistral
 from normistral.errors import CheckpointError, ExportError
+from normistral.export.families.llama import MISTRAL
 from normistral.export.onnx import reader as reading
 from normistral.export.onnx.external import ALIGNMENT, ExternalData
 from normistral.export.onnx.reader import WeightReader
@@ -89,7 +90,7 @@ def test_the_reader_gives_what_torch_reads(tmp_path, monkeypatch, stored, option
 
     monkeypatch.setattr(reading, "_BLOCK_VALUES", 1000)  # several blocks to a matrix, the last one shorter
     folder = make_mistral(tmp_path / "model", dtype=stored, **options)
-    reader = WeightReader(folder)
+    reader = WeightReader(folder, MISTRAL)
     for name, parameter in AutoModelForCausalLM.from_pretrained(folder, dtype="auto").named_parameters():
         expected = parameter.detach().float().numpy()
         found = np.concatenate(list(reader.blocks([name]))) if expected.ndim == 2 else reader.read(name)
@@ -99,7 +100,7 @@ def test_the_reader_gives_what_torch_reads(tmp_path, monkeypatch, stored, option
 
 def test_a_checkpoint_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     folder = make_mistral(tmp_path / "model")
-    reader = WeightReader(folder)
+    reader = WeightReader(folder, MISTRAL)
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(4096)
     with pytest.raises(CheckpointError, match="ended while it was read"):

@@ -8,10 +8,12 @@ from normistral.errors import ResourceError, UsageError
 from normistral.export import resources
 from normistral.export.recipe import (
     PER_CHANNEL,
+    UNSTATED_CONTEXT,
     Recipe,
     choose_context,
     choose_group_size,
     choose_recipe,
+    describe_choices,
     describe_recipe,
     estimate_weight_bytes,
     record_recipe,
@@ -44,6 +46,7 @@ DEMO = replace(
     tied_embeddings=True,
     parameters=134_515_008,
 )
+ALIBI = replace(SEVEN_B, name="BloomForCausalLM", model_type="bloom", positions="alibi", sliding_window=None)
 GB = 10**9
 
 
@@ -81,14 +84,27 @@ def test_a_group_size_that_was_asked_for_is_used_or_refused():
 
 
 def test_the_context_is_the_checkpoints_or_less():
-    assert choose_context(4096, Recipe()) == 4096
-    assert choose_context(1_024_000, Recipe()) == 1_024_000
-    assert choose_context(1_024_000, Recipe(format="onnx")) == 32768  # the length of the rotary tables
-    assert choose_context(1_024_000, Recipe("fp16", format="onnx")) == 1_024_000
-    assert choose_context(1_024_000, Recipe(format="onnx", context_length=100_000)) == 100_000
+    assert choose_context(SEVEN_B, 4096, Recipe()) == 4096
+    assert choose_context(SEVEN_B, 1_024_000, Recipe()) == 1_024_000
+    assert choose_context(SEVEN_B, 1_024_000, Recipe(format="onnx")) == 32768  # the length of the rotary tables
+    assert choose_context(SEVEN_B, 1_024_000, Recipe("fp16", format="onnx")) == 1_024_000
+    assert choose_context(SEVEN_B, 1_024_000, Recipe(format="onnx", context_length=100_000)) == 100_000
     with pytest.raises(UsageError) as error:
-        choose_context(4096, Recipe(context_length=4097))
+        choose_context(SEVEN_B, 4096, Recipe(context_length=4097))
     assert error.value.message == "the context of 4097 tokens is beyond the checkpoint's 4096"
+
+
+def test_alibi_has_no_table_and_perhaps_no_stated_context():
+    assert choose_context(ALIBI, 65536, Recipe(format="onnx")) == 65536
+    for recipe in (Recipe(), Recipe(format="onnx")):
+        context = choose_context(ALIBI, None, recipe)
+        assert context == UNSTATED_CONTEXT == 2048
+        notes = list(describe_choices(ALIBI, None, recipe, 128, context))
+        assert notes[-1] == (
+            "context: the checkpoint gives none, and ALiBi has no limit of its own: 2048 tokens are taken; "
+            "--context N sets another"
+        )
+    assert choose_context(ALIBI, None, Recipe(context_length=10_000)) == 10_000
 
 
 @pytest.mark.parametrize(

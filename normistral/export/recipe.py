@@ -225,7 +225,7 @@ def describe_choices(
         widths = ", ".join(map(str, input_widths(architecture)))
         yield f"group size {GROUP_SIZES[0]} does not divide all of the model's widths {widths}"
     if trained is None:
-        chosen = "is taken; --context N sets another" if recipe.context_length is None else "is asked for"
+        chosen = "are taken; --context N sets another" if recipe.context_length is None else "are asked for"
         yield f"context: the checkpoint gives none, and ALiBi has no limit of its own: {context} tokens {chosen}"
     elif recipe.context_length is None and context < trained:
         yield f"context: {context} of the checkpoint's {trained} tokens, the default's limit; --context N sets another"
