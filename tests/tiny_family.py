@@ -1,9 +1,9 @@
 """A tiny random checkpoint for every preset, with exactly that preset's quirks, and what transformers computes with it.
 
 Widths shrink (heads become 16 wide, there are two layers, and windows of as many tokens as the context become 16 in
-64, or in 192 where two turns of a chat have to fit), their proportions stay: grouping of heads, head width against hidden width, feed-forward against hidden. What is
-no width stays as published: class, vocabulary, rope_theta, tied or untied output, token ids, stored type, kind and
-number of weight files, a context of a million positions.
+64, or in 192 where two turns of a chat have to fit), their proportions stay: grouping of heads, head width against
+hidden width, feed-forward against hidden. What is no width stays as published: class, vocabulary, rope_theta, tied or
+untied output, token ids, stored type, kind and number of weight files, a context of a million positions.
 
 11b-thinking's shape is not published; its row has 11b-warm's.
 """
