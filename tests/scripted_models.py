@@ -1,39 +1,58 @@
-"""A model on the scripted engine, with a byte-level tokenizer and NorMistral's template: no weights anywhere."""
+"""A model on the scripted engine, with a byte-level tokenizer and NorMistral's templates: no weights anywhere."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from sample_artifacts import make_manifest
-from tiny_models import TEMPLATE, VOCABULARY, write_tokenizer
+from tiny_models import (
+    END_THINK,
+    TEMPLATE,
+    THINK,
+    THINKING_TEMPLATE,
+    THINKING_VOCABULARY,
+    VOCABULARY,
+    write_tokenizer,
+)
 
-from normistral.manifest import SamplingDefaults, Template
+from normistral.manifest import ReasoningMarkers, SamplingDefaults, Template
 from normistral.runtime.engines.scripted import NextLogits, ScriptedBackend, answers
 from normistral.runtime.model import Model
 from normistral.runtime.tokenizer import Tokenizer
 
 END_OF_TURN = 4  # <|im_end|>
+END_OF_THINKING_TURN = 2  # </s>
 ANSWER_MARKER = "<|im_start|> assistant\n"
+TAG_TOKENS = ReasoningMarkers("<think>", "</think>", THINK, END_THINK)
+TAG_TEXTS = ReasoningMarkers("<think>", "</think>")
 
 
-def make_tokenizer(folder: Path) -> Tokenizer:
+def make_tokenizer(folder: Path, *, thinking: bool = False) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder, VOCABULARY, chat=True, adds_bos=False)
+    vocabulary = THINKING_VOCABULARY if thinking else VOCABULARY
+    write_tokenizer(folder, vocabulary, chat=True, adds_bos=False, thinking=thinking)
     return Tokenizer.from_folder(folder)
 
 
 def make_model(folder: Path, script: list[str] | NextLogits, **changes: Any) -> Model:
-    """A chat model that gives these answers, or has these logits; keyword arguments change its manifest."""
-    tokenizer = make_tokenizer(folder)
+    """A chat model that gives these answers, or has these logits; keyword arguments change its manifest.
+
+    With `reasoning=TAG_TOKENS` it has the tokens and the template of normistral-11b-thinking.
+    """
+    thinking = changes.get("reasoning") == TAG_TOKENS
+    tokenizer = make_tokenizer(folder, thinking=thinking)
+    vocabulary = THINKING_VOCABULARY if thinking else VOCABULARY
     if isinstance(script, list):
-        marker = tokenizer.encode(ANSWER_MARKER)
+        marker = tokenizer.encode("</instruction>" if thinking else ANSWER_MARKER)
         texts = [tokenizer.encode(text) for text in script]
-        script = answers(texts, after=marker, stop_id=END_OF_TURN, vocabulary=VOCABULARY)
-    architecture = dataclasses.replace(make_manifest().architecture, vocabulary=VOCABULARY)
+        stop_id = END_OF_THINKING_TURN if thinking else END_OF_TURN
+        script = answers(texts, after=marker, stop_id=stop_id, vocabulary=vocabulary)
+    architecture = dataclasses.replace(make_manifest().architecture, vocabulary=vocabulary)
+    text, eos_token = (THINKING_TEMPLATE, "</s>") if thinking else (TEMPLATE, "<|im_end|>")
     manifest = make_manifest(
         **{
             "architecture": architecture,
-            "template": Template(TEMPLATE, "checkpoint", bos_token="<s>", eos_token="<|im_end|>"),
+            "template": Template(text, "checkpoint", bos_token="<s>", eos_token=eos_token),
             "sampling": SamplingDefaults(),
             "context_length": 400,
             "adds_bos": False,
