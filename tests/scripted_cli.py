@@ -1,5 +1,7 @@
 """The real command line in a process of its own, with a scripted model behind every artifact.
 
+It marks its reasoning as the artifact's manifest says.
+
 python scripted_cli.py '{"folder": ..., "answers": [...], "pause_s": 0, "context_length": 400}' chat ARTIFACT ...
 """
 
@@ -13,6 +15,7 @@ from scripted_models import make_model
 
 import normistral.runtime.model
 from normistral.cli import main
+from normistral.manifest import read_manifest
 from normistral.runtime.model import Model
 
 TESTS = Path(__file__).parent
@@ -32,7 +35,10 @@ def make_artifact(folder: Path, **changes) -> Path:
 def run(settings: dict, arguments: list[str]) -> int:
     def load(folder: Path, device: str = "CPU", *, exact: bool = False) -> Model:
         model = make_model(
-            Path(settings["folder"]) / "tokenizer", settings["answers"], context_length=settings["context_length"]
+            Path(settings["folder"]) / "tokenizer",
+            settings["answers"],
+            context_length=settings["context_length"],
+            reasoning=read_manifest(folder).reasoning,
         )
         next_logits = model._backend.next_logits
 
