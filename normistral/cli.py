@@ -6,14 +6,13 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,8 +20,8 @@ import normistral
 from normistral import store
 from normistral.errors import ArtifactError, NormistralError, UsageError
 from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Recipe
-from normistral.manifest import find_problems, read_manifest
-from normistral.runtime.options import GenerationConfig
+from normistral.manifest import Manifest, find_problems, read_manifest
+from normistral.runtime.options import GenerationConfig, require_applicable
 from normistral.terminal import console
 from normistral.terminal.arguments import (
     DEFAULTS_NOTE,
@@ -31,7 +30,9 @@ from normistral.terminal.arguments import (
     Device,
     Exact,
     Greedy,
+    HideReasoning,
     MaxNewTokens,
+    MaxReasoningTokens,
     MinP,
     Prompt,
     RepetitionPenalty,
@@ -42,9 +43,6 @@ from normistral.terminal.arguments import (
     TopK,
     TopP,
 )
-
-if TYPE_CHECKING:
-    from normistral.runtime.chunks import Chunk
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
 _RECIPE = Recipe()
@@ -161,7 +159,7 @@ def models(
 
     folder, artifacts = store.artifacts_dir(), store.list_artifacts()
     if as_json:
-        _print_json(models_document(folder, artifacts))
+        console.print_json(models_document(folder, artifacts))
     else:
         console.print_lines(models_lines(folder, artifacts))
 
@@ -280,6 +278,8 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    max_reasoning_tokens: MaxReasoningTokens = None,
+    hide_reasoning: HideReasoning = False,
     stats: Stats = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -287,7 +287,7 @@ def chat(
     """Talk to a chat model.
 
     In the conversation, /help lists its commands. With --prompt, or input from a pipe, it answers once: the answer
-    alone on stdout, everything else on stderr.
+    alone on stdout, everything else on stderr, the reasoning of a thinking model included.
     """
     options = _options(
         greedy,
@@ -299,6 +299,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=_stop_texts(stop),
+        max_reasoning_tokens=max_reasoning_tokens,
     )
     message = _read_prompt(prompt)
     system = None if system is None else console.decode_argument(system)
@@ -309,20 +310,26 @@ def chat(
     if message is None and not console.is_terminal(sys.stdout):
         raise UsageError("a conversation needs a terminal for its answers", "add --prompt TEXT for a single answer")
     from normistral.runtime.model import load
+    from normistral.terminal.answers import print_answer
 
     folder = store.default_artifact() if artifact is None else store.resolve_artifact(artifact)
-    _refuse_base_model(folder)
+    manifest = read_manifest(folder)
+    _refuse_base_model(folder, manifest)
+    _require_reasoning(folder, manifest, options, hide_reasoning=hide_reasoning, as_json=as_json)
     if message is None:
         console.say(f"loading {folder.name} ...")
     with load(folder, device=device, exact=exact) as model:
         conversation = model.chat(system=system, overflow=overflow)
         if message is not None:
-            _answer(conversation.stream(message, **options), as_json=as_json, stats=stats)
+            print_answer(
+                conversation.stream(message, **options), as_json=as_json, stats=stats, hide_reasoning=hide_reasoning
+            )
             return
         from normistral.terminal.line_editor import LineEditor
         from normistral.terminal.repl import Repl
 
-        Repl(model, conversation, options, LineEditor(keep_history=not no_history)).run()
+        editor = LineEditor(keep_history=not no_history)
+        Repl(model, conversation, options, editor, hide_reasoning=hide_reasoning).run()
 
 
 @app.command(epilog=DEFAULTS_NOTE)
@@ -344,6 +351,8 @@ def generate(
         bool,
         typer.Option("--stop-at-newline", help="End at the first line break; for prompts such as a translation's."),
     ] = False,
+    max_reasoning_tokens: MaxReasoningTokens = None,
+    hide_reasoning: HideReasoning = False,
     stats: Stats = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -362,14 +371,18 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=_stop_texts(stop, at_newline=stop_at_newline),
+        max_reasoning_tokens=max_reasoning_tokens,
     )
     text = _read_prompt(prompt)
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
     from normistral.runtime.model import load
+    from normistral.terminal.answers import print_answer
 
-    with load(artifact, device=device, exact=exact) as model:
-        _answer(model.stream(text, **options), as_json=as_json, stats=stats)
+    folder = store.resolve_artifact(artifact)
+    _require_reasoning(folder, read_manifest(folder), options, hide_reasoning=hide_reasoning, as_json=as_json)
+    with load(folder, device=device, exact=exact) as model:
+        print_answer(model.stream(text, **options), as_json=as_json, stats=stats, hide_reasoning=hide_reasoning)
 
 
 # Looking
@@ -394,7 +407,7 @@ def info(
         with show_progress() as progress, progress.stage("hashing", manifest.total_bytes, "bytes") as hashing:
             problems = list(find_problems(folder, manifest, thorough=True, on_bytes=hashing.advance))
     if as_json:
-        _print_json(info_document(folder, manifest, problems))
+        console.print_json(info_document(folder, manifest, problems))
     else:
         console.print_lines(info_lines(folder, manifest))
         if problems is not None:
@@ -415,7 +428,7 @@ def doctor(
 
     report = examine()
     if as_json:
-        _print_json(report)
+        console.print_json(report)
     else:
         console.print_lines(doctor_lines(report))
 
@@ -455,44 +468,26 @@ def _read_prompt(prompt: str | None) -> str | None:
     return text
 
 
-def _refuse_base_model(folder: Path) -> None:
+def _refuse_base_model(folder: Path, manifest: Manifest) -> None:
     """Say so before the weights are loaded."""
-    if read_manifest(folder).template is None:
+    if manifest.template is None:
         raise UsageError(
             f"{folder.name} is a base model: it completes text and cannot chat",
             f"use: normistral generate {folder} --prompt TEXT",
         )
 
 
-def _answer(chunks: Iterable[Chunk], *, as_json: bool, stats: bool) -> None:
-    """Print one answer on stdout while it comes (as JSON: when it is whole), and what it is not on stderr."""
-    from normistral.runtime.chunks import Completion
-
-    writer, gathered = console.AnswerWriter(), []
-    try:
-        for chunk in chunks:
-            gathered.append(chunk)
-            if not as_json:
-                writer.write(chunk.text)
-    finally:
-        writer.end()
-    completion = Completion.from_chunks(gathered)
-    if as_json:
-        from normistral.terminal.tables import completion_document
-
-        _print_json(completion_document(completion))
-    if completion.finish_reason == "length":
-        console.warn("the answer is cut off: --max-new-tokens was reached")
-    elif completion.finish_reason == "context":
-        console.warn("the answer is cut off: the context is full")
-    if stats:
-        from normistral.terminal.repl import describe_timings
-
-        console.say(describe_timings(completion.timings))
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    console.print_lines([json.dumps(document, ensure_ascii=False, indent=2)])
+def _require_reasoning(
+    folder: Path, manifest: Manifest, options: dict[str, Any], *, hide_reasoning: bool, as_json: bool
+) -> None:
+    """Refuse options for reasoning where there is none to be limited or hidden, before the weights are loaded."""
+    require_applicable(GenerationConfig(**options), manifest, folder.name)
+    if hide_reasoning and manifest.reasoning is None:
+        raise UsageError(
+            f"--hide-reasoning means nothing here: {folder.name} is no model that marks its reasoning", "leave it out"
+        )
+    if hide_reasoning and as_json:
+        raise UsageError("--json shows the reasoning in a field of its own", "leave --hide-reasoning out")
 
 
 def _uncapitalised(message: str) -> str:

@@ -33,6 +33,7 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
 ArtifactFormat = Literal["openvino", "onnx"]
 GraphKind = Literal["fused", "plain"]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+TagText = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Probability = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
@@ -137,6 +138,28 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningMarkers:
+    """The tags between which a thinking model reasons before it answers.
+
+    Attributes:
+        open, close: the tags as text.
+        open_id, close_id: their token ids, or None for both when they are not added tokens of the vocabulary and are
+            spelled with ordinary ones.
+    """
+
+    open: TagText
+    close: TagText
+    open_id: TokenId | None = None
+    close_id: TokenId | None = None
+
+    def __post_init__(self) -> None:
+        if (self.open_id is None) != (self.close_id is None):
+            raise ValueError("either both tags of the reasoning are tokens or none is")
+        if self.open == self.close or (self.open_id is not None and self.open_id == self.close_id):
+            raise ValueError(f"the reasoning opens and closes with the same tag {self.open!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything the runtime needs to know of an artifact.
 
@@ -151,6 +174,7 @@ class Manifest:
         tools: versions of the packages that made it.
         quality: figures measured at export, or None when nothing was measured.
         notes: what the exporter decided or found that the user should see.
+        reasoning: how a thinking model marks its reasoning; None for other models.
     """
 
     format: ArtifactFormat
@@ -169,13 +193,15 @@ class Manifest:
     tools: dict[str, str]
     quality: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
+    reasoning: ReasoningMarkers | None = None
     schema_version: PositiveInt = field(default=SCHEMA_VERSION, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in self.files:
             _require_plain_name(name)
-        bos = () if self.bos_token_id is None else (self.bos_token_id,)
-        too_large = [i for i in (*self.stop_token_ids, *bos) if i >= self.architecture.vocabulary]
+        tags = () if self.reasoning is None else (self.reasoning.open_id, self.reasoning.close_id)
+        named = (*self.stop_token_ids, self.bos_token_id, *tags)
+        too_large = [i for i in named if i is not None and i >= self.architecture.vocabulary]
         if too_large:
             raise ValueError(f"token ids {too_large} lie outside the vocabulary of {self.architecture.vocabulary}")
 

@@ -1,5 +1,7 @@
 """The real command line in a process of its own, with a scripted model behind every artifact.
 
+It marks its reasoning as the artifact's manifest says.
+
 python scripted_cli.py '{"folder": ..., "answers": [...], "after": ..., "pause_s": 0, "context_length": 400}' chat ...
 """
 
@@ -9,10 +11,11 @@ import time
 from pathlib import Path
 
 from sample_artifacts import write_artifact
-from scripted_models import ANSWER_MARKER, make_model
+from scripted_models import make_model
 
 import normistral.runtime.model
 from normistral.cli import main
+from normistral.manifest import read_manifest
 from normistral.runtime.model import Model
 
 TESTS = Path(__file__).parent
@@ -36,6 +39,7 @@ def run(settings: dict, arguments: list[str]) -> int:
             settings["answers"],
             after=settings["after"],
             context_length=settings["context_length"],
+            reasoning=read_manifest(folder).reasoning,
         )
         next_logits = model._backend.next_logits
 
@@ -51,5 +55,5 @@ def run(settings: dict, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    defaults = {"context_length": 400, "answers": ["svar"], "after": ANSWER_MARKER}
+    defaults = {"context_length": 400, "answers": ["svar"], "after": None}
     sys.exit(run(defaults | json.loads(sys.argv[1]), sys.argv[2:]))

@@ -23,7 +23,7 @@ from pathlib import Path
 from tiny_models import VOCABULARY, edit_json, make_mistral, write_tokenizer
 
 from normistral.export.config import expected_tensors, sanitise_config
-from normistral.manifest import parse_manifest, read_manifest, serialise_manifest
+from normistral.manifest import SCHEMA_VERSION, parse_manifest, read_manifest, serialise_manifest
 
 Command = list[str]
 
@@ -115,7 +115,9 @@ def bad_artifacts(root: Path, artifact: Path) -> dict[str, Command]:
     def make_newer(folder: Path) -> None:
         raw = (folder / "normistral.json").read_bytes()
         assert parse_manifest(raw)
-        (folder / "normistral.json").write_bytes(raw.replace(b'"schema_version": 3', b'"schema_version": 4'))
+        (folder / "normistral.json").write_bytes(
+            raw.replace(*(b'"schema_version": %d' % (SCHEMA_VERSION + i) for i in (0, 1)))
+        )
 
     def grow(folder: Path) -> None:
         """A large file whose size is right and whose content is not: only --check sees that."""

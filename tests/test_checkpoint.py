@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import TEMPLATE, edit_json, make_llama, make_mistral, write_json
+from tiny_models import END_THINK, TEMPLATE, THINK, THINKING_TEMPLATE, edit_json, make_llama, make_mistral, write_json
 
 from normistral.errors import CheckpointError, NormistralError, UnsupportedArchitectureError
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.config import count_parameters, read_json, sanitise_config
 from normistral.export.locate import Located
 from normistral.export.progress import NoProgress
-from normistral.manifest import SamplingDefaults, sha256_file
+from normistral.manifest import ReasoningMarkers, SamplingDefaults, sha256_file
 from normistral.presets import Preset, find_preset
 
 
@@ -117,6 +117,50 @@ def test_stop_token_of_the_template_alone(model: Path, tmp_path: Path) -> None:
     ):
         edit_json(model / file, **changes)
     assert open_folder(model, tmp_path / "workspace").stop_token_ids == (2, 4)
+
+
+def test_reasoning_is_marked_by_tokens_of_the_vocabulary(tmp_path: Path) -> None:
+    folder = make_mistral(tmp_path / "thinking", thinking=True)
+    checkpoint = open_folder(folder, tmp_path / "one")
+    assert checkpoint.reasoning == ReasoningMarkers("<think>", "</think>", THINK, END_THINK)
+    assert "think>" not in THINKING_TEMPLATE
+    assert not {THINK, END_THINK} & set(checkpoint.stop_token_ids)
+    assert 2 in checkpoint.stop_token_ids
+    make_added_tokens(folder, special=False)
+    assert open_folder(folder, tmp_path / "two").reasoning == checkpoint.reasoning
+    base = make_mistral(tmp_path / "base", thinking=True, chat=False)
+    assert open_folder(base, tmp_path / "three").reasoning == checkpoint.reasoning
+
+
+def test_reasoning_is_marked_in_the_template_alone(model: Path, tmp_path: Path) -> None:
+    edit_json(model / "tokenizer_config.json", chat_template=TEMPLATE + "{# <think> </think> #}")
+    assert open_folder(model, tmp_path / "one").reasoning == ReasoningMarkers("<think>", "</think>", None, None)
+
+
+def test_reasoning_is_not_marked(model: Path, tmp_path: Path) -> None:
+    assert open_folder(model, tmp_path / "one").reasoning is None
+    edit_json(model / "tokenizer_config.json", chat_template=TEMPLATE + "{# </think> #}")
+    assert open_folder(model, tmp_path / "two").reasoning is None
+    other = make_mistral(tmp_path / "normistral-11b-thinking")  # a name says nothing
+    assert open_folder(other, tmp_path / "three").reasoning is None
+    thinking = make_mistral(tmp_path / "thinking", thinking=True)
+    make_added_tokens(thinking, special=True, keep=("<think>",))
+    assert open_folder(thinking, tmp_path / "four").reasoning is None
+
+
+def make_added_tokens(folder: Path, *, special: bool, keep: tuple[str, ...] = ("<think>", "</think>")) -> None:
+    """Rewrite the tags in tokenizer.json; those not kept are ordinary tokens of the vocabulary."""
+    added = read_json(folder / "tokenizer.json")["added_tokens"]
+    tags = [token | {"special": special} for token in added if token["content"] in keep]
+    others = [token for token in added if token["content"] not in ("<think>", "</think>")]
+    edit_json(folder / "tokenizer.json", added_tokens=sorted(others + tags, key=lambda token: token["id"]))
+
+
+def test_the_end_of_the_reasoning_is_no_stop_token(tmp_path: Path) -> None:
+    folder = make_mistral(tmp_path / "thinking", thinking=True)
+    text = "{{ '<think>' + m.reasoning_content + '</think>' + m.content + '<|im_end|>' }}"
+    edit_json(folder / "tokenizer_config.json", chat_template=text)
+    assert open_folder(folder, tmp_path / "workspace").stop_token_ids == (2, 4)
 
 
 def test_no_stop_token_at_all(tmp_path: Path) -> None:

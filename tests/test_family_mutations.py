@@ -123,9 +123,9 @@ BLOOM = [name for name, preset in ROWS.items() if shape_of(preset).rope_theta is
 MUTATIONS: dict[str, tuple[list[str], Edit]] = {
     "sliding window": (WINDOWED, edit_config(sliding_window=None)),
     "rope_theta": (ROTARY, edit_config(rope_theta=5e5)),
-    "grouped heads": (ROTARY, edit_config(num_key_value_heads=...)),
+    "grouped heads": (ROTARY, edit_config(num_key_value_heads=1)),
     "head_dim": (WIDE_HEADS, edit_config(head_dim=...)),
-    "vocabulary": (list(ROWS), edit_config(vocab_size=32000)),
+    "vocabulary": ([name for name in ROWS if name != "demo"], edit_config(vocab_size=32000)),  # .gguf: the matrix says
     "untied output": (UNTIED, tie),
     "tied output": (["demo"], untie),
     "ALiBi": (BLOOM, no_alibi),

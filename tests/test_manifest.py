@@ -16,6 +16,7 @@ from normistral.errors import ArtifactError
 from normistral.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
+    ReasoningMarkers,
     check_files,
     find_problems,
     parse_manifest,
@@ -35,7 +36,15 @@ def forge(**changes: Any) -> bytes:
     return seal(json.loads(serialise_manifest(make_manifest())) | changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"role": "base", "template": None, "bos_token_id": None, "quality": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"role": "base", "template": None, "bos_token_id": None, "quality": None},
+        {"reasoning": ReasoningMarkers("<think>", "</think>", 7, 8)},
+        {"reasoning": ReasoningMarkers("<think>", "</think>")},
+    ],
+)
 def test_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
     written = write_artifact(tmp_path / "artifact", **changes)
     assert read_manifest(tmp_path / "artifact") == written
@@ -75,10 +84,32 @@ def test_a_newer_schema_asks_for_an_upgrade() -> None:
 
 
 def test_a_manifest_of_schema_1_is_still_read() -> None:
-    """As version 0.1 wrote it: without `graph`."""
+    """As version 0.1 wrote it: without `graph` and `reasoning`."""
     document = json.loads(serialise_manifest(make_manifest(schema_version=1)))
-    del document["recipe"]["graph"]
+    del document["recipe"]["graph"], document["reasoning"]
     assert parse_manifest(seal(document)) == make_manifest(schema_version=1)
+
+
+def test_a_manifest_of_schema_2_is_still_read() -> None:
+    document = json.loads(serialise_manifest(make_manifest(schema_version=2)))
+    del document["reasoning"]
+    assert parse_manifest(seal(document)) == make_manifest(schema_version=2, reasoning=None)
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "complaint"),
+    [
+        ({"open": "<think>", "close": "</think>", "open_id": 5}, "both tags"),
+        ({"open": "<think>", "close": "</think>", "open_id": 5, "close_id": 5}, "same tag"),
+        ({"open": "<think>", "close": "<think>"}, "same tag"),
+        ({"open": "<think>", "close": "</think>", "open_id": 5, "close_id": 320}, "outside the vocabulary"),
+        ({"open": "<think>", "close": ""}, "length"),
+        ({"open": "<think>"}, "close"),
+    ],
+)
+def test_impossible_reasoning_markers_are_refused(reasoning: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ArtifactError, match=complaint):
+        parse_manifest(forge(reasoning=reasoning))
 
 
 def test_an_older_schema_is_not_taken_for_this_one() -> None:

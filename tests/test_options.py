@@ -25,6 +25,7 @@ NORMISTRAL = SamplingDefaults(temperature=0.3, top_k=64, top_p=0.9, repetition_p
         ("seed", [None, 0, 2**64 - 1]),
         ("ignore_eos", [True, False]),
         ("logprobs", [None, 0, 100]),
+        ("max_reasoning_tokens", [None, 0, 1, 2**31]),
     ],
 )
 def test_values_in_range_are_kept(name: str, values: list[Any]) -> None:
@@ -45,6 +46,7 @@ def test_values_in_range_are_kept(name: str, values: list[Any]) -> None:
         ("stop", [("",), ["a", ""], (1,), 7, {"a"}, b"a"]),
         ("ignore_eos", [1, 0, "yes", None]),
         ("logprobs", [-1, 101, 1.0, True]),
+        ("max_reasoning_tokens", [-1, 2**31 + 1, 1.0, "5", False]),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name: str, values: list[Any]) -> None:

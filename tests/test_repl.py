@@ -14,6 +14,7 @@ import time
 
 import pytest
 from scripted_cli import TESTS, command, make_artifact
+from scripted_models import TAG_TOKENS
 
 from normistral.errors import NormistralError, UsageError
 from normistral.terminal.conversations import load_conversation, save_conversation
@@ -93,10 +94,10 @@ def start(tmp_path):
     """Start a conversation with these answers and command line options."""
     started = []
 
-    def start(answers, *options, env=None, **settings):
+    def start(answers, *options, env=None, reasoning=None, **settings):
         artifact = tmp_path / "mitt"
         if not artifact.exists():
-            make_artifact(artifact)
+            make_artifact(artifact, reasoning=reasoning)
         terminal = Terminal(
             command(tmp_path, "chat", str(artifact), *options, answers=answers, **settings),
             {"NORMISTRAL_HOME": str(tmp_path / "home"), **(env or {})},
@@ -328,6 +329,48 @@ def test_no_colour_when_it_is_not_wanted(start):
     coloured.type("/tull\r")
     coloured.expect("no command")
     assert b"\x1b[1;31merror:" in coloured.raw
+
+
+# Thinking models
+
+THOUGHT = " <think> Hm, på\x1b[2J</think> Oslo."
+
+
+def test_reasoning_is_dimmed_before_the_answer_and_not_remembered(start, tmp_path):
+    terminal = start([THOUGHT], reasoning=TAG_TOKENS)
+    terminal.type("Hovedstad?\r")
+    terminal.expect(r"Hm, på␛\[2J\nOslo\.\n")
+    dimmed = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", terminal.raw.decode().partition("Oslo.")[0], re.DOTALL))
+    assert dimmed.endswith("Hm, på␛[2J")
+    terminal.expect(PROMPT)
+    assert save(terminal, tmp_path / "lagret.json") == [("user", "Hovedstad?"), ("assistant", "Oslo.")]
+
+
+def test_hidden_reasoning_is_one_line(start):
+    terminal = start([THOUGHT], "--hide-reasoning", reasoning=TAG_TOKENS)
+    terminal.type("Hovedstad?\r")
+    shown = terminal.expect(r"\(thinking \.\.\.\)\nOslo\.\n")
+    assert "Hm" not in shown
+    assert terminal.text.count("(thinking ...)") == 1
+
+
+def test_an_answer_that_is_missing_is_said_to_be(start, tmp_path):
+    terminal = start(["<think>" + "a" * 150, "Oslo."], "--max-new-tokens", "100", reasoning=TAG_TOKENS, pause_s=0.02)
+    terminal.type("Hovedstad?\r")
+    terminal.expect("aaa")
+    terminal.type(CTRL_C)
+    terminal.expect(r"warning: there is no answer: the reasoning did not end \(it was stopped\)")
+    terminal.expect("--max-reasoning-tokens N")
+    terminal.expect(PROMPT)
+    terminal.type("/undo\r")
+    terminal.expect("taken back")
+    terminal.type("Hovedstad?\r")
+    terminal.expect(r"the reasoning did not end \(--max-new-tokens was reached\)")
+    terminal.expect(PROMPT)
+    terminal.type("Hovedstad?\r")
+    terminal.expect(r"\nOslo\.\n")
+    messages = save(terminal, tmp_path / "lagret.json")
+    assert [content for _, content in messages] == ["Hovedstad?", "", "Hovedstad?", "Oslo."]
 
 
 # Saved conversations

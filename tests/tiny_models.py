@@ -5,6 +5,9 @@
 Grouped KV heads, head_dim that is not hidden/heads, untied output, a byte-level tokenizer (ids 0 to 4 are special, 5
 to 260 are the bytes), NorMistral's own chat template, and its files that disagree about the stop token: config.json
 and special_tokens_map.json say `</s>` (2), tokenizer_config.json and generation_config.json say `<|im_end|>` (4).
+
+`thinking=True` makes a model that reasons between <think> and </think>: those and the other tags of
+normistral-11b-thinking's template are special tokens behind the bytes (ids 261 to 266), and its turns end with `</s>`.
 """
 
 from __future__ import annotations
@@ -18,12 +21,22 @@ if TYPE_CHECKING:
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = len(SPECIALS) + 256
+THINKING_SPECIALS = ("<think>", "</think>", "<system_prompt>", "</system_prompt>", "<instruction>", "</instruction>")
+THINKING_VOCABULARY = VOCABULARY + len(THINKING_SPECIALS)
+THINK, END_THINK = VOCABULARY, VOCABULARY + 1  # token ids
 # tokenizer_config.json of norallm/normistral-7b-warm-instruct, word for word; note the blank after <|im_start|>.
 TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
     "{% for message in messages %}"
     "{{'<|im_start|> ' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|> assistant\\n' }}{% endif %}"
+)
+# After normistral-11b-thinking; the model answers ` <think> {reasoning}</think> {answer}</s>`.
+THINKING_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ '<system_prompt> ' + message['content'] + '</system_prompt>' }}"
+    "{% elif message['role'] == 'user' %}{{ '<instruction> ' + message['content'] + '</instruction>' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 
 
@@ -51,7 +64,7 @@ def make_checkpoint(
     kv_heads: int = 2,
     head_dim: int = 24,
     feed_forward: int = 128,
-    vocab: int = VOCABULARY,
+    vocab: int | None = None,
     tied: bool = False,
     dtype: str = "float32",
     shards: int = 1,
@@ -60,9 +73,12 @@ def make_checkpoint(
     seed: int = 0,
     chat: bool = True,
     adds_bos: bool = False,
+    thinking: bool = False,
 ) -> Path:
-    """Write a whole checkpoint folder and return it; parents are made."""
+    """Write a whole checkpoint folder and return it; parents are made. `vocab` None is no fillers."""
     folder.mkdir(parents=True)
+    if vocab is None:
+        vocab = THINKING_VOCABULARY if thinking else VOCABULARY
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -88,10 +104,16 @@ def make_checkpoint(
     }
     write_json(folder / "config.json", config)
     write_weights(folder, random_tensors(config, seed), shards=shards, safetensors=safetensors)
-    write_tokenizer(folder, vocab, chat=chat, adds_bos=adds_bos)
+    write_tokenizer(folder, vocab, chat=chat, adds_bos=adds_bos, thinking=thinking)
     generation: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     if chat:
-        generation |= {"eos_token_id": 4, "sample": True, "temperature": 0.3, "top_k": 64, "top_p": 0.9}
+        generation |= {
+            "eos_token_id": 2 if thinking else 4,
+            "sample": True,
+            "temperature": 0.3,
+            "top_k": 64,
+            "top_p": 0.9,
+        }
         generation |= {"repetition_penalty": 1.0, "max_new_tokens": 1024}
     write_json(folder / "generation_config.json", generation)
     return folder
@@ -150,16 +172,17 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], *, shards: int
         write_json(folder / f"{stem}.{suffix}.index.json", index)
 
 
-def write_tokenizer(folder: Path, vocab: int, *, chat: bool, adds_bos: bool) -> None:
-    """tokenizer.json, tokenizer_config.json and special_tokens_map.json; ids above the bytes are fillers."""
+def write_tokenizer(folder: Path, vocab: int, *, chat: bool, adds_bos: bool, thinking: bool = False) -> None:
+    """tokenizer.json, tokenizer_config.json and special_tokens_map.json; the last ids are fillers."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    words = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    specials = [*SPECIALS, *(THINKING_SPECIALS if thinking else ())]
+    words = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *specials[len(SPECIALS) :]]
     words += [f"<filler_{i}>" for i in range(vocab - len(words))]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in specials])
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
@@ -168,19 +191,25 @@ def write_tokenizer(folder: Path, vocab: int, *, chat: bool, adds_bos: bool) -> 
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "added_tokens_decoder": {
-            str(i): {"content": word, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+            str(words.index(word)): {
+                "content": word,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+            }
             | {"special": True}
-            for i, word in enumerate(SPECIALS)
+            for word in specials
         },
         "bos_token": "<s>",
-        "eos_token": "<|im_end|>" if chat else "</s>",
+        "eos_token": "<|im_end|>" if chat and not thinking else "</s>",
         "pad_token": "</s>",
         "unk_token": "<unk>",
         "model_max_length": 1000000000000000019884624838656,
         "clean_up_tokenization_spaces": False,
     }
     if chat:
-        settings["chat_template"] = TEMPLATE
+        settings["chat_template"] = THINKING_TEMPLATE if thinking else TEMPLATE
     write_json(folder / "tokenizer_config.json", settings)
     special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
     write_json(folder / "special_tokens_map.json", special_tokens)

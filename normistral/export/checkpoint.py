@@ -34,7 +34,7 @@ from normistral.export.weights import (
     stored_dtype,
     weight_files,
 )
-from normistral.manifest import Architecture, SamplingDefaults, Source, Template, sha256_file
+from normistral.manifest import Architecture, ReasoningMarkers, SamplingDefaults, Source, Template, sha256_file
 from normistral.presets import Preset, Role
 
 _AGAIN = "download or copy the checkpoint again"
@@ -61,6 +61,7 @@ class Checkpoint:
         context_length: positions in tokens; None where no file gives any (ALiBi needs none).
         stop_token_ids: every id that a file calls end of sequence, sorted.
         adds_bos: measured: whether encoding plain text puts `bos_token_id` in front.
+        reasoning: the tags of a thinking model, or None.
         notes: what the user should see.
     """
 
@@ -80,6 +81,7 @@ class Checkpoint:
     adds_bos: bool
     template: Template | None
     sampling: SamplingDefaults
+    reasoning: ReasoningMarkers | None
     notes: tuple[str, ...]
 
 
@@ -165,6 +167,7 @@ def _open_folder(
         adds_bos=vocabulary.adds_bos,
         template=template,
         sampling=sampling,
+        reasoning=vocabulary.reasoning,
         notes=tuple(found),
     )
 

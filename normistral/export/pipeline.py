@@ -129,6 +129,7 @@ def _make_artifact(
         sampling=checkpoint.sampling,
         files=files,
         tools=tool_versions(recipe.format),
+        reasoning=checkpoint.reasoning,
     )
     with progress.stage("verifying"):
         proof = verify(staging.artifact, manifest, reference)

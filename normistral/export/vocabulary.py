@@ -1,4 +1,4 @@
-"""What a checkpoint's tokenizer files say: the vocabulary, the special tokens, the chat template.
+"""What a checkpoint's tokenizer files say: the vocabulary, the special tokens, the chat template, the reasoning's tags.
 
 The `tokenizers` library is the measure, because it is what the runtime uses; transformers is asked only for the one
 thing that it alone can do, to convert a sentencepiece model.
@@ -14,6 +14,7 @@ from typing import Any
 
 from normistral.errors import CheckpointError, first_line
 from normistral.export.config import read_json
+from normistral.manifest import ReasoningMarkers
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,6 +27,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _MAX_TEMPLATE_CHARACTERS = 256 * 2**10
+_OPEN, _CLOSE = "<think>", "</think>"  # the only pair that is looked for
 # The literal right after a message's content: {{ message['content'] + '<|im_end|>' }}, {{ message.content }}<|im_end|>
 _AFTER_CONTENT = re.compile(
     r"content(?:['\"]\])?\s*(?:\|\s*trim\s*)?\)?\s*(?:\+\s*['\"]|\}\})\s*(?P<token><[^<>\s'\"]{1,60}>)"
@@ -44,6 +46,7 @@ class Vocabulary:
         bos_id: id of bos_token, else config.json's.
         adds_bos: whether encoding plain text puts that token in front.
         template: jinja2 source of the chat template, or None.
+        reasoning: the tags of a thinking model, or None.
     """
 
     largest_id: int
@@ -52,6 +55,7 @@ class Vocabulary:
     bos_id: int | None
     adds_bos: bool
     template: str | None
+    reasoning: ReasoningMarkers | None
 
 
 def read_vocabulary(folder: Path, config_bos_id: int | None) -> Vocabulary:
@@ -98,6 +102,7 @@ def read_vocabulary(folder: Path, config_bos_id: int | None) -> Vocabulary:
         bos_id=bos_id,
         adds_bos=_adds_bos(tokenizer, bos_id),
         template=template,
+        reasoning=_reasoning_markers(template, tokenizer),
     )
 
 
@@ -178,13 +183,30 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _closing_tokens(template: str | None, tokenizer: Any) -> Iterator[int]:
-    """Special tokens that stand right after a message's content in the template: a model ends its turn with them."""
+    """Special tokens that stand right after a message's content in the template: a model ends its turn with them.
+
+    Not the end of its reasoning, which may stand there too (`message.reasoning_content + '</think>'`).
+    """
     if template is None:
         return
-    special = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+    added = _added_tokens(tokenizer)
     for match in _AFTER_CONTENT.finditer(template):
-        if match["token"] in special:
-            yield special[match["token"]]
+        if match["token"] in added and match["token"] not in (_OPEN, _CLOSE):
+            yield added[match["token"]]
+
+
+def _reasoning_markers(template: str | None, tokenizer: Any) -> ReasoningMarkers | None:
+    """The tags of the reasoning: both are added tokens, or else both stand in the chat template."""
+    added = _added_tokens(tokenizer)
+    if _OPEN in added and _CLOSE in added:
+        return ReasoningMarkers(_OPEN, _CLOSE, added[_OPEN], added[_CLOSE])
+    if template is not None and _OPEN in template and _CLOSE in template:
+        return ReasoningMarkers(_OPEN, _CLOSE)
+    return None
+
+
+def _added_tokens(tokenizer: Any) -> dict[str, int]:
+    return {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
 
 
 def _adds_bos(tokenizer: Any, bos_id: int | None) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from normistral.errors import BusyError, UsageError
 from normistral.runtime.chunks import Chunk, Completion
-from normistral.runtime.options import GenerationConfig, resolve_options
+from normistral.runtime.options import GenerationConfig
 from normistral.runtime.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Chat:
     """One conversation with a model; made by `Model.chat`.
 
     The whole conversation is rendered and tokenised for every turn, so an answer never depends on how it came about;
-    the KV cache then keeps the common beginning, so only what is new is computed.
+    the KV cache then keeps the common beginning, so only what is new is computed. Of a thinking model only the answers
+    are kept: later turns do not see old reasoning. An answer that ended inside its reasoning is kept as "".
 
     Attributes:
         messages: the conversation so far, as {"role": ..., "content": ...}; read it, and change it with the methods.
@@ -66,12 +67,12 @@ class Chat:
         early (then with the text so far). After an error the conversation is as it was before.
 
         Raises:
-            UsageError: an unknown option or wrong value, or an empty message.
+            UsageError: an unknown option or wrong value, one that means nothing to this model, or an empty message.
             ContextLengthError: the conversation does not fit and `overflow` is "error", or the message alone does not.
             BusyError: this chat is still answering.
             ClosedError: the model was closed.
         """
-        config = resolve_options(self._model.manifest.sampling, options)
+        config = self._model.resolve(options)
         self._model.require_open()
         if not isinstance(message, str) or not message.strip():
             raise UsageError("the message is empty", "write something")

@@ -44,12 +44,15 @@ class Chunk:
     """One step of a generation.
 
     Attributes:
-        text: whole characters that became certain with this token; may be empty, or hold those of several tokens.
+        text: whole characters of the answer that became certain with this token; may be empty, or hold those of several
+            tokens.
         token_id: the token of this step; None on a last chunk that only flushes text or says why it ended.
         logprob: log-probability (nats) of the token under the model, when asked for.
         top_logprobs: (token id, log-probability) of the most likely tokens, best first, when asked for.
         finish_reason: None until the last chunk.
         timings: up to and including this step.
+        reasoning: as `text`, of what a thinking model writes before it answers; without the tags around it.
+        reasoning_open: whether the reasoning had begun and not ended after this token.
     """
 
     text: str
@@ -58,17 +61,24 @@ class Chunk:
     top_logprobs: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
     timings: Timings
+    reasoning: str = ""
+    reasoning_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished generation; fields as in `Chunk`. `token_ids` and `logprobs` run in parallel."""
+    """A finished generation; fields as in `Chunk`. `token_ids` and `logprobs` run in parallel.
+
+    With `reasoning_open` it ended before the reasoning did, so there is nothing of the answer, or not all of it.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     timings: Timings
     logprobs: tuple[float, ...] = ()
+    reasoning: str = ""
+    reasoning_open: bool = False
 
     @classmethod
     def from_chunks(cls, chunks: Iterable[Chunk]) -> Completion:
@@ -82,4 +92,6 @@ class Completion:
             finish_reason=last.finish_reason,
             timings=last.timings,
             logprobs=tuple(chunk.logprob for chunk in gathered if chunk.logprob is not None),
+            reasoning="".join(chunk.reasoning for chunk in gathered),
+            reasoning_open=last.reasoning_open,
         )

@@ -1,15 +1,15 @@
 """A rendered conversation to token ids, such that no message can write a control token.
 
-Control tokens are the tokenizer's special tokens, and other added tokens that the template itself writes and that look
-like markup (<think>). Where each of them stands wholly in text of the template, the ids are exactly those of the whole
-text. Otherwise the text is cut at the control tokens of the template, and what lies between is tokenised by the same
-tokenizer with the control tokens switched off. It does not know jinja.
+Control tokens are the tokenizer's special tokens, the tags of the model's reasoning, and other added tokens that the
+template itself writes and that look like markup (<tool_call>). Where each of them stands wholly in text of the
+template, the ids are exactly those of the whole text. Otherwise the text is cut at the control tokens of the template,
+and what lies between is tokenised by the same tokenizer with the control tokens switched off. It does not know jinja.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 
 from normistral.errors import TemplateError
@@ -25,14 +25,15 @@ class ConversationEncoder:
     Args:
         tokenizer: the artifact's.
         template: source of the chat template.
+        tags: ids of added tokens that are control tokens too; None among them is none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str, tags: Collection[int | None] = ()) -> None:
         self._tokenizer = tokenizer
         self.control_tokens: tuple[AddedToken, ...] = tuple(
             token
             for token in tokenizer.added_tokens
-            if token.text and (token.special or (_is_markup(token.text) and token.text in template))
+            if token.text and (token.special or token.id in tags or (_is_markup(token.text) and token.text in template))
         )
         self._by_id = {token.id: token for token in self.control_tokens}
         self._by_text = {token.text: token for token in self.control_tokens}

@@ -1,12 +1,14 @@
 """The decode loop: the only one, for every engine.
 
 Two layers: `generate_tokens` goes from token ids to token ids and never sees text; `stream_text` turns its steps into
-chunks of whole characters and watches for stop texts.
+chunks of whole characters, tells reasoning from answer, and watches for stop texts and for the reasoning's budget. When
+that is used up it puts the close tag's ids into a queue, and the token layer takes those before it samples again.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from normistral.runtime.chunks import Chunk, FinishReason, Timings
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.options import GenerationConfig
+from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter
 from normistral.runtime.sampling import Sampler, log_softmax
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.stopping import StopTexts
@@ -48,10 +51,11 @@ class TokenStep:
 
 
 def generate_tokens(
-    sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig, limits: Limits
+    sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig, limits: Limits, forced: deque[int]
 ) -> Iterator[TokenStep]:
     """Prefill the prompt, then sample and feed one token at a time until something ends it.
 
+    Ids in `forced`, which may be added between two steps, are taken from its front instead of sampled ones.
     The prompt must hold at least one token and leave room for one in the context. The last step, and only it, has a
     finish reason. A sampled token is fed when the next one is needed, so the last one is never in the cache.
     """
@@ -64,7 +68,11 @@ def generate_tokens(
         if logits is None or limits.cancelled():
             yield TokenStep(None, None, (), "cancelled", clock.read())
             return
-        token_id = sampler.sample(logits)
+        if forced:
+            token_id = forced.popleft()
+            sampler.observe(token_id)
+        else:
+            token_id = sampler.sample(logits)
         logprob, top_logprobs = report_logprobs(logits, token_id, config.logprobs)
         clock.token_done()
         finish_reason: FinishReason | None = None
@@ -80,22 +88,58 @@ def generate_tokens(
         logits = None if limits.cancelled() else sequence.append([token_id])
 
 
-def stream_text(steps: Iterator[TokenStep], detokenizer: StreamDetokenizer, stop: Sequence[str]) -> Iterator[Chunk]:
-    """Turn token steps into chunks of whole characters; ends early at a stop text, of which nothing is shown."""
+def stream_text(
+    steps: Iterator[TokenStep],
+    detokenizer: StreamDetokenizer,
+    stop: Sequence[str],
+    splitter: ReasoningSplitter,
+    budget: ReasoningBudget,
+) -> Iterator[Chunk]:
+    """Turn token steps into chunks of whole characters of reasoning and answer.
+
+    Ends early at a stop text in the answer, of which nothing is shown.
+    """
     stop_texts = StopTexts(stop)
+    budget.watch(inside=splitter.inside)  # the prompt may have opened it
     for step in steps:
-        # A stop token is no text.
-        text = "" if step.token_id is None or step.finish_reason == "stop" else detokenizer.push(step.token_id)
-        shown, stopped = stop_texts.push(text)
+        token_id = None if step.finish_reason == "stop" else step.token_id  # a stop token is no text
+        if token_id is None:
+            text = ""
+        elif splitter.is_tag(token_id):
+            text = detokenizer.flush()  # no character goes across the border
+        else:
+            text = detokenizer.push(token_id)
+        reasoning, answer = splitter.push(token_id, text)
+        if budget.watch(inside=splitter.inside):
+            reasoning += splitter.push(None, detokenizer.flush())[0]
+        shown, stopped = stop_texts.push(answer)
         finish_reason = step.finish_reason
         if not stopped and finish_reason is not None:
-            rest, stopped = stop_texts.push(detokenizer.flush())
+            more_reasoning, rest = _finish(detokenizer, splitter)
+            reasoning += more_reasoning
+            rest, stopped = stop_texts.push(rest)
             shown += rest if stopped else rest + stop_texts.flush()
         if stopped:
             finish_reason = "stop"
-        yield Chunk(shown, step.token_id, step.logprob, step.top_logprobs, finish_reason, step.timings)
+        yield Chunk(
+            shown,
+            step.token_id,
+            step.logprob,
+            step.top_logprobs,
+            finish_reason,
+            step.timings,
+            reasoning,
+            splitter.inside,
+        )
         if finish_reason is not None:
             return
+
+
+def _finish(detokenizer: StreamDetokenizer, splitter: ReasoningSplitter) -> tuple[str, str]:
+    """What detokenizer and splitter still hold of reasoning and answer."""
+    reasoning, answer = splitter.push(None, detokenizer.flush())
+    held_reasoning, held_answer = splitter.flush()
+    return reasoning + held_reasoning, answer + held_answer
 
 
 def report_logprobs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
-from normistral.runtime.options import GenerationConfig, resolve_options
+from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import Tokenizer
@@ -73,7 +75,9 @@ class Model:
         self._sequences: weakref.WeakSet[CachedSequence] = weakref.WeakSet()
         self._running: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         self._closed = False
-        self._template = ChatTemplate(manifest.template, tokenizer) if manifest.template is not None else None
+        self._template: ChatTemplate | None = None
+        if manifest.template is not None:
+            self._template = ChatTemplate(manifest.template, tokenizer, manifest.reasoning)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -97,11 +101,11 @@ class Model:
             options: fields of `GenerationConfig`.
 
         Raises:
-            UsageError: an unknown option or wrong value, or an empty prompt.
+            UsageError: an unknown option or wrong value, one that means nothing to this model, or an empty prompt.
             ContextLengthError: the prompt leaves no room in the model's context.
             ClosedError: the model was closed.
         """
-        config = resolve_options(self.manifest.sampling, options)
+        config = self.resolve(options)
         self.require_open()
         prompt_ids = self._encode(prompt)
         self.require_fit(len(prompt_ids), "the prompt")
@@ -150,6 +154,12 @@ class Model:
 
     # For Chat: the parts of a generation.
 
+    def resolve(self, options: dict[str, Any]) -> GenerationConfig:
+        """The caller's options over the authors' over ours; raises UsageError as `stream` does."""
+        config = resolve_options(self.manifest.sampling, options)
+        require_applicable(config, self.manifest, self.name)
+        return config
+
     def create_sequence(self) -> CachedSequence:
         """A new KV cache on these weights."""
         self.require_open()
@@ -176,8 +186,15 @@ class Model:
     ) -> Iterator[Chunk]:
         """Generate on a sequence, chunk by chunk."""
         limits = Limits(frozenset(self.manifest.stop_token_ids), self.context_length, cancelled)
-        steps = generate_tokens(sequence, prompt_ids, config, limits)
-        return stream_text(steps, StreamDetokenizer(self.tokenizer, prompt_ids), config.stop)
+        forced: deque[int] = deque()
+        close_ids = encode_close_tag(self.manifest.reasoning, self.tokenizer)
+        return stream_text(
+            generate_tokens(sequence, prompt_ids, config, limits, forced),
+            StreamDetokenizer(self.tokenizer, prompt_ids),
+            config.stop,
+            ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids),
+            ReasoningBudget(config.max_reasoning_tokens, close_ids, forced),
+        )
 
     def require_open(self) -> None:
         """Raise ClosedError after `close`."""

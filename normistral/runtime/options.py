@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from normistral.errors import UsageError
-from normistral.manifest import SamplingDefaults
+from normistral.manifest import Manifest, SamplingDefaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,13 @@ class GenerationConfig:
         repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens seen before, prompt
             included (Keskar et al. 2019, as in transformers); 1 is off.
         seed: same seed, same input and same settings give the same text; None draws a new one.
-        stop: texts that end the answer; they are not part of it.
+        stop: texts that end the answer; they are not part of it, and mean nothing in the reasoning of a thinking model.
         ignore_eos: go on past stop tokens (for benchmarks).
         logprobs: report log-probabilities (nats, of the model's own distribution before any of the above): None not
             at all, n for the chosen token and the n most likely ones.
+        max_reasoning_tokens: of a thinking model: after so many tokens of reasoning its closing tag is written for it,
+            and the answer follows. 0 is no reasoning, None as much as it likes. Tags and reasoning count towards
+            `max_new_tokens` too.
     """
 
     max_new_tokens: int = 1024
@@ -43,6 +46,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    max_reasoning_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -58,6 +62,8 @@ class GenerationConfig:
             _require_int("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
             _require_int("logprobs", self.logprobs, 0, 100)
+        if self.max_reasoning_tokens is not None:
+            _require_int("max_reasoning_tokens", self.max_reasoning_tokens, 0, 2**31)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop must be texts that are not empty, not {self.stop!r}", "leave it out for none")
         if not isinstance(self.ignore_eos, bool):
@@ -86,6 +92,18 @@ def resolve_options(authors: SamplingDefaults, options: dict[str, Any]) -> Gener
     given = {**options, "stop": () if stop is None else stop}
     published = {field.name: value for field in fields(authors) if (value := getattr(authors, field.name)) is not None}
     return replace(GenerationConfig(), **(published | given))
+
+
+def require_applicable(config: GenerationConfig, manifest: Manifest, name: str) -> None:
+    """Refuse options that mean nothing to this model.
+
+    Raises:
+        UsageError: naming the option and the model.
+    """
+    if config.max_reasoning_tokens is not None and manifest.reasoning is None:
+        raise UsageError(
+            f"max_reasoning_tokens means nothing here: {name} is no model that marks its reasoning", "leave it out"
+        )
 
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:

@@ -37,9 +37,13 @@ class Sampler:
         if self._seen is not None:
             logits = penalise_repetition(logits, self._seen, self._config.repetition_penalty)
         token_id = int(np.argmax(logits)) if self._config.temperature == 0 else self._draw(logits)
+        self.observe(token_id)
+        return token_id
+
+    def observe(self, token_id: int) -> None:
+        """Take note of a token of the answer that was not drawn here."""
         if self._seen is not None:
             self._seen.add(token_id)
-        return token_id
 
     def _draw(self, logits: Logits) -> int:
         config = self._config

@@ -24,7 +24,7 @@ class StopTexts:
         if found:
             shown, self._held = self._held[: min(found)], ""
             return shown, True
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False
@@ -35,6 +35,6 @@ class StopTexts:
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`, and is not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

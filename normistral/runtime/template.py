@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from normistral.errors import NormistralError, TemplateError
-from normistral.manifest import Template
+from normistral.manifest import ReasoningMarkers, Template
 from normistral.runtime.encoding import ConversationEncoder
 from normistral.runtime.provenance import MESSAGE, TEMPLATE, UNKNOWN, TrackedText
 from normistral.runtime.render_budget import RenderBudget, spending
@@ -43,14 +43,16 @@ class ChatTemplate:
     Args:
         template: source and special tokens, from the manifest.
         tokenizer: the artifact's.
+        reasoning: the model's tags, from the manifest; where they are tokens no message can write them.
 
     Raises:
         TemplateError: the template has a syntax error, or uses what the sandbox does not offer.
     """
 
-    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+    def __init__(self, template: Template, tokenizer: Tokenizer, reasoning: ReasoningMarkers | None = None) -> None:
         self._template = template
-        self._encoder = ConversationEncoder(tokenizer, template.text)
+        tags = () if reasoning is None else (reasoning.open_id, reasoning.close_id)
+        self._encoder = ConversationEncoder(tokenizer, template.text, tags)
         self._compiled = _compile(template.text)
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:

@@ -51,7 +51,14 @@ Seed = Annotated[
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
 ]
+MaxReasoningTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Of a thinking model: end its reasoning after N tokens; 0 is none. Default: no limit."
+    ),
+]
+HideReasoning = Annotated[bool, typer.Option("--hide-reasoning", help="Do not show the reasoning of a thinking model.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON: text, finish_reason, timings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON: text, reasoning, timings.")]
 
 DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."

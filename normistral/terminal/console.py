@@ -5,13 +5,14 @@ It knows nothing of models; and nothing heavy, so that errors and the help come 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from normistral.errors import NormistralError, UsageError
 
@@ -76,23 +77,40 @@ def show_error(error: NormistralError) -> None:
 
 
 class AnswerWriter:
-    """Writes an answer to stdout piece by piece, harmless if stdout is a terminal and byte for byte if it is not."""
+    """Writes an answer to stdout piece by piece, harmless if stdout is a terminal and byte for byte if it is not.
 
-    def __init__(self) -> None:
+    Args:
+        reasoning: the stream for what the model thinks before it answers, dimmed and always harmless; None hides it.
+    """
+
+    def __init__(self, reasoning: TextIO | None = None) -> None:
         self._terminal = is_terminal(sys.stdout)
-        self._at_line_start = True
+        self._reasoning = reasoning
+        self._at_line_start = self._reasoning_at_line_start = True
 
-    def write(self, text: str) -> None:
-        """Write a piece, at once."""
+    def write(self, text: str, reasoning: str = "") -> None:
+        """Write a piece, at once: first what was thought, then what is said."""
+        if reasoning and self._reasoning is not None:
+            if self._terminal and not self._at_line_start:  # it thinks again in the midst of the answer
+                self.write("\n")
+            self._reasoning_at_line_start = reasoning.endswith("\n")
+            print(colour(harmless(reasoning), DIM, self._reasoning), end="", file=self._reasoning, flush=True)
         if text:
+            self._end_reasoning()
             self._at_line_start = text.endswith("\n")  # first, because Ctrl-C may come right after the writing
             sys.stdout.write(harmless(text) if self._terminal else text)
             sys.stdout.flush()
 
     def end(self) -> None:
         """Finish the last line, if it is not."""
+        self._end_reasoning()
         if not self._at_line_start:
             self.write("\n")
+
+    def _end_reasoning(self) -> None:
+        if not self._reasoning_at_line_start:
+            self._reasoning_at_line_start = True
+            print(file=self._reasoning, flush=True)
 
 
 def read_piped_prompt() -> str | None:
@@ -145,6 +163,11 @@ def print_lines(lines: Iterable[str]) -> None:
     """Lines of a result, on stdout; harmless if that is a terminal."""
     text = "\n".join(lines)
     print(harmless(text) if is_terminal(sys.stdout) else text, flush=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """A result for programs, on stdout; harmless if that is a terminal."""
+    print_lines([json.dumps(document, ensure_ascii=False, indent=2)])
 
 
 class WarningLines(logging.Handler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,10 +11,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from normistral.errors import ContextLengthError, NormistralError, UsageError
-from normistral.runtime.chunks import Timings
+from normistral.runtime.chunks import FinishReason, Timings
+from normistral.terminal.answers import describe_missing_answer
 from normistral.terminal.console import AnswerWriter, format_columns, print_lines, say, show_error, warn
 from normistral.terminal.conversations import load_conversation, save_conversation
 from normistral.terminal.line_editor import TEXT_BLOCK, LineEditor
+from normistral.terminal.tables import describe_timings
 
 if TYPE_CHECKING:
     from normistral.runtime.chat import Chat
@@ -50,10 +53,14 @@ class Repl:
         chat: the conversation; also of `model`.
         options: of every answer, as `Chat.stream` takes them.
         editor: reads the messages.
+        hide_reasoning: say that a thinking model thinks, and not what.
     """
 
-    def __init__(self, model: Model, chat: Chat, options: dict[str, Any], editor: LineEditor) -> None:
+    def __init__(
+        self, model: Model, chat: Chat, options: dict[str, Any], editor: LineEditor, *, hide_reasoning: bool = False
+    ) -> None:
         self._model, self._chat, self._options, self._editor = model, chat, options, editor
+        self._hide_reasoning = hide_reasoning
         self._totals = _Totals()
         self._context_left = chat.context_left  # counting it tokenises the conversation: once a turn is enough
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
@@ -104,15 +111,20 @@ class Repl:
         return " · ".join(parts)
 
     def _answer(self, message: str) -> None:
-        writer = AnswerWriter()
-        finish_reason = None
+        writer = AnswerWriter(None if self._hide_reasoning else sys.stdout)
+        finish_reason: FinishReason | None = None
+        thinking = thought = answered = False
         try:
             with _interruptible(self._chat.cancel) as interrupted:
                 stream = self._chat.stream(message, **self._options)
                 if interrupted():  # before there was anything to cancel: nothing was sent
                     return
                 for chunk in stream:
-                    writer.write(chunk.text)
+                    thinking, answered = chunk.reasoning_open, answered or chunk.text != ""
+                    if thinking and not thought and self._hide_reasoning:
+                        say("(thinking ...)")
+                    thought = thought or thinking
+                    writer.write(chunk.text, chunk.reasoning)
                     finish_reason = chunk.finish_reason
                     timings = chunk.timings
         except KeyboardInterrupt:  # a second Ctrl-C: the chat has kept the text so far
@@ -124,9 +136,13 @@ class Repl:
         finally:
             writer.end()
             self._context_left = self._chat.context_left
-        self._comment(finish_reason)
+        if finish_reason is not None and thinking and not answered:
+            warn(describe_missing_answer(finish_reason))
+            self._warn_of_little_context()
+        else:
+            self._comment(finish_reason)
 
-    def _comment(self, finish_reason: str | None) -> None:
+    def _comment(self, finish_reason: FinishReason | None) -> None:
         """Say what the answer does not: that it is not whole, or that the context fills up."""
         if finish_reason == "cancelled":
             say("(stopped; the text so far is part of the conversation, /undo takes it back)")
@@ -218,14 +234,6 @@ class Repl:
     def _system_message(self) -> str | None:
         messages = self._chat.messages
         return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-
-
-def describe_timings(timings: Timings) -> str:
-    """One line on a generation."""
-    return (
-        f"{timings.new_tokens} tokens, {timings.tokens_per_s:.1f} tokens/s, first token after {timings.ttft_s:.2f} s, "
-        f"prompt {timings.prompt_tokens} tokens ({timings.cached_tokens} from the cache)"
-    )
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from normistral.manifest import Manifest, RecipeRecord
+from normistral.manifest import Manifest, ReasoningMarkers, RecipeRecord
 from normistral.presets import PRESETS
-from normistral.runtime.chunks import Completion
+from normistral.runtime.chunks import Completion, Timings
 from normistral.store import StoredArtifact
 from normistral.terminal.console import format_columns
 from normistral.terminal.progress import format_bytes
@@ -86,6 +86,7 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
         ("stops at", f"token {', '.join(map(str, manifest.stop_token_ids))}"),
         ("begins with", _describe_bos(manifest)),
         ("template", "none" if manifest.template is None else f"from the {manifest.template.origin}"),
+        ("reasoning", _describe_reasoning(manifest.reasoning)),
         ("sampling", _describe_sampling(manifest)),
         ("quality", "not measured" if not manifest.quality else _listed(manifest.quality)),
         *((("note" if i == 0 else ""), note) for i, note in enumerate(manifest.notes)),
@@ -100,10 +101,20 @@ def completion_document(completion: Completion) -> dict[str, Any]:
     """A whole answer for programs; times in seconds."""
     return {
         "text": completion.text,
+        "reasoning": completion.reasoning,
+        "reasoning_open": completion.reasoning_open,
         "finish_reason": completion.finish_reason,
         "token_ids": list(completion.token_ids),
         "timings": asdict(completion.timings) | {"tokens_per_s": completion.timings.tokens_per_s},
     }
+
+
+def describe_timings(timings: Timings) -> str:
+    """One line on a generation."""
+    return (
+        f"{timings.new_tokens} tokens, {timings.tokens_per_s:.1f} tokens/s, first token after {timings.ttft_s:.2f} s, "
+        f"prompt {timings.prompt_tokens} tokens ({timings.cached_tokens} from the cache)"
+    )
 
 
 def describe_weights(recipe: RecipeRecord) -> str:
@@ -127,6 +138,13 @@ def _describe_bos(manifest: Manifest) -> str:
         return "nothing: the model has no beginning-of-sequence token"
     how = "put before plain text" if manifest.adds_bos else "not put before text by the tokenizer"
     return f"token {manifest.bos_token_id}, {how}"
+
+
+def _describe_reasoning(markers: ReasoningMarkers | None) -> str:
+    if markers is None:
+        return "none marked"
+    how = "found in the text" if markers.open_id is None else f"tokens {markers.open_id} and {markers.close_id}"
+    return f"between {markers.open} and {markers.close}, {how}"
 
 
 def _describe_sampling(manifest: Manifest) -> str:
