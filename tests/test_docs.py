@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from scripted_cli import TESTS
+from scripted_cli import TESTS, make_artifact
 from scripted_models import make_base_model
 
 from normistral.export.recipe import Recipe
@@ -131,6 +131,8 @@ def test_an_answer_without_a_newline_ends_at_the_cap(base_model, example):
 
 
 def test_the_shell_line_prints_the_translation_alone(tmp_path):
+    (name,) = re.findall(r"normistral generate (\S+)", code_block("sh"))
+    make_artifact(tmp_path / "artifacts" / name, role="base", template=None)
     settings = json.dumps({"folder": str(tmp_path), "answers": [ANSWERS["Bokmål"]], "after": "Good morning.\nBokmål:"})
     normistral = shlex.join([sys.executable, str(TESTS / "scripted_cli.py"), settings])
     done = subprocess.run(
