@@ -318,7 +318,9 @@ def test_truncated_and_flipped_torch_files(tmp_path: Path) -> None:
     assert refused > 10  # the zip format does not use every byte; none ends in a traceback
 
 
-def test_checking_a_safetensors_folder_imports_no_torch(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_checking_a_folder_imports_no_torch(tmp_path: Path, safetensors: bool) -> None:
+    model = make_mistral(tmp_path / "model", safetensors=safetensors, shards=2)
     (tmp_path / "workspace").mkdir()
     code = (
         "import sys; from pathlib import Path\n"

@@ -21,10 +21,9 @@ from normistral.export.config import architecture_of, expected_tensors, read_jso
 from normistral.export.gguf import convert_gguf
 from normistral.export.locate import Located
 from normistral.export.progress import Progress
+from normistral.export.tensor import Dtype, Tensor
 from normistral.export.vocabulary import TOKENIZER_FILES, Vocabulary, convert_sentencepiece, read_vocabulary
 from normistral.export.weights import (
-    Dtype,
-    Tensor,
     check_tensors,
     has_separate_output,
     read_tensors,

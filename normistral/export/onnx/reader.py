@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError
-from normistral.export.weights import Tensor, load_torch_file, read_tensors, with_prefix
+from normistral.export.tensor import Tensor
+from normistral.export.weights import read_tensors, with_prefix
 
 Rows = NDArray[np.float32]
 
@@ -30,7 +31,6 @@ class WeightReader:
             CheckpointError: as `read_tensors`.
         """
         self._tensors = with_prefix(read_tensors(folder))
-        self._torch_files: dict[Path, dict[str, Any]] = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored, [out, in] for a matrix."""
@@ -46,7 +46,7 @@ class WeightReader:
     def read(self, name: str) -> Rows:
         """A whole tensor; for vectors and small matrices."""
         tensor = self._tensors[name]
-        return self._read_rows(name, tensor, 0, tensor.shape[0])
+        return self._read_rows(tensor, 0, tensor.shape[0])
 
     def blocks(self, names: Sequence[str]) -> Iterator[Rows]:
         """Matrices [out, in] below each other, in blocks of rows: float32 [rows, in]. A block never spans two."""
@@ -54,11 +54,9 @@ class WeightReader:
             tensor = self._tensors[name]
             rows = max(1, _BLOCK_VALUES // tensor.shape[1])
             for start in range(0, tensor.shape[0], rows):
-                yield self._read_rows(name, tensor, start, min(start + rows, tensor.shape[0]))
+                yield self._read_rows(tensor, start, min(start + rows, tensor.shape[0]))
 
-    def _read_rows(self, name: str, tensor: Tensor, start: int, stop: int) -> Rows:
-        if tensor.start is None:
-            return self._read_torch_rows(name, tensor, start, stop)
+    def _read_rows(self, tensor: Tensor, start: int, stop: int) -> Rows:
         row_values = int(np.prod(tensor.shape[1:], dtype=np.int64))
         row_bytes = tensor.nbytes // max(1, tensor.shape[0])
         count = (stop - start) * row_values
@@ -68,12 +66,6 @@ class WeightReader:
         if values.size != count:
             raise CheckpointError(f"{tensor.file.name} ended while it was read", "download or copy the file again")
         return _to_float32(values, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
-
-    def _read_torch_rows(self, name: str, tensor: Tensor, start: int, stop: int) -> Rows:
-        state = self._torch_files.get(tensor.file)
-        if state is None:
-            state = self._torch_files[tensor.file] = with_prefix(load_torch_file(tensor.file))
-        return np.asarray(state[name][start:stop].float().numpy())
 
 
 def _to_float32(values: NDArray[Any], dtype: str) -> Rows:
