@@ -203,6 +203,7 @@ def _write_weights(
             if not np.isfinite(values).all():
                 raise CheckpointError(f"{gguf.path.name}: {name} holds values that are not finite", _AGAIN)
             file.write(np.ascontiguousarray(values).data)
+            del values  # before the next one is unpacked
             on_bytes(tensor.nbytes)
 
 
