@@ -155,7 +155,7 @@ BROKEN_TORCH: dict[str, bytes] = {
     "zip64 with an empty field": _with(data_0=Part(_BYTES, header=2**32 - 1, extra=struct.pack("<2H", 1, 0))),
     "entry beyond the file": _with(data_0=Part(_BYTES, size=2**31)),
     "entry of 2^63 bytes": _with(data_0=Part(_BYTES, size=2**32 - 1, extra=_ZIP64_SIZES)),
-    "entry over the next one": zipped({"x/data/0": Part(_BYTES, size=40), "x/data.pkl": _GOOD_PICKLE}),
+    "entry over the next one": zipped({"x/data/0": Part(_BYTES, size=100), "x/data.pkl": _GOOD_PICKLE}),
     "2^16 - 1 entries": zipped(_PARTS, count=2**16 - 1),
     "2^64 - 1 entries": zipped(_PARTS, count=2**64 - 1),
     "no entries in the count": zipped(_PARTS, count=0),

@@ -176,6 +176,13 @@ def test_unknown_pre_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
         open_gguf(path, tmp_path / "workspace")
 
 
+def test_a_vocabulary_that_would_take_for_ever_is_refused(model: Path, tmp_path: Path) -> None:
+    vocabulary = byte_level_vocabulary(model)
+    vocabulary["tokens"][-1] = "a" * 1025
+    with pytest.raises(CheckpointError, match="a token of over 1024 characters"):
+        open_gguf(write_gguf(tmp_path / "a.gguf", model, vocabulary), tmp_path / "workspace")
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "bloom", "gemma3"])
 def test_other_architecture_is_named_beside_what_is_supported(model: Path, tmp_path: Path, architecture: str) -> None:
     path = write_gguf(tmp_path / "a.gguf", model, byte_level_vocabulary(model), architecture=architecture)

@@ -151,6 +151,40 @@ def test_a_broken_file_is_refused_at_once_and_in_little_memory(kind: str, name: 
     refusal(read, path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "reason"),
+    [
+        ("safetensors", "a name twice", "not valid JSON: it has one name twice"),
+        ("safetensors", "objects 100,000 deep", "nested too deeply"),
+        ("safetensors", "overlap", "its tensors overlap or leave gaps"),
+        ("safetensors", "product that wraps to 2", "'a' has 8 bytes, but its shape needs"),
+        ("gguf", "overlap", "tensors overlap"),
+        ("gguf", "one key twice", "two values of the name 'general.architecture'"),
+        ("gguf", "offset between two lines", "'a' begins at byte 4, no multiple of 32"),
+        ("gguf", "alignment 0", "alignment 0"),
+        ("gguf", "name with line ends", r"'a\nhint: all is well\n' begins at"),
+        ("bin", "entry over the next one", "entries overlap"),
+        ("bin", "storage twice", "two entries have the name 'x/data/0'"),
+        ("bin", "absolute name", "an entry has the name '/etc/passwd'"),
+        ("bin", "storage is compressed", "the entry 'x/data/0' is compressed"),
+        ("bin", "pickle is encrypted", "the entry 'x/data.pkl' is encrypted"),
+        ("bin", "another name in the file", "the entry 'x/data/0' differs from the table of contents"),
+        ("bin", "2^64 - 1 entries", "its table of contents is cut"),
+        ("bin", "big-endian", "was written with the byte order 'big'"),
+        ("bin", "missing storage", "the bytes of 'a' are missing"),
+        ("bin", "offset beyond the storage", "'a' does not fit in the 16 bytes that are there for it"),
+        ("bin", "expanded", "'a' is stored transposed, cut or repeated"),
+        ("bin", "one name twice", "it holds two values of the name 'a'"),
+        ("bin", "more operations than tensors need", "more than 131072 operations"),
+    ],
+)
+def test_the_refusal_says_what_is_wrong(kind: str, name: str, reason: str, tmp_path: Path) -> None:
+    read, files, _ = READERS[kind]
+    path = tmp_path / f"broken.{kind}"
+    path.write_bytes(files[name])
+    assert reason in refusal(read, path)
+
+
 def test_no_broken_file_needs_address_space(tmp_path: Path) -> None:
     """As above, where numpy, mmap and the zip and pickle readers cannot hide what they take from tracemalloc."""
     command = [sys.executable, str(TESTS / "measure_refusals.py"), str(tmp_path)]

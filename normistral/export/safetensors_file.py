@@ -32,7 +32,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except OSError as exc:
         raise CheckpointError(f"cannot read {path}: {exc.strerror}", "check the file's permissions") from exc
     except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path.name} is damaged: its header is not valid JSON", _AGAIN) from exc
+        reason = "nested too deeply" if isinstance(exc, RecursionError) else ascii(str(exc))[1:-1][:120]
+        raise CheckpointError(f"{path.name} is damaged: its header is not valid JSON: {reason}", _AGAIN) from exc
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name} is damaged: its header is not an object", _AGAIN)
     header.pop("__metadata__", None)
@@ -65,7 +66,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        raise ValueError("one name twice")
+        raise ValueError("it has one name twice")
     return document
 
 

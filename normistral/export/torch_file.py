@@ -83,8 +83,9 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
             try:
                 entries = read_entries(file, size)
             except (ValueError, struct.error) as exc:
+                reason = exc if isinstance(exc, ValueError) else "its table of contents is cut"
                 raise CheckpointError(
-                    f"{path.name} is truncated, damaged, or in torch's format from before version 1.6: {exc}",
+                    f"{path.name} is truncated, damaged, or in torch's format from before version 1.6: {reason}",
                     f"{_AGAIN}, or save it anew with a current torch",
                 ) from exc
             return _read_tensors(path, file, entries)
