@@ -10,9 +10,10 @@ from functools import cache
 
 import pytest
 from family_cells import FORMATS, WEIGHTS, make_cell
-from tiny_family import ROWS, make_tiny, shape_of, stops_of
+from tiny_family import ROWS, make_tiny, positions_of, shape_of, stops_of
 
 import normistral
+from normistral.export.recipe import FUSED_CONTEXT, UNSTATED_CONTEXT
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +47,22 @@ def test_the_artifact_says_what_the_checkpoint_is(cell):
     assert (manifest.template is None) == (preset.role == "base")
     assert set(manifest.stop_token_ids) == stops_of(preset)
     assert manifest.bos_token_id == shape.bos_id
+    assert (manifest.reasoning is not None) == (preset.name == "11b-thinking")
 
 
-def test_a_million_positions_need_no_table(cell):
+def test_the_context_is_the_checkpoints_and_a_million_positions_need_no_table(cell):
     preset, made = cell
-    if preset.context_length is None or preset.context_length < 10**6:
-        largest = made.manifest.context_length
-        assert largest <= 8192
-        return
-    expected = 1_024_000 if made.manifest.format == "openvino" else 32768
-    assert made.manifest.context_length == expected
-    table = 4 * made.manifest.context_length * made.manifest.architecture.head_dim
-    small = {name: record.size for name, record in made.manifest.files.items() if "token" not in name}
-    parameters = made.manifest.architecture.parameters
-    allowed = parameters * 1.5 + (table if made.manifest.format == "onnx" else 0) + 2**20
-    assert sum(small.values()) < allowed < parameters * 1.5 + 4 * 1_024_000 * 16
+    manifest, positions = made.manifest, positions_of(preset)
+    table = 0  # bytes of rotary angles
+    if positions is None:
+        assert manifest.context_length == UNSTATED_CONTEXT
+    elif manifest.format == "openvino":
+        assert manifest.context_length == positions
+    else:
+        assert manifest.context_length == min(positions, FUSED_CONTEXT)
+        table = 4 * manifest.context_length * manifest.architecture.head_dim
+    size = sum(record.size for name, record in manifest.files.items() if "token" not in name)
+    assert size <= 1.5 * manifest.architecture.parameters + table + 2**20
 
 
 def test_chat_models_answer_and_base_models_complete(cell):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tiny_models import TEMPLATE, make_llama
 from normistral.errors import CheckpointError, NormistralError, ResourceError, UnsupportedArchitectureError
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.config import read_json
+from normistral.export.gguf import convert_gguf
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress
 from normistral.manifest import sha256_file
@@ -173,10 +176,50 @@ def test_unknown_pre_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
         open_gguf(path, tmp_path / "workspace")
 
 
-def test_other_architecture_is_named(model: Path, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "a.gguf", model, byte_level_vocabulary(model), architecture="qwen2")
-    with pytest.raises(UnsupportedArchitectureError, match="architecture 'qwen2'"):
+def test_a_vocabulary_that_would_take_for_ever_is_refused(model: Path, tmp_path: Path) -> None:
+    vocabulary = byte_level_vocabulary(model)
+    vocabulary["tokens"][-1] = "a" * 1025
+    with pytest.raises(CheckpointError, match="a token of over 1024 characters"):
+        open_gguf(write_gguf(tmp_path / "a.gguf", model, vocabulary), tmp_path / "workspace")
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "bloom", "gemma3"])
+def test_other_architecture_is_named_beside_what_is_supported(model: Path, tmp_path: Path, architecture: str) -> None:
+    path = write_gguf(tmp_path / "a.gguf", model, byte_level_vocabulary(model), architecture=architecture)
+    with pytest.raises(UnsupportedArchitectureError, match=f"architecture '{architecture}'") as caught:
         open_gguf(path, tmp_path / "workspace")
+    assert "supported is: llama" in caught.value.hint
+    assert list((tmp_path / "workspace").iterdir()) == []
+
+
+def test_weights_are_unpacked_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No unpacked matrix outlives the next, and the most that is held is a few copies of the largest one."""
+    folder = make_llama(tmp_path / "model", layers=20, hidden=128, feed_forward=512, head_dim=32, vocab=262)
+    vocabulary = byte_level_vocabulary(folder)
+    vocabulary["tokens"][-1] = "ĠĠ"
+    path = write_gguf(tmp_path / "deep.gguf", folder, vocabulary, packed=True)
+    unpacked: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+    dequantize = gguf.dequantize
+
+    def counting(*arguments: Any) -> np.ndarray:
+        alive.append(sum(values() is not None for values in unpacked))
+        values = dequantize(*arguments)
+        unpacked.append(weakref.ref(values))
+        return values
+
+    monkeypatch.setattr(gguf, "dequantize", counting)
+    tracemalloc.start()
+    try:
+        convert_gguf(path, tmp_path / "unpacked", progress=NoProgress())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    written = (tmp_path / "unpacked" / "model.safetensors").stat().st_size
+    assert len(unpacked) == 20 * 9 + 3
+    assert max(alive) == 0
+    largest = 512 * 128 * 4
+    assert peak < 8 * largest < written / 8  # its packed bytes, the unpacking's own steps, the rows put in order
 
 
 def test_too_little_memory_is_said_with_numbers(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,10 +53,7 @@ def make_tiny(preset: Preset, folder: Path) -> Path:
         "shards": files,
         "dtype": "float32" if kind == "gguf" else "bfloat16",
     }
-    if preset.context_length is not None and preset.context_length <= 2**16:
-        sizes["positions"] = CHAT_POSITIONS if preset.role == "chat" else POSITIONS
-    else:
-        sizes["positions"] = ROWS["11b-warm"].context_length
+    sizes["positions"] = positions_of(preset)
     make = make_llama if shape.architecture == "LlamaForCausalLM" else make_mistral
     if make is make_mistral:
         sizes["sliding_window"] = None if shape.sliding_window is None else WINDOW
@@ -73,12 +70,22 @@ def make_tiny(preset: Preset, folder: Path) -> Path:
     return as_gguf(folder) if kind == "gguf" else folder
 
 
+def positions_of(preset: Preset) -> int | None:
+    """max_position_embeddings of the tiny checkpoint; None with ALiBi."""
+    shape = shape_of(preset)
+    if shape.rope_theta is None:
+        return None
+    if preset.context_length is None or preset.context_length > 2**16:
+        return ROWS["11b-warm"].context_length
+    return CHAT_POSITIONS if preset.role == "chat" else POSITIONS
+
+
 def stops_of(preset: Preset) -> set[int]:
-    """Tokens that end an answer: a chat model's files name `</s>` (2) and `<|im_end|>` (4), a .gguf file one alone."""
+    """Tokens that end an answer: `</s>` (2) and in ChatML `<|im_end|>` (4), in different files; a .gguf file names one."""
     shape = shape_of(preset)
     if shape.weight_files[1] == "gguf":
         return {4}
-    return {2, 4} if preset.role == "chat" else {shape.eos_id}
+    return {2, 4} if preset.name == "7b-warm-instruct" else {shape.eos_id}
 
 
 def as_gguf(folder: Path) -> Path:

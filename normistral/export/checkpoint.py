@@ -24,10 +24,9 @@ from normistral.export.fields import read_token_ids
 from normistral.export.gguf import convert_gguf
 from normistral.export.locate import Located
 from normistral.export.progress import Progress
+from normistral.export.tensor import Dtype, Tensor
 from normistral.export.vocabulary import TOKENIZER_FILES, Vocabulary, convert_sentencepiece, read_vocabulary
 from normistral.export.weights import (
-    Dtype,
-    Tensor,
     check_tensors,
     has_separate_output,
     read_tensors,

@@ -3,7 +3,7 @@
 The file is read here, and not through transformers' GGUF support, for three reasons: transformers parses the whole
 metadata three times with a reader that takes seconds for a vocabulary of 50,000; its tokenizer conversion confuses BOS
 and EOS and ignores the pre-tokenizer's name; and a damaged file ends in a traceback. The package `gguf` supplies the
-arithmetic of the quantised formats. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+arithmetic of the quantised formats.
 
 The weights come out as float32, so nothing is lost on top of what the file's own quantisation lost.
 """
@@ -12,26 +12,22 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import re
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError, UnsupportedArchitectureError
 from normistral.export.config import count_parameters, expected_tensors, sanitise_config
+from normistral.export.gguf_file import GgufFile, GgufTensor, read_gguf
 from normistral.export.gguf_tokenizer import write_tokenizer
 from normistral.export.progress import Progress
 from normistral.hardware import available_memory_bytes
 
 _AGAIN = "download or copy the file again"
 _ORIGINAL = "export the original checkpoint instead of the .gguf file"
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
-_MAX_ENTRIES = 2**24
 _MARGIN_BYTES = 2**30  # the converter itself, and the largest tensor while it is unpacked
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -50,25 +46,6 @@ _NAMES = {
     "output.weight": "lm_head.weight",
 }
 _LAYER = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
-
-
-@dataclass(frozen=True, slots=True)
-class GgufTensor:
-    """One tensor: shape [out, in] as torch writes it, ggml's type number, and its bytes' place in the file."""
-
-    shape: tuple[int, ...]
-    ggml_type: int
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class GgufFile:
-    """The header of a .gguf file."""
-
-    path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, GgufTensor]
 
 
 def convert_gguf(path: Path, folder: Path, *, progress: Progress) -> tuple[str, ...]:
@@ -92,110 +69,6 @@ def convert_gguf(path: Path, folder: Path, *, progress: Progress) -> tuple[str, 
     with progress.stage("Unpacking the GGUF weights", path.stat().st_size, "bytes") as stage:
         _write_weights(gguf, config, sources, folder / "model.safetensors", stage.advance)
     return notes
-
-
-def read_gguf(path: Path) -> GgufFile:
-    """Read metadata and tensor table; every length is checked against the file's size.
-
-    Raises:
-        CheckpointError: not a whole little-endian GGUF file of version 2 or 3.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            if size < 24 or file.read(4) != b"GGUF":
-                raise CheckpointError(f"{path.name} is not a GGUF file", "give a .gguf file")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(path, data).read()
-    except OSError as exc:
-        raise CheckpointError(f"cannot read {path}: {exc.strerror}", "check the file's permissions") from exc
-    except (struct.error, ValueError, IndexError, OverflowError, RecursionError) as exc:
-        raise CheckpointError(f"{path.name} is truncated or damaged: {exc}", _AGAIN) from exc
-
-
-class _Reader:
-    """Walks the header; raises ValueError or struct.error at the first thing that cannot be."""
-
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.position = path, data, 4
-
-    def read(self) -> GgufFile:
-        version = self._scalar("<I")
-        if version not in (2, 3):
-            raise ValueError(f"GGUF version {version}, but 2 and 3 are known")
-        tensor_count, entry_count = self._count(), self._count()
-        metadata: dict[str, Any] = {}
-        for _ in range(entry_count):
-            key = self._string()
-            metadata[key] = self._value(self._scalar("<I"))
-        table = [self._tensor_entry() for _ in range(tensor_count)]
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment <= 0:
-            raise ValueError(f"alignment {alignment}")
-        data_start = -(-self.position // alignment) * alignment
-        tensors = {name: self._place(name, shape, kind, data_start + offset) for name, shape, kind, offset in table}
-        if len(tensors) != tensor_count:
-            raise ValueError("two tensors of one name")
-        return GgufFile(self.path, metadata, tensors)
-
-    def _place(self, name: str, shape: tuple[int, ...], ggml_type: int, start: int) -> GgufTensor:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
-        if not shape or shape[-1] % block or math.prod(shape) > 2**40:
-            raise ValueError(f"{name} has the impossible shape {list(shape)}")
-        nbytes = math.prod(shape) // block * block_bytes
-        if start + nbytes > len(self.data):
-            raise ValueError(f"{name} ends at byte {start + nbytes} of {len(self.data)}")
-        return GgufTensor(shape, ggml_type, start, nbytes)
-
-    def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._string()
-        dimensions = self._scalar("<I")
-        if dimensions > 4:
-            raise ValueError(f"{name} has {dimensions} dimensions")
-        shape = tuple(self._scalar("<Q") for _ in range(dimensions))[::-1]  # ggml names the fastest one first
-        return name, shape, self._scalar("<I"), self._scalar("<Q")
-
-    def _value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self._string()
-        if kind != _ARRAY:
-            return self._scalar(_scalar_format(kind))
-        item = self._scalar("<I")
-        count = self._count()
-        if item == _STRING:
-            return [self._string() for _ in range(count)]
-        layout = f"<{count}{_scalar_format(item)[1]}"
-        values = struct.unpack_from(layout, self.data, self.position)
-        self.position += struct.calcsize(layout)
-        return list(values)
-
-    def _count(self) -> int:
-        count: int = self._scalar("<Q")
-        if count > min(_MAX_ENTRIES, len(self.data)):
-            raise ValueError(f"a count of {count} at byte {self.position - 8}")
-        return count
-
-    def _string(self) -> str:
-        length = self._scalar("<Q")
-        end = self.position + length
-        if end > len(self.data):
-            raise ValueError(f"a string of {length} bytes at byte {self.position} of {len(self.data)}")
-        text = self.data[self.position : end].decode("utf-8")
-        self.position = end
-        return text
-
-    def _scalar(self, layout: str) -> Any:
-        (value,) = struct.unpack_from(layout, self.data, self.position)
-        self.position += struct.calcsize(layout)
-        return value
-
-
-def _scalar_format(kind: int) -> str:
-    if kind not in _SCALARS:
-        raise ValueError(f"a value of the unknown type {kind}")
-    return _SCALARS[kind]
 
 
 def _config(gguf: GgufFile) -> dict[str, Any]:
@@ -330,6 +203,7 @@ def _write_weights(
             if not np.isfinite(values).all():
                 raise CheckpointError(f"{gguf.path.name}: {name} holds values that are not finite", _AGAIN)
             file.write(np.ascontiguousarray(values).data)
+            del values  # before the next one is unpacked
             on_bytes(tensor.nbytes)
 
 

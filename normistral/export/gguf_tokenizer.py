@@ -8,6 +8,8 @@ one splits words differently from how the model learnt them, and nothing else wo
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ _SPLITS = {"llama-bpe": (_LLAMA3,), "llama3": (_LLAMA3,), "tekken": (_TEKKEN,), 
 _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "tekken")  # they look a word up before merging, and add BOS by default
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact")
 _GPT2 = ("gpt-2", "gpt2")
+_MAX_TOKEN_CHARACTERS = 1024  # every way to cut a token in two is looked up
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: Path) -> tuple[str, ...]:
@@ -52,6 +55,8 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> tuple[str, ...]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise CheckpointError("the .gguf file has no vocabulary", _ORIGINAL)
+    if any(len(token) > _MAX_TOKEN_CHARACTERS for token in tokens):
+        raise CheckpointError(f"the .gguf file has a token of over {_MAX_TOKEN_CHARACTERS} characters", _ORIGINAL)
     if len(set(tokens)) != len(tokens):
         raise CheckpointError("the .gguf file's vocabulary has the same token twice", _ORIGINAL)
     if metadata.get("tokenizer.ggml.add_eos_token") is True:
@@ -84,13 +89,15 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> tuple[str, ...]:
     settings |= {name: content for name, content in specials.items() if content is not None}
     template = metadata.get("tokenizer.chat_template")
     if template is not None:
+        if not isinstance(template, str):
+            raise CheckpointError("the .gguf file's chat template is no text", _ORIGINAL)
         settings["chat_template"] = template
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     return notes
 
 
-def _byte_level_bpe(tokens: list[str], merges: list[Any], pre: object) -> Any:
+def _byte_level_bpe(tokens: list[str], merges: Sequence[Any], pre: object) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
@@ -113,7 +120,7 @@ def _byte_level_bpe(tokens: list[str], merges: list[Any], pre: object) -> Any:
     return tokenizer
 
 
-def _sentencepiece_bpe(metadata: dict[str, Any], tokens: list[str], scores: list[Any]) -> Any:
+def _sentencepiece_bpe(metadata: dict[str, Any], tokens: list[str], scores: Sequence[Any]) -> Any:
     """A Llama 2 tokenizer, put together as its published tokenizer.json is; merges follow from the scores."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -148,7 +155,7 @@ def _add_special_tokens(tokenizer: Any, metadata: dict[str, Any], tokens: list[s
     from tokenizers import AddedToken
 
     types = metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(types, list) or len(types) != len(tokens):
+    if not isinstance(types, array) or len(types) != len(tokens):
         raise CheckpointError("the .gguf file does not say which of its tokens are special", _ORIGINAL)
     added = [
         AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
@@ -177,8 +184,8 @@ def _token(metadata: dict[str, Any], tokens: list[str], key: str) -> str | None:
     return tokens[token_id]
 
 
-def _list(metadata: dict[str, Any], key: str, *, len_at_least: int) -> list[Any]:
+def _list(metadata: dict[str, Any], key: str, *, len_at_least: int) -> Sequence[Any]:
     values = metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(values, list) or len(values) < len_at_least:
+    if not isinstance(values, list | array) or len(values) < len_at_least:
         raise CheckpointError(f"the .gguf file's tokenizer has no {key} for its {len_at_least} tokens", _ORIGINAL)
     return values

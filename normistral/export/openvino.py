@@ -2,7 +2,7 @@
 
 The export configuration, the patches that make a model traceable and the stateful KV cache are Optimum's. Its
 `export_from_model` is not used: it writes the whole checkpoint out as a bf16 IR and reads that back before NNCF rounds
-it. Here NNCF rounds the traced graph itself, whose constants are the memory-mapped safetensors: no temporary copy of
+it. Here NNCF rounds the traced graph itself, whose constants are the memory-mapped weight files: no temporary copy of
 the weights, neither on disk nor in memory.
 
 It does not know what else an artifact holds.

@@ -10,6 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ExportError, first_line
+from normistral.export.config import read_json
+from normistral.export.families import find_family
+from normistral.export.families.base import OUTPUT_LAYER
+from normistral.export.tensor import map_tensor, shown
+from normistral.export.weights import read_tensors, with_prefix
 from normistral.hardware import available_memory_bytes
 from normistral.manifest import Architecture
 
@@ -42,8 +47,10 @@ def fits_for_running(architecture: Architecture) -> bool:
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:
-    """The checkpoint as a transformers model; safetensors stay memory-mapped when `dtype` is their own.
+    """The checkpoint as a transformers model whose parameters are the mapped file when `dtype` is their own.
 
+    Nothing is read before it is used, and a page that was read can be dropped again: the model takes address space and
+    no memory. (transformers' own loader does so for safetensors, but runs torch's unpickler on a .bin file.)
     Runs no code of the checkpoint and asks no network.
 
     Args:
@@ -51,20 +58,34 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
         dtype: "float32", "float16" or "bfloat16".
 
     Raises:
-        ExportError: transformers cannot load it.
+        CheckpointError: as `read_tensors`.
+        ExportError: transformers cannot build the model, or it does not have the checkpoint's tensors.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    kind = getattr(torch, dtype)
+    family = find_family(read_json(folder / "config.json"))
+    stored = with_prefix(read_tensors(folder), family)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+        if config.tie_word_embeddings:
+            stored.pop(OUTPUT_LAYER, None)  # a copy of the embedding
+        values = {name: map_tensor(tensor).to(kind) for name, tensor in stored.items() if not family.is_computed(name)}
+        unknown = model.load_state_dict(values, strict=False, assign=True).unexpected_keys
+        model.tie_weights()
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
         raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
+    absent = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if absent or unknown:
+        raise ExportError(
+            f"transformers' {type(model).__name__} and the weights differ: "
+            f"{len(absent)} tensors are missing, {len(unknown)} left over; first {shown([*absent, *unknown][0])}",
+            "config.json and weights belong to different models",
+        )
     return model.eval()
 
 

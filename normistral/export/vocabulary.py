@@ -183,16 +183,17 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _closing_tokens(template: str | None, tokenizer: Any) -> Iterator[int]:
-    """Special tokens that stand right after a message's content in the template: a model ends its turn with them.
+    """The special token that stands right after a message's content in the template: a model ends its turn with it.
 
-    Not the end of its reasoning, which may stand there too (`message.reasoning_content + '</think>'`).
+    Where every role has a token of its own there, what ends the model's turn cannot be told from them. The end of its
+    reasoning is none: it may stand there too (`message.reasoning_content + '</think>'`).
     """
     if template is None:
         return
     added = _added_tokens(tokenizer)
-    for match in _AFTER_CONTENT.finditer(template):
-        if match["token"] in added and match["token"] not in (_OPEN, _CLOSE):
-            yield added[match["token"]]
+    found = {match["token"] for match in _AFTER_CONTENT.finditer(template)} & (added.keys() - {_OPEN, _CLOSE})
+    if len(found) == 1:
+        yield added[found.pop()]
 
 
 def _reasoning_markers(template: str | None, tokenizer: Any) -> ReasoningMarkers | None:

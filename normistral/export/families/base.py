@@ -46,3 +46,7 @@ class Family:
     layer_tensors: Callable[[Config], Shapes]
     layer_prefix: str
     computed: re.Pattern[str] | None = None
+
+    def is_computed(self, name: str) -> bool:
+        """Whether a tensor of this name is one of `computed`."""
+        return self.computed is not None and self.computed.search(name) is not None

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError
 from normistral.export.families.base import Family
-from normistral.export.weights import Tensor, load_torch_file, read_tensors, with_prefix
+from normistral.export.tensor import Tensor
+from normistral.export.weights import read_tensors, with_prefix
 
 Rows = NDArray[np.float32]
 
@@ -30,73 +31,57 @@ class WeightReader:
         Raises:
             CheckpointError: as `read_tensors`.
         """
-        self._family = family
         self._tensors = with_prefix(read_tensors(folder), family)
-        self._torch_files: dict[Path, dict[str, Any]] = {}
-        self._views: dict[str, tuple[str, tuple[range, ...]]] = {}
+        self._views: dict[str, tuple[Tensor, tuple[range, ...]]] = {}
 
     def add_view(self, name: str, whole: str, rows: Sequence[range]) -> None:
         """Give some rows of a tensor, in the order of `rows`, a name of their own; they can be read like a tensor."""
-        self._views[name] = (whole, tuple(rows))
+        self._views[name] = (self._tensors[whole], tuple(rows))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored, [out, in] for a matrix."""
-        whole, rows = self._place(name)
-        return (sum(map(len, rows)), *self._tensors[whole].shape[1:])
+        tensor, rows = self._place(name)
+        return (sum(map(len, rows)), *tensor.shape[1:])
 
     def __contains__(self, name: str) -> bool:
-        return self._place(name)[0] in self._tensors
+        return name in self._views or name in self._tensors
 
     def nbytes(self, names: Sequence[str]) -> int:
         """Stored size of some tensors."""
-        return sum(self._row_bytes(name) * self.shape(name)[0] for name in names)
+        return sum(self._place(name)[0].row_bytes * self.shape(name)[0] for name in names)
 
     def read(self, name: str) -> Rows:
         """A whole tensor; for vectors and small matrices."""
-        whole, rows = self._place(name)
-        parts = [self._read_rows(whole, self._tensors[whole], part.start, part.stop) for part in rows]
+        tensor, rows = self._place(name)
+        parts = [self._read_rows(tensor, part.start, part.stop) for part in rows]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def blocks(self, names: Sequence[str]) -> Iterator[Rows]:
         """Matrices [out, in] below each other, in blocks of rows: float32 [rows, in]. A block never spans two."""
         for name in names:
-            whole, parts = self._place(name)
-            tensor = self._tensors[whole]
+            tensor, parts = self._place(name)
             rows = max(1, _BLOCK_VALUES // tensor.shape[1])
             for part in parts:
                 for start in range(part.start, part.stop, rows):
-                    yield self._read_rows(whole, tensor, start, min(start + rows, part.stop))
+                    yield self._read_rows(tensor, start, min(start + rows, part.stop))
 
-    def _place(self, name: str) -> tuple[str, tuple[range, ...]]:
+    def _place(self, name: str) -> tuple[Tensor, tuple[range, ...]]:
         """The stored tensor, and which of its rows are meant."""
         view = self._views.get(name)
         if view is not None:
             return view
-        tensor = self._tensors.get(name)
-        return name, () if tensor is None else (range(tensor.shape[0]),)
+        tensor = self._tensors[name]
+        return tensor, (range(tensor.shape[0]),)
 
-    def _row_bytes(self, name: str) -> int:
-        tensor = self._tensors[self._place(name)[0]]
-        return tensor.nbytes // max(1, tensor.shape[0])
-
-    def _read_rows(self, name: str, tensor: Tensor, start: int, stop: int) -> Rows:
-        if tensor.start is None:
-            return self._read_torch_rows(name, tensor, start, stop)
+    def _read_rows(self, tensor: Tensor, start: int, stop: int) -> Rows:
         row_values = int(np.prod(tensor.shape[1:], dtype=np.int64))
-        row_bytes = tensor.nbytes // max(1, tensor.shape[0])
         count = (stop - start) * row_values
         stored = np.dtype("<f4" if tensor.dtype == "float32" else "<f2" if tensor.dtype == "float16" else "<u2")
         # Read and not mapped: a mapped checkpoint counts as resident until the kernel needs the pages elsewhere.
-        values = np.fromfile(tensor.file, stored, count, offset=tensor.start + start * row_bytes)
+        values = np.fromfile(tensor.file, stored, count, offset=tensor.start + start * tensor.row_bytes)
         if values.size != count:
             raise CheckpointError(f"{tensor.file.name} ended while it was read", "download or copy the file again")
         return _to_float32(values, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
-
-    def _read_torch_rows(self, name: str, tensor: Tensor, start: int, stop: int) -> Rows:
-        state = self._torch_files.get(tensor.file)
-        if state is None:
-            state = self._torch_files[tensor.file] = with_prefix(load_torch_file(tensor.file), self._family)
-        return np.asarray(state[name][start:stop].float().numpy())
 
 
 def _to_float32(values: NDArray[Any], dtype: str) -> Rows:
