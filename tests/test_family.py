@@ -13,6 +13,7 @@ from family_cells import FORMATS, WEIGHTS, make_cell
 from tiny_family import ROWS, make_tiny, positions_of, shape_of, stops_of
 
 import normistral
+from normistral.export.config import read_json
 from normistral.export.recipe import FUSED_CONTEXT, UNSTATED_CONTEXT
 
 
@@ -47,6 +48,8 @@ def test_the_artifact_says_what_the_checkpoint_is(cell):
     assert (manifest.template is None) == (preset.role == "base")
     assert set(manifest.stop_token_ids) == stops_of(preset)
     assert manifest.bos_token_id == shape.bos_id
+    published = read_json(made.source / "tokenizer_config.json").get("chat_template")
+    assert published == (None if manifest.template is None else manifest.template.text)
     assert (manifest.reasoning is not None) == (preset.name == "11b-thinking")
 
 

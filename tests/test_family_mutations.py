@@ -23,6 +23,7 @@ from tiny_models import edit_json
 
 from normistral.errors import NormistralError
 from normistral.export import recipe
+from normistral.export.config import read_json
 from normistral.export.families import bloom as bloom_family
 from normistral.export.onnx import bloom as bloom_graph
 
@@ -114,6 +115,15 @@ def one_file_for_the_stop_token(folder: Path, patch: pytest.MonkeyPatch) -> None
     edit_json(folder / "tokenizer_config.json", eos_token="</s>", chat_template="{{ messages[0].content }}")
 
 
+def replace_in_tokenizer(old: str, new: str) -> Edit:
+    def edit(folder: Path, patch: pytest.MonkeyPatch) -> None:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            path = folder / name
+            path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+
+    return edit
+
+
 WINDOWED = [name for name, preset in ROWS.items() if shape_of(preset).sliding_window is not None]
 ROTARY = [name for name, preset in ROWS.items() if shape_of(preset).rope_theta is not None]
 UNTIED = [name for name, preset in ROWS.items() if not shape_of(preset).tied_embeddings]
@@ -137,7 +147,9 @@ MUTATIONS: dict[str, tuple[list[str], Edit]] = {
     "residual before the norm": (BLOOM, edit_config(apply_residual_connection_post_layernorm=True)),
     "headless names": (BLOOM, headless_names_taken_as_they_are),
     "a million positions": (["11b-warm", "11b-thinking"], table_of_a_million),
-    "stop token": (["7b-warm-instruct", "11b-thinking"], one_file_for_the_stop_token),
+    "stop token": (["7b-warm-instruct"], one_file_for_the_stop_token),
+    "template's blank": (["7b-warm-instruct"], replace_in_tokenizer("<|im_start|> '", "<|im_start|>'")),
+    "tags of the reasoning": (["11b-thinking"], replace_in_tokenizer("<think>", "<thunk>")),
 }
 ONLY_ONNX = ("a million positions",)  # OpenVINO's graph computes the angles
 CASES = [
@@ -152,10 +164,16 @@ CASES = [
 def problems(cell: Cell, row: str) -> list[str]:
     """What test_family.py would find."""
     found = cell.problems()
-    if set(cell.manifest.stop_token_ids) != stops_of(ROWS[row]):
+    manifest = cell.manifest
+    if set(manifest.stop_token_ids) != stops_of(ROWS[row]):
         found.append("stop tokens")
-    files = {name: record.size for name, record in cell.manifest.files.items() if "token" not in name}
-    if sum(files.values()) > 1.5 * cell.manifest.architecture.parameters + 2**20 + 4 * 32768 * 16:
+    if (manifest.reasoning is None) != (row != "11b-thinking"):
+        found.append("reasoning")
+    published = read_json(cell.source / "tokenizer_config.json").get("chat_template")
+    if published != (None if manifest.template is None else manifest.template.text):
+        found.append("template")
+    files = {name: record.size for name, record in manifest.files.items() if "token" not in name}
+    if sum(files.values()) > 1.5 * manifest.architecture.parameters + 2**20 + 4 * 32768 * 16:
         found.append("size")
     return found
 

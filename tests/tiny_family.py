@@ -81,7 +81,7 @@ def positions_of(preset: Preset) -> int | None:
 
 
 def stops_of(preset: Preset) -> set[int]:
-    """Tokens that end an answer: `</s>` (2) and in ChatML `<|im_end|>` (4), in different files; a .gguf file names one."""
+    """Tokens that end an answer: `</s>` (2), and in another file of ChatML `<|im_end|>` (4); a .gguf file names one."""
     shape = shape_of(preset)
     if shape.weight_files[1] == "gguf":
         return {4}
