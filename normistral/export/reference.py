@@ -68,11 +68,9 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation="sdpa")
-        if config.tie_word_embeddings:
-            stored.pop("lm_head.weight", None)  # a copy of the embedding
         values = {name: map_tensor(tensor).to(kind) for name, tensor in stored.items() if not is_computed(name)}
         unknown = model.load_state_dict(values, strict=False, assign=True).unexpected_keys
-        model.tie_weights()
+        model.tie_weights()  # also where the weights hold a copy for the output layer
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
         raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
     absent = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
