@@ -87,6 +87,7 @@ BROKEN_GGUF: dict[str, bytes] = {
     "array of 2^61 numbers": gguf((meta("k", ARRAY, gguf_array(U64, 2**61)),)),
     "array of 2^24 numbers": gguf((meta("k", ARRAY, gguf_array(U8, 2**24)),)),
     "array a few numbers too long": gguf((meta("k", ARRAY, gguf_array(U64, 40)),), data=_LINE),
+    "array a few bytes too long": gguf((meta("k", ARRAY, gguf_array(U8, 60)),), data=_LINE),
     "array of 2^62 texts": gguf((meta("k", ARRAY, gguf_array(TEXT, 2**62)),)),
     "array a few texts too long": gguf((meta("k", ARRAY, gguf_array(TEXT, 40, gguf_text(b"") * 5)),)),
     "one key twice": gguf((_ARCH, _ARCH)),

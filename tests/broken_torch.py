@@ -154,10 +154,17 @@ BROKEN_TORCH: dict[str, bytes] = {
     "zip64 without its field": _with(data_0=Part(_BYTES, header=2**32 - 1)),
     "zip64 with an empty field": _with(data_0=Part(_BYTES, header=2**32 - 1, extra=struct.pack("<2H", 1, 0))),
     "entry beyond the file": _with(data_0=Part(_BYTES, size=2**31)),
+    "last entry and tensor beyond the file": zipped(
+        {
+            "x/data.pkl": whole(table(a=tensor(storage("0", 2**28), (2**14, 2**14), (2**14, 1)))),
+            "x/data/0": Part(_BYTES, size=2**30),
+        }
+    ),
     "entry of 2^63 bytes": _with(data_0=Part(_BYTES, size=2**32 - 1, extra=_ZIP64_SIZES)),
     "entry over the next one": zipped({"x/data/0": Part(_BYTES, size=100), "x/data.pkl": _GOOD_PICKLE}),
     "2^16 - 1 entries": zipped(_PARTS, count=2**16 - 1),
     "2^64 - 1 entries": zipped(_PARTS, count=2**64 - 1),
+    "one entry fewer in the count": zipped(_PARTS, count=len(_PARTS) - 1),
     "no entries in the count": zipped(_PARTS, count=0),
     "table of 2^63 bytes": zipped(_PARTS, table_bytes=2**63),
     "table at 2^63": zipped(_PARTS, table_start=2**63),

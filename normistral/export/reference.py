@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from normistral.errors import ExportError, first_line
 from normistral.export.config import read_json
 from normistral.export.families import find_family
-from normistral.export.families.base import OUTPUT_LAYER
 from normistral.export.tensor import map_tensor, shown
 from normistral.export.weights import read_tensors, with_prefix
 from normistral.hardware import available_memory_bytes
@@ -72,11 +71,9 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=kind)
-        if config.tie_word_embeddings:
-            stored.pop(OUTPUT_LAYER, None)  # a copy of the embedding
         values = {name: map_tensor(tensor).to(kind) for name, tensor in stored.items() if not family.is_computed(name)}
         unknown = model.load_state_dict(values, strict=False, assign=True).unexpected_keys
-        model.tie_weights()
+        model.tie_weights()  # also where the weights hold a copy for the output layer
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
         raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
     absent = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
