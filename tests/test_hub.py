@@ -273,12 +273,12 @@ def test_unsupported_model_is_refused_before_its_weights(
 ) -> None:
     changed = tmp_path / "changed.json"
     shutil.copy(checkpoint / "config.json", changed)
-    edit_json(changed, architectures=["BloomModel"], model_type="bloom")
+    edit_json(changed, architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox")
     hub.files["config.json"] = changed.read_bytes()
     monkeypatch.setattr(
         locate_module, "download", lambda *a, **k: download(*a, **k, endpoint=hub.endpoint, cache=tmp_path / "cache")
     )
-    with pytest.raises(UnsupportedArchitectureError, match="BloomModel"):
+    with pytest.raises(UnsupportedArchitectureError, match="GPTNeoXForCausalLM"):
         locate(hub.repository, progress=NoProgress())
     assert hub.asked_for(SHARD) == []
 
