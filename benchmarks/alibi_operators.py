@@ -174,10 +174,14 @@ def bound(
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
-    present = {out: values[name] for name, (_, out) in caches.items()} if shared else {
-        out: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, HEADS, total, WIDTH), np.float32))
-        for _, out in caches.values()
-    }
+    present = (
+        {out: values[name] for name, (_, out) in caches.items()}
+        if shared
+        else {
+            out: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, HEADS, total, WIDTH), np.float32))
+            for _, out in caches.values()
+        }
+    )
     for name, value in present.items():
         binding.bind_ortvalue_output(name, value)
     binding.bind_output("y", "cpu")

@@ -196,7 +196,7 @@ def _check_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> di
     if config["tie_word_embeddings"] and has_separate_output(tensors, family):
         config["tie_word_embeddings"] = False
         notes.append(
-            "config.json ties the output layer to the embedding, but the weights hold one of its own: it is used"
+            "the weights hold an output layer of their own: it is used, although config.json ties it or says nothing"
         )
     check_tensors(tensors, expected_tensors(config), family)
     config["torch_dtype"] = stored_dtype(tensors)
