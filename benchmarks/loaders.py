@@ -5,6 +5,7 @@
     python benchmarks/loaders.py ort|ort-genai ARTIFACT OURS > FILE                ONNX, on the token ids in OURS
     python benchmarks/loaders.py compare OURS FILE ... [OURS FILE ...] > RESULT    of as many artifacts as there are
     python benchmarks/loaders.py tiny FOLDER                                       three random checkpoints
+    python benchmarks/loaders.py family FOLDER                                     the family's 28 tiny artifacts
 
 Each runs in an environment that has only the loader: `pip install openvino-genai` for genai, `pip install
 onnxruntime-genai onnxruntime` for ort-genai. All are asked for the same arithmetic: with OpenVINO float32 and a float32
@@ -46,8 +47,10 @@ def ask_normistral(artifact: str) -> Document:
 
     if (Path(artifact) / "model.onnx").exists():
         return ask_normistral_ids(artifact)
+    options = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": TOKENS}
     with normistral.load(artifact, exact=True) as model:
-        sent = [model.chat().send(prompt, temperature=0.0, max_new_tokens=TOKENS) for prompt in PROMPTS]
+        is_base = model.manifest.template is None
+        sent = [model.generate(p, **options) if is_base else model.chat().send(p, **options) for p in PROMPTS]
     return {"prompts": PROMPTS, "answers": [list(answer.token_ids) for answer in sent]}
 
 
@@ -59,11 +62,14 @@ def ask_optimum(artifact: str) -> Document:
     model = OVModelForCausalLM.from_pretrained(artifact, ov_config=EXACT)
     answers = []
     for prompt in PROMPTS:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
+        if tokenizer.chat_template is None:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        else:
+            messages = [{"role": "user", "content": prompt}]
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        out = model.generate(**inputs, do_sample=False, repetition_penalty=1.0, max_new_tokens=TOKENS)
         answers.append(out[0, inputs["input_ids"].shape[1] :].tolist())
     return {"prompts": PROMPTS, "answers": answers}
 
@@ -75,11 +81,14 @@ def ask_genai(artifact: str) -> Document:
     tokenizer = pipeline.get_tokenizer()
     config = pipeline.get_generation_config()
     config.do_sample = False
+    config.repetition_penalty = 1.0
     config.max_new_tokens = TOKENS
     answers = []
     for prompt in PROMPTS:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        inputs = tokenizer.encode(text, add_special_tokens=False)
+        inputs = tokenizer.encode(prompt)
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+            inputs = tokenizer.encode(text, add_special_tokens=False)
         answers.append([int(i) for i in pipeline.generate(inputs, config).tokens[0]])
     return {"prompts": PROMPTS, "answers": answers}
 
@@ -93,9 +102,12 @@ def ask_normistral_ids(artifact: str) -> Document:
     import normistral
 
     tokenizer = AutoTokenizer.from_pretrained(artifact)
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    prompts += [prompts[0][:length] for length in BEGINNINGS]
+    if tokenizer.chat_template is None:
+        prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    else:
+        chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    prompts += [prompts[0][:length] for length in BEGINNINGS if length < len(prompts[0])]
     options = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": TOKENS}
     answers = []
     for prompt in prompts:
@@ -149,6 +161,21 @@ def make_tiny(folder: Path) -> None:
     biased = make_llama(folder / "llama-biases", **sizes, head_dim=16)
     add_biases(biased)
     edit_json(biased / "config.json", rope_scaling=LLAMA3)
+
+
+def make_family(folder: Path) -> None:
+    """Every preset's tiny random checkpoint (tests/tiny_family.py), exported in both formats at int8 and int4."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from family_cells import FORMATS, WEIGHTS
+    from tiny_family import ROWS, make_tiny
+
+    import normistral
+
+    for row, preset in ROWS.items():
+        given = make_tiny(preset, folder / "checkpoints" / row)
+        for format in FORMATS:
+            for weights in WEIGHTS:
+                normistral.export_model(str(given), folder / f"{row}-{format}-{weights}", format, weights)
 
 
 # Comparison
@@ -213,8 +240,9 @@ def main() -> int:
     on_ids: dict[str, Callable[[str, Document], Document]] = {"ort": ask_ort, "ort-genai": ask_ort_genai}
     if command == "compare" and len(rest) >= 2:
         return compare(rest)
-    if command == "tiny" and len(rest) == 1:
-        make_tiny(Path(rest[0]))
+    makers: dict[str, Callable[[Path], None]] = {"tiny": make_tiny, "family": make_family}
+    if command in makers and len(rest) == 1:
+        makers[command](Path(rest[0]))
         return 0
     if command in on_text and len(rest) == 1:
         document = on_text[command](rest[0])

@@ -70,7 +70,8 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
     """The manifest for people."""
     shape, source = manifest.architecture, manifest.source
     heads = f"{shape.heads} heads, {shape.kv_heads} of keys and values, {shape.head_dim} wide"
-    window = "" if shape.sliding_window is None else f", sliding window {shape.sliding_window:,}"
+    heads += ", ALiBi" if shape.positions == "alibi" else ""
+    heads += "" if shape.sliding_window is None else f", sliding window {shape.sliding_window:,}"
     revision = "" if source.revision is None else f" at {source.revision}"
     rows = [
         ("artifact", str(folder)),
@@ -80,7 +81,10 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
         ("weights", describe_weights(manifest.recipe)),
         ("role", manifest.role),
         ("architecture", f"{shape.name}, {shape.parameters / 1e6:,.0f} million parameters"),
-        ("", f"{shape.layers} layers, {shape.hidden_size} wide, feed-forward {shape.feed_forward}; {heads}{window}"),
+        (
+            "",
+            f"{shape.layers} layers, {shape.hidden_size} wide, feed-forward {shape.feed_forward}; {heads}",
+        ),
         ("vocabulary", f"{shape.vocabulary:,} tokens, {'tied' if shape.tied_embeddings else 'separate'} output layer"),
         ("context", f"{manifest.context_length:,} tokens"),
         ("stops at", f"token {', '.join(map(str, manifest.stop_token_ids))}"),
