@@ -107,7 +107,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
         tensors |= load_file(file)
     for file in sorted(folder.glob("*.bin")):
         tensors |= torch.load(file, weights_only=True)
-    prefix = "" if any(name.startswith("model.") for name in tensors) else "transformer."
+    prefix = "" if any(name.startswith(("model.", "transformer.")) for name in tensors) else "transformer."
     return {(name if name == "lm_head.weight" else prefix + name): value.float() for name, value in tensors.items()}
 
 
