@@ -1,0 +1,5 @@
+"""What is proved of a written artifact, part by part; verify.py puts the parts in order.
+
+Each part compares the artifact's files with the checkpoint and names what differs, so that a failure says its cause
+before the last part, the logits, would only say that there is one.
+"""
