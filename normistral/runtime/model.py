@@ -21,6 +21,7 @@ from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
+from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import Tokenizer
@@ -130,6 +131,37 @@ class Model:
             )
         return Chat(self, self._template, system, overflow)
 
+    def score(self, token_ids: Sequence[int], last: int | None = None) -> TokenScores:
+        """How likely the model finds given tokens, each after those before it.
+
+        Calls that begin with the same tokens as the one before compute those once.
+
+        Args:
+            token_ids: taken as they are, so a BOS has to be among them.
+            last: score the last `last` tokens; None scores all but the first, before which there is nothing.
+
+        Raises:
+            UsageError: ids outside the vocabulary, or no token before the first scored one.
+            ContextLengthError: the tokens, without the last, exceed the model's context.
+            EngineError: the engine failed, or gave logits that are not finite.
+            ClosedError: the model was closed.
+        """
+        self.require_open()
+        self._require_token_ids(token_ids)
+        count = len(token_ids) - 1 if last is None else last
+        if not 1 <= count < len(token_ids):
+            raise UsageError(
+                f"cannot score {count} of {len(token_ids)} tokens",
+                "there has to be a token before the first scored one",
+            )
+        if len(token_ids) - 1 > self.context_length:  # the last token is scored, and never fed
+            raise ContextLengthError(
+                f"{len(token_ids)} tokens cannot be scored at once; {self.name} has room for {self.context_length}",
+                "score them in windows",
+            )
+        with self._borrow_sequence() as sequence:
+            return score_tokens(sequence.logits_of_last(token_ids[:-1], count), token_ids[-count:])
+
     def cancel(self) -> None:
         """Stop everything that is generating, within one token; may be called from any thread."""
         for event in list(self._running):
@@ -209,12 +241,17 @@ class Model:
             )
 
     def _stream_once(self, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
+        with self._borrow_sequence() as sequence, self.cancellation() as event:
+            yield from self.run(sequence, prompt_ids, config, event.is_set)
+
+    @contextmanager
+    def _borrow_sequence(self) -> Iterator[CachedSequence]:
+        """The sequence that the last call used, with what its cache holds, or a new one."""
         with self._idle_lock:
             sequence, self._idle = self._idle, None
         sequence = sequence or self.create_sequence()
         try:
-            with self.cancellation() as event:
-                yield from self.run(sequence, prompt_ids, config, event.is_set)
+            yield sequence
         finally:
             with self._idle_lock:
                 spare = self._idle is not None or self._closed
@@ -227,13 +264,16 @@ class Model:
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not prompt or not prompt_ids:
             raise UsageError("the prompt is empty", "give it some text")
+        self._require_token_ids(prompt_ids)
+        return prompt_ids
+
+    def _require_token_ids(self, token_ids: Sequence[int]) -> None:
         vocabulary = self.manifest.architecture.vocabulary
-        wrong = [i for i in prompt_ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocabulary]
+        wrong = [i for i in token_ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocabulary]
         if wrong:
             raise UsageError(
                 f"{wrong[0]!r} is not a token id of this model", f"token ids go from 0 to {vocabulary - 1}"
             )
-        return prompt_ids
 
 
 def _load_backend(folder: Path, manifest: Manifest, device: str, exact: bool) -> Backend:

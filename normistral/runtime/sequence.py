@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from normistral.runtime.engines.base import Engine, Logits
 
@@ -45,20 +45,43 @@ class CachedSequence:
 
     def append(self, token_ids: Sequence[int]) -> Logits:
         """Compute these tokens; logits [vocabulary] after the last one."""
-        known = self._token_ids
-        assert known is not None, "prefill comes first"
-        self._token_ids = None  # unknown until the engine is done
-        with self._lock:
-            logits = self._engine.forward(token_ids)
-        known.extend(token_ids)
-        self._token_ids = known
-        final: Logits = logits[-1]
+        final: Logits = self._forward(token_ids)[-1]
         return final
+
+    def logits_of_last(self, token_ids: Sequence[int], last: int) -> Iterator[Logits]:
+        """Make the cache hold exactly these tokens; logits after each of the last `last` of them.
+
+        Tokens before those are not computed again where the cache holds them.
+
+        Yields:
+            logits [n, vocabulary] in order, at most `prefill_chunk` positions at a time: those of a whole context
+            would take hundreds of megabytes.
+        """
+        first = len(token_ids) - last
+        start = min(self.common_prefix(token_ids), first)
+        self._truncate(start)
+        while start < len(token_ids):
+            chunk = token_ids[start : start + self._prefill_chunk]
+            start += len(chunk)
+            wanted = min(len(chunk), start - first)
+            logits = self._forward(chunk, max(wanted, 1))
+            if wanted > 0:
+                yield logits
 
     def close(self) -> None:
         """Free the KV cache."""
         self._token_ids = None
         self._engine.close()
+
+    def _forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
+        known = self._token_ids
+        assert known is not None, "prefill comes first"
+        self._token_ids = None  # unknown until the engine is done
+        with self._lock:
+            logits = self._engine.forward(token_ids, last)
+        known.extend(token_ids)
+        self._token_ids = known
+        return logits
 
     def _truncate(self, length: int) -> None:
         known, self._token_ids = self._token_ids, None
