@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from normistral.runtime.engines.base import Engine, Logits
 
 
@@ -45,20 +47,39 @@ class CachedSequence:
 
     def append(self, token_ids: Sequence[int]) -> Logits:
         """Compute these tokens; logits [vocabulary] after the last one."""
-        known = self._token_ids
-        assert known is not None, "prefill comes first"
-        self._token_ids = None  # unknown until the engine is done
-        with self._lock:
-            logits = self._engine.forward(token_ids)
-        known.extend(token_ids)
-        self._token_ids = known
-        final: Logits = logits[-1]
+        final: Logits = self._forward(token_ids)[-1]
         return final
+
+    def score(self, token_ids: Sequence[int], last: int) -> Logits:
+        """Compute these tokens from scratch, in pieces as a prompt's.
+
+        Returns:
+            logits [last, vocabulary] after each of the last `last` tokens.
+        """
+        self._truncate(0)
+        scored = []
+        for start in range(0, len(token_ids), self._prefill_chunk):
+            piece = token_ids[start : start + self._prefill_chunk]
+            wanted = start + len(piece) - (len(token_ids) - last)
+            logits = self._forward(piece, last=min(max(wanted, 1), len(piece)))
+            if wanted > 0:
+                scored.append(logits)
+        return np.concatenate(scored)
 
     def close(self) -> None:
         """Free the KV cache."""
         self._token_ids = None
         self._engine.close()
+
+    def _forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
+        known = self._token_ids
+        assert known is not None, "prefill comes first"
+        self._token_ids = None  # unknown until the engine is done
+        with self._lock:
+            logits = self._engine.forward(token_ids, last)
+        known.extend(token_ids)
+        self._token_ids = known
+        return logits
 
     def _truncate(self, length: int) -> None:
         known, self._token_ids = self._token_ids, None

@@ -1,0 +1,1 @@
+"""How well an artifact predicts text, alone and beside a reference."""
