@@ -28,20 +28,28 @@ from normistral.terminal.arguments import (
     Artifact,
     AsJson,
     Device,
+    EvalReference,
+    EvalText,
     Exact,
     Greedy,
     HideReasoning,
+    JsonFile,
     MaxNewTokens,
     MaxReasoningTokens,
+    MaxTokens,
     MinP,
     Prompt,
+    ReferenceCache,
     RepetitionPenalty,
     Seed,
     Stats,
     Stop,
+    Stride,
     Temperature,
     TopK,
     TopP,
+    Windows,
+    WindowTokens,
 )
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
@@ -416,6 +424,42 @@ def info(
         raise ArtifactError(
             f"{folder} has {len(problems)} damaged or missing files", "export the model again, or copy it again"
         )
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Artifact,
+    text: EvalText,
+    reference: EvalReference = None,
+    windows: Windows = "sliding",
+    window_tokens: WindowTokens = None,
+    stride: Stride = None,
+    max_tokens: MaxTokens = None,
+    reference_cache: ReferenceCache = None,
+    json_file: JsonFile = None,
+    exact: Exact = False,
+    device: Device = "CPU",
+    debug: Debug = False,
+) -> None:
+    """Measure how well an artifact predicts a text, and how far it is from a reference.
+
+    Perplexity; with --reference also KL divergence and top-1 agreement. An interrupted run goes on where it was.
+    """
+    from normistral.terminal.evaluation import EvalOptions, run_eval
+
+    options = EvalOptions(
+        text=text,
+        reference=reference,
+        windows=windows,
+        window_tokens=window_tokens,
+        stride=stride,
+        max_tokens=max_tokens,
+        reference_cache=reference_cache,
+        json=json_file,
+        exact=exact,
+        device=device,
+    )
+    run_eval(artifact, options)
 
 
 @app.command()

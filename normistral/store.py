@@ -1,8 +1,8 @@
 """Where artifacts live on this machine, and how a name becomes a folder.
 
 The store is a plain folder of artifact folders: NORMISTRAL_HOME/artifacts, or the same below the place where this
-operating system keeps an application's data. It knows how an artifact is described (the manifest), not how it is made
-or run.
+operating system keeps an application's data; what can be computed again is beside it, in cache. It knows how an
+artifact is described (the manifest), not how it is made or run.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ class StoredArtifact(NamedTuple):
 
 def artifacts_dir() -> Path:
     """The local store; it need not exist."""
-    home = os.environ.get("NORMISTRAL_HOME")
-    base = Path(home).expanduser().absolute() if home else platformdirs.user_data_path("normistral", appauthor=False)
-    return base / "artifacts"
+    return _home() / "artifacts"
+
+
+def cache_dir() -> Path:
+    """Beside the store: what can be computed again; it need not exist."""
+    return _home() / "cache"
 
 
 def resolve_artifact(name_or_path: str) -> Path:
@@ -91,6 +94,11 @@ def default_output(model_name: str, weights: str, format: str) -> Path:
     path = Path(model_name).absolute()
     base = preset.name if preset else path.stem if path.suffix == ".gguf" else path.name
     return artifacts_dir() / f"{base.lstrip('.') or 'model'}-{format}-{weights}"
+
+
+def _home() -> Path:
+    home = os.environ.get("NORMISTRAL_HOME")
+    return Path(home).expanduser().absolute() if home else platformdirs.user_data_path("normistral", appauthor=False)
 
 
 def _describe(folder: Path) -> Manifest | str:

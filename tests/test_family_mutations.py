@@ -81,12 +81,12 @@ def qkv_in_blocks(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """All queries, then all keys, then all values, as other architectures have them."""
     from transformers.models.bloom.modeling_bloom import BloomAttention
 
-    def split_blocks(graph, name, architecture):
+    def split_blocks(reader, name, architecture):
         rows = architecture.heads * architecture.head_dim
         parts = (f"{name}.query", f"{name}.key", f"{name}.value")
         for index, part in enumerate(parts):
             for kind in ("weight", "bias"):
-                graph.reader.add_view(f"{part}.{kind}", f"{name}.{kind}", [range(index * rows, (index + 1) * rows)])
+                reader.add_view(f"{part}.{kind}", f"{name}.{kind}", [range(index * rows, (index + 1) * rows)])
         return parts
 
     def reshape(self, fused):

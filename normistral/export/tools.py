@@ -57,8 +57,12 @@ def _missing(package: str, format: ArtifactFormat) -> MissingExtraError:
 
 
 @contextmanager
-def quiet_tools(format: ArtifactFormat) -> Iterator[None]:
-    """Keep the tools' own bars, tables and warnings off stdout and stderr; ours say what matters."""
+def quiet_tools(format: ArtifactFormat | None) -> Iterator[None]:
+    """Keep the tools' own bars, tables and warnings off stdout and stderr; ours say what matters.
+
+    Args:
+        format: whose tools run; None where only transformers does.
+    """
     from transformers.utils import logging as transformers_logging
 
     with ExitStack() as restore:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from normistral.errors import EngineError, ExportError
+from normistral.evaluation.metrics import compare_logits
 from normistral.export.reference import Logits, Reference
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Backend
@@ -132,24 +132,3 @@ def split_in_turns(token_ids: list[int]) -> list[list[int]]:
     if start < 1:
         return [[token] for token in token_ids]
     return [token_ids[:start], *([token] for token in token_ids[start:stop]), token_ids[stop:]]
-
-
-def compare_logits(reference: Logits, logits: Logits) -> tuple[float, float]:
-    """Distance of two sets of predictions.
-
-    Args:
-        reference, logits: float32 [n, vocabulary].
-
-    Returns:
-        mean Kullback-Leibler divergence KL(reference || logits) in nats, and the share of positions with the same
-        most likely token.
-    """
-    p, q = _log_softmax(reference), _log_softmax(logits)
-    kl = float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
-    agreement = float(np.mean(reference.argmax(axis=-1) == logits.argmax(axis=-1)))
-    return max(kl, 0.0), agreement  # float rounding can take it below 0
-
-
-def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

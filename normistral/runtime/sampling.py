@@ -87,6 +87,7 @@ def nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.bool
 
 
 def log_softmax(logits: Logits) -> NDArray[np.float64]:
-    """Log-probabilities (nats) of logits [vocabulary], in float64."""
-    shifted: NDArray[np.float64] = logits.astype(np.float64) - float(logits.max())
-    return shifted - float(np.log(np.exp(shifted).sum()))
+    """Log-probabilities (nats) of logits [..., vocabulary], in float64."""
+    shifted: NDArray[np.float64] = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    normaliser: NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted - normaliser

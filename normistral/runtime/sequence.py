@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from normistral.runtime.engines.base import Engine, Logits
 
 
@@ -67,6 +69,22 @@ class CachedSequence:
             logits = self._forward(chunk, max(wanted, 1))
             if wanted > 0:
                 yield logits
+
+    def score(self, token_ids: Sequence[int], last: int) -> Logits:
+        """Compute these tokens from scratch, in pieces as a prompt's.
+
+        Returns:
+            logits [last, vocabulary] after each of the last `last` tokens.
+        """
+        self._truncate(0)
+        scored = []
+        for start in range(0, len(token_ids), self._prefill_chunk):
+            piece = token_ids[start : start + self._prefill_chunk]
+            wanted = start + len(piece) - (len(token_ids) - last)
+            logits = self._forward(piece, last=min(max(wanted, 1), len(piece)))
+            if wanted > 0:
+                scored.append(logits)
+        return np.concatenate(scored)
 
     def close(self) -> None:
         """Free the KV cache."""

@@ -1,7 +1,8 @@
-"""Arguments and options that `chat` and `generate` share: names, types and help; values default in GenerationConfig."""
+"""Arguments and options of `chat`, `generate` and `eval`: names, types and help; values default elsewhere."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -62,3 +63,38 @@ Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token coun
 AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON: text, reasoning, timings.")]
 
 DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."
+
+# eval
+
+EvalText = Annotated[
+    Path, typer.Option("--text", metavar="FILE", help="Text to predict, in UTF-8.", show_default=False)
+]
+EvalReference = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Compare with this checkpoint in float32 (named as for export), or with another artifact."
+    ),
+]
+Windows = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="sliding: every token is scored once. llama.cpp: as its perplexity tool does it."
+    ),
+]
+WindowTokens = Annotated[
+    int | None, typer.Option(metavar="N", help="Length of a window. Default: 512, or the context if that is less.")
+]
+Stride = Annotated[
+    int | None, typer.Option(metavar="N", help="Tokens that a sliding window scores. Default: half the window.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(metavar="N", help="Stop after the window that brings the scored tokens to N.")
+]
+ReferenceCache = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Keeps the reference's predictions. Default: a file in the store's cache."),
+]
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - is stdout, without the table."),
+]

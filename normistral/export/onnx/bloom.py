@@ -25,6 +25,7 @@ from normistral.export.onnx.blocks import (
     share_lengths,
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
+from normistral.export.onnx.reader import WeightReader
 from normistral.export.onnx.rounding import Grid
 from normistral.manifest import Architecture
 
@@ -116,20 +117,20 @@ def attend(
     bias: str,
 ) -> str:
     """Attention over past and new tokens, and its output projection: [b, s, hidden]."""
-    projections = split_heads(graph, f"{name}.query_key_value", architecture)
+    projections = split_heads(graph.reader, f"{name}.query_key_value", architecture)
     packed = linear(graph, x, f"{name}.query_key_value", list(projections), grid)  # [b, s, 3 H d]
     attended = group_query_attention(graph, packed, name, layer, architecture, lengths, bias)
     return linear(graph, attended, f"{name}.dense", [f"{name}.dense"], grid)
 
 
-def split_heads(graph: Graph, name: str, architecture: Architecture) -> Parts:
+def split_heads(reader: WeightReader, name: str, architecture: Architecture) -> Parts:
     """Name the queries, keys and values in a matrix that has them head after head: attention takes them one by one."""
     width, heads = architecture.head_dim, architecture.heads
     parts: Parts = (f"{name}.query", f"{name}.key", f"{name}.value")
     for index, part in enumerate(parts):
         starts = range(index * width, 3 * heads * width, 3 * width)
         for kind in ("weight", "bias"):
-            graph.reader.add_view(f"{part}.{kind}", f"{name}.{kind}", [range(at, at + width) for at in starts])
+            reader.add_view(f"{part}.{kind}", f"{name}.{kind}", [range(at, at + width) for at in starts])
     return parts
 
 

@@ -56,6 +56,12 @@ class WeightReader:
         parts = [self._read_rows(tensor, part.start, part.stop) for part in rows]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def read_rows(self, name: str, rows: Sequence[int]) -> Rows:
+        """Some rows of a matrix, by their numbers: float32 [n, in]."""
+        tensor, parts = self._place(name)
+        numbers = [number for part in parts for number in part]
+        return np.concatenate([self._read_rows(tensor, numbers[row], numbers[row] + 1) for row in rows])
+
     def blocks(self, names: Sequence[str]) -> Iterator[Rows]:
         """Matrices [out, in] below each other, in blocks of rows: float32 [rows, in]. A block never spans two."""
         for name in names:
