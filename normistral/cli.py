@@ -228,6 +228,12 @@ def export(
             f"{FUSED_CONTEXT}.",
         ),
     ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not prove that it is still the same model; the manifest says so.")
+    ] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Keep an artifact that fails this proof as OUTPUT.failed.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUTPUT if it is an artifact, once the new one is whole.")
     ] = False,
@@ -251,7 +257,18 @@ def export(
     )
     folder = store.default_output(model, weights, format) if output is None else output
     with show_progress() as progress:
-        export_model(model, folder, format, weights, force=force, revision=revision, progress=progress, **recipe)
+        export_model(
+            model,
+            folder,
+            format,
+            weights,
+            force=force,
+            revision=revision,
+            verify=not no_verify,
+            keep_failed=keep_failed,
+            progress=progress,
+            **recipe,
+        )
     print(folder, flush=True)
 
 

@@ -34,6 +34,7 @@ ArtifactFormat = Literal["openvino", "onnx"]
 GraphKind = Literal["fused", "plain"]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 TagText = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+Verified = Literal["run", "read", "no", "failed"]
 Probability = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
@@ -173,6 +174,8 @@ class Manifest:
         files: every file of the artifact except this one, by name.
         tools: versions of the packages that made it.
         quality: figures measured at export, or None when nothing was measured.
+        verified: at export: "run" and compared with the checkpoint; only "read", being too large to run there; "no", as
+            the user asked; "failed", and kept all the same. None: made before this was recorded.
         notes: what the exporter decided or found that the user should see.
         reasoning: how a thinking model marks its reasoning; None for other models.
     """
@@ -193,6 +196,7 @@ class Manifest:
     tools: dict[str, str]
     quality: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
+    verified: Verified | None = None
     reasoning: ReasoningMarkers | None = None
     schema_version: PositiveInt = field(default=SCHEMA_VERSION, kw_only=True)
 

@@ -5,18 +5,19 @@ Each step lives in a file of its own; this one only puts them in order.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from normistral.errors import ExportError, ResourceError
+from normistral.errors import ExportError, ResourceError, UsageError
 from normistral.export import openvino
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.companions import copy_companions, folder_bytes
@@ -35,8 +36,8 @@ from normistral.export.resources import MemoryMeter, check_resources, estimate_n
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tokenizer_ir import load_tokenizer, save_tokenizer_ir, tokenizer_ir_differs
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
-from normistral.export.verify import verify
-from normistral.manifest import Manifest, Source, hash_files, write_manifest
+from normistral.export.verify import verify as verify_artifact
+from normistral.manifest import Manifest, Source, Verified, hash_files, write_manifest
 from normistral.quiet import silence_telemetry
 from normistral.store import default_output
 
@@ -49,6 +50,8 @@ def export_model(
     *,
     force: bool = False,
     revision: str | None = None,
+    verify: bool = True,
+    keep_failed: bool = False,
     progress: Progress | None = None,
     **recipe: Any,
 ) -> Manifest:
@@ -61,6 +64,8 @@ def export_model(
         weights: "int4", "int8", "fp16", or for ONNX "fp32".
         force: replace an artifact that is there already, once the new one is whole.
         revision: branch, tag or commit of a hub model.
+        verify: prove that the artifact is still the model; without, the manifest says that nobody did.
+        keep_failed: keep an artifact that fails this as OUTPUT.failed; otherwise nothing stays.
         progress: receives stages and notes; None shows nothing.
         recipe: the other fields of `normistral.export.recipe.Recipe`.
 
@@ -69,13 +74,14 @@ def export_model(
         ModelNotFoundError, DownloadError, CheckpointError: the model cannot be had or is damaged.
         MissingExtraError: the extra `export` is not installed, or for ONNX the extra `onnx`.
         ResourceError: too little disk or memory.
-        ExportError: the conversion failed, or what it gave does not compute what the model computes.
+        ExportError: the conversion failed, or what it gave is not what the checkpoint is.
     """
     started = time.perf_counter()
     choice = choose_recipe(format, weights, recipe)
     output = default_output(model, weights, format) if output is None else Path(output)
     progress = NoProgress() if progress is None else progress
     check_output(output, force=force)
+    proving = choose_proving(output, verify=verify, keep_failed=keep_failed)
     silence_telemetry()
     with MemoryMeter() as meter, _translate_system_errors():
         find_export_tools(choice.format)
@@ -85,10 +91,34 @@ def export_model(
         with stage(output, force=force) as staging, quiet_tools(choice.format):
             checkpoint = open_checkpoint(located, staging.workspace, progress=progress)
             with _beside(partial(hash_sources, checkpoint)) as source:
-                manifest = _make_artifact(checkpoint, source, choice, staging, output, progress)
+                manifest = _make_artifact(checkpoint, source, choice, staging, output, proving, progress)
     peak = "" if meter.peak_bytes is None else f", peak memory {meter.peak_bytes / 2**30:.1f} GiB"
     progress.note(f"{output}: {manifest.total_bytes / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s{peak}")
     return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Proving:
+    """Whether the artifact is verified, and where one that fails is kept; None is nowhere."""
+
+    verify: bool
+    keep_failed: Path | None
+
+
+def choose_proving(output: Path, *, verify: bool, keep_failed: bool) -> Proving:
+    """Check the user's choice.
+
+    Raises:
+        UsageError: nothing can fail without verification, or something stands where it would be kept.
+    """
+    if not keep_failed:
+        return Proving(verify, None)
+    if not verify:
+        raise UsageError("without verification nothing fails that could be kept", "leave out --keep-failed")
+    place = output.absolute().with_name(f"{output.name}.failed")
+    if os.path.lexists(place):
+        raise UsageError(f"{place} exists already", "remove or rename it, or leave out --keep-failed")
+    return Proving(verify, place)
 
 
 def _make_artifact(
@@ -97,6 +127,7 @@ def _make_artifact(
     recipe: Recipe,
     staging: Staging,
     output: Path,
+    proving: Proving,
     progress: Progress,
 ) -> Manifest:
     """Fill `staging.artifact`, manifest last."""
@@ -131,13 +162,40 @@ def _make_artifact(
         tools=tool_versions(recipe.format),
         reasoning=checkpoint.reasoning,
     )
-    with progress.stage("verifying"):
-        proof = verify(staging.artifact, manifest, reference)
-    for note in (proof.note, *found):
+    manifest = replace(manifest, notes=(*checkpoint.notes, *made, *found))
+    for note in found:
         progress.note(note)
-    manifest = replace(manifest, quality=proof.quality, notes=(*checkpoint.notes, *made, proof.note, *found))
+    manifest = _prove(manifest, checkpoint, tokenizer, token_ids, reference, staging, proving, progress)
     write_manifest(staging.artifact, manifest)
     return manifest
+
+
+def _prove(
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    token_ids: list[int],
+    reference: Reference | None,
+    staging: Staging,
+    proving: Proving,
+    progress: Progress,
+) -> Manifest:
+    """The manifest with what was proved. What fails is kept under `proving.keep_failed`, if that is a path."""
+    if not proving.verify:
+        progress.note("not verified: --no-verify")
+        return replace(manifest, verified="no", notes=(*manifest.notes, "not verified, as asked"))
+    try:
+        proof = verify_artifact(staging.artifact, manifest, checkpoint, tokenizer, token_ids, reference, progress)
+    except ExportError as failure:
+        if proving.keep_failed is not None:
+            notes = (*manifest.notes, f"failed its verification: {failure.message}")
+            write_manifest(staging.artifact, replace(manifest, verified="failed", notes=notes))
+            staging.artifact.rename(proving.keep_failed)
+            failure.hint = f"what was written is kept as {proving.keep_failed}; {failure.hint}"
+        raise
+    progress.note(proof.note)
+    verified: Verified = "run" if proof.has_run else "read"
+    return replace(manifest, verified=verified, quality=proof.quality, notes=(*manifest.notes, proof.note))
 
 
 def _write_model(

@@ -26,7 +26,7 @@ PROBE_TEXT = (
     "Hovedstaden i Norge er Oslo, og den lengste elva er Glåma. På Vestlandet regner det ofte, men folk går tur. "
     "The capital of Norway is Oslo. A short text in two languages is enough to see whether a model was converted whole."
 )
-_PROBE_TOKENS = 64
+PROBE_TOKENS = 64
 # A model whose float32 copy takes more than this is not run: twice that is held during the comparison.
 _RUN_LIMIT_BYTES = 2 * 10**9
 
@@ -92,7 +92,7 @@ def compute_reference(model: PreTrainedModel, token_ids: list[int]) -> Reference
 
     import torch
 
-    token_ids = token_ids[:_PROBE_TOKENS]
+    token_ids = token_ids[:PROBE_TOKENS]
     with torch.inference_mode():
         exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
         logits = exact(torch.tensor([token_ids])).logits[0]

@@ -69,8 +69,8 @@ def _compare_list(name: str, expected: Any, found: Any) -> None:
     left, right = _entries(expected), _entries(found)
     if left == right:
         return
-    missing = next((entry for entry in left if entry not in right.keys()), None)
-    extra = next((entry for entry in right if entry not in left.keys()), None)
+    missing = next((entry for entry in left if entry not in right), None)
+    extra = next((entry for entry in right if entry not in left), None)
     if missing is not None:
         what = f"lacks {shorten(missing)}"
     elif extra is not None:

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
 from normistral.export.proofs.stored import StoredMatrix, Values, dequantise, unpack
 
-_QKV = ("q_proj", "k_proj", "v_proj")
-
 
 class OnnxWeights:
     """The initializers of model.onnx by name.
@@ -97,13 +95,6 @@ class OnnxWeights:
         start = int(_place(tensor)["offset"])
         found = [np.fromfile(self._data, dtype, items, offset=start + row * items * dtype.itemsize) for row in rows]
         return np.stack(found)
-
-
-def packed_parts(name: str) -> list[str] | None:
-    """The checkpoint's matrices of Llama's packed projection, in their order."""
-    if not name.endswith("qkv_proj.weight"):
-        return None
-    return [name.replace("qkv_proj", part) for part in _QKV]
 
 
 def _dtype(tensor: onnx.TensorProto) -> np.dtype[Any]:

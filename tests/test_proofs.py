@@ -1,0 +1,294 @@
+"""Artifacts that are not their checkpoint any more: each is refused before it gets its name, and the cause is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from tiny_bloom import make_bloom
+from tiny_models import edit_json, make_mistral, write_json
+
+import normistral
+from normistral.errors import ExportError, UsageError
+from normistral.export import pipeline
+from normistral.export.config import read_json
+from normistral.export.proofs.weights import compare_groups
+from normistral.manifest import read_manifest
+
+FORMATS = ("openvino", "onnx")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Two layers with a window, and a tokenizer with a merge."""
+    folder = make_mistral(
+        tmp_path_factory.mktemp("proofs") / "model", head_dim=16, sliding_window=16, vocab=263, dtype="bfloat16"
+    )
+    path = folder / "tokenizer.json"
+    document = read_json(path)
+    vocabulary = {word: i for word, i in document["model"]["vocab"].items() if i < 261}
+    document["model"]["vocab"] = vocabulary | {"en": 261, "er": 262}
+    document["model"]["merges"] = [["e", "n"], ["e", "r"]]
+    write_json(path, document)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """Another checkpoint of the same shape."""
+    return make_mistral(
+        tmp_path_factory.mktemp("stranger") / "model",
+        head_dim=16,
+        sliding_window=16,
+        vocab=263,
+        dtype="bfloat16",
+        seed=1,
+    )
+
+
+def export(checkpoint, output, format, sabotage=None, patch=None, **options):
+    """Export; `sabotage(folder, manifest)` comes between writing and verifying, and may return another manifest."""
+    real = pipeline.verify_artifact
+
+    def verify(folder, manifest, *rest):
+        changed = None if sabotage is None else sabotage(folder, manifest)
+        return real(folder, changed or manifest, *rest)
+
+    if patch is not None:
+        patch.setattr(pipeline, "verify_artifact", verify)
+    options = {"weights": "int4", "group_size": 32} | options
+    return normistral.export_model(str(checkpoint), output, format=format, **options)
+
+
+def constants(folder: Path, pattern: str) -> list[tuple[int, int]]:
+    """Offset and size in openvino_model.bin of the constants whose names match."""
+    text = (folder / "openvino_model.xml").read_text(encoding="utf-8")
+    layers = re.findall(r'<layer id="\d+" name="([^"]*)" type="Const"[^>]*>\s*<data ([^>]*)/>', text)
+    places = []
+    for name, data in layers:
+        if re.fullmatch(pattern, name):
+            fields = dict(re.findall(r'(\w+)="([^"]*)"', data))
+            places.append((int(fields["offset"]), int(fields["size"])))
+    return places
+
+
+def tensors(folder: Path, *names: str) -> list[tuple[int, int]]:
+    """Offset and length in model.onnx.data of some initializers."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    where = {t.name: {entry.key: entry.value for entry in t.external_data} for t in graph.initializer}
+    return [(int(where[name]["offset"]), int(where[name]["length"])) for name in names]
+
+
+def data_file(folder: Path) -> Path:
+    return folder / ("model.onnx.data" if (folder / "model.onnx").exists() else "openvino_model.bin")
+
+
+def read_at(folder: Path, place: tuple[int, int]) -> bytes:
+    return data_file(folder).read_bytes()[place[0] : sum(place)]
+
+
+def write_at(folder: Path, place: tuple[int, int], content: bytes) -> None:
+    assert len(content) == place[1]
+    with data_file(folder).open("r+b") as file:
+        file.seek(place[0])
+        file.write(content)
+
+
+def places_of(folder: Path, matrix: str, part: str) -> tuple[int, int]:
+    """Where codes or scales of a matrix lie, in either format."""
+    if (folder / "model.onnx").exists():
+        return tensors(folder, f"{matrix}.weight.{part}")[0]
+    suffix = "" if part == "codes" else "/scale"
+    (place,) = constants(folder, rf"self\.{re.escape(matrix)}\.(weight|_openvino_orig_weight){suffix}")
+    return place
+
+
+def swap_scales(folder, manifest):
+    """Of one matrix in two layers."""
+    first, second = (places_of(folder, f"model.layers.{layer}.mlp.down_proj", "scales") for layer in (0, 1))
+    one, other = read_at(folder, first), read_at(folder, second)
+    write_at(folder, first, other)
+    write_at(folder, second, one)
+
+
+def other_angles(folder, manifest):
+    if (folder / "model.onnx").exists():
+        (cosines, sines) = tensors(folder, "rotary.cos", "rotary.sin")
+        positions = np.arange(cosines[1] // 4 // 8, dtype=np.float32)[:, None]
+        angles = positions * (1.0 / 1e6 ** (np.arange(0, 16, 2) / 16)).astype(np.float32)
+        write_at(folder, cosines, np.cos(angles).astype(np.float32).tobytes())
+        write_at(folder, sines, np.sin(angles).astype(np.float32).tobytes())
+    else:
+        (place,) = (place for place in constants(folder, r".*rotary_emb.*") if place[1] == 8 * 4)
+        write_at(folder, place, (1.0 / 1e6 ** (np.arange(0, 16, 2) / 16)).astype(np.float32).tobytes())
+
+
+def config_of_another_theta(folder, manifest):
+    edit_json(folder / "config.json", rope_theta=1e6)
+
+
+def template_without_its_blank(folder, manifest):
+    text = manifest.template.text.replace("<|im_start|> ", "<|im_start|>")
+    return dataclasses.replace(manifest, template=dataclasses.replace(manifest.template, text=text))
+
+
+def merge_removed(folder, manifest):
+    document = read_json(folder / "tokenizer.json")
+    document["model"]["merges"].pop()
+    write_json(folder / "tokenizer.json", document)
+
+
+def token_renamed(folder, manifest):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"er": 262', '"eg": 262'), encoding="utf-8")
+
+
+def special_token_made_plain(folder, manifest):
+    document = read_json(folder / "tokenizer.json")
+    document["added_tokens"] = document["added_tokens"][:-1]
+    write_json(folder / "tokenizer.json", document)
+
+
+SABOTAGES = {
+    "scales": (swap_scales, r"the scales of model\.layers\.[01]\.mlp\.down_proj\.weight are not those of its weights"),
+    "angles": (other_angles, r"positions are turned by other angles than the checkpoint's \(rope_theta 10000\)"),
+    "theta": (
+        config_of_another_theta,
+        r"config\.json: the artifact's rope_theta is 1000000\.0, the checkpoint's 10000",
+    ),
+    "template": (template_without_its_blank, r"chat template writes another text .*'<\|im_start\|>user.* instead of "),
+    "merge": (merge_removed, r"tokenizer\.json: the artifact's merges lacks \('e', 'r'\) \(1 entries, .* has 2\)"),
+    "vocabulary": (token_renamed, r"tokenizer\.json: the artifact's vocab lacks 'er'"),
+    "added token": (special_token_made_plain, r"tokenizer\.json: the artifact's added_tokens is "),
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+def test_a_sabotaged_artifact_is_refused_and_the_cause_is_named(checkpoint, tmp_path, monkeypatch, format, sabotage):
+    change, message = SABOTAGES[sabotage]
+    with pytest.raises(ExportError, match=message) as caught:
+        export(checkpoint, tmp_path / "out", format, change, monkeypatch)
+    assert caught.value.hint
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_output_layer_of_another_checkpoint_is_named(checkpoint, stranger, tmp_path, monkeypatch, format):
+    export(stranger, tmp_path / "stranger", format)
+    parts = {
+        part: read_at(tmp_path / "stranger", places_of(tmp_path / "stranger", "lm_head", part))
+        for part in ("codes", "scales")
+    }
+
+    def replace_output_layer(folder, manifest):
+        for part, content in parts.items():
+            write_at(folder, places_of(folder, "lm_head", part), content)
+
+    with pytest.raises(
+        ExportError, match=r"lm_head\.weight is not the checkpoint's: its rows are 1\.\d of their norm away, and point"
+    ):
+        export(checkpoint, tmp_path / "out", format, replace_output_layer, monkeypatch)
+    assert [path.name for path in tmp_path.iterdir()] == ["stranger"]
+
+
+def test_wrong_logits_over_right_files_are_refused_with_the_figures(checkpoint, tmp_path, monkeypatch):
+    """A window that the graph does not have is in no file that could be compared."""
+
+    def drop_window(folder, manifest):
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        for node in model.graph.node:
+            for entry in node.attribute:
+                if entry.name == "local_window_size":
+                    entry.i = -1
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+    with pytest.raises(ExportError, match=r"[\d.]+ nats apart, at most [\d.e-]+ allowed, although its matrices"):
+        export(
+            checkpoint,
+            tmp_path / "out",
+            "onnx",
+            drop_window,
+            monkeypatch,
+            weights="fp32",
+            graph="fused",
+            group_size=None,
+        )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp16"])
+@pytest.mark.parametrize("make", [partial(make_mistral, head_dim=16), make_bloom], ids=["mistral", "bloom"])
+def test_a_healthy_artifact_carries_its_certificate(tmp_path, format, weights, make):
+    layers = 2
+    made = normistral.export_model(str(make(tmp_path / "model")), tmp_path / "out", format=format, weights=weights)
+    assert made.verified == "run"
+    assert made.quality["matrices"] >= 4 * layers + 2
+    assert made.quality["tokenizer_tokens"] > 10_000
+    assert made.quality["template_conversations"] == (4 if made.template else 0)
+    assert 0 <= made.quality["probe_kl_nats"] < 1
+    assert read_manifest(tmp_path / "out") == made
+
+
+def test_the_gate_can_be_left_out_and_the_manifest_says_so(checkpoint, tmp_path, monkeypatch):
+    made = export(checkpoint, tmp_path / "out", "onnx", swap_scales, monkeypatch, verify=False)
+    assert made.verified == "no"
+    assert made.quality is None
+    assert "not verified, as asked" in made.notes
+
+
+def test_what_fails_can_be_kept_under_another_name(checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(ExportError, match="the scales of") as caught:
+        export(checkpoint, tmp_path / "out", "onnx", swap_scales, monkeypatch, keep_failed=True)
+    kept = tmp_path / "out.failed"
+    assert str(kept) in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
+    manifest = read_manifest(kept)
+    assert manifest.verified == "failed"
+    assert any("failed its verification: the scales of" in note for note in manifest.notes)
+    with pytest.raises(UsageError, match="exists already"):
+        export(checkpoint, tmp_path / "out", "onnx", keep_failed=True)
+    with pytest.raises(UsageError, match="without verification nothing fails"):
+        export(checkpoint, tmp_path / "again", "onnx", keep_failed=True, verify=False)
+
+
+def test_a_large_model_is_compared_layer_by_layer(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("normistral.export.onnx.artifact.fits_for_running", lambda architecture: False)
+    monkeypatch.setattr("normistral.export.verify.fits_for_running", lambda architecture: False)
+    small = export(checkpoint, tmp_path / "small", "onnx")
+    assert small.verified == "run"
+    monkeypatch.undo()
+    assert export(checkpoint, tmp_path / "large", "onnx").quality == pytest.approx(small.quality, rel=1e-3)
+
+
+def test_an_artifact_that_does_not_fit_is_only_read(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("normistral.export.verify.available_memory_bytes", lambda: 1000)
+    made = export(checkpoint, tmp_path / "out", "onnx")
+    assert made.verified == "read"
+    assert "probe_kl_nats" not in made.quality
+    assert any("too large to run here" in note for note in made.notes)
+
+
+def test_groups_are_compared_by_factor_and_direction():
+    rows = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    for found, factor, cosine in ((rows, 1, 1), (rows * 2, 0.5, 1), (-rows, -1, -1), (np.zeros_like(rows), 0, 0)):
+        factors, cosines = compare_groups(rows, found, 16)
+        assert factors.shape == cosines.shape == (4, 4)
+        np.testing.assert_allclose(factors, factor, atol=1e-6)
+        np.testing.assert_allclose(cosines, cosine, atol=1e-6)
+    factors, cosines = compare_groups(np.zeros_like(rows), np.zeros_like(rows), 16)
+    assert (factors == 1).all()
+    assert (cosines == 1).all()
+
+
+def test_json_of_the_manifest_has_the_certificate(checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "out", "onnx")
+    document = json.loads((tmp_path / "out" / "normistral.json").read_text(encoding="utf-8"))
+    assert document["verified"] == "run"
+    assert document["quality"]["probe_tokens"] > 10
