@@ -22,10 +22,9 @@ from tiny_models import edit_json, make_llama, make_mistral, random_tensors, wri
 
 import normistral
 from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError
-from normistral.export import reference, staging
+from normistral.export import staging
 from normistral.export.onnx import artifact as writing
 from normistral.export.onnx.structure import check_structure
-from normistral.export.verify import verify
 from normistral.manifest import RecipeRecord, check_files, read_manifest
 
 FILES = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"}
@@ -255,15 +254,6 @@ def written(tiny_onnx, tmp_path):
     """A copy of an artifact whose files may be damaged, and its manifest."""
     folder = shutil.copytree(tiny_onnx("onnx-int4"), tmp_path / "artifact")
     return folder, read_manifest(folder)
-
-
-def test_a_large_model_is_opened_but_not_run(written, monkeypatch):
-    folder, manifest = written
-    monkeypatch.setattr(reference, "available_memory_bytes", lambda: 1000)
-    assert not reference.fits_for_running(manifest.architecture)
-    proof = verify(folder, manifest, None)
-    assert proof.quality is None
-    assert "too large to run here" in proof.note
 
 
 @pytest.mark.parametrize("keep", [0, 4096, -1])

@@ -17,10 +17,8 @@ from tiny_models import make_llama, make_mistral
 
 import normistral
 from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError
-from normistral.export import reference as referring
 from normistral.export import staging
 from normistral.export.openvino import round_to_float16
-from normistral.export.verify import verify
 from normistral.hardware import exact_openvino, read_machine
 from normistral.manifest import check_files, read_manifest
 
@@ -143,7 +141,7 @@ def test_the_artifact_is_complete(quirky):
     assert set(manifest.source.files) >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert manifest.quality is not None
     assert manifest.quality["probe_kl_nats"] < 1e-4
-    assert "verifying" in progress.stages
+    assert {"verifying the files", "verifying by running it"} <= set(progress.stages)
     assert progress.done["hashing"] == manifest.total_bytes
     assert "peak memory" in progress.notes[-1]
 
@@ -315,7 +313,7 @@ def test_a_model_that_computes_something_else_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(conversion, "convert", convert_damaged)
     checkpoint = make_mistral(tmp_path / "checkpoint")
-    with pytest.raises(ExportError, match="does not compute what the checkpoint does"):
+    with pytest.raises(ExportError, match=r"layers\.0\.mlp\.down_proj\.weight is not the checkpoint's"):
         normistral.export_model(str(checkpoint), tmp_path / "out", weights="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
@@ -335,15 +333,6 @@ def test_impossible_requests_are_refused(tmp_path, options, words):
     with pytest.raises(UsageError, match=words):
         normistral.export_model(str(checkpoint), tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-
-def test_a_large_model_is_opened_but_not_run(quirky, monkeypatch):
-    _, folder, manifest, _ = quirky
-    monkeypatch.setattr(referring, "available_memory_bytes", lambda: 1000)
-    assert not referring.fits_for_running(manifest.architecture)
-    proof = verify(folder, manifest, None)
-    assert proof.quality is None
-    assert "too large to run here" in proof.note
 
 
 def test_a_missing_package_is_named_before_any_work(monkeypatch, tmp_path):

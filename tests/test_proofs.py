@@ -16,8 +16,8 @@ from tiny_models import edit_json, make_mistral, write_json
 
 import normistral
 from normistral.errors import ExportError, UsageError
-from normistral.export import pipeline
-from normistral.export.config import read_json
+from normistral.export import pipeline, reference
+from normistral.export.config import architecture_of, read_json, sanitise_config
 from normistral.export.proofs.weights import compare_groups
 from normistral.manifest import read_manifest
 
@@ -265,6 +265,13 @@ def test_a_large_model_is_compared_layer_by_layer(checkpoint, tmp_path, monkeypa
     assert small.verified == "run"
     monkeypatch.undo()
     assert export(checkpoint, tmp_path / "large", "onnx").quality == pytest.approx(small.quality, rel=1e-3)
+
+
+def test_a_model_that_does_not_fit_is_not_run_at_once(checkpoint, monkeypatch):
+    architecture = architecture_of(sanitise_config(read_json(checkpoint / "config.json")))
+    assert reference.fits_for_running(architecture)
+    monkeypatch.setattr(reference, "available_memory_bytes", lambda: 1000)
+    assert not reference.fits_for_running(architecture)
 
 
 def test_an_artifact_that_does_not_fit_is_only_read(checkpoint, tmp_path, monkeypatch):

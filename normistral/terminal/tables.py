@@ -92,7 +92,7 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
         ("template", "none" if manifest.template is None else f"from the {manifest.template.origin}"),
         ("reasoning", _describe_reasoning(manifest.reasoning)),
         ("sampling", _describe_sampling(manifest)),
-        ("quality", "not measured" if not manifest.quality else _listed(manifest.quality)),
+        *_certificate(manifest),
         *((("note" if i == 0 else ""), note) for i, note in enumerate(manifest.notes)),
         ("size", format_bytes(manifest.total_bytes)),
     ]
@@ -135,6 +135,37 @@ def describe_weights(recipe: RecipeRecord) -> str:
     if recipe.backup is not None:
         described += f"; others {recipe.backup}; output layer {recipe.output_layer_bits} bits"
     return described + graph
+
+
+_VERIFIED = {
+    "run": "yes: run, and compared with the checkpoint",
+    "read": "in part: read back, but too large to run where it was exported",
+    "no": "no, as asked (--no-verify)",
+    "failed": "NO: it failed, and was kept all the same (--keep-failed)",
+    None: "before this was recorded",
+}
+
+
+def _certificate(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What was proved at export."""
+    yield "verified", _VERIFIED[manifest.verified]
+    quality = dict(manifest.quality or {})
+    if "matrices" in quality:
+        counts = [
+            f"{quality.pop('matrices'):.0f} matrices",
+            f"{quality.pop('tokenizer_tokens', 0):,.0f} tokens of text",
+        ]
+        if conversations := quality.pop("template_conversations", 0):
+            counts.append(f"{conversations:.0f} conversations")
+        yield "", f"as the checkpoint: {', '.join(counts)}"
+    if "probe_kl_nats" in quality:
+        yield (
+            "",
+            f"KL divergence {quality.pop('probe_kl_nats'):.2g} nats, same first choice "
+            f"{quality.pop('probe_top1_agreement'):.0%}, over {quality.pop('probe_tokens'):.0f} tokens, exact arithmetic",
+        )
+    if quality:
+        yield "quality", _listed(quality)
 
 
 def _describe_bos(manifest: Manifest) -> str:

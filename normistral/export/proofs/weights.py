@@ -52,7 +52,7 @@ def check_weights(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> i
         _check_vectors(stored, reader, manifest, checkpoint)
     else:
         stored = IRWeights(folder)
-    _check_rotation(stored, checkpoint)
+    _check_rotation(stored, checkpoint, manifest.context_length)
     seen: set[str] = set()
     for matrix in stored.matrices():
         for name, offset in _parts(matrix, reader, manifest, checkpoint):
@@ -143,14 +143,15 @@ def _check_vectors(stored: OnnxWeights, reader: WeightReader, manifest: Manifest
                 raise ExportError(f"{name} is not the checkpoint's", _CAUSE)
 
 
-def _check_rotation(stored: OnnxWeights | IRWeights, checkpoint: Checkpoint) -> None:
+def _check_rotation(stored: OnnxWeights | IRWeights, checkpoint: Checkpoint, context: int) -> None:
     """The angles that positions are turned by."""
     architecture, config = checkpoint.architecture, checkpoint.config
     if architecture.positions != "rotary":
         return
-    cosines, sines = rotary_tables(config, architecture.head_dim, _POSITIONS)
+    positions = min(_POSITIONS, context)
+    cosines, sines = rotary_tables(config, architecture.head_dim, positions)
     if isinstance(stored, OnnxWeights):
-        tables = stored.rotary_tables(_POSITIONS)
+        tables = stored.rotary_tables(positions)
         agree = tables is None or (
             np.allclose(tables[0], cosines, atol=2e-3) and np.allclose(tables[1], sines, atol=2e-3)
         )
