@@ -20,12 +20,13 @@ export NORMISTRAL_PROMPT
 endif
 unexport PROMPT
 
-.PHONY: help chat test check format clean
+.PHONY: help chat test test-lm-eval compare-lm-eval check format clean
 .SUFFIXES:
 
 help:
 	@echo 'make chat [PROMPT="..."]   talk to the demo model; with PROMPT, print one answer'
 	@echo 'make test [ARGS="..."]     run the tests (ARGS goes to pytest)'
+	@echo 'make test-lm-eval          compare with lm-evaluation-harness, in an environment of its own (2 GB)'
 	@echo 'make check                 formatting, lint, types, import directions'
 	@echo 'make format                format, and mend what the linter can'
 	@echo 'make clean                 remove the environment, the demo model and all caches'
@@ -35,6 +36,13 @@ chat: $(DEMO)/normistral.json
 
 test: $(VENV)/.ready-dev
 	@$(RUN) -m pytest $(ARGS)
+
+# The harness brings 430 MB that nothing else here needs, and pulls at the same packages as the export tools.
+test-lm-eval:
+	@$(MAKE) --no-print-directory VENV=.venv-lm-eval compare-lm-eval
+
+compare-lm-eval: $(VENV)/.ready-lm-eval
+	@$(RUN) -m pytest tests/lm_eval_tasks/compare_with_hf.py $(ARGS)
 
 check: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff format --check .
@@ -47,7 +55,7 @@ format: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) artifacts build dist *.egg-info .*_cache .hypothesis
+	@rm -rf $(VENV) .venv-lm-eval artifacts build dist *.egg-info .*_cache .hypothesis
 
 $(DEMO)/normistral.json: | $(VENV)/.ready-export
 	@$(VENV)/bin/normistral export demo $(DEMO) --weights int4 >&2
@@ -67,6 +75,13 @@ $(VENV)/.ready-dev: $(VENV)/.ready-export
 	@echo "installing the test and lint tools into $(VENV)" >&2
 	@touch $(VENV)/.unfinished
 	@$(RUN) -m pip install --quiet --editable ".[dev]" >&2
+	@rm $(VENV)/.unfinished
+	@touch $@
+
+$(VENV)/.ready-lm-eval: $(VENV)/.ready-dev
+	@echo "installing lm-evaluation-harness into $(VENV)" >&2
+	@touch $(VENV)/.unfinished
+	@$(RUN) -m pip install --quiet --editable ".[dev,lm-eval]" >&2
 	@rm $(VENV)/.unfinished
 	@touch $@
 

@@ -26,7 +26,7 @@ class NormistralLM(LM):  # type: ignore[misc]  # lm_eval is not installed where 
         exact: reference arithmetic, as in `normistral.load`.
         device: as in `normistral.load`.
         max_length: tokens that the model may look back on; None is its whole context.
-        batch_size: 1 or "auto", which is 1: a CPU gains nothing from more.
+        batch_size: 1 or "auto", which is 1: an engine runs one sequence.
         max_batch_size: None.
 
     Raises:
