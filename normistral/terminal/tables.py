@@ -161,8 +161,8 @@ def _certificate(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if "probe_kl_nats" in quality:
         yield (
             "",
-            f"KL divergence {quality.pop('probe_kl_nats'):.2g} nats, same first choice "
-            f"{quality.pop('probe_top1_agreement'):.0%}, over {quality.pop('probe_tokens'):.0f} tokens, exact arithmetic",
+            f"in exact arithmetic: KL divergence {quality.pop('probe_kl_nats'):.2g} nats, same first choice at "
+            f"{quality.pop('probe_top1_agreement'):.0%} of {quality.pop('probe_tokens'):.0f} tokens",
         )
     if quality:
         yield "quality", _listed(quality)
