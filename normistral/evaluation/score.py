@@ -65,7 +65,7 @@ class ModelPredictor:
         sequence = self._model.create_sequence()
         try:
             for window in windows:
-                yield sequence.score(window.fed_ids, window.scored)
+                yield np.concatenate(list(sequence.logits_of_last(window.fed_ids, window.scored, from_scratch=True)))
         finally:
             sequence.close()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from normistral.runtime.engines.base import Engine, Logits
 
 
@@ -50,17 +48,19 @@ class CachedSequence:
         final: Logits = self._forward(token_ids)[-1]
         return final
 
-    def logits_of_last(self, token_ids: Sequence[int], last: int) -> Iterator[Logits]:
+    def logits_of_last(self, token_ids: Sequence[int], last: int, *, from_scratch: bool = False) -> Iterator[Logits]:
         """Make the cache hold exactly these tokens; logits after each of the last `last` of them.
 
-        Tokens before those are not computed again where the cache holds them.
+        Args:
+            from_scratch: compute all of them, so that nothing depends on what came before; otherwise those before the
+                last `last` are not computed again where the cache holds them.
 
         Yields:
             logits [n, vocabulary] in order, at most `prefill_chunk` positions at a time: those of a whole context
             would take hundreds of megabytes.
         """
         first = len(token_ids) - last
-        start = min(self.common_prefix(token_ids), first)
+        start = 0 if from_scratch else min(self.common_prefix(token_ids), first)
         self._truncate(start)
         while start < len(token_ids):
             chunk = token_ids[start : start + self._prefill_chunk]
@@ -69,22 +69,6 @@ class CachedSequence:
             logits = self._forward(chunk, max(wanted, 1))
             if wanted > 0:
                 yield logits
-
-    def score(self, token_ids: Sequence[int], last: int) -> Logits:
-        """Compute these tokens from scratch, in pieces as a prompt's.
-
-        Returns:
-            logits [last, vocabulary] after each of the last `last` tokens.
-        """
-        self._truncate(0)
-        scored = []
-        for start in range(0, len(token_ids), self._prefill_chunk):
-            piece = token_ids[start : start + self._prefill_chunk]
-            wanted = start + len(piece) - (len(token_ids) - last)
-            logits = self._forward(piece, last=min(max(wanted, 1), len(piece)))
-            if wanted > 0:
-                scored.append(logits)
-        return np.concatenate(scored)
 
     def close(self) -> None:
         """Free the KV cache."""

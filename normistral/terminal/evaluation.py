@@ -224,8 +224,9 @@ def _lines(
             ("KL, largest", f"{compared.kl_max:#.3g}", ""),
             ("same first choice", *_figure(compared.top1_agreement, "{:.1%}")),
         ]
-    yield format_columns([("", "", "95 % interval"), *rows])
-    if quality.perplexity.low is None:
+    known = quality.perplexity.low is not None
+    yield format_columns([("", "", "95 % interval" if known else ""), *rows])
+    if not known:
         yield "too few tokens for intervals"
 
 
