@@ -458,9 +458,10 @@ def evaluate(
     device: Device = "CPU",
     debug: Debug = False,
 ) -> None:
-    """Measure how well an artifact predicts a text, and how far it is from a reference.
+    """Measure how well an artifact predicts a text.
 
-    Perplexity; with --reference also KL divergence and top-1 agreement. An interrupted run goes on where it was.
+    Perplexity; with --reference also KL divergence and top-1 agreement: how far it is from another artifact or from the
+    checkpoint. A reference is computed once; a run that was stopped goes on where it was.
     """
     from normistral.terminal.evaluation import EvalOptions, run_eval
 

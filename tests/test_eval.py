@@ -21,6 +21,7 @@ from normistral.evaluation.text import tokenise
 from normistral.evaluation.windows import choose_windows, cut
 from normistral.export import reference
 from normistral.runtime.tokenizer import Tokenizer
+from normistral.terminal.interrupts import interrupts_win
 
 TEXT = "Blåbærsyltetøy på brød er godt, sa Åse. 😀 The quick brown fox jumps over the lazy dog, and that is that. " * 3
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # torch's threads wait for each other longer than they compute here
@@ -245,6 +246,23 @@ def test_a_run_that_is_stopped_goes_on_and_gives_the_same(tmp_path, fp32, tiny_c
     assert b"going on after window" in resumed.stderr
     assert resumed.stdout == expected.stdout
     assert cache.read_bytes() == whole.read_bytes()
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_stays_one():
+    """As torch's vmap does; an error without an interrupt stays an error, and Ctrl-C is Python's again afterwards."""
+
+    def lose_an_interrupt():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("NYI") from None
+
+    with pytest.raises(KeyboardInterrupt) as caught, interrupts_win():
+        lose_an_interrupt()
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match="NYI"), interrupts_win():
+        raise RuntimeError("NYI")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # What people see, and what is refused

@@ -29,6 +29,7 @@ from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manif
 from normistral.presets import PRESETS
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.terminal.console import format_columns, print_json, print_lines, say
+from normistral.terminal.interrupts import interrupts_win
 from normistral.terminal.progress import format_bytes, show_progress
 from normistral.terminal.tables import describe_weights
 
@@ -129,7 +130,11 @@ def _complete(file: ReferenceFile, reference: Reference, progress: Progress) -> 
     if file.finished:
         progress.note(f"going on after window {file.finished} of {file.path}")
     try:
-        with reference.open() as predictor, progress.stage("reference", missing, "tokens") as stage:
+        with (
+            interrupts_win(),
+            reference.open() as predictor,
+            progress.stage("reference", missing, "tokens") as stage,
+        ):
             write_reference(file, predictor, stage.advance)
     except KeyboardInterrupt:
         say(f"{file.finished} windows are kept in {file.path}; the same command goes on from there")
