@@ -28,15 +28,18 @@ from normistral.export.recipe import (
     choose_group_size,
     choose_recipe,
     describe_choices,
+    inner_weights,
     record_recipe,
 )
 from normistral.export.reference import PROBE_TEXT, Reference
 from normistral.export.resources import MemoryMeter, check_resources, estimate_needs
+from normistral.export.rounding.plan import calibration_sha256, calibration_windows, choose_plan
+from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tokenizer_ir import load_tokenizer, save_tokenizer_ir, tokenizer_ir_differs
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
 from normistral.export.verify import verify
-from normistral.manifest import Manifest, Source, hash_files, write_manifest
+from normistral.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
 from normistral.quiet import silence_telemetry
 from normistral.store import default_output
 
@@ -109,7 +112,8 @@ def _make_artifact(
 
     tokenizer = load_tokenizer(checkpoint.folder)
     token_ids = list(tokenizer(PROBE_TEXT)["input_ids"])[:context]
-    reference = _write_model(checkpoint, recipe, group_size, context, staging, token_ids, progress)
+    tables, record = _calibrate(checkpoint, recipe, group_size, tokenizer, context, staging, progress)
+    reference = _write_model(checkpoint, recipe, group_size, context, staging, token_ids, tables, progress)
     with progress.stage("writing tokenizer and configuration"):
         found = _write_companions(checkpoint, recipe, tokenizer, context, staging.artifact)
     with progress.stage("hashing", total=folder_bytes(staging.artifact), unit="bytes") as hashing:
@@ -121,7 +125,7 @@ def _make_artifact(
         role=checkpoint.role,
         architecture=checkpoint.architecture,
         context_length=context,
-        recipe=record_recipe(recipe, group_size),
+        recipe=record,
         stop_token_ids=checkpoint.stop_token_ids,
         bos_token_id=checkpoint.bos_token_id,
         adds_bos=checkpoint.adds_bos,
@@ -140,6 +144,35 @@ def _make_artifact(
     return manifest
 
 
+def _calibrate(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    group_size: int | None,
+    tokenizer: Any,
+    context: int,
+    staging: Staging,
+    progress: Progress,
+) -> tuple[RoundedTables | None, RecipeRecord]:
+    """Round the layers' matrices with our texts, into the workspace; None for a recipe that needs none.
+
+    Returns:
+        them, and what the manifest says of it.
+    """
+    record = record_recipe(recipe, group_size)
+    plan = choose_plan(recipe, group_size)
+    if plan is None:
+        return None, record
+    from normistral.export.rounding.calibration import round_layers
+
+    windows = calibration_windows(lambda text: list(tokenizer(text)["input_ids"]), context)
+    tables = RoundedTables(staging.workspace / "rounded")
+    tables.folder.mkdir()
+    tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
+    with progress.stage(f"rounding on {tokens} tokens of calibration text", weights) as rounding:
+        round_layers(checkpoint, plan, windows, tables, rounding)
+    return tables, replace(record, calibration_sha256=calibration_sha256(), calibration_tokens=tokens)
+
+
 def _write_model(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -147,9 +180,13 @@ def _write_model(
     context: int,
     staging: Staging,
     token_ids: list[int],
+    tables: RoundedTables | None,
     progress: Progress,
 ) -> Reference | None:
     """Write graph and weights.
+
+    Args:
+        tables: matrices that are rounded already.
 
     Returns:
         what the model itself computes for `token_ids`, or None when it is too large to run.
@@ -157,8 +194,8 @@ def _write_model(
     if recipe.format == "onnx":
         from normistral.export.onnx import artifact
 
-        return artifact.write_model(checkpoint, recipe, group_size, context, staging, token_ids, progress)
-    return openvino.write_model(checkpoint, recipe, group_size, staging, token_ids, progress)
+        return artifact.write_model(checkpoint, recipe, group_size, context, staging, token_ids, tables, progress)
+    return openvino.write_model(checkpoint, recipe, group_size, staging, token_ids, tables, progress)
 
 
 def _write_companions(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Any, context: int, folder: Path) -> list[str]:
