@@ -292,6 +292,15 @@ def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size
     return int(four_bits * in_four_bits + backup * (architecture.parameters - in_four_bits))
 
 
+def estimate_inner_bytes(architecture: Architecture, recipe: Recipe, group_size: int | None) -> int:
+    """Size of the rounded matrices inside the layers, as `estimate_weight_bytes` counts them."""
+    narrowest = min(input_widths(architecture))
+    width = narrowest if group_size in (None, PER_CHANNEL) else group_size
+    bits = 4 if recipe.weights == "int4" else 8
+    assert width is not None
+    return int(_bytes_per_weight(recipe, bits, recipe.symmetric, width) * inner_weights(architecture))
+
+
 def inner_weights(architecture: Architecture) -> int:
     """Parameters that are neither embedding nor output layer; nearly all of them stand in the layers' matrices."""
     table = architecture.vocabulary * architecture.hidden_size

@@ -38,9 +38,9 @@ def round_with_hessian(rows: NDArray[np.float32], hessian: torch.Tensor, steps: 
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order])  # upper triangle
     weights = torch.from_numpy(rows).T[order].contiguous()  # [columns, rows]: one column at a time, in one piece
-    blocks = order // grid.group_size
-    scales = torch.from_numpy(steps.scales).T[blocks]  # [columns, rows]
-    zeros = torch.from_numpy(steps.zero_points).T[blocks]
+    blocks = (order // grid.group_size).tolist()
+    scales = torch.from_numpy(steps.scales).T.contiguous()  # [blocks, rows]
+    zeros = torch.from_numpy(steps.zero_points).T.contiguous()
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
     codes = torch.empty(weights.shape, dtype=torch.uint8)
     columns = len(order)
@@ -48,10 +48,11 @@ def round_with_hessian(rows: NDArray[np.float32], hessian: torch.Tensor, steps: 
         stop = min(start + _COLUMNS_AT_ONCE, columns)
         errors = torch.empty(stop - start, weights.shape[1])
         for column in range(start, stop):
-            code = weights[column].mul(inverse[column]).add_(zeros[column]).round_().clamp_(0, grid.top)
+            block = blocks[column]
+            code = weights[column].mul(inverse[block]).add_(zeros[block]).round_().clamp_(0, grid.top)
             codes[column] = code
             error = errors[column - start]
-            torch.sub(weights[column], code.sub_(zeros[column]).mul_(scales[column]), out=error)
+            torch.sub(weights[column], code.sub_(zeros[block]).mul_(scales[block]), out=error)
             error /= factor[column, column]
             weights[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
         weights[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
