@@ -183,6 +183,13 @@ def export(
     ] = None,
     format: Annotated[str, typer.Option(help="Format of the artifact: openvino or onnx.")] = _RECIPE.format,
     weights: Annotated[str, typer.Option(help="Weights: int4, int8 or fp16; for ONNX also fp32.")] = _RECIPE.weights,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="How int4 and int8 are rounded: fast (to nearest), balanced (scales searched on our texts) or best "
+            f"(GPTQ as well; takes longest). All take the same bytes. Default: {_RECIPE.recipe}."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     group_size: Annotated[
         int | None,
@@ -246,7 +253,8 @@ def export(
     from normistral.export.pipeline import export_model
     from normistral.terminal.progress import show_progress
 
-    recipe = _given(
+    options = _given(
+        recipe=recipe,
         group_size=group_size,
         symmetric=symmetric,
         ratio=ratio,
@@ -267,7 +275,7 @@ def export(
             verify=not no_verify,
             keep_failed=keep_failed,
             progress=progress,
-            **recipe,
+            **options,
         )
     print(folder, flush=True)
 

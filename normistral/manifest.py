@@ -22,7 +22,7 @@ import msgspec
 from normistral.errors import ArtifactError
 
 MANIFEST_NAME = "normistral.json"
-SCHEMA_VERSION = 3  # 2: ONNX. 3: ALiBi, reasoning. What an older one described reads the same
+SCHEMA_VERSION = 4  # 2: ONNX. 3: ALiBi, reasoning. 4: calibration. What an older one described reads the same
 HASHED_AT_LOAD_BYTES = 16 * 2**20  # smaller files are hashed at every load; of larger ones only the size is checked
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _READ_BYTES = 4 * 2**20
@@ -97,6 +97,9 @@ class RecipeRecord:
         output_layer_bits: bits of the output layer (and of a tied embedding).
         graph: of ONNX: "fused" has onnxruntime's own operators for attention and rounded weights, "plain" only those of
             the standard.
+        recipe: how the layers' matrices were rounded: "fast" to nearest; "balanced" with scales searched, "best" with
+            GPTQ as well, both on our texts.
+        calibration_sha256, calibration_tokens: of those texts; None where nothing was calibrated.
     """
 
     weights: Literal["int4", "int8", "fp16", "fp32"]
@@ -106,6 +109,9 @@ class RecipeRecord:
     backup: str | None = None
     output_layer_bits: int | None = None
     graph: GraphKind | None = None
+    recipe: Literal["fast", "balanced", "best"] | None = None
+    calibration_sha256: Sha256 | None = None
+    calibration_tokens: PositiveInt | None = None
 
 
 @dataclass(frozen=True, slots=True)

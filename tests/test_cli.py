@@ -393,6 +393,7 @@ def test_info_shows_the_manifest(artifact, capsys):
         (RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8), "int4, symmetric, groups of 64; others int8_asym; "),
         (RecipeRecord("int4", False, -1, 0.8, "fp", 4), "int4, asymmetric, one scale per channel, 80% of the layers; "),
         (RecipeRecord("int8", symmetric=True), "int8, symmetric"),
+        (RecipeRecord("int8", symmetric=True, recipe="best"), "int8, symmetric, recipe best"),
         (RecipeRecord("int8", symmetric=True, group_size=32, graph="fused"), "groups of 32; fused graph"),
         (RecipeRecord("fp32", graph="plain"), "fp32; plain graph"),
     ],

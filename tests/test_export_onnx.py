@@ -67,21 +67,29 @@ def test_the_artifact_is_complete(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "recorded", "bits"),
     [
-        ({}, RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8, "fused"), {"inner": 4, "lm_head": 8, "embedded": 8}),
+        (
+            {},
+            RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8, "fused", "fast"),
+            {"inner": 4, "lm_head": 8, "embedded": 8},
+        ),
         (
             {"symmetric": False, "group_size": 32, "output_layer_bits": 4, "backup": "int8_sym"},
-            RecipeRecord("int4", False, 32, 1.0, "int8_sym", 4, "fused"),
+            RecipeRecord("int4", False, 32, 1.0, "int8_sym", 4, "fused", "fast"),
             {"inner": 4, "lm_head": 4, "embedded": 8},
         ),
         (
             {"output_layer_bits": 4, "backup": "fp"},
-            RecipeRecord("int4", True, 64, 1.0, "fp", 4, "fused"),
+            RecipeRecord("int4", True, 64, 1.0, "fp", 4, "fused", "fast"),
             {"inner": 4, "lm_head": 4, "embedded": None},
         ),
-        ({"weights": "int8"}, RecipeRecord("int8", True, 64, graph="fused"), dict.fromkeys(("inner", "lm_head"), 8)),
+        (
+            {"weights": "int8"},
+            RecipeRecord("int8", True, 64, graph="fused", recipe="fast"),
+            dict.fromkeys(("inner", "lm_head"), 8),
+        ),
         (
             {"weights": "int8", "symmetric": False, "group_size": 16},
-            RecipeRecord("int8", False, 16, graph="fused"),
+            RecipeRecord("int8", False, 16, graph="fused", recipe="fast"),
             {"inner": 8, "lm_head": 8, "embedded": 8},
         ),
         ({"weights": "fp16"}, RecipeRecord("fp16", graph="plain"), {}),

@@ -15,7 +15,7 @@ from normistral.export.families.llama import MISTRAL
 from normistral.export.onnx import reader as reading
 from normistral.export.onnx.external import ALIGNMENT, ExternalData
 from normistral.export.onnx.reader import WeightReader
-from normistral.export.onnx.rounding import Grid, round_rows
+from normistral.export.rounding.grid import Grid, round_rows
 
 GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (16, 32) for symmetric in (True, False)]
 ROWS = arrays.arrays(np.float32, (3, 96), elements=st.floats(-1e4, 1e4, width=32))

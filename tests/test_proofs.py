@@ -16,7 +16,7 @@ from tiny_models import edit_json, make_mistral, write_json
 
 import normistral
 from normistral.errors import ExportError, UsageError
-from normistral.export import pipeline, reference
+from normistral.export import proving, reference
 from normistral.export.config import architecture_of, read_json, sanitise_config
 from normistral.export.proofs.weights import compare_groups
 from normistral.manifest import read_manifest
@@ -54,14 +54,14 @@ def stranger(tmp_path_factory):
 
 def export(checkpoint, output, format, sabotage=None, patch=None, **options):
     """Export; `sabotage(folder, manifest)` comes between writing and verifying, and may return another manifest."""
-    real = pipeline.verify_artifact
+    real = proving.verify
 
     def verify(folder, manifest, *rest):
         changed = None if sabotage is None else sabotage(folder, manifest)
         return real(folder, changed or manifest, *rest)
 
     if patch is not None:
-        patch.setattr(pipeline, "verify_artifact", verify)
+        patch.setattr(proving, "verify", verify)
     options = {"weights": "int4", "group_size": 32} | options
     return normistral.export_model(str(checkpoint), output, format=format, **options)
 

@@ -146,8 +146,8 @@ def test_impossible_and_meaningless_options_are_refused(weights, options, words)
 
 def test_the_manifest_keeps_only_what_means_something():
     assert record_recipe(Recipe("fp16"), None) == RecipeRecord("fp16")
-    assert record_recipe(Recipe("int8"), None) == RecipeRecord("int8", symmetric=Recipe().symmetric)
-    assert record_recipe(Recipe(), 64) == RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8)
+    assert record_recipe(Recipe("int8"), None) == RecipeRecord("int8", symmetric=Recipe().symmetric, recipe="fast")
+    assert record_recipe(Recipe(), 64) == RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8, recipe="fast")
     assert describe_recipe(Recipe(ratio=0.8), 64) == (
         "int4 symmetric, group 64, 80% of the layers, output layer int8_asym"
     )
@@ -155,7 +155,9 @@ def test_the_manifest_keeps_only_what_means_something():
 
 def test_the_manifest_keeps_the_graph_of_onnx():
     fused = Recipe("int8", format="onnx", symmetric=False)
-    assert record_recipe(fused, 32) == RecipeRecord("int8", symmetric=False, group_size=32, graph="fused")
+    assert record_recipe(fused, 32) == RecipeRecord(
+        "int8", symmetric=False, group_size=32, graph="fused", recipe="fast"
+    )
     assert describe_recipe(fused, 32) == "int8 asymmetric, group 32, fused graph"
     assert record_recipe(Recipe("fp16", format="onnx"), None) == RecipeRecord("fp16", graph="plain")
     assert record_recipe(Recipe("fp16", format="onnx", graph="fused"), None) == RecipeRecord("fp16", graph="fused")
@@ -179,6 +181,18 @@ def test_memory_of_the_whole_7b_stays_within_its_bounds():
     assert 6.7 * gib < resources.estimate_needs(SEVEN_B, Recipe("int8"), 128).memory < 8 * gib
     assert resources.estimate_needs(SEVEN_B, Recipe("fp16"), None).memory < gib
     assert resources.estimate_needs(SEVEN_B, Recipe(format="onnx"), 128).memory < 1.5 * gib
+
+
+def test_a_calibration_holds_one_layer_and_what_gptq_needs():
+    """Hessian of 14,336 inputs: 0.8 GB, and four more of its size; a layer: 0.9 GB."""
+    gib = 2**30
+    for format in ("openvino", "onnx"):
+        best = resources.estimate_needs(SEVEN_B, Recipe(format=format, recipe="best"), 128)
+        assert 5.5 * gib < best.memory < 8 * gib
+        plain = resources.estimate_needs(SEVEN_B, Recipe(format=format), 128)
+        assert 3.3 * gib < best.disk - plain.disk < 3.7 * gib
+    balanced = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced"), 128)
+    assert 1.5 * gib < balanced.memory < 2.5 * gib
 
 
 def test_a_shortage_is_said_with_numbers(monkeypatch, tmp_path):

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from normistral.errors import ExportError, first_line
 from normistral.export.checkpoint import Checkpoint
+from normistral.export.openvino_weights import replace_weights
 from normistral.export.progress import Progress, Stage
 from normistral.export.recipe import Recipe
 from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model
+from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, require_free_disk
 from normistral.manifest import Architecture
 
@@ -41,9 +43,13 @@ def write_model(
     group_size: int | None,
     staging: Staging,
     token_ids: list[int],
+    tables: RoundedTables | None,
     progress: Progress,
 ) -> Reference | None:
     """Write the IR; torch and its memory-mapped weights are let go of on return.
+
+    Args:
+        tables: matrices that are rounded already.
 
     Returns:
         what the model itself computes for `token_ids`, or None when it is too large to run.
@@ -59,6 +65,8 @@ def write_model(
     if recipe.weights != "fp16":
         with progress.stage(f"compressing to {recipe.weights}") as compressing:
             graph = compress(graph, recipe, group_size, compressing)
+            if tables is not None:
+                replace_weights(graph, tables)
     with progress.stage("saving"):
         save(graph, staging.artifact, recipe)
     return reference

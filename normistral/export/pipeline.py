@@ -5,39 +5,41 @@ Each step lives in a file of its own; this one only puts them in order.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from normistral.errors import ExportError, ResourceError, UsageError
+from normistral.errors import ExportError, ResourceError
 from normistral.export import openvino
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.companions import copy_companions, folder_bytes
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress, Progress
+from normistral.export.proving import Proving, choose_proving, prove
 from normistral.export.recipe import (
     Recipe,
     choose_context,
     choose_group_size,
     choose_recipe,
     describe_choices,
+    inner_weights,
     record_recipe,
 )
 from normistral.export.reference import PROBE_TEXT, Reference
 from normistral.export.resources import MemoryMeter, check_resources, estimate_needs
+from normistral.export.rounding.plan import calibration_sha256, calibration_windows, choose_plan
+from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tokenizer_ir import load_tokenizer, save_tokenizer_ir, tokenizer_ir_differs
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
-from normistral.export.verify import verify as verify_artifact
-from normistral.manifest import Manifest, Source, Verified, hash_files, write_manifest
+from normistral.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
 from normistral.quiet import silence_telemetry
 from normistral.store import default_output
 
@@ -97,30 +99,6 @@ def export_model(
     return manifest
 
 
-@dataclass(frozen=True, slots=True)
-class Proving:
-    """Whether the artifact is verified, and where one that fails is kept; None is nowhere."""
-
-    verify: bool
-    keep_failed: Path | None
-
-
-def choose_proving(output: Path, *, verify: bool, keep_failed: bool) -> Proving:
-    """Check the user's choice.
-
-    Raises:
-        UsageError: nothing can fail without verification, or something stands where it would be kept.
-    """
-    if not keep_failed:
-        return Proving(verify, None)
-    if not verify:
-        raise UsageError("without verification nothing fails that could be kept", "leave out --keep-failed")
-    place = output.absolute().with_name(f"{output.name}.failed")
-    if os.path.lexists(place):
-        raise UsageError(f"{place} exists already", "remove or rename it, or leave out --keep-failed")
-    return Proving(verify, place)
-
-
 def _make_artifact(
     checkpoint: Checkpoint,
     source: Future[Source],
@@ -140,7 +118,8 @@ def _make_artifact(
 
     tokenizer = load_tokenizer(checkpoint.folder)
     token_ids = list(tokenizer(PROBE_TEXT)["input_ids"])[:context]
-    reference = _write_model(checkpoint, recipe, group_size, context, staging, token_ids, progress)
+    tables, record = _calibrate(checkpoint, recipe, group_size, tokenizer, context, staging, progress)
+    reference = _write_model(checkpoint, recipe, group_size, context, staging, token_ids, tables, progress)
     with progress.stage("writing tokenizer and configuration"):
         found = _write_companions(checkpoint, recipe, tokenizer, context, staging.artifact)
     with progress.stage("hashing", total=folder_bytes(staging.artifact), unit="bytes") as hashing:
@@ -152,7 +131,7 @@ def _make_artifact(
         role=checkpoint.role,
         architecture=checkpoint.architecture,
         context_length=context,
-        recipe=record_recipe(recipe, group_size),
+        recipe=record,
         stop_token_ids=checkpoint.stop_token_ids,
         bos_token_id=checkpoint.bos_token_id,
         adds_bos=checkpoint.adds_bos,
@@ -161,41 +140,42 @@ def _make_artifact(
         files=files,
         tools=tool_versions(recipe.format),
         reasoning=checkpoint.reasoning,
+        notes=(*checkpoint.notes, *made, *found),
     )
-    manifest = replace(manifest, notes=(*checkpoint.notes, *made, *found))
     for note in found:
         progress.note(note)
-    manifest = _prove(manifest, checkpoint, tokenizer, token_ids, reference, staging, proving, progress)
+    manifest = prove(manifest, checkpoint, tokenizer, token_ids, reference, staging, proving, progress)
     write_manifest(staging.artifact, manifest)
     return manifest
 
 
-def _prove(
-    manifest: Manifest,
+def _calibrate(
     checkpoint: Checkpoint,
+    recipe: Recipe,
+    group_size: int | None,
     tokenizer: Any,
-    token_ids: list[int],
-    reference: Reference | None,
+    context: int,
     staging: Staging,
-    proving: Proving,
     progress: Progress,
-) -> Manifest:
-    """The manifest with what was proved. What fails is kept under `proving.keep_failed`, if that is a path."""
-    if not proving.verify:
-        progress.note("not verified: --no-verify")
-        return replace(manifest, verified="no", notes=(*manifest.notes, "not verified, as asked"))
-    try:
-        proof = verify_artifact(staging.artifact, manifest, checkpoint, tokenizer, token_ids, reference, progress)
-    except ExportError as failure:
-        if proving.keep_failed is not None:
-            notes = (*manifest.notes, f"failed its verification: {failure.message}")
-            write_manifest(staging.artifact, replace(manifest, verified="failed", notes=notes))
-            staging.artifact.rename(proving.keep_failed)
-            failure.hint = f"what was written is kept as {proving.keep_failed}; {failure.hint}"
-        raise
-    progress.note(proof.note)
-    verified: Verified = "run" if proof.has_run else "read"
-    return replace(manifest, verified=verified, quality=proof.quality, notes=(*manifest.notes, proof.note))
+) -> tuple[RoundedTables | None, RecipeRecord]:
+    """Round the layers' matrices with our texts, into the workspace; None for a recipe that needs none.
+
+    Returns:
+        them, and what the manifest says of it.
+    """
+    record = record_recipe(recipe, group_size)
+    plan = choose_plan(recipe, group_size)
+    if plan is None:
+        return None, record
+    from normistral.export.rounding.calibration import round_layers
+
+    windows = calibration_windows(lambda text: list(tokenizer(text)["input_ids"]), context)
+    tables = RoundedTables(staging.workspace / "rounded")
+    tables.folder.mkdir()
+    tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
+    with progress.stage(f"rounding on {tokens} tokens of calibration text", weights) as rounding:
+        round_layers(checkpoint, plan, windows, tables, rounding)
+    return tables, replace(record, calibration_sha256=calibration_sha256(), calibration_tokens=tokens)
 
 
 def _write_model(
@@ -205,9 +185,13 @@ def _write_model(
     context: int,
     staging: Staging,
     token_ids: list[int],
+    tables: RoundedTables | None,
     progress: Progress,
 ) -> Reference | None:
     """Write graph and weights.
+
+    Args:
+        tables: matrices that are rounded already.
 
     Returns:
         what the model itself computes for `token_ids`, or None when it is too large to run.
@@ -215,8 +199,8 @@ def _write_model(
     if recipe.format == "onnx":
         from normistral.export.onnx import artifact
 
-        return artifact.write_model(checkpoint, recipe, group_size, context, staging, token_ids, progress)
-    return openvino.write_model(checkpoint, recipe, group_size, staging, token_ids, progress)
+        return artifact.write_model(checkpoint, recipe, group_size, context, staging, token_ids, tables, progress)
+    return openvino.write_model(checkpoint, recipe, group_size, staging, token_ids, tables, progress)
 
 
 def _write_companions(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Any, context: int, folder: Path) -> list[str]:

@@ -22,6 +22,7 @@ FUSED_CONTEXT = 32768  # tokens; the fused graph holds a table of every position
 UNSTATED_CONTEXT = 2048  # tokens; where no file gives a context, as NorBLOOM's: the sequence length of the first BLOOM
 
 Backup = Literal["int8_asym", "int8_sym", "fp"]
+RecipeName = Literal["fast", "balanced", "best"]
 
 _WEIGHTS: dict[ArtifactFormat, tuple[WeightFormat, ...]] = {
     "openvino": ("int4", "int8", "fp16"),
@@ -29,11 +30,11 @@ _WEIGHTS: dict[ArtifactFormat, tuple[WeightFormat, ...]] = {
 }
 # The options that each weight format heeds; `context_length` is for all.
 _MEANINGFUL: dict[tuple[ArtifactFormat, WeightFormat], set[str]] = {
-    ("openvino", "int4"): {"group_size", "symmetric", "ratio", "backup", "output_layer_bits"},
-    ("openvino", "int8"): {"symmetric"},
+    ("openvino", "int4"): {"recipe", "group_size", "symmetric", "ratio", "backup", "output_layer_bits"},
+    ("openvino", "int8"): {"recipe", "symmetric"},
     ("openvino", "fp16"): set(),
-    ("onnx", "int4"): {"group_size", "symmetric", "backup", "output_layer_bits", "graph"},
-    ("onnx", "int8"): {"group_size", "symmetric", "graph"},
+    ("onnx", "int4"): {"recipe", "group_size", "symmetric", "backup", "output_layer_bits", "graph"},
+    ("onnx", "int8"): {"recipe", "group_size", "symmetric", "graph"},
     ("onnx", "fp16"): {"graph"},
     ("onnx", "fp32"): {"graph"},
 }
@@ -46,6 +47,9 @@ class Recipe:
 
     Attributes:
         weights: "int4", "int8", "fp16", or in ONNX "fp32".
+        recipe: how int4 and int8 are rounded inside the layers. "fast" rounds to nearest. "balanced" runs our texts
+            through the model and searches scales that lose least on them. "best" does so too, and lets GPTQ choose
+            every code. All take the same bytes and run at the same speed.
         group_size: weights that share one scale (128, 64, 32 or 16) in int4 and in ONNX's int8; for OpenVINO also -1,
             one scale per output channel. None takes the largest that divides the widths of this model.
         symmetric: rounding to a grid around zero, without zero points; for int4 and int8. Symmetric int4 decodes a
@@ -63,6 +67,7 @@ class Recipe:
     """
 
     weights: WeightFormat = "int4"
+    recipe: RecipeName = "fast"
     group_size: int | None = None
     symmetric: bool = True
     ratio: float = 1.0
@@ -76,6 +81,7 @@ class Recipe:
         """Raises UsageError for a value out of range, or for one that this format would ignore."""
         _require_one_of("format", self.format, tuple(_WEIGHTS))
         _require_one_of("weights", self.weights, _WEIGHTS["onnx"])
+        _require_one_of("recipe", self.recipe, ("fast", "balanced", "best"))
         _require_one_of("group_size", self.group_size, (None, *GROUP_SIZES, PER_CHANNEL))
         _require_one_of("symmetric", self.symmetric, (True, False))
         _require_one_of("backup", self.backup, ("int8_asym", "int8_sym", "fp"))
@@ -119,6 +125,11 @@ class Recipe:
             raise UsageError(
                 f"a plain graph has no {self.weights} weights: onnxruntime's operators for them make it a fused one",
                 "use --graph fused, or fp16 or fp32 weights",
+            )
+        if self.ratio != 1.0 and self.recipe != "fast":
+            raise UsageError(
+                f"the recipe {self.recipe} rounds all layers alike, so a ratio of {self.ratio:g} is not possible",
+                "leave the ratio out, or use the recipe fast",
             )
         if self.output_layer_bits == 8 and self.backup == "fp":
             raise UsageError(
@@ -238,11 +249,12 @@ def describe_recipe(recipe: Recipe, group_size: int | None) -> str:
         return recipe.weights + graph
     grid = "symmetric" if recipe.symmetric else "asymmetric"
     groups = "per channel" if group_size in (None, PER_CHANNEL) else f"group {group_size}"
+    named = "" if recipe.recipe == "fast" else f", recipe {recipe.recipe}"
     if recipe.weights == "int8":
-        return f"int8 {grid}, {groups}{graph}"
+        return f"int8 {grid}, {groups}{named}{graph}"
     mixed = "" if recipe.ratio == 1.0 else f", {recipe.ratio:.0%} of the layers"
     output = recipe.backup if recipe.output_layer_bits == 8 else "int4"
-    return f"int4 {grid}, {groups}{mixed}, output layer {output}{graph}"
+    return f"int4 {grid}, {groups}{mixed}, output layer {output}{named}{graph}"
 
 
 def record_recipe(recipe: Recipe, group_size: int | None) -> RecipeRecord:
@@ -256,6 +268,7 @@ def record_recipe(recipe: Recipe, group_size: int | None) -> RecipeRecord:
         backup=recipe.backup if "backup" in meant else None,
         output_layer_bits=recipe.output_layer_bits if "output_layer_bits" in meant else None,
         graph=recipe.graph_kind,
+        recipe=recipe.recipe if "recipe" in meant else None,
     )
 
 
@@ -272,11 +285,26 @@ def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size
         backup = 4.0 if recipe.format == "onnx" else 2.0
     else:
         backup = _bytes_per_weight(recipe, 8, recipe.backup == "int8_sym", eight_bits_width)
-    table = architecture.vocabulary * architecture.hidden_size  # embedding, and output layer
-    inner = architecture.parameters - (table if architecture.tied_embeddings else 2 * table)
+    table = architecture.vocabulary * architecture.hidden_size
+    inner = inner_weights(architecture)
     in_four_bits = recipe.ratio * inner + (table if recipe.output_layer_bits == 4 else 0)
     four_bits = _bytes_per_weight(recipe, 4, recipe.symmetric, width)
     return int(four_bits * in_four_bits + backup * (architecture.parameters - in_four_bits))
+
+
+def estimate_inner_bytes(architecture: Architecture, recipe: Recipe, group_size: int | None) -> int:
+    """Size of the rounded matrices inside the layers, as `estimate_weight_bytes` counts them."""
+    narrowest = min(input_widths(architecture))
+    width = narrowest if group_size in (None, PER_CHANNEL) else group_size
+    bits = 4 if recipe.weights == "int4" else 8
+    assert width is not None
+    return int(_bytes_per_weight(recipe, bits, recipe.symmetric, width) * inner_weights(architecture))
+
+
+def inner_weights(architecture: Architecture) -> int:
+    """Parameters that are neither embedding nor output layer; nearly all of them stand in the layers' matrices."""
+    table = architecture.vocabulary * architecture.hidden_size
+    return architecture.parameters - (table if architecture.tied_embeddings else 2 * table)
 
 
 def _bytes_per_weight(recipe: Recipe, bits: int, symmetric: bool, width: int) -> float:

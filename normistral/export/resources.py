@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 from normistral.errors import ResourceError
-from normistral.export.recipe import Recipe, estimate_weight_bytes
+from normistral.export.recipe import Recipe, estimate_inner_bytes, estimate_weight_bytes, inner_weights
+from normistral.export.rounding.plan import CALIBRATION_TOKENS, Plan, choose_plan
 from normistral.hardware import available_memory_bytes, free_disk_bytes
 from normistral.manifest import Architecture
 
@@ -64,7 +65,25 @@ def estimate_needs(
         # when it is rounded to int4 (8 layers of the 7B with a 4-bit output layer: 1.0 GB above the rest).
         four_bits = architecture.feed_forward if recipe.output_layer_bits == 8 else widest_rows
         memory += stored + max(4 * widest_rows, 8 * four_bits) * architecture.hidden_size
+    plan = choose_plan(recipe, group_size)
+    if plan is not None:  # before anything is written, and written from files
+        disk += estimate_inner_bytes(architecture, recipe, group_size)
+        memory = max(memory, _PROGRAM_BYTES + estimate_calibration_bytes(architecture, plan))
     return Needs(disk, memory)
+
+
+def estimate_calibration_bytes(architecture: Architecture, plan: Plan) -> int:
+    """Most memory of a calibration: one layer, all tokens' states, and what GPTQ needs for the widest matrix."""
+    hidden, wide = architecture.hidden_size, architecture.feed_forward
+    layer = 4 * inner_weights(architecture) // architecture.layers
+    states = 4 * CALIBRATION_TOKENS * hidden
+    matrices = 3 * 4 * hidden * wide  # its weights are moved about as columns and given back as rows
+    if plan.method == "search":
+        return layer + states + matrices
+    attention = architecture.heads * architecture.head_dim
+    moments = 4 * (2 * hidden**2 + attention**2 + wide**2)  # second moments of all four kinds of inputs
+    factors = 4 * 4 * wide**2  # in order, its Cholesky factor, the inverse, and that one's factor
+    return layer + states + matrices + moments + factors
 
 
 def check_resources(output: Path, needs: Needs) -> None:

@@ -129,6 +129,8 @@ def describe_weights(recipe: RecipeRecord) -> str:
     parts = [recipe.weights, "symmetric" if recipe.symmetric else "asymmetric"]
     if recipe.group_size is not None:
         parts.append("one scale per channel" if recipe.group_size == -1 else f"groups of {recipe.group_size}")
+    if recipe.recipe not in (None, "fast"):
+        parts.append(f"recipe {recipe.recipe}")
     if recipe.ratio not in (None, 1.0):
         parts.append(f"{recipe.ratio:.0%} of the layers")
     described = ", ".join(parts)

@@ -18,11 +18,12 @@ from normistral.export.onnx.external import ExternalData
 from normistral.export.onnx.graph import DATA_NAME, Graph
 from normistral.export.onnx.plain import write_plain
 from normistral.export.onnx.reader import WeightReader
-from normistral.export.onnx.rounding import Grid
 from normistral.export.onnx.signature import read_signature
 from normistral.export.progress import Progress, Stage
 from normistral.export.recipe import Recipe
 from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model
+from normistral.export.rounding.grid import Grid
+from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging
 from normistral.presets import WeightFormat
 
@@ -36,12 +37,14 @@ def write_model(
     context: int,
     staging: Staging,
     token_ids: list[int],
+    tables: RoundedTables | None,
     progress: Progress,
 ) -> Reference | None:
     """Write model.onnx and model.onnx.data, never holding more of the model than the rows at work.
 
     Args:
         context: the most tokens that the artifact is for.
+        tables: matrices that are rounded already.
 
     Returns:
         what the model itself computes for `token_ids`, or None when it is too large to run.
@@ -58,6 +61,7 @@ def write_model(
                 choose_storage(recipe, group_size, checkpoint),
                 context,
                 staging.artifact,
+                tables,
                 writing,
             )
         else:
@@ -75,11 +79,18 @@ def write_model(
 
 
 def write_fused(
-    checkpoint: Checkpoint, weights: WeightFormat, storage: Storage, context: int, folder: Path, stage: Stage
+    checkpoint: Checkpoint,
+    weights: WeightFormat,
+    storage: Storage,
+    context: int,
+    folder: Path,
+    tables: RoundedTables | None,
+    stage: Stage,
 ) -> None:
     """The graph of onnxruntime's own operators.
 
     Args:
+        tables: matrices that are rounded already; the others are rounded to nearest.
         stage: advanced by the stored bytes of each tensor that was read.
 
     Raises:
@@ -92,7 +103,7 @@ def write_fused(
     config, architecture, floats = checkpoint.config, checkpoint.architecture, float_type(weights)
     signature = read_signature(AutoConfig.for_model(**config), architecture, floats)
     with ExternalData(folder / DATA_NAME) as data:
-        graph = Graph(reader, data, stage, floats)
+        graph = Graph(reader, data, stage, floats, tables)
         _WRITERS[checkpoint.family.model_type](graph, architecture, config, storage, context)
         graph.save(folder, signature, normistral.__version__)
 

@@ -12,7 +12,7 @@ import numpy as np
 from onnx import TensorProto
 
 from normistral.export.onnx.graph import MICROSOFT, Graph, Table
-from normistral.export.onnx.rounding import Grid
+from normistral.export.rounding.grid import Grid
 from normistral.manifest import Architecture
 
 FAST_LEVEL = 4  # MatMulNBits' accuracy_level: activations rounded to int8 in blocks, products in int8

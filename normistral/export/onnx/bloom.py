@@ -26,7 +26,7 @@ from normistral.export.onnx.blocks import (
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
 from normistral.export.onnx.reader import WeightReader
-from normistral.export.onnx.rounding import Grid
+from normistral.export.rounding.grid import Grid
 from normistral.manifest import Architecture
 
 Parts = tuple[str, str, str]

@@ -18,9 +18,10 @@ from onnx import TensorProto
 from normistral.errors import ExportError
 from normistral.export.onnx.external import ExternalData, point_to
 from normistral.export.onnx.reader import Rows, WeightReader
-from normistral.export.onnx.rounding import Grid, Rounded, round_rows
 from normistral.export.onnx.signature import Signature
 from normistral.export.progress import Stage
+from normistral.export.rounding.grid import Grid, Rounded, round_rows
+from normistral.export.rounding.tables import RoundedTables
 
 MICROSOFT = "com.microsoft"  # operators that onnxruntime adds to the standard ones
 GRAPH_NAME = "model.onnx"
@@ -48,12 +49,14 @@ class Graph:
     Attributes:
         float_type: TensorProto type of activations, scales and vectors.
         stage: advanced by the stored bytes of each tensor that was read.
+        tables: matrices that a calibration has rounded already; the others are rounded to nearest.
     """
 
     reader: WeightReader
     data: ExternalData
     stage: Stage
     float_type: int
+    tables: RoundedTables | None = None
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -101,7 +104,7 @@ class Graph:
         zero_points: list[NDArray[np.uint8]] = []
 
         def codes() -> Iterator[NDArray[np.uint8]]:
-            for rounded in _round_ahead(self._read(parts), grid):
+            for rounded in self._round(parts, grid):
                 if not np.isfinite(rounded.scales).all():
                     raise ExportError(f"{name} has values that are not numbers", "the checkpoint may be damaged")
                 scales.append(self._to_floats(name, rounded.scales))
@@ -179,6 +182,17 @@ class Graph:
                     "use fp32, int8 or int4 weights",
                 )
         return values.astype(self.float_dtype, copy=False)
+
+    def _round(self, parts: Sequence[str], grid: Grid) -> Iterator[Rounded]:
+        for part in parts:
+            name, rows = self.reader.source(part)
+            if self.tables is None or name not in self.tables.grids:
+                yield from _round_ahead(self._read([part]), grid)
+                continue
+            assert self.tables.grids[name] == grid
+            for some in rows:
+                yield self.tables.read(name, some.start, some.stop)
+            self.stage.advance(self.reader.nbytes([part]))
 
     def _read(self, parts: Sequence[str]) -> Iterator[Rows]:
         for part in parts:

@@ -23,7 +23,7 @@ from normistral.export.onnx.blocks import (
     share_lengths,
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
-from normistral.export.onnx.rounding import Grid
+from normistral.export.rounding.grid import Grid
 from normistral.manifest import Architecture
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention's rotary embedding refuses others

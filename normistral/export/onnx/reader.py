@@ -32,11 +32,11 @@ class WeightReader:
             CheckpointError: as `read_tensors`.
         """
         self._tensors = with_prefix(read_tensors(folder), family)
-        self._views: dict[str, tuple[Tensor, tuple[range, ...]]] = {}
+        self._views: dict[str, tuple[str, tuple[range, ...]]] = {}
 
     def add_view(self, name: str, whole: str, rows: Sequence[range]) -> None:
         """Give some rows of a tensor, in the order of `rows`, a name of their own; they can be read like a tensor."""
-        self._views[name] = (self._tensors[whole], tuple(rows))
+        self._views[name] = (whole, tuple(rows))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as stored, [out, in] for a matrix."""
@@ -71,13 +71,14 @@ class WeightReader:
                 for start in range(part.start, part.stop, rows):
                     yield self._read_rows(tensor, start, min(start + rows, part.stop))
 
+    def source(self, name: str) -> tuple[str, tuple[range, ...]]:
+        """The tensor of the checkpoint that `name` stands for, and which of its rows, in order."""
+        return self._views[name] if name in self._views else (name, (range(self._tensors[name].shape[0]),))
+
     def _place(self, name: str) -> tuple[Tensor, tuple[range, ...]]:
-        """The stored tensor, and which of its rows are meant."""
-        view = self._views.get(name)
-        if view is not None:
-            return view
-        tensor = self._tensors[name]
-        return tensor, (range(tensor.shape[0]),)
+        """As `source`, with the stored tensor."""
+        whole, rows = self.source(name)
+        return self._tensors[whole], rows
 
     def _read_rows(self, tensor: Tensor, start: int, stop: int) -> Rows:
         row_values = int(np.prod(tensor.shape[1:], dtype=np.int64))

@@ -1,0 +1,81 @@
+"""Put matrices that we rounded into a graph that NNCF has compressed: same types, same shapes, other values."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normistral.errors import ExportError
+from normistral.export.rounding.grid import Grid, Rounded, unpack
+from normistral.export.rounding.tables import RoundedTables
+
+if TYPE_CHECKING:
+    import openvino
+
+# The second where it was bfloat16 or float16. NNCF names scales and zero points after it.
+_MATRIX = re.compile(r"self\.(.+)\.(?:weight|_openvino_orig_weight)(/scale|/zero_point)?")
+
+
+def replace_weights(graph: openvino.Model, tables: RoundedTables) -> None:
+    """Exchange the constants of every matrix in `tables`, one by one: the graph takes no more memory than before.
+
+    Raises:
+        ExportError: the graph holds a matrix in another way than `tables` does, or not at all.
+    """
+    expected = {(name, part) for name, grid in tables.grids.items() for part in _parts(grid)}
+    for node in graph.get_ops():
+        match = _MATRIX.fullmatch(node.get_friendly_name()) if node.get_type_name() == "Constant" else None
+        if match is None:
+            continue
+        name, part = f"{match[1]}.weight", match[2] or ""
+        if name not in tables.grids:
+            continue
+        if (name, part) not in expected:
+            raise ExportError(f"NNCF's graph holds {name}{part}, which was not rounded for it")
+        expected.remove((name, part))
+        _replace(node, _values(tables.read(name), tables.grids[name], part))
+    if expected:
+        name, part = min(expected)
+        raise ExportError(f"NNCF's graph lacks {name}{part} and {len(expected) - 1} more constants")
+
+
+def _parts(grid: Grid) -> tuple[str, ...]:
+    return ("", "/scale") if grid.symmetric else ("", "/scale", "/zero_point")
+
+
+def _values(rounded: Rounded, grid: Grid, part: str) -> NDArray[Any]:
+    """The bytes of one constant."""
+    if part == "/scale":
+        return rounded.scales.astype(np.float16)  # they are float16 values: search_steps made them so
+    if part == "/zero_point":
+        assert rounded.zero_points is not None
+        zeros = unpack(rounded.zero_points, grid.bits)[:, : rounded.scales.shape[1]]
+        if grid.bits == 8:
+            return np.ascontiguousarray(zeros)
+        flat = np.append(zeros.reshape(-1), np.zeros(zeros.size % 2, np.uint8))  # rows share bytes here
+        return np.asarray(flat[0::2] | (flat[1::2] << np.uint8(4)))
+    if not grid.symmetric:
+        return rounded.codes
+    return rounded.codes ^ np.uint8(0x88 if grid.bits == 4 else 0x80)  # code - middle, in two's complement
+
+
+def _replace(node: Any, values: NDArray[Any]) -> None:
+    import openvino
+    from openvino import op
+
+    kind, shape = node.get_element_type(), node.get_output_shape(0)
+    if values.dtype == np.float16:
+        sizes_agree, kind_agrees = values.size == np.prod(shape), kind == openvino.Type.f16
+    else:
+        sizes_agree, kind_agrees = values.nbytes == -(-int(np.prod(shape)) * kind.bitwidth // 8), kind.is_integral()
+    if not (sizes_agree and kind_agrees):
+        raise ExportError(
+            f"NNCF holds {node.get_friendly_name()} as {kind} of shape {list(shape)}, not as it was rounded"
+        )
+    # Copied: neither Tensor nor a shared Constant keeps the array alive, and 4-bit values must come as bytes.
+    new = op.Constant(openvino.Tensor(np.ascontiguousarray(values), shape, kind), shared_memory=False)
+    new.set_friendly_name(node.get_friendly_name())
+    node.output(0).replace(new.output(0))

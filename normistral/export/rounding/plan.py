@@ -1,0 +1,69 @@
+"""What a recipe asks of the rounding: the grid, the method, and the tokens that it is calibrated with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Literal
+
+from normistral.export.recipe import PER_CHANNEL, Recipe, RecipeName
+from normistral.export.rounding.grid import Grid
+from normistral.export.texts import load_texts
+
+Method = Literal["search", "gptq"]
+
+CALIBRATION_TOKENS = 8192
+_WINDOW_TOKENS = 512
+_METHODS: dict[RecipeName, Method | None] = {"fast": None, "balanced": "search", "best": "gptq"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the matrices inside the layers are rounded.
+
+    Attributes:
+        method: "search" chooses scales and rounds to nearest; "gptq" chooses scales and lets GPTQ choose the codes.
+        bits, symmetric: of the grid.
+        group_size: weights that share a scale; None is a whole row.
+    """
+
+    method: Method
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    def grid(self, columns: int) -> Grid:
+        """The grid of a matrix."""
+        return Grid(self.bits, columns if self.group_size is None else self.group_size, self.symmetric)
+
+
+def choose_plan(recipe: Recipe, group_size: int | None) -> Plan | None:
+    """None where nothing is calibrated and weights are rounded to nearest as they stream by."""
+    method = _METHODS[recipe.recipe]
+    if method is None:
+        return None
+    groups = None if group_size in (None, PER_CHANNEL) else group_size
+    return Plan(method, 4 if recipe.weights == "int4" else 8, groups, recipe.symmetric)
+
+
+def calibration_windows(encode: Callable[[str], list[int]], context: int) -> list[list[int]]:
+    """Pieces of our texts, of one length, about 8,192 tokens in all, from every text in turn.
+
+    Args:
+        encode: text to token ids, as the checkpoint does it.
+        context: the most tokens of a piece.
+    """
+    width = min(_WINDOW_TOKENS, context)
+    texts = []
+    for text in load_texts().values():
+        ids = encode(text)
+        texts.append([ids[start : start + width] for start in range(0, len(ids) - width + 1, width)])
+    in_turn = [window for window in chain.from_iterable(zip_longest(*texts)) if window is not None]
+    return in_turn[: max(1, CALIBRATION_TOKENS // width)]
+
+
+def calibration_sha256() -> str:
+    """Of the texts, one after the other, in UTF-8: the manifest says with what a model was calibrated."""
+    return hashlib.sha256("".join(load_texts().values()).encode()).hexdigest()

@@ -1,0 +1,219 @@
+"""Scale search, GPTQ and the calibration that feeds them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from tiny_bloom import make_bloom
+from tiny_models import make_llama, make_mistral
+
+from normistral.errors import ExportError
+from normistral.export.checkpoint import open_checkpoint
+from normistral.export.locate import locate
+from normistral.export.progress import NoProgress, Uncounted
+from normistral.export.reference import load_model
+from normistral.export.resources import MemoryMeter
+from normistral.export.rounding.calibration import round_layers
+from normistral.export.rounding.gptq import round_with_hessian
+from normistral.export.rounding.grid import Grid, Steps, nearest_codes, restore, span, unpack
+from normistral.export.rounding.plan import Plan, calibration_windows
+from normistral.export.rounding.scale_search import search_steps, weighted_error
+from normistral.export.rounding.tables import RoundedTables
+
+GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (16, 32) for symmetric in (True, False)]
+ROWS = arrays.arrays(np.float32, (3, 64), elements=st.floats(-100, 100, width=32))
+IMPORTANCE = arrays.arrays(np.float32, (64,), elements=st.floats(0, 100, width=32))
+
+
+def half(steps):
+    return Steps(steps.scales.astype(np.float16).astype(np.float32), steps.zero_points)
+
+
+def gaussian(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def correlated_inputs(columns, tokens=400):
+    return gaussian(tokens, columns, seed=1) @ gaussian(columns, columns, seed=2) + gaussian(1, columns, seed=3)
+
+
+def output_error(rows, restored, inputs):
+    return float(np.square((rows - restored) @ inputs.T).sum())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@settings(max_examples=25)
+@given(rows=ROWS, importance=IMPORTANCE)
+def test_the_search_is_never_worse_than_the_span_in_any_block(grid, rows, importance):
+    found = search_steps(rows, grid, importance)
+    assert np.isfinite(found.scales).all()
+    assert (found.zero_points == np.clip(np.rint(found.zero_points), 0, grid.top)).all()
+    np.testing.assert_array_equal(found.scales, half(found).scales)
+    plain = weighted_error(rows, half(span(rows, grid)), grid, importance)
+    assert (weighted_error(rows, found, grid, importance) <= plain).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_search_takes_a_quarter_off_the_error_of_gaussian_weights_with_uneven_inputs(symmetric):
+    grid, rows, importance = Grid(4, 32, symmetric), gaussian(64, 128), np.exp(2 * gaussian(128, seed=4))
+    plain = weighted_error(rows, half(span(rows, grid)), grid, importance).sum()
+    found = weighted_error(rows, search_steps(rows, grid, importance), grid, importance).sum()
+    assert found < 0.75 * plain
+
+
+def test_chunks_of_the_search_are_put_together_in_order():
+    grid, rows, importance = Grid(4, 64, True), gaussian(5000, 64), np.ones(64, np.float32)
+    found = search_steps(rows, grid, importance)
+    one = search_steps(rows[4321:4322], grid, importance)
+    np.testing.assert_array_equal(found.scales[4321:4322], one.scales)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_without_correlation_gptq_rounds_to_nearest(grid):
+    rows = gaussian(24, 160 if grid.group_size == 16 else 192)
+    steps = half(span(rows, grid))
+    hessian = torch.eye(rows.shape[1]) * 3
+    codes = round_with_hessian(rows, hessian, steps, grid)
+    np.testing.assert_array_equal(codes, nearest_codes(rows, steps, grid))
+    assert (hessian == torch.eye(rows.shape[1]) * 3).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", [64, 192])  # less than one batch of columns, and more
+def test_gptq_halves_the_outputs_error_on_correlated_inputs(columns, symmetric):
+    grid, rows, inputs = Grid(4, 32, symmetric), gaussian(48, columns), correlated_inputs(columns)
+    steps = half(span(rows, grid))
+    plain = restore(nearest_codes(rows, steps, grid), steps, grid)
+    codes = round_with_hessian(rows, torch.from_numpy(inputs.T @ inputs), steps, grid)
+    assert output_error(rows, restore(codes, steps, grid), inputs) < 0.5 * output_error(rows, plain, inputs)
+
+
+def test_gptq_takes_inputs_that_are_fewer_than_columns_or_always_zero():
+    grid, rows = Grid(4, 32, True), gaussian(16, 64)
+    inputs = gaussian(10, 64)
+    inputs[:, 5:9] = 0
+    steps = half(span(rows, grid))
+    codes = round_with_hessian(rows, torch.from_numpy(inputs.T @ inputs), steps, grid)
+    error = output_error(rows, restore(codes, steps, grid), inputs)
+    assert error < output_error(rows, restore(nearest_codes(rows, steps, grid), steps, grid), inputs)
+    silent = round_with_hessian(rows, torch.zeros(64, 64), steps, grid)
+    np.testing.assert_array_equal(silent, nearest_codes(rows, steps, grid))
+
+
+def test_gptq_refuses_inputs_that_are_no_numbers():
+    grid, rows = Grid(4, 32, True), gaussian(4, 32)
+    with pytest.raises(ExportError, match="computes values that are not numbers"):
+        round_with_hessian(rows, torch.full((32, 32), torch.nan), span(rows, grid), grid)
+
+
+def test_windows_come_from_all_texts_in_turn_and_have_one_length():
+    seen = []
+
+    def encode(text):
+        seen.append(text)
+        return [len(seen)] * len(text)
+
+    windows = calibration_windows(encode, 4096)
+    assert {len(window) for window in windows} == {512}
+    assert [window[0] for window in windows[:5]] == [1, 2, 3, 4, 1]
+    assert sum(map(len, windows)) == 8192
+    assert {len(window) for window in calibration_windows(encode, 100)} == {100}
+
+
+# Calibration
+
+WINDOWS = [np.random.default_rng(seed).integers(5, 200, 48).tolist() for seed in range(6)]
+MODELS = {
+    "mistral": lambda folder, **options: make_mistral(folder, sliding_window=16, **options),
+    "llama": lambda folder, **options: make_llama(folder, dtype="bfloat16", tied=True, **options),
+    "bloom": lambda folder, **options: make_bloom(folder, **options),
+}
+
+
+def calibrate(folder, scratch, plan, windows=WINDOWS):
+    scratch.mkdir()
+    (scratch / "tables").mkdir()
+    checkpoint = open_checkpoint(locate(str(folder), progress=NoProgress()), scratch, progress=NoProgress())
+    tables = RoundedTables(scratch / "tables")
+    round_layers(checkpoint, plan, windows, tables, Uncounted())
+    return checkpoint, tables
+
+
+def restored(tables, name):
+    rounded, grid = tables.read(name), tables.grids[name]
+    zeros = np.full_like(rounded.scales, grid.middle)
+    if rounded.zero_points is not None:
+        zeros = unpack(rounded.zero_points, grid.bits)[:, : zeros.shape[1]].astype(np.float32)
+    return restore(unpack(rounded.codes, grid.bits), Steps(rounded.scales, zeros), grid)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it_give(kind, tmp_path):
+    """The whole model in transformers, earlier layers rounded, gives the second layer's inputs: the same codes."""
+    folder = MODELS[kind](tmp_path / "model")
+    plan = Plan("gptq", 4, 16, symmetric=False)
+    checkpoint, tables = calibrate(folder, tmp_path / "scratch", plan)
+    model = load_model(checkpoint.folder, "float32")
+    state = {name: parameter for name, parameter in model.named_parameters() if name in tables.grids}
+    assert state.keys() == tables.grids.keys()
+    last = [name for name in state if f"{checkpoint.family.layer_prefix}1." in name]
+    assert 2 * len(last) == len(state)
+    exact = {name: state[name].detach().numpy().copy() for name in last}
+    with torch.no_grad():
+        for name in state.keys() - set(last):
+            state[name].copy_(torch.from_numpy(restored(tables, name)))
+        seen = {}
+        for name in last:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            module.register_forward_pre_hook(
+                lambda module, given, name=name: seen.setdefault(name, []).append(given[0][0])
+            )
+        for window in WINDOWS:
+            model(torch.tensor([window]))
+    for name in last:
+        inputs = torch.cat(seen[name])
+        hessian = inputs.T @ inputs / len(inputs)
+        steps = search_steps(exact[name], plan.grid(len(hessian)), hessian.diagonal().numpy().copy())
+        codes = round_with_hessian(exact[name], hessian, steps, plan.grid(len(hessian)))
+        same = (codes == unpack(tables.read(name).codes, 4)).mean()
+        assert same > 0.995, name  # sums in another order turn a code here and there
+
+
+@pytest.mark.parametrize("method", ["search", "gptq"])
+def test_two_calibrations_give_the_same_bytes(method, tmp_path):
+    folder = make_mistral(tmp_path / "model")
+    for name in ("first", "second"):
+        calibrate(folder, tmp_path / name, Plan(method, 4, 16, symmetric=True))
+    files = sorted((tmp_path / "first" / "tables").iterdir())
+    assert len(files) == 2 * 14  # codes and scales
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "second" / "tables" / file.name).read_bytes()
+
+
+def test_a_weight_that_is_no_number_stops_the_calibration(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = make_mistral(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 9] = np.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"layers\.1\.mlp\.up_proj.* not numbers"):
+        calibrate(folder, tmp_path / "scratch", Plan("search", 4, 16, symmetric=True))
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    """A layer has 16.5 MB in float32: twelve more of them would show."""
+    peaks = {}
+    options = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "feed_forward": 2048, "dtype": "bfloat16"}
+    for layers in (2, 2, 14):  # the first run warms up
+        name = f"{layers}-{len(peaks)}"
+        folder = make_llama(tmp_path / f"model-{name}", layers=layers, **options)
+        with MemoryMeter() as meter:
+            before = meter.peak_bytes
+            calibrate(folder, tmp_path / f"scratch-{name}", Plan("search", 4, 64, symmetric=True), WINDOWS[:1])
+        peaks[layers] = meter.peak_bytes - before
+    assert peaks[14] < peaks[2] + 60e6, peaks
