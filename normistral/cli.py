@@ -187,7 +187,7 @@ def export(
         str | None,
         typer.Option(
             help="How int4 and int8 are rounded: fast (to nearest), balanced (scales searched on our texts) or best "
-            f"(GPTQ as well; takes longest). All take the same bytes. Default: {_RECIPE.recipe}."
+            f"(GPTQ as well, and zero points at int4; takes longest). Default: {_RECIPE.recipe}."
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
@@ -202,7 +202,8 @@ def export(
         bool | None,
         typer.Option(
             "--symmetric/--asymmetric",
-            help=f"Round int4 and int8 to a grid around zero. Default: {'sym' if _RECIPE.symmetric else 'asym'}metric.",
+            help="Round int4 and int8 to a grid around zero, without zero points. Default: symmetric, but for int4 "
+            "with the recipe best.",
         ),
     ] = None,
     ratio: Annotated[

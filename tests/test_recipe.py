@@ -146,7 +146,7 @@ def test_impossible_and_meaningless_options_are_refused(weights, options, words)
 
 def test_the_manifest_keeps_only_what_means_something():
     assert record_recipe(Recipe("fp16"), None) == RecipeRecord("fp16")
-    assert record_recipe(Recipe("int8"), None) == RecipeRecord("int8", symmetric=Recipe().symmetric, recipe="fast")
+    assert record_recipe(Recipe("int8"), None) == RecipeRecord("int8", symmetric=Recipe().is_symmetric, recipe="fast")
     assert record_recipe(Recipe(), 64) == RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8, recipe="fast")
     assert describe_recipe(Recipe(ratio=0.8), 64) == (
         "int4 symmetric, group 64, 80% of the layers, output layer int8_asym"
@@ -181,6 +181,15 @@ def test_memory_of_the_whole_7b_stays_within_its_bounds():
     assert 6.7 * gib < resources.estimate_needs(SEVEN_B, Recipe("int8"), 128).memory < 8 * gib
     assert resources.estimate_needs(SEVEN_B, Recipe("fp16"), None).memory < gib
     assert resources.estimate_needs(SEVEN_B, Recipe(format="onnx"), 128).memory < 1.5 * gib
+
+
+def test_only_int4_at_its_best_has_zero_points_unless_they_are_asked_for():
+    assert Recipe().is_symmetric
+    assert Recipe(recipe="balanced").is_symmetric
+    assert Recipe("int8", recipe="best").is_symmetric
+    assert not Recipe(recipe="best").is_symmetric
+    assert Recipe(recipe="best", symmetric=True).is_symmetric
+    assert not Recipe(symmetric=False).is_symmetric
 
 
 def test_a_calibration_holds_one_layer_and_what_gptq_needs():

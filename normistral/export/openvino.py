@@ -154,7 +154,7 @@ def compress(graph: openvino.Model, recipe: Recipe, group_size: int | None, stag
 
     modes = nncf.CompressWeightsMode
     backups = {"int8_asym": nncf.BackupMode.INT8_ASYM, "int8_sym": nncf.BackupMode.INT8_SYM, "fp": nncf.BackupMode.NONE}
-    grid = "SYM" if recipe.symmetric else "ASYM"
+    grid = "SYM" if recipe.is_symmetric else "ASYM"
     try:
         with _report_nncf(stage):
             if recipe.weights == "int8":

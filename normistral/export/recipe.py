@@ -49,11 +49,12 @@ class Recipe:
         weights: "int4", "int8", "fp16", or in ONNX "fp32".
         recipe: how int4 and int8 are rounded inside the layers. "fast" rounds to nearest. "balanced" runs our texts
             through the model and searches scales that lose least on them. "best" does so too, and lets GPTQ choose
-            every code. All take the same bytes and run at the same speed.
+            every code.
         group_size: weights that share one scale (128, 64, 32 or 16) in int4 and in ONNX's int8; for OpenVINO also -1,
             one scale per output channel. None takes the largest that divides the widths of this model.
-        symmetric: rounding to a grid around zero, without zero points; for int4 and int8. Symmetric int4 decodes a
-            third faster than asymmetric int4 on CPUs and costs no quality that could be measured.
+        symmetric: rounding to a grid around zero, without zero points; for int4 and int8. None takes it but for "best"
+            at int4. On CPUs OpenVINO decodes symmetric int4 a third faster than asymmetric int4; rounded to nearest
+            they are equally good, with GPTQ zero points take a sixth off what is lost.
         ratio: share of the inner layers' weights in int4, above 0 and up to 1; the most sensitive layers (by
             their rounding error) take `backup` instead. Always 1 in ONNX.
         backup: precision of the layers that are not int4 (embedding, output layer, what `ratio` leaves): "int8_asym",
@@ -69,7 +70,7 @@ class Recipe:
     weights: WeightFormat = "int4"
     recipe: RecipeName = "fast"
     group_size: int | None = None
-    symmetric: bool = True
+    symmetric: bool | None = None
     ratio: float = 1.0
     backup: Backup = "int8_asym"
     output_layer_bits: int = 8
@@ -83,7 +84,7 @@ class Recipe:
         _require_one_of("weights", self.weights, _WEIGHTS["onnx"])
         _require_one_of("recipe", self.recipe, ("fast", "balanced", "best"))
         _require_one_of("group_size", self.group_size, (None, *GROUP_SIZES, PER_CHANNEL))
-        _require_one_of("symmetric", self.symmetric, (True, False))
+        _require_one_of("symmetric", self.symmetric, (None, True, False))
         _require_one_of("backup", self.backup, ("int8_asym", "int8_sym", "fp"))
         _require_one_of("output_layer_bits", self.output_layer_bits, (4, 8))
         _require_one_of("graph", self.graph, (None, "fused", "plain"))
@@ -148,6 +149,11 @@ class Recipe:
         if self.format != "onnx":
             return None
         return self.graph or ("fused" if self.weights in ("int4", "int8") else "plain")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """`symmetric`, or what None takes."""
+        return not (self.recipe == "best" and self.weights == "int4") if self.symmetric is None else self.symmetric
 
     @property
     def has_groups(self) -> bool:
@@ -247,7 +253,7 @@ def describe_recipe(recipe: Recipe, group_size: int | None) -> str:
     graph = "" if recipe.graph_kind is None else f", {recipe.graph_kind} graph"
     if recipe.weights in ("fp16", "fp32"):
         return recipe.weights + graph
-    grid = "symmetric" if recipe.symmetric else "asymmetric"
+    grid = "symmetric" if recipe.is_symmetric else "asymmetric"
     groups = "per channel" if group_size in (None, PER_CHANNEL) else f"group {group_size}"
     named = "" if recipe.recipe == "fast" else f", recipe {recipe.recipe}"
     if recipe.weights == "int8":
@@ -262,7 +268,7 @@ def record_recipe(recipe: Recipe, group_size: int | None) -> RecipeRecord:
     meant = _MEANINGFUL[recipe.format, recipe.weights]
     return RecipeRecord(
         recipe.weights,
-        symmetric=recipe.symmetric if "symmetric" in meant else None,
+        symmetric=recipe.is_symmetric if "symmetric" in meant else None,
         group_size=group_size,
         ratio=float(recipe.ratio) if recipe.weights == "int4" else None,
         backup=recipe.backup if "backup" in meant else None,
@@ -280,7 +286,7 @@ def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size
     width = group_size if group_size is not None and group_size != PER_CHANNEL else narrowest
     eight_bits_width = width if recipe.format == "onnx" else narrowest  # OpenVINO's int8 is per channel
     if recipe.weights == "int8":
-        return int(_bytes_per_weight(recipe, 8, recipe.symmetric, eight_bits_width) * architecture.parameters)
+        return int(_bytes_per_weight(recipe, 8, recipe.is_symmetric, eight_bits_width) * architecture.parameters)
     if recipe.backup == "fp":
         backup = 4.0 if recipe.format == "onnx" else 2.0
     else:
@@ -288,7 +294,7 @@ def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size
     table = architecture.vocabulary * architecture.hidden_size
     inner = inner_weights(architecture)
     in_four_bits = recipe.ratio * inner + (table if recipe.output_layer_bits == 4 else 0)
-    four_bits = _bytes_per_weight(recipe, 4, recipe.symmetric, width)
+    four_bits = _bytes_per_weight(recipe, 4, recipe.is_symmetric, width)
     return int(four_bits * in_four_bits + backup * (architecture.parameters - in_four_bits))
 
 
@@ -298,7 +304,7 @@ def estimate_inner_bytes(architecture: Architecture, recipe: Recipe, group_size:
     width = narrowest if group_size in (None, PER_CHANNEL) else group_size
     bits = 4 if recipe.weights == "int4" else 8
     assert width is not None
-    return int(_bytes_per_weight(recipe, bits, recipe.symmetric, width) * inner_weights(architecture))
+    return int(_bytes_per_weight(recipe, bits, recipe.is_symmetric, width) * inner_weights(architecture))
 
 
 def inner_weights(architecture: Architecture) -> int:

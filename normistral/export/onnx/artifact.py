@@ -117,7 +117,7 @@ def choose_storage(recipe: Recipe, group_size: int | None, checkpoint: Checkpoin
     """The grids of a recipe: the embedding is stored like the layers that are not int4, or like what is tied to it."""
     if group_size is None:
         return Storage(None, None, None)
-    inner = Grid(4 if recipe.weights == "int4" else 8, group_size, recipe.symmetric)
+    inner = Grid(4 if recipe.weights == "int4" else 8, group_size, recipe.is_symmetric)
     if recipe.weights == "int8":
         return Storage(inner, inner, inner)
     backup = None if recipe.backup == "fp" else Grid(8, group_size, recipe.backup == "int8_sym")

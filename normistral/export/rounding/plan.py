@@ -45,7 +45,7 @@ def choose_plan(recipe: Recipe, group_size: int | None) -> Plan | None:
     if method is None:
         return None
     groups = None if group_size in (None, PER_CHANNEL) else group_size
-    return Plan(method, 4 if recipe.weights == "int4" else 8, groups, recipe.symmetric)
+    return Plan(method, 4 if recipe.weights == "int4" else 8, groups, recipe.is_symmetric)
 
 
 def calibration_windows(encode: Callable[[str], list[int]], context: int) -> list[list[int]]:
