@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from normistral.runtime.options import GenerationConfig
 
 _OURS = GenerationConfig()
+
+
+def _remember_debug(on: bool) -> bool:
+    if on:
+        logging.getLogger("normistral").setLevel(logging.DEBUG)
+    return on
+
 
 Artifact = Annotated[
     str,
@@ -62,6 +70,13 @@ HideReasoning = Annotated[bool, typer.Option("--hide-reasoning", help="Do not sh
 Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON: text, reasoning, timings.")]
 
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", help="Show what is logged, and a traceback after an error.", callback=_remember_debug, is_eager=True
+    ),
+]
+
 DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."
 
 # eval
@@ -98,3 +113,8 @@ JsonFile = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - is stdout, without the table."),
 ]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,122 @@
+"""The command that turns a checkpoint into an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from normistral import store
+from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Recipe
+from normistral.terminal.arguments import Debug, given
+
+_RECIPE = Recipe()
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A preset, a hub id, a folder, or a .gguf file.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUTPUT]", help="The folder to make; default: named after MODEL, in the local store."),
+    ] = None,
+    format: Annotated[str, typer.Option(help="Format of the artifact: openvino or onnx.")] = _RECIPE.format,
+    weights: Annotated[str, typer.Option(help="Weights: int4, int8 or fp16; for ONNX also fp32.")] = _RECIPE.weights,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="How int4 and int8 are rounded: fast (to nearest), balanced (scales searched on our texts) or best "
+            f"(GPTQ as well, and zero points at int4; takes longest). Default: {_RECIPE.recipe}."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Weights that share one scale, in int4 and ONNX's int8: {', '.join(map(str, GROUP_SIZES))}, or "
+            f"{PER_CHANNEL} for one per channel (not in ONNX). Default: the largest that divides the model's widths."
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Round int4 and int8 to a grid around zero, without zero points. Default: symmetric, but for int4 "
+            "with the recipe best.",
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the layers in int4; the most sensitive take --backup (not in ONNX). "
+            f"Default: {_RECIPE.ratio:g}."
+        ),
+    ] = None,
+    backup: Annotated[
+        str | None,
+        typer.Option(help=f"Layers that are not int4: int8_asym, int8_sym or fp. Default: {_RECIPE.backup}."),
+    ] = None,
+    output_layer_bits: Annotated[
+        int | None,
+        typer.Option(help=f"Output layer in 8 bits (--backup) or in 4. Default: {_RECIPE.output_layer_bits}."),
+    ] = None,
+    graph: Annotated[
+        str | None,
+        typer.Option(
+            help="ONNX graph: fused (onnxruntime's own operators) or plain (the standard's, for fp16 and fp32). "
+            "Default: fused for int4 and int8, else plain."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most tokens that prompt and answer may take. Default: the checkpoint's, in a fused graph at most "
+            f"{FUSED_CONTEXT}.",
+        ),
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not prove that it is still the same model; the manifest says so.")
+    ] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Keep an artifact that fails this proof as OUTPUT.failed.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUTPUT if it is an artifact, once the new one is whole.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a checkpoint into an artifact. Prints the artifact's folder on stdout.
+
+    Needs the extra "export": pip install "normistral[export]"; for ONNX also "onnx": "normistral[export,onnx]".
+    """
+    from normistral.export.pipeline import export_model
+    from normistral.terminal.progress import show_progress
+
+    options = given(
+        recipe=recipe,
+        group_size=group_size,
+        symmetric=symmetric,
+        ratio=ratio,
+        backup=backup,
+        output_layer_bits=output_layer_bits,
+        graph=graph,
+        context_length=context,
+    )
+    folder = store.default_output(model, weights, format) if output is None else output
+    with show_progress() as progress:
+        export_model(
+            model,
+            folder,
+            format,
+            weights,
+            force=force,
+            revision=revision,
+            verify=not no_verify,
+            keep_failed=keep_failed,
+            progress=progress,
+            **options,
+        )
+    print(folder, flush=True)

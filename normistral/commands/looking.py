@@ -1,0 +1,70 @@
+"""Commands that show what is there: presets and artifacts, one artifact, this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from normistral import store
+from normistral.errors import ArtifactError
+from normistral.manifest import find_problems, read_manifest
+from normistral.terminal import console
+from normistral.terminal.arguments import Artifact, Debug
+
+
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with each preset's quirks.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the presets, and the artifacts in the local store."""
+    from normistral.terminal.tables import models_document, models_lines
+
+    folder, artifacts = store.artifacts_dir(), store.list_artifacts()
+    if as_json:
+        console.print_json(models_document(folder, artifacts))
+    else:
+        console.print_lines(models_lines(folder, artifacts))
+
+
+def info(
+    artifact: Artifact,
+    check: Annotated[bool, typer.Option("--check", help="Hash every file again; exit code 1 if one differs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an artifact is made of."""
+    from normistral.terminal.tables import info_document, info_lines
+
+    folder = store.resolve_artifact(artifact)
+    manifest = read_manifest(folder)
+    problems = None
+    if check:
+        from normistral.terminal.progress import show_progress
+
+        with show_progress() as progress, progress.stage("hashing", manifest.total_bytes, "bytes") as hashing:
+            problems = list(find_problems(folder, manifest, thorough=True, on_bytes=hashing.advance))
+    if as_json:
+        console.print_json(info_document(folder, manifest, problems))
+    else:
+        console.print_lines(info_lines(folder, manifest))
+        if problems is not None:
+            console.print_lines(problems or [f"all {len(manifest.files)} files are as they were exported"])
+    if problems:
+        raise ArtifactError(
+            f"{folder} has {len(problems)} damaged or missing files", "export the model again, or copy it again"
+        )
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show this machine, and what will be used and why."""
+    from normistral.terminal.doctor import doctor_lines, examine
+
+    report = examine()
+    if as_json:
+        console.print_json(report)
+    else:
+        console.print_lines(doctor_lines(report))
