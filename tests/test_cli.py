@@ -265,6 +265,7 @@ def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys)
         (["export", "demo", "out", "--weights", "int3"], 2, "int3"),
         (["export", "demo", "out", "--weights", "fp16", "--ratio", "0.5"], 2, "ratio means nothing"),
         (["export", "demo", "out", "--weights", "fp16", "--asymmetric"], 2, "symmetric means nothing"),
+        (["export", "demo", "out", "--weights", "fp16", "--recipe", "best"], 2, "recipe means nothing"),
         (["export", "demo", "out", "--format", "gguf"], 2, "format must be one of openvino, onnx, not 'gguf'"),
         (["export", "demo", "out", "--format", "onnx", "--ratio", "0.5"], 2, "ratio means nothing"),
         (["export", "demo", "out", "--format", "onnx", "--graph", "plain"], 2, "a plain graph has no int4 weights"),
@@ -321,7 +322,8 @@ def test_help_tells_the_defaults_that_are_in_force(capsys):
     assert main(["export", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"Default: {Recipe().backup}." in text
-    assert "Default: symmetric." in text
+    assert "Default: symmetric, but for int4 with the recipe best." in text
+    assert f"Default: {Recipe().recipe}." in text
     assert "--asymmetric" in text
 
 

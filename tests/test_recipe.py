@@ -18,6 +18,7 @@ from normistral.export.recipe import (
     estimate_weight_bytes,
     record_recipe,
 )
+from normistral.export.rounding.plan import choose_plan
 from normistral.manifest import Architecture, RecipeRecord
 
 SEVEN_B = Architecture(
@@ -202,6 +203,14 @@ def test_a_calibration_holds_one_layer_and_what_gptq_needs():
         assert 3.3 * gib < best.disk - plain.disk < 3.7 * gib
     balanced = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced"), 128)
     assert 1.5 * gib < balanced.memory < 2.5 * gib
+
+
+def test_a_calibration_takes_as_long_as_it_did_when_it_was_measured():
+    """One core: 78 s for the demo model, of it 6 s of searches."""
+    assert 50 < resources.estimate_calibration_s(DEMO, choose_plan(Recipe(recipe="best"), 64), cores=1) < 100
+    whole = resources.estimate_calibration_s(SEVEN_B, choose_plan(Recipe(recipe="best"), 128), cores=2)
+    light = resources.estimate_calibration_s(SEVEN_B, choose_plan(Recipe(recipe="balanced"), 128), cores=2)
+    assert 20 * 60 < light < whole / 2 < 60 * 60
 
 
 def test_a_shortage_is_said_with_numbers(monkeypatch, tmp_path):

@@ -33,12 +33,13 @@ from normistral.export.recipe import (
     record_recipe,
 )
 from normistral.export.reference import PROBE_TEXT, Reference
-from normistral.export.resources import MemoryMeter, check_resources, estimate_needs
+from normistral.export.resources import MemoryMeter, check_resources, estimate_calibration_s, estimate_needs
 from normistral.export.rounding.plan import calibration_sha256, calibration_windows, choose_plan
 from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tokenizer_ir import load_tokenizer, save_tokenizer_ir, tokenizer_ir_differs
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
+from normistral.hardware import plan_threads, read_machine
 from normistral.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
 from normistral.quiet import silence_telemetry
 from normistral.store import default_output
@@ -172,6 +173,10 @@ def _calibrate(
     windows = calibration_windows(lambda text: list(tokenizer(text)["input_ids"]), context)
     tables = RoundedTables(staging.workspace / "rounded")
     tables.folder.mkdir()
+    seconds = estimate_calibration_s(checkpoint.architecture, plan, plan_threads(read_machine()))
+    progress.note(
+        f"the recipe {recipe.recipe} calibrates: very roughly {max(1, round(seconds / 60))} min on this machine"
+    )
     tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
     with progress.stage(f"rounding on {tokens} tokens of calibration text", weights) as rounding:
         round_layers(checkpoint, plan, windows, tables, rounding)

@@ -54,7 +54,7 @@ class Recipe:
             one scale per output channel. None takes the largest that divides the widths of this model.
         symmetric: rounding to a grid around zero, without zero points; for int4 and int8. None takes it but for "best"
             at int4. On CPUs OpenVINO decodes symmetric int4 a third faster than asymmetric int4; rounded to nearest
-            they are equally good, with GPTQ zero points take a sixth off what is lost.
+            they are equally good, with GPTQ zero points take a tenth off what is lost.
         ratio: share of the inner layers' weights in int4, above 0 and up to 1; the most sensitive layers (by
             their rounding error) take `backup` instead. Always 1 in ONNX.
         backup: precision of the layers that are not int4 (embedding, output layer, what `ratio` leaves): "int8_asym",

@@ -25,6 +25,9 @@ _BLOCKS_BYTES = 256 * 2**20
 # Tokenizers (once as they are, once as OpenVINO models), graph, configuration.
 _SMALL_FILES_BYTES = 64 * 2**20
 _SAMPLES_PER_S = 20
+# Float32 operations a second of one core with AVX2 (EPYC): what a calibration comes to in all, its searches included
+# (demo model: 78 s; layers of half the 7B's widths: 24 s each).
+_CORE_OPERATIONS_PER_S = 70e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,21 @@ def estimate_calibration_bytes(architecture: Architecture, plan: Plan) -> int:
     moments = 4 * (2 * hidden**2 + attention**2 + wide**2)  # second moments of all four kinds of inputs
     factors = 4 * 4 * wide**2  # in order, its Cholesky factor, the inverse, and that one's factor
     return layer + states + matrices + moments + factors
+
+
+def estimate_calibration_s(architecture: Architecture, plan: Plan, cores: int) -> float:
+    """Roughly how long a calibration takes, in seconds: two passes through the layers, and GPTQ's share."""
+    hidden, wide = architecture.hidden_size, architecture.feed_forward
+    operations = 4.0 * CALIBRATION_TOKENS * inner_weights(architecture)
+    if plan.method == "gptq":
+        attention = architecture.heads * architecture.head_dim
+        widths = (hidden, attention, hidden, wide)
+        moments = sum(2 * CALIBRATION_TOKENS * width**2 for width in widths)
+        factors = sum(4 / 3 * width**3 for width in (*widths, hidden, hidden, hidden))  # one for each matrix
+        moved = inner_weights(architecture) / architecture.layers * 2 * max(hidden, attention)
+        moved += 2 * hidden * wide * (wide - hidden)  # the last matrix has the wide inputs
+        operations += architecture.layers * (moments + factors + moved)
+    return operations / (_CORE_OPERATIONS_PER_S * cores)
 
 
 def check_resources(output: Path, needs: Needs) -> None:
