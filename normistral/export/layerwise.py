@@ -1,6 +1,6 @@
-"""A checkpoint of any size, run in float32 by transformers, layer by layer.
+"""A checkpoint of any size, run in float32 by transformers, layer by layer: as a reference, and to calibrate with.
 
-Windows go through the model in groups: their hidden states wait in memory while one decoder layer after the other is
+Sequences go through the model in groups: their hidden states wait in memory while one decoder layer after the other is
 read from the mapped file, turned to float32, run over all of them and dropped. At one time there is one layer in
 float32 (0.9 GB for NorMistral-7B), or the embedding, or the output layer (0.5 GB each). transformers' own code makes
 masks, positions and ALiBi and runs each layer, so what comes out is what it computes at once.
@@ -36,8 +36,8 @@ _GROUP_TOKENS = 8192
 
 
 @dataclass(slots=True)
-class _Passage:
-    """One window on its way: its hidden states [1, tokens, hidden], and what transformers gives each layer besides."""
+class Passage:
+    """One sequence on its way: hidden states [1, tokens, hidden], and what transformers gives each layer besides."""
 
     hidden: torch.Tensor
     beside: dict[str, Any]
@@ -76,41 +76,58 @@ class LayeredModel:
         groups = _group(windows, self._group_tokens)
         for number, group in enumerate(groups, start=1):
             title = "reference, layer by layer" + (f", part {number} of {len(groups)}" if len(groups) > 1 else "")
-            with self._progress.stage(title, len(self._layers), "layers") as stage:
-                passages = self._embed(group)
-                for index in range(len(self._layers)):
-                    self._run_layer(index, passages)
+            with self._progress.stage(title, self.layers, "layers") as stage:
+                passages = self.enter([window.fed_ids for window in group])
+                for index in range(self.layers):
+                    with self.open_layer(index) as layer:
+                        for passage in passages:
+                            self.run(layer, passage)
                     stage.advance(1)
             yield from self._finish(group, passages)
 
-    def _embed(self, windows: Sequence[Window]) -> list[_Passage]:
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
+    def enter(self, sequences: Sequence[Sequence[int]]) -> list[Passage]:
+        """Up to the first layer: token ids to what it is called with."""
         import torch
 
         with self._filled(self._model, {self._family.embedding: self._family.embedding}), torch.inference_mode():
-            return [self._start(torch.tensor([window.fed_ids])) for window in windows]
+            return [self._start(torch.tensor([list(token_ids)])) for token_ids in sequences]
 
-    def _start(self, token_ids: torch.Tensor) -> _Passage:
+    @contextmanager
+    def open_layer(self, index: int) -> Iterator[torch.nn.Module]:
+        """A layer whose parameters are there, in float32 and free to be changed, while the context is open."""
+        layer = self._layers[index]
+        prefix = self.prefix(index)
+        with self._filled(layer, {name: f"{prefix}{name}" for name, _ in layer.named_parameters()}):
+            yield layer
+
+    def prefix(self, index: int) -> str:
+        """What the checkpoint puts before the names of a layer's parameters."""
+        return f"{self._family.layer_prefix}{index}."
+
+    def run(self, layer: torch.nn.Module, passage: Passage) -> None:
+        """Take a sequence through an open layer."""
+        import torch
+
+        with torch.inference_mode():
+            out = layer(passage.hidden, **passage.beside)
+        self._answers_tuple = isinstance(out, tuple)  # BLOOM's layers do, Llama's do not
+        passage.hidden = out[0] if self._answers_tuple else out
+
+    def _start(self, token_ids: torch.Tensor) -> Passage:
         """What the first layer is called with."""
         self._probe.answer = None
         try:
             self._model(token_ids, use_cache=False)
         except _LayersReachedError as reached:
-            return _Passage(reached.hidden, reached.beside)
+            return Passage(reached.hidden, reached.beside)
         raise ExportError(f"transformers' {type(self._model).__name__} has no layers where they were expected")
 
-    def _run_layer(self, index: int, passages: Sequence[_Passage]) -> None:
-        import torch
-
-        layer = self._layers[index]
-        prefix = f"{self._family.layer_prefix}{index}."
-        names = {name: f"{prefix}{name}" for name, _ in layer.named_parameters()}
-        with self._filled(layer, names), torch.inference_mode():
-            for passage in passages:
-                out = layer(passage.hidden, **passage.beside)
-                self._answers_tuple = isinstance(out, tuple)  # BLOOM's layers do, Llama's do not
-                passage.hidden = out[0] if self._answers_tuple else out
-
-    def _finish(self, windows: Sequence[Window], passages: Sequence[_Passage]) -> Iterator[Logits]:
+    def _finish(self, windows: Sequence[Window], passages: Sequence[Passage]) -> Iterator[Logits]:
         """Last norm and output layer, at the scored places only."""
         import torch
 

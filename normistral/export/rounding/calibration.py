@@ -4,30 +4,27 @@ The hidden states of all tokens go through a layer, whose linear parts collect t
 layer's matrices are rounded; the states go through it once more, rounded, and are the next layer's inputs. So each
 layer is rounded for the inputs that it will get, earlier layers' errors included.
 
-What is held is one layer in float32, the hidden states, and the second moments. The other layers are placeholders on
-torch's "meta" device, and the checkpoint is mapped. The layers' arithmetic is transformers' own.
+What is held is one layer in float32, the hidden states, and the second moments (layerwise.py runs the layers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normistral.errors import ExportError, first_line
+from normistral.errors import ExportError
 from normistral.export.checkpoint import Checkpoint
-from normistral.export.families.base import OUTPUT_LAYER
-from normistral.export.progress import Stage
+from normistral.export.layerwise import LayeredModel, Passage
+from normistral.export.progress import NoProgress, Stage
 from normistral.export.rounding.gptq import round_with_hessian
 from normistral.export.rounding.grid import nearest_codes, restore
 from normistral.export.rounding.plan import Plan
 from normistral.export.rounding.scale_search import search_steps
 from normistral.export.rounding.tables import RoundedTables
-from normistral.export.tensor import Tensor, map_tensor
-from normistral.export.weights import read_tensors, with_prefix
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +37,7 @@ def round_layers(
     """Round every matrix inside the decoder's layers; embedding and output layer are not touched.
 
     Args:
-        windows: the calibration's token ids, in pieces of one length.
+        windows: the calibration's token ids, in pieces.
         tables: receives the matrices.
         stage: advanced by the number of weights done.
 
@@ -50,98 +47,17 @@ def round_layers(
     """
     import torch
 
-    with torch.no_grad():
-        try:
-            model = _build_placeholders(checkpoint)
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
-            raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
-        family = checkpoint.family
-        stored = with_prefix(read_tensors(checkpoint.folder), family)
-        outer = {name for name in stored if not name.startswith(family.layer_prefix) and name != OUTPUT_LAYER}
-        _materialise(model, {name: stored[name] for name in outer}, keep_dtype={family.embedding})
-        layers: Any = model.get_submodule(family.layer_prefix.removesuffix("."))
-        hidden, arguments = _enter(model, layers, windows)
-        for index, layer in enumerate(layers):
-            prefix = f"{family.layer_prefix}{index}."
-            own = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
-            _materialise(layer, {name: own[name] for name, _ in layer.named_parameters()})
-            moments = _collect(layer, hidden, arguments, full=plan.method == "gptq")
+    model = LayeredModel(checkpoint, NoProgress())
+    passages = model.enter(windows)
+    for index in range(model.layers):
+        with model.open_layer(index) as layer, torch.inference_mode():
+            moments = _collect(model, layer, passages, full=plan.method == "gptq")
             for name, moment in moments.items():
-                weight = layer.get_submodule(name).weight
-                weight.copy_(_round(f"{prefix}{name}.weight", weight, moment, plan, tables))
+                weight = layer.get_parameter(f"{name}.weight")
+                weight.copy_(_round(f"{model.prefix(index)}{name}.weight", weight, moment, plan, tables))
                 stage.advance(weight.numel())
-            for states in hidden:
-                states.copy_(_forward(layer, states, arguments))
-            layer.to("meta")
-
-
-def _build_placeholders(checkpoint: Checkpoint) -> nn.Module:
-    """The transformers model without a value in it; its buffers (rotary frequencies) are there."""
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    config.use_cache = False
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.eval()
-
-
-def _materialise(module: nn.Module, tensors: dict[str, Tensor], keep_dtype: set[str] | None = None) -> None:
-    """Give the module these parameters, in float32; those of `keep_dtype` stay the mapped file."""
-    values = {
-        name: map_tensor(tensor) if name in (keep_dtype or ()) else map_tensor(tensor).float().clone()
-        for name, tensor in tensors.items()
-    }
-    module.load_state_dict(values, strict=False, assign=True)
-
-
-class _Entered(Exception):  # noqa: N818  (no error: the way out of a forward pass whose first layer was reached)
-    pass
-
-
-def _enter(
-    model: nn.Module, layers: nn.ModuleList, windows: list[list[int]]
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """What the model's own forward pass gives to its first layer.
-
-    Returns:
-        hidden states float32 [1, tokens, hidden] of each window, and the other arguments (mask, rotary angles, ALiBi),
-        which are the same for all windows and layers.
-    """
-    import torch
-
-    hidden: list[torch.Tensor] = []
-    arguments: dict[str, Any] = {}
-
-    def catch(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        hidden.append((positional[0] if positional else named.pop("hidden_states")).float().clone())
-        # Only what comes by name: BLOOM's blocks take nothing else by position, and no cache is kept.
-        arguments.update({name: value for name, value in named.items() if "past" not in name and "cache" not in name})
-        raise _Entered
-
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    hooks = [
-        embedding.register_forward_hook(lambda module, inputs, output: output.float()),
-        layers[0].register_forward_pre_hook(catch, with_kwargs=True),
-    ]
-    try:
-        for window in windows:
-            try:
-                model(torch.tensor([window]), use_cache=False)
-            except _Entered:
-                continue
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return hidden, arguments
-
-
-def _forward(layer: nn.Module, states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    output = layer(states, **arguments)
-    after: torch.Tensor = output[0] if isinstance(output, tuple) else output  # BLOOM's blocks give tuples
-    return after
+            for passage in passages:
+                model.run(layer, passage)
 
 
 @dataclass(slots=True)
@@ -181,14 +97,12 @@ class _Collector:
         self._last = (inputs, moments)
 
 
-def _collect(
-    layer: nn.Module, hidden: list[torch.Tensor], arguments: dict[str, Any], *, full: bool
-) -> dict[str, torch.Tensor]:
+def _collect(model: LayeredModel, layer: nn.Module, passages: list[Passage], *, full: bool) -> dict[str, torch.Tensor]:
     """Mean second moments of each linear module's inputs, by the module's name; one tensor where they are shared."""
     collector = _Collector(full)
     with _watch(layer, collector):
-        for states in hidden:
-            _forward(layer, states, arguments)
+        for passage in passages:
+            model.run(layer, replace(passage))  # the original stays in front of the layer
     means = {id(moments): moments.mean() for moments in collector.moments.values()}
     return {name: means[id(moments)] for name, moments in collector.moments.items()}
 
