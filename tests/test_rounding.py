@@ -206,7 +206,7 @@ def test_a_weight_that_is_no_number_stops_the_calibration(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """A layer has 16.5 MB in float32: twelve more of them are 198 MB. What the allocator keeps of a run varies by 80."""
+    """A layer has 16.5 MB in float32: twelve more are 198 MB. What the allocator keeps of a run varies by 80."""
     peaks = {}
     options = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "feed_forward": 2048, "dtype": "bfloat16"}
     for layers in (2, 2, 14):  # the first run warms up

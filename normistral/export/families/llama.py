@@ -7,6 +7,7 @@ mean the same model.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from normistral.errors import CheckpointError
 from normistral.export.families.base import Config, Family, Shapes
@@ -168,17 +169,10 @@ LLAMA = Family(
     layer_prefix="model.layers.",
     computed=_ROPE_BUFFER,
 )
-MISTRAL = Family(
+MISTRAL = replace(
+    LLAMA,
     model_type="mistral",
     causal_class="MistralForCausalLM",
     headless_class="MistralModel",
-    prefix="model.",
-    embedding="model.embed_tokens.weight",
-    context_field="max_position_embeddings",
     read_fields=read_mistral,
-    describe=describe,
-    outer_tensors=outer_tensors,
-    layer_tensors=layer_tensors,
-    layer_prefix="model.layers.",
-    computed=_ROPE_BUFFER,
 )
