@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from normistral.errors import ExportError, first_line
 from normistral.evaluation.windows import Window
@@ -35,6 +36,16 @@ if TYPE_CHECKING:
 _GROUP_TOKENS = 8192
 
 
+class Matrices(Protocol):
+    """Other values for some of the checkpoint's matrices."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A whole matrix [out, in]."""
+        ...
+
+
 @dataclass(slots=True)
 class Passage:
     """One sequence on its way: hidden states [1, tokens, hidden], and what transformers gives each layer besides."""
@@ -49,19 +60,26 @@ class LayeredModel:
     Args:
         checkpoint: an opened one; its folder has to stay.
         group_tokens: tokens that go through the layers together.
+        matrices: taken instead of the checkpoint's, as far as they go: those of an artifact.
 
     Raises:
         CheckpointError: as `read_tensors`.
         ExportError: transformers cannot build the model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, progress: Progress, *, group_tokens: int = _GROUP_TOKENS) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        progress: Progress,
+        *,
+        group_tokens: int = _GROUP_TOKENS,
+        matrices: Matrices | None = None,
+    ) -> None:
         import torch
 
         self._family, self._progress, self._group_tokens = checkpoint.family, progress, group_tokens
+        self._matrices, self._tied = matrices, checkpoint.config["tie_word_embeddings"]
         self._tensors: dict[str, Tensor] = with_prefix(read_tensors(checkpoint.folder), self._family)
-        if checkpoint.config["tie_word_embeddings"]:
-            self._tensors[OUTPUT_LAYER] = self._tensors[self._family.embedding]
         self._model = _empty_model(checkpoint.folder)
         parent, _, name = self._family.layer_prefix.rstrip(".").rpartition(".")
         self._layers = self._model.get_submodule(parent).get_submodule(name)
@@ -75,7 +93,8 @@ class LayeredModel:
         """As `Predictor`; nothing comes before a group has gone through all layers."""
         groups = _group(windows, self._group_tokens)
         for number, group in enumerate(groups, start=1):
-            title = "reference, layer by layer" + (f", part {number} of {len(groups)}" if len(groups) > 1 else "")
+            what = "reference" if self._matrices is None else "the artifact's weights in transformers"
+            title = f"{what}, layer by layer" + (f", part {number} of {len(groups)}" if len(groups) > 1 else "")
             with self._progress.stage(title, self.layers, "layers") as stage:
                 passages = self.enter([window.fed_ids for window in group])
                 for index in range(self.layers):
@@ -153,7 +172,12 @@ class LayeredModel:
     def _fill(self, module: torch.nn.Module, name: str, stored: str) -> None:
         import torch
 
-        values = map_tensor(self._tensors[stored]).to(torch.float32, copy=True)
+        if stored == OUTPUT_LAYER and self._tied:
+            stored = self._family.embedding
+        if self._matrices is not None and stored in self._matrices:
+            values = torch.from_numpy(self._matrices.read(stored))
+        else:
+            values = map_tensor(self._tensors[stored]).to(torch.float32, copy=True)
         if values.shape != _parameter(module, name).shape:
             raise ExportError(f"transformers expects another shape of {stored}", "config.json and weights differ")
         _set_parameter(module, name, values)

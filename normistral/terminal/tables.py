@@ -160,10 +160,12 @@ def _certificate(manifest: Manifest) -> Iterator[tuple[str, str]]:
         if conversations := quality.pop("template_conversations", 0):
             counts.append(f"{conversations:.0f} conversations")
         yield "", f"as the checkpoint: {', '.join(counts)}"
+    if "graph_error" in quality:
+        yield "", f"logits as transformers' with these weights, to {quality.pop('graph_error'):.1g} of their spread"
     if "probe_kl_nats" in quality:
         yield (
             "",
-            f"in exact arithmetic: KL divergence {quality.pop('probe_kl_nats'):.2g} nats, same first choice at "
+            f"from the checkpoint: KL divergence {quality.pop('probe_kl_nats'):.2g} nats, same first choice at "
             f"{quality.pop('probe_top1_agreement'):.0%} of {quality.pop('probe_tokens'):.0f} tokens",
         )
     if quality:

@@ -70,6 +70,8 @@ def _codes(node: Any, rows: int, columns: int, bits: int, wanted: Sequence[int])
     packed = np.asarray(node.data).reshape(-1).view(np.uint8)
     if bits == 8:
         return packed.reshape(rows, columns)[list(wanted)].astype(np.float32)
+    if columns % 2 == 0:
+        return unpack(packed.reshape(rows, columns // 2)[list(wanted)], 4)
     found = []
     for row in wanted:
         start, stop = row * columns, (row + 1) * columns

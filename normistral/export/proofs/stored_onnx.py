@@ -93,6 +93,9 @@ class OnnxWeights:
         tensor = self._tensors[name]
         dtype, items = _dtype(tensor), math.prod(tensor.dims[1:])
         start = int(_place(tensor)["offset"])
+        if isinstance(rows, range) and rows.step == 1:  # at once
+            first = start + rows.start * items * dtype.itemsize
+            return np.fromfile(self._data, dtype, len(rows) * items, offset=first).reshape(len(rows), items)
         found = [np.fromfile(self._data, dtype, items, offset=start + row * items * dtype.itemsize) for row in rows]
         return np.stack(found)
 

@@ -24,6 +24,7 @@ from normistral.export.proofs.stored_ir import IRWeights
 from normistral.export.proofs.stored_onnx import OnnxWeights
 from normistral.manifest import Manifest
 
+_BLOCK_ROWS = 1024  # read at once: 60 MB of float32 at the 7B's widest
 _ROWS = 16  # of every matrix; every file's bytes are hashed, so this looks for wrong matrices and not for wrong bits
 _QKV = ("q_proj", "k_proj", "v_proj")
 _POSITIONS = 64  # of the rotary tables
@@ -33,6 +34,36 @@ _POSITIONS = 64  # of the rotary tables
 _ALIGNED = 0.9
 _FACTORS = {4: 0.06, 8: 0.005, 16: 1e-3, 32: 1e-6}
 _CAUSE = "the artifact was changed after it was written, or the exporter has a bug: export again, and report it"
+
+
+class ArtifactMatrices:
+    """All matrices of a written artifact, under the checkpoint's names; the files are read when one is asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+        reader = WeightReader(checkpoint.folder, checkpoint.family)
+        self._shapes = {name: shape for name, shape in expected_tensors(checkpoint.config).items() if len(shape) == 2}
+        self._parts: dict[str, list[tuple[StoredMatrix, int, list[int]]]] = {}
+        for matrix in open_stored(folder, manifest, checkpoint).matrices():
+            for name, offset in _parts(matrix, reader, manifest, checkpoint):
+                whole, rows = reader.owner(name)
+                self._parts.setdefault(whole, []).append((matrix, offset, rows))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts and name in self._shapes
+
+    def read(self, name: str) -> Rows:
+        """A whole matrix, dequantised: float32 [out, in]."""
+        values = np.empty(self._shapes[name], np.float32)
+        for matrix, offset, rows in self._parts[name]:
+            for start in range(0, len(rows), _BLOCK_ROWS):
+                numbers = rows[start : start + _BLOCK_ROWS]
+                values[numbers] = matrix.read(range(offset + start, offset + start + len(numbers)))
+        return values
+
+
+def open_stored(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> OnnxWeights | IRWeights:
+    """The artifact's weights, by its format."""
+    return OnnxWeights(folder, checkpoint.family.embedding) if manifest.format == "onnx" else IRWeights(folder)
 
 
 def check_weights(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> int:
@@ -46,19 +77,16 @@ def check_weights(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> i
     """
     reader = WeightReader(checkpoint.folder, checkpoint.family)
     expected = {name for name, shape in expected_tensors(checkpoint.config).items() if len(shape) == 2}
-    stored: OnnxWeights | IRWeights
-    if manifest.format == "onnx":
-        stored = OnnxWeights(folder, checkpoint.family.embedding)
+    stored = open_stored(folder, manifest, checkpoint)
+    if isinstance(stored, OnnxWeights):
         _check_vectors(stored, reader, manifest, checkpoint)
-    else:
-        stored = IRWeights(folder)
     _check_rotation(stored, checkpoint, manifest.context_length)
     seen: set[str] = set()
     for matrix in stored.matrices():
         for name, offset in _parts(matrix, reader, manifest, checkpoint):
             _compare(matrix, name, offset, reader)
             seen.add(name)
-    absent = sorted(expected - {_owner(name) for name in seen})
+    absent = sorted(expected - {reader.owner(name)[0] for name in seen})
     if absent:
         raise ExportError(f"the artifact has no matrix {absent[0]}", _CAUSE)
     return len(seen)
@@ -75,14 +103,6 @@ def _parts(
     for name in names:
         yield name, offset
         offset += reader.shape(name)[0]
-
-
-def _owner(name: str) -> str:
-    """The stored tensor that a part of BLOOM's packed projection belongs to."""
-    for part in (".query.weight", ".key.weight", ".value.weight"):
-        if name.endswith(f"query_key_value{part}"):
-            return name.replace(part, ".weight")
-    return name
 
 
 def _compare(matrix: StoredMatrix, name: str, offset: int, reader: WeightReader) -> None:
