@@ -7,13 +7,13 @@ zero points are whole codes.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normistral.export.rounding.grid import Grid, Steps, nearest_codes, restore, span
+from normistral.hardware import plan_threads, read_machine
 
 Floats = NDArray[np.float32]
 
@@ -32,7 +32,7 @@ def search_steps(rows: Floats, grid: Grid, importance: Floats) -> Steps:
     """
     count = max(1, _CHUNK_VALUES // rows.shape[1])
     chunks = [rows[start : start + count] for start in range(0, len(rows), count)]
-    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="search") as executor:
+    with ThreadPoolExecutor(plan_threads(read_machine()), thread_name_prefix="search") as executor:
         found = list(executor.map(lambda chunk: _search(chunk, grid, importance), chunks))
     return Steps(
         np.concatenate([steps.scales for steps in found]), np.concatenate([steps.zero_points for steps in found])
