@@ -76,22 +76,23 @@ def verify(
         ExportError: the artifact is not what it should be.
         ResourceError: it was cut short because the disk is full.
     """
-    from normistral.export.proofs.weights import ArtifactMatrices, check_weights  # imports onnx
+    from normistral.export.proofs.weights import ArtifactMatrices  # imports onnx
 
     with progress.stage("verifying the files"):
         check_structure(folder, manifest)
         check_config(folder, checkpoint.folder)
+        matrices = ArtifactMatrices(folder, manifest, checkpoint)
         quality = {
             "tokenizer_tokens": float(check_tokenizer(folder, checkpoint.folder, tokenizer)),
             "template_conversations": float(check_template(folder, manifest, tokenizer)),
-            "matrices": float(check_weights(folder, manifest, checkpoint)),
+            "matrices": float(matrices.check()),
         }
     read = "the same tokenizer, template and matrices"
     if manifest.total_bytes * _RUNNING_SHARE > available_memory_bytes():
         return Proof(f"verified: {read}; too large to run here", quality, has_run=False)
     if reference is None:
         reference = run_checkpoint(checkpoint, token_ids, progress)
-    expected = run_checkpoint(checkpoint, token_ids, progress, ArtifactMatrices(folder, manifest, checkpoint))
+    expected = run_checkpoint(checkpoint, token_ids, progress, matrices)
     with progress.stage("verifying by running it"):
         logits = run_artifact(folder, manifest, token_ids)
     quality |= compare_runs(manifest, logits, expected, reference)

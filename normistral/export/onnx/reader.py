@@ -75,18 +75,10 @@ class WeightReader:
         """The tensor of the checkpoint that `name` stands for, and which of its rows, in order."""
         return self._views[name] if name in self._views else (name, (range(self._tensors[name].shape[0]),))
 
-    def owner(self, name: str) -> tuple[str, list[int]]:
-        """The stored tensor that a view looks at, and which of its rows, in order; for a tensor, itself and all."""
-        whole = self._views[name][0] if name in self._views else name
-        return whole, [row for part in self._place(name)[1] for row in part]
-
     def _place(self, name: str) -> tuple[Tensor, tuple[range, ...]]:
         """The stored tensor, and which of its rows are meant."""
-        if name in self._views:
-            whole, parts = self._views[name]
-            return self._tensors[whole], parts
-        tensor = self._tensors[name]
-        return tensor, (range(tensor.shape[0]),)
+        whole, rows = self.source(name)
+        return self._tensors[whole], rows
 
     def _read_rows(self, tensor: Tensor, start: int, stop: int) -> Rows:
         row_values = int(np.prod(tensor.shape[1:], dtype=np.int64))

@@ -9,10 +9,10 @@ from typing import Any
 from normistral.errors import ArtifactError, ExportError
 from normistral.export.config import read_json
 from normistral.export.fields import shorten
+from normistral.export.proofs import CAUSE
 from normistral.export.texts import load_texts
 from normistral.runtime.tokenizer import Tokenizer
 
-_CAUSE = "the artifact was changed after it was written, or the exporter has a bug: export again, and report it"
 # Compared by its two long lists apart: those are where something goes missing unnoticed.
 _MODEL_LISTS = ("vocab", "merges")
 
@@ -47,7 +47,7 @@ def check_tokenizer(folder: Path, checkpoint: Path, reference: Any) -> int:
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except ArtifactError as exc:
-        raise ExportError(f"the artifact's tokenizer cannot be opened: {exc.message}", _CAUSE) from exc
+        raise ExportError(f"the artifact's tokenizer cannot be opened: {exc.message}", CAUSE) from exc
     compared = 0
     for name, text in load_texts().items():
         for number, line in enumerate(text.splitlines(keepends=True), start=1):
@@ -58,7 +58,7 @@ def check_tokenizer(folder: Path, checkpoint: Path, reference: Any) -> int:
                 raise ExportError(
                     f"the artifact's tokenizer gives other ids than the checkpoint's for line {number} of our text "
                     f"{name}, from token {at} on: {ours[at : at + 4]} instead of {theirs[at : at + 4]}",
-                    _CAUSE,
+                    CAUSE,
                 )
             compared += len(ours)
     return compared
@@ -79,7 +79,7 @@ def _compare_list(name: str, expected: Any, found: Any) -> None:
         entry = next(entry for entry in left if left[entry] != right[entry])
         what = f"has {shorten(entry)} at {shorten(right[entry])} instead of {shorten(left[entry])}"
     raise ExportError(
-        f"tokenizer.json: the artifact's {name} {what} ({len(right)} entries, the checkpoint has {len(left)})", _CAUSE
+        f"tokenizer.json: the artifact's {name} {what} ({len(right)} entries, the checkpoint has {len(left)})", CAUSE
     )
 
 
@@ -97,5 +97,5 @@ def _compare(where: str, expected: Mapping[str, Any], found: Mapping[str, Any]) 
             raise ExportError(
                 f"{where}: the artifact's {field} is {shorten(found.get(field))}, "
                 f"the checkpoint's {shorten(expected.get(field))}",
-                _CAUSE,
+                CAUSE,
             )

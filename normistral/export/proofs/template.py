@@ -7,13 +7,13 @@ from typing import Any
 
 from normistral.errors import ExportError, TemplateError, first_line
 from normistral.export.fields import shorten
+from normistral.export.proofs import CAUSE
 from normistral.manifest import Manifest
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import Tokenizer
 
 Conversation = list[dict[str, str]]
 
-_CAUSE = "the artifact was changed after it was written, or the exporter has a bug: export again, and report it"
 _SYSTEM = {"role": "system", "content": "Svar kort, på nynorsk eller bokmål."}
 _TURNS: Conversation = [
     {"role": "user", "content": "Hva heter den lengste elva i Norge?"},
@@ -45,9 +45,9 @@ def check_template(folder: Path, manifest: Manifest, reference: Any) -> int:
         except TemplateError as exc:
             if refused:
                 continue
-            raise ExportError(f"the artifact's chat template fails: {exc.message}", _CAUSE) from exc
+            raise ExportError(f"the artifact's chat template fails: {exc.message}", CAUSE) from exc
         if refused:
-            raise ExportError(f"the checkpoint's chat template refuses what the artifact's takes: {refused}", _CAUSE)
+            raise ExportError(f"the checkpoint's chat template refuses what the artifact's takes: {refused}", CAUSE)
         if text != expected:
             at = next((i for i, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), None)
             at = min(len(text), len(expected)) if at is None else at
@@ -55,11 +55,11 @@ def check_template(folder: Path, manifest: Manifest, reference: Any) -> int:
                 "the artifact's chat template writes another text than the checkpoint's: "
                 f"{shorten(text[max(0, at - 12) : at + 12])} instead of "
                 f"{shorten(expected[max(0, at - 12) : at + 12])}",
-                _CAUSE,
+                CAUSE,
             )
         wanted = list(reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         if ids != wanted:
-            raise ExportError("the artifact's chat template gives other token ids than the checkpoint's", _CAUSE)
+            raise ExportError("the artifact's chat template gives other token ids than the checkpoint's", CAUSE)
     return len(CONVERSATIONS)
 
 

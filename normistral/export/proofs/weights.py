@@ -19,6 +19,7 @@ from normistral.export.config import expected_tensors
 from normistral.export.onnx.bloom import split_heads
 from normistral.export.onnx.llama import rotary_tables
 from normistral.export.onnx.reader import Rows, WeightReader
+from normistral.export.proofs import CAUSE
 from normistral.export.proofs.stored import StoredMatrix
 from normistral.export.proofs.stored_ir import IRWeights
 from normistral.export.proofs.stored_onnx import OnnxWeights
@@ -33,20 +34,28 @@ _POSITIONS = 64  # of the rotary tables
 # distribution leaves 0.02 at 4 bits in groups of 128 and 0.0005 at 8 bits; scales of another layer 0.1 and more.
 _ALIGNED = 0.9
 _FACTORS = {4: 0.06, 8: 0.005, 16: 1e-3, 32: 1e-6}
-_CAUSE = "the artifact was changed after it was written, or the exporter has a bug: export again, and report it"
 
 
 class ArtifactMatrices:
     """All matrices of a written artifact, under the checkpoint's names; the files are read when one is asked for."""
 
     def __init__(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
-        reader = WeightReader(checkpoint.folder, checkpoint.family)
+        self._manifest, self._checkpoint = manifest, checkpoint
+        self._reader = WeightReader(checkpoint.folder, checkpoint.family)
+        self._stored = (
+            OnnxWeights(folder, checkpoint.family.embedding) if manifest.format == "onnx" else IRWeights(folder)
+        )
         self._shapes = {name: shape for name, shape in expected_tensors(checkpoint.config).items() if len(shape) == 2}
+        # What each stored matrix holds: itself, name of the checkpoint's, row at which that begins.
+        self._held = [
+            (matrix, name, offset)
+            for matrix in self._stored.matrices()
+            for name, offset in _parts(matrix, self._reader, manifest, checkpoint)
+        ]
         self._parts: dict[str, list[tuple[StoredMatrix, int, list[int]]]] = {}
-        for matrix in open_stored(folder, manifest, checkpoint).matrices():
-            for name, offset in _parts(matrix, reader, manifest, checkpoint):
-                whole, rows = reader.owner(name)
-                self._parts.setdefault(whole, []).append((matrix, offset, rows))
+        for matrix, name, offset in self._held:
+            whole, parts = self._reader.source(name)
+            self._parts.setdefault(whole, []).append((matrix, offset, [row for part in parts for row in part]))
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts and name in self._shapes
@@ -60,36 +69,24 @@ class ArtifactMatrices:
                 values[numbers] = matrix.read(range(offset + start, offset + start + len(numbers)))
         return values
 
+    def check(self) -> int:
+        """Compare with the checkpoint's.
 
-def open_stored(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> OnnxWeights | IRWeights:
-    """The artifact's weights, by its format."""
-    return OnnxWeights(folder, checkpoint.family.embedding) if manifest.format == "onnx" else IRWeights(folder)
+        Returns:
+            how many matrices were compared.
 
-
-def check_weights(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> int:
-    """Compare.
-
-    Returns:
-        how many matrices were compared.
-
-    Raises:
-        ExportError: naming the matrix, vector or table that is not the checkpoint's.
-    """
-    reader = WeightReader(checkpoint.folder, checkpoint.family)
-    expected = {name for name, shape in expected_tensors(checkpoint.config).items() if len(shape) == 2}
-    stored = open_stored(folder, manifest, checkpoint)
-    if isinstance(stored, OnnxWeights):
-        _check_vectors(stored, reader, manifest, checkpoint)
-    _check_rotation(stored, checkpoint, manifest.context_length)
-    seen: set[str] = set()
-    for matrix in stored.matrices():
-        for name, offset in _parts(matrix, reader, manifest, checkpoint):
-            _compare(matrix, name, offset, reader)
-            seen.add(name)
-    absent = sorted(expected - {reader.owner(name)[0] for name in seen})
-    if absent:
-        raise ExportError(f"the artifact has no matrix {absent[0]}", _CAUSE)
-    return len(seen)
+        Raises:
+            ExportError: naming the matrix, vector or table that is not the checkpoint's.
+        """
+        if isinstance(self._stored, OnnxWeights):
+            _check_vectors(self._stored, self._reader, self._manifest, self._checkpoint)
+        _check_rotation(self._stored, self._checkpoint, self._manifest.context_length)
+        for matrix, name, offset in self._held:
+            _compare(matrix, name, offset, self._reader)
+        absent = sorted(self._shapes.keys() - self._parts.keys())
+        if absent:
+            raise ExportError(f"the artifact has no matrix {absent[0]}", CAUSE)
+        return len({name for _, name, _ in self._held})
 
 
 def _parts(
@@ -115,14 +112,14 @@ def _compare(matrix: StoredMatrix, name: str, offset: int, reader: WeightReader)
         distance = float(np.linalg.norm(found - original) / max(float(np.linalg.norm(original)), 1e-30))
         raise ExportError(
             f"{name} is not the checkpoint's: its rows are {distance:.2g} of their norm away, and point elsewhere",
-            _CAUSE,
+            CAUSE,
         )
     spread = float(np.sqrt(np.mean((factors - 1) ** 2)))
     if not spread <= _FACTORS[matrix.bits]:
         raise ExportError(
             f"the scales of {name} are not those of its weights: groups are off by {spread:.2g}, at most "
             f"{_FACTORS[matrix.bits]:g} is rounding",
-            _CAUSE,
+            CAUSE,
         )
 
 
@@ -160,7 +157,7 @@ def _check_vectors(stored: OnnxWeights, reader: WeightReader, manifest: Manifest
         if all(part in reader for part in parts):
             original = np.concatenate([reader.read(part) for part in parts])
             if not np.allclose(values, original, rtol=1e-3, atol=1e-6):
-                raise ExportError(f"{name} is not the checkpoint's", _CAUSE)
+                raise ExportError(f"{name} is not the checkpoint's", CAUSE)
 
 
 def _check_rotation(stored: OnnxWeights | IRWeights, checkpoint: Checkpoint, context: int) -> None:
@@ -180,5 +177,5 @@ def _check_rotation(stored: OnnxWeights | IRWeights, checkpoint: Checkpoint, con
         agree = frequencies is None or np.allclose(np.cos(frequencies), cosines[1] / max(cosines[0]), atol=1e-3)
     if not agree:
         raise ExportError(
-            f"positions are turned by other angles than the checkpoint's (rope_theta {config['rope_theta']:g})", _CAUSE
+            f"positions are turned by other angles than the checkpoint's (rope_theta {config['rope_theta']:g})", CAUSE
         )
