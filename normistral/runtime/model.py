@@ -17,6 +17,11 @@ from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.detokenizer import StreamDetokenizer
+from normistral.runtime.drafting.base import Drafter
+from normistral.runtime.drafting.decoder import Decoder, DraftingDecoder, PlainDecoder
+from normistral.runtime.drafting.lookup import PromptLookup
+from normistral.runtime.drafting.pacing import StepCosts
+from normistral.runtime.drafting.table import NgramTable, TableDrafter
 from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
@@ -24,12 +29,14 @@ from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, enc
 from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.template import ChatTemplate
-from normistral.runtime.tokenizer import Tokenizer
+from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 
 Prompt = str | Sequence[int]
 
 
-def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> Model:
+def load(
+    artifact: str | Path, device: str = "CPU", *, exact: bool = False, draft_table: str | Path | None = None
+) -> Model:
     """Load an exported artifact.
 
     Args:
@@ -37,9 +44,12 @@ def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> M
         device: CPU, or another device of the artifact's engine (OpenVINO: GPU, GPU.1, AUTO ...; ONNX: CUDA, CUDA:1,
             DIRECTML ...: `normistral doctor` lists those that are there).
         exact: reference arithmetic, for proofs and comparisons: float32 and no run-time quantisation. Slower.
+        draft_table: a file of n-grams that `normistral draft-table` made; guesses tokens where the text so far gives
+            no guess.
 
     Raises:
         ModelNotFoundError: no such artifact.
+        UsageError: the draft table cannot be read, or belongs to another tokenizer.
         ArtifactError: it is damaged, incomplete, or from a newer version.
         MissingExtraError: the artifact's engine is not installed.
         DeviceError: the device is not there.
@@ -55,7 +65,12 @@ def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> M
             f"the model {manifest.architecture.vocabulary}",
             "export the model again",
         )
-    return Model(_load_backend(folder, manifest, device, exact), manifest, tokenizer, name=folder.name)
+    table = None
+    if draft_table is not None:
+        tokenizer_sha256 = manifest.files[TOKENIZER_NAME].sha256
+        table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
+    backend = _load_backend(folder, manifest, device, exact)
+    return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
 
 
 class Model:
@@ -65,11 +80,20 @@ class Model:
     their forwards are serialised. Close it, or use it as a context manager, to give the memory back.
     """
 
-    def __init__(self, backend: Backend, manifest: Manifest, tokenizer: Tokenizer, name: str = "model") -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        name: str = "model",
+        draft_table: NgramTable | None = None,
+    ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.name = name
         self._backend = backend
+        self._draft_table = draft_table
+        self._step_costs = StepCosts()
         self._forward_lock = threading.Lock()
         self._idle_lock = threading.Lock()
         self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it
@@ -221,7 +245,7 @@ class Model:
         forced: deque[int] = deque()
         close_ids = encode_close_tag(self.manifest.reasoning, self.tokenizer)
         return stream_text(
-            generate_tokens(sequence, prompt_ids, config, limits, forced),
+            generate_tokens(sequence, prompt_ids, config, limits, forced, self._decoder(sequence, prompt_ids, config)),
             StreamDetokenizer(self.tokenizer, prompt_ids),
             config.stop,
             ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids),
@@ -259,6 +283,14 @@ class Model:
                     self._idle = sequence
             if spare:
                 sequence.close()
+
+    def _decoder(self, sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig) -> Decoder:
+        if config.draft == "off":
+            return PlainDecoder(sequence)
+        drafters: list[Drafter] = [PromptLookup(prompt_ids)]
+        if self._draft_table is not None:
+            drafters.append(TableDrafter(self._draft_table, prompt_ids))
+        return DraftingDecoder(sequence, drafters, self._step_costs)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

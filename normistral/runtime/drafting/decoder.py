@@ -1,0 +1,122 @@
+"""Feeds the chosen tokens to the model one by one, with or without drafts; the decode loop does not see which.
+
+The rule of acceptance: the loop chooses every token itself, from the model's logits at its place, as it would without
+drafts, and only then says which it was. If that is the drafted one, the logits behind it are there already; if not,
+what was drafted is forgotten. So options, seeds and reports mean what they mean without drafts, and the text has the
+same distribution. (It is speculative sampling, Leviathan et al. 2023, for a draft that is certain of itself: the draft
+x is kept with the model's probability p(x), and else another token y comes with p(y) / (1 - p(x)).)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from normistral.runtime.drafting.base import Draft, Drafter
+from normistral.runtime.drafting.pacing import MOST_DRAFTED, StepCosts
+from normistral.runtime.engines.base import Logits
+from normistral.runtime.sequence import CachedSequence
+
+
+class Decoder(Protocol):
+    """Turns chosen tokens into the logits behind them.
+
+    Attributes:
+        drafted: tokens that were fed as drafts.
+        accepted: of these, those that were chosen too; each saved a step.
+    """
+
+    drafted: int
+    accepted: int
+
+    def step(self, token_id: int, most: int) -> Logits:
+        """The sequence goes on with `token_id`; logits [vocabulary] after it.
+
+        Args:
+            most: how many more tokens may be fed with it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Forget what was fed and never chosen. Takes no lock, so a garbage collector may call it."""
+        ...
+
+
+class PlainDecoder:
+    """One token a step."""
+
+    drafted = accepted = 0
+
+    def __init__(self, sequence: CachedSequence) -> None:
+        self._sequence = sequence
+
+    def step(self, token_id: int, most: int) -> Logits:
+        """Feed the token."""
+        return self._sequence.append([token_id])
+
+    def close(self) -> None:
+        """Nothing was fed that was not chosen."""
+
+
+class DraftingDecoder:
+    """Feeds drafted tokens with the chosen one, as many as pay.
+
+    Args:
+        sequence: holds the prompt by the time of the first step; it also knows how good its drafts have been.
+        drafters: have seen the prompt; the first that has a draft is asked, the others only where it has none.
+        costs: of steps on these weights.
+    """
+
+    def __init__(self, sequence: CachedSequence, drafters: Sequence[Drafter], costs: StepCosts) -> None:
+        self._sequence, self._drafters, self._costs = sequence, drafters, costs
+        self._draft: Draft | None = None  # for the places after the last token that was fed by choice
+        self._fed = 0  # tokens of the draft that were fed; with 0 it is only compared with what comes
+        self._right = 0  # of the fed, those that were chosen
+        self._logits: Logits | None = None  # [1 + fed, vocabulary]
+        self.drafted = self.accepted = 0
+
+    def step(self, token_id: int, most: int) -> Logits:
+        """Logits after the token: of an earlier step if it was drafted, else of a new one with a new draft."""
+        for drafter in self._drafters:
+            drafter.observe(token_id)
+        if self._logits is not None and self._right < self._fed and self._drafted_next() == token_id:
+            self._right += 1
+            self.accepted += 1
+            accepted: Logits = self._logits[self._right]
+            return accepted
+        self._learn(token_id)
+        self.close()
+        self._draft = self._propose(min(most, MOST_DRAFTED))
+        self._fed = 0 if self._draft is None else self._choose_length(self._draft)
+        drafted = [] if self._draft is None else self._draft.token_ids[: self._fed]
+        self._logits = logits = self._sequence.append_each([token_id, *drafted])
+        self._costs.observe(1 + self._fed, self._sequence.forward_s, self._sequence.trim_s)
+        self.drafted += self._fed
+        after: Logits = logits[0]
+        return after
+
+    def close(self) -> None:
+        """Forget the tokens that were fed and not chosen."""
+        self._sequence.drop_last(self._fed - self._right)
+        self._draft, self._logits = None, None
+        self._fed = self._right = 0
+
+    def _drafted_next(self) -> int | None:
+        return None if self._draft is None else self._draft.token_ids[self._right]
+
+    def _learn(self, token_id: int) -> None:
+        """Note how far the draft was right. One that was not fed was right or wrong about this token."""
+        if self._draft is None:
+            return
+        if self._fed:
+            self._sequence.acceptance.observe(self._draft.source, self._right, self._fed)
+        else:
+            self._sequence.acceptance.observe(self._draft.source, int(self._drafted_next() == token_id), 1)
+
+    def _propose(self, most: int) -> Draft | None:
+        if most < 1:
+            return None
+        return next((draft for drafter in self._drafters if (draft := drafter.propose(most))), None)
+
+    def _choose_length(self, draft: Draft) -> int:
+        return self._costs.choose(self._sequence.acceptance.rates(draft.source, len(draft.token_ids)))
