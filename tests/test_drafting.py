@@ -1,6 +1,7 @@
 """Drafts change how often the model runs, and nothing else: on scripted logits, token by token."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -221,6 +222,13 @@ def test_drafting_is_on_unless_it_is_switched_off(model):
     assert GenerationConfig().draft == "auto"
     assert model.generate(PROMPT, max_new_tokens=20, ignore_eos=True, draft="off").timings.drafted_tokens == 0
     assert model.generate(PROMPT, max_new_tokens=20, ignore_eos=True).timings.drafted_tokens > 0
+
+
+def test_a_seed_gives_the_same_text_every_time_so_nothing_is_drafted_where_rounding_could_be_seen(model):
+    options = {"max_new_tokens": 20, "ignore_eos": True}
+    model._backend.capabilities = replace(model._backend.capabilities, exact=False)
+    assert model.generate(PROMPT, seed=1, **options).timings.drafted_tokens == 0
+    assert model.generate(PROMPT, **options).timings.drafted_tokens > 0
 
 
 def test_an_answer_that_copies_the_prompt_takes_a_fraction_of_the_steps(tmp_path):

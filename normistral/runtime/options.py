@@ -37,7 +37,8 @@ class GenerationConfig:
             and the answer follows. 0 is no reasoning, None as much as it likes. Tags and reasoning count towards
             `max_new_tokens` too.
         draft: "auto" guesses tokens from the text so far where that makes it faster, and lets the model check them;
-            "off" does not. What is written is the same, but for the rounding of the arithmetic (docs/drafting.md).
+            "off" does not. What is written is the same, but for the rounding of the arithmetic (docs/drafting.md); so
+            with a seed "auto" drafts only in exact mode.
     """
 
     max_new_tokens: int = 1024

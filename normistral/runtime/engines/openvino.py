@@ -39,14 +39,14 @@ _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled
 class OpenVINOBackend:
     """A compiled OpenVINO model; see `load_openvino`."""
 
-    def __init__(self, compiled: ov.CompiledModel, manifest: Manifest, device: str, settings: dict[str, str]) -> None:
+    def __init__(self, compiled: ov.CompiledModel, manifest: Manifest, capabilities: Capabilities) -> None:
         shape = manifest.architecture
         self._compiled: ov.CompiledModel | None = compiled
         self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
         self._slot_limit = min(shape.sliding_window or manifest.context_length, manifest.context_length)
         # ALiBi takes its positions from the running sum of the mask; any other graph without the input, from the slots.
         self._keeps_dead = self._takes_positions or shape.positions == "alibi"
-        self.capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings)
+        self.capabilities = capabilities
 
     def create_engine(self) -> OpenVINOEngine:
         """A new, empty sequence with a KV cache of its own."""
@@ -197,7 +197,7 @@ def load_openvino(folder: Path, manifest: Manifest, device: str = "CPU", *, exac
             "check the artifact with: normistral info ARTIFACT --check",
         ) from exc
     logger.info("loaded %s on %s with %s", folder.name, device, settings)
-    backend = OpenVINOBackend(compiled, manifest, device, settings)
+    backend = OpenVINOBackend(compiled, manifest, Capabilities("openvino", device, PREFILL_CHUNK, settings, exact))
     warm_up(backend)
     return backend
 
