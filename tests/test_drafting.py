@@ -168,10 +168,9 @@ def test_cancel_stops_within_one_token_even_inside_a_draft(model):
 def test_the_cache_keeps_the_answer_without_its_last_token_and_no_rejected_draft(tmp_path):
     model = draft_always(make_model(tmp_path, LOGITS))
     for length in range(2, 20):
+        answer = model.generate(PROMPT, max_new_tokens=length, ignore_eos=True, seed=length, temperature=0.7)
         with model._borrow_sequence() as sequence:
-            stream = model.stream(PROMPT, max_new_tokens=length, ignore_eos=True, seed=length, temperature=0.7)
-        completion = [chunk.token_id for chunk in stream]
-        assert sequence._token_ids == [*PROMPT, *completion[:-1]]
+            assert sequence._token_ids == [*PROMPT, *answer.token_ids[:-1]]
 
 
 def test_a_second_turn_reuses_as_much_as_after_plain_decoding(tmp_path):
@@ -188,9 +187,10 @@ def test_a_second_turn_reuses_as_much_as_after_plain_decoding(tmp_path):
 
 def test_leaving_a_stream_inside_a_draft_leaves_the_model_usable(model):
     expected = model.generate(PROMPT, max_new_tokens=20, ignore_eos=True, draft="off").token_ids
-    for chunk in model.stream(PROMPT, max_new_tokens=100, ignore_eos=True):
-        if chunk.timings.accepted_tokens:
-            break
+    stream = model.stream(PROMPT, max_new_tokens=100, ignore_eos=True)
+    while next(stream).timings.accepted_tokens == 0:
+        pass
+    stream.close()
     assert model.generate(PROMPT, max_new_tokens=20, ignore_eos=True).token_ids == expected
 
 

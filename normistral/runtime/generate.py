@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,36 +64,39 @@ def generate_tokens(
     Ids in `forced`, which may be added between two steps, are taken from its front instead of sampled ones.
     The prompt must hold at least one token and leave room for one in the context. The last step, and only it, has a
     finish reason. A sampled token is fed when the next one is needed, so the last one is never in the cache. What the
-    `decoder` of the sequence feeds with it is its own affair: its logits are those after the token.
+    `decoder` of the sequence feeds with it is its own affair: its logits are those after the token. (Drafts that it fed
+    may stay in the cache of a generation that is left early; the next prefill cuts them off.)
     """
     clock = _Clock(len(prompt_ids), sequence.common_prefix(prompt_ids), decoder)
     sampler = Sampler(config, prompt_ids)
     logits = sequence.prefill(prompt_ids, limits.cancelled)
     clock.prefilled()
     room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))
-    with closing(decoder):
-        for generated in range(1, room + 1):
-            if logits is None or limits.cancelled():
-                yield TokenStep(None, None, (), "cancelled", clock.read())
-                return
-            if forced:
-                token_id = forced.popleft()
-                sampler.observe(token_id)
-            else:
-                token_id = sampler.sample(logits)
-            logprob, top_logprobs = report_logprobs(logits, token_id, config.logprobs)
-            clock.token_done()
-            finish_reason: FinishReason | None = None
-            if token_id in limits.stop_token_ids and not config.ignore_eos:
-                finish_reason = "stop"
-            elif generated == config.max_new_tokens:
-                finish_reason = "length"
-            elif generated == room:
-                finish_reason = "context"
-            yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read())
-            if finish_reason is not None:
-                return
-            logits = None if limits.cancelled() else decoder.step(token_id, most=room - generated - 1)
+    for generated in range(1, room + 1):
+        if logits is None or limits.cancelled():
+            decoder.settle()
+            yield TokenStep(None, None, (), "cancelled", clock.read())
+            return
+        if forced:
+            token_id = forced.popleft()
+            sampler.observe(token_id)
+        else:
+            token_id = sampler.sample(logits)
+        logprob, top_logprobs = report_logprobs(logits, token_id, config.logprobs)
+        clock.token_done()
+        finish_reason: FinishReason | None = None
+        if token_id in limits.stop_token_ids and not config.ignore_eos:
+            finish_reason = "stop"
+        elif generated == config.max_new_tokens:
+            finish_reason = "length"
+        elif generated == room:
+            finish_reason = "context"
+        if finish_reason is not None:
+            decoder.settle()
+        yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read())
+        if finish_reason is not None:
+            return
+        logits = None if limits.cancelled() else decoder.step(token_id, most=room - generated - 1)
 
 
 def stream_text(

@@ -37,8 +37,8 @@ class Decoder(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Forget what was fed and never chosen. Takes no lock, so a garbage collector may call it."""
+    def settle(self) -> None:
+        """Forget what was fed and not chosen."""
         ...
 
 
@@ -54,7 +54,7 @@ class PlainDecoder:
         """Feed the token."""
         return self._sequence.append([token_id])
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Nothing was fed that was not chosen."""
 
 
@@ -85,7 +85,7 @@ class DraftingDecoder:
             accepted: Logits = self._logits[self._right]
             return accepted
         self._learn(token_id)
-        self.close()
+        self.settle()
         self._draft = self._propose(min(most, MOST_DRAFTED))
         self._fed = 0 if self._draft is None else self._choose_length(self._draft)
         drafted = [] if self._draft is None else self._draft.token_ids[: self._fed]
@@ -95,7 +95,7 @@ class DraftingDecoder:
         after: Logits = logits[0]
         return after
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Forget the tokens that were fed and not chosen."""
         self._sequence.drop_last(self._fed - self._right)
         self._draft, self._logits = None, None
