@@ -122,6 +122,8 @@ def test_a_stop_text_inside_an_accepted_draft_ends_the_answer(model):
     plain, drafted = generate(model, max_new_tokens=30, ignore_eos=True, stop=stop)
     require_same(plain, drafted)
     assert stop not in drafted.text
+    again, fresh = (model.generate([*PROMPT, *plain.token_ids[:4], 9], draft=draft) for draft in ("auto", "off"))
+    require_same(fresh, again)  # whatever the first answer left in the cache
 
 
 @pytest.mark.parametrize("context", range(12, 30))

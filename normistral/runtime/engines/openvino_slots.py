@@ -27,6 +27,8 @@ class Slots:
         keeps_dead: whether masked slots leave positions alone in this graph; otherwise none may be dead.
     """
 
+    __slots__ = ("_keeps_dead", "_limit", "_mask", "length")
+
     def __init__(self, limit: int, *, keeps_dead: bool) -> None:
         self._limit = limit
         self._keeps_dead = keeps_dead
