@@ -7,8 +7,8 @@
 answers alternate, so that what else the machine does hits both; the ratio is of medians, and its median over prompts
 counts. A first answer on another prompt warms up, and lets drafting learn what steps cost, as any session does.
 
-`replay`: for artifacts of any shape, random weights included. A plain run's tokens are drafted again, each wrong with
-the probability 1 - rate; so drafting meets the stated acceptance, whatever the model says.
+`replay`: for artifacts of any shape, random weights included. A plain run's tokens are forced on the loop and drafted,
+each wrong with the probability 1 - rate; so drafting meets the stated acceptance, whatever the model says.
 
 Last line: everything as JSON.
 """
@@ -21,6 +21,8 @@ import platform
 import random
 import statistics
 import sys
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,13 @@ from drafting_prompts import FREE, GROUNDED
 
 import normistral
 from normistral import hardware
+from normistral.runtime.chunks import Timings
 from normistral.runtime.drafting.base import Draft
-from normistral.runtime.drafting.decoder import DraftingDecoder
+from normistral.runtime.drafting.decoder import Decoder, DraftingDecoder, PlainDecoder
+from normistral.runtime.drafting.pacing import StepCosts
+from normistral.runtime.generate import Limits, generate_tokens
+from normistral.runtime.options import GenerationConfig
+from normistral.runtime.sequence import CachedSequence
 
 WARM_UP = "Repeat this three times: the quick brown fox jumps over the lazy dog and runs into the forest."
 
@@ -95,14 +102,14 @@ def run_prompts(arguments: argparse.Namespace) -> dict[str, Any]:
             ratio = statistics.median(row["ratio"] for row in rows)
             print(f"{kind}: median ratio {ratio:.2f}, least {min(row['ratio'] for row in rows):.2f}", flush=True)
             report[kind] = {"median_ratio": ratio, "rows": rows}
-        report["step_costs_ms"] = step_costs(model)
+        report["step_costs_ms"] = step_costs(model._drafting.costs)
     return report
 
 
 class Replay:
     """Drafts the tokens of an earlier run, each spoilt with the probability 1 - rate."""
 
-    def __init__(self, token_ids: list[int], rate: float, vocabulary: int) -> None:
+    def __init__(self, token_ids: Sequence[int], rate: float, vocabulary: int) -> None:
         luck = random.Random(0)
         self._draft = [i if luck.random() < rate else (i + 1) % vocabulary for i in token_ids]
         self._at = 0
@@ -115,50 +122,51 @@ class Replay:
         return Draft(token_ids, "replay") if token_ids else None
 
 
+def follow(
+    model: normistral.Model, sequence: CachedSequence, prompt: list[int], token_ids: Sequence[int], decoder: Decoder
+) -> Timings:
+    """Go through the decode loop, and let it choose these tokens whatever the logits say."""
+    config = GenerationConfig(max_new_tokens=len(token_ids), ignore_eos=True)
+    limits = Limits((), model.context_length, lambda: False)
+    *_, last = generate_tokens(sequence, prompt, config, limits, deque(token_ids), decoder)
+    return last.timings
+
+
 def run_replay(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
-    vocabulary = 0
+    luck = random.Random(0)
     with normistral.load(arguments.artifact, exact=arguments.exact) as model:
         vocabulary = model.manifest.architecture.vocabulary
-        luck = random.Random(0)
         prompt = [luck.randrange(100, vocabulary) for _ in range(arguments.prompt)]
         options = {"ignore_eos": True, "max_new_tokens": arguments.tokens, **GREEDY}
-        expected = list(model.generate(prompt, draft="off", **options).token_ids)
+        expected = model.generate(prompt, draft="off", **options).token_ids
+        costs = StepCosts()
         for rate in arguments.rate:
-
-            def replay(sequence: Any, prompt_ids: Any, config: Any, rate: float = rate) -> DraftingDecoder:
-                return DraftingDecoder(sequence, [Replay(expected, rate, vocabulary)], model._step_costs)
-
-            plain_speeds, drafted_speeds, drafted = [], [], None
-            decoder = model._decoder
-            for _ in range(arguments.repeats + 1):  # the first one learns what steps cost
-                model._decoder = decoder  # type: ignore[method-assign]
-                plain_speeds.append(model.generate(prompt, draft="off", **options).timings.tokens_per_s)
-                model._decoder = replay  # type: ignore[method-assign, assignment]
-                drafted = model.generate(prompt, **options)
-                drafted_speeds.append(drafted.timings.tokens_per_s)
-            model._decoder = decoder  # type: ignore[method-assign]
-            assert drafted is not None
-            plain, fast = statistics.median(plain_speeds[1:]), statistics.median(drafted_speeds[1:])
+            sequence = model.create_sequence()
+            plain, drafted = [], []
+            for _ in range(arguments.repeats + 1):  # the first one learns what steps cost, and is left out
+                plain.append(follow(model, sequence, prompt, expected, PlainDecoder(sequence)))
+                decoder = DraftingDecoder(sequence, [Replay(expected, rate, vocabulary)], costs)
+                drafted.append(follow(model, sequence, prompt, expected, decoder))
+            speeds = [statistics.median(t.tokens_per_s for t in timings[1:]) for timings in (plain, drafted)]
             rows.append(
                 {
                     "rate": rate,
-                    "plain_tokens_per_s": round(plain, 2),
-                    "drafted_tokens_per_s": round(fast, 2),
-                    "ratio": round(fast / plain, 3),
-                    "drafted": drafted.timings.drafted_tokens,
-                    "accepted": drafted.timings.accepted_tokens,
-                    "same_tokens": sum(a == b for a, b in zip(drafted.token_ids, expected, strict=True)),
+                    "plain_tokens_per_s": round(speeds[0], 2),
+                    "drafted_tokens_per_s": round(speeds[1], 2),
+                    "ratio": round(speeds[1] / speeds[0], 3),
+                    "drafted": drafted[-1].drafted_tokens,
+                    "accepted": drafted[-1].accepted_tokens,
                 }
             )
             print(rows[-1], flush=True)
-        costs = step_costs(model)
-    return {"prompt_tokens": arguments.prompt, "rows": rows, "step_costs_ms": costs}
+            sequence.close()
+    return {"prompt_tokens": arguments.prompt, "rows": rows, "step_costs_ms": step_costs(costs)}
 
 
-def step_costs(model: normistral.Model) -> dict[int, float]:
+def step_costs(costs: StepCosts) -> dict[int, float]:
     """Milliseconds of a step of n tokens, as drafting learned them (without the steps of `draft="off"`)."""
-    seen = sorted(model._step_costs._seen.items())
+    seen = sorted(costs._seen.items())
     return {size: round(1e3 * statistics.median(seconds), 2) for size, seconds in seen if seconds}
 
 

@@ -18,7 +18,7 @@ class FixedLength(StepCosts):
 
 def draft_always(model, length=4):
     """Let this model feed drafts of `length` tokens, pay or not."""
-    model._step_costs = FixedLength(length)
+    model._drafting.costs = FixedLength(length)
     return model
 
 

@@ -108,6 +108,7 @@ def test_a_table_is_the_same_after_writing_and_reading(table_file):
     assert isinstance(table._contexts, np.memmap)
     assert TableDrafter(table, [1, 2]).propose(9).token_ids == [3, 4, 5, 6]
     assert [path.name for path in table_file.parent.iterdir()] == [table_file.name]
+    assert table_file.stat().st_mode & 0o777 == 0o600
 
 
 def test_another_tokenizer_s_table_is_refused(table_file):
@@ -152,7 +153,7 @@ def test_the_table_is_asked_where_the_text_so_far_gives_nothing(tmp_path):
     model = draft_always(make_model(tmp_path, [said]))
     assert model.chat().send("hei").timings.accepted_tokens == 0
     ids = model.tokenizer.encode(said, add_special_tokens=False)
-    model._draft_table = build_table([ids] * 3, SHA)
+    model._drafting.table = build_table([ids] * 3, SHA)
     answer = model.chat().send("hei")
     assert answer.text == said
     assert answer.timings.accepted_tokens > 12

@@ -13,15 +13,12 @@ from typing import Any, Self
 
 from normistral import store
 from normistral.errors import ArtifactError, ClosedError, ContextLengthError, UsageError
-from normistral.manifest import Manifest, check_files, read_manifest
+from normistral.manifest import Manifest, check_files, read_manifest, sha256_file
 from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.detokenizer import StreamDetokenizer
-from normistral.runtime.drafting.base import Drafter
-from normistral.runtime.drafting.decoder import Decoder, DraftingDecoder, PlainDecoder
-from normistral.runtime.drafting.lookup import PromptLookup
-from normistral.runtime.drafting.pacing import StepCosts
-from normistral.runtime.drafting.table import NgramTable, TableDrafter
+from normistral.runtime.drafting.decoder import Decoder, Drafting, PlainDecoder
+from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
@@ -67,7 +64,7 @@ def load(
         )
     table = None
     if draft_table is not None:
-        tokenizer_sha256 = manifest.files[TOKENIZER_NAME].sha256
+        tokenizer_sha256 = sha256_file(folder / TOKENIZER_NAME)
         table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
     backend = _load_backend(folder, manifest, device, exact)
     return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
@@ -92,8 +89,7 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self._backend = backend
-        self._draft_table = draft_table
-        self._step_costs = StepCosts()
+        self._drafting = Drafting(draft_table)
         self._forward_lock = threading.Lock()
         self._idle_lock = threading.Lock()
         self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it
@@ -286,12 +282,8 @@ class Model:
 
     def _decoder(self, sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig) -> Decoder:
         # Measured times decide how many tokens are drafted, and rounding may let that be seen: not under a seed.
-        if config.draft == "off" or (config.seed is not None and not self.capabilities.exact):
-            return PlainDecoder(sequence)
-        drafters: list[Drafter] = [PromptLookup(prompt_ids)]
-        if self._draft_table is not None:
-            drafters.append(TableDrafter(self._draft_table, prompt_ids))
-        return DraftingDecoder(sequence, drafters, self._step_costs)
+        plain = config.draft == "off" or (config.seed is not None and not self.capabilities.exact)
+        return PlainDecoder(sequence) if plain else self._drafting.decoder(sequence, prompt_ids)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

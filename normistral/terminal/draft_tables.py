@@ -9,7 +9,7 @@ from pathlib import Path
 from normistral import store
 from normistral.errors import UsageError
 from normistral.evaluation.text import read_text
-from normistral.manifest import check_files, read_manifest
+from normistral.manifest import check_files, read_manifest, sha256_file
 from normistral.runtime.drafting.table import TableOptions, build_table
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.terminal.console import say
@@ -32,12 +32,11 @@ def make_table(artifact: str, output: Path, texts: Sequence[Path], options: Tabl
     if os.path.lexists(output) and not force:
         raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
     folder = store.resolve_artifact(artifact)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, thorough=False)
+    check_files(folder, read_manifest(folder), thorough=False)
     tokenizer = Tokenizer.from_folder(folder)
     pieces = [tokenizer.encode(piece, add_special_tokens=False) for path in texts for piece in _pieces(read_text(path))]
     tokens = sum(map(len, pieces))
-    table = build_table(pieces, manifest.files[TOKENIZER_NAME].sha256, options)
+    table = build_table(pieces, sha256_file(folder / TOKENIZER_NAME), options)
     if not len(table):
         raise UsageError(
             f"in {tokens:,} tokens nothing follows the same tokens {options.min_count} times", "give it more text"

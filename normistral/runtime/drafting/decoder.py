@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from normistral.runtime.drafting.base import Draft, Drafter
+from normistral.runtime.drafting.lookup import PromptLookup
 from normistral.runtime.drafting.pacing import MOST_DRAFTED, StepCosts
+from normistral.runtime.drafting.table import NgramTable, TableDrafter
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.sequence import CachedSequence
 
@@ -120,3 +122,26 @@ class DraftingDecoder:
 
     def _choose_length(self, draft: Draft) -> int:
         return self._costs.choose(self._sequence.acceptance.rates(draft.source, len(draft.token_ids)))
+
+
+class Drafting:
+    """What the sequences of one model share when they draft.
+
+    Args:
+        table: n-grams, asked where a sequence itself has no guess.
+    """
+
+    def __init__(self, table: NgramTable | None = None) -> None:
+        self.table = table
+        self.costs = StepCosts()
+
+    def drafters(self, token_ids: Sequence[int]) -> list[Drafter]:
+        """New ones for a sequence that begins with these tokens, in the order in which they are asked."""
+        drafters: list[Drafter] = [PromptLookup(token_ids)]
+        if self.table is not None:
+            drafters.append(TableDrafter(self.table, token_ids))
+        return drafters
+
+    def decoder(self, sequence: CachedSequence, token_ids: Sequence[int]) -> Decoder:
+        """A decoder for what follows these tokens."""
+        return DraftingDecoder(sequence, self.drafters(token_ids), self.costs)

@@ -11,6 +11,8 @@ Two contexts with one hash cost a wrong draft and nothing else. A table belongs 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,19 +106,26 @@ class NgramTable:
         return cls(contexts, following, tokenizer_sha256)
 
     def write(self, path: Path) -> None:
-        """Write the file, beside its place and then renamed."""
+        """Write the file, with permissions 0600 (it can be read as text), through a neighbour that is renamed.
+
+        Raises:
+            OSError: it cannot be written; nothing is left.
+        """
         document = {"format": _FORMAT, "entries": len(self), "tokenizer_sha256": self.tokenizer_sha256}
         header = json.dumps(document).encode()
         header += b" " * (-(len(header) + 1) % _ALIGNMENT) + b"\n"
-        partial = path.with_name(f".{path.name}.partial")
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with partial.open("wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(header)
                 file.write(self._contexts.astype("<u8").tobytes())
                 file.write(self._following.astype("<u4").tobytes())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(partial).replace(path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
 
 
 class TableDrafter:

@@ -110,13 +110,15 @@ class OpenVINOEngine:
         return np.array(logits[0], dtype=np.float32)  # a copy: the request overwrites its tensor at the next step
 
     def trim(self, length: int) -> None:
-        """Forget everything after the first `length` tokens; what is dropped stays in the cache, masked."""
+        """Forget everything after the first `length` tokens; what is dropped stays in the cache, masked, if it may."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot trim {self.length} tokens to {length}")
         if length == 0:
             self.reset()
         else:
             self._slots.trim(length)
+            if self._slots.must_compact(1):
+                self._compact()
 
     def reset(self) -> None:
         """Forget everything."""
