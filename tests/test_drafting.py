@@ -11,6 +11,7 @@ from tiny_models import THINKING_VOCABULARY, VOCABULARY
 
 from normistral.errors import EngineError, UsageError
 from normistral.runtime.options import GenerationConfig
+from normistral.terminal.tables import describe_timings
 
 PROMPT = [10, 11, 12, 13, 14, 15, 16, 10, 11, 12]
 LOGITS = repetitive_logits(VOCABULARY)
@@ -231,6 +232,13 @@ def test_a_seed_gives_the_same_text_every_time_so_nothing_is_drafted_where_round
     model._backend.capabilities = replace(model._backend.capabilities, exact=False)
     assert model.generate(PROMPT, seed=1, **options).timings.drafted_tokens == 0
     assert model.generate(PROMPT, **options).timings.drafted_tokens > 0
+
+
+def test_the_line_on_an_answer_counts_drafts_if_there_were_any(model):
+    plain, drafted = generate(model, max_new_tokens=20, ignore_eos=True)
+    counts = f"{drafted.timings.accepted_tokens} of {drafted.timings.drafted_tokens} drafted tokens right"
+    assert describe_timings(drafted.timings).endswith(counts)
+    assert "draft" not in describe_timings(plain.timings)
 
 
 def test_an_answer_that_copies_the_prompt_takes_a_fraction_of_the_steps(tmp_path):

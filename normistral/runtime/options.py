@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from normistral.errors import UsageError
 from normistral.manifest import Manifest, SamplingDefaults
 
-Draft = Literal["auto", "off"]
+DraftMode = Literal["auto", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class GenerationConfig:
     ignore_eos: bool = False
     logprobs: int | None = None
     max_reasoning_tokens: int | None = None
-    draft: Draft = "auto"
+    draft: DraftMode = "auto"
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -74,8 +74,8 @@ class GenerationConfig:
             raise UsageError(f"stop must be texts that are not empty, not {self.stop!r}", "leave it out for none")
         if not isinstance(self.ignore_eos, bool):
             raise UsageError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
-        if self.draft not in get_args(Draft):
-            raise UsageError(f"draft must be one of {', '.join(get_args(Draft))}, not {self.draft!r}")
+        if self.draft not in get_args(DraftMode):
+            raise UsageError(f"draft must be one of {', '.join(get_args(DraftMode))}, not {self.draft!r}")
 
 
 def resolve_options(authors: SamplingDefaults, options: dict[str, Any]) -> GenerationConfig:

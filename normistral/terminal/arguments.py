@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from normistral.runtime.options import Draft as DraftChoice
-from normistral.runtime.options import GenerationConfig
+from normistral.runtime.options import DraftMode, GenerationConfig
 
 _OURS = GenerationConfig()
 
@@ -68,7 +67,7 @@ MaxReasoningTokens = Annotated[
     ),
 ]
 Draft = Annotated[
-    DraftChoice | None,
+    DraftMode | None,
     typer.Option(
         help="auto guesses tokens from the text so far where that is faster, and the model checks them; off does not. "
         f"Default: {_OURS.draft}."

@@ -102,12 +102,11 @@ class StepCosts:
         measured = {size: statistics.median(seen) for size, seen in self._seen.items() if seen}
         if 1 not in measured:
             return 0
-        if self._curve is None:
-            self._curve = cost_curve(measured)
+        curve = self._curve = self._curve or cost_curve(measured)
         rejection_s = statistics.median(self._rejections) if self._rejections else 0.0
-        drafted = choose_length(rates, self._curve, rejection_s)
+        drafted = choose_length(rates, curve, rejection_s)
         if drafted == 0 and (hoped := choose_length(rates, cost_curve({1: measured[1]}))):
-            price_s = self._curve[hoped] - self._curve[0] + rejection_s
+            price_s = curve[hoped] - curve[0] + rejection_s
             if price_s <= _PROBE_SHARE * self._since_probe_s:
                 self._since_probe_s = 0.0
                 self._seen = {**self._seen, 1 + hoped: ()}  # the probe measures it anew
