@@ -71,49 +71,33 @@ class DraftingDecoder:
 
     def __init__(self, sequence: CachedSequence, drafters: Sequence[Drafter], costs: StepCosts) -> None:
         self._sequence, self._drafters, self._costs = sequence, drafters, costs
-        self._draft: Draft | None = None  # for the places after the last token that was fed by choice
-        self._fed = 0  # tokens of the draft that were fed; with 0 it is only compared with what comes
-        self._right = 0  # of the fed, those that were chosen
-        self._logits: Logits | None = None  # [1 + fed, vocabulary]
+        self._draft: Draft | None = None  # for the places behind the last token that was not drafted
+        self._fed: list[int] = []  # its tokens that were fed; with none it is only compared with what comes
+        self._right = 0  # how many of these were chosen
+        self._logits: Sequence[Logits] = ()  # after the last token that was not drafted, and after each that was fed
         self.drafted = self.accepted = 0
 
     def step(self, token_id: int, most: int) -> Logits:
         """Logits after the token: of an earlier step if it was drafted, else of a new one with a new draft."""
         for drafter in self._drafters:
             drafter.observe(token_id)
-        if self._logits is not None and self._right < self._fed and self._drafted_next() == token_id:
+        if self._right < len(self._fed) and self._fed[self._right] == token_id:
             self._right += 1
             self.accepted += 1
-            accepted: Logits = self._logits[self._right]
-            return accepted
+            return self._logits[self._right]
         self._learn(token_id)
         self.settle()
         self._draft = self._propose(min(most, MOST_DRAFTED))
-        self._fed = 0 if self._draft is None else self._choose_length(self._draft)
-        drafted = [] if self._draft is None else self._draft.token_ids[: self._fed]
-        self._logits = logits = self._sequence.append_each([token_id, *drafted])
-        self._costs.observe(1 + self._fed, self._sequence.forward_s, self._sequence.trim_s)
-        self.drafted += self._fed
-        after: Logits = logits[0]
-        return after
+        self._fed = [] if self._draft is None else self._draft.token_ids[: self._choose_length(self._draft)]
+        self._logits = list(self._sequence.append_each([token_id, *self._fed]))
+        self._costs.observe(1 + len(self._fed), self._sequence.forward_s, self._sequence.trim_s)
+        self.drafted += len(self._fed)
+        return self._logits[0]
 
     def settle(self) -> None:
         """Forget the tokens that were fed and not chosen."""
-        self._sequence.drop_last(self._fed - self._right)
-        self._draft, self._logits = None, None
-        self._fed = self._right = 0
-
-    def _drafted_next(self) -> int | None:
-        return None if self._draft is None else self._draft.token_ids[self._right]
-
-    def _learn(self, token_id: int) -> None:
-        """Note how far the draft was right. One that was not fed was right or wrong about this token."""
-        if self._draft is None:
-            return
-        if self._fed:
-            self._sequence.acceptance.observe(self._draft.source, self._right, self._fed)
-        else:
-            self._sequence.acceptance.observe(self._draft.source, int(self._drafted_next() == token_id), 1)
+        self._sequence.drop_last(len(self._fed) - self._right)
+        self._draft, self._fed, self._right = None, [], 0
 
     def _propose(self, most: int) -> Draft | None:
         if most < 1:
@@ -122,6 +106,13 @@ class DraftingDecoder:
 
     def _choose_length(self, draft: Draft) -> int:
         return self._costs.choose(self._sequence.acceptance.rates(draft.source, len(draft.token_ids)))
+
+    def _learn(self, token_id: int) -> None:
+        """Note how far the draft was right. One that was not fed was right or wrong about this token."""
+        if self._draft is None:
+            return
+        right, of = (self._right, len(self._fed)) if self._fed else (int(self._draft.token_ids[0] == token_id), 1)
+        self._sequence.acceptance.observe(self._draft.source, right, of)
 
 
 class Drafting:
