@@ -9,7 +9,7 @@ from drafting_models import draft_always, repetitive_logits
 from scripted_models import ANSWER_MARKER, END_OF_TURN, TAG_TOKENS, make_model
 from tiny_models import THINKING_VOCABULARY, VOCABULARY
 
-from normistral.errors import EngineError, UsageError
+from normistral.errors import EngineError
 from normistral.runtime.options import GenerationConfig
 from normistral.terminal.tables import describe_timings
 
@@ -213,12 +213,6 @@ def test_an_interrupted_check_leaves_the_model_usable(model, error):
         model.generate(PROMPT, max_new_tokens=20, ignore_eos=True)
     assert model._backend.next_logits is inner
     assert model.generate(PROMPT, max_new_tokens=20, ignore_eos=True).token_ids == expected
-
-
-@pytest.mark.parametrize("value", ["on", "", None, True, 4, ["auto"]])
-def test_an_unknown_choice_is_refused(model, value):
-    with pytest.raises(UsageError, match="draft must be one of auto, off, not"):
-        model.generate(PROMPT, draft=value)
 
 
 def test_drafting_is_on_unless_it_is_switched_off(model):

@@ -18,7 +18,8 @@ from normistral.cli import main
 from normistral.errors import ArtifactError, UsageError
 from normistral.manifest import hash_files, read_manifest, write_manifest
 from normistral.runtime.drafting.lookup import PromptLookup
-from normistral.runtime.drafting.table import NgramTable, TableDrafter, TableOptions, build_table
+from normistral.runtime.drafting.options import TableOptions
+from normistral.runtime.drafting.table import NgramTable, TableDrafter, build_table
 
 SHA = "a" * 64
 

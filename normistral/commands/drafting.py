@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from normistral.runtime.drafting.table import TableOptions
+from normistral.runtime.drafting.options import TableOptions
 from normistral.terminal.arguments import Artifact, Debug
 
 _OURS = TableOptions()
@@ -24,10 +24,10 @@ def draft_table(
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Make a table of what often follows what in a text, for --draft-table.
+    """Make a table of n-grams for --draft-table.
 
-    It helps answers that are worded like the text. It belongs to the artifact's tokenizer, and holds hashes and tokens
-    of the text's frequent phrases.
+    Of what often follows what in these texts; it makes answers faster that are worded like them. It belongs to the
+    artifact's tokenizer. The texts' frequent phrases can be read back from it: keep it as you keep the texts.
     """
     from normistral.terminal.draft_tables import make_table
 

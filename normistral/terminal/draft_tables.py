@@ -10,7 +10,8 @@ from normistral import store
 from normistral.errors import UsageError
 from normistral.evaluation.text import read_text
 from normistral.manifest import check_files, read_manifest, sha256_file
-from normistral.runtime.drafting.table import TableOptions, build_table
+from normistral.runtime.drafting.options import TableOptions
+from normistral.runtime.drafting.table import build_table
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.terminal.console import say
 from normistral.terminal.progress import format_bytes

@@ -14,7 +14,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from normistral.errors import ArtifactError, UsageError
 from normistral.runtime.drafting.base import Draft
+from normistral.runtime.drafting.options import TableOptions
 
 _FORMAT = "normistral draft table 1"
 _ALIGNMENT = 64
@@ -30,26 +30,6 @@ _LONGEST_HEADER = 4096
 _LENGTHS = (4, 3, 2)  # of contexts, in the order in which they are asked
 _FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3  # FNV-1a, over token ids instead of bytes
 _MASK = 2**64 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class TableOptions:
-    """What gets into a table.
-
-    Attributes:
-        min_count: times that the token was seen after the context.
-        min_share: of all that followed the context; a draft that is seldom right does not pay.
-    """
-
-    min_count: int = 3
-    min_share: float = 0.4
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for a value out of range."""
-        if self.min_count < 1:
-            raise UsageError(f"the least count must be at least 1, not {self.min_count}")
-        if not 0 < self.min_share <= 1:
-            raise UsageError(f"the least share must be above 0 and at most 1, not {self.min_share}")
 
 
 class NgramTable:
