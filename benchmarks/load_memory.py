@@ -36,7 +36,9 @@ def run(report: Connection, artifact: Path, prompt: int, decode: int, device: st
         time.sleep(REST_S)
         report.send("prefill")
         ids = np.random.default_rng(0).integers(300, 3000, prompt).tolist()
-        for step, _ in enumerate(model.stream(ids, max_new_tokens=decode, temperature=0.0, ignore_eos=True)):
+        for step, _ in enumerate(
+            model.stream(ids, max_new_tokens=decode, temperature=0.0, ignore_eos=True, draft="off")
+        ):
             if step == 0:
                 report.send("decode")
         report.send("answered, at rest")

@@ -47,7 +47,7 @@ def ask_normistral(artifact: str) -> Document:
 
     if (Path(artifact) / "model.onnx").exists():
         return ask_normistral_ids(artifact)
-    options = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": TOKENS}
+    options = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": TOKENS, "draft": "off"}
     with normistral.load(artifact, exact=True) as model:
         is_base = model.manifest.template is None
         sent = [model.generate(p, **options) if is_base else model.chat().send(p, **options) for p in PROMPTS]
@@ -108,7 +108,7 @@ def ask_normistral_ids(artifact: str) -> Document:
         chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
         prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     prompts += [prompts[0][:length] for length in BEGINNINGS if length < len(prompts[0])]
-    options = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": TOKENS}
+    options = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": TOKENS, "draft": "off"}
     answers = []
     for prompt in prompts:
         # Loaded anew, so that no beginning comes from the last prompt's cache: computed in other steps, it is rounded

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import normistral
+from normistral.commands.drafting import draft_table
 from normistral.commands.evaluating import evaluate
 from normistral.commands.exporting import export
 from normistral.commands.looking import doctor, info, models
@@ -118,6 +119,7 @@ app.command(epilog=DEFAULTS_NOTE)(chat)
 app.command(epilog=DEFAULTS_NOTE)(generate)
 app.command()(info)
 app.command("eval")(evaluate)
+app.command("draft-table")(draft_table)
 app.command()(doctor)
 
 

@@ -332,7 +332,7 @@ def test_the_help_lists_the_commands(capsys, arguments):
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    for name in ("models", "export", "chat", "generate", "eval", "info", "doctor"):
+    for name in ("models", "export", "chat", "generate", "eval", "info", "draft-table", "doctor"):
         assert re.search(rf"^  {name} ", printed.out, re.MULTILINE)
     assert "..." not in printed.out.partition("Commands:")[2]  # no summary is cut
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from drafting_models import draft_always
 from scripted_cli import TESTS, make_artifact
 from scripted_models import make_base_model
 
@@ -52,7 +53,7 @@ def base_model(tmp_path):
     """Makes a base model that gives this answer after every colon of a label."""
 
     def make(answer, after):
-        model = make_base_model(tmp_path, [answer], after=after)
+        model = draft_always(make_base_model(tmp_path, [answer], after=after), 0)  # none: what is fed is looked at
         return model, record_sequences(model)
 
     return make

@@ -26,6 +26,7 @@ NORMISTRAL = SamplingDefaults(temperature=0.3, top_k=64, top_p=0.9, repetition_p
         ("ignore_eos", [True, False]),
         ("logprobs", [None, 0, 100]),
         ("max_reasoning_tokens", [None, 0, 1, 2**31]),
+        ("draft", ["auto", "off"]),
     ],
 )
 def test_values_in_range_are_kept(name: str, values: list[Any]) -> None:
@@ -47,6 +48,7 @@ def test_values_in_range_are_kept(name: str, values: list[Any]) -> None:
         ("ignore_eos", [1, 0, "yes", None]),
         ("logprobs", [-1, 101, 1.0, True]),
         ("max_reasoning_tokens", [-1, 2**31 + 1, 1.0, "5", False]),
+        ("draft", ["on", "", None, True, 4, ["auto"]]),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name: str, values: list[Any]) -> None:

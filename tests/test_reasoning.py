@@ -282,7 +282,7 @@ def test_no_character_goes_across_the_border(tmp_path):
 @pytest.mark.parametrize("most", [0, 1, 5])
 def test_a_budget_closes_the_reasoning_and_the_answer_follows(tmp_path, markers, most):
     model = brood(tmp_path, markers)
-    chunks = list(model.stream([7], max_reasoning_tokens=most, logprobs=0))
+    chunks = list(model.stream([7], max_reasoning_tokens=most, logprobs=0, draft="off"))
     completion = Completion.from_chunks(chunks)
     assert (completion.reasoning, completion.text, completion.finish_reason) == ("a" * most, "Oslo", "stop")
     assert not completion.reasoning_open
@@ -304,7 +304,7 @@ def test_a_forced_tag_is_found_where_it_and_a_broken_character_before_it_are_spe
     inside = len(ids) - len(tokenizer.encode(OPEN, add_special_tokens=False))
     model = spell(tmp_path, [*ids, *closed, *said], TAG_TEXTS)
     model.tokenizer = tokenizer
-    completion = model.generate([7], max_reasoning_tokens=inside - 1)
+    completion = model.generate([7], max_reasoning_tokens=inside - 1, draft="off")
     assert completion.reasoning == "Hm" + "\ufffd" * 4
     assert completion.text == "Oslo"
 

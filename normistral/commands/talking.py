@@ -18,6 +18,8 @@ from normistral.terminal.arguments import (
     AsJson,
     Debug,
     Device,
+    Draft,
+    DraftTable,
     Exact,
     Greedy,
     HideReasoning,
@@ -64,6 +66,8 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     max_reasoning_tokens: MaxReasoningTokens = None,
+    draft: Draft = None,
+    draft_table: DraftTable = None,
     hide_reasoning: HideReasoning = False,
     stats: Stats = False,
     as_json: AsJson = False,
@@ -85,7 +89,9 @@ def chat(
         seed=seed,
         stop=_stop_texts(stop),
         max_reasoning_tokens=max_reasoning_tokens,
+        draft=draft,
     )
+    _require_drafting(options, draft_table)
     message = _read_prompt(prompt)
     system = None if system is None else console.decode_argument(system)
     if message is None and (as_json or stats):
@@ -103,7 +109,7 @@ def chat(
     _require_reasoning(folder, manifest, options, hide_reasoning=hide_reasoning, as_json=as_json)
     if message is None:
         console.say(f"loading {folder.name} ...")
-    with load(folder, device=device, exact=exact) as model:
+    with load(folder, device=device, exact=exact, draft_table=draft_table) as model:
         conversation = model.chat(system=system, overflow=overflow)
         if message is not None:
             print_answer(
@@ -136,6 +142,8 @@ def generate(
         typer.Option("--stop-at-newline", help="End at the first line break; for prompts such as a translation's."),
     ] = False,
     max_reasoning_tokens: MaxReasoningTokens = None,
+    draft: Draft = None,
+    draft_table: DraftTable = None,
     hide_reasoning: HideReasoning = False,
     stats: Stats = False,
     as_json: AsJson = False,
@@ -156,7 +164,9 @@ def generate(
         seed=seed,
         stop=_stop_texts(stop, at_newline=stop_at_newline),
         max_reasoning_tokens=max_reasoning_tokens,
+        draft=draft,
     )
+    _require_drafting(options, draft_table)
     text = _read_prompt(prompt)
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
@@ -165,7 +175,7 @@ def generate(
 
     folder = store.resolve_artifact(artifact)
     _require_reasoning(folder, read_manifest(folder), options, hide_reasoning=hide_reasoning, as_json=as_json)
-    with load(folder, device=device, exact=exact) as model:
+    with load(folder, device=device, exact=exact, draft_table=draft_table) as model:
         print_answer(model.stream(text, **options), as_json=as_json, stats=stats, hide_reasoning=hide_reasoning)
 
 
@@ -194,6 +204,12 @@ def _read_prompt(prompt: str | None) -> str | None:
     if text is not None and not text.strip():
         raise UsageError("the prompt is empty", "give --prompt TEXT, or pipe some text in")
     return text
+
+
+def _require_drafting(options: dict[str, Any], draft_table: Path | None) -> None:
+    """Refuse a table that nothing would read."""
+    if draft_table is not None and GenerationConfig(**options).draft == "off":
+        raise UsageError("--draft off leaves --draft-table nothing to do", "leave one of them out")
 
 
 def _refuse_base_model(folder: Path, manifest: Manifest) -> None:

@@ -110,7 +110,7 @@ class Harness:
                     "lower the task's limit with: --gen_kwargs max_gen_toks=N",
                 )
             prompt_ids = self._keep_last(prompts[index], room)
-            answers[index] = self._text(self._model.generate(prompt_ids, **options), options["stop"])
+            answers[index] = self._text(self._model.generate(prompt_ids, **{"draft": "off"} | options), options["stop"])
             report(index, answers[index])
         return [answers[index] for index in range(len(requests))]
 

@@ -24,6 +24,8 @@ class Timings:
         ttft_s: time to first token.
         new_tokens: tokens generated so far, a final stop token included.
         decode_s: from the first token to this one.
+        drafted_tokens: tokens that were guessed and given to the model to check (docs/drafting.md).
+        accepted_tokens: of these, how many were right; each saved a step.
     """
 
     prompt_tokens: int
@@ -32,6 +34,8 @@ class Timings:
     ttft_s: float
     new_tokens: int
     decode_s: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def tokens_per_s(self) -> float:

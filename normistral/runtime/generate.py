@@ -16,6 +16,7 @@ import numpy as np
 
 from normistral.runtime.chunks import Chunk, FinishReason, Timings
 from normistral.runtime.detokenizer import StreamDetokenizer
+from normistral.runtime.drafting.decoder import Decoder
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter
@@ -51,21 +52,29 @@ class TokenStep:
 
 
 def generate_tokens(
-    sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig, limits: Limits, forced: deque[int]
+    sequence: CachedSequence,
+    prompt_ids: Sequence[int],
+    config: GenerationConfig,
+    limits: Limits,
+    forced: deque[int],
+    decoder: Decoder,
 ) -> Iterator[TokenStep]:
     """Prefill the prompt, then sample and feed one token at a time until something ends it.
 
     Ids in `forced`, which may be added between two steps, are taken from its front instead of sampled ones.
     The prompt must hold at least one token and leave room for one in the context. The last step, and only it, has a
-    finish reason. A sampled token is fed when the next one is needed, so the last one is never in the cache.
+    finish reason. A sampled token is fed when the next one is needed, so the last one is never in the cache. What the
+    `decoder` of the sequence feeds with it is its own affair: its logits are those after the token. (Drafts that it fed
+    may stay in the cache of a generation that is left early; the next prefill cuts them off.)
     """
-    clock = _Clock(len(prompt_ids), sequence.common_prefix(prompt_ids))
+    clock = _Clock(len(prompt_ids), sequence.common_prefix(prompt_ids), decoder)
     sampler = Sampler(config, prompt_ids)
     logits = sequence.prefill(prompt_ids, limits.cancelled)
     clock.prefilled()
     room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))
     for generated in range(1, room + 1):
         if logits is None or limits.cancelled():
+            decoder.settle()
             yield TokenStep(None, None, (), "cancelled", clock.read())
             return
         if forced:
@@ -82,10 +91,12 @@ def generate_tokens(
             finish_reason = "length"
         elif generated == room:
             finish_reason = "context"
+        if finish_reason is not None:
+            decoder.settle()
         yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read())
         if finish_reason is not None:
             return
-        logits = None if limits.cancelled() else sequence.append([token_id])
+        logits = None if limits.cancelled() else decoder.step(token_id, most=room - generated - 1)
 
 
 def stream_text(
@@ -156,11 +167,12 @@ def report_logprobs(
 class _Clock:
     """Measures one generation; seconds since it was made."""
 
-    def __init__(self, prompt_tokens: int, cached_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, cached_tokens: int, decoder: Decoder) -> None:
         self._start = time.perf_counter()
         self._prompt_tokens, self._cached_tokens = prompt_tokens, cached_tokens
         self._prefill_s = self._first_s = self._last_s = 0.0
         self._new_tokens = 0
+        self._decoder = decoder
 
     def prefilled(self) -> None:
         self._prefill_s = time.perf_counter() - self._start
@@ -179,4 +191,6 @@ class _Clock:
             ttft_s=self._first_s,
             new_tokens=self._new_tokens,
             decode_s=self._last_s - self._first_s,
+            drafted_tokens=self._decoder.drafted,
+            accepted_tokens=self._decoder.accepted,
         )

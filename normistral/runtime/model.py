@@ -13,10 +13,12 @@ from typing import Any, Self
 
 from normistral import store
 from normistral.errors import ArtifactError, ClosedError, ContextLengthError, UsageError
-from normistral.manifest import Manifest, check_files, read_manifest
+from normistral.manifest import Manifest, check_files, read_manifest, sha256_file
 from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.detokenizer import StreamDetokenizer
+from normistral.runtime.drafting.decoder import Decoder, Drafting, PlainDecoder
+from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
@@ -24,12 +26,14 @@ from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, enc
 from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.template import ChatTemplate
-from normistral.runtime.tokenizer import Tokenizer
+from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 
 Prompt = str | Sequence[int]
 
 
-def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> Model:
+def load(
+    artifact: str | Path, device: str = "CPU", *, exact: bool = False, draft_table: str | Path | None = None
+) -> Model:
     """Load an exported artifact.
 
     Args:
@@ -37,9 +41,12 @@ def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> M
         device: CPU, or another device of the artifact's engine (OpenVINO: GPU, GPU.1, AUTO ...; ONNX: CUDA, CUDA:1,
             DIRECTML ...: `normistral doctor` lists those that are there).
         exact: reference arithmetic, for proofs and comparisons: float32 and no run-time quantisation. Slower.
+        draft_table: a file of n-grams that `normistral draft-table` made; guesses tokens where the text so far gives
+            no guess.
 
     Raises:
         ModelNotFoundError: no such artifact.
+        UsageError: the draft table cannot be read, or belongs to another tokenizer.
         ArtifactError: it is damaged, incomplete, or from a newer version.
         MissingExtraError: the artifact's engine is not installed.
         DeviceError: the device is not there.
@@ -55,7 +62,12 @@ def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> M
             f"the model {manifest.architecture.vocabulary}",
             "export the model again",
         )
-    return Model(_load_backend(folder, manifest, device, exact), manifest, tokenizer, name=folder.name)
+    table = None
+    if draft_table is not None:
+        tokenizer_sha256 = sha256_file(folder / TOKENIZER_NAME)
+        table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
+    backend = _load_backend(folder, manifest, device, exact)
+    return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
 
 
 class Model:
@@ -65,11 +77,19 @@ class Model:
     their forwards are serialised. Close it, or use it as a context manager, to give the memory back.
     """
 
-    def __init__(self, backend: Backend, manifest: Manifest, tokenizer: Tokenizer, name: str = "model") -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        name: str = "model",
+        draft_table: NgramTable | None = None,
+    ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.name = name
         self._backend = backend
+        self._drafting = Drafting(draft_table)
         self._forward_lock = threading.Lock()
         self._idle_lock = threading.Lock()
         self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it
@@ -221,7 +241,7 @@ class Model:
         forced: deque[int] = deque()
         close_ids = encode_close_tag(self.manifest.reasoning, self.tokenizer)
         return stream_text(
-            generate_tokens(sequence, prompt_ids, config, limits, forced),
+            generate_tokens(sequence, prompt_ids, config, limits, forced, self._decoder(sequence, prompt_ids, config)),
             StreamDetokenizer(self.tokenizer, prompt_ids),
             config.stop,
             ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids),
@@ -259,6 +279,11 @@ class Model:
                     self._idle = sequence
             if spare:
                 sequence.close()
+
+    def _decoder(self, sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig) -> Decoder:
+        # Measured times decide how many tokens are drafted, and rounding may let that be seen: not under a seed.
+        plain = config.draft == "off" or (config.seed is not None and not self.capabilities.exact)
+        return PlainDecoder(sequence) if plain else self._drafting.decoder(sequence, prompt_ids)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from normistral.errors import UsageError
 from normistral.manifest import Manifest, SamplingDefaults
+
+DraftMode = Literal["auto", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,9 @@ class GenerationConfig:
         max_reasoning_tokens: of a thinking model: after so many tokens of reasoning its closing tag is written for it,
             and the answer follows. 0 is no reasoning, None as much as it likes. Tags and reasoning count towards
             `max_new_tokens` too.
+        draft: "auto" guesses tokens from the text so far where that makes it faster, and lets the model check them;
+            "off" does not. What is written is the same, but for the rounding of the arithmetic (docs/drafting.md); so
+            with a seed "auto" drafts only in exact mode.
     """
 
     max_new_tokens: int = 1024
@@ -47,6 +52,7 @@ class GenerationConfig:
     ignore_eos: bool = False
     logprobs: int | None = None
     max_reasoning_tokens: int | None = None
+    draft: DraftMode = "auto"
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -68,6 +74,8 @@ class GenerationConfig:
             raise UsageError(f"stop must be texts that are not empty, not {self.stop!r}", "leave it out for none")
         if not isinstance(self.ignore_eos, bool):
             raise UsageError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        if self.draft not in get_args(DraftMode):
+            raise UsageError(f"draft must be one of {', '.join(get_args(DraftMode))}, not {self.draft!r}")
 
 
 def resolve_options(authors: SamplingDefaults, options: dict[str, Any]) -> GenerationConfig:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
+from normistral.runtime.drafting.pacing import Acceptance
 from normistral.runtime.engines.base import Engine, Logits
 
 
@@ -12,13 +14,21 @@ class CachedSequence:
     """An engine together with the token ids in its KV cache, so that a common beginning is computed once.
 
     An interrupted forward (Ctrl-C, engine failure) leaves the cache unknown; it is then rebuilt at the next prefill.
+
+    Attributes:
+        acceptance: how good drafts for this sequence have been.
+        forward_s: seconds of the last forward, without waiting for other sequences.
+        trim_s: seconds of shortening the cache before it; None where nothing had to be.
     """
 
     def __init__(self, engine: Engine, prefill_chunk: int, lock: threading.Lock) -> None:
         self._engine = engine
         self._prefill_chunk = prefill_chunk
         self._lock = lock  # engines of one backend take turns
-        self._token_ids: list[int] | None = []
+        self._token_ids: list[int] | None = []  # the engine may hold more behind them, until its next forward
+        self.acceptance = Acceptance()
+        self.forward_s = 0.0
+        self.trim_s: float | None = None
 
     def common_prefix(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens need not be computed again; at least one always is, for its logits."""
@@ -47,6 +57,15 @@ class CachedSequence:
         """Compute these tokens; logits [vocabulary] after the last one."""
         final: Logits = self._forward(token_ids)[-1]
         return final
+
+    def append_each(self, token_ids: Sequence[int]) -> Logits:
+        """Compute these tokens; logits [n, vocabulary] after each of them."""
+        return self._forward(token_ids, len(token_ids))
+
+    def drop_last(self, count: int) -> None:
+        """Forget the last `count` tokens; the engine does so at its next forward."""
+        if count and self._token_ids is not None:
+            del self._token_ids[-count:]
 
     def logits_of_last(self, token_ids: Sequence[int], last: int, *, from_scratch: bool = False) -> Iterator[Logits]:
         """Make the cache hold exactly these tokens; logits after each of the last `last` of them.
@@ -80,16 +99,21 @@ class CachedSequence:
         assert known is not None, "prefill comes first"
         self._token_ids = None  # unknown until the engine is done
         with self._lock:
+            start = trimmed = time.perf_counter()
+            self.trim_s = None
+            if self._engine.length > len(known):
+                self._engine.trim(len(known))
+                trimmed = time.perf_counter()
+                self.trim_s = trimmed - start
             logits = self._engine.forward(token_ids, last)
+            self.forward_s = time.perf_counter() - trimmed
         known.extend(token_ids)
         self._token_ids = known
         return logits
 
     def _truncate(self, length: int) -> None:
         known, self._token_ids = self._token_ids, None
-        with self._lock:
-            if known is None or length == 0:
+        if known is None or length == 0:
+            with self._lock:
                 self._engine.reset()
-            elif length < len(known):
-                self._engine.trim(length)
         self._token_ids = known[:length] if known else []

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from normistral.runtime.options import GenerationConfig
+from normistral.runtime.options import DraftMode, GenerationConfig
 
 _OURS = GenerationConfig()
 
@@ -65,6 +65,17 @@ MaxReasoningTokens = Annotated[
     typer.Option(
         metavar="N", help="Of a thinking model: end its reasoning after N tokens; 0 is none. Default: no limit."
     ),
+]
+Draft = Annotated[
+    DraftMode | None,
+    typer.Option(
+        help="auto guesses tokens from the text so far where that is faster, and the model checks them; off does not. "
+        f"Default: {_OURS.draft}."
+    ),
+]
+DraftTable = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Guess from these n-grams too; made by `normistral draft-table`."),
 ]
 HideReasoning = Annotated[bool, typer.Option("--hide-reasoning", help="Do not show the reasoning of a thinking model.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")]

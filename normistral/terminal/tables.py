@@ -115,9 +115,11 @@ def completion_document(completion: Completion) -> dict[str, Any]:
 
 def describe_timings(timings: Timings) -> str:
     """One line on a generation."""
+    drafts = f", {timings.accepted_tokens} of {timings.drafted_tokens} drafted tokens right"
     return (
         f"{timings.new_tokens} tokens, {timings.tokens_per_s:.1f} tokens/s, first token after {timings.ttft_s:.2f} s, "
         f"prompt {timings.prompt_tokens} tokens ({timings.cached_tokens} from the cache)"
+        f"{drafts if timings.drafted_tokens else ''}"
     )
 
 

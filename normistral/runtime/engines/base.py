@@ -25,12 +25,15 @@ class Capabilities:
         device: what it runs on, in the engine's own words.
         prefill_chunk: tokens to feed at most in one `forward` of a long prompt.
         settings: the engine's options in force, for reports.
+        exact: reference arithmetic: a step of n tokens computes what n steps of one do, but for the last bits. Without
+            it, activations may be rounded while running, and how a sequence was cut can be seen in the logits.
     """
 
     name: str
     device: str
     prefill_chunk: int
     settings: dict[str, str]
+    exact: bool = False
 
 
 class Engine(Protocol):

@@ -204,7 +204,7 @@ def load_onnx(folder: Path, manifest: Manifest, device: str = "CPU", *, exact: b
         if levels := onnx_graph.accuracy_levels(graph):
             settings["accuracy_level"] = ",".join(map(str, levels))
         decoder = describe_decoder(session, manifest, target, in_place=in_place)
-        backend = OnnxBackend(decoder, Capabilities("onnxruntime", device, PREFILL_CHUNK, settings))
+        backend = OnnxBackend(decoder, Capabilities("onnxruntime", device, PREFILL_CHUNK, settings, exact))
         warm_up(backend)
         if not target.is_cpu:
             require_all_on(target, Path(session.end_profiling()))

@@ -21,6 +21,7 @@ from normistral import hardware
 from normistral.errors import ClosedError, DeviceError, EngineError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Capabilities, Logits
+from normistral.runtime.engines.openvino_slots import Slots
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -38,19 +39,24 @@ _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled
 class OpenVINOBackend:
     """A compiled OpenVINO model; see `load_openvino`."""
 
-    def __init__(self, compiled: ov.CompiledModel, device: str, settings: dict[str, str]) -> None:
+    def __init__(self, compiled: ov.CompiledModel, manifest: Manifest, capabilities: Capabilities) -> None:
+        shape = manifest.architecture
         self._compiled: ov.CompiledModel | None = compiled
         self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
-        self.capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings)
+        self._slot_limit = min(shape.sliding_window or manifest.context_length, manifest.context_length)
+        # ALiBi takes its positions from the running sum of the mask; any other graph without the input, from the slots.
+        self._keeps_dead = self._takes_positions or shape.positions == "alibi"
+        self.capabilities = capabilities
 
     def create_engine(self) -> OpenVINOEngine:
         """A new, empty sequence with a KV cache of its own."""
         if self._compiled is None:
             raise ClosedError("the model was closed", "load it again")
         try:
-            return OpenVINOEngine(self._compiled.create_infer_request(), self._takes_positions)
+            request = self._compiled.create_infer_request()
         except RuntimeError as exc:
             raise EngineError(f"OpenVINO could not create an infer request: {_first_line(exc)}") from exc
+        return OpenVINOEngine(request, self._takes_positions, Slots(self._slot_limit, keeps_dead=self._keeps_dead))
 
     def close(self) -> None:
         """Let go of the weights; they are freed with the last engine made from them."""
@@ -66,16 +72,16 @@ class _SavedCache:
 class OpenVINOEngine:
     """One sequence in one infer request."""
 
-    def __init__(self, request: ov.InferRequest, takes_positions: bool) -> None:
+    def __init__(self, request: ov.InferRequest, takes_positions: bool, slots: Slots) -> None:
         self._request: ov.InferRequest | None = request
         self._takes_positions = takes_positions  # a model with ALiBi has no such input
-        self._length = 0
+        self._slots = slots
         self._beam = np.zeros(1, np.int32)
 
     @property
     def length(self) -> int:
         """Tokens in the KV cache."""
-        return self._length
+        return self._slots.length
 
     def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
         """Append tokens; logits [last, vocabulary] of the last positions.
@@ -83,42 +89,46 @@ class OpenVINOEngine:
         Raises:
             EngineError: OpenVINO failed.
         """
-        request = self._open_request()
-        total = self._length + len(token_ids)
+        request, slots, count = self._open_request(), self._slots, len(token_ids)
+        if slots.must_compact(count):
+            self._compact()
+        total = slots.length + count
         inputs = {
             "input_ids": np.array([token_ids], np.int64),
-            "attention_mask": np.ones((1, total), np.int64),
+            "attention_mask": slots.extended_mask(count),
             "beam_idx": self._beam,
             _LAST: np.array([last], np.int64),
         }
         if self._takes_positions:
-            inputs["position_ids"] = np.arange(self._length, total, dtype=np.int64)[None]
+            inputs["position_ids"] = np.arange(slots.length, total, dtype=np.int64)[None]
         try:
             request.infer(inputs, share_inputs=True)
             logits = request.get_tensor("logits").data  # [1, last, vocabulary]
         except RuntimeError as exc:
             raise EngineError(f"OpenVINO failed at token {total}: {_first_line(exc)}") from exc
-        self._length = total
+        slots.append(count)
         return np.array(logits[0], dtype=np.float32)  # a copy: the request overwrites its tensor at the next step
 
     def trim(self, length: int) -> None:
-        """Forget everything after the first `length` tokens; copies what stays."""
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot trim {self._length} tokens to {length}")
+        """Forget everything after the first `length` tokens; what is dropped stays in the cache, masked, if it may."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot trim {self.length} tokens to {length}")
         if length == 0:
             self.reset()
-        elif length < self._length:
-            self._write_states({name: keys[:, :, :length] for name, keys in self._read_states().items()})
-            self._length = length
+        else:
+            self._slots.trim(length)
+            if self._slots.must_compact(1):
+                self._compact()
 
     def reset(self) -> None:
         """Forget everything."""
         self._open_request().reset_state()
-        self._length = 0
+        self._slots.compacted(0)
 
     def save(self) -> _SavedCache:
         """A copy of the KV cache, as float32."""
-        return _SavedCache(self._length, {name: keys.copy() for name, keys in self._read_states().items()})
+        living = self._slots.living()
+        return _SavedCache(self.length, {name: keys[:, :, living] for name, keys in self._read_states().items()})
 
     def restore(self, saved: object) -> None:
         """Continue from what `save` gave."""
@@ -126,11 +136,17 @@ class OpenVINOEngine:
         self.reset()
         if saved.length:
             self._write_states(saved.states)
-        self._length = saved.length
+        self._slots.compacted(saved.length)
 
     def close(self) -> None:
         """Free the KV cache."""
         self._request = None
+
+    def _compact(self) -> None:
+        """Copy the living slots out and in, and with that get rid of the dead ones."""
+        saved = self.save()
+        self._write_states(saved.states)
+        self._slots.compacted(saved.length)
 
     def _read_states(self) -> dict[str, Logits]:
         try:
@@ -183,7 +199,7 @@ def load_openvino(folder: Path, manifest: Manifest, device: str = "CPU", *, exac
             "check the artifact with: normistral info ARTIFACT --check",
         ) from exc
     logger.info("loaded %s on %s with %s", folder.name, device, settings)
-    backend = OpenVINOBackend(compiled, device, settings)
+    backend = OpenVINOBackend(compiled, manifest, Capabilities("openvino", device, PREFILL_CHUNK, settings, exact))
     warm_up(backend)
     return backend
 
