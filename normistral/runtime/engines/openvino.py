@@ -10,8 +10,8 @@ Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ import numpy as np
 from normistral import hardware
 from normistral.errors import ClosedError, DeviceError, EngineError
 from normistral.manifest import Manifest
-from normistral.runtime.engines.base import Capabilities, Logits
+from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors
+from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -31,6 +32,16 @@ MODEL_FILE = "openvino_model.xml"
 PREFILL_CHUNK = (
     256  # tokens; long enough for full speed, short enough that a prompt can be cancelled (docs/decisions.md)
 )
+_NUMERICS = (
+    "INFERENCE_PRECISION_HINT",
+    "EXECUTION_MODE_HINT",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "KV_CACHE_PRECISION",
+    "KEY_CACHE_PRECISION",
+    "VALUE_CACHE_PRECISION",
+    "KEY_CACHE_GROUP_SIZE",
+    "VALUE_CACHE_GROUP_SIZE",
+)
 _VIRTUAL_DEVICES = ("AUTO", "HETERO")  # OpenVINO's own ways to combine devices
 _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load
 
@@ -39,16 +50,18 @@ class OpenVINOBackend:
     """A compiled OpenVINO model; see `load_openvino`."""
 
     def __init__(self, compiled: ov.CompiledModel, device: str, settings: dict[str, str]) -> None:
+        numerics = read_numerics(compiled)
         self._compiled: ov.CompiledModel | None = compiled
         self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
-        self.capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings)
+        self._cache_precision = numerics.get("KV_CACHE_PRECISION", "")
+        self.capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings, numerics)
 
     def create_engine(self) -> OpenVINOEngine:
         """A new, empty sequence with a KV cache of its own."""
         if self._compiled is None:
             raise ClosedError("the model was closed", "load it again")
         try:
-            return OpenVINOEngine(self._compiled.create_infer_request(), self._takes_positions)
+            return OpenVINOEngine(self._compiled.create_infer_request(), self._takes_positions, self._cache_precision)
         except RuntimeError as exc:
             raise EngineError(f"OpenVINO could not create an infer request: {_first_line(exc)}") from exc
 
@@ -57,18 +70,13 @@ class OpenVINOBackend:
         self._compiled = None
 
 
-@dataclass(frozen=True, slots=True)
-class _SavedCache:
-    length: int
-    states: dict[str, Logits]  # variable name -> [1, kv_heads, length, head_dim]
-
-
 class OpenVINOEngine:
     """One sequence in one infer request."""
 
-    def __init__(self, request: ov.InferRequest, takes_positions: bool) -> None:
+    def __init__(self, request: ov.InferRequest, takes_positions: bool, cache_precision: str) -> None:
         self._request: ov.InferRequest | None = request
         self._takes_positions = takes_positions  # a model with ALiBi has no such input
+        self._cache_precision = cache_precision
         self._length = 0
         self._beam = np.zeros(1, np.int32)
 
@@ -108,44 +116,41 @@ class OpenVINOEngine:
         if length == 0:
             self.reset()
         elif length < self._length:
-            self._write_states({name: keys[:, :, :length] for name, keys in self._read_states().items()})
-            self._length = length
+            self.restore(length, list(self.save(length)))
 
     def reset(self) -> None:
         """Forget everything."""
         self._open_request().reset_state()
         self._length = 0
 
-    def save(self) -> _SavedCache:
-        """A copy of the KV cache, as float32."""
-        return _SavedCache(self._length, {name: keys.copy() for name, keys in self._read_states().items()})
+    def save(self, length: int) -> Iterator[CacheTensor]:
+        """The first `length` tokens of the KV cache, packed as openvino_cache.py says."""
+        for state in self._query_states():
+            with _translated("OpenVINO could not read the KV cache"):
+                values = state.state.data  # [1, kv_heads, n, head_dim], a copy
+            yield CacheTensor(state.name, pack(np.ascontiguousarray(values[:, :, :length]), self._cache_precision))
 
-    def restore(self, saved: object) -> None:
+    def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
         """Continue from what `save` gave."""
-        assert isinstance(saved, _SavedCache)
+        import openvino as ov
+
         self.reset()
-        if saved.length:
-            self._write_states(saved.states)
-        self._length = saved.length
+        states = {state.name: state for state in self._query_states()}
+        empty = {name: state.state for name, state in states.items()}  # [0, kv_heads, 0, head_dim]
+        kinds = {name: packed_kinds((1, tensor.shape[1], length, tensor.shape[3])) for name, tensor in empty.items()}
+        for name, packed in check_cache_tensors(tensors, kinds):
+            values = unpack(packed).astype(empty[name].element_type.to_dtype(), copy=False)
+            with _translated("OpenVINO could not write the KV cache"):
+                states[name].state = ov.Tensor(values, shared_memory=True)  # the state makes the one copy
+        self._length = length
 
     def close(self) -> None:
         """Free the KV cache."""
         self._request = None
 
-    def _read_states(self) -> dict[str, Logits]:
-        try:
-            return {state.name: state.state.data for state in self._open_request().query_state()}
-        except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not read the KV cache: {_first_line(exc)}") from exc
-
-    def _write_states(self, states: dict[str, Logits]) -> None:
-        import openvino as ov
-
-        try:
-            for state in self._open_request().query_state():
-                state.state = ov.Tensor(np.ascontiguousarray(states[state.name]))
-        except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not write the KV cache: {_first_line(exc)}") from exc
+    def _query_states(self) -> list[Any]:
+        with _translated("OpenVINO could not find the KV cache"):
+            return list(self._open_request().query_state())
 
     def _open_request(self) -> ov.InferRequest:
         if self._request is None:
@@ -243,6 +248,24 @@ def warm_up(backend: OpenVINOBackend) -> None:
     for length in _WARM_UP_LENGTHS:
         engine.forward([0] * length)
     engine.close()
+
+
+def read_numerics(compiled: ov.CompiledModel) -> dict[str, str]:
+    """Of the properties in force, those that change what is computed; a device has some of them."""
+    found = {}
+    for name in sorted(map(str, compiled.get_property("SUPPORTED_PROPERTIES"))):
+        if name in _NUMERICS:
+            value = compiled.get_property(name)
+            found[name] = value.get_type_name() if hasattr(value, "get_type_name") else str(value)
+    return found
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as exc:
+        raise EngineError(f"{what}: {_first_line(exc)}") from exc
 
 
 def _first_line(exc: BaseException) -> str:
