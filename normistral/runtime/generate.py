@@ -59,7 +59,8 @@ def generate_tokens(
     The prompt must hold at least one token and leave room for one in the context. The last step, and only it, has a
     finish reason. A sampled token is fed when the next one is needed, so the last one is never in the cache.
     """
-    clock = _Clock(len(prompt_ids), sequence.common_prefix(prompt_ids))
+    clock = _Clock(len(prompt_ids))
+    clock.reused(sequence.reuse(prompt_ids))
     sampler = Sampler(config, prompt_ids)
     logits = sequence.prefill(prompt_ids, limits.cancelled)
     clock.prefilled()
@@ -156,11 +157,14 @@ def report_logprobs(
 class _Clock:
     """Measures one generation; seconds since it was made."""
 
-    def __init__(self, prompt_tokens: int, cached_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int) -> None:
         self._start = time.perf_counter()
-        self._prompt_tokens, self._cached_tokens = prompt_tokens, cached_tokens
+        self._prompt_tokens, self._cached_tokens = prompt_tokens, 0
         self._prefill_s = self._first_s = self._last_s = 0.0
         self._new_tokens = 0
+
+    def reused(self, tokens: int) -> None:
+        self._cached_tokens = tokens
 
     def prefilled(self) -> None:
         self._prefill_s = time.perf_counter() - self._start

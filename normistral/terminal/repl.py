@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from normistral.terminal.answers import describe_missing_answer
 from normistral.terminal.console import AnswerWriter, format_columns, print_lines, say, show_error, warn
 from normistral.terminal.conversations import load_conversation, save_conversation
 from normistral.terminal.line_editor import TEXT_BLOCK, LineEditor
+from normistral.terminal.sessions import save_session
 from normistral.terminal.tables import describe_timings
 
 if TYPE_CHECKING:
@@ -54,13 +56,22 @@ class Repl:
         options: of every answer, as `Chat.stream` takes them.
         editor: reads the messages.
         hide_reasoning: say that a thinking model thinks, and not what.
+        session: where /save without a file saves conversation and KV cache.
     """
 
     def __init__(
-        self, model: Model, chat: Chat, options: dict[str, Any], editor: LineEditor, *, hide_reasoning: bool = False
+        self,
+        model: Model,
+        chat: Chat,
+        options: dict[str, Any],
+        editor: LineEditor,
+        *,
+        hide_reasoning: bool = False,
+        session: Path | None = None,
     ) -> None:
         self._model, self._chat, self._options, self._editor = model, chat, options, editor
         self._hide_reasoning = hide_reasoning
+        self._session = session
         self._totals = _Totals()
         self._context_left = chat.context_left  # counting it tokenises the conversation: once a turn is enough
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
@@ -68,7 +79,7 @@ class Repl:
             "reset": ("", "begin anew; the system message stays", self._reset),
             "system": ("TEXT", 'set the system message; without TEXT show it; "" removes it', self._system),
             "undo": ("", "take back the last message and its answer", self._undo),
-            "save": ("FILE", "save the conversation; /save! FILE overwrites", self._save),
+            "save": ("FILE", "save the conversation; /save! FILE overwrites; alone: the --session", self._save),
             "save!": ("FILE", "", lambda argument: self._save(argument, overwrite=True)),
             "load": ("FILE", "continue a saved conversation", self._load),
             "stats": ("", "speed, and what the context holds", self._stats),
@@ -198,6 +209,9 @@ class Repl:
         say("(the last message and its answer are taken back)" if self._chat.undo() else "(nothing to take back)")
 
     def _save(self, file: str, *, overwrite: bool = False) -> None:
+        if not file and self._session is not None:
+            save_session(self._chat, self._session)
+            return
         path = save_conversation(
             file, self._chat.messages, artifact=self._model.name, settings=self._options, overwrite=overwrite
         )
