@@ -28,7 +28,9 @@ _ENDS = 8  # bytes behind the codes of a row: least and most, float32
 _LARGEST_CODE = np.float32(255)
 _FLAT = np.float32(1e-4)  # the scale of a row whose values are all the same
 _PLACES = 4  # how far to look for the least and the most; 3 is enough for values four deviations from 0
-_STEPS = sorted(product(range(-_PLACES, _PLACES + 1), repeat=2), key=lambda pair: abs(pair[0]) + abs(pair[1]))
+_STEPS = sorted(  # the likeliest first: least is mostly the number that is shown, most one or two beside it
+    product(range(-_PLACES, _PLACES + 1), repeat=2), key=lambda steps: 3 * abs(steps[0]) + abs(steps[1])
+)
 
 
 def pack(values: NDArray[Any], precision: str) -> NDArray[Any]:
@@ -73,11 +75,9 @@ def _pack_rows(values: Logits) -> NDArray[np.uint8] | None:
     """Codes and ends of every row; None where some row is not of the form above."""
     rows = values.reshape(-1, values.shape[-1])
     least, most = rows.min(1), rows.max(1)
-    packed = np.empty((len(rows), rows.shape[1] + _ENDS), np.uint8)
-    codes = packed[:, :-_ENDS]
     scale, zero = _scale_and_zero(least, most)
     with np.errstate(invalid="ignore"):  # what is not finite fits nowhere
-        codes[:] = np.rint(rows / scale[:, None] + zero[:, None])
+        codes = np.rint(rows / scale[:, None] + zero[:, None]).astype(np.uint8)
         unit = np.spacing(np.abs(least))
         span_unit = np.maximum(np.spacing(np.abs(most)), np.spacing(most - least) / 2)  # finer ones change no scale
     ends = np.empty((len(rows), 2), "<f4")
@@ -92,8 +92,7 @@ def _pack_rows(values: Logits) -> NDArray[np.uint8] | None:
         ends[left[fits], 0], ends[left[fits], 1] = low[fits], high[fits]
         left = left[~fits]
         if not len(left):
-            packed[:, -_ENDS:] = ends.view(np.uint8)
-            return packed.reshape(*values.shape[:-1], -1)
+            return np.concatenate([codes, ends.view(np.uint8)], axis=1).reshape(*values.shape[:-1], -1)
     return None
 
 
