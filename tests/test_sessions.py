@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -261,6 +262,21 @@ def test_a_header_that_is_too_long_is_not_read(model, saved, length):
     saved.write_bytes(whole[:start] + length.to_bytes(8, "little") + whole[start + 8 :])
     with pytest.raises(SessionError, match="header is too long"):
         model.restore_chat(saved)
+
+
+def test_writing_and_reading_take_the_memory_of_one_tensor(tmp_path, model):
+    def tensors():
+        for number in range(16):
+            yield CacheTensor(f"{number}", np.full((1, 2, 2**10, 2**8), number, np.float32))  # 2 MB
+
+    tracemalloc.start()
+    try:
+        write(tmp_path / "s", model, [5], tensors())
+        with open_session(tmp_path / "s") as session:
+            assert [tensor.array.mean() for tensor in session.tensors()] == list(range(16))
+        assert tracemalloc.get_traced_memory()[1] < 3 * 2**21
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_newer_version_asks_for_an_upgrade(model, saved):

@@ -114,6 +114,7 @@ class Backend(Protocol):
         ...
 
 
+_BEGIN_ANEW = "begin a new session in another file"
 TensorKinds = dict[str, list[tuple[np.dtype[Any], tuple[int, ...]]]]
 """For each tensor's name, the types and shapes in which it may come."""
 
@@ -129,8 +130,9 @@ def check_cache_tensors(tensors: Iterable[CacheTensor], kinds: TensorKinds) -> I
         kind = (tensor.array.dtype, tensor.array.shape)
         if kind not in missing.pop(tensor.name, []):
             raise EngineError(
-                f"the KV cache to be restored is not this model's: {tensor.name[:80]!r} is {kind[0]} {kind[1]}"
+                f"the KV cache to be restored is not this model's: {tensor.name[:80]!r} is {kind[0]} {kind[1]}",
+                _BEGIN_ANEW,
             )
         yield tensor
     if missing:
-        raise EngineError(f"the KV cache to be restored has no {next(iter(missing))}")
+        raise EngineError(f"the KV cache to be restored has no {next(iter(missing))}", _BEGIN_ANEW)
