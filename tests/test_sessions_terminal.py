@@ -124,3 +124,20 @@ def test_save_alone_needs_a_session(start):  # noqa: F811
     terminal = start([ANSWER])
     terminal.type("/save\r")
     terminal.expect("no file is named")
+
+
+def test_a_session_that_cannot_be_saved_at_the_end_is_not_lost(start, tmp_path):  # noqa: F811
+    folder = tmp_path / "mappe"
+    folder.mkdir()
+    terminal = start([ANSWER], "--session", str(folder / "s"))
+    terminal.type("Hva?\r")
+    terminal.expect(ANSWER)
+    terminal.expect(PROMPT)
+    folder.rmdir()
+    terminal.type(CTRL_D)
+    terminal.expect("cannot write .*No such file")
+    terminal.expect("leave again to give it up")
+    terminal.type(f"/save {tmp_path / 'samtale.json'}\r")
+    terminal.expect("saved 2 messages")
+    terminal.type(CTRL_D)
+    assert terminal.end() == 0

@@ -130,11 +130,7 @@ def chat(
         from normistral.terminal.repl import Repl
 
         editor = LineEditor(keep_history=not no_history)
-        try:
-            Repl(model, conversation, options, editor, hide_reasoning=hide_reasoning, session=session).run()
-        finally:  # whatever ended it
-            if session is not None:
-                save_session(conversation, session)
+        Repl(model, conversation, options, editor, hide_reasoning=hide_reasoning, session=session).run()
 
 
 def generate(

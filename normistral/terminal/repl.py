@@ -56,7 +56,7 @@ class Repl:
         options: of every answer, as `Chat.stream` takes them.
         editor: reads the messages.
         hide_reasoning: say that a thinking model thinks, and not what.
-        session: where /save without a file saves conversation and KV cache.
+        session: where conversation and KV cache are saved at the end, and by /save without a file.
     """
 
     def __init__(
@@ -85,16 +85,25 @@ class Repl:
             "stats": ("", "speed, and what the context holds", self._stats),
             "exit": ("", "leave (so does Ctrl-D)", self._exit),
         }
-        self._leaving = False
+        self._leaving = self._cannot_save = False
 
     def run(self) -> None:
-        """Talk until the user leaves."""
+        """Talk until the user leaves, then save the session."""
         say(f"{self._model.name}: /help lists the commands, Ctrl-D leaves, Ctrl-C stops an answer")
+        try:
+            self._talk()
+        except BaseException:
+            if self._session is not None:
+                save_session(self._chat, self._session)
+            raise
+
+    def _talk(self) -> None:
         while not self._leaving:
             try:
                 text = self._editor.read(self.status)
             except EOFError:
-                return
+                self._exit("")
+                continue
             except KeyboardInterrupt:
                 continue  # the line is gone, the session is not
             try:
@@ -243,6 +252,14 @@ class Repl:
         print_lines([format_columns(rows, indent=2)])
 
     def _exit(self, _: str) -> None:
+        if self._session is not None and not self._cannot_save:
+            try:
+                save_session(self._chat, self._session)
+            except NormistralError as error:
+                self._cannot_save = True
+                show_error(error)
+                say("(the session is not saved; /save FILE keeps what was said; leave again to give it up)")
+                return
         self._leaving = True
 
     def _system_message(self) -> str | None:
