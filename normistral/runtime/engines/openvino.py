@@ -53,7 +53,8 @@ class OpenVINOBackend:
         numerics = read_numerics(compiled)
         self._compiled: ov.CompiledModel | None = compiled
         self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
-        self._cache_precision = numerics.get("KV_CACHE_PRECISION", "")
+        # A device that does not say it may keep 8 bits; what does not look like that is left as it is.
+        self._cache_precision = numerics.get("KV_CACHE_PRECISION", "u8")
         self.capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings, numerics)
 
     def create_engine(self) -> OpenVINOEngine:
@@ -252,12 +253,12 @@ def warm_up(backend: OpenVINOBackend) -> None:
 
 def read_numerics(compiled: ov.CompiledModel) -> dict[str, str]:
     """Of the properties in force, those that change what is computed; a device has some of them."""
-    found = {}
-    for name in sorted(map(str, compiled.get_property("SUPPORTED_PROPERTIES"))):
-        if name in _NUMERICS:
-            value = compiled.get_property(name)
-            found[name] = value.get_type_name() if hasattr(value, "get_type_name") else str(value)
-    return found
+    with _translated("OpenVINO does not say with which settings it runs"):
+        supported = set(map(str, compiled.get_property("SUPPORTED_PROPERTIES")))
+        values = {name: compiled.get_property(name) for name in _NUMERICS if name in supported}
+    return {
+        name: value.get_type_name() if hasattr(value, "get_type_name") else str(value) for name, value in values.items()
+    }
 
 
 @contextmanager
