@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from normistral.runtime.chunks import Chunk, Completion, Timings
     from normistral.runtime.model import Model, load
     from normistral.runtime.options import GenerationConfig
+    from normistral.runtime.prefix import Prefix
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _HOME = {
     "Manifest": "normistral.manifest",
     "Model": "normistral.runtime.model",
     "NormistralError": "normistral.errors",
+    "Prefix": "normistral.runtime.prefix",
     "Timings": "normistral.runtime.chunks",
     "export_model": "normistral.export.pipeline",
     "load": "normistral.runtime.model",
@@ -48,6 +50,7 @@ __all__ = [
     "Manifest",
     "Model",
     "NormistralError",
+    "Prefix",
     "Timings",
     "__version__",
     "export_model",

@@ -10,6 +10,7 @@
     ├── ResourceError               too little disk or memory, with the numbers
     ├── MissingExtraError           a package of an optional extra is not installed
     ├── ArtifactError               an exported artifact is missing a file, damaged, or from a newer version
+    ├── SessionError                a saved session is damaged, or of another artifact or other settings
     ├── TemplateError               the chat template cannot be rendered, or not safely
     ├── ContextLengthError          the input does not fit the model's context
     ├── DeviceError                 the asked-for device or provider is not there
@@ -84,6 +85,10 @@ class MissingExtraError(NormistralError):
 
 class ArtifactError(NormistralError):
     """An exported artifact is missing a file, damaged, or from a newer version."""
+
+
+class SessionError(NormistralError):
+    """A saved session is damaged, from a newer version, or of another artifact or other settings."""
 
 
 class TemplateError(NormistralError):

@@ -76,13 +76,24 @@ def test_a_saved_cache_holds_no_rejected_tokens(backend, clean):
     for _ in range(3):
         engine.forward([7, 8])
         engine.trim(20)
-    saved = engine.save()
+    saved = list(engine.save(20))
     engine.forward([9, 9])
     for other in (backend.create_engine(), engine):
-        other.restore(saved)
+        other.restore(20, saved)
         assert other.length == 20
         found = other.forward(TOKENS[20:], last=len(TOKENS) - 20)
         assert np.abs(found - clean[20:]).max() <= TOLERANCE * np.ptp(clean)
+
+
+def test_the_saver_goes_on_to_the_last_bit_like_the_restored(backend):
+    engine, other = backend.create_engine(), backend.create_engine()
+    engine.forward(TOKENS[:20])
+    for _ in range(3):
+        engine.forward([7, 8])
+        engine.trim(20)
+    other.restore(20, engine.save(20))
+    for token_id in TOKENS[20:]:
+        assert np.array_equal(engine.forward([token_id]), other.forward([token_id]))
 
 
 def test_trimming_trimmed_sequences_counts_living_tokens(backend, clean):

@@ -103,12 +103,12 @@ def test_a_trimmed_sequence_goes_on_as_if_the_rest_had_never_been(engine, refere
 
 def test_save_and_restore(backend, engine, reference, assert_close):
     engine.forward(TOKENS[:20])
-    saved = engine.save()
+    saved = list(engine.save(20))
     engine.forward([9, 9, 9])
     other = backend.create_engine()
-    other.restore(saved)
+    other.restore(20, saved)
     assert_close(other.forward(TOKENS[20:], last=28), reference[20:])
-    engine.restore(saved)
+    engine.restore(20, saved)
     assert_close(engine.forward(TOKENS[20:], last=28), reference[20:])
 
 

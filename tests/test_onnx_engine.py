@@ -89,15 +89,15 @@ def test_what_lies_behind_the_length_is_never_read(fused, expected):
 def test_a_saved_cache_is_a_copy_of_what_is_in_use(tiny_onnx, name):
     engine = load(tiny_onnx(name)).create_engine()
     engine.forward(TOKENS[:20])
-    saved = engine.save()
-    before = {key: tensor.copy() for key, tensor in saved.tensors.items()}
-    assert {tensor.shape for tensor in before.values()} == {(1, 2, 20, 32)}
+    saved = list(engine.save(20))
+    before = [tensor.array.copy() for tensor in saved]
+    assert {tensor.shape for tensor in before} == {(1, 2, 20, 32)}
     assert len(before) == 4
     engine.trim(3)
     engine.forward(TOKENS[20:])
-    engine.restore(saved)
+    engine.restore(20, saved)
     engine.forward(TOKENS[20:])
-    assert all(np.array_equal(saved.tensors[key], tensor) for key, tensor in before.items())
+    assert all(np.array_equal(tensor.array, array) for tensor, array in zip(saved, before, strict=True))
 
 
 @pytest.mark.parametrize("name", ["onnx-fp32-plain", "onnx-fp32-fused"])
@@ -117,7 +117,7 @@ def test_float16_caches_and_logits(tiny_onnx, name):
     logits = np.concatenate([engine.forward(TOKENS[:30], last=30), *(engine.forward([t]) for t in TOKENS[30:])])
     assert logits.dtype == np.float32
     assert distance(logits, expected) <= TOLERANCE_FLOAT16
-    assert {tensor.dtype for tensor in engine.save().tensors.values()} == {np.dtype(np.float16)}
+    assert {tensor.array.dtype for tensor in engine.save(48)} == {np.dtype(np.float16)}
     engine.trim(17)
     assert distance(engine.forward(TOKENS[17:], last=31), expected[17:]) <= TOLERANCE_FLOAT16
 

@@ -29,6 +29,7 @@ from normistral.terminal.arguments import (
     Prompt,
     RepetitionPenalty,
     Seed,
+    Session,
     Stats,
     Stop,
     Temperature,
@@ -47,6 +48,7 @@ def chat(
     ] = None,
     prompt: Prompt = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    session: Session = None,
     overflow: Annotated[
         Literal["error", "drop-oldest"],
         typer.Option(help="When the conversation outgrows the context: stop, or leave out the oldest exchanges."),
@@ -77,6 +79,9 @@ def chat(
 
     In the conversation, /help lists its commands. With --prompt, or input from a pipe, it answers once: the answer
     alone on stdout, everything else on stderr, the reasoning of a thinking model included.
+
+    A session holds what was said and what the model made of it, so that nothing is computed again. It is saved when the
+    conversation or the single answer ends, and by /save without a file.
     """
     options = _options(
         greedy,
@@ -100,6 +105,10 @@ def chat(
         )
     if message is None and not console.is_terminal(sys.stdout):
         raise UsageError("a conversation needs a terminal for its answers", "add --prompt TEXT for a single answer")
+    if session is not None:
+        from normistral.terminal.sessions import check_session
+
+        check_session(session, system)
     from normistral.runtime.model import load
     from normistral.terminal.answers import print_answer
 
@@ -110,17 +119,24 @@ def chat(
     if message is None:
         console.say(f"loading {folder.name} ...")
     with load(folder, device=device, exact=exact, draft_table=draft_table) as model:
-        conversation = model.chat(system=system, overflow=overflow)
+        if session is None:
+            conversation = model.chat(system=system, overflow=overflow)
+        else:
+            from normistral.terminal.sessions import open_conversation, save_session
+
+            conversation = open_conversation(model, session, system, overflow)
         if message is not None:
             print_answer(
                 conversation.stream(message, **options), as_json=as_json, stats=stats, hide_reasoning=hide_reasoning
             )
+            if session is not None:
+                save_session(conversation, session)
             return
         from normistral.terminal.line_editor import LineEditor
         from normistral.terminal.repl import Repl
 
         editor = LineEditor(keep_history=not no_history)
-        Repl(model, conversation, options, editor, hide_reasoning=hide_reasoning).run()
+        Repl(model, conversation, options, editor, hide_reasoning=hide_reasoning, session=session).run()
 
 
 def generate(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from normistral.errors import BusyError, UsageError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.options import GenerationConfig
+from normistral.runtime.session_file import OnBytes, SavedMessage
+from normistral.runtime.sessions import restore_sequence, save_sequence
 from normistral.runtime.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -127,6 +131,51 @@ class Chat:
         self.messages = [dict(message) for message in messages]
         self.dropped = 0
 
+    def fork(self) -> Chat:
+        """A second conversation that goes on from here, with its own copy of history and KV cache.
+
+        Raises:
+            BusyError: an answer is running.
+            EngineError: the engine failed.
+            ClosedError: the model was closed.
+        """
+        other = Chat(self._model, self._template, None, self._overflow)
+        with self._held():
+            other.replace(self.messages)
+            other.dropped = self.dropped
+            if self._sequence is not None:
+                other._sequence = self._model.create_sequence()
+                other._sequence.continue_from(self._sequence)
+        return other
+
+    def save(self, path: str | Path, on_bytes: OnBytes = lambda count: None) -> None:
+        """Write conversation and KV cache to a file, for `Model.restore_chat`; it replaces a file that is there.
+
+        The file has permissions 0600 and is written whole or not at all.
+
+        Args:
+            on_bytes: called with the number of bytes just written, for a progress bar.
+
+        Raises:
+            BusyError: an answer is running.
+            UsageError: `path` is a folder.
+            NormistralError: it cannot be written.
+            ClosedError: the model was closed.
+        """
+        with self._held():
+            self._sequence = self._sequence or self._model.create_sequence()
+            messages = [SavedMessage(**message) for message in self.messages]
+            save_sequence(
+                self._model, self._sequence, path, on_bytes, kind="chat", messages=messages, dropped=self.dropped
+            )
+
+    def restore(self, path: str | Path, on_bytes: OnBytes) -> None:
+        """For `Model.restore_chat`: become what `save` wrote there."""
+        with self._held():
+            header, self._sequence = restore_sequence(self._model, path, "chat", on_bytes)
+            self.messages = [{"role": message.role, "content": message.content} for message in header.messages]
+            self.dropped = min(header.dropped, len(self._turns(self.messages)))
+
     def close(self) -> None:
         """Free this chat's KV cache; the chat can still be used, and then computes it anew."""
         self._require_idle()
@@ -195,6 +244,16 @@ class Chat:
         """Length of the oldest visible exchange: messages up to the next user message; 0 if it is the last."""
         turns = self._turns(messages)[dropped:]
         return next((i for i in range(1, len(turns)) if turns[i]["role"] == "user"), 0)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """No answer can begin while the context is open."""
+        if not self._busy.acquire(blocking=False):
+            raise BusyError("this chat is still answering", "wait for the answer, or cancel() it")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def _require_idle(self) -> None:
         if self._busy.locked():

@@ -67,7 +67,8 @@ def generate_tokens(
     `decoder` of the sequence feeds with it is its own affair: its logits are those after the token. (Drafts that it fed
     may stay in the cache of a generation that is left early; the next prefill cuts them off.)
     """
-    clock = _Clock(len(prompt_ids), sequence.common_prefix(prompt_ids), decoder)
+    clock = _Clock(len(prompt_ids), decoder)
+    clock.reused(sequence.reuse(prompt_ids))
     sampler = Sampler(config, prompt_ids)
     logits = sequence.prefill(prompt_ids, limits.cancelled)
     clock.prefilled()
@@ -167,12 +168,15 @@ def report_logprobs(
 class _Clock:
     """Measures one generation; seconds since it was made."""
 
-    def __init__(self, prompt_tokens: int, cached_tokens: int, decoder: Decoder) -> None:
+    def __init__(self, prompt_tokens: int, decoder: Decoder) -> None:
         self._start = time.perf_counter()
-        self._prompt_tokens, self._cached_tokens = prompt_tokens, cached_tokens
+        self._prompt_tokens, self._cached_tokens = prompt_tokens, 0
         self._prefill_s = self._first_s = self._last_s = 0.0
         self._new_tokens = 0
         self._decoder = decoder
+
+    def reused(self, tokens: int) -> None:
+        self._cached_tokens = tokens
 
     def prefilled(self) -> None:
         self._prefill_s = time.perf_counter() - self._start

@@ -22,9 +22,12 @@ from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.runtime.prefix import Prefix
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
+from normistral.runtime.session_file import OnBytes
+from normistral.runtime.sessions import restore_sequence
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 
@@ -91,7 +94,7 @@ class Model:
         self._backend = backend
         self._drafting = Drafting(draft_table)
         self._forward_lock = threading.Lock()
-        self._idle_lock = threading.Lock()
+        self._list_lock = threading.Lock()  # of what is alive and what is idle
         self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it
         self._sequences: weakref.WeakSet[CachedSequence] = weakref.WeakSet()
         self._running: weakref.WeakSet[threading.Event] = weakref.WeakSet()
@@ -128,7 +131,7 @@ class Model:
         """
         config = self.resolve(options)
         self.require_open()
-        prompt_ids = self._encode(prompt)
+        prompt_ids = self.encode(prompt)
         self.require_fit(len(prompt_ids), "the prompt")
         return self._stream_once(prompt_ids, config)
 
@@ -150,6 +153,46 @@ class Model:
                 "use generate (normistral generate ARTIFACT --prompt TEXT)",
             )
         return Chat(self, self._template, system, overflow)
+
+    def prefill(self, prompt: Prompt) -> Prefix:
+        """Compute the beginning of many prompts once: a document that questions will be asked about, or examples.
+
+        Raises:
+            UsageError, ContextLengthError, ClosedError: as `stream`.
+            EngineError: the engine failed.
+        """
+        self.require_open()
+        prompt_ids = self.encode(prompt)
+        self.require_fit(len(prompt_ids), "the prompt")
+        prefix = Prefix(self, prompt if isinstance(prompt, str) else prompt_ids)
+        prefix.compute()
+        return prefix
+
+    def restore_chat(
+        self, path: str | Path, overflow: Overflow = "error", on_bytes: OnBytes = lambda count: None
+    ) -> Chat:
+        """Go on with a conversation that `Chat.save` wrote; none of it is computed again.
+
+        Args:
+            overflow: as `chat` takes it.
+            on_bytes: called with the number of bytes just read, for a progress bar.
+
+        Raises:
+            UsageError: there is no such file, it holds no conversation, or this is a base model.
+            SessionError: it is damaged, from a newer version, or was saved with another artifact, engine or settings.
+            EngineError: the engine failed.
+            ClosedError: the model was closed.
+        """
+        chat = self.chat(overflow=overflow)
+        chat.restore(path, on_bytes)
+        return chat
+
+    def restore_prefix(self, path: str | Path, on_bytes: OnBytes = lambda count: None) -> Prefix:
+        """Go on with what `Prefix.save` wrote; none of it is computed again. Arguments and errors as `restore_chat`."""
+        self.require_open()
+        header, sequence = restore_sequence(self, path, "prefix", on_bytes)
+        assert header.prefix is not None
+        return Prefix(self, header.prefix, sequence)
 
     def score(self, token_ids: Sequence[int], last: int | None = None) -> TokenScores:
         """How likely the model finds given tokens, each after those before it.
@@ -192,7 +235,7 @@ class Model:
         self._closed = True
         self.cancel()
         with self._forward_lock:  # whoever is in a forward finishes it; their next one finds the engine closed
-            for sequence in list(self._sequences):
+            for sequence in self._living_sequences():
                 sequence.close()
             self._backend.close()
 
@@ -204,7 +247,7 @@ class Model:
     ) -> None:
         self.close()
 
-    # For Chat: the parts of a generation.
+    # For Chat and Prefix: the parts of a generation.
 
     def resolve(self, options: dict[str, Any]) -> GenerationConfig:
         """The caller's options over the authors' over ours; raises UsageError as `stream` does."""
@@ -215,8 +258,10 @@ class Model:
     def create_sequence(self) -> CachedSequence:
         """A new KV cache on these weights."""
         self.require_open()
-        sequence = CachedSequence(self._backend.create_engine(), self.capabilities.prefill_chunk, self._forward_lock)
-        self._sequences.add(sequence)
+        chunk = self.capabilities.prefill_chunk
+        sequence = CachedSequence(self._backend.create_engine(), chunk, self._forward_lock, self._living_sequences)
+        with self._list_lock:
+            self._sequences.add(sequence)
         return sequence
 
     @contextmanager
@@ -260,6 +305,18 @@ class Model:
                 f"{what} takes {tokens} tokens; {self.name} has room for {self.context_length}, answer included", hint
             )
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; raises UsageError where `stream` does."""
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not prompt or not prompt_ids:
+            raise UsageError("the prompt is empty", "give it some text")
+        self._require_token_ids(prompt_ids)
+        return prompt_ids
+
+    def _living_sequences(self) -> list[CachedSequence]:
+        with self._list_lock:
+            return list(self._sequences)
+
     def _stream_once(self, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
         with self._borrow_sequence() as sequence, self.cancellation() as event:
             yield from self.run(sequence, prompt_ids, config, event.is_set)
@@ -267,13 +324,13 @@ class Model:
     @contextmanager
     def _borrow_sequence(self) -> Iterator[CachedSequence]:
         """The sequence that the last call used, with what its cache holds, or a new one."""
-        with self._idle_lock:
+        with self._list_lock:
             sequence, self._idle = self._idle, None
         sequence = sequence or self.create_sequence()
         try:
             yield sequence
         finally:
-            with self._idle_lock:
+            with self._list_lock:
                 spare = self._idle is not None or self._closed
                 if not spare:
                     self._idle = sequence
@@ -284,13 +341,6 @@ class Model:
         # Measured times decide how many tokens are drafted, and rounding may let that be seen: not under a seed.
         plain = config.draft == "off" or (config.seed is not None and not self.capabilities.exact)
         return PlainDecoder(sequence) if plain else self._drafting.decoder(sequence, prompt_ids)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not prompt or not prompt_ids:
-            raise UsageError("the prompt is empty", "give it some text")
-        self._require_token_ids(prompt_ids)
-        return prompt_ids
 
     def _require_token_ids(self, token_ids: Sequence[int]) -> None:
         vocabulary = self.manifest.architecture.vocabulary

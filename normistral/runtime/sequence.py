@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+from normistral.errors import ClosedError
 from normistral.runtime.drafting.pacing import Acceptance
-from normistral.runtime.engines.base import Engine, Logits
+from normistral.runtime.engines.base import CacheTensor, Engine, Logits
+
+WORTH_COPYING = 128  # tokens; computing so many takes seconds at 7B, copying the longest cache a second at most.
+# And fewer is what unrelated conversations have in common: BOS, a short system message, a template's own words.
 
 
 class CachedSequence:
@@ -15,16 +20,25 @@ class CachedSequence:
 
     An interrupted forward (Ctrl-C, engine failure) leaves the cache unknown; it is then rebuilt at the next prefill.
 
+    Args:
+        neighbours: the living sequences on the same weights; their caches may be copied.
     Attributes:
         acceptance: how good drafts for this sequence have been.
         forward_s: seconds of the last forward, without waiting for other sequences.
         trim_s: seconds of shortening the cache before it; None where nothing had to be.
     """
 
-    def __init__(self, engine: Engine, prefill_chunk: int, lock: threading.Lock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        prefill_chunk: int,
+        lock: threading.Lock,
+        neighbours: Callable[[], Iterable[CachedSequence]] = lambda: (),
+    ) -> None:
         self._engine = engine
         self._prefill_chunk = prefill_chunk
         self._lock = lock  # engines of one backend take turns
+        self._neighbours = neighbours
         self._token_ids: list[int] | None = []  # the engine may hold more behind them, until its next forward
         self.acceptance = Acceptance()
         self.forward_s = 0.0
@@ -35,6 +49,47 @@ class CachedSequence:
         cached = self._token_ids or []
         limit = min(len(cached), len(token_ids) - 1)
         return next((i for i in range(limit) if cached[i] != token_ids[i]), limit)
+
+    def reuse(self, token_ids: Sequence[int]) -> int:
+        """Take over the beginning of these tokens from a neighbour, if it holds so much more that a copy is worth it.
+
+        Returns:
+            how many of the tokens need not be computed now.
+        """
+        own, neighbours = self.common_prefix(token_ids), list(self._neighbours())
+        with self._lock:  # nobody's engine moves; a cache that is about to change, or just has, is unknown until then
+            found, donor = max(
+                ((other.common_prefix(token_ids), other) for other in neighbours),
+                key=lambda pair: pair[0],
+                default=(0, self),
+            )
+            if found - own < WORTH_COPYING:
+                return own
+            try:
+                self._copy(donor, found)
+            except ClosedError:  # by another thread, just now
+                return self.common_prefix(token_ids)
+        return found
+
+    def continue_from(self, other: CachedSequence) -> None:
+        """Hold what another sequence holds."""
+        with self._lock:
+            if known := other._token_ids:
+                self._copy(other, len(known))
+
+    @contextmanager
+    def saving(self) -> Iterator[tuple[list[int], Iterator[CacheTensor]]]:
+        """Token ids in the cache and its tensors; no sequence computes while the context is open."""
+        with self._lock:
+            known = list(self._token_ids or [])
+            yield known, self._engine.save(len(known)) if known else iter(())
+
+    def restore(self, token_ids: Sequence[int], tensors: Iterable[CacheTensor]) -> None:
+        """Hold what `saving` gave."""
+        self._token_ids = None
+        with self._lock:
+            self._engine.restore(len(token_ids), tensors)
+        self._token_ids = list(token_ids)
 
     def prefill(self, token_ids: Sequence[int], cancelled: Callable[[], bool]) -> Logits | None:
         """Make the cache hold exactly these tokens, computing only those it does not hold yet.
@@ -110,6 +165,13 @@ class CachedSequence:
         known.extend(token_ids)
         self._token_ids = known
         return logits
+
+    def _copy(self, donor: CachedSequence, length: int) -> None:
+        known = donor._token_ids
+        assert known is not None
+        self._token_ids = None
+        self._engine.restore(length, donor._engine.save(length))
+        self._token_ids = known[:length]
 
     def _truncate(self, length: int) -> None:
         known, self._token_ids = self._token_ids, None

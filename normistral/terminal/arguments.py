@@ -78,6 +78,12 @@ DraftTable = Annotated[
     typer.Option(metavar="FILE", help="Guess from these n-grams too; made by `normistral draft-table`."),
 ]
 HideReasoning = Annotated[bool, typer.Option("--hide-reasoning", help="Do not show the reasoning of a thinking model.")]
+Session = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Go on with the conversation that this file holds, if it is there, and save it there."
+    ),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON: text, reasoning, timings.")]
 

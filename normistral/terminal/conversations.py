@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normistral.errors import NormistralError, UsageError
+from normistral.runtime.private_file import replacing
 
 _FORMAT = "normistral-chat"
 _VERSION = 1
@@ -44,20 +44,9 @@ def save_conversation(
     }
     if os.path.lexists(path) and not overwrite:
         raise UsageError(f"{path} is there already", f"overwrite it with: /save! {file}")
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # permissions 0600
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogatepass") as stream:
-                json.dump(document, stream, ensure_ascii=False, indent=2)
-                stream.write("\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as exc:
-        raise NormistralError(f"cannot write {path}: {exc.strerror}", "save it elsewhere") from exc
+    text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+    with replacing(path) as stream:
+        stream.write(text.encode("utf-8", "surrogatepass"))
     return path
 
 

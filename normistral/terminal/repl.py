@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from normistral.terminal.answers import describe_missing_answer
 from normistral.terminal.console import AnswerWriter, format_columns, print_lines, say, show_error, warn
 from normistral.terminal.conversations import load_conversation, save_conversation
 from normistral.terminal.line_editor import TEXT_BLOCK, LineEditor
+from normistral.terminal.sessions import save_session
 from normistral.terminal.tables import describe_timings
 
 if TYPE_CHECKING:
@@ -54,13 +56,22 @@ class Repl:
         options: of every answer, as `Chat.stream` takes them.
         editor: reads the messages.
         hide_reasoning: say that a thinking model thinks, and not what.
+        session: where conversation and KV cache are saved at the end, and by /save without a file.
     """
 
     def __init__(
-        self, model: Model, chat: Chat, options: dict[str, Any], editor: LineEditor, *, hide_reasoning: bool = False
+        self,
+        model: Model,
+        chat: Chat,
+        options: dict[str, Any],
+        editor: LineEditor,
+        *,
+        hide_reasoning: bool = False,
+        session: Path | None = None,
     ) -> None:
         self._model, self._chat, self._options, self._editor = model, chat, options, editor
         self._hide_reasoning = hide_reasoning
+        self._session = session
         self._totals = _Totals()
         self._context_left = chat.context_left  # counting it tokenises the conversation: once a turn is enough
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
@@ -68,22 +79,31 @@ class Repl:
             "reset": ("", "begin anew; the system message stays", self._reset),
             "system": ("TEXT", 'set the system message; without TEXT show it; "" removes it', self._system),
             "undo": ("", "take back the last message and its answer", self._undo),
-            "save": ("FILE", "save the conversation; /save! FILE overwrites", self._save),
+            "save": ("FILE", "save the conversation; /save! FILE overwrites; alone: the --session", self._save),
             "save!": ("FILE", "", lambda argument: self._save(argument, overwrite=True)),
             "load": ("FILE", "continue a saved conversation", self._load),
             "stats": ("", "speed, and what the context holds", self._stats),
             "exit": ("", "leave (so does Ctrl-D)", self._exit),
         }
-        self._leaving = False
+        self._leaving = self._cannot_save = False
 
     def run(self) -> None:
-        """Talk until the user leaves."""
+        """Talk until the user leaves, then save the session."""
         say(f"{self._model.name}: /help lists the commands, Ctrl-D leaves, Ctrl-C stops an answer")
+        try:
+            self._talk()
+        except BaseException:
+            if self._session is not None:
+                save_session(self._chat, self._session)
+            raise
+
+    def _talk(self) -> None:
         while not self._leaving:
             try:
                 text = self._editor.read(self.status)
             except EOFError:
-                return
+                self._exit("")
+                continue
             except KeyboardInterrupt:
                 continue  # the line is gone, the session is not
             try:
@@ -198,6 +218,9 @@ class Repl:
         say("(the last message and its answer are taken back)" if self._chat.undo() else "(nothing to take back)")
 
     def _save(self, file: str, *, overwrite: bool = False) -> None:
+        if not file and self._session is not None:
+            save_session(self._chat, self._session)
+            return
         path = save_conversation(
             file, self._chat.messages, artifact=self._model.name, settings=self._options, overwrite=overwrite
         )
@@ -229,6 +252,14 @@ class Repl:
         print_lines([format_columns(rows, indent=2)])
 
     def _exit(self, _: str) -> None:
+        if self._session is not None and not self._cannot_save:
+            try:
+                save_session(self._chat, self._session)
+            except NormistralError as error:
+                self._cannot_save = True
+                show_error(error)
+                say("(the session is not saved; /save FILE keeps what was said; leave again to give it up)")
+                return
         self._leaving = True
 
     def _system_message(self) -> str | None:

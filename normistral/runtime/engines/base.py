@@ -6,14 +6,23 @@ inside an infer request, onnxruntime hands it over as tensors; everything above 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from normistral.errors import EngineError
+
 Logits = NDArray[np.float32]
+
+
+class CacheTensor(NamedTuple):
+    """One named part of a KV cache, as the engine wants it kept."""
+
+    name: str
+    array: NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,7 @@ class Capabilities:
         settings: the engine's options in force, for reports.
         exact: reference arithmetic: a step of n tokens computes what n steps of one do, but for the last bits. Without
             it, activations may be rounded while running, and how a sequence was cut can be seen in the logits.
+        numerics: those that change the numbers, as the engine reports them; a KV cache is good only under the same.
     """
 
     name: str
@@ -34,6 +44,7 @@ class Capabilities:
     prefill_chunk: int
     settings: dict[str, str]
     exact: bool = False
+    numerics: dict[str, str] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -66,12 +77,22 @@ class Engine(Protocol):
         """Forget everything."""
         ...
 
-    def save(self) -> object:
-        """A copy of the KV cache, to be given to `restore` of an engine of the same backend."""
+    def save(self, length: int) -> Iterator[CacheTensor]:
+        """The first `length` tokens of the KV cache, without loss, one tensor after the other.
+
+        Each is read when it is asked for, so that nobody has to hold them all; the engine must not be used in between.
+
+        Raises:
+            EngineError: the engine failed.
+        """
         ...
 
-    def restore(self, saved: object) -> None:
-        """Continue from a saved KV cache."""
+    def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
+        """Continue from `length` tokens that `save` of an engine with the same weights and numerics gave.
+
+        Raises:
+            EngineError: the engine failed, or they are not the tensors of this cache.
+        """
         ...
 
     def close(self) -> None:
@@ -94,3 +115,27 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the weights; engines made from it must not be used any more."""
         ...
+
+
+_BEGIN_ANEW = "begin a new session in another file"
+TensorKinds = dict[str, list[tuple[np.dtype[Any], tuple[int, ...]]]]
+"""For each tensor's name, the types and shapes in which it may come."""
+
+
+def check_cache_tensors(tensors: Iterable[CacheTensor], kinds: TensorKinds) -> Iterator[CacheTensor]:
+    """Pass on tensors that are to be restored, after a look at each: a native library trusts what it is given.
+
+    Raises:
+        EngineError: one is unknown, comes twice, is missing, or has another type or shape.
+    """
+    missing = dict(kinds)
+    for tensor in tensors:
+        kind = (tensor.array.dtype, tensor.array.shape)
+        if kind not in missing.pop(tensor.name, []):
+            raise EngineError(
+                f"the KV cache to be restored is not this model's: {tensor.name[:80]!r} is {kind[0]} {kind[1]}",
+                _BEGIN_ANEW,
+            )
+        yield tensor
+    if missing:
+        raise EngineError(f"the KV cache to be restored has no {next(iter(missing))}", _BEGIN_ANEW)

@@ -7,16 +7,17 @@ copy.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from normistral.runtime.engines.base import CacheTensor, TensorKinds
+
 if TYPE_CHECKING:
     from onnxruntime import IOBinding, OrtValue
-
-Tensors = dict[str, NDArray[Any]]  # name of the past tensor -> [1, kv_heads, length, head_dim]
 
 CAPACITY_STEP = 512  # positions by which a shared buffer grows; 128 MiB for 7B. Growing copies the cache
 
@@ -46,6 +47,10 @@ class CacheLayout:
         """A tensor on the host; the system gives it memory page by page as it is written."""
         return np.zeros((1, self.kv_heads, length, self.head_dim), self.dtype)
 
+    def kinds(self, length: int) -> TensorKinds:
+        """The one type and shape of each tensor."""
+        return {name: [(self.dtype, (1, self.kv_heads, length, self.head_dim))] for name in self.names}
+
     def place(self, tensor: NDArray[Any]) -> OrtValue:
         """The tensor where the cache lives; on the CPU it is not copied."""
         import onnxruntime as ort
@@ -68,12 +73,12 @@ class Cache(Protocol):
         """Keep the first `length` positions; 0 also mends what a failed step left."""
         ...
 
-    def read(self, length: int) -> Tensors:
-        """Copies of the first `length` positions."""
+    def read(self, length: int) -> Iterator[CacheTensor]:
+        """Copies of the first `length` positions, one after the other."""
         ...
 
-    def write(self, tensors: Tensors) -> None:
-        """Replace everything."""
+    def write(self, length: int, tensors: Iterable[CacheTensor]) -> None:
+        """Replace everything by so many positions; all tensors have to come."""
         ...
 
 
@@ -92,7 +97,7 @@ class SharedCache:
     def prepare(self, length: int, total: int) -> None:
         """Grow if need be; one tensor after the other, so that little is held twice."""
         if total > self._capacity:
-            capacity = min(-(-total // CAPACITY_STEP) * CAPACITY_STEP, self._layout.limit)
+            capacity = self._room(total)
             for name in self._layout.names:
                 grown = self._layout.zeros(capacity)
                 if length:
@@ -106,15 +111,22 @@ class SharedCache:
     def trim(self, length: int) -> None:
         """Nothing: what lies behind the length is never read."""
 
-    def read(self, length: int) -> Tensors:
-        """Copies of the first `length` positions."""
-        return {name: value.numpy()[:, :, :length].copy() for name, value in self._values.items()}
+    def read(self, length: int) -> Iterator[CacheTensor]:
+        """Copies of the first `length` positions, one after the other."""
+        return _read(self._values, length)
 
-    def write(self, tensors: Tensors) -> None:
-        """Replace everything."""
-        for name, tensor in tensors.items():
-            self._bind(name, self._layout.place(tensor.copy()))
-            self._capacity = tensor.shape[2]
+    def write(self, length: int, tensors: Iterable[CacheTensor]) -> None:
+        """Replace everything by so many positions, in buffers with room for more."""
+        self._capacity = 0  # until all have come
+        capacity = self._room(length)
+        for name, tensor in tensors:
+            buffer = self._layout.zeros(capacity)
+            buffer[:, :, :length] = tensor
+            self._bind(name, self._layout.place(buffer))
+        self._capacity = capacity
+
+    def _room(self, length: int) -> int:
+        return min(-(-length // CAPACITY_STEP) * CAPACITY_STEP, self._layout.limit)
 
     def _bind(self, name: str, value: OrtValue) -> None:
         self._values[name] = value
@@ -129,7 +141,7 @@ class ChainedCache:
         self._layout = layout
         self._binding = binding
         self._values: dict[str, OrtValue] = {}
-        self.write(dict.fromkeys(layout.names, layout.zeros(0)))
+        self._clear()
         self._allow_outputs()  # first of all outputs, so that they come first in what `get_outputs` lists
 
     def prepare(self, length: int, total: int) -> None:
@@ -144,16 +156,27 @@ class ChainedCache:
 
     def trim(self, length: int) -> None:
         """Cut every tensor: copies what stays."""
-        self.write(self.read(length) if length else dict.fromkeys(self._values, self._layout.zeros(0)))
+        if length:
+            self.write(length, self.read(length))
+        else:
+            self._clear()
 
-    def read(self, length: int) -> Tensors:
-        """Copies of the first `length` positions."""
-        return {name: value.numpy()[:, :, :length].copy() for name, value in self._values.items()}
+    def read(self, length: int) -> Iterator[CacheTensor]:
+        """Copies of the first `length` positions, one after the other."""
+        return _read(self._values, length)
 
-    def write(self, tensors: Tensors) -> None:
-        """Replace everything."""
-        self._values = {name: self._layout.place(tensor.copy()) for name, tensor in tensors.items()}
+    def write(self, length: int, tensors: Iterable[CacheTensor]) -> None:
+        """Replace everything by so many positions."""
+        self._values = {name: self._layout.place(tensor.copy()) for name, tensor in tensors}
+
+    def _clear(self) -> None:
+        self.write(0, (CacheTensor(name, self._layout.zeros(0)) for name in self._layout.names))
 
     def _allow_outputs(self) -> None:
         for present in self._layout.names.values():
             self._binding.bind_output(present, self._layout.memory, self._layout.device_id)
+
+
+def _read(values: dict[str, OrtValue], length: int) -> Iterator[CacheTensor]:
+    for name, value in values.items():
+        yield CacheTensor(name, value.numpy()[:, :, :length].copy())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ from normistral import hardware
 from normistral.errors import ArtifactError, ClosedError, EngineError
 from normistral.manifest import Manifest
 from normistral.runtime.engines import onnx_graph
-from normistral.runtime.engines.base import Capabilities, Logits
-from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache, Tensors
+from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors
+from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache
 from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
 from normistral.runtime.engines.onnx_session import open_session, session_options, translated
 from normistral.runtime.providers import Target, find_target, import_onnxruntime, require_all_on
@@ -40,6 +40,7 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
+_NUMERICS = ("provider", "accuracy_level", "precision", "use_tf32")  # settings that change what is computed
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
@@ -81,12 +82,6 @@ class OnnxBackend:
     def close(self) -> None:
         """Let go of the weights; they are freed with the last engine made from them."""
         self._decoder = None
-
-
-@dataclass(frozen=True, slots=True)
-class _SavedCache:
-    length: int
-    tensors: Tensors
 
 
 class _Sequence:
@@ -152,17 +147,23 @@ class OnnxEngine:
             self._open_sequence().cache.trim(0)
         self._length = 0
 
-    def save(self) -> _SavedCache:
-        """A copy of the KV cache, in its own precision."""
-        with translated("onnxruntime could not read the KV cache"):
-            return _SavedCache(self._length, self._open_sequence().cache.read(self._length))
+    def save(self, length: int) -> Iterator[CacheTensor]:
+        """The first `length` tokens of the KV cache, in its own precision."""
+        tensors = self._open_sequence().cache.read(length)
+        while True:
+            with translated("onnxruntime could not read the KV cache"):
+                tensor = next(tensors, None)
+            if tensor is None:
+                return
+            yield tensor
 
-    def restore(self, saved: object) -> None:
+    def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
         """Continue from what `save` gave."""
-        assert isinstance(saved, _SavedCache)
+        sequence = self._open_sequence()
+        kinds = sequence.decoder.layout.kinds(length)
         with translated("onnxruntime could not write the KV cache"):
-            self._open_sequence().cache.write(saved.tensors)
-        self._length = saved.length
+            sequence.cache.write(length, check_cache_tensors(tensors, kinds))
+        self._length = length
 
     def close(self) -> None:
         """Free the KV cache."""
@@ -204,7 +205,10 @@ def load_onnx(folder: Path, manifest: Manifest, device: str = "CPU", *, exact: b
         if levels := onnx_graph.accuracy_levels(graph):
             settings["accuracy_level"] = ",".join(map(str, levels))
         decoder = describe_decoder(session, manifest, target, in_place=in_place)
-        backend = OnnxBackend(decoder, Capabilities("onnxruntime", device, PREFILL_CHUNK, settings, exact))
+        numerics = {name: settings[name] for name in _NUMERICS if name in settings}
+        numerics["cache"] = decoder.layout.dtype.name
+        capabilities = Capabilities("onnxruntime", device, PREFILL_CHUNK, settings, exact, numerics)
+        backend = OnnxBackend(decoder, capabilities)
         warm_up(backend)
         if not target.is_cpu:
             require_all_on(target, Path(session.end_profiling()))

@@ -10,8 +10,8 @@ Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ import numpy as np
 from normistral import hardware
 from normistral.errors import ClosedError, DeviceError, EngineError
 from normistral.manifest import Manifest
-from normistral.runtime.engines.base import Capabilities, Logits
+from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors
+from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
 from normistral.runtime.engines.openvino_slots import Slots
 
 if TYPE_CHECKING:
@@ -31,6 +32,16 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "openvino_model.xml"
 PREFILL_CHUNK = (
     256  # tokens; long enough for full speed, short enough that a prompt can be cancelled (docs/decisions.md)
+)
+_NUMERICS = (
+    "INFERENCE_PRECISION_HINT",
+    "EXECUTION_MODE_HINT",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "KV_CACHE_PRECISION",
+    "KEY_CACHE_PRECISION",
+    "VALUE_CACHE_PRECISION",
+    "KEY_CACHE_GROUP_SIZE",
+    "VALUE_CACHE_GROUP_SIZE",
 )
 _VIRTUAL_DEVICES = ("AUTO", "HETERO")  # OpenVINO's own ways to combine devices
 _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load
@@ -46,6 +57,8 @@ class OpenVINOBackend:
         self._slot_limit = min(shape.sliding_window or manifest.context_length, manifest.context_length)
         # ALiBi takes its positions from the running sum of the mask; any other graph without the input, from the slots.
         self._keeps_dead = self._takes_positions or shape.positions == "alibi"
+        # A device that does not say it may keep 8 bits; what does not look like that is left as it is.
+        self._cache_precision = capabilities.numerics.get("KV_CACHE_PRECISION", "u8")
         self.capabilities = capabilities
 
     def create_engine(self) -> OpenVINOEngine:
@@ -56,26 +69,22 @@ class OpenVINOBackend:
             request = self._compiled.create_infer_request()
         except RuntimeError as exc:
             raise EngineError(f"OpenVINO could not create an infer request: {_first_line(exc)}") from exc
-        return OpenVINOEngine(request, self._takes_positions, Slots(self._slot_limit, keeps_dead=self._keeps_dead))
+        slots = Slots(self._slot_limit, keeps_dead=self._keeps_dead)
+        return OpenVINOEngine(request, self._takes_positions, slots, self._cache_precision)
 
     def close(self) -> None:
         """Let go of the weights; they are freed with the last engine made from them."""
         self._compiled = None
 
 
-@dataclass(frozen=True, slots=True)
-class _SavedCache:
-    length: int
-    states: dict[str, Logits]  # variable name -> [1, kv_heads, length, head_dim]
-
-
 class OpenVINOEngine:
     """One sequence in one infer request."""
 
-    def __init__(self, request: ov.InferRequest, takes_positions: bool, slots: Slots) -> None:
+    def __init__(self, request: ov.InferRequest, takes_positions: bool, slots: Slots, cache_precision: str) -> None:
         self._request: ov.InferRequest | None = request
         self._takes_positions = takes_positions  # a model with ALiBi has no such input
         self._slots = slots
+        self._cache_precision = cache_precision
         self._beam = np.zeros(1, np.int32)
 
     @property
@@ -125,18 +134,28 @@ class OpenVINOEngine:
         self._open_request().reset_state()
         self._slots.compacted(0)
 
-    def save(self) -> _SavedCache:
-        """A copy of the KV cache, as float32."""
-        living = self._slots.living()
-        return _SavedCache(self.length, {name: keys[:, :, living] for name, keys in self._read_states().items()})
+    def save(self, length: int) -> Iterator[CacheTensor]:
+        """The first `length` tokens of the KV cache, packed as openvino_cache.py says.
 
-    def restore(self, saved: object) -> None:
+        Dead slots go first: with them here and not in the copy, the two would go on with other last bits.
+        """
+        if self._slots.dead:
+            self._compact()
+        yield from self._read(length)
+
+    def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
         """Continue from what `save` gave."""
-        assert isinstance(saved, _SavedCache)
+        import openvino as ov
+
         self.reset()
-        if saved.length:
-            self._write_states(saved.states)
-        self._slots.compacted(saved.length)
+        states = {state.name: state for state in self._query_states()}
+        empty = {name: state.state for name, state in states.items()}  # [0, kv_heads, 0, head_dim]
+        kinds = {name: packed_kinds((1, tensor.shape[1], length, tensor.shape[3])) for name, tensor in empty.items()}
+        for name, packed in check_cache_tensors(tensors, kinds):
+            values = unpack(packed).astype(empty[name].element_type.to_dtype(), copy=False)
+            with _translated("OpenVINO could not write the KV cache"):
+                states[name].state = ov.Tensor(values, shared_memory=True)  # the state makes the one copy
+        self._slots.compacted(length)
 
     def close(self) -> None:
         """Free the KV cache."""
@@ -144,24 +163,18 @@ class OpenVINOEngine:
 
     def _compact(self) -> None:
         """Copy the living slots out and in, and with that get rid of the dead ones."""
-        saved = self.save()
-        self._write_states(saved.states)
-        self._slots.compacted(saved.length)
+        self.restore(self.length, list(self._read(self.length)))
 
-    def _read_states(self) -> dict[str, Logits]:
-        try:
-            return {state.name: state.state.data for state in self._open_request().query_state()}
-        except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not read the KV cache: {_first_line(exc)}") from exc
+    def _read(self, length: int) -> Iterator[CacheTensor]:
+        living = self._slots.living()[:length]
+        for state in self._query_states():
+            with _translated("OpenVINO could not read the KV cache"):
+                values = state.state.data  # [1, kv_heads, slots, head_dim], a copy
+            yield CacheTensor(state.name, pack(np.ascontiguousarray(values[:, :, living]), self._cache_precision))
 
-    def _write_states(self, states: dict[str, Logits]) -> None:
-        import openvino as ov
-
-        try:
-            for state in self._open_request().query_state():
-                state.state = ov.Tensor(np.ascontiguousarray(states[state.name]))
-        except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not write the KV cache: {_first_line(exc)}") from exc
+    def _query_states(self) -> list[Any]:
+        with _translated("OpenVINO could not find the KV cache"):
+            return list(self._open_request().query_state())
 
     def _open_request(self) -> ov.InferRequest:
         if self._request is None:
@@ -199,7 +212,8 @@ def load_openvino(folder: Path, manifest: Manifest, device: str = "CPU", *, exac
             "check the artifact with: normistral info ARTIFACT --check",
         ) from exc
     logger.info("loaded %s on %s with %s", folder.name, device, settings)
-    backend = OpenVINOBackend(compiled, manifest, Capabilities("openvino", device, PREFILL_CHUNK, settings, exact))
+    capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings, exact, read_numerics(compiled))
+    backend = OpenVINOBackend(compiled, manifest, capabilities)
     warm_up(backend)
     return backend
 
@@ -259,6 +273,24 @@ def warm_up(backend: OpenVINOBackend) -> None:
     for length in _WARM_UP_LENGTHS:
         engine.forward([0] * length)
     engine.close()
+
+
+def read_numerics(compiled: ov.CompiledModel) -> dict[str, str]:
+    """Of the properties in force, those that change what is computed; a device has some of them."""
+    with _translated("OpenVINO does not say with which settings it runs"):
+        supported = set(map(str, compiled.get_property("SUPPORTED_PROPERTIES")))
+        values = {name: compiled.get_property(name) for name in _NUMERICS if name in supported}
+    return {
+        name: value.get_type_name() if hasattr(value, "get_type_name") else str(value) for name, value in values.items()
+    }
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as exc:
+        raise EngineError(f"{what}: {_first_line(exc)}") from exc
 
 
 def _first_line(exc: BaseException) -> str:

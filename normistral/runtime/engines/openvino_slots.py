@@ -54,9 +54,14 @@ class Slots:
         living: NDArray[np.int64] = np.flatnonzero(self._mask)
         return living
 
+    @property
+    def dead(self) -> int:
+        """Slots that hold rejected tokens."""
+        return len(self._mask) - self.length
+
     def must_compact(self, count: int) -> bool:
         """Whether the dead slots have to go before `count` tokens are appended."""
-        dead = len(self._mask) - self.length
+        dead = self.dead
         too_many = dead > max(_FEW_DEAD, self.length // _DEAD_SHARE)
         return dead > 0 and (not self._keeps_dead or too_many or len(self._mask) + count > self._limit)
 

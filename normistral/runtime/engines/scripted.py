@@ -7,12 +7,14 @@ It keeps no state but the tokens, so whatever it returns depends on the whole se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from normistral.errors import ClosedError
-from normistral.runtime.engines.base import Capabilities, Logits
+from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors
+
+_TOKENS = "tokens"
 
 NextLogits = Callable[[Sequence[int]], Logits]
 """Maps the sequence so far to the logits [vocabulary] of the next token."""
@@ -65,14 +67,14 @@ class ScriptedEngine:
         """Forget everything."""
         self.token_ids.clear()
 
-    def save(self) -> list[int]:
-        """A copy of the tokens."""
-        return list(self.token_ids)
+    def save(self, length: int) -> Iterator[CacheTensor]:
+        """The first `length` tokens, which are all there is."""
+        yield CacheTensor(_TOKENS, np.array(self.token_ids[:length], np.int64))
 
-    def restore(self, saved: object) -> None:
+    def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
         """Continue from what `save` gave."""
-        assert isinstance(saved, list)
-        self.token_ids = list(saved)
+        for tensor in check_cache_tensors(tensors, {_TOKENS: [(np.dtype(np.int64), (length,))]}):
+            self.token_ids = tensor.array.tolist()
 
     def close(self) -> None:
         """Nothing to free."""

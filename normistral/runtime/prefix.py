@@ -1,0 +1,111 @@
+"""The beginning of many prompts, computed once: a document that is asked many questions, without a chat template."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normistral.errors import BusyError, UsageError
+from normistral.runtime.chunks import Chunk, Completion
+from normistral.runtime.options import GenerationConfig
+from normistral.runtime.session_file import OnBytes
+from normistral.runtime.sessions import save_sequence
+
+if TYPE_CHECKING:
+    from normistral.runtime.model import Model
+    from normistral.runtime.sequence import CachedSequence
+
+
+class Prefix:
+    """A text (or token ids) whose KV cache is kept; made by `Model.prefill` and `Model.restore_prefix`.
+
+    Every completion is that of prefix and continuation together, tokenised as one text, whatever was asked before.
+
+    Attributes:
+        prompt: the text or token ids.
+    """
+
+    def __init__(self, model: Model, prompt: str | list[int], sequence: CachedSequence | None = None) -> None:
+        self.prompt = prompt
+        self._model, self._sequence = model, sequence
+        self._busy = threading.Lock()
+
+    def generate(self, continuation: str | Sequence[int], **options: Any) -> Completion:
+        """Complete prefix and continuation; arguments and errors as in `stream`."""
+        return Completion.from_chunks(self.stream(continuation, **options))
+
+    def stream(self, continuation: str | Sequence[int], **options: Any) -> Iterator[Chunk]:
+        """Complete prefix and continuation, chunk by chunk.
+
+        Args:
+            continuation: text after a text, token ids after token ids.
+            options: fields of `GenerationConfig`.
+
+        Raises:
+            UsageError: as `Model.stream`; or a text was to follow token ids, or ids a text.
+            ContextLengthError: together they leave no room in the model's context.
+            BusyError: this prefix is still being completed.
+            ClosedError: the model was closed.
+        """
+        config = self._model.resolve(options)
+        self._model.require_open()
+        self._require_idle()
+        prompt_ids = self._model.encode(self._joined(continuation))
+        self._model.require_fit(len(prompt_ids), "the prompt")
+        return self._complete(prompt_ids, config)
+
+    def compute(self) -> None:
+        """For `Model.prefill`: make the cache hold the prefix and nothing else."""
+        self._sequence = self._sequence or self._model.create_sequence()
+        prompt_ids = self._model.encode(self.prompt)
+        with self._model.cancellation() as event:
+            self._sequence.reuse(prompt_ids)
+            self._sequence.prefill(prompt_ids, event.is_set)
+
+    def save(self, path: str | Path, on_bytes: OnBytes = lambda count: None) -> None:
+        """Write prefix and KV cache to a file, for `Model.restore_prefix`; arguments and errors as in `Chat.save`."""
+        with self._held():
+            self.compute()
+            assert self._sequence is not None
+            save_sequence(self._model, self._sequence, path, on_bytes, kind="prefix", prefix=self.prompt)
+
+    def close(self) -> None:
+        """Free the KV cache; the prefix can still be used, and is then computed anew."""
+        with self._held():
+            if self._sequence is not None:
+                self._sequence.close()
+                self._sequence = None
+
+    def _complete(self, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
+        with self._held(), self._model.cancellation() as event:
+            self._sequence = self._sequence or self._model.create_sequence()
+            yield from self._model.run(self._sequence, prompt_ids, config, event.is_set)
+
+    def _joined(self, continuation: str | Sequence[int]) -> str | list[int]:
+        if isinstance(self.prompt, str) and isinstance(continuation, str):
+            return self.prompt + continuation
+        if not isinstance(self.prompt, str) and not isinstance(continuation, str):
+            return [*self.prompt, *continuation]
+        wanted = "a text" if isinstance(self.prompt, str) else "token ids"
+        raise UsageError(f"this prefix is {wanted}, and its continuation is not", f"continue it with {wanted}")
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Nobody else uses the KV cache while the context is open."""
+        if not self._busy.acquire(blocking=False):
+            raise _busy()
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _require_idle(self) -> None:
+        if self._busy.locked():
+            raise _busy()
+
+
+def _busy() -> BusyError:
+    return BusyError("this prefix is being completed", "wait for that, or cancel it with the model's cancel()")
