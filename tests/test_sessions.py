@@ -26,7 +26,7 @@ from normistral.runtime.sequence import WORTH_COPYING
 from normistral.runtime.session_file import SessionHeader, open_session, write_session
 from normistral.runtime.sessions import session_key
 
-OPTIONS = {"max_new_tokens": 8, "ignore_eos": True}
+OPTIONS = {"max_new_tokens": 8, "ignore_eos": True, "draft": "off"}  # what is computed is counted
 LONG = "Blåbærsyltetøy på brød. " * 6  # 168 tokens
 TESTS = Path(__file__).parent
 

@@ -137,7 +137,9 @@ def test_a_session_that_cannot_be_saved_at_the_end_is_not_lost(start, tmp_path):
     terminal.type(CTRL_D)
     terminal.expect("cannot write .*No such file")
     terminal.expect("leave again to give it up")
+    terminal.expect(PROMPT)
     terminal.type(f"/save {tmp_path / 'samtale.json'}\r")
     terminal.expect("saved 2 messages")
+    terminal.expect(PROMPT)  # before it is there, Ctrl-D would be the terminal's own
     terminal.type(CTRL_D)
     assert terminal.end() == 0
