@@ -61,6 +61,10 @@ def test_group_size_is_the_largest_that_divides_all_widths():
 
 def test_group_sizes_are_for_weights_that_have_groups():
     assert choose_group_size(DEMO, Recipe("int8")) is None
+    assert choose_group_size(DEMO, Recipe("int8", group_size=PER_CHANNEL)) is None
+    assert choose_group_size(DEMO, Recipe("int8", group_size=32)) == 32
+    with pytest.raises(UsageError, match="group size 128 does not divide"):
+        choose_group_size(DEMO, Recipe("int8", group_size=128))
     assert choose_group_size(DEMO, Recipe("int8", format="onnx")) == 64
     assert choose_group_size(DEMO, Recipe("fp32", format="onnx")) is None
 
@@ -122,7 +126,8 @@ def test_alibi_has_no_table_and_perhaps_no_stated_context():
         ("int4", {"backup": "int7"}, "not 'int7'"),
         ("int4", {"output_layer_bits": 5}, "one of 4, 8, not 5"),
         ("int4", {"backup": "fp"}, "an output layer of 8 bits needs an 8-bit backup"),
-        ("int8", {"group_size": 64}, "group_size means nothing for int8 weights in OpenVINO"),
+        ("int8", {"group_size": 48}, "not 48"),
+        ("int8", {"recipe": "best", "ratio": 0.5}, "ratio means nothing for int8 weights in OpenVINO"),
         ("fp16", {"symmetric": False}, "symmetric means nothing for fp16 weights in OpenVINO"),
         ("int4", {"graph": "fused"}, "graph means nothing for int4 weights in OpenVINO"),
         ("fp32", {}, "OpenVINO artifacts have no fp32 weights"),
@@ -132,7 +137,11 @@ def test_alibi_has_no_table_and_perhaps_no_stated_context():
         ("int4", {"format": "onnx", "graph": "mixed"}, "graph must be one of None, fused, plain, not 'mixed'"),
         ("int4", {"format": "onnx", "graph": "plain"}, "a plain graph has no int4 weights"),
         ("int8", {"format": "onnx", "graph": "plain"}, "a plain graph has no int8 weights"),
-        ("int4", {"format": "onnx", "ratio": 0.5}, "ratio means nothing for int4 weights in ONNX"),
+        (
+            "int4",
+            {"format": "onnx", "ratio": 0.5},
+            "the recipe fast rounds all layers alike in ONNX, so a ratio of 0.5",
+        ),
         ("int4", {"format": "onnx", "group_size": -1}, "one scale per channel (-1) is not possible"),
         ("int8", {"format": "onnx", "backup": "int8_sym"}, "backup means nothing for int8 weights in ONNX"),
         ("fp32", {"format": "onnx", "group_size": 64}, "group_size means nothing for fp32 weights in ONNX"),
@@ -151,6 +160,9 @@ def test_the_manifest_keeps_only_what_means_something():
     assert record_recipe(Recipe(), 64) == RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8, recipe="fast")
     assert describe_recipe(Recipe(ratio=0.8), 64) == (
         "int4 symmetric, group 64, 80% of the layers, output layer int8_asym"
+    )
+    assert describe_recipe(Recipe(ratio=0.65, recipe="best"), 64) == (
+        "int4 asymmetric, group 64, 35% of the weights in int8, output layer int8_asym, recipe best"
     )
 
 
