@@ -25,6 +25,7 @@ from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress, Uncounted
 from normistral.export.reference import load_model
+from normistral.export.resources import MemoryMeter
 from normistral.export.rounding import plan
 from normistral.export.rounding.grid import nearest_codes, restore
 from normistral.export.rounding.plan import Plan, list_by_kind
@@ -90,9 +91,9 @@ def test_the_streamed_figure_is_that_of_the_whole_model(kind, tmp_path):
     draw, likelihood = torch.Generator().manual_seed(0), 0.0
     for window in WINDOWS:
         embedded = model.get_input_embeddings()(torch.tensor([window])).detach().requires_grad_()
-        log_probabilities = model(inputs_embeds=embedded).logits[0].log_softmax(-1)
-        drawn = torch.multinomial(log_probabilities.detach().exp(), 1, generator=draw)
-        likelihood = likelihood + log_probabilities.gather(1, drawn).sum()
+        logits = model(inputs_embeds=embedded).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)
+        likelihood = likelihood + logits.log_softmax(-1).gather(1, drawn).sum()
     gradients = iter(torch.autograd.grad(likelihood, [out for name in names for out in outputs[name]]))
     for name in names:
         rows = model.get_parameter(name).detach().numpy()
@@ -149,6 +150,22 @@ def test_a_model_that_computes_no_numbers_is_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match="computes values that are not numbers"):
         measure(folder, tmp_path / "scratch")
+
+
+def test_memory_of_the_choice_does_not_grow_with_the_number_of_layers(tmp_path):
+    """A layer has 16.5 MB in float32: twelve more are 198 MB. What waits in front of each is 0.4 MB."""
+    peaks = {}
+    options = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "feed_forward": 2048, "dtype": "bfloat16"}
+    for layers in (2, 2, 14):  # the first run warms up
+        checkpoint = opened(
+            make_llama(tmp_path / f"model-{layers}-{len(peaks)}", layers=layers, **options),
+            tmp_path / f"scratch-{layers}-{len(peaks)}",
+        )
+        with MemoryMeter() as meter:
+            before = meter.peak_bytes
+            measure_sensitivity(checkpoint, Plan("search", 4, 64, symmetric=True, ratio=0.5), WINDOWS[:1], Uncounted())
+        peaks[layers] = meter.peak_bytes - before
+    assert peaks[14] < peaks[2] + 110e6, peaks
 
 
 # The artifacts
@@ -256,9 +273,7 @@ def test_the_manifest_lists_layers_as_ranges_and_nothing_else():
 # 8 bits in groups
 
 
-@pytest.mark.parametrize(
-    ("kind", "recipe", "symmetric"), [("mistral", "balanced", True), ("llama", "fast", True), ("bloom", "fast", False)]
-)
+@pytest.mark.parametrize(("kind", "recipe", "symmetric"), [("llama", "balanced", True), ("bloom", "fast", False)])
 def test_openvinos_int8_has_groups_where_they_are_asked_for(tmp_path, kind, recipe, symmetric):
     checkpoint = MODELS[kind](tmp_path / "checkpoint")
     manifest = normistral.export_model(

@@ -105,11 +105,13 @@ def _gradients_at_the_end(model: LayeredModel, passages: list[Passage]) -> list[
     with model.open_output() as output:
         for passage in passages:
             hidden = passage.hidden.requires_grad_()
-            log_probabilities = output(hidden).log_softmax(-1)
-            if not torch.isfinite(log_probabilities).all():
+            logits = output(hidden)
+            answers = logits.detach().softmax(-1)  # [tokens, vocabulary]
+            if not torch.isfinite(answers).all():
                 raise ExportError("the model computes values that are not numbers", "the checkpoint may be damaged")
-            drawn = torch.multinomial(log_probabilities.detach().exp(), 1, generator=draw)
-            gradients += torch.autograd.grad(log_probabilities.gather(1, drawn).sum(), hidden)
+            drawn = torch.multinomial(answers, 1, generator=draw)
+            at_logits = answers.neg_().scatter_add_(1, drawn, torch.ones(drawn.shape))
+            gradients += torch.autograd.grad(logits, hidden, at_logits)
     return gradients
 
 
