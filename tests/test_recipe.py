@@ -182,6 +182,10 @@ def test_sizes_match_exported_artifacts():
     assert estimate_weight_bytes(DEMO, Recipe("int8"), None) == pytest.approx(135_030_149, rel=0.01)
     # model.onnx.data of real exports
     assert estimate_weight_bytes(DEMO, Recipe(format="onnx"), 64) == pytest.approx(90_732_544, rel=0.01)
+    mixed = Recipe(recipe="best", ratio=0.66)
+    assert estimate_weight_bytes(DEMO, mixed, 64) == pytest.approx(103_576_197, rel=0.01)
+    assert estimate_weight_bytes(DEMO, replace(mixed, format="onnx"), 64) == pytest.approx(111_552_512, rel=0.03)
+    assert estimate_weight_bytes(DEMO, Recipe("int8", group_size=64), 64) == pytest.approx(138_823_381, rel=0.01)
     eighth = replace(SEVEN_B, layers=8, parameters=2_013_335_552)
     assert estimate_weight_bytes(eighth, Recipe(), 128) == pytest.approx(1_168_310_877, rel=0.01)
     assert estimate_weight_bytes(eighth, Recipe(output_layer_bits=4), 128) == pytest.approx(1_103_200_877, rel=0.01)
@@ -215,6 +219,11 @@ def test_a_calibration_holds_one_layer_and_what_gptq_needs():
         assert 3.3 * gib < best.disk - plain.disk < 3.7 * gib
     balanced = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced"), 128)
     assert 1.5 * gib < balanced.memory < 2.5 * gib
+    mixed = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced", ratio=0.7), 128)
+    assert 3.5 * gib < mixed.memory < 4.5 * gib  # states in front of every layer, a layer and its errors
+    assert 0.8e9 < mixed.disk / 2 - balanced.disk / 2 < 1.2e9  # in files, and in the artifact
+    grouped = resources.estimate_needs(SEVEN_B, Recipe("int8", group_size=128), 128)
+    assert grouped.disk == pytest.approx(2 * estimate_weight_bytes(SEVEN_B, Recipe("int8", group_size=128), 128), 0.02)
 
 
 def test_a_calibration_takes_as_long_as_it_did_when_it_was_measured():
