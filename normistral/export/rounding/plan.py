@@ -42,7 +42,7 @@ class Plan:
         return Grid(self.bits, columns if self.group_size is None else self.group_size, self.symmetric)
 
     def finer_grid(self, columns: int) -> Grid:
-        """Of a matrix that 4 bits would harm most: zero points take a byte each there and gain next to nothing."""
+        """Of a matrix that 4 bits would harm most; without zero points, which would take a byte each."""
         return Grid(8, columns if self.group_size is None else self.group_size, symmetric=True)
 
 
