@@ -22,7 +22,8 @@ import msgspec
 from normistral.errors import ArtifactError
 
 MANIFEST_NAME = "normistral.json"
-SCHEMA_VERSION = 4  # 2: ONNX. 3: ALiBi, reasoning. 4: calibration. What an older one described reads the same
+# 2: ONNX. 3: ALiBi, reasoning. 4: calibration. 5: mixed precision by it. What an older one described reads the same.
+SCHEMA_VERSION = 5
 HASHED_AT_LOAD_BYTES = 16 * 2**20  # smaller files are hashed at every load; of larger ones only the size is checked
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _READ_BYTES = 4 * 2**20
@@ -36,6 +37,7 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 TagText = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Verified = Literal["run", "read", "no", "failed"]
 Probability = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Ranges = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$", max_length=2048)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +94,17 @@ class RecipeRecord:
 
     Attributes:
         group_size: weights that share one scale; -1 is one scale per output channel.
-        ratio: share of the layers' weights in int4; the others take `backup`.
-        backup: precision of the layers that are not int4.
+        ratio: share of the layers' weights in int4. The others take `backup`; with the recipes balanced and best, 8
+            bits without zero points, in groups of `group_size`.
+        backup: precision of what is not int4.
         output_layer_bits: bits of the output layer (and of a tied embedding).
         graph: of ONNX: "fused" has onnxruntime's own operators for attention and rounded weights, "plain" only those of
             the standard.
         recipe: how the layers' matrices were rounded: "fast" to nearest; "balanced" with scales searched, "best" with
             GPTQ as well, both on our texts.
         calibration_sha256, calibration_tokens: of those texts; None where nothing was calibrated.
+        eight_bits: where the recipes balanced and best mix, which layers' matrices have 8 bits, by the matrices' name
+            inside a layer: {"mlp.down_proj": "0-3,7"}.
     """
 
     weights: Literal["int4", "int8", "fp16", "fp32"]
@@ -112,6 +117,7 @@ class RecipeRecord:
     recipe: Literal["fast", "balanced", "best"] | None = None
     calibration_sha256: Sha256 | None = None
     calibration_tokens: PositiveInt | None = None
+    eight_bits: dict[str, Ranges] | None = None
 
 
 @dataclass(frozen=True, slots=True)

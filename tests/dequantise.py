@@ -7,13 +7,12 @@ blocks; codes are unsigned, at 4 bits two to a byte, the first in the low half; 
 and without zero points the zero point is the middle of the codes.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def dequantised(folder: Path) -> dict[str, np.ndarray]:
@@ -35,8 +34,8 @@ def dequantised(folder: Path) -> dict[str, np.ndarray]:
         matrix = dequantise(
             arrays[codes], arrays[scales], arrays.get(zeros), attributes["bits"], attributes["block_size"]
         )
-        if "qkv_proj" in name:
-            state |= split_attention(name, matrix, node, model)
+        if packed := re.fullmatch(r"(.+\.)([qkv]{2,3})(_proj\.weight)", name):
+            state |= split_attention(packed, matrix, model)
         elif "query_key_value" in name:
             state[name] = interleave(matrix, node, model)
         else:
@@ -61,14 +60,14 @@ def unpack(packed, bits):
     return both.reshape(len(packed), -1).astype(np.float64)
 
 
-def split_attention(name, matrix, node, model):
-    """Rows of the packed projection: queries, then keys, then values."""
-    attention = next(other for other in model.graph.node if node.output[0] in other.input)
-    heads = {entry.name: entry.i for entry in attention.attribute}
-    head_dim = len(matrix) // (heads["num_heads"] + 2 * heads["kv_num_heads"])
-    cuts = np.cumsum([heads["num_heads"] * head_dim, heads["kv_num_heads"] * head_dim])
-    parts = np.split(matrix, cuts)
-    return {name.replace("qkv_proj", part): rows for part, rows in zip(PROJECTIONS, parts, strict=True)}
+def split_attention(packed, matrix, model):
+    """Rows of the packed projection: queries, then keys, then values, as far as its name has them."""
+    prefix, kinds, suffix = packed.groups()
+    attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+    counts = {entry.name: entry.i for entry in attention.attribute}
+    heads = [counts["num_heads" if kind == "q" else "kv_num_heads"] for kind in kinds]
+    cuts = np.cumsum(heads)[:-1] * (len(matrix) // sum(heads))
+    return {prefix + kind + suffix: rows for kind, rows in zip(kinds, np.split(matrix, cuts), strict=True)}
 
 
 def interleave(matrix, node, model):

@@ -61,6 +61,10 @@ def test_group_size_is_the_largest_that_divides_all_widths():
 
 def test_group_sizes_are_for_weights_that_have_groups():
     assert choose_group_size(DEMO, Recipe("int8")) is None
+    assert choose_group_size(DEMO, Recipe("int8", group_size=PER_CHANNEL)) is None
+    assert choose_group_size(DEMO, Recipe("int8", group_size=32)) == 32
+    with pytest.raises(UsageError, match="group size 128 does not divide"):
+        choose_group_size(DEMO, Recipe("int8", group_size=128))
     assert choose_group_size(DEMO, Recipe("int8", format="onnx")) == 64
     assert choose_group_size(DEMO, Recipe("fp32", format="onnx")) is None
 
@@ -122,7 +126,8 @@ def test_alibi_has_no_table_and_perhaps_no_stated_context():
         ("int4", {"backup": "int7"}, "not 'int7'"),
         ("int4", {"output_layer_bits": 5}, "one of 4, 8, not 5"),
         ("int4", {"backup": "fp"}, "an output layer of 8 bits needs an 8-bit backup"),
-        ("int8", {"group_size": 64}, "group_size means nothing for int8 weights in OpenVINO"),
+        ("int8", {"group_size": 48}, "not 48"),
+        ("int8", {"recipe": "best", "ratio": 0.5}, "ratio means nothing for int8 weights in OpenVINO"),
         ("fp16", {"symmetric": False}, "symmetric means nothing for fp16 weights in OpenVINO"),
         ("int4", {"graph": "fused"}, "graph means nothing for int4 weights in OpenVINO"),
         ("fp32", {}, "OpenVINO artifacts have no fp32 weights"),
@@ -132,7 +137,11 @@ def test_alibi_has_no_table_and_perhaps_no_stated_context():
         ("int4", {"format": "onnx", "graph": "mixed"}, "graph must be one of None, fused, plain, not 'mixed'"),
         ("int4", {"format": "onnx", "graph": "plain"}, "a plain graph has no int4 weights"),
         ("int8", {"format": "onnx", "graph": "plain"}, "a plain graph has no int8 weights"),
-        ("int4", {"format": "onnx", "ratio": 0.5}, "ratio means nothing for int4 weights in ONNX"),
+        (
+            "int4",
+            {"format": "onnx", "ratio": 0.5},
+            "the recipe fast rounds all layers alike in ONNX, so a ratio of 0.5",
+        ),
         ("int4", {"format": "onnx", "group_size": -1}, "one scale per channel (-1) is not possible"),
         ("int8", {"format": "onnx", "backup": "int8_sym"}, "backup means nothing for int8 weights in ONNX"),
         ("fp32", {"format": "onnx", "group_size": 64}, "group_size means nothing for fp32 weights in ONNX"),
@@ -152,6 +161,9 @@ def test_the_manifest_keeps_only_what_means_something():
     assert describe_recipe(Recipe(ratio=0.8), 64) == (
         "int4 symmetric, group 64, 80% of the layers, output layer int8_asym"
     )
+    assert describe_recipe(Recipe(ratio=0.65, recipe="best"), 64) == (
+        "int4 asymmetric, group 64, 35% of the weights in int8, output layer int8_asym, recipe best"
+    )
 
 
 def test_the_manifest_keeps_the_graph_of_onnx():
@@ -170,6 +182,10 @@ def test_sizes_match_exported_artifacts():
     assert estimate_weight_bytes(DEMO, Recipe("int8"), None) == pytest.approx(135_030_149, rel=0.01)
     # model.onnx.data of real exports
     assert estimate_weight_bytes(DEMO, Recipe(format="onnx"), 64) == pytest.approx(90_732_544, rel=0.01)
+    mixed = Recipe(recipe="best", ratio=0.66)
+    assert estimate_weight_bytes(DEMO, mixed, 64) == pytest.approx(103_576_197, rel=0.01)
+    assert estimate_weight_bytes(DEMO, replace(mixed, format="onnx"), 64) == pytest.approx(111_552_512, rel=0.03)
+    assert estimate_weight_bytes(DEMO, Recipe("int8", group_size=64), 64) == pytest.approx(138_823_381, rel=0.01)
     eighth = replace(SEVEN_B, layers=8, parameters=2_013_335_552)
     assert estimate_weight_bytes(eighth, Recipe(), 128) == pytest.approx(1_168_310_877, rel=0.01)
     assert estimate_weight_bytes(eighth, Recipe(output_layer_bits=4), 128) == pytest.approx(1_103_200_877, rel=0.01)
@@ -203,6 +219,11 @@ def test_a_calibration_holds_one_layer_and_what_gptq_needs():
         assert 3.3 * gib < best.disk - plain.disk < 3.7 * gib
     balanced = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced"), 128)
     assert 1.5 * gib < balanced.memory < 2.5 * gib
+    mixed = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced", ratio=0.7), 128)
+    assert 3.5 * gib < mixed.memory < 4.5 * gib  # states in front of every layer, a layer and its errors
+    assert 0.8e9 < mixed.disk / 2 - balanced.disk / 2 < 1.2e9  # in files, and in the artifact
+    grouped = resources.estimate_needs(SEVEN_B, Recipe("int8", group_size=128), 128)
+    assert grouped.disk == pytest.approx(2 * estimate_weight_bytes(SEVEN_B, Recipe("int8", group_size=128), 128), 0.02)
 
 
 def test_a_calibration_takes_as_long_as_it_did_when_it_was_measured():

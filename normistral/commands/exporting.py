@@ -35,8 +35,9 @@ def export(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help=f"Weights that share one scale, in int4 and ONNX's int8: {', '.join(map(str, GROUP_SIZES))}, or "
-            f"{PER_CHANNEL} for one per channel (not in ONNX). Default: the largest that divides the model's widths."
+            help=f"Weights that share one scale, in int4 and int8: {', '.join(map(str, GROUP_SIZES))}, or "
+            f"{PER_CHANNEL} for one per channel (not in ONNX). Default: the largest that divides the model's widths; "
+            f"for int8 in OpenVINO {PER_CHANNEL}."
         ),
     ] = None,
     symmetric: Annotated[
@@ -50,8 +51,8 @@ def export(
     ratio: Annotated[
         float | None,
         typer.Option(
-            help="Share of the layers in int4; the most sensitive take --backup (not in ONNX). "
-            f"Default: {_RECIPE.ratio:g}."
+            help="Share of the layers' weights in int4. The most sensitive take 8 bits with the recipes balanced and "
+            f"best, and --backup with fast (not in ONNX). Default: {_RECIPE.ratio:g}."
         ),
     ] = None,
     backup: Annotated[

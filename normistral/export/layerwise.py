@@ -8,7 +8,7 @@ masks, positions and ALiBi and runs each layer, so what comes out is what it com
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,7 @@ class LayeredModel:
         """Up to the first layer: token ids to what it is called with."""
         import torch
 
-        with self._filled(self._model, {self._family.embedding: self._family.embedding}), torch.inference_mode():
+        with self._filled(self._model, {self._family.embedding: self._family.embedding}), torch.no_grad():
             return [self._start(torch.tensor([list(token_ids)])) for token_ids in sequences]
 
     @contextmanager
@@ -132,10 +132,30 @@ class LayeredModel:
         """Take a sequence through an open layer."""
         import torch
 
-        with torch.inference_mode():
-            out = layer(passage.hidden, **passage.beside)
+        with torch.no_grad():
+            passage.hidden = self.call(layer, passage)
+
+    def call(self, layer: torch.nn.Module, passage: Passage) -> torch.Tensor:
+        """What an open layer makes of a sequence [1, tokens, hidden]; with a gradient where torch is to take one."""
+        out = layer(passage.hidden, **passage.beside)
         self._answers_tuple = isinstance(out, tuple)  # BLOOM's layers do, Llama's do not
-        passage.hidden = out[0] if self._answers_tuple else out
+        hidden: torch.Tensor = out[0] if self._answers_tuple else out
+        return hidden
+
+    @contextmanager
+    def open_output(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Last norm and output layer while the context is open: hidden states [1, tokens, hidden] to logits.
+
+        Layers have to have been run before.
+        """
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            self._probe.answer = (hidden,) if self._answers_tuple else hidden
+            found: torch.Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits[0]
+            return found
+
+        with self._filled(self._model, {OUTPUT_LAYER: OUTPUT_LAYER}):
+            yield logits
 
     def _start(self, token_ids: torch.Tensor) -> Passage:
         """What the first layer is called with."""
@@ -150,12 +170,10 @@ class LayeredModel:
         """Last norm and output layer, at the scored places only."""
         import torch
 
-        with self._filled(self._model, {OUTPUT_LAYER: OUTPUT_LAYER}):
+        with self.open_output() as output:
             for window, passage in zip(windows, passages, strict=True):
                 with torch.inference_mode():
-                    hidden = passage.hidden[:, -window.scored :]
-                    self._probe.answer = (hidden,) if self._answers_tuple else hidden
-                    logits = self._model(inputs_embeds=hidden, use_cache=False).logits[0]
+                    logits = output(passage.hidden[:, -window.scored :])
                 yield logits.numpy().astype(np.float32, copy=False)
 
     @contextmanager

@@ -23,6 +23,8 @@ from normistral.export.openvino_weights import replace_weights
 from normistral.export.progress import Progress, Stage
 from normistral.export.recipe import Recipe
 from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model
+from normistral.export.rounding.grid import Grid
+from normistral.export.rounding.nearest import round_rest
 from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, require_free_disk
 from normistral.manifest import Architecture
@@ -65,6 +67,9 @@ def write_model(
     if recipe.weights != "fp16":
         with progress.stage(f"compressing to {recipe.weights}") as compressing:
             graph = compress(graph, recipe, group_size, compressing)
+            if recipe.weights == "int8" and group_size is not None:
+                tables = RoundedTables.make(staging.workspace) if tables is None else tables
+                round_rest(checkpoint, Grid(8, group_size, recipe.is_symmetric), tables)
             if tables is not None:
                 replace_weights(graph, tables)
     with progress.stage("saving"):
@@ -144,6 +149,8 @@ def convert(model: PreTrainedModel) -> openvino.Model:
 def compress(graph: openvino.Model, recipe: Recipe, group_size: int | None, stage: Stage) -> openvino.Model:
     """Round the weights with NNCF, data-free (round to nearest).
 
+    NNCF has no groups at 8 bits. What takes them gets 4 bits in groups here: the same graph, whose values are replaced.
+
     Args:
         stage: advanced by the number of weights done.
 
@@ -157,9 +164,12 @@ def compress(graph: openvino.Model, recipe: Recipe, group_size: int | None, stag
     grid = "SYM" if recipe.is_symmetric else "ASYM"
     try:
         with _report_nncf(stage):
-            if recipe.weights == "int8":
+            if recipe.weights == "int8" and not recipe.has_groups:
                 return nncf.compress_weights(graph, mode=modes[f"INT8_{grid}"])
-            four_bits: dict[str, Any] = {"mode": modes[f"INT4_{grid}"], "group_size": group_size, "ratio": recipe.ratio}
+            four_bits: dict[str, Any] = {"mode": modes[f"INT4_{grid}"], "group_size": group_size}
+            if recipe.weights == "int8":
+                return nncf.compress_weights(graph, all_layers=True, **four_bits)
+            four_bits["ratio"] = 1.0 if recipe.is_mixed else recipe.ratio
             four_bits["backup_mode"] = backups[recipe.backup]
             if recipe.output_layer_bits == 8:
                 return nncf.compress_weights(graph, **four_bits)

@@ -1,4 +1,7 @@
-"""Put matrices that we rounded into a graph that NNCF has compressed: same types, same shapes, other values."""
+"""Put matrices that we rounded into a graph that NNCF has compressed to 4 bits: same structure, other values.
+
+Where a matrix takes 8 bits its constants take another type; OpenVINO reads groups of either.
+"""
 
 from __future__ import annotations
 
@@ -15,35 +18,44 @@ from normistral.export.rounding.tables import RoundedTables
 if TYPE_CHECKING:
     import openvino
 
-# The second where it was bfloat16 or float16. NNCF names scales and zero points after it.
-_MATRIX = re.compile(r"self\.(.+)\.(?:weight|_openvino_orig_weight)(/scale|/zero_point)?")
+# The second where it was bfloat16 or float16. NNCF names scales, zero points and their subtraction after it.
+_MATRIX = re.compile(r"self\.(.+)\.(?:weight|_openvino_orig_weight)(/scale|/zero_point|/zero_point/subtract)?")
 
 
 def replace_weights(graph: openvino.Model, tables: RoundedTables) -> None:
-    """Exchange the constants of every matrix in `tables`, one by one: the graph takes no more memory than before.
+    """Exchange the constants of every matrix in `tables`, one by one: the graph takes no more memory than it ends with.
 
     Raises:
         ExportError: the graph holds a matrix in another way than `tables` does, or not at all.
     """
     expected = {(name, part) for name, grid in tables.grids.items() for part in _parts(grid)}
     for node in graph.get_ops():
-        match = _MATRIX.fullmatch(node.get_friendly_name()) if node.get_type_name() == "Constant" else None
-        if match is None:
+        match = _MATRIX.fullmatch(node.get_friendly_name())
+        if match is None or f"{match[1]}.weight" not in tables.grids:
             continue
         name, part = f"{match[1]}.weight", match[2] or ""
-        if name not in tables.grids:
-            continue
-        if (name, part) not in expected:
+        grid = tables.grids[name]
+        if part == "/zero_point/subtract":
+            if grid.symmetric:
+                node.output(0).replace(node.input_value(0))
+        elif (name, part) in expected:
+            expected.remove((name, part))
+            _replace(node, _values(tables.read(name), grid, part), _type(grid, part))
+        elif grid.bits == 4:
             raise ExportError(f"NNCF's graph holds {name}{part}, which was not rounded for it")
-        expected.remove((name, part))
-        _replace(node, _values(tables.read(name), tables.grids[name], part))
     if expected:
         name, part = min(expected)
         raise ExportError(f"NNCF's graph lacks {name}{part} and {len(expected) - 1} more constants")
+    graph.validate_nodes_and_infer_types()
 
 
 def _parts(grid: Grid) -> tuple[str, ...]:
     return ("", "/scale") if grid.symmetric else ("", "/scale", "/zero_point")
+
+
+def _type(grid: Grid, part: str) -> str:
+    """OpenVINO's name of a constant's type."""
+    return "f16" if part == "/scale" else f"{'i' if grid.symmetric else 'u'}{grid.bits}"
 
 
 def _values(rounded: Rounded, grid: Grid, part: str) -> NDArray[Any]:
@@ -62,18 +74,15 @@ def _values(rounded: Rounded, grid: Grid, part: str) -> NDArray[Any]:
     return rounded.codes ^ np.uint8(0x88 if grid.bits == 4 else 0x80)  # code - middle, in two's complement
 
 
-def _replace(node: Any, values: NDArray[Any]) -> None:
+def _replace(node: Any, values: NDArray[Any], kind_name: str) -> None:
     import openvino
     from openvino import op
 
-    kind, shape = node.get_element_type(), node.get_output_shape(0)
-    if values.dtype == np.float16:
-        sizes_agree, kind_agrees = values.size == np.prod(shape), kind == openvino.Type.f16
-    else:
-        sizes_agree, kind_agrees = values.nbytes == -(-int(np.prod(shape)) * kind.bitwidth // 8), kind.is_integral()
-    if not (sizes_agree and kind_agrees):
+    found, shape, kind = node.get_element_type(), node.get_output_shape(0), getattr(openvino.Type, kind_name)
+    bytes_agree = values.nbytes == -(-int(np.prod(shape)) * kind.bitwidth // 8)
+    if not bytes_agree or found.is_integral() != kind.is_integral():
         raise ExportError(
-            f"NNCF holds {node.get_friendly_name()} as {kind} of shape {list(shape)}, not as it was rounded"
+            f"NNCF holds {node.get_friendly_name()} as {found} of shape {list(shape)}, not as it was rounded"
         )
     # Copied: neither Tensor nor a shared Constant keeps the array alive, and 4-bit values must come as bytes.
     new = op.Constant(openvino.Tensor(np.ascontiguousarray(values), shape, kind), shared_memory=False)

@@ -34,7 +34,14 @@ from normistral.export.recipe import (
 )
 from normistral.export.reference import PROBE_TEXT, Reference
 from normistral.export.resources import MemoryMeter, check_resources, estimate_calibration_s, estimate_needs
-from normistral.export.rounding.plan import calibration_sha256, calibration_windows, choose_plan
+from normistral.export.rounding.plan import (
+    SENSITIVITY_TOKENS,
+    Plan,
+    calibration_sha256,
+    calibration_windows,
+    choose_plan,
+    list_by_kind,
+)
 from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tokenizer_ir import load_tokenizer, save_tokenizer_ir, tokenizer_ir_differs
@@ -171,16 +178,31 @@ def _calibrate(
     from normistral.export.rounding.calibration import round_layers
 
     windows = calibration_windows(lambda text: list(tokenizer(text)["input_ids"]), context)
-    tables = RoundedTables(staging.workspace / "rounded")
-    tables.folder.mkdir()
+    tables = RoundedTables.make(staging.workspace)
     seconds = estimate_calibration_s(checkpoint.architecture, plan, plan_threads(read_machine()))
     progress.note(
         f"the recipe {recipe.recipe} calibrates: very roughly {max(1, round(seconds / 60))} min on this machine"
     )
+    finer = _choose_finer(checkpoint, plan, windows, progress) if recipe.is_mixed else frozenset()
     tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
     with progress.stage(f"rounding on {tokens} tokens of calibration text", weights) as rounding:
-        round_layers(checkpoint, plan, windows, tables, rounding)
-    return tables, replace(record, calibration_sha256=calibration_sha256(), calibration_tokens=tokens)
+        round_layers(checkpoint, plan, windows, tables, rounding, finer)
+    return tables, replace(
+        record,
+        calibration_sha256=calibration_sha256(),
+        calibration_tokens=tokens,
+        eight_bits=list_by_kind(finer, checkpoint.family.layer_prefix) if recipe.is_mixed else None,
+    )
+
+
+def _choose_finer(checkpoint: Checkpoint, plan: Plan, windows: list[list[int]], progress: Progress) -> frozenset[str]:
+    """The matrices that take 8 bits."""
+    from normistral.export.rounding.sensitivity import choose_finer, measure_sensitivity
+
+    some = windows[: max(1, SENSITIVITY_TOKENS // len(windows[0]))]
+    tokens, passes = sum(map(len, some)), 2 * checkpoint.architecture.layers
+    with progress.stage(f"measuring what 4 bits cost, on {tokens} tokens", passes, "layers") as measuring:
+        return choose_finer(measure_sensitivity(checkpoint, plan, some, measuring), plan.ratio)
 
 
 def _write_model(

@@ -31,9 +31,9 @@ _WEIGHTS: dict[ArtifactFormat, tuple[WeightFormat, ...]] = {
 # The options that each weight format heeds; `context_length` is for all.
 _MEANINGFUL: dict[tuple[ArtifactFormat, WeightFormat], set[str]] = {
     ("openvino", "int4"): {"recipe", "group_size", "symmetric", "ratio", "backup", "output_layer_bits"},
-    ("openvino", "int8"): {"recipe", "symmetric"},
+    ("openvino", "int8"): {"recipe", "group_size", "symmetric"},
     ("openvino", "fp16"): set(),
-    ("onnx", "int4"): {"recipe", "group_size", "symmetric", "backup", "output_layer_bits", "graph"},
+    ("onnx", "int4"): {"recipe", "group_size", "symmetric", "ratio", "backup", "output_layer_bits", "graph"},
     ("onnx", "int8"): {"recipe", "group_size", "symmetric", "graph"},
     ("onnx", "fp16"): {"graph"},
     ("onnx", "fp32"): {"graph"},
@@ -50,15 +50,16 @@ class Recipe:
         recipe: how int4 and int8 are rounded inside the layers. "fast" rounds to nearest. "balanced" runs our texts
             through the model and searches scales that lose least on them. "best" does so too, and lets GPTQ choose
             every code.
-        group_size: weights that share one scale (128, 64, 32 or 16) in int4 and in ONNX's int8; for OpenVINO also -1,
-            one scale per output channel. None takes the largest that divides the widths of this model.
+        group_size: weights that share one scale (128, 64, 32 or 16); for OpenVINO also -1, one scale per output
+            channel. None takes the largest that divides the widths of this model, and -1 for int8 in OpenVINO.
         symmetric: rounding to a grid around zero, without zero points; for int4 and int8. None takes it but for "best"
             at int4. On CPUs OpenVINO decodes symmetric int4 a third faster than asymmetric int4; rounded to nearest
             they are equally good, with GPTQ zero points take a tenth off what is lost.
-        ratio: share of the inner layers' weights in int4, above 0 and up to 1; the most sensitive layers (by
-            their rounding error) take `backup` instead. Always 1 in ONNX.
-        backup: precision of the layers that are not int4 (embedding, output layer, what `ratio` leaves): "int8_asym",
-            "int8_sym", or "fp" to leave them as they are in the checkpoint (in ONNX: float32).
+        ratio: share of the inner layers' weights in int4, above 0 and up to 1. With "fast" the most sensitive layers
+            (by their rounding error) take `backup` instead; in ONNX it is 1. With "balanced" and "best" the matrices
+            whose rounding changes the model's answers most take 8 bits, without zero points, in the same groups.
+        backup: precision of the layers that are not int4 (embedding, output layer, what `ratio` leaves with "fast"):
+            "int8_asym", "int8_sym", or "fp" to leave them as they are in the checkpoint (in ONNX: float32).
         output_layer_bits: 8 stores the output layer in `backup`, 4 in int4. An embedding that is tied to it goes along.
         graph: of ONNX: "fused" has onnxruntime's own operators, "plain" those of the standard and no rounded weights.
             None takes fused for int4 and int8, plain for fp16 and fp32.
@@ -127,10 +128,10 @@ class Recipe:
                 f"a plain graph has no {self.weights} weights: onnxruntime's operators for them make it a fused one",
                 "use --graph fused, or fp16 or fp32 weights",
             )
-        if self.ratio != 1.0 and self.recipe != "fast":
+        if self.ratio != 1.0 and self.recipe == "fast" and self.format == "onnx":
             raise UsageError(
-                f"the recipe {self.recipe} rounds all layers alike, so a ratio of {self.ratio:g} is not possible",
-                "leave the ratio out, or use the recipe fast",
+                f"the recipe fast rounds all layers alike in ONNX, so a ratio of {self.ratio:g} is not possible",
+                "leave the ratio out, or use the recipe balanced or best",
             )
         if self.output_layer_bits == 8 and self.backup == "fp":
             raise UsageError(
@@ -157,8 +158,15 @@ class Recipe:
 
     @property
     def has_groups(self) -> bool:
-        """Whether `group_size` is for these weights."""
+        """Whether these weights have groups; int8 in OpenVINO only has those that are asked for."""
+        if (self.format, self.weights) == ("openvino", "int8"):
+            return self.group_size not in (None, PER_CHANNEL)
         return "group_size" in _MEANINGFUL[self.format, self.weights]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether a calibration chooses which matrices take 8 bits."""
+        return self.ratio != 1.0 and self.recipe != "fast"
 
 
 def choose_recipe(format: str, weights: str, options: dict[str, Any]) -> Recipe:
@@ -259,6 +267,8 @@ def describe_recipe(recipe: Recipe, group_size: int | None) -> str:
     if recipe.weights == "int8":
         return f"int8 {grid}, {groups}{named}{graph}"
     mixed = "" if recipe.ratio == 1.0 else f", {recipe.ratio:.0%} of the layers"
+    if recipe.is_mixed:
+        mixed = f", {1 - recipe.ratio:.0%} of the weights in int8"
     output = recipe.backup if recipe.output_layer_bits == 8 else "int4"
     return f"int4 {grid}, {groups}{mixed}, output layer {output}{named}{graph}"
 
@@ -283,10 +293,11 @@ def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size
     if recipe.weights in ("fp16", "fp32"):
         return (2 if recipe.weights == "fp16" else 4) * architecture.parameters
     narrowest = min(input_widths(architecture))
-    width = group_size if group_size is not None and group_size != PER_CHANNEL else narrowest
-    eight_bits_width = width if recipe.format == "onnx" else narrowest  # OpenVINO's int8 is per channel
+    width = narrowest if not recipe.has_groups or group_size in (None, PER_CHANNEL) else group_size
+    assert width is not None
     if recipe.weights == "int8":
-        return int(_bytes_per_weight(recipe, 8, recipe.is_symmetric, eight_bits_width) * architecture.parameters)
+        return int(_bytes_per_weight(recipe, 8, recipe.is_symmetric, width) * architecture.parameters)
+    eight_bits_width = width if recipe.format == "onnx" else narrowest  # OpenVINO's backup is per channel
     if recipe.backup == "fp":
         backup = 4.0 if recipe.format == "onnx" else 2.0
     else:
@@ -295,16 +306,20 @@ def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size
     inner = inner_weights(architecture)
     in_four_bits = recipe.ratio * inner + (table if recipe.output_layer_bits == 4 else 0)
     four_bits = _bytes_per_weight(recipe, 4, recipe.is_symmetric, width)
-    return int(four_bits * in_four_bits + backup * (architecture.parameters - in_four_bits))
+    finer = _bytes_per_weight(recipe, 8, True, width) if recipe.is_mixed else backup
+    others = architecture.parameters - in_four_bits - (1 - recipe.ratio) * inner
+    return int(four_bits * in_four_bits + finer * (1 - recipe.ratio) * inner + backup * others)
 
 
 def estimate_inner_bytes(architecture: Architecture, recipe: Recipe, group_size: int | None) -> int:
     """Size of the rounded matrices inside the layers, as `estimate_weight_bytes` counts them."""
     narrowest = min(input_widths(architecture))
     width = narrowest if group_size in (None, PER_CHANNEL) else group_size
-    bits = 4 if recipe.weights == "int4" else 8
     assert width is not None
-    return int(_bytes_per_weight(recipe, bits, recipe.is_symmetric, width) * inner_weights(architecture))
+    finer = _bytes_per_weight(recipe, 8, True, width)
+    bits = 4 if recipe.weights == "int4" else 8
+    each = recipe.ratio * _bytes_per_weight(recipe, bits, recipe.is_symmetric, width) + (1 - recipe.ratio) * finer
+    return int(each * inner_weights(architecture))
 
 
 def inner_weights(architecture: Architecture) -> int:

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from normistral.errors import ResourceError
 from normistral.export.recipe import Recipe, estimate_inner_bytes, estimate_weight_bytes, inner_weights
-from normistral.export.rounding.plan import CALIBRATION_TOKENS, Plan, choose_plan
+from normistral.export.rounding.plan import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, WINDOW_TOKENS, Plan, choose_plan
 from normistral.hardware import available_memory_bytes, free_disk_bytes
 from normistral.manifest import Architecture
 
@@ -66,33 +66,46 @@ def estimate_needs(
     else:
         # Rounded weights stay in memory until they are saved. One matrix at a time is there in float32 as well, twice
         # when it is rounded to int4 (8 layers of the 7B with a 4-bit output layer: 1.0 GB above the rest).
-        four_bits = architecture.feed_forward if recipe.output_layer_bits == 8 else widest_rows
+        in_groups = recipe.weights == "int8" and recipe.has_groups
+        only_inner = recipe.output_layer_bits == 8 and not in_groups
+        four_bits = architecture.feed_forward if only_inner else widest_rows
         memory += stored + max(4 * widest_rows, 8 * four_bits) * architecture.hidden_size
     plan = choose_plan(recipe, group_size)
-    if plan is not None:  # before anything is written, and written from files
+    if recipe.format == "openvino" and recipe.weights == "int8" and recipe.has_groups:
+        disk += stored  # all matrices wait in files of ours
+    elif plan is not None:
         disk += estimate_inner_bytes(architecture, recipe, group_size)
+    if plan is not None:  # before anything is written
         memory = max(memory, _PROGRAM_BYTES + estimate_calibration_bytes(architecture, plan))
     return Needs(disk, memory)
 
 
 def estimate_calibration_bytes(architecture: Architecture, plan: Plan) -> int:
-    """Most memory of a calibration: one layer, all tokens' states, and what GPTQ needs for the widest matrix."""
+    """Most memory of a calibration: one layer, all tokens' states, and what GPTQ or the choice of 8 bits needs."""
     hidden, wide = architecture.hidden_size, architecture.feed_forward
     layer = 4 * inner_weights(architecture) // architecture.layers
     states = 4 * CALIBRATION_TOKENS * hidden
     matrices = 3 * 4 * hidden * wide  # its weights are moved about as columns and given back as rows
-    if plan.method == "search":
-        return layer + states + matrices
-    attention = architecture.heads * architecture.head_dim
-    moments = 4 * (2 * hidden**2 + attention**2 + wide**2)  # second moments of all four kinds of inputs
-    factors = 4 * 4 * wide**2  # in order, its Cholesky factor, the inverse, and that one's factor
-    return layer + states + matrices + moments + factors
+    rounding = layer + states + matrices
+    if plan.method == "gptq":
+        attention = architecture.heads * architecture.head_dim
+        rounding += 4 * (2 * hidden**2 + attention**2 + wide**2)  # second moments of all four kinds of inputs
+        rounding += 4 * 4 * wide**2  # in order, its Cholesky factor, the inverse, and that one's factor
+    if plan.ratio == 1.0:
+        return rounding
+    # Before that, the choice of what takes 8 bits: the states in front of every layer, a layer and its errors, and what
+    # a window leaves for the way back, at the end as logits and their gradients.
+    waiting = 4 * SENSITIVITY_TOKENS * hidden * architecture.layers
+    window = 4 * WINDOW_TOKENS * max(3 * architecture.vocabulary, 8 * hidden + 6 * wide)
+    return max(rounding, waiting + 2 * layer + matrices + window)
 
 
 def estimate_calibration_s(architecture: Architecture, plan: Plan, cores: int) -> float:
-    """Roughly how long a calibration takes, in seconds: two passes through the layers, and GPTQ's share."""
+    """Roughly how long a calibration takes, in seconds: two passes, GPTQ's share, and that of the choice of 8 bits."""
     hidden, wide = architecture.hidden_size, architecture.feed_forward
     operations = 4.0 * CALIBRATION_TOKENS * inner_weights(architecture)
+    if plan.ratio != 1.0:  # forward, once more forward, back, and each matrix's error
+        operations += 8.0 * SENSITIVITY_TOKENS * inner_weights(architecture)
     if plan.method == "gptq":
         attention = architecture.heads * architecture.head_dim
         widths = (hidden, attention, hidden, wide)

@@ -133,8 +133,9 @@ def describe_weights(recipe: RecipeRecord) -> str:
         parts.append("one scale per channel" if recipe.group_size == -1 else f"groups of {recipe.group_size}")
     if recipe.recipe not in (None, "fast"):
         parts.append(f"recipe {recipe.recipe}")
-    if recipe.ratio not in (None, 1.0):
-        parts.append(f"{recipe.ratio:.0%} of the layers")
+    if recipe.ratio is not None and recipe.ratio != 1.0:
+        mixed = recipe.eight_bits is not None
+        parts.append(f"{1 - recipe.ratio:.0%} of the weights in int8" if mixed else f"{recipe.ratio:.0%} of the layers")
     described = ", ".join(parts)
     if recipe.backup is not None:
         described += f"; others {recipe.backup}; output layer {recipe.output_layer_bits} bits"

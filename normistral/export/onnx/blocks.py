@@ -176,7 +176,11 @@ def multiply_by_embedding(graph: Graph, x: str, embedding: str, architecture: Ar
 
 
 def linear(graph: Graph, x: str, name: str, parts: list[str], grid: Grid | None, output: str = "") -> str:
-    """x times the transposed matrices of `parts`, side by side, plus their biases if they have any."""
+    """x times the transposed matrices of `parts`, side by side, plus their biases if they have any.
+
+    Args:
+        grid: of those that no calibration has rounded; all parts have one.
+    """
     weights, biases = [f"{part}.weight" for part in parts], [f"{part}.bias" for part in parts]
     bias = graph.vectors(f"{name}.bias", biases) if biases[0] in graph.reader else ""
     output = output or f"{name}.out"
@@ -187,7 +191,8 @@ def linear(graph: Graph, x: str, name: str, parts: list[str], grid: Grid | None,
         return graph.node("Add", [graph.node("MatMul", [x, matrix], [f"{name}.product"]), bias], [output])
     columns = graph.reader.shape(weights[0])[1]
     rows = sum(graph.reader.shape(weight)[0] for weight in weights)
-    return multiply(graph, x, graph.table(f"{name}.weight", weights, grid), bias, columns, rows, output)
+    table = graph.table(f"{name}.weight", weights, graph.grid_of(weights[0], grid))
+    return multiply(graph, x, table, bias, columns, rows, output)
 
 
 def multiply(graph: Graph, x: str, table: Table, bias: str, columns: int, rows: int, output: str) -> str:

@@ -183,6 +183,10 @@ class Graph:
                 )
         return values.astype(self.float_dtype, copy=False)
 
+    def grid_of(self, part: str, grid: Grid) -> Grid:
+        """That of the calibration where it has rounded this matrix, else `grid`."""
+        return grid if self.tables is None else self.tables.grids.get(self.reader.source(part)[0], grid)
+
     def _round(self, parts: Sequence[str], grid: Grid) -> Iterator[Rounded]:
         for part in parts:
             name, rows = self.reader.source(part)

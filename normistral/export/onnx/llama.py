@@ -6,6 +6,7 @@ Shapes as in blocks.py; F is the feed-forward width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -123,12 +124,22 @@ def attend(
 ) -> str:
     """Rotary grouped-query attention over past and new tokens, and its output projection: [b, s, hidden]."""
     name = f"model.layers.{layer}.self_attn"
-    projections = [f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"]
-    packed = linear(graph, x, f"{name}.qkv_proj", projections, grid)  # [b, s, (H + 2 K) d]
+    packed = project(graph, x, name, grid)  # [b, s, (H + 2 K) d]
     attended = group_query_attention(
         graph, packed, name, layer, architecture, shared.lengths, shared.padding, shared.rotary_tables
     )
     return linear(graph, attended, f"{name}.o_proj", [f"{name}.o_proj"], grid)
+
+
+def project(graph: Graph, x: str, name: str, grid: Grid | None) -> str:
+    """Queries, keys and values side by side: [b, s, (H + 2 K) d]. Neighbours on one grid are one product."""
+
+    def grid_of(kind: str) -> Grid | None:
+        return None if grid is None else graph.grid_of(f"{name}.{kind}_proj.weight", grid)
+
+    runs = ["".join(kinds) for _, kinds in groupby("qkv", key=grid_of)]
+    products = [linear(graph, x, f"{name}.{run}_proj", [f"{name}.{kind}_proj" for kind in run], grid) for run in runs]
+    return products[0] if len(runs) == 1 else graph.node("Concat", products, [f"{name}.qkv_proj.out"], axis=-1)
 
 
 def feed_forward(

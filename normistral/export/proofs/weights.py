@@ -7,6 +7,7 @@ in direction, but each group's factor is the ratio of two scales: that is what t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,13 +28,14 @@ from normistral.manifest import Manifest
 
 _BLOCK_ROWS = 1024  # read at once: 60 MB of float32 at the 7B's widest
 _ROWS = 16  # of every matrix; every file's bytes are hashed, so this looks for wrong matrices and not for wrong bits
-_QKV = ("q_proj", "k_proj", "v_proj")
+_PACKED = re.compile(r"(.+\.)([qkv]{2,3})_proj")  # queries, keys and values, as far as they have one grid
 _POSITIONS = 64  # of the rotary tables
 # Least cosine between a group and its rounding that is taken for the same group, as a median; 4 bits leave 0.99,
 # another matrix 0.1. And the groups' factors, root mean square of their distance from 1: plain rounding of a normal
-# distribution leaves 0.02 at 4 bits in groups of 128 and 0.0005 at 8 bits; scales of another layer 0.1 and more.
+# distribution leaves 0.02 at 4 bits in groups of 128 and 0.0005 at 8 bits; GPTQ, which moves a weight's error on to
+# others, 0.035 and 0.0064 in the demo model's groups of 64; scales of another layer 0.1 and more.
 _ALIGNED = 0.9
-_FACTORS = {4: 0.06, 8: 0.005, 16: 1e-3, 32: 1e-6}
+_FACTORS = {4: 0.06, 8: 0.02, 16: 1e-3, 32: 1e-6}
 
 
 class ArtifactMatrices:
@@ -146,8 +148,8 @@ def parts_of(name: str, reader: WeightReader, checkpoint: Checkpoint) -> list[st
     stem, _, kind = name.rpartition(".")
     if stem.endswith("query_key_value"):
         return [f"{part}.{kind}" for part in split_heads(reader, stem, checkpoint.architecture)]
-    if stem.endswith("qkv_proj"):
-        return [f"{stem.removesuffix('qkv_proj')}{part}.{kind}" for part in _QKV]
+    if packed := _PACKED.fullmatch(stem):
+        return [f"{packed[1]}{part}_proj.{kind}" for part in packed[2]]
     return [name]
 
 

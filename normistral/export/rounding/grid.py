@@ -91,6 +91,12 @@ def span(rows: NDArray[np.float32], grid: Grid) -> Steps:
     return Steps(scales.astype(np.float32, copy=False), zeros)
 
 
+@np.errstate(over="ignore")  # beyond float16 they become infinite: whoever stores them looks
+def storable(steps: Steps) -> Steps:
+    """The same with scales rounded to float16, which both formats hold."""
+    return Steps(steps.scales.astype(np.float16).astype(np.float32), steps.zero_points)
+
+
 @np.errstate(invalid="ignore")
 def nearest_codes(rows: NDArray[np.float32], steps: Steps, grid: Grid) -> NDArray[np.uint8]:
     """The code of each weight that lies nearest to it: uint8 [rows, columns]."""

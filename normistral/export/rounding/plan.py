@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain, groupby, zip_longest
 from typing import Literal
 
 from normistral.export.recipe import PER_CHANNEL, Recipe, RecipeName
@@ -15,7 +15,8 @@ from normistral.export.texts import load_texts
 Method = Literal["search", "gptq"]
 
 CALIBRATION_TOKENS = 8192
-_WINDOW_TOKENS = 512
+SENSITIVITY_TOKENS = 2048  # of them, for the choice of what takes 8 bits
+WINDOW_TOKENS = 512
 _METHODS: dict[RecipeName, Method | None] = {"fast": None, "balanced": "search", "best": "gptq"}
 
 
@@ -27,16 +28,22 @@ class Plan:
         method: "search" chooses scales and rounds to nearest; "gptq" chooses scales and lets GPTQ choose the codes.
         bits, symmetric: of the grid.
         group_size: weights that share a scale; None is a whole row.
+        ratio: share of the weights on that grid; the others take `finer_grid`.
     """
 
     method: Method
     bits: int
     group_size: int | None
     symmetric: bool
+    ratio: float = 1.0
 
     def grid(self, columns: int) -> Grid:
         """The grid of a matrix."""
         return Grid(self.bits, columns if self.group_size is None else self.group_size, self.symmetric)
+
+    def finer_grid(self, columns: int) -> Grid:
+        """Of a matrix that 4 bits would harm most; without zero points, which would take a byte each."""
+        return Grid(8, columns if self.group_size is None else self.group_size, symmetric=True)
 
 
 def choose_plan(recipe: Recipe, group_size: int | None) -> Plan | None:
@@ -45,7 +52,7 @@ def choose_plan(recipe: Recipe, group_size: int | None) -> Plan | None:
     if method is None:
         return None
     groups = None if group_size in (None, PER_CHANNEL) else group_size
-    return Plan(method, 4 if recipe.weights == "int4" else 8, groups, recipe.is_symmetric)
+    return Plan(method, 4 if recipe.weights == "int4" else 8, groups, recipe.is_symmetric, recipe.ratio)
 
 
 def calibration_windows(encode: Callable[[str], list[int]], context: int) -> list[list[int]]:
@@ -55,7 +62,7 @@ def calibration_windows(encode: Callable[[str], list[int]], context: int) -> lis
         encode: text to token ids, as the checkpoint does it.
         context: the most tokens of a piece.
     """
-    width = min(_WINDOW_TOKENS, context)
+    width = min(WINDOW_TOKENS, context)
     texts = []
     for text in load_texts().values():
         ids = encode(text)
@@ -67,3 +74,17 @@ def calibration_windows(encode: Callable[[str], list[int]], context: int) -> lis
 def calibration_sha256() -> str:
     """Of the texts, one after the other, in UTF-8: the manifest says with what a model was calibrated."""
     return hashlib.sha256("".join(load_texts().values()).encode()).hexdigest()
+
+
+def list_by_kind(names: Iterable[str], layer_prefix: str) -> dict[str, str]:
+    """Matrices of layers as the manifest lists them: {"mlp.down_proj": "0-3,7"}."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        number, _, kind = name.removeprefix(layer_prefix).removesuffix(".weight").partition(".")
+        layers.setdefault(kind, []).append(int(number))
+    return {kind: _ranges(sorted(layers[kind])) for kind in sorted(layers)}
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from normistral.export.rounding.grid import Grid, Steps, nearest_codes, restore, span
+from normistral.export.rounding.grid import Grid, Steps, nearest_codes, restore, span, storable
 from normistral.hardware import plan_threads, read_machine
 
 Floats = NDArray[np.float32]
@@ -47,10 +47,10 @@ def weighted_error(rows: Floats, steps: Steps, grid: Grid, importance: Floats) -
 @np.errstate(invalid="ignore", over="ignore")  # of values that are no numbers: the scales say so
 def _search(rows: Floats, grid: Grid, importance: Floats) -> Steps:
     widest = span(rows, grid)
-    best = _storable(widest)
+    best = storable(widest)
     least = weighted_error(rows, best, grid, importance)
     for steps in _candidates(widest, grid):
-        steps = _storable(_refit(rows, nearest_codes(rows, steps, grid), steps, grid, importance))
+        steps = storable(_refit(rows, nearest_codes(rows, steps, grid), steps, grid, importance))
         error = weighted_error(rows, steps, grid, importance)
         better = error < least
         best = Steps(np.where(better, steps.scales, best.scales), np.where(better, steps.zero_points, best.zero_points))
@@ -78,10 +78,6 @@ def _refit(rows: Floats, codes: NDArray[np.uint8], steps: Steps, grid: Grid, imp
     square = np.einsum("rbg,rbg->rb", weighted, levels)
     product = np.einsum("rbg,rbg->rb", weighted, rows.reshape(shape))
     return Steps(np.divide(product, square, out=steps.scales.copy(), where=square > 0), steps.zero_points)
-
-
-def _storable(steps: Steps) -> Steps:
-    return Steps(steps.scales.astype(np.float16).astype(np.float32), steps.zero_points)
 
 
 def _error(rows: Floats, codes: NDArray[np.uint8], steps: Steps, grid: Grid, importance: Floats) -> Floats:

@@ -23,6 +23,13 @@ class RoundedTables:
     folder: Path
     _grids: dict[str, Grid] = field(default_factory=dict)
 
+    @classmethod
+    def make(cls, workspace: Path) -> RoundedTables:
+        """An empty collection in a folder of its own."""
+        folder = workspace / "rounded"
+        folder.mkdir()
+        return cls(folder)
+
     @property
     def grids(self) -> Mapping[str, Grid]:
         """How each matrix was rounded."""
