@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,7 +92,6 @@ class Workbench:
         if self._model is not None:
             self._model.close()
         self._model = self._settings = None
-        gc.collect()  # the engine's tensors are freed with the last object that knows them
 
     def __enter__(self) -> Self:
         return self
