@@ -172,8 +172,13 @@ def limit_instruction_sets(found: frozenset[str], environ: Mapping[str, str]) ->
     OpenVINO's matrix kernels obey it (ONEDNN_MAX_CPU_ISA, or by its old name DNNL_MAX_CPU_ISA); onnxruntime's have no
     such limit, and no plan for it asks.
     """
-    limit = environ.get("ONEDNN_MAX_CPU_ISA") or environ.get("DNNL_MAX_CPU_ISA") or ""
-    return found & _ONEDNN_LIMITS.get(limit.upper(), found)  # an unknown name is no limit to oneDNN either
+    return found & _ONEDNN_LIMITS.get(instruction_set_limit(environ), found)
+
+
+def instruction_set_limit(environ: Mapping[str, str]) -> str:
+    """The limit's name; "" where there is none. oneDNN too takes an unknown name for none."""
+    limit = (environ.get("ONEDNN_MAX_CPU_ISA") or environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+    return limit if limit in _ONEDNN_LIMITS else ""
 
 
 def available_memory_bytes() -> int:

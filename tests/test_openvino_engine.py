@@ -1,9 +1,14 @@
 """What only the OpenVINO engine has: its names of devices, its settings. What engines share is in test_engines.py."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 import normistral
 from normistral.errors import DeviceError, UsageError
+from normistral.hardware import read_machine
 from normistral.runtime.engines.openvino import require_device
 
 
@@ -59,6 +64,36 @@ def test_exact_keeps_its_arithmetic(tiny_fp16, name):
     assert name not in caught.value.hint
     with normistral.load(tiny_fp16, exact=True, settings={"INFERENCE_NUM_THREADS": "1"}) as model:
         assert model.capabilities.settings["INFERENCE_NUM_THREADS"] == "1"
+
+
+_ASK_INSTRUCTION_SET = """
+import openvino as ov
+from normistral.hardware import read_machine
+x = ov.opset13.parameter([1, 8], ov.Type.f32)
+compiled = ov.Core().compile_model(ov.Model([ov.opset13.relu(x)], [x]), "CPU")
+print(compiled.get_property("RUNTIME_REQUIREMENTS"), "/", *sorted(read_machine().instruction_sets))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "left_out"), [("AVX2", {"avx512f", "avx512_vnni"}), ("AVX512_CORE", {"avx512_vnni", "avx512_bf16"})]
+)
+def test_a_limit_of_instruction_sets_is_read_as_openvino_reads_it(limit, left_out):
+    if not {"avx2", "avx512f"} <= read_machine().instruction_sets:
+        pytest.skip("there is nothing to be limited on this processor")
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK_INSTRUCTION_SET],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": limit},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    engine, _, ours = done.stdout.partition(" / ")
+    assert engine.endswith(
+        {"AVX2": "isa=Intel AVX2", "AVX512_CORE": "AVX512BW, AVX512VL, and AVX512DQ extensions"}[limit]
+    )
+    assert not left_out & set(ours.split())
+    assert "avx2" in ours
 
 
 @pytest.mark.parametrize("device", ["GPU", "NPU", "CUDA", "", "AUTO:GPU"])

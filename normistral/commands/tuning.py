@@ -6,19 +6,25 @@ from typing import Annotated
 
 import typer
 
-from normistral.terminal.arguments import Artifact, Debug
+from normistral.errors import UsageError
+from normistral.runtime.tuned import BUDGET_MINUTES
+from normistral.terminal.arguments import Artifact, Debug, given
 
 
 def tune(
     artifact: Artifact,
     profile: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="The work: chat (question and answer), documents (long text, short answer) or batch (many of both).",
+            help="The work: chat (question and answer; the default), documents (long text, short answer) or batch "
+            "(many of middling length).",
         ),
-    ] = "chat",
-    budget: Annotated[float, typer.Option(metavar="MINUTES", help="Measure nothing new after this time.")] = 5.0,
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", help=f"Measure nothing new after this time. Default: {BUDGET_MINUTES:g}."),
+    ] = None,
     quality: Annotated[
         float | None,
         typer.Option(
@@ -31,14 +37,18 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Find the settings with which an artifact runs best here, and keep them for later loads.
+    """Find an artifact's best settings on this machine.
 
-    Compares settings of its engine on this machine's processor, in a few minutes and while it has the processor to
-    itself, and keeps those that are faster by more than the noise and cost little quality. The artifact stays as it is.
+    Compares settings of its engine on the processor for a few minutes, while nothing else should use it. Those that
+    are faster by more than the noise and cost little quality are kept, and used whenever the artifact is loaded here.
+    The artifact stays as it is.
     """
     from normistral.terminal.tuning import forget_artifact, run_tune
 
-    if forget:
-        forget_artifact(artifact)
+    options = given(profile=profile, budget_minutes=budget, quality=quality)
+    if not forget:
+        run_tune(artifact, options, as_json=as_json)
+    elif options or as_json:
+        raise UsageError("--forget measures nothing, so it takes no other option", "give it alone")
     else:
-        run_tune(artifact, profile, budget, quality, as_json=as_json)
+        forget_artifact(artifact)

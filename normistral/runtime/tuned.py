@@ -26,6 +26,7 @@ from normistral.manifest import MANIFEST_NAME, Sha256, sha256_file
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+BUDGET_MINUTES = 5.0  # of a search, unless the user says more or less
 _MAX_BYTES = 2**16
 _AGAIN = "tune it again, or drop it: normistral tune ARTIFACT --forget"
 

@@ -6,6 +6,7 @@ Engines are asked in processes of their own, so that a build that crashes on thi
 from __future__ import annotations
 
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from normistral import store
 from normistral.hardware import (
     Machine,
     free_disk_bytes,
+    instruction_set_limit,
     plan_onnxruntime,
     plan_openvino,
     plan_threads,
@@ -128,7 +130,7 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
             ("cores", f"{machine['physical_cores']} ({machine['logical_cpus']} logical CPUs)"),
             ("CPU limit", quota),
             ("memory", memory),
-            ("instructions", " ".join(machine["instruction_sets"]) or "not known here"),
+            ("instructions", (" ".join(machine["instruction_sets"]) or "not known here") + _limit()),
             ("system", report["system"]),
             ("store", f"{report['store']['path']}, {'?' if free is None else format_bytes(free)} free"),
         ],
@@ -154,6 +156,11 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     if report["problems"]:
         yield "Problems"
         yield from (f"  {problem}" for problem in report["problems"])
+
+
+def _limit() -> str:
+    limit = instruction_set_limit(os.environ)
+    return f" (as ONEDNN_MAX_CPU_ISA={limit} allows)" if limit else ""
 
 
 def _describe_engine(answer: dict[str, Any]) -> str:

@@ -190,6 +190,7 @@ def _document(
         "device": options.device,
         "exact": options.exact,
         "settings": in_use.settings,
+        "basis": in_use.basis,
         "given": list(in_use.given),
         "reference": options.reference,
         "text": {"sha256": text.sha256, "tokens": len(text.token_ids), "bytes": int(text.nbytes.sum())},
@@ -209,7 +210,7 @@ def _lines(
     quality: Quality,
     in_use: Capabilities,
 ) -> Iterator[str]:
-    arithmetic = "exact" if options.exact else "default settings"
+    arithmetic = {"exact": "exact", "rule": "default settings", "tuned": "tuned settings"}[in_use.basis]
     arithmetic += "".join(f", {name}={in_use.settings[name]}" for name in in_use.given)
     stride = "" if settings.stride is None else f", stride {settings.stride}"
     bos = "" if settings.bos_id is None else ", each with its BOS"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -14,7 +14,6 @@ from normistral.hardware import Machine, explain_openvino, plan_onnxruntime, pla
 from normistral.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
 from normistral.runtime.engines.settings import DEFAULT_CHUNK, PREFILL_CHUNK
 from normistral.runtime.tuned import (
-    Profile,
     Tuned,
     find_mismatch,
     forget_tuned,
@@ -27,18 +26,21 @@ from normistral.terminal.console import format_columns, print_json, print_lines,
 from normistral.terminal.progress import show_progress
 
 
-def run_tune(artifact: str, profile: str, budget_minutes: float, quality: float | None, *, as_json: bool) -> None:
+def run_tune(artifact: str, options: dict[str, Any], *, as_json: bool) -> None:
     """Tune and print.
+
+    Args:
+        options: fields of `TuneOptions`; its profile is checked with its work.
 
     Raises:
         NormistralError: as `normistral.tuning.tune.tune`.
     """
     from normistral.tuning.tune import TuneOptions, tune
 
-    options = TuneOptions(cast(Profile, profile), budget_minutes, quality)  # the profile is checked with its work
+    chosen = TuneOptions(**options)
     folder = store.resolve_artifact(artifact)
     with show_progress() as progress:
-        tuned = tune(folder, options, progress)
+        tuned = tune(folder, chosen, progress)
     if as_json:
         print_json(tuned_document(tuned))
     else:

@@ -15,7 +15,7 @@ from normistral.hardware import available_memory_bytes, read_machine
 from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.model import find_engine
 from normistral.runtime.tokenizer import Tokenizer
-from normistral.runtime.tuned import Profile, Tuned, make_key, save_tuned
+from normistral.runtime.tuned import BUDGET_MINUTES, Profile, Tuned, make_key, save_tuned
 from normistral.tuning.quality import quality_bound
 from normistral.tuning.search import Found, OutOfTimeError, describe, duel, search
 from normistral.tuning.space import Settings, exact_arithmetic, plan_search, rule_settings
@@ -37,7 +37,7 @@ class TuneOptions:
     """
 
     profile: Profile = "chat"
-    budget_minutes: float = 5.0
+    budget_minutes: float = BUDGET_MINUTES
     quality: float | None = None
 
     def __post_init__(self) -> None:
