@@ -50,7 +50,7 @@ class Scripted:
 
     def open_model(self, folder, manifest, device="CPU", *, exact=False, tuned=None, given=None):
         assert all(model._closed for model in self.opened), "two models at a time"
-        settings = {"KV_CACHE_PRECISION": "u8", "ENABLE_CPU_PINNING": "YES", **(given or {})}
+        settings = {"KV_CACHE_PRECISION": "u8", "ENABLE_CPU_PINNING": "YES", **(tuned or {}), **(given or {})}
         if self.refused(settings):
             raise EngineError("the engine does not take it")
         right, noise = random_logits(VOCABULARY), random_logits(VOCABULARY, seed=1)

@@ -49,13 +49,16 @@ class Workbench:
 
     def settings_in_force(self, settings: Settings) -> dict[str, str]:
         """These settings and what the engine chose beside them, as far as it can be asked for."""
-        model = self._load(settings)
-        in_force = model.capabilities.settings
-        return {
+        self.close()
+        # As tuned settings, which the engine may adapt: for the rule's that is right, and its answer is what counts.
+        self._model = open_model(self.folder, self.manifest, tuned=settings)
+        in_force = self._model.capabilities.settings
+        self._settings = {
             name: value
             for name, value in in_force.items()
             if name in settings or (name in REPORTED and "," not in value)  # "1,4": a graph with both levels
         }
+        return dict(self._settings)
 
     def measure(self, settings: Settings) -> float:
         """Seconds of the work.

@@ -10,7 +10,7 @@ Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normistral import hardware
-from normistral.errors import ClosedError, DeviceError, EngineError, UsageError
+from normistral.errors import ClosedError, DeviceError, EngineError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Basis, Capabilities, Logits
-from normistral.runtime.engines.settings import COUNT, PREFILL_CHUNK, Setting, override
+from normistral.runtime.engines.openvino_settings import (
+    REPORTED,
+    known_settings,
+    require_accepted,
+    require_taken,
+    said_first,
+    settings_in_force,
+)
+from normistral.runtime.engines.settings import PREFILL_CHUNK, override
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -31,28 +39,6 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "openvino_model.xml"
 _VIRTUAL_DEVICES = ("AUTO", "HETERO")  # OpenVINO's own ways to combine devices
 _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load
-
-_SWITCH = Setting("YES|NO", "YES or NO")
-_GROUP = Setting(r"0|[1-9]\d{0,4}", "a number of values, 0 to 99999", changes_results=True)
-# Properties of the CPU plugin that bear only on where and when something is computed, and those whose values it reads
-# loosely ("2x" is 2, "-5" is 2^64 - 5). The plugin itself checks the values of the others.
-_PROPERTIES = {
-    "PERFORMANCE_HINT": Setting("LATENCY|THROUGHPUT|CUMULATIVE_THROUGHPUT", "LATENCY or THROUGHPUT"),
-    "INFERENCE_NUM_THREADS": COUNT,
-    "NUM_STREAMS": COUNT,
-    "ENABLE_CPU_PINNING": _SWITCH,
-    "ENABLE_CPU_RESERVATION": _SWITCH,
-    "ENABLE_HYPER_THREADING": _SWITCH,
-    "SCHEDULING_CORE_TYPE": Setting("ANY_CORE|PCORE_ONLY|ECORE_ONLY", "ANY_CORE, PCORE_ONLY or ECORE_ONLY"),
-    "TBB_PARTITIONER": Setting("STATIC|AUTO", "STATIC or AUTO"),
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP,
-    "KEY_CACHE_GROUP_SIZE": _GROUP,
-    "VALUE_CACHE_GROUP_SIZE": _GROUP,
-}
-_OTHER_PROPERTY = Setting(r"\S+", "what OpenVINO's documentation says", changes_results=True)
-_NO_SETTINGS = {"DEVICE_ID", "LOG_LEVEL", "PERF_COUNT"}  # properties that choose the device or only print
-# Reported even where nobody set them: they decide speed and results.
-_REPORTED = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "ENABLE_CPU_PINNING")
 
 
 class OpenVINOBackend:
@@ -70,7 +56,7 @@ class OpenVINOBackend:
         try:
             return OpenVINOEngine(self._compiled.create_infer_request(), self._takes_positions)
         except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not create an infer request: {_first_line(exc)}") from exc
+            raise EngineError(f"OpenVINO could not create an infer request: {said_first(exc)}") from exc
 
     def close(self) -> None:
         """Let go of the weights; they are freed with the last engine made from them."""
@@ -117,7 +103,7 @@ class OpenVINOEngine:
             request.infer(inputs, share_inputs=True)
             logits = request.get_tensor("logits").data  # [1, last, vocabulary]
         except RuntimeError as exc:
-            raise EngineError(f"OpenVINO failed at token {total}: {_first_line(exc)}") from exc
+            raise EngineError(f"OpenVINO failed at token {total}: {said_first(exc)}") from exc
         self._length = total
         return np.array(logits[0], dtype=np.float32)  # a copy: the request overwrites its tensor at the next step
 
@@ -156,7 +142,7 @@ class OpenVINOEngine:
         try:
             return {state.name: state.state.data for state in self._open_request().query_state()}
         except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not read the KV cache: {_first_line(exc)}") from exc
+            raise EngineError(f"OpenVINO could not read the KV cache: {said_first(exc)}") from exc
 
     def _write_states(self, states: dict[str, Logits]) -> None:
         import openvino as ov
@@ -165,7 +151,7 @@ class OpenVINOEngine:
             for state in self._open_request().query_state():
                 state.state = ov.Tensor(np.ascontiguousarray(states[state.name]))
         except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not write the KV cache: {_first_line(exc)}") from exc
+            raise EngineError(f"OpenVINO could not write the KV cache: {said_first(exc)}") from exc
 
     def _open_request(self) -> ov.InferRequest:
         if self._request is None:
@@ -205,17 +191,17 @@ def load_openvino(
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     try:
         for name in given.keys() - {PREFILL_CHUNK}:
-            _require_accepted(core, device, name, settings[name])
+            require_accepted(core, device, name, settings[name])
         model = core.read_model(folder / MODEL_FILE)
         keep_last_logits(model)
         compiled = core.compile_model(model, device, settings)
-        in_force = settings_in_force(compiled, (*settings, *_REPORTED))
+        in_force = settings_in_force(compiled, (*settings, *REPORTED))
     except RuntimeError as exc:
         raise EngineError(
-            f"OpenVINO could not load {folder.name} on {device}: {_first_line(exc)}",
+            f"OpenVINO could not load {folder.name} on {device}: {said_first(exc)}",
             "check the artifact with: normistral info ARTIFACT --check",
         ) from exc
-    _require_taken(given, in_force, device)
+    require_taken(given, in_force, device)
     in_force[PREFILL_CHUNK] = prefill_chunk
     basis: Basis = "exact" if exact else "rule" if tuned is None else "tuned"
     logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
@@ -232,47 +218,6 @@ def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: 
     # The plan is for CPUs; elsewhere only what every plugin understands.
     shared = ("PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT") if exact else ("PERFORMANCE_HINT",)
     return {key: value for key, value in settings.items() if key in shared}
-
-
-def known_settings(core: ov.Core, device: str) -> dict[str, Setting]:
-    """The properties that this device lets a caller set."""
-    supported: dict[str, str] = core.get_property(device, "SUPPORTED_PROPERTIES")
-    names = {name for name, access in supported.items() if access == "RW"} - _NO_SETTINGS
-    return {name: _PROPERTIES.get(name, _OTHER_PROPERTY) for name in names}
-
-
-def settings_in_force(compiled: ov.CompiledModel, names: Iterable[str]) -> dict[str, str]:
-    """What a compiled model answers when asked for its properties, as far as it has them."""
-    supported = compiled.get_property("SUPPORTED_PROPERTIES")
-    return {name: _as_text(compiled.get_property(name)) for name in dict.fromkeys(names) if name in supported}
-
-
-def _as_text(value: Any) -> str:
-    """A property's value as OpenVINO would read it."""
-    if isinstance(value, bool):
-        return "YES" if value else "NO"
-    if isinstance(value, (set, list, tuple)):
-        return ",".join(sorted(map(_as_text, value)))
-    if hasattr(value, "get_type_name"):  # ov.Type: f32, bf16, u8
-        return str(value.get_type_name())
-    return str(getattr(value, "name", value))  # enumerations have a name
-
-
-def _require_accepted(core: ov.Core, device: str, name: str, value: str) -> None:
-    """Let the plugin itself look at a value, before anything is loaded; this core is nobody else's."""
-    try:
-        core.set_property(device, {name: value})
-    except RuntimeError as exc:
-        raise UsageError(f"{name} cannot be {value!r}: {_first_line(exc)}", "take one that OpenVINO knows") from exc
-
-
-def _require_taken(given: Mapping[str, str], in_force: Mapping[str, str], device: str) -> None:
-    """Refuse what OpenVINO quietly replaced: more threads than there are cores, a precision that is not there."""
-    for name, value in given.items():
-        if (actual := in_force.get(name, value)) != value:
-            raise UsageError(
-                f"OpenVINO on {device} does not take {name}={value}: it uses {actual}", f"leave it out, or say {actual}"
-            )
 
 
 def require_device(device: str, available: Sequence[str]) -> None:
@@ -330,10 +275,3 @@ def warm_up(backend: OpenVINOBackend) -> None:
     for length in _WARM_UP_LENGTHS:
         engine.forward([0] * length)
     engine.close()
-
-
-def _first_line(exc: BaseException) -> str:
-    """The part of OpenVINO's message that says what happened, without its source locations."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith(("Exception from ", "Check '"))]
-    return (said or lines or [type(exc).__name__])[0]
