@@ -6,7 +6,7 @@ import pytest
 from sample_artifacts import make_manifest
 
 from normistral.errors import UsageError
-from normistral.hardware import Machine, exact_openvino, limit_instruction_sets, plan_openvino
+from normistral.hardware import Machine, exact_openvino, explain_openvino, limit_instruction_sets, plan_openvino
 from normistral.manifest import RecipeRecord
 from normistral.runtime.engines.settings import CHUNK, override
 from normistral.tuning.quality import quality_bound, take_probe
@@ -196,3 +196,13 @@ def test_a_piece_of_a_prompt_has_a_sensible_size(size, taken):
     else:
         with pytest.raises(UsageError, match="prefill_chunk cannot be"):
             override({}, {"prefill_chunk": size}, {"prefill_chunk": CHUNK}, engine="x", exact=False)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp16"])
+@pytest.mark.parametrize("instruction_sets", [(), AVX2, AVX512, VNNI, AMX])
+def test_the_reasons_are_those_of_the_rule(instruction_sets, weights):
+    described = machine(instruction_sets)
+    plan, reasons = plan_openvino(described, weights), "\n".join(explain_openvino(described, weights))
+    assert ("f32: " in reasons) == (plan.get("INFERENCE_PRECISION_HINT") == "f32")
+    assert ("\ndynamic quantisation: " in reasons) == (plan.get("DYNAMIC_QUANTIZATION_GROUP_SIZE", "0") != "0")
+    assert ("no dynamic quantisation" in reasons) == (plan.get("DYNAMIC_QUANTIZATION_GROUP_SIZE") == "0")

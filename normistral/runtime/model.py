@@ -91,16 +91,7 @@ def open_model(
             f"the model {manifest.architecture.vocabulary}",
             "export the model again",
         )
-    backend: Backend
-    if manifest.format == "openvino":
-        from normistral.runtime.engines.openvino import load_openvino
-
-        backend = load_openvino(folder, manifest, device, exact=exact, tuned=tuned, given=given)
-    else:
-        from normistral.runtime.engines.onnxruntime import load_onnx
-
-        backend = load_onnx(folder, manifest, device, exact=exact, tuned=tuned, given=given)
-    return Model(backend, manifest, tokenizer, name=folder.name)
+    return Model(_load_backend(folder, manifest, device, exact, tuned, given), manifest, tokenizer, name=folder.name)
 
 
 def find_engine(manifest: Manifest) -> tuple[str, str]:
@@ -332,3 +323,20 @@ class Model:
             raise UsageError(
                 f"{wrong[0]!r} is not a token id of this model", f"token ids go from 0 to {vocabulary - 1}"
             )
+
+
+def _load_backend(
+    folder: Path,
+    manifest: Manifest,
+    device: str,
+    exact: bool,
+    tuned: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> Backend:
+    if manifest.format == "openvino":
+        from normistral.runtime.engines.openvino import load_openvino
+
+        return load_openvino(folder, manifest, device, exact=exact, tuned=tuned, given=given)
+    from normistral.runtime.engines.onnxruntime import load_onnx
+
+    return load_onnx(folder, manifest, device, exact=exact, tuned=tuned, given=given)
