@@ -258,6 +258,13 @@ def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys)
         (["chat", "x", "--prompt", "y", "--max-new-tokens", "0"], 2, "max_new_tokens"),
         (["chat", "x", "--prompt", ""], 2, "empty"),
         (["chat", "x", "--prompt", "y", "--stop-at-newline"], 2, "--stop-at-newline"),
+        (["chat", "x", "--prompt", "y", "--set", "prefill_chunk"], 2, "--set prefill_chunk is no KEY=VALUE"),
+        (["tune"], 2, "ARTIFACT"),
+        (["tune", "x"], 1, "no artifact 'x'"),
+        (["tune", "x", "--budget", "0"], 2, "a budget of 0 minutes is none"),
+        (["tune", "x", "--forget", "--budget", "3"], 2, "--forget measures nothing"),
+        (["doctor", "x"], 1, "no artifact 'x'"),
+        (["generate", "x", "--prompt", "y", "--set", "a=1", "--set", "a=2"], 2, "--set a is given twice"),
         (["chat", "x", "--prompt", "y"], 1, "no artifact 'x'"),
         (["generate", "x", "--prompt", "y"], 1, "no artifact 'x'"),
         (["info", "x"], 1, "no artifact 'x'"),
@@ -336,7 +343,7 @@ def test_the_help_lists_the_commands(capsys, arguments):
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    for name in ("models", "export", "chat", "generate", "eval", "info", "draft-table", "doctor"):
+    for name in ("models", "export", "chat", "generate", "eval", "info", "draft-table", "tune", "doctor"):
         assert re.search(rf"^  {name} ", printed.out, re.MULTILINE)
     assert "..." not in printed.out.partition("Commands:")[2]  # no summary is cut
 

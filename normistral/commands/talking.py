@@ -20,6 +20,7 @@ from normistral.terminal.arguments import (
     Device,
     Draft,
     DraftTable,
+    EngineSettings,
     Exact,
     Greedy,
     HideReasoning,
@@ -36,6 +37,7 @@ from normistral.terminal.arguments import (
     TopK,
     TopP,
     given,
+    parse_settings,
 )
 
 
@@ -59,6 +61,7 @@ def chat(
     greedy: Greedy = False,
     exact: Exact = False,
     device: Device = "CPU",
+    engine_settings: EngineSettings = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -97,6 +100,7 @@ def chat(
         draft=draft,
     )
     _require_drafting(options, draft_table)
+    settings = parse_settings(engine_settings)
     message = _read_prompt(prompt)
     system = None if system is None else console.decode_argument(system)
     if message is None and (as_json or stats):
@@ -118,7 +122,7 @@ def chat(
     _require_reasoning(folder, manifest, options, hide_reasoning=hide_reasoning, as_json=as_json)
     if message is None:
         console.say(f"loading {folder.name} ...")
-    with load(folder, device=device, exact=exact, draft_table=draft_table) as model:
+    with load(folder, device=device, exact=exact, settings=settings, draft_table=draft_table) as model:
         if session is None:
             conversation = model.chat(system=system, overflow=overflow)
         else:
@@ -145,6 +149,7 @@ def generate(
     greedy: Greedy = False,
     exact: Exact = False,
     device: Device = "CPU",
+    engine_settings: EngineSettings = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -183,6 +188,7 @@ def generate(
         draft=draft,
     )
     _require_drafting(options, draft_table)
+    settings = parse_settings(engine_settings)
     text = _read_prompt(prompt)
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
@@ -191,7 +197,7 @@ def generate(
 
     folder = store.resolve_artifact(artifact)
     _require_reasoning(folder, read_manifest(folder), options, hide_reasoning=hide_reasoning, as_json=as_json)
-    with load(folder, device=device, exact=exact, draft_table=draft_table) as model:
+    with load(folder, device=device, exact=exact, settings=settings, draft_table=draft_table) as model:
         print_answer(model.stream(text, **options), as_json=as_json, stats=stats, hide_reasoning=hide_reasoning)
 
 

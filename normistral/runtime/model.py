@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from normistral import store
 from normistral.errors import ArtifactError, ClosedError, ContextLengthError, UsageError
+from normistral.hardware import read_machine
 from normistral.manifest import Manifest, check_files, read_manifest, sha256_file
 from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
@@ -23,6 +24,7 @@ from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.prefix import Prefix
+from normistral.runtime.providers import import_onnxruntime
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
@@ -30,12 +32,18 @@ from normistral.runtime.session_file import OnBytes
 from normistral.runtime.sessions import restore_sequence
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
+from normistral.runtime.tuned import find_tuned, make_key
 
 Prompt = str | Sequence[int]
 
 
 def load(
-    artifact: str | Path, device: str = "CPU", *, exact: bool = False, draft_table: str | Path | None = None
+    artifact: str | Path,
+    device: str = "CPU",
+    *,
+    exact: bool = False,
+    settings: Mapping[str, str] | None = None,
+    draft_table: str | Path | None = None,
 ) -> Model:
     """Load an exported artifact.
 
@@ -44,12 +52,18 @@ def load(
         device: CPU, or another device of the artifact's engine (OpenVINO: GPU, GPU.1, AUTO ...; ONNX: CUDA, CUDA:1,
             DIRECTML ...: `normistral doctor` lists those that are there).
         exact: reference arithmetic, for proofs and comparisons: float32 and no run-time quantisation. Slower.
+        settings: engine settings by the engine's own names, over the plan for this machine: properties of OpenVINO;
+            of onnxruntime fields of its SessionOptions, "session." entries and `accuracy_level` of MatMulNBits; for
+            both `prefill_chunk`, tokens of a prompt that are fed at once. `Model.capabilities` shows what is in force.
         draft_table: a file of n-grams that `normistral draft-table` made; guesses tokens where the text so far gives
             no guess.
 
+    What `normistral tune` found for this artifact on this machine takes the place of the plan, unless `exact`.
+
     Raises:
+        UsageError: an unknown setting, a value that the engine does not take, or one that would change the arithmetic
+            of `exact`; or the draft table cannot be read, or belongs to another tokenizer.
         ModelNotFoundError: no such artifact.
-        UsageError: the draft table cannot be read, or belongs to another tokenizer.
         ArtifactError: it is damaged, incomplete, or from a newer version.
         MissingExtraError: the artifact's engine is not installed.
         DeviceError: the device is not there.
@@ -58,6 +72,30 @@ def load(
     folder = store.resolve_artifact(str(artifact))
     manifest = read_manifest(folder)
     check_files(folder, manifest, thorough=False)
+    found = None
+    if not exact:
+        engine, version = find_engine(manifest)
+        found = find_tuned(make_key(folder, read_machine(), engine, version, device))
+    tuned = None if found is None else found.settings
+    return open_model(folder, manifest, device, exact=exact, tuned=tuned, given=settings, draft_table=draft_table)
+
+
+def open_model(
+    folder: Path,
+    manifest: Manifest,
+    device: str = "CPU",
+    *,
+    exact: bool = False,
+    tuned: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
+    draft_table: str | Path | None = None,
+) -> Model:
+    """Load an artifact whose files were checked; arguments and errors as in `load`.
+
+    Args:
+        tuned: settings of an earlier `normistral tune`; none is looked for.
+        given: settings over those.
+    """
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocabulary_size > manifest.architecture.vocabulary:
         raise ArtifactError(
@@ -69,8 +107,21 @@ def load(
     if draft_table is not None:
         tokenizer_sha256 = sha256_file(folder / TOKENIZER_NAME)
         table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
-    backend = _load_backend(folder, manifest, device, exact)
+    backend = _load_backend(folder, manifest, device, exact, tuned, given)
     return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
+
+
+def find_engine(manifest: Manifest) -> tuple[str, str]:
+    """Name and version of the engine that runs an artifact.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    if manifest.format == "openvino":
+        import openvino
+
+        return "openvino", str(openvino.__version__)
+    return "onnxruntime", str(import_onnxruntime().__version__)
 
 
 class Model:
@@ -351,11 +402,18 @@ class Model:
             )
 
 
-def _load_backend(folder: Path, manifest: Manifest, device: str, exact: bool) -> Backend:
+def _load_backend(
+    folder: Path,
+    manifest: Manifest,
+    device: str,
+    exact: bool,
+    tuned: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> Backend:
     if manifest.format == "openvino":
         from normistral.runtime.engines.openvino import load_openvino
 
-        return load_openvino(folder, manifest, device, exact=exact)
+        return load_openvino(folder, manifest, device, exact=exact, tuned=tuned, given=given)
     from normistral.runtime.engines.onnxruntime import load_onnx
 
-    return load_onnx(folder, manifest, device, exact=exact)
+    return load_onnx(folder, manifest, device, exact=exact, tuned=tuned, given=given)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from normistral.errors import EngineError
 
 Logits = NDArray[np.float32]
+Basis = Literal["rule", "tuned", "exact"]
 
 
 class CacheTensor(NamedTuple):
@@ -33,18 +34,29 @@ class Capabilities:
         name: "openvino", "onnxruntime" or "scripted".
         device: what it runs on, in the engine's own words.
         prefill_chunk: tokens to feed at most in one `forward` of a long prompt.
-        settings: the engine's options in force, for reports.
-        exact: reference arithmetic: a step of n tokens computes what n steps of one do, but for the last bits. Without
-            it, activations may be rounded while running, and how a sequence was cut can be seen in the logits.
-        numerics: those that change the numbers, as the engine reports them; a KV cache is good only under the same.
+        settings: the engine's options in force, for reports: what it answers when asked after loading, as far as it
+            can be asked.
+        basis: where they come from: the rule for this kind of machine, `normistral tune` on this one, or the reference
+            arithmetic.
+        given: names of those that the caller chose over that.
+        numerics: those that change the numbers; a KV cache is good only under the same.
     """
 
     name: str
     device: str
     prefill_chunk: int
     settings: dict[str, str]
-    exact: bool = False
+    basis: Basis = "rule"
+    given: tuple[str, ...] = ()
     numerics: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Reference arithmetic: a step of n tokens computes what n steps of one do, but for the last bits.
+
+        Without it, activations may be rounded while running, and how a sequence was cut can be seen in the logits.
+        """
+        return self.basis == "exact"
 
 
 class Engine(Protocol):

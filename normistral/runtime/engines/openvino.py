@@ -10,7 +10,7 @@ Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,19 @@ import numpy as np
 from normistral import hardware
 from normistral.errors import ClosedError, DeviceError, EngineError
 from normistral.manifest import Manifest
-from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors
+from normistral.runtime.engines.base import Basis, CacheTensor, Capabilities, Logits, check_cache_tensors
 from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
+from normistral.runtime.engines.openvino_settings import (
+    NUMERICS,
+    REPORTED,
+    known_settings,
+    require_accepted,
+    require_taken,
+    said_first,
+    settings_in_force,
+)
 from normistral.runtime.engines.openvino_slots import Slots
+from normistral.runtime.engines.settings import PREFILL_CHUNK, override
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -30,19 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "openvino_model.xml"
-PREFILL_CHUNK = (
-    256  # tokens; long enough for full speed, short enough that a prompt can be cancelled (docs/decisions.md)
-)
-_NUMERICS = (
-    "INFERENCE_PRECISION_HINT",
-    "EXECUTION_MODE_HINT",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
-    "KV_CACHE_PRECISION",
-    "KEY_CACHE_PRECISION",
-    "VALUE_CACHE_PRECISION",
-    "KEY_CACHE_GROUP_SIZE",
-    "VALUE_CACHE_GROUP_SIZE",
-)
 _VIRTUAL_DEVICES = ("AUTO", "HETERO")  # OpenVINO's own ways to combine devices
 _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load
 
@@ -68,7 +65,7 @@ class OpenVINOBackend:
         try:
             request = self._compiled.create_infer_request()
         except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not create an infer request: {_first_line(exc)}") from exc
+            raise EngineError(f"OpenVINO could not create an infer request: {said_first(exc)}") from exc
         slots = Slots(self._slot_limit, keeps_dead=self._keeps_dead)
         return OpenVINOEngine(request, self._takes_positions, slots, self._cache_precision)
 
@@ -114,7 +111,7 @@ class OpenVINOEngine:
             request.infer(inputs, share_inputs=True)
             logits = request.get_tensor("logits").data  # [1, last, vocabulary]
         except RuntimeError as exc:
-            raise EngineError(f"OpenVINO failed at token {total}: {_first_line(exc)}") from exc
+            raise EngineError(f"OpenVINO failed at token {total}: {said_first(exc)}") from exc
         slots.append(count)
         return np.array(logits[0], dtype=np.float32)  # a copy: the request overwrites its tensor at the next step
 
@@ -182,40 +179,73 @@ class OpenVINOEngine:
         return self._request
 
 
-def load_openvino(folder: Path, manifest: Manifest, device: str = "CPU", *, exact: bool = False) -> OpenVINOBackend:
+def load_openvino(
+    folder: Path,
+    manifest: Manifest,
+    device: str = "CPU",
+    *,
+    exact: bool = False,
+    tuned: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> OpenVINOBackend:
     """Compile an artifact's IR for a device and warm it up.
 
     Args:
         device: OpenVINO's name: CPU, GPU, GPU.1, AUTO, AUTO:GPU,CPU ...
         exact: reference arithmetic: float32 activations and KV cache, no dynamic quantisation.
+        tuned: what `normistral tune` found for it here, over the rule for this kind of machine.
+        given: properties over both; see `normistral.load`.
 
     Raises:
         DeviceError: the device is not there.
+        UsageError: an unknown property, or a value that OpenVINO refuses or replaces by another.
         EngineError: OpenVINO could not read or compile the model.
     """
     import openvino as ov
 
+    given = given or {}
     core = ov.Core()
     require_device(device, list(core.available_devices))
-    machine = hardware.read_machine()
-    settings = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
-    if device != "CPU":  # the plan is for CPUs; elsewhere only what every plugin understands
-        shared = ("PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT") if exact else ("PERFORMANCE_HINT",)
-        settings = {key: value for key, value in settings.items() if key in shared}
+    plan = _plan(hardware.read_machine(), manifest, device, exact=exact)
+    settings = override({**plan, **(tuned or {})}, given, known_settings(core, device), engine="OpenVINO", exact=exact)
+    prefill_chunk = settings.pop(PREFILL_CHUNK)
     try:
+        for name in given.keys() - {PREFILL_CHUNK}:
+            require_accepted(core, device, name, settings[name])
         model = core.read_model(folder / MODEL_FILE)
         keep_last_logits(model)
         compiled = core.compile_model(model, device, settings)
+        in_force = settings_in_force(compiled, (*settings, *REPORTED))
     except RuntimeError as exc:
         raise EngineError(
-            f"OpenVINO could not load {folder.name} on {device}: {_first_line(exc)}",
+            f"OpenVINO could not load {folder.name} on {device}: {said_first(exc)}",
             "check the artifact with: normistral info ARTIFACT --check",
         ) from exc
-    logger.info("loaded %s on %s with %s", folder.name, device, settings)
-    capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings, exact, read_numerics(compiled))
+    require_taken(given, in_force, device)
+    in_force[PREFILL_CHUNK] = prefill_chunk
+    basis: Basis = "exact" if exact else "rule" if tuned is None else "tuned"
+    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
+    capabilities = Capabilities(
+        "openvino",
+        device,
+        int(prefill_chunk),
+        in_force,
+        basis,
+        tuple(sorted(given)),
+        settings_in_force(compiled, NUMERICS),
+    )
     backend = OpenVINOBackend(compiled, manifest, capabilities)
     warm_up(backend)
     return backend
+
+
+def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: bool) -> dict[str, str]:
+    settings = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
+    if device == "CPU":
+        return settings
+    # The plan is for CPUs; elsewhere only what every plugin understands.
+    shared = ("PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT") if exact else ("PERFORMANCE_HINT",)
+    return {key: value for key, value in settings.items() if key in shared}
 
 
 def require_device(device: str, available: Sequence[str]) -> None:
@@ -275,26 +305,9 @@ def warm_up(backend: OpenVINOBackend) -> None:
     engine.close()
 
 
-def read_numerics(compiled: ov.CompiledModel) -> dict[str, str]:
-    """Of the properties in force, those that change what is computed; a device has some of them."""
-    with _translated("OpenVINO does not say with which settings it runs"):
-        supported = set(map(str, compiled.get_property("SUPPORTED_PROPERTIES")))
-        values = {name: compiled.get_property(name) for name in _NUMERICS if name in supported}
-    return {
-        name: value.get_type_name() if hasattr(value, "get_type_name") else str(value) for name, value in values.items()
-    }
-
-
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as exc:
-        raise EngineError(f"{what}: {_first_line(exc)}") from exc
-
-
-def _first_line(exc: BaseException) -> str:
-    """The part of OpenVINO's message that says what happened, without its source locations."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith(("Exception from ", "Check '"))]
-    return (said or lines or [type(exc).__name__])[0]
+        raise EngineError(f"{what}: {said_first(exc)}") from exc

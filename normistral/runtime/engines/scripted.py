@@ -25,7 +25,7 @@ class ScriptedBackend:
 
     def __init__(self, next_logits: NextLogits, prefill_chunk: int = 64) -> None:
         self.next_logits = next_logits
-        self.capabilities = Capabilities("scripted", "none", prefill_chunk, {}, exact=True)
+        self.capabilities = Capabilities("scripted", "none", prefill_chunk, {}, "exact")
         self.forwarded: list[list[int]] = []  # tokens of every forward call, in order: what a test wants to know
         self.closed = False
 
