@@ -33,7 +33,7 @@ def make_artifact(folder: Path, **changes) -> Path:
 
 
 def run(settings: dict, arguments: list[str]) -> int:
-    def load(folder: Path, device: str = "CPU", *, exact: bool = False) -> Model:
+    def load(folder: Path, device: str = "CPU", *, exact: bool = False, settings: dict | None = None) -> Model:
         model = make_model(
             Path(settings["folder"]) / "tokenizer",
             settings["answers"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,9 @@ from normistral.runtime.tokenizer import Tokenizer
 Prompt = str | Sequence[int]
 
 
-def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> Model:
+def load(
+    artifact: str | Path, device: str = "CPU", *, exact: bool = False, settings: Mapping[str, str] | None = None
+) -> Model:
     """Load an exported artifact.
 
     Args:
@@ -37,13 +39,14 @@ def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> M
         device: CPU, or another device of the artifact's engine (OpenVINO: GPU, GPU.1, AUTO ...; ONNX: CUDA, CUDA:1,
             DIRECTML ...: `normistral doctor` lists those that are there).
         exact: reference arithmetic, for proofs and comparisons: float32 and no run-time quantisation. Slower.
+        settings: options of the engine, by its own names, over those that are planned for this machine.
 
     Raises:
         ModelNotFoundError: no such artifact.
         ArtifactError: it is damaged, incomplete, or from a newer version.
         MissingExtraError: the artifact's engine is not installed.
         DeviceError: the device is not there.
-        EngineError: the engine could not load it.
+        EngineError: the engine could not load it, or knows no such setting.
     """
     folder = store.resolve_artifact(str(artifact))
     manifest = read_manifest(folder)
@@ -55,7 +58,7 @@ def load(artifact: str | Path, device: str = "CPU", *, exact: bool = False) -> M
             f"the model {manifest.architecture.vocabulary}",
             "export the model again",
         )
-    return Model(_load_backend(folder, manifest, device, exact), manifest, tokenizer, name=folder.name)
+    return Model(_load_backend(folder, manifest, device, exact, settings or {}), manifest, tokenizer, name=folder.name)
 
 
 class Model:
@@ -276,11 +279,11 @@ class Model:
             )
 
 
-def _load_backend(folder: Path, manifest: Manifest, device: str, exact: bool) -> Backend:
+def _load_backend(folder: Path, manifest: Manifest, device: str, exact: bool, settings: Mapping[str, str]) -> Backend:
     if manifest.format == "openvino":
         from normistral.runtime.engines.openvino import load_openvino
 
-        return load_openvino(folder, manifest, device, exact=exact)
+        return load_openvino(folder, manifest, device, exact=exact, settings=settings)
     from normistral.runtime.engines.onnxruntime import load_onnx
 
-    return load_onnx(folder, manifest, device, exact=exact)
+    return load_onnx(folder, manifest, device, exact=exact, settings=settings)

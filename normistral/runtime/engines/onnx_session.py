@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normistral.errors import DeviceError, EngineError, first_line
+from normistral.errors import DeviceError, EngineError, UsageError, first_line
 from normistral.runtime.providers import Target
 
 if TYPE_CHECKING:
@@ -20,7 +20,11 @@ _LIBRARIES = "https://onnxruntime.ai/docs/execution-providers"
 
 
 def session_options(settings: dict[str, str], folder: Path) -> SessionOptions:
-    """onnxruntime's options from a plan of `hardware.plan_onnxruntime`; weights are looked for in `folder`."""
+    """onnxruntime's options from a plan of `hardware.plan_onnxruntime`; weights are looked for in `folder`.
+
+    Raises:
+        UsageError: onnxruntime has no such field, or it is no whole number.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -29,6 +33,11 @@ def session_options(settings: dict[str, str], folder: Path) -> SessionOptions:
         if key.startswith("session."):
             options.add_session_config_entry(key, value)
         else:
+            if key.startswith("_") or not isinstance(getattr(options, key, None), int) or not value.isdigit():
+                raise UsageError(
+                    f"{key}={value} is no setting of onnxruntime",
+                    "settings are whole-number fields of its SessionOptions, or session.NAME=VALUE",
+                )
             setattr(options, key, int(value))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return options

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,13 +174,21 @@ class OnnxEngine:
         return self._sequence
 
 
-def load_onnx(folder: Path, manifest: Manifest, device: str = "CPU", *, exact: bool = False) -> OnnxBackend:
+def load_onnx(
+    folder: Path,
+    manifest: Manifest,
+    device: str = "CPU",
+    *,
+    exact: bool = False,
+    settings: Mapping[str, str] | None = None,
+) -> OnnxBackend:
     """Open an artifact's graph on a device and warm it up.
 
     Args:
         device: CPU, CUDA, CUDA:1, OPENVINO:GPU ...: a key of `providers.PROVIDERS`, as far as the installed onnxruntime
             has its provider.
         exact: reference arithmetic: products of rounded weights in float32.
+        settings: fields and "session." entries of onnxruntime's options, over those that are planned for this machine.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -193,22 +201,22 @@ def load_onnx(folder: Path, manifest: Manifest, device: str = "CPU", *, exact: b
     graph = read_graph(folder, manifest)
     in_place = onnx_graph.is_fused(graph)
     adapt_graph(graph, exact=exact)
-    settings = hardware.plan_onnxruntime(hardware.read_machine())
-    options = session_options(settings, folder)
+    in_force = hardware.plan_onnxruntime(hardware.read_machine()) | dict(settings or {})
+    options = session_options(in_force, folder)
     with tempfile.TemporaryDirectory(prefix="normistral-") as scratch:
         if not target.is_cpu:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(scratch, "profile"))
         session = open_session(bytes(graph), options, target, folder.name)
-        settings |= {"provider": target.provider} | target.options
+        in_force |= {"provider": target.provider} | target.options
         if levels := onnx_graph.accuracy_levels(graph):
-            settings["accuracy_level"] = ",".join(map(str, levels))
+            in_force["accuracy_level"] = ",".join(map(str, levels))
         decoder = describe_decoder(session, manifest, target, in_place=in_place)
-        backend = OnnxBackend(decoder, Capabilities("onnxruntime", device, PREFILL_CHUNK, settings))
+        backend = OnnxBackend(decoder, Capabilities("onnxruntime", device, PREFILL_CHUNK, in_force))
         warm_up(backend)
         if not target.is_cpu:
             require_all_on(target, Path(session.end_profiling()))
-    logger.info("loaded %s on %s with %s", folder.name, device, settings)
+    logger.info("loaded %s on %s with %s", folder.name, device, in_force)
     return backend
 
 

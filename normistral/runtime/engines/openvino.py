@@ -10,7 +10,7 @@ Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,12 +153,20 @@ class OpenVINOEngine:
         return self._request
 
 
-def load_openvino(folder: Path, manifest: Manifest, device: str = "CPU", *, exact: bool = False) -> OpenVINOBackend:
+def load_openvino(
+    folder: Path,
+    manifest: Manifest,
+    device: str = "CPU",
+    *,
+    exact: bool = False,
+    settings: Mapping[str, str] | None = None,
+) -> OpenVINOBackend:
     """Compile an artifact's IR for a device and warm it up.
 
     Args:
         device: OpenVINO's name: CPU, GPU, GPU.1, AUTO, AUTO:GPU,CPU ...
         exact: reference arithmetic: float32 activations and KV cache, no dynamic quantisation.
+        settings: properties of OpenVINO, over those that are planned for this machine.
 
     Raises:
         DeviceError: the device is not there.
@@ -169,21 +177,22 @@ def load_openvino(folder: Path, manifest: Manifest, device: str = "CPU", *, exac
     core = ov.Core()
     require_device(device, list(core.available_devices))
     machine = hardware.read_machine()
-    settings = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
+    planned = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
     if device != "CPU":  # the plan is for CPUs; elsewhere only what every plugin understands
         shared = ("PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT") if exact else ("PERFORMANCE_HINT",)
-        settings = {key: value for key, value in settings.items() if key in shared}
+        planned = {key: value for key, value in planned.items() if key in shared}
+    in_force = planned | dict(settings or {})
     try:
         model = core.read_model(folder / MODEL_FILE)
         keep_last_logits(model)
-        compiled = core.compile_model(model, device, settings)
+        compiled = core.compile_model(model, device, in_force)
     except RuntimeError as exc:
         raise EngineError(
             f"OpenVINO could not load {folder.name} on {device}: {_first_line(exc)}",
             "check the artifact with: normistral info ARTIFACT --check",
         ) from exc
-    logger.info("loaded %s on %s with %s", folder.name, device, settings)
-    backend = OpenVINOBackend(compiled, device, settings)
+    logger.info("loaded %s on %s with %s", folder.name, device, in_force)
+    backend = OpenVINOBackend(compiled, device, in_force)
     warm_up(backend)
     return backend
 
