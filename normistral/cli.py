@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import normistral
+from normistral.commands.benchmarking import bench
 from normistral.commands.evaluating import evaluate
 from normistral.commands.exporting import export
 from normistral.commands.looking import doctor, info, models
@@ -117,6 +118,7 @@ app.command()(export)
 app.command(epilog=DEFAULTS_NOTE)(chat)
 app.command(epilog=DEFAULTS_NOTE)(generate)
 app.command()(info)
+app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(doctor)
 

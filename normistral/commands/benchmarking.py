@@ -1,0 +1,54 @@
+"""The command that measures speed."""
+
+from __future__ import annotations
+
+from normistral.terminal.arguments import (
+    Artifacts,
+    Debug,
+    DecodeContexts,
+    DecodeTokens,
+    Device,
+    Exact,
+    JsonFile,
+    PrefillLengths,
+    Quick,
+    Repeats,
+    Report,
+    Settings,
+)
+
+
+def bench(
+    artifacts: Artifacts,
+    report: Report = None,
+    json_file: JsonFile = None,
+    quick: Quick = False,
+    prefill: PrefillLengths = None,
+    decode: DecodeContexts = None,
+    tokens: DecodeTokens = None,
+    repeats: Repeats = None,
+    settings: Settings = None,
+    exact: Exact = False,
+    device: Device = "CPU",
+    debug: Debug = False,
+) -> None:
+    """Measure how fast artifacts are here, beside each other.
+
+    Reading and writing at several lengths, time to first token, loading, memory, and which share of the machine's read
+    bandwidth they reach. They take turns, so that a machine that gets slower does not decide.
+    """
+    from normistral.terminal.benchmark import BenchOptions, run_bench
+
+    options = BenchOptions(
+        report=report,
+        json=json_file,
+        quick=quick,
+        prefill=prefill,
+        decode=decode,
+        tokens=tokens,
+        repeats=repeats,
+        settings=tuple(settings or ()),
+        exact=exact,
+        device=device,
+    )
+    run_bench(artifacts, options)
