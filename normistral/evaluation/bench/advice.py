@@ -112,7 +112,7 @@ def describe_bound(one: ConfigurationResult, figures: Figures, result: BenchResu
         case "memory":
             return f"{reached}: faster memory, or smaller weights, would help; more cores would not."
         case "both":
-            return f"{reached}: memory and arithmetic both hold it back; faster memory and more cores would help somewhat each."
+            return f"{reached}: both hold it back; faster memory would help somewhat, and so would more cores."
         case "compute":
             return f"{reached}: arithmetic is the limit; more or faster cores would help, faster memory hardly."
 

@@ -11,7 +11,7 @@ from normistral.evaluation.bench.numbers import significant
 from normistral.evaluation.bench.results import Spread
 
 COLOURS = 6  # classes s0 to s5, then again from the first
-_WIDTH, _HEIGHT = 420, 260
+_WIDTH, _HEIGHT = 340, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 44
 _LOG_FROM = 4.0  # an axis whose ends are further apart than this is logarithmic
 _TICKS = 5
@@ -27,7 +27,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """`value`, and the same in words."""
+    """`value`, and the same in words; the label is the legend's."""
 
     label: str
     value: float
@@ -88,7 +88,7 @@ def bar_chart(title: str, bars: Sequence[Bar], ceiling: float, ceiling_text: str
     parts = []
     for index, bar in enumerate(bars):
         y = top + row * index
-        parts.append(f'<text class="label" x="4" y="{y + 14}">{escape(bar.label)}: {escape(bar.text)}</text>')
+        parts.append(f'<text x="4" y="{y + 14}">{escape(bar.text)}</text>')
         parts.append(
             f'<rect class="track" x="4" y="{y + 20}" width="{x - 4:.1f}" height="14"/>'
             f'<rect class="bar s{index % COLOURS}" x="4" y="{y + 20}" width="{max(1.0, across(bar.value) - 4):.1f}" '

@@ -35,7 +35,7 @@ h2 { font-size: 1.1rem; margin: 0 0 8px; }
 .summary { overflow-wrap: anywhere; } .summary p { margin: 0 0 12px; } .summary h2 { margin: 0; }
 .summary :last-child { margin-bottom: 0; } .summary .first { font-weight: 600; }
 .doubts { margin-top: 12px; border-left-color: var(--c1); } .doubts ul { margin: 0; padding-left: 18px; }
-.charts, .tables { display: grid; gap: 16px; margin: 16px 0; grid-template-columns: minmax(0, 1fr); align-items: start; }
+.charts, .tables { display: grid; gap: 16px; margin: 16px 0; grid-template-columns: minmax(0, 1fr); }
 @media (min-width: 900px) { .charts { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .tables { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 figure { margin: 0; padding: 14px 16px; } figcaption { font-weight: 600; margin-bottom: 6px; }
@@ -46,6 +46,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; } tr:last-child td { border-bottom: 0; }
 td:first-child { overflow-wrap: anywhere; min-width: 8em; } .n { text-align: right; } td.n { white-space: nowrap; }
+.n small { display: block; color: var(--soft); }
 th:last-child, td:last-child { padding-right: 0; } .wide td:last-child:not(.n) { min-width: 15em; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .875rem; margin-top: 6px; }
 .legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 5px;
@@ -101,11 +102,7 @@ def _figure(plot: Plot) -> str:
     legend = "".join(
         f'<span class="s{index % COLOURS}">{escape(label)}</span>' for index, label in enumerate(plot.legend)
     )
-    return (
-        f"<figure><figcaption>{escape(plot.title)}</figcaption>{plot.svg}"
-        + (f'<div class="legend">{legend}</div>' if legend else "")
-        + "</figure>"
-    )
+    return f'<figure><figcaption>{escape(plot.title)}</figcaption>{plot.svg}<div class="legend">{legend}</div></figure>'
 
 
 def _table(table: Table, kind: str = "part") -> str:
@@ -119,5 +116,9 @@ def _table(table: Table, kind: str = "part") -> str:
 
 def _cells(table: Table, row: tuple[str, ...], tag: str) -> Iterator[str]:
     for index, cell in enumerate(row):
-        kind = ' class="n"' if index >= table.text_columns else ""
-        yield f"<{tag}{kind}>{escape(cell)}</{tag}>"
+        if index < table.text_columns:
+            yield f"<{tag}>{escape(cell)}</{tag}>"
+            continue
+        median, _, spread = cell.partition(" (")
+        below = f"<small>{escape(spread.removesuffix(')'))}</small>" if spread else ""
+        yield f'<{tag} class="n">{escape(median)}{below}</{tag}>'

@@ -21,7 +21,7 @@ class Plot:
         across: what the x axis counts; empty where there is none.
         svg: as a picture.
         text: as lines of a fixed width.
-        legend: labels in the order of their colours; empty where the picture names them itself.
+        legend: labels in the order of their colours.
     """
 
     title: str
@@ -79,7 +79,7 @@ def _shares(result: BenchResult) -> list[Plot]:
     chart = bar_chart(title, bars, 1.0, f"memory gives {ceilings}")
     highest = max(1.0, *(bar.value for bar in bars))
     rows = [(bar.label, bar.value / highest, bar.text) for bar in bars]
-    return [Plot(title, "", chart, character_bars(rows), ())]
+    return [Plot(title, "", chart, character_bars(rows), tuple(bar.label for bar in bars))]
 
 
 def character_bars(rows: Sequence[tuple[str, float, str]]) -> tuple[str, ...]:

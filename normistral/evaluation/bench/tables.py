@@ -139,8 +139,8 @@ def describe_method(result: BenchResult) -> list[str]:
         f"greedily at each context. The second turn adds {plan.follow_up_tokens} tokens to a question of "
         f"{plan.question_tokens} and its answer of {plan.answer_tokens}, which are in the KV cache.",
         "The read bandwidth is the best of three read kernels, measured first and again before each round, with as "
-        "many threads as the engine has. A decoded token reads all weights but an input embedding that is not tied to the "
-        "output layer; the KV cache is not counted, so the share falls at long contexts even where memory is the "
+        "many threads as the engine has. A decoded token reads all weights but an input embedding that is not tied to "
+        "the output layer; the KV cache is not counted, so the share falls at long contexts even where memory is the "
         "limit.",
         "First use is the first question after loading. Memory is of the whole process; its peak counts mapped files "
         "as far as they were resident, “not from files” what the kernel cannot drop. The output's hash is SHA-256 of "
