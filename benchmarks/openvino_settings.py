@@ -21,6 +21,7 @@ import openvino as ov
 
 from normistral import hardware
 from normistral.manifest import read_manifest
+from normistral.runtime.engines.base import Capabilities
 from normistral.runtime.engines.openvino import MODEL_FILE, OpenVINOBackend, keep_last_logits, warm_up
 
 PREFILL_CHUNKS = (64, 128, 256, 512)
@@ -32,7 +33,8 @@ def load(folder: Path, settings: dict[str, str]) -> tuple[OpenVINOBackend, float
     core = ov.Core()
     model = core.read_model(folder / MODEL_FILE)
     keep_last_logits(model)
-    backend = OpenVINOBackend(core.compile_model(model, "CPU", settings), "CPU", settings)
+    compiled = core.compile_model(model, "CPU", settings)
+    backend = OpenVINOBackend(compiled, Capabilities("openvino", "CPU", 256, settings))
     warm_up(backend)
     return backend, time.perf_counter() - started
 

@@ -32,19 +32,19 @@ def make_artifact(folder: Path, **changes) -> Path:
     return folder
 
 
-def run(settings: dict, arguments: list[str]) -> int:
-    def load(folder: Path, device: str = "CPU", *, exact: bool = False, settings: dict | None = None) -> Model:
+def run(script: dict, arguments: list[str]) -> int:
+    def load(folder: Path, device: str = "CPU", *, exact: bool = False, settings=None) -> Model:
         model = make_model(
-            Path(settings["folder"]) / "tokenizer",
-            settings["answers"],
-            after=settings["after"],
-            context_length=settings["context_length"],
+            Path(script["folder"]) / "tokenizer",
+            script["answers"],
+            after=script["after"],
+            context_length=script["context_length"],
             reasoning=read_manifest(folder).reasoning,
         )
         next_logits = model._backend.next_logits
 
         def slowly(token_ids):
-            time.sleep(settings.get("pause_s", 0))
+            time.sleep(script.get("pause_s", 0))
             return next_logits(token_ids)
 
         model._backend.next_logits = slowly

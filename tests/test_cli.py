@@ -258,6 +258,8 @@ def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys)
         (["chat", "x", "--prompt", "y", "--max-new-tokens", "0"], 2, "max_new_tokens"),
         (["chat", "x", "--prompt", ""], 2, "empty"),
         (["chat", "x", "--prompt", "y", "--stop-at-newline"], 2, "--stop-at-newline"),
+        (["chat", "x", "--prompt", "y", "--set", "prefill_chunk"], 2, "--set prefill_chunk is no KEY=VALUE"),
+        (["generate", "x", "--prompt", "y", "--set", "a=1", "--set", "a=2"], 2, "--set a is given twice"),
         (["chat", "x", "--prompt", "y"], 1, "no artifact 'x'"),
         (["generate", "x", "--prompt", "y"], 1, "no artifact 'x'"),
         (["info", "x"], 1, "no artifact 'x'"),

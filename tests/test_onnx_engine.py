@@ -14,7 +14,7 @@ from test_engines import TOKENS, TOLERANCES
 from tiny_models import make_llama
 
 import normistral
-from normistral.errors import ArtifactError, EngineError, NormistralError
+from normistral.errors import ArtifactError, EngineError, NormistralError, UsageError
 from normistral.hardware import Machine, plan_onnxruntime, plan_threads, read_machine
 from normistral.manifest import hash_files, read_manifest
 from normistral.runtime.engines import onnx_cache
@@ -175,6 +175,56 @@ def test_settings_reach_onnxruntime_and_the_report(tiny_onnx):
         if key.startswith("session."):
             assert options.get_session_config_entry(key) == settings[key]
     assert settings.items() <= load(folder).capabilities.settings.items()
+
+
+def test_given_settings_go_over_the_plan_and_reach_the_report(tiny_onnx):
+    chosen = {
+        "intra_op_num_threads": "1",
+        "enable_mem_pattern": "0",
+        "graph_optimization_level": "1",
+        "session.intra_op.spin_duration_us": "50",
+        "accuracy_level": "1",
+        "prefill_chunk": "7",
+    }
+    folder = tiny_onnx("onnx-int4")
+    backend = load_onnx(folder, read_manifest(folder), given=chosen)
+    assert chosen.items() <= backend.capabilities.settings.items()
+    assert backend.capabilities.prefill_chunk == 7
+    assert backend.capabilities.given == tuple(sorted(chosen))
+    logits = load(folder).create_engine().forward(TOKENS, last=48)  # exact: level 1 as well
+    assert distance(backend.create_engine().forward(TOKENS, last=48), logits) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"session.intra_op.allow_spining": "1"}, "no setting 'session.intra_op.allow_spining'", "allow_spinning"),
+        ({"optimized_model_filepath": "x"}, "no setting 'optimized_model_filepath'", "enable_mem_pattern"),
+        ({"intra_op_num_threads": "-1"}, "cannot be '-1'", "1 to 9999"),
+        ({"session.intra_op.allow_spinning": "yes"}, "cannot be 'yes'", "0 or 1"),
+        ({"accuracy_level": "2"}, "accuracy_level cannot be '2'", "1 (products in float32) or 4"),
+    ],
+)
+def test_what_onnxruntime_would_ignore_is_refused(tiny_onnx, settings, message, hint):
+    folder = tiny_onnx("onnx-int4")
+    with pytest.raises(UsageError) as caught:
+        load_onnx(folder, read_manifest(folder), given=settings)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_accuracy_level_means_nothing_without_rounded_products(tiny_onnx):
+    fused = tiny_onnx("onnx-fp32-fused")
+    with pytest.raises(UsageError, match="no setting 'accuracy_level'"):
+        load_onnx(fused, read_manifest(fused), given={"accuracy_level": "4"})
+
+
+def test_exact_keeps_its_arithmetic(tiny_onnx):
+    with pytest.raises(UsageError, match="would change the reference arithmetic"):
+        load(tiny_onnx("onnx-int4"), given={"accuracy_level": "4"})
+    assert (
+        load(tiny_onnx("onnx-int4"), given={"intra_op_num_threads": "1"}).capabilities.settings["accuracy_level"] == "1"
+    )
 
 
 def test_loading_says_nothing(fused, capfd):

@@ -17,8 +17,8 @@ from normistral.runtime.engines.onnx_graph import (
     attend_in_place,
     is_fused,
     keep_last_logits,
-    multiply_in_float,
     remove_unused,
+    set_accuracy_level,
 )
 from normistral.runtime.engines.protobuf import Message, WireError
 
@@ -150,7 +150,7 @@ def test_logits_that_come_from_elsewhere_are_refused(nodes):
 def test_exact_sets_every_level_and_nothing_else(fused):
     graph = OnnxGraph(fused)
     assert accuracy_levels(graph) == [4]
-    multiply_in_float(graph)
+    set_accuracy_level(graph, 1)
     assert accuracy_levels(graph) == [1]
     expected = onnx.load_model_from_string(fused)
     for node in expected.graph.node:
@@ -167,7 +167,7 @@ def test_a_level_that_was_not_set_is_set():
     node = helper.make_node("MatMulNBits", ["hidden", "q", "s"], ["logits"], domain="com.microsoft", K=4, N=4)
     graph = OnnxGraph(small_model(node))
     assert accuracy_levels(graph) == [0]
-    multiply_in_float(graph)
+    set_accuracy_level(graph, 1)
     assert attribute(node_of(parsed(graph), "logits"), "accuracy_level") == 1
     assert attribute(node_of(parsed(graph), "logits"), "K") == 4
 
@@ -212,7 +212,7 @@ def adapt(data):
     graph.inputs(), graph.outputs(), graph.external_files()
     keep_last_logits(graph)
     attend_in_place(graph)
-    multiply_in_float(graph)
+    set_accuracy_level(graph, 1)
     return bytes(graph)
 
 

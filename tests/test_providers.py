@@ -101,7 +101,7 @@ def profile(request, tiny_onnx, tmp_path_factory):
     folder = tiny_onnx(request.param)
     manifest = read_manifest(folder)
     graph = engine.read_graph(folder, manifest)
-    engine.adapt_graph(graph, exact=False)
+    engine.adapt_graph(graph, None)
     options = engine.session_options({}, folder)
     options.enable_profiling = True
     options.profile_file_prefix = str(tmp_path_factory.mktemp("profile") / "p")

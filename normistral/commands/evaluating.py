@@ -6,6 +6,7 @@ from normistral.terminal.arguments import (
     Artifact,
     Debug,
     Device,
+    EngineSettings,
     EvalReference,
     EvalText,
     Exact,
@@ -15,6 +16,7 @@ from normistral.terminal.arguments import (
     Stride,
     Windows,
     WindowTokens,
+    parse_settings,
 )
 
 
@@ -30,6 +32,7 @@ def evaluate(
     json_file: JsonFile = None,
     exact: Exact = False,
     device: Device = "CPU",
+    engine_settings: EngineSettings = None,
     debug: Debug = False,
 ) -> None:
     """Measure how well an artifact predicts a text.
@@ -50,5 +53,6 @@ def evaluate(
         json=json_file,
         exact=exact,
         device=device,
+        settings=parse_settings(engine_settings),
     )
     run_eval(artifact, options)

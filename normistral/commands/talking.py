@@ -18,6 +18,7 @@ from normistral.terminal.arguments import (
     AsJson,
     Debug,
     Device,
+    EngineSettings,
     Exact,
     Greedy,
     HideReasoning,
@@ -33,6 +34,7 @@ from normistral.terminal.arguments import (
     TopK,
     TopP,
     given,
+    parse_settings,
 )
 
 
@@ -55,6 +57,7 @@ def chat(
     greedy: Greedy = False,
     exact: Exact = False,
     device: Device = "CPU",
+    engine_settings: EngineSettings = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -86,6 +89,7 @@ def chat(
         stop=_stop_texts(stop),
         max_reasoning_tokens=max_reasoning_tokens,
     )
+    settings = parse_settings(engine_settings)
     message = _read_prompt(prompt)
     system = None if system is None else console.decode_argument(system)
     if message is None and (as_json or stats):
@@ -103,7 +107,7 @@ def chat(
     _require_reasoning(folder, manifest, options, hide_reasoning=hide_reasoning, as_json=as_json)
     if message is None:
         console.say(f"loading {folder.name} ...")
-    with load(folder, device=device, exact=exact) as model:
+    with load(folder, device=device, exact=exact, settings=settings) as model:
         conversation = model.chat(system=system, overflow=overflow)
         if message is not None:
             print_answer(
@@ -123,6 +127,7 @@ def generate(
     greedy: Greedy = False,
     exact: Exact = False,
     device: Device = "CPU",
+    engine_settings: EngineSettings = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -157,6 +162,7 @@ def generate(
         stop=_stop_texts(stop, at_newline=stop_at_newline),
         max_reasoning_tokens=max_reasoning_tokens,
     )
+    settings = parse_settings(engine_settings)
     text = _read_prompt(prompt)
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
@@ -165,7 +171,7 @@ def generate(
 
     folder = store.resolve_artifact(artifact)
     _require_reasoning(folder, read_manifest(folder), options, hide_reasoning=hide_reasoning, as_json=as_json)
-    with load(folder, device=device, exact=exact) as model:
+    with load(folder, device=device, exact=exact, settings=settings) as model:
         print_answer(model.stream(text, **options), as_json=as_json, stats=stats, hide_reasoning=hide_reasoning)
 
 

@@ -39,14 +39,18 @@ def load(
         device: CPU, or another device of the artifact's engine (OpenVINO: GPU, GPU.1, AUTO ...; ONNX: CUDA, CUDA:1,
             DIRECTML ...: `normistral doctor` lists those that are there).
         exact: reference arithmetic, for proofs and comparisons: float32 and no run-time quantisation. Slower.
-        settings: options of the engine, by its own names, over those that are planned for this machine.
+        settings: engine settings by the engine's own names, over the plan for this machine: properties of OpenVINO;
+            of onnxruntime fields of its SessionOptions, "session." entries and `accuracy_level` of MatMulNBits; for
+            both `prefill_chunk`, tokens of a prompt that are fed at once. `Model.capabilities` shows what is in force.
 
     Raises:
+        UsageError: an unknown setting, a value that the engine does not take, or one that would change the arithmetic
+            of `exact`.
         ModelNotFoundError: no such artifact.
         ArtifactError: it is damaged, incomplete, or from a newer version.
         MissingExtraError: the artifact's engine is not installed.
         DeviceError: the device is not there.
-        EngineError: the engine could not load it, or knows no such setting.
+        EngineError: the engine could not load it.
     """
     folder = store.resolve_artifact(str(artifact))
     manifest = read_manifest(folder)
@@ -283,7 +287,7 @@ def _load_backend(folder: Path, manifest: Manifest, device: str, exact: bool, se
     if manifest.format == "openvino":
         from normistral.runtime.engines.openvino import load_openvino
 
-        return load_openvino(folder, manifest, device, exact=exact, settings=settings)
+        return load_openvino(folder, manifest, device, exact=exact, given=settings)
     from normistral.runtime.engines.onnxruntime import load_onnx
 
-    return load_onnx(folder, manifest, device, exact=exact, settings=settings)
+    return load_onnx(folder, manifest, device, exact=exact, given=settings)

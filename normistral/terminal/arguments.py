@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from normistral.errors import UsageError
 from normistral.runtime.options import GenerationConfig
 
 _OURS = GenerationConfig()
@@ -33,6 +34,14 @@ Exact = Annotated[
     bool, typer.Option("--exact", help="Reference arithmetic (float32, nothing quantised while running); slower.")
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="CPU, or another that `normistral doctor` lists.")]
+EngineSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the engine, over the plan for this machine; may be given several times.",
+    ),
+]
 MaxNewTokens = Annotated[
     int | None, typer.Option(metavar="N", help=f"Most tokens to write. (*) {_OURS.max_new_tokens}")
 ]
@@ -142,6 +151,23 @@ DecodeTokens = Annotated[
     int | None, typer.Option("--tokens", metavar="N", help="Tokens to write at each. Default: 32.")
 ]
 Repeats = Annotated[int | None, typer.Option(metavar="N", help="Measurements of each kind. Default: 5.")]
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, str]:
+    """KEY=VALUE of every --set; the engine checks names and values.
+
+    Raises:
+        UsageError: no such pair, or one key twice.
+    """
+    settings: dict[str, str] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not (key and equals and value):
+            raise UsageError(f"--set {pair} is no KEY=VALUE", "write it like --set prefill_chunk=512")
+        if key in settings:
+            raise UsageError(f"--set {key} is given twice", "leave one of them out")
+        settings[key] = value
+    return settings
 
 
 def given(**options: Any) -> dict[str, Any]:

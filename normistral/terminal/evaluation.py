@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from normistral.evaluation.windows import Window, WindowSettings, choose_windows
 from normistral.export.progress import Progress
 from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
 from normistral.presets import PRESETS
+from normistral.runtime.engines.base import Capabilities
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.terminal.console import format_columns, print_json, print_lines, say
 from normistral.terminal.interrupts import interrupts_win
@@ -48,6 +49,7 @@ class EvalOptions:
     json: str | None
     exact: bool
     device: str
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 def run_eval(artifact: str, options: EvalOptions) -> None:
@@ -71,10 +73,10 @@ def run_eval(artifact: str, options: EvalOptions) -> None:
     )
     windows = take_windows(cut(ours.token_ids, settings), options.max_tokens)
     with show_progress() as progress, _predictions(options, manifest, text, ours, settings, windows, progress) as file:
-        quality = _score(folder, windows, ours, file, options, progress)
-    document = _document(folder, manifest, options, ours, settings, len(windows), quality)
+        quality, in_use = _score(folder, windows, ours, file, options, progress)
+    document = _document(folder, manifest, options, ours, settings, len(windows), quality, in_use)
     if options.json != "-":
-        print_lines(_lines(folder, manifest, options, settings, len(windows), quality))
+        print_lines(_lines(folder, manifest, options, settings, len(windows), quality, in_use))
     if options.json == "-":
         print_json(document)
     elif options.json is not None:
@@ -149,13 +151,14 @@ def _score(
     file: ReferenceFile | None,
     options: EvalOptions,
     progress: Progress,
-) -> Quality:
+) -> tuple[Quality, Capabilities]:
     from normistral.runtime.model import load
 
     with progress.stage("loading"):
-        model = load(folder, options.device, exact=options.exact)
+        model = load(folder, options.device, exact=options.exact, settings=options.settings)
     with model, progress.stage("scoring", sum(window.scored for window in windows), "tokens") as stage:
-        return summarise(score(ModelPredictor(model), windows, text, file, stage.advance))
+        quality = summarise(score(ModelPredictor(model), windows, text, file, stage.advance))
+        return quality, model.capabilities
 
 
 def _cache_folder() -> Path:
@@ -177,6 +180,7 @@ def _document(
     settings: WindowSettings,
     windows: int,
     quality: Quality,
+    in_use: Capabilities,
 ) -> dict[str, Any]:
     figures = asdict(quality)
     return {
@@ -185,6 +189,8 @@ def _document(
         "weights": describe_weights(manifest.recipe),
         "device": options.device,
         "exact": options.exact,
+        "settings": in_use.settings,
+        "given": list(in_use.given),
         "reference": options.reference,
         "text": {"sha256": text.sha256, "tokens": len(text.token_ids), "bytes": int(text.nbytes.sum())},
         "windows": asdict(settings) | {"count": windows},
@@ -201,8 +207,10 @@ def _lines(
     settings: WindowSettings,
     windows: int,
     quality: Quality,
+    in_use: Capabilities,
 ) -> Iterator[str]:
     arithmetic = "exact" if options.exact else "default settings"
+    arithmetic += "".join(f", {name}={in_use.settings[name]}" for name in in_use.given)
     stride = "" if settings.stride is None else f", stride {settings.stride}"
     bos = "" if settings.bos_id is None else ", each with its BOS"
     facts = [

@@ -24,13 +24,16 @@ class Capabilities:
         name: "openvino", "onnxruntime" or "scripted".
         device: what it runs on, in the engine's own words.
         prefill_chunk: tokens to feed at most in one `forward` of a long prompt.
-        settings: the engine's options in force, for reports.
+        settings: the engine's options in force, for reports: what it answers when asked after loading, as far as it
+            can be asked.
+        given: names of those that the caller chose; the others follow the plan for this machine.
     """
 
     name: str
     device: str
     prefill_chunk: int
     settings: dict[str, str]
+    given: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

@@ -189,13 +189,13 @@ def accuracy_levels(graph: OnnxGraph) -> list[int]:
     )
 
 
-def multiply_in_float(graph: OnnxGraph) -> None:
-    """Multiply rounded weights in float32, without rounding activations."""
+def set_accuracy_level(graph: OnnxGraph, level: int) -> None:
+    """How the products of rounded weights are computed, by `accuracy_levels`."""
 
     def set_levels() -> None:
         for node in graph.nodes:
             if node.operator == _ROUNDED:
-                node.set_int("accuracy_level", 1)
+                node.set_int("accuracy_level", level)
 
     _readable(set_levels)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normistral.errors import DeviceError, EngineError, UsageError, first_line
+from normistral.errors import DeviceError, EngineError, first_line
+from normistral.runtime.engines.settings import COUNT, ZERO_OR_ONE, Setting
 from normistral.runtime.providers import Target
 
 if TYPE_CHECKING:
@@ -18,12 +19,37 @@ if TYPE_CHECKING:
 _STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _LIBRARIES = "https://onnxruntime.ai/docs/execution-providers"
 
+_MICROSECONDS = Setting(r"\d{1,7}", "microseconds, 0 to 9999999")
+# Of SessionOptions and onnxruntime_session_options_config_keys.h those that bear on one CPU session's speed or results.
+SESSION_SETTINGS = {
+    "intra_op_num_threads": COUNT,
+    "inter_op_num_threads": COUNT,
+    "enable_cpu_mem_arena": ZERO_OR_ONE,
+    "enable_mem_pattern": ZERO_OR_ONE,
+    "enable_mem_reuse": ZERO_OR_ONE,
+    "execution_mode": Setting("[01]", "0 (sequential) or 1 (parallel)"),
+    "graph_optimization_level": Setting("0|1|2|99", "0, 1, 2 or 99 (all)", changes_results=True),
+    "use_deterministic_compute": ZERO_OR_ONE,
+    "session.intra_op.allow_spinning": ZERO_OR_ONE,
+    "session.inter_op.allow_spinning": ZERO_OR_ONE,
+    "session.intra_op.spin_duration_us": _MICROSECONDS,
+    "session.inter_op.spin_duration_us": _MICROSECONDS,
+    "session.force_spinning_stop": ZERO_OR_ONE,
+    "session.intra_op_thread_affinities": Setting(
+        r"\d+([,-]\d+)*(;\d+([,-]\d+)*)*", "CPUs of each thread but the first, as in 1;2;3"
+    ),
+    "session.dynamic_block_base": Setting(r"\d{1,4}", "a number from 0 to 9999"),
+    "session.disable_prepacking": Setting("[01]", "0 or 1", changes_results=True),
+    "session.set_denormal_as_zero": Setting("[01]", "0 or 1", changes_results=True),
+    "session.use_device_allocator_for_initializers": ZERO_OR_ONE,
+}
 
-def session_options(settings: dict[str, str], folder: Path) -> SessionOptions:
-    """onnxruntime's options from a plan of `hardware.plan_onnxruntime`; weights are looked for in `folder`.
 
-    Raises:
-        UsageError: onnxruntime has no such field, or it is no whole number.
+def session_options(settings: Mapping[str, str], folder: Path) -> SessionOptions:
+    """onnxruntime's options from settings such as those of `hardware.plan_onnxruntime`.
+
+    Args:
+        folder: where the weights are.
     """
     import onnxruntime as ort
 
@@ -33,14 +59,20 @@ def session_options(settings: dict[str, str], folder: Path) -> SessionOptions:
         if key.startswith("session."):
             options.add_session_config_entry(key, value)
         else:
-            if key.startswith("_") or not isinstance(getattr(options, key, None), int) or not value.isdigit():
-                raise UsageError(
-                    f"{key}={value} is no setting of onnxruntime",
-                    "settings are whole-number fields of its SessionOptions, or session.NAME=VALUE",
-                )
-            setattr(options, key, int(value))
+            setattr(options, key, type(getattr(options, key))(int(value)))  # int, bool, or an enumeration
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return options
+
+
+def settings_in_force(session: InferenceSession, names: Iterable[str]) -> dict[str, str]:
+    """What a session answers when asked for its settings."""
+    options = session.get_session_options()
+    return {
+        name: options.get_session_config_entry(name)
+        if name.startswith("session.")
+        else str(int(getattr(options, name)))
+        for name in names
+    }
 
 
 def open_session(model: bytes, options: SessionOptions, target: Target, name: str) -> InferenceSession:

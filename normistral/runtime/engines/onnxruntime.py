@@ -25,7 +25,14 @@ from normistral.runtime.engines import onnx_graph
 from normistral.runtime.engines.base import Capabilities, Logits
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache, Tensors
 from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
-from normistral.runtime.engines.onnx_session import open_session, session_options, translated
+from normistral.runtime.engines.onnx_session import (
+    SESSION_SETTINGS,
+    open_session,
+    session_options,
+    settings_in_force,
+    translated,
+)
+from normistral.runtime.engines.settings import PREFILL_CHUNK, Setting, override
 from normistral.runtime.providers import Target, find_target, import_onnxruntime, require_all_on
 
 if TYPE_CHECKING:
@@ -34,7 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.onnx"
-PREFILL_CHUNK = 256  # tokens; long enough for full speed, short enough that a prompt can be cancelled
+ACCURACY_LEVEL = "accuracy_level"  # of MatMulNBits; onnxruntime's CPU kernels know two
+_LEVELS = Setting("[14]", "1 (products in float32) or 4 (activations rounded to int8)", changes_results=True)
 _WARM_UP_LENGTHS = (8, 1)  # a first run prepares kernels and memory: do that at load
 _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -180,7 +188,7 @@ def load_onnx(
     device: str = "CPU",
     *,
     exact: bool = False,
-    settings: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
 ) -> OnnxBackend:
     """Open an artifact's graph on a device and warm it up.
 
@@ -188,9 +196,10 @@ def load_onnx(
         device: CPU, CUDA, CUDA:1, OPENVINO:GPU ...: a key of `providers.PROVIDERS`, as far as the installed onnxruntime
             has its provider.
         exact: reference arithmetic: products of rounded weights in float32.
-        settings: fields and "session." entries of onnxruntime's options, over those that are planned for this machine.
+        given: settings over the plan for this machine; see `normistral.load`.
 
     Raises:
+        UsageError: an unknown setting or a wrong value.
         MissingExtraError: onnxruntime is not installed.
         DeviceError: the device is not there, or would leave matrix or attention nodes to the CPU.
         ArtifactError: the graph is damaged.
@@ -200,19 +209,25 @@ def load_onnx(
     target = find_target(device, ort.get_available_providers(), exact=exact)
     graph = read_graph(folder, manifest)
     in_place = onnx_graph.is_fused(graph)
-    adapt_graph(graph, exact=exact)
-    in_force = hardware.plan_onnxruntime(hardware.read_machine()) | dict(settings or {})
-    options = session_options(in_force, folder)
+    plan = hardware.plan_onnxruntime(hardware.read_machine())
+    known = known_settings(graph)
+    settings = override(plan, given or {}, known, engine="onnxruntime", exact=exact)
+    prefill_chunk = settings.pop(PREFILL_CHUNK)
+    level = settings.pop(ACCURACY_LEVEL, None)
+    adapt_graph(graph, "1" if exact else level)
+    options = session_options(settings, folder)
     with tempfile.TemporaryDirectory(prefix="normistral-") as scratch:
         if not target.is_cpu:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(scratch, "profile"))
         session = open_session(bytes(graph), options, target, folder.name)
-        in_force |= {"provider": target.provider} | target.options
+        in_force = settings_in_force(session, settings) | {"provider": target.provider} | target.options
         if levels := onnx_graph.accuracy_levels(graph):
-            in_force["accuracy_level"] = ",".join(map(str, levels))
+            in_force[ACCURACY_LEVEL] = ",".join(map(str, levels))
+        in_force[PREFILL_CHUNK] = prefill_chunk
         decoder = describe_decoder(session, manifest, target, in_place=in_place)
-        backend = OnnxBackend(decoder, Capabilities("onnxruntime", device, PREFILL_CHUNK, in_force))
+        capabilities = Capabilities("onnxruntime", device, int(prefill_chunk), in_force, tuple(sorted(given or ())))
+        backend = OnnxBackend(decoder, capabilities)
         warm_up(backend)
         if not target.is_cpu:
             require_all_on(target, Path(session.end_profiling()))
@@ -239,13 +254,22 @@ def read_graph(folder: Path, manifest: Manifest) -> OnnxGraph:
     return graph
 
 
-def adapt_graph(graph: OnnxGraph, *, exact: bool) -> None:
-    """What this runtime wants different from the file, which is made for every loader."""
+def known_settings(graph: OnnxGraph) -> dict[str, Setting]:
+    """What can be set of a session on this graph."""
+    return SESSION_SETTINGS | ({ACCURACY_LEVEL: _LEVELS} if onnx_graph.accuracy_levels(graph) else {})
+
+
+def adapt_graph(graph: OnnxGraph, level: str | None) -> None:
+    """What this runtime wants different from the file, which is made for every loader.
+
+    Args:
+        level: accuracy level of products of rounded weights; None keeps the file's.
+    """
     onnx_graph.keep_last_logits(graph)
     if onnx_graph.is_fused(graph):
         onnx_graph.attend_in_place(graph)
-    if exact:
-        onnx_graph.multiply_in_float(graph)
+    if level is not None:
+        onnx_graph.set_accuracy_level(graph, int(level))
 
 
 def describe_decoder(session: InferenceSession, manifest: Manifest, target: Target, *, in_place: bool) -> _Decoder:

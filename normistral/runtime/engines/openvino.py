@@ -10,7 +10,7 @@ Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normistral import hardware
-from normistral.errors import ClosedError, DeviceError, EngineError
+from normistral.errors import ClosedError, DeviceError, EngineError, UsageError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Capabilities, Logits
+from normistral.runtime.engines.settings import COUNT, PREFILL_CHUNK, Setting, override
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -28,20 +29,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "openvino_model.xml"
-PREFILL_CHUNK = (
-    256  # tokens; long enough for full speed, short enough that a prompt can be cancelled (docs/decisions.md)
-)
 _VIRTUAL_DEVICES = ("AUTO", "HETERO")  # OpenVINO's own ways to combine devices
 _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load
+
+_SWITCH = Setting("YES|NO", "YES or NO")
+_GROUP = Setting(r"0|[1-9]\d{0,4}", "a number of values, 0 to 99999", changes_results=True)
+# Properties of the CPU plugin that bear only on where and when something is computed, and those whose values it reads
+# loosely ("2x" is 2, "-5" is 2^64 - 5). The plugin itself checks the values of the others.
+_PROPERTIES = {
+    "PERFORMANCE_HINT": Setting("LATENCY|THROUGHPUT|CUMULATIVE_THROUGHPUT", "LATENCY or THROUGHPUT"),
+    "INFERENCE_NUM_THREADS": COUNT,
+    "NUM_STREAMS": COUNT,
+    "ENABLE_CPU_PINNING": _SWITCH,
+    "ENABLE_CPU_RESERVATION": _SWITCH,
+    "ENABLE_HYPER_THREADING": _SWITCH,
+    "SCHEDULING_CORE_TYPE": Setting("ANY_CORE|PCORE_ONLY|ECORE_ONLY", "ANY_CORE, PCORE_ONLY or ECORE_ONLY"),
+    "TBB_PARTITIONER": Setting("STATIC|AUTO", "STATIC or AUTO"),
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP,
+    "KEY_CACHE_GROUP_SIZE": _GROUP,
+    "VALUE_CACHE_GROUP_SIZE": _GROUP,
+}
+_OTHER_PROPERTY = Setting(r"\S+", "what OpenVINO's documentation says", changes_results=True)
+_NO_SETTINGS = {"DEVICE_ID", "LOG_LEVEL", "PERF_COUNT"}  # properties that choose the device or only print
+# Reported even where nobody set them: they decide speed and results.
+_REPORTED = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "ENABLE_CPU_PINNING")
 
 
 class OpenVINOBackend:
     """A compiled OpenVINO model; see `load_openvino`."""
 
-    def __init__(self, compiled: ov.CompiledModel, device: str, settings: dict[str, str]) -> None:
+    def __init__(self, compiled: ov.CompiledModel, capabilities: Capabilities) -> None:
         self._compiled: ov.CompiledModel | None = compiled
         self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
-        self.capabilities = Capabilities("openvino", device, PREFILL_CHUNK, settings)
+        self.capabilities = capabilities
 
     def create_engine(self) -> OpenVINOEngine:
         """A new, empty sequence with a KV cache of its own."""
@@ -159,42 +179,98 @@ def load_openvino(
     device: str = "CPU",
     *,
     exact: bool = False,
-    settings: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
 ) -> OpenVINOBackend:
     """Compile an artifact's IR for a device and warm it up.
 
     Args:
         device: OpenVINO's name: CPU, GPU, GPU.1, AUTO, AUTO:GPU,CPU ...
         exact: reference arithmetic: float32 activations and KV cache, no dynamic quantisation.
-        settings: properties of OpenVINO, over those that are planned for this machine.
+        given: properties over the plan for this machine; see `normistral.load`.
 
     Raises:
         DeviceError: the device is not there.
+        UsageError: an unknown property, or a value that OpenVINO refuses or replaces by another.
         EngineError: OpenVINO could not read or compile the model.
     """
     import openvino as ov
 
+    given = given or {}
     core = ov.Core()
     require_device(device, list(core.available_devices))
-    machine = hardware.read_machine()
-    planned = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
-    if device != "CPU":  # the plan is for CPUs; elsewhere only what every plugin understands
-        shared = ("PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT") if exact else ("PERFORMANCE_HINT",)
-        planned = {key: value for key, value in planned.items() if key in shared}
-    in_force = planned | dict(settings or {})
+    plan = _plan(hardware.read_machine(), manifest, device, exact=exact)
+    settings = override(plan, given, known_settings(core, device), engine="OpenVINO", exact=exact)
+    prefill_chunk = settings.pop(PREFILL_CHUNK)
     try:
+        for name in given.keys() - {PREFILL_CHUNK}:
+            _require_accepted(core, device, name, settings[name])
         model = core.read_model(folder / MODEL_FILE)
         keep_last_logits(model)
-        compiled = core.compile_model(model, device, in_force)
+        compiled = core.compile_model(model, device, settings)
+        in_force = settings_in_force(compiled, (*settings, *_REPORTED))
     except RuntimeError as exc:
         raise EngineError(
             f"OpenVINO could not load {folder.name} on {device}: {_first_line(exc)}",
             "check the artifact with: normistral info ARTIFACT --check",
         ) from exc
+    _require_taken(given, in_force, device)
+    in_force[PREFILL_CHUNK] = prefill_chunk
     logger.info("loaded %s on %s with %s", folder.name, device, in_force)
-    backend = OpenVINOBackend(compiled, device, in_force)
+    backend = OpenVINOBackend(
+        compiled, Capabilities("openvino", device, int(prefill_chunk), in_force, tuple(sorted(given)))
+    )
     warm_up(backend)
     return backend
+
+
+def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: bool) -> dict[str, str]:
+    settings = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
+    if device == "CPU":
+        return settings
+    # The plan is for CPUs; elsewhere only what every plugin understands.
+    shared = ("PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT") if exact else ("PERFORMANCE_HINT",)
+    return {key: value for key, value in settings.items() if key in shared}
+
+
+def known_settings(core: ov.Core, device: str) -> dict[str, Setting]:
+    """The properties that this device lets a caller set."""
+    supported: dict[str, str] = core.get_property(device, "SUPPORTED_PROPERTIES")
+    names = {name for name, access in supported.items() if access == "RW"} - _NO_SETTINGS
+    return {name: _PROPERTIES.get(name, _OTHER_PROPERTY) for name in names}
+
+
+def settings_in_force(compiled: ov.CompiledModel, names: Iterable[str]) -> dict[str, str]:
+    """What a compiled model answers when asked for its properties, as far as it has them."""
+    supported = compiled.get_property("SUPPORTED_PROPERTIES")
+    return {name: _as_text(compiled.get_property(name)) for name in dict.fromkeys(names) if name in supported}
+
+
+def _as_text(value: Any) -> str:
+    """A property's value as OpenVINO would read it."""
+    if isinstance(value, bool):
+        return "YES" if value else "NO"
+    if isinstance(value, (set, list, tuple)):
+        return ",".join(sorted(map(_as_text, value)))
+    if hasattr(value, "get_type_name"):  # ov.Type: f32, bf16, u8
+        return str(value.get_type_name())
+    return str(getattr(value, "name", value))  # enumerations have a name
+
+
+def _require_accepted(core: ov.Core, device: str, name: str, value: str) -> None:
+    """Let the plugin itself look at a value, before anything is loaded; this core is nobody else's."""
+    try:
+        core.set_property(device, {name: value})
+    except RuntimeError as exc:
+        raise UsageError(f"{name} cannot be {value!r}: {_first_line(exc)}", "take one that OpenVINO knows") from exc
+
+
+def _require_taken(given: Mapping[str, str], in_force: Mapping[str, str], device: str) -> None:
+    """Refuse what OpenVINO quietly replaced: more threads than there are cores, a precision that is not there."""
+    for name, value in given.items():
+        if (actual := in_force.get(name, value)) != value:
+            raise UsageError(
+                f"OpenVINO on {device} does not take {name}={value}: it uses {actual}", f"leave it out, or say {actual}"
+            )
 
 
 def require_device(device: str, available: Sequence[str]) -> None:

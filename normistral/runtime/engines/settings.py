@@ -1,0 +1,65 @@
+"""Engine settings by the engine's own names: what may be given, and how it goes over the plan for this machine.
+
+An engine says which settings it knows (`Setting`); everything else is refused here, because onnxruntime ignores what it
+does not know, and both read numbers loosely ("2x" is 2 to OpenVINO). It knows no engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from normistral.errors import UsageError
+
+PREFILL_CHUNK = "prefill_chunk"  # a setting of ours, for both engines: tokens of a prompt that are fed at once
+DEFAULT_CHUNK = "256"  # long enough for full speed, short enough that a prompt can be cancelled (docs/decisions.md)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of an engine.
+
+    Attributes:
+        pattern: regular expression of its whole value.
+        values: the same for people.
+        changes_results: whether it changes the arithmetic, and not only where and when it is done.
+    """
+
+    pattern: str
+    values: str
+    changes_results: bool = False
+
+
+COUNT = Setting(r"[1-9]\d{0,3}", "a number from 1 to 9999")
+ZERO_OR_ONE = Setting("[01]", "0 or 1")
+CHUNK = Setting(r"[1-9]\d{0,2}|[1-3]\d{3}|40[0-8]\d|409[0-6]", "a number of tokens from 1 to 4096")
+
+
+def override(
+    plan: Mapping[str, str], given: Mapping[str, str], known: Mapping[str, Setting], *, engine: str, exact: bool
+) -> dict[str, str]:
+    """A plan with what the user gave in the place of what it says, `prefill_chunk` included.
+
+    Args:
+        known: the settings that this engine has here; `prefill_chunk` is known to all.
+        engine: its name, for messages.
+        exact: refuse what would change the reference arithmetic.
+
+    Raises:
+        UsageError: an unknown name, a value that it does not take, or arithmetic that `exact` fixes.
+    """
+    known = {**known, PREFILL_CHUNK: CHUNK}
+    allowed = sorted(name for name, setting in known.items() if not (exact and setting.changes_results))
+    for name, value in given.items():
+        setting = known.get(name)
+        if setting is None:
+            raise UsageError(f"{engine} has no setting {name!r} here", f"known are: {', '.join(allowed)}")
+        if not isinstance(value, str) or not re.fullmatch(setting.pattern, value):
+            raise UsageError(f"{name} cannot be {value!r}", f"it takes {setting.values}")
+        if name not in allowed:
+            raise UsageError(
+                f"{name} would change the reference arithmetic of exact",
+                f"leave one of them out; with exact there may be: {', '.join(allowed)}",
+            )
+    return {PREFILL_CHUNK: DEFAULT_CHUNK, **plan, **given}
