@@ -8,13 +8,14 @@ from normistral.terminal.arguments import (
     DecodeContexts,
     DecodeTokens,
     Device,
+    EngineSettings,
     Exact,
     JsonFile,
     PrefillLengths,
     Quick,
     Repeats,
     Report,
-    Settings,
+    parse_settings,
 )
 
 
@@ -27,9 +28,9 @@ def bench(
     decode: DecodeContexts = None,
     tokens: DecodeTokens = None,
     repeats: Repeats = None,
-    settings: Settings = None,
     exact: Exact = False,
     device: Device = "CPU",
+    engine_settings: EngineSettings = None,
     debug: Debug = False,
 ) -> None:
     """Measure how fast artifacts are here, beside each other.
@@ -47,8 +48,8 @@ def bench(
         decode=decode,
         tokens=tokens,
         repeats=repeats,
-        settings=tuple(settings or ()),
         exact=exact,
         device=device,
+        settings=parse_settings(engine_settings),
     )
     run_bench(artifacts, options)

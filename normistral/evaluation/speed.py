@@ -21,6 +21,7 @@ from normistral.runtime.tokenizer import Tokenizer
 
 # Greedy, and never at an end of its own: every run does the same work.
 _PLAIN: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
+_MIN_CONTEXT = 16  # a question, an answer and another question of some tokens each
 _FINGERPRINT_PROMPT = "Det var en gang en konge som hadde tre sønner, og den yngste"
 _FINGERPRINT_TOKENS = 32
 _PROSE = (
@@ -80,11 +81,15 @@ QUICK = SpeedPlan(prefill_lengths=(128, 512), decode_contexts=(16, 512), decode_
 
 
 def cut_to_context(plan: SpeedPlan, context_length: int) -> SpeedPlan:
-    """The plan without what the context has no room for; a context shorter than all of it is filled."""
-    decode_tokens = min(plan.decode_tokens, max(1, context_length // 2))
-    longest_prompt, longest_context = context_length - 1, context_length - 1 - decode_tokens
-    if longest_context < 1:
+    """The plan without what the context has no room for; a context shorter than all of it is filled.
+
+    Raises:
+        ContextLengthError: nothing can be measured in so short a context.
+    """
+    if context_length < _MIN_CONTEXT:
         raise ContextLengthError(f"a context of {context_length} tokens is too short to measure speed in")
+    decode_tokens = min(plan.decode_tokens, context_length // 2)
+    longest_prompt, longest_context = context_length - 1, context_length - 1 - decode_tokens
     turns = plan.question_tokens + plan.answer_tokens + plan.follow_up_tokens
     part = min(1.0, (context_length - 1) / turns)
     return replace(

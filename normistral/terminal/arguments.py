@@ -134,10 +134,6 @@ Artifacts = Annotated[
     ),
 ]
 Report = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report with charts: FILE.html or FILE.md.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting of all engines; may be given several times."),
-]
 Quick = Annotated[bool, typer.Option("--quick", help="Shorter, fewer, less certain.")]
 PrefillLengths = Annotated[
     str | None,

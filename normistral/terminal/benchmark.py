@@ -11,7 +11,7 @@ import msgspec
 
 from normistral.errors import ContextLengthError, EngineError, UsageError
 from normistral.evaluation.bench.advice import summarise
-from normistral.evaluation.bench.configuration import Configuration, parse_settings, read_configurations
+from normistral.evaluation.bench.configuration import Configuration, read_configurations
 from normistral.evaluation.bench.markdown import render_markdown
 from normistral.evaluation.bench.page import render_page
 from normistral.evaluation.bench.results import BenchResult
@@ -36,9 +36,9 @@ class BenchOptions:
     decode: str | None
     tokens: int | None
     repeats: int | None
-    settings: tuple[str, ...]
     exact: bool
     device: str
+    settings: dict[str, str]
 
 
 def run_bench(artifacts: Sequence[str], options: BenchOptions) -> None:
@@ -49,9 +49,7 @@ def run_bench(artifacts: Sequence[str], options: BenchOptions) -> None:
             the results of the others are shown and written before.
     """
     _check_files(options)
-    configurations = read_configurations(
-        artifacts, parse_settings(options.settings), options.device, exact=options.exact
-    )
+    configurations = read_configurations(artifacts, options.settings, options.device, exact=options.exact)
     plan = choose_plan(options, configurations)
     with show_progress() as progress:
         total = count_measurements(plan, len(configurations))

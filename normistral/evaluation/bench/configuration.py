@@ -100,10 +100,10 @@ def split_settings(argument: str) -> tuple[str, dict[str, str]]:
     name, at, listed = argument.rpartition("@")
     if not at or "=" not in listed:
         return argument, {}
-    return name, parse_settings(listed.split(","))
+    return name, _parse_settings(listed.split(","))
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
+def _parse_settings(pairs: Sequence[str]) -> dict[str, str]:
     """KEY=VALUE, each key once.
 
     Raises:
