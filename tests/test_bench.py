@@ -17,7 +17,7 @@ from normistral.evaluation.bandwidth import Bandwidth
 from normistral.evaluation.bench import rounds
 from normistral.evaluation.bench.client import Worker
 from normistral.evaluation.bench.configuration import Configuration, read_configurations, split_settings
-from normistral.evaluation.bench.rounds import Watcher, choose_interleaving, count_measurements, run_benchmark
+from normistral.evaluation.bench.rounds import Watcher, choose_interleaving, run_benchmark
 from normistral.evaluation.bench.worker import (
     Account,
     Fingerprint,
@@ -250,10 +250,15 @@ def test_one_that_fails_is_left_out_and_the_others_go_on(fake, monkeypatch, kind
     assert all(request == "close" for name, request in after if name == "b")
 
 
-def test_a_watcher_is_told_of_every_measurement(fake):
-    told = []
-    run_benchmark(configurations("a", "b"), PLAN, Watcher(told.append))
-    assert sum(told) == count_measurements(PLAN, 2) == 18
+@pytest.mark.parametrize(("available", "count"), [(10**12, 18), (10**9, 24)])
+def test_a_watcher_is_told_of_every_measurement(fake, monkeypatch, available, count):
+    monkeypatch.setattr(rounds, "available_memory_bytes", lambda: available)
+    expected, told, notes = [], [], []
+    run_benchmark(configurations("a", "b"), PLAN, Watcher(expected.append, told.append, notes.append))
+    assert sum(told) == sum(expected) == count
+    assert len(passes(fake)) == count * 2 // 3
+    assert any("do not fit" in note for note in notes) == (available == 10**9)
+    assert any("memory is read at" in note for note in notes)
 
 
 # Processes

@@ -15,7 +15,7 @@ from normistral.evaluation.bench.configuration import Configuration, read_config
 from normistral.evaluation.bench.markdown import render_markdown
 from normistral.evaluation.bench.page import render_page
 from normistral.evaluation.bench.results import BenchResult
-from normistral.evaluation.bench.rounds import Watcher, count_measurements, run_benchmark
+from normistral.evaluation.bench.rounds import Watcher, run_benchmark
 from normistral.evaluation.bench.tables import configuration_table, machine_table, speed_tables
 from normistral.evaluation.speed import QUICK, SpeedPlan, cut_to_context
 from normistral.terminal.console import format_columns, print_json, print_lines
@@ -51,10 +51,9 @@ def run_bench(artifacts: Sequence[str], options: BenchOptions) -> None:
     _check_files(options)
     configurations = read_configurations(artifacts, options.settings, options.device, exact=options.exact)
     plan = choose_plan(options, configurations)
-    with show_progress() as progress:
-        total = count_measurements(plan, len(configurations))
-        with progress.stage("measuring", total, "measurements") as stage:
-            result = run_benchmark(configurations, plan, Watcher(stage.advance, progress.note))
+    with show_progress() as progress, progress.stage("measuring", unit="measurements") as stage:
+        watcher = Watcher(stage.set_total, stage.advance, progress.note)
+        result = run_benchmark(configurations, plan, watcher)
     document = msgspec.to_builtins(result)
     if options.json == "-":
         print_json(document)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from html import escape
 
@@ -25,14 +26,15 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa5b4; --paper: #14181e; --card: #1d232b;
   --line: #323a45; --c0: #56b4e9; --c1: #f08a3c; --c2: #2fc79b; --c3: #dd8fbe; --c4: #e6b422; --c5: #8fb8e8; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0; overflow-wrap: anywhere;
+  background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 48px; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; }
 h2 { font-size: 1.1rem; margin: 0 0 8px; }
 .sub { color: var(--soft); margin: 4px 0 20px; }
 .summary, figure, .part { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .summary { padding: 14px 20px; border-left: 5px solid var(--c0); }
-.summary { overflow-wrap: anywhere; } .summary p { margin: 0 0 12px; } .summary h2 { margin: 0; }
+.summary p { margin: 0 0 12px; } .summary h2 { margin: 0; }
 .summary :last-child { margin-bottom: 0; } .summary .first { font-weight: 600; }
 .doubts { margin-top: 12px; border-left-color: var(--c1); } .doubts ul { margin: 0; padding-left: 18px; }
 .charts, .tables { display: grid; gap: 16px; margin: 16px 0; grid-template-columns: minmax(0, 1fr); }
@@ -44,7 +46,7 @@ svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } tr:last-child td { border-bottom: 0; }
+th { color: var(--soft); font-weight: 500; overflow-wrap: normal; } tr:last-child td { border-bottom: 0; }
 td:first-child { overflow-wrap: anywhere; min-width: 8em; } .n { text-align: right; } td.n { white-space: nowrap; }
 .n small { display: block; color: var(--soft); }
 th:last-child, td:last-child { padding-right: 0; } .wide td:last-child:not(.n) { min-width: 15em; }
@@ -72,7 +74,7 @@ def _lines(result: BenchResult) -> Iterator[str]:
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>{escape(title)}</title>\n<style>{_STYLE}{_SERIES}</style>\n</head>\n<body>\n<main>"
-    yield f'<h1>{escape(title)}</h1>\n<p class="sub">{escape(names)} · {escape(result.created[:10])}</p>'
+    yield f'<h1>{escape(title)}</h1>\n<p class="sub">{_breakable(names)} · {escape(result.created[:10])}</p>'
     yield from _summary(summarise(result))
     yield '<div class="charts">'
     yield from map(_figure, draw_plots(result))
@@ -90,7 +92,7 @@ def _summary(summary: Summary) -> Iterator[str]:
     if summary.comparison:
         yield f'<p class="first">{escape(" ".join(summary.comparison))}</p>'
     for label, sentences in summary.configurations.items():
-        yield f"<h2>{escape(label)}</h2><p>{escape(' '.join(sentences))}</p>"
+        yield f"<h2>{_breakable(label)}</h2><p>{escape(' '.join(sentences))}</p>"
     yield "</section>"
     if summary.doubts:
         yield '<section class="summary doubts"><h2>Doubts</h2><ul>'
@@ -100,7 +102,7 @@ def _summary(summary: Summary) -> Iterator[str]:
 
 def _figure(plot: Plot) -> str:
     legend = "".join(
-        f'<span class="s{index % COLOURS}">{escape(label)}</span>' for index, label in enumerate(plot.legend)
+        f'<span class="s{index % COLOURS}">{_breakable(label)}</span>' for index, label in enumerate(plot.legend)
     )
     return f'<figure><figcaption>{escape(plot.title)}</figcaption>{plot.svg}<div class="legend">{legend}</div></figure>'
 
@@ -117,8 +119,13 @@ def _table(table: Table, kind: str = "part") -> str:
 def _cells(table: Table, row: tuple[str, ...], tag: str) -> Iterator[str]:
     for index, cell in enumerate(row):
         if index < table.text_columns:
-            yield f"<{tag}>{escape(cell)}</{tag}>"
+            yield f"<{tag}>{_breakable(cell)}</{tag}>"
             continue
         median, _, spread = cell.partition(" (")
         below = f"<small>{escape(spread.removesuffix(')'))}</small>" if spread else ""
         yield f'<{tag} class="n">{escape(median)}{below}</{tag}>'
+
+
+def _breakable(label: str) -> str:
+    """A name with settings breaks before it breaks a word."""
+    return re.sub("([@,=])", r"\1<wbr>", escape(label))

@@ -41,8 +41,9 @@ _MEASURABLE_DEVICE = "CPU"  # the bandwidth of other devices' memory is not meas
 
 @dataclass(frozen=True, slots=True)
 class Watcher:
-    """Who is told how far it is: a number of finished measurements, and lines."""
+    """Who is told how many measurements there will be if nothing fails, when some are done, and lines."""
 
+    expect: Callable[[int], None] = lambda count: None
     advance: Callable[[int], None] = lambda count: None
     note: Callable[[str], None] = lambda text: None
 
@@ -66,9 +67,10 @@ class _Run:
         return self.seed
 
 
-def count_measurements(plan: SpeedPlan, configurations: int) -> int:
-    """How many times a watcher is advanced, if nothing fails and the models fit into memory together."""
-    return (plan.repeats + plan.warm_ups) * (len(plan.points) + 1) * configurations
+def count_measurements(plan: SpeedPlan, configurations: int, interleaving: Interleaving) -> int:
+    """Of all rounds, warm-ups included: passes and conversations. A model that is loaded again is warmed up again."""
+    rounds = plan.repeats + plan.warm_ups if interleaving == "together" else plan.repeats * (1 + plan.warm_ups)
+    return rounds * (len(plan.points) + 1) * configurations
 
 
 def run_benchmark(
@@ -91,6 +93,9 @@ def run_benchmark(
         [Samples(configuration) for configuration in configurations],
         watcher or Watcher(),
     )
+    run.watcher.expect(count_measurements(plan, len(configurations), interleaving))
+    if interleaving == "reloaded":
+        run.watcher.note("the models do not fit into memory together: every round loads them one after the other")
     _measure_bandwidth(run)
     best = max(one.gb_per_s for found in run.bandwidths.values() for one in found)
     run.watcher.note(f"memory is read at {best:.1f} GB/s")

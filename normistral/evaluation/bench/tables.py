@@ -159,7 +159,9 @@ def _decode_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
 
 def _share_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
     return [
-        f"{point.weight_gb_per_s:.1f} GB/s" + ("" if point.share is None else f", {point.share:.0%}")
+        f"{point.weight_gb_per_s:.1f} GB/s"
+        if point.share is None
+        else f"{point.share:.0%} ({point.weight_gb_per_s:.1f} GB/s)"
         for point in figures.decode
     ]
 
