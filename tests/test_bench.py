@@ -1,5 +1,6 @@
 """`normistral bench`: what is compared, in which turns, in processes that may fail, and the command as it is."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,11 +13,12 @@ import pytest
 from sample_artifacts import make_manifest, write_artifact
 
 from normistral.cli import main
-from normistral.errors import ContextLengthError, EngineError, ModelNotFoundError, ResourceError, UsageError
+from normistral.errors import EngineError, ModelNotFoundError, ResourceError, UsageError
 from normistral.evaluation.bandwidth import Bandwidth
 from normistral.evaluation.bench import rounds
 from normistral.evaluation.bench.client import Worker
 from normistral.evaluation.bench.configuration import Configuration, read_configurations, split_settings
+from normistral.evaluation.bench.results import Spread
 from normistral.evaluation.bench.rounds import Watcher, choose_interleaving, run_benchmark
 from normistral.evaluation.bench.worker import (
     Account,
@@ -31,7 +33,7 @@ from normistral.evaluation.bench.worker import (
 )
 from normistral.evaluation.process_memory import ProcessMemory, read_process_memory
 from normistral.evaluation.speed import Conversation, Pass, SpeedPlan
-from normistral.manifest import Architecture, FileRecord, RecipeRecord
+from normistral.manifest import FileRecord, RecipeRecord
 
 PLAN = SpeedPlan(
     prefill_lengths=(8,), decode_contexts=(4,), decode_tokens=2, question_tokens=6, answer_tokens=2,
@@ -107,9 +109,7 @@ def test_threads_are_those_of_the_settings():
 )
 def test_a_token_reads_all_weights_but_an_untied_embedding(tied, recipe, unread):
     architecture = make_manifest().architecture
-    changed = Architecture(
-        **{name: getattr(architecture, name) for name in architecture.__dataclass_fields__} | {"tied_embeddings": tied}
-    )
+    changed = dataclasses.replace(architecture, tied_embeddings=tied)
     files = {
         "openvino_model.bin": FileRecord(1_000_000, "a" * 64),
         "openvino_model.xml": FileRecord(1_000, "a" * 64),
@@ -220,8 +220,8 @@ def test_warm_ups_do_not_count_and_medians_are_of_the_rest(fake):
     (one,) = run_benchmark(configurations("a"), PLAN).configurations
     figures = one.figures
     # The passes of length 4 are numbers 1 (warm-up), 3 and 5; of length 8: 2 (warm-up), 4 and 6.
-    assert figures.decode[0].tokens_per_s.__class__.of([3.0, 5.0]) == figures.decode[0].tokens_per_s
-    assert figures.prefill[0].tokens_per_s.__class__.of([32.0, 48.0]) == figures.prefill[0].tokens_per_s
+    assert figures.decode[0].tokens_per_s == Spread.of([3.0, 5.0])
+    assert figures.prefill[0].tokens_per_s == Spread.of([32.0, 48.0])
     assert figures.answers.question_s.n == 2
     assert figures.idle_cpu_share == 0.5
     assert figures.memory.peak == 9
@@ -281,7 +281,7 @@ def test_a_worker_answers_what_it_is_asked():
         assert (measured.prefill_tokens, measured.decode_tokens) == (8, 2)
         assert worker.ask(MeasureConversation(PLAN, 3), Conversation).cached_tokens == 7
         assert len(worker.ask(Fingerprint(), str)) == 64
-        with pytest.raises(ContextLengthError.__mro__[1], match="a: the prompt takes 1000 tokens"):
+        with pytest.raises(EngineError, match="a: the prompt takes 1000 tokens"):
             worker.ask(MeasurePass(1000, 2, 4), Pass)
         account = worker.ask(LookAtProcess(), Account)  # it went on after the error
         assert account.idle_s > 0

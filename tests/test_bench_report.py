@@ -141,10 +141,15 @@ def test_doubts_are_told():
         assert words in doubts
 
 
+def test_more_than_memory_gives_is_doubted():
+    fast = make_configuration(figures=make_figures(writes=14.0))
+    assert "that figure is too low" in "".join(summarise(make_result(fast)).doubts)
+    cached = make_configuration(figures=make_figures(writes=14.0), weight_bytes_per_token=10**8)
+    assert summarise(make_result(cached)).doubts == ()
+
+
 def test_a_failure_is_in_every_report():
-    bad = make_configuration("dårlig").__class__(
-        **{**dataclasses.asdict(make_configuration("dårlig")), "figures": None, "problem": "it crashed (SIGILL)"}
-    )
+    bad = dataclasses.replace(make_configuration("dårlig"), figures=None, problem="it crashed (SIGILL)")
     result = make_result(make_configuration(), bad)
     for text in (render_page(result), render_markdown(result), "\n".join(result_lines(result))):
         assert "it crashed (SIGILL)" in text

@@ -14,6 +14,7 @@ READING_WORDS_PER_S = 4  # silent reading: 238 words a minute (Brysbaert 2019, d
 _MEMORY_BOUND, _COMPUTE_BOUND = 0.7, 0.4  # shares of the read bandwidth
 _CACHE_TIMES = 4  # weights of less than so many caches are partly read from there
 _NOISY_SPEED, _NOISY_BANDWIDTH = 0.15, 0.25  # widths of a spread
+_IMPOSSIBLE = 1.05  # a share that memory cannot give
 _BUSY_IDLE = 0.05  # of a processor
 
 Bound = Literal["memory", "both", "compute"]
@@ -106,7 +107,7 @@ def describe_bound(one: ConfigurationResult, figures: Figures, result: BenchResu
     ceiling = next(found.best.gb_per_s for found in result.bandwidth if found.threads == figures.threads)
     reached = f"Writing reads weights at {decode.weight_gb_per_s:.1f} GB/s, {decode.share:.0%} of what memory gives "
     reached += f"({ceiling:.1f} GB/s)"
-    if one.weight_bytes_per_token < _CACHE_TIMES * result.machine.last_level_cache_bytes:
+    if _is_cached(one, result):
         return f"{reached}. So small a model lies partly in the processor's caches: this says little of larger ones."
     match judge_bound(decode.share):
         case "memory":
@@ -115,6 +116,10 @@ def describe_bound(one: ConfigurationResult, figures: Figures, result: BenchResu
             return f"{reached}: both hold it back; faster memory would help somewhat, and so would more cores."
         case "compute":
             return f"{reached}: arithmetic is the limit; more or faster cores would help, faster memory hardly."
+
+
+def _is_cached(one: ConfigurationResult, result: BenchResult) -> bool:
+    return one.weight_bytes_per_token < _CACHE_TIMES * result.machine.last_level_cache_bytes
 
 
 def _compare(result: BenchResult) -> Iterator[str]:
@@ -147,6 +152,8 @@ def find_doubts(result: BenchResult) -> Iterator[str]:
                 f"{significant(widest.tokens_per_s.high)} tokens a second after the same {widest.context:,} tokens: "
                 "the machine was busy or changed its clock. Measure again when it is quiet."
             )
+        if (figures.decode[0].share or 0) > _IMPOSSIBLE and not _is_cached(one, result):
+            yield f"{one.label} read its weights faster than memory was read before: that figure is too low."
         if len(figures.output_sha256) > 1:
             yield f"{one.label} did not always write the same tokens after the same prompt."
         if figures.idle_cpu_share > _BUSY_IDLE:
