@@ -356,11 +356,23 @@ def test_what_failed_ends_in_an_error_after_the_others_were_reported(tiny_onnx, 
     assert "could not be measured" in report.read_text(encoding="utf-8")
 
 
+def test_where_nothing_could_be_measured_nothing_is_reported(fake, tmp_path, capsys):
+    write_artifact(tmp_path / "sju")
+    fake.fails_at["sju"] = (Load, 0)
+    report = tmp_path / "fart.md"
+    assert main(["bench", str(tmp_path / "sju"), "--report", str(report)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "error: nothing could be measured: sju: it broke (mend it)\n" in printed.err
+    assert not report.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
         (["--report", "fart.pdf"], 2, "unknown kind of report"),
         (["--report", "no/such/fart.html"], 2, "its folder does not exist"),
+        (["--report", "a.md", "--json", "a.md"], 2, "both name a.md"),
         (["--json", "no/such/fart.json"], 2, "its folder does not exist"),
         (["--prefill", "12,x"], 2, "not a list of whole numbers"),
         (["--decode", "0"], 2, "rising whole numbers from 1"),

@@ -22,6 +22,7 @@ from normistral.terminal.console import format_columns, print_json, print_lines
 from normistral.terminal.files import write_whole
 from normistral.terminal.progress import show_progress
 
+_FAILED_HINT = "`normistral info ARTIFACT --check` and `normistral doctor` may say what is wrong"
 _REPORTS = {".html": render_page, ".htm": render_page, ".md": render_markdown}
 
 
@@ -46,7 +47,7 @@ def run_bench(artifacts: Sequence[str], options: BenchOptions) -> None:
 
     Raises:
         NormistralError: whatever may go wrong; options are checked first. Where one of several configurations failed,
-            the results of the others are shown and written before.
+            the results of the others are shown and written before; where all failed, nothing is.
     """
     _check_files(options)
     configurations = read_configurations(artifacts, options.settings, options.device, exact=options.exact)
@@ -54,6 +55,9 @@ def run_bench(artifacts: Sequence[str], options: BenchOptions) -> None:
     with show_progress() as progress, progress.stage("measuring", unit="measurements") as stage:
         watcher = Watcher(stage.set_total, stage.advance, progress.note)
         result = run_benchmark(configurations, plan, watcher)
+    failed = [one for one in result.configurations if one.problem is not None]
+    if not result.measured:
+        raise EngineError(f"nothing could be measured: {failed[0].problem}", _FAILED_HINT)
     document = msgspec.to_builtins(result)
     if options.json == "-":
         print_json(document)
@@ -63,11 +67,9 @@ def run_bench(artifacts: Sequence[str], options: BenchOptions) -> None:
         write_whole(Path(options.json or ""), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
     if options.report is not None:
         write_whole(options.report, _REPORTS[options.report.suffix.lower()](result))
-    failed = [one for one in result.configurations if one.problem is not None]
     if failed:
         raise EngineError(
-            f"{len(failed)} of {len(result.configurations)} could not be measured: {failed[0].problem}",
-            "leave it out, or see with `normistral info ARTIFACT --check` and `normistral doctor` what is wrong",
+            f"{len(failed)} of {len(result.configurations)} could not be measured: {failed[0].problem}", _FAILED_HINT
         )
 
 
@@ -129,6 +131,8 @@ def _check_files(options: BenchOptions) -> None:
             raise UsageError(f"{option} {path}: its folder does not exist", "make the folder, or take another")
         if path is not None and path.is_dir():
             raise UsageError(f"{option} {path} is a folder", "name a file")
+    if options.report is not None and named["--json"] == options.report:
+        raise UsageError(f"--json and --report both name {options.report}", "take two names")
 
 
 def _parse_lengths(option: str, text: str) -> tuple[int, ...]:

@@ -20,8 +20,6 @@ from normistral.evaluation.bench.results import (
 from normistral.evaluation.bench.worker import Account, Loaded
 from normistral.evaluation.speed import Conversation, Pass, SpeedPlan
 
-_JOULES_MIN = 1e-9
-
 
 @dataclass(slots=True)
 class Samples:
@@ -120,7 +118,7 @@ def _spread(values: Iterable[float]) -> Spread:
 
 def _per_joule(passes: Iterable[Pass], read: Callable[[Pass], tuple[int, float | None]]) -> Spread | None:
     """Tokens for a joule; a pass shorter than the counter's step, which then stands still, does not count."""
-    return Spread.of(tokens / joules for tokens, joules in map(read, passes) if joules and joules > _JOULES_MIN)
+    return Spread.of(tokens / joules for tokens, joules in map(read, passes) if joules)
 
 
 def _largest(values: Iterable[int | None]) -> int | None:
