@@ -34,7 +34,16 @@ def test_three_digits(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.264, "0.26 s"), (0.996, "1.0 s"), (2.14, "2.1 s"), (9.96, "10 s"), (119, "119 s"), (180, "3 min")],
+    [
+        (0.0032, "3.2 ms"),
+        (0.00996, "0.01 s"),
+        (0.264, "0.26 s"),
+        (0.996, "1.0 s"),
+        (2.14, "2.1 s"),
+        (9.96, "10 s"),
+        (119, "119 s"),
+        (180, "3 min"),
+    ],
 )
 def test_seconds_are_as_precise_as_a_person_cares(value, text):
     assert seconds(value) == text

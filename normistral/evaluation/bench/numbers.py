@@ -27,7 +27,9 @@ def with_range(spread: Spread | None) -> str:
 
 
 def seconds(value: float) -> str:
-    """`0.35 s`, `2.1 s`, `12 s`, `3 min`: as precise as a person cares."""
+    """`3.2 ms`, `0.35 s`, `2.1 s`, `12 s`, `3 min`: as precise as a person cares."""
+    if value < 0.00995:
+        return f"{value * 1000:.1f} ms"
     if value >= 120:
         return f"{value / 60:.0f} min"
     digits = 0 if value >= 9.95 else 1 if value >= 0.995 else 2
