@@ -21,6 +21,7 @@ from normistral.commands.evaluating import evaluate
 from normistral.commands.exporting import export
 from normistral.commands.looking import doctor, info, models
 from normistral.commands.talking import chat, generate
+from normistral.commands.tuning import tune
 from normistral.errors import NormistralError
 from normistral.terminal import console
 from normistral.terminal.arguments import DEFAULTS_NOTE, Debug
@@ -120,6 +121,7 @@ app.command(epilog=DEFAULTS_NOTE)(generate)
 app.command()(info)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(tune)
 app.command()(doctor)
 
 

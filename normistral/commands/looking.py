@@ -57,13 +57,16 @@ def info(
 
 
 def doctor(
+    artifact: Annotated[
+        str | None, typer.Argument(metavar="[ARTIFACT]", help="Also say what will be used for this artifact.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show this machine, and what will be used and why."""
     from normistral.terminal.doctor import doctor_lines, examine
 
-    report = examine()
+    report = examine(None if artifact is None else store.resolve_artifact(artifact))
     if as_json:
         console.print_json(report)
     else:

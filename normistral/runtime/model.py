@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from normistral import store
 from normistral.errors import ArtifactError, ClosedError, ContextLengthError, UsageError
+from normistral.hardware import read_machine
 from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
@@ -20,11 +21,13 @@ from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.runtime.providers import import_onnxruntime
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import Tokenizer
+from normistral.runtime.tuned import find_tuned, make_key
 
 Prompt = str | Sequence[int]
 
@@ -43,6 +46,8 @@ def load(
             of onnxruntime fields of its SessionOptions, "session." entries and `accuracy_level` of MatMulNBits; for
             both `prefill_chunk`, tokens of a prompt that are fed at once. `Model.capabilities` shows what is in force.
 
+    What `normistral tune` found for this artifact on this machine takes the place of the plan, unless `exact`.
+
     Raises:
         UsageError: an unknown setting, a value that the engine does not take, or one that would change the arithmetic
             of `exact`.
@@ -55,6 +60,30 @@ def load(
     folder = store.resolve_artifact(str(artifact))
     manifest = read_manifest(folder)
     check_files(folder, manifest, thorough=False)
+    found = None
+    if not exact:
+        engine, version = find_engine(manifest)
+        found = find_tuned(make_key(folder, read_machine(), engine, version, device))
+    return open_model(
+        folder, manifest, device, exact=exact, tuned=None if found is None else found.settings, given=settings
+    )
+
+
+def open_model(
+    folder: Path,
+    manifest: Manifest,
+    device: str = "CPU",
+    *,
+    exact: bool = False,
+    tuned: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> Model:
+    """Load an artifact whose files were checked; arguments and errors as in `load`.
+
+    Args:
+        tuned: settings of an earlier `normistral tune`; none is looked for.
+        given: settings over those.
+    """
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocabulary_size > manifest.architecture.vocabulary:
         raise ArtifactError(
@@ -62,7 +91,29 @@ def load(
             f"the model {manifest.architecture.vocabulary}",
             "export the model again",
         )
-    return Model(_load_backend(folder, manifest, device, exact, settings or {}), manifest, tokenizer, name=folder.name)
+    backend: Backend
+    if manifest.format == "openvino":
+        from normistral.runtime.engines.openvino import load_openvino
+
+        backend = load_openvino(folder, manifest, device, exact=exact, tuned=tuned, given=given)
+    else:
+        from normistral.runtime.engines.onnxruntime import load_onnx
+
+        backend = load_onnx(folder, manifest, device, exact=exact, tuned=tuned, given=given)
+    return Model(backend, manifest, tokenizer, name=folder.name)
+
+
+def find_engine(manifest: Manifest) -> tuple[str, str]:
+    """Name and version of the engine that runs an artifact.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    if manifest.format == "openvino":
+        import openvino
+
+        return "openvino", str(openvino.__version__)
+    return "onnxruntime", str(import_onnxruntime().__version__)
 
 
 class Model:
@@ -281,13 +332,3 @@ class Model:
             raise UsageError(
                 f"{wrong[0]!r} is not a token id of this model", f"token ids go from 0 to {vocabulary - 1}"
             )
-
-
-def _load_backend(folder: Path, manifest: Manifest, device: str, exact: bool, settings: Mapping[str, str]) -> Backend:
-    if manifest.format == "openvino":
-        from normistral.runtime.engines.openvino import load_openvino
-
-        return load_openvino(folder, manifest, device, exact=exact, given=settings)
-    from normistral.runtime.engines.onnxruntime import load_onnx
-
-    return load_onnx(folder, manifest, device, exact=exact, given=settings)

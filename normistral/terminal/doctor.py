@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from normistral import store
@@ -26,6 +27,7 @@ from normistral.hardware import (
 )
 from normistral.terminal.console import format_columns
 from normistral.terminal.progress import format_bytes
+from normistral.terminal.tuning import artifact_lines, describe_artifact, describe_tuned, tuned_table
 
 _RUNTIME = ("openvino", "tokenizers", "jinja2", "numpy", "msgspec", "typer", "rich", "prompt_toolkit")
 _EXPORT = ("torch", "transformers", "optimum", "optimum-intel", "optimum-onnx", "nncf", "openvino-tokenizers")
@@ -54,13 +56,20 @@ print(json.dumps({"version": onnxruntime.__version__, "devices": devices}))
 """
 
 
-def examine() -> dict[str, Any]:
-    """Everything that `doctor` shows, as a document for programs."""
+def examine(artifact: Path | None = None) -> dict[str, Any]:
+    """Everything that `doctor` shows, as a document for programs.
+
+    Args:
+        artifact: a folder, to say what will be used for it.
+    """
     machine = read_machine()
     described = asdict(machine) | {"instruction_sets": sorted(machine.instruction_sets)}
     openvino = ask_engine(_ASK_OPENVINO)
     builds = {name: version for name in _ONNX if (version := _version(name))}
     onnxruntime = ask_engine(_ASK_ONNXRUNTIME) if builds else {"problem": _NO_ONNX}
+    engines = {"openvino": openvino, "onnxruntime": onnxruntime}
+    versions = {name: answer["version"] for name, answer in engines.items() if "version" in answer}
+    loaded = None if artifact is None else describe_artifact(artifact, machine, versions)
     packages = {name: _version(name) for name in (*_RUNTIME, *_EXPORT, *(builds or _ONNX[:1]))}
     return {
         "normistral": _version("normistral"),
@@ -75,8 +84,10 @@ def examine() -> dict[str, Any]:
         "threads_because": _why_threads(machine),
         "settings": {weights: plan_openvino(machine, weights) for weights in ("int4", "int8", "fp16")},
         "onnx_settings": plan_onnxruntime(machine),
+        "artifact": loaded,
+        "tuned": describe_tuned(machine, versions),
         "export": _describe_export(packages),
-        "problems": _find_problems(openvino, onnxruntime, list(builds)),
+        "problems": _find_problems(openvino, onnxruntime, list(builds)) + _stale(loaded),
     }
 
 
@@ -137,6 +148,9 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     plans["onnxruntime"] = report["onnx_settings"]
     rows = [(name, ", ".join(f"{key}={value}" for key, value in settings.items())) for name, settings in plans.items()]
     yield format_columns(rows, indent=2)
+    yield from tuned_table(report["tuned"])
+    if report["artifact"]:
+        yield from artifact_lines(report["artifact"])
     if report["problems"]:
         yield "Problems"
         yield from (f"  {problem}" for problem in report["problems"])
@@ -169,6 +183,12 @@ def _find_problems(openvino: dict[str, Any], onnxruntime: dict[str, Any], builds
         reinstall = f"pip install --force-reinstall --no-deps {builds[0]}"
         problems.append(f"onnxruntime cannot be used ({onnxruntime['problem']}): {reinstall}")
     return problems
+
+
+def _stale(loaded: dict[str, Any] | None) -> list[str]:
+    if loaded is None or loaded["problem"] is None:
+        return []
+    return [f"what was tuned for {loaded['name']} is not used ({loaded['problem']}): tune it again, or --forget it"]
 
 
 def _describe_export(packages: dict[str, str | None]) -> str:

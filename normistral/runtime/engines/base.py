@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
+Basis = Literal["rule", "tuned", "exact"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,16 @@ class Capabilities:
         prefill_chunk: tokens to feed at most in one `forward` of a long prompt.
         settings: the engine's options in force, for reports: what it answers when asked after loading, as far as it
             can be asked.
-        given: names of those that the caller chose; the others follow the plan for this machine.
+        basis: where they come from: the rule for this kind of machine, `normistral tune` on this one, or the reference
+            arithmetic.
+        given: names of those that the caller chose over that.
     """
 
     name: str
     device: str
     prefill_chunk: int
     settings: dict[str, str]
+    basis: Basis = "rule"
     given: tuple[str, ...] = ()
 
 

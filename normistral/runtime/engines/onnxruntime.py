@@ -22,7 +22,7 @@ from normistral import hardware
 from normistral.errors import ArtifactError, ClosedError, EngineError
 from normistral.manifest import Manifest
 from normistral.runtime.engines import onnx_graph
-from normistral.runtime.engines.base import Capabilities, Logits
+from normistral.runtime.engines.base import Basis, Capabilities, Logits
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache, Tensors
 from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
 from normistral.runtime.engines.onnx_session import (
@@ -188,6 +188,7 @@ def load_onnx(
     device: str = "CPU",
     *,
     exact: bool = False,
+    tuned: Mapping[str, str] | None = None,
     given: Mapping[str, str] | None = None,
 ) -> OnnxBackend:
     """Open an artifact's graph on a device and warm it up.
@@ -196,7 +197,8 @@ def load_onnx(
         device: CPU, CUDA, CUDA:1, OPENVINO:GPU ...: a key of `providers.PROVIDERS`, as far as the installed onnxruntime
             has its provider.
         exact: reference arithmetic: products of rounded weights in float32.
-        given: settings over the plan for this machine; see `normistral.load`.
+        tuned: what `normistral tune` found for it here, over the rule for this kind of machine.
+        given: settings over both; see `normistral.load`.
 
     Raises:
         UsageError: an unknown setting or a wrong value.
@@ -209,9 +211,8 @@ def load_onnx(
     target = find_target(device, ort.get_available_providers(), exact=exact)
     graph = read_graph(folder, manifest)
     in_place = onnx_graph.is_fused(graph)
-    plan = hardware.plan_onnxruntime(hardware.read_machine())
-    known = known_settings(graph)
-    settings = override(plan, given or {}, known, engine="onnxruntime", exact=exact)
+    plan = hardware.plan_onnxruntime(hardware.read_machine()) | dict(tuned or {})
+    settings = override(plan, given or {}, known_settings(graph), engine="onnxruntime", exact=exact)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     level = settings.pop(ACCURACY_LEVEL, None)
     adapt_graph(graph, "1" if exact else level)
@@ -226,12 +227,14 @@ def load_onnx(
             in_force[ACCURACY_LEVEL] = ",".join(map(str, levels))
         in_force[PREFILL_CHUNK] = prefill_chunk
         decoder = describe_decoder(session, manifest, target, in_place=in_place)
-        capabilities = Capabilities("onnxruntime", device, int(prefill_chunk), in_force, tuple(sorted(given or ())))
+        basis: Basis = "exact" if exact else "rule" if tuned is None else "tuned"
+        chosen = tuple(sorted(given or ()))
+        capabilities = Capabilities("onnxruntime", device, int(prefill_chunk), in_force, basis, chosen)
         backend = OnnxBackend(decoder, capabilities)
         warm_up(backend)
         if not target.is_cpu:
             require_all_on(target, Path(session.end_profiling()))
-    logger.info("loaded %s on %s with %s", folder.name, device, in_force)
+    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
     return backend
 
 

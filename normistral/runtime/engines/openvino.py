@@ -20,7 +20,7 @@ import numpy as np
 from normistral import hardware
 from normistral.errors import ClosedError, DeviceError, EngineError, UsageError
 from normistral.manifest import Manifest
-from normistral.runtime.engines.base import Capabilities, Logits
+from normistral.runtime.engines.base import Basis, Capabilities, Logits
 from normistral.runtime.engines.settings import COUNT, PREFILL_CHUNK, Setting, override
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ def load_openvino(
     device: str = "CPU",
     *,
     exact: bool = False,
+    tuned: Mapping[str, str] | None = None,
     given: Mapping[str, str] | None = None,
 ) -> OpenVINOBackend:
     """Compile an artifact's IR for a device and warm it up.
@@ -186,7 +187,8 @@ def load_openvino(
     Args:
         device: OpenVINO's name: CPU, GPU, GPU.1, AUTO, AUTO:GPU,CPU ...
         exact: reference arithmetic: float32 activations and KV cache, no dynamic quantisation.
-        given: properties over the plan for this machine; see `normistral.load`.
+        tuned: what `normistral tune` found for it here, over the rule for this kind of machine.
+        given: properties over both; see `normistral.load`.
 
     Raises:
         DeviceError: the device is not there.
@@ -199,7 +201,7 @@ def load_openvino(
     core = ov.Core()
     require_device(device, list(core.available_devices))
     plan = _plan(hardware.read_machine(), manifest, device, exact=exact)
-    settings = override(plan, given, known_settings(core, device), engine="OpenVINO", exact=exact)
+    settings = override({**plan, **(tuned or {})}, given, known_settings(core, device), engine="OpenVINO", exact=exact)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     try:
         for name in given.keys() - {PREFILL_CHUNK}:
@@ -215,10 +217,10 @@ def load_openvino(
         ) from exc
     _require_taken(given, in_force, device)
     in_force[PREFILL_CHUNK] = prefill_chunk
-    logger.info("loaded %s on %s with %s", folder.name, device, in_force)
-    backend = OpenVINOBackend(
-        compiled, Capabilities("openvino", device, int(prefill_chunk), in_force, tuple(sorted(given)))
-    )
+    basis: Basis = "exact" if exact else "rule" if tuned is None else "tuned"
+    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
+    capabilities = Capabilities("openvino", device, int(prefill_chunk), in_force, basis, tuple(sorted(given)))
+    backend = OpenVINOBackend(compiled, capabilities)
     warm_up(backend)
     return backend
 

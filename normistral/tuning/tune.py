@@ -1,0 +1,165 @@
+"""`tune`: from an artifact to a stored result. One model is in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from normistral.errors import ResourceError, UsageError
+from normistral.export.progress import NoProgress, Progress
+from normistral.export.texts import load_texts
+from normistral.hardware import available_memory_bytes, read_machine
+from normistral.manifest import Manifest, check_files, read_manifest
+from normistral.runtime.model import find_engine
+from normistral.runtime.tokenizer import Tokenizer
+from normistral.runtime.tuned import Profile, Tuned, make_key, save_tuned
+from normistral.tuning.quality import quality_bound
+from normistral.tuning.search import Found, OutOfTimeError, describe, duel, search
+from normistral.tuning.space import Settings, exact_arithmetic, plan_search, rule_settings
+from normistral.tuning.work import choose_work
+from normistral.tuning.workbench import Workbench
+
+_RUNNING_SHARE = 1.6  # memory of a running artifact over its size on disk, as at export
+_SEARCH_SHARE = 0.8  # of the budget; the rest is for the last duel with the rule
+_TEXT = "bokmaal"
+
+
+@dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """What the user may choose.
+
+    Attributes:
+        budget_minutes: after which nothing new is measured.
+        quality: mean KL divergence (nats) from exact arithmetic that settings may cost; None: `quality_bound`.
+    """
+
+    profile: Profile = "chat"
+    budget_minutes: float = 5.0
+    quality: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget_minutes <= 24 * 60:
+            raise UsageError(f"a budget of {self.budget_minutes:g} minutes is none", "give up to a day, such as 5")
+        if self.quality is not None and not 0 <= self.quality < float("inf"):
+            raise UsageError(f"a quality bound of {self.quality:g} nats is none", "give 0 or more, such as 0.005")
+
+
+def tune(
+    folder: Path, options: TuneOptions, progress: Progress | None = None, clock: Callable[[], float] = time.monotonic
+) -> Tuned:
+    """Search, and keep the result where `load` finds it.
+
+    Ctrl-C keeps what was won by then, and is passed on.
+
+    Raises:
+        ArtifactError: damaged files.
+        UsageError: a profile or context that cannot be measured.
+        ResourceError: the model does not fit into memory, or the result cannot be kept.
+        EngineError: the engine could not load or run it.
+    """
+    progress = progress or NoProgress()
+    manifest = read_manifest(folder)
+    work = choose_work(options.profile, manifest.context_length)
+    check_files(folder, manifest, thorough=False)
+    require_memory(folder, manifest)
+    token_ids = Tokenizer.from_folder(folder).encode(load_texts()[_TEXT])
+    bound = quality_bound(manifest) if options.quality is None else options.quality
+    now, budget_s = clock(), 60 * options.budget_minutes
+    with Workbench(folder, manifest, work, token_ids, now + budget_s * _SEARCH_SHARE, clock) as bench:
+        return _tune(bench, options, bound, progress, now + budget_s)
+
+
+def _tune(bench: Workbench, options: TuneOptions, bound: float, progress: Progress, deadline: float) -> Tuned:
+    machine = read_machine()
+    with progress.stage("exact arithmetic, to compare with"):
+        bench.take_reference()
+    rule = bench.settings_in_force(rule_settings(machine, bench.manifest))
+    found = Found(rule)
+    if not _is_within(bench, bound, rule, rule, progress):
+        progress.note("the rule's settings cost too much: the search begins with exact arithmetic")
+        found.best = bench.settings_in_force({**rule, **exact_arithmetic(machine, bench.manifest)})
+    start = found.best
+    stages = plan_search(machine, bench.manifest, bench.work)
+    try:
+        with progress.stage(f"comparing settings for {options.profile}", unit="measurements") as stage:
+            bench.on_measured = stage.advance
+            if start != rule:
+                found.ratio = duel(rule, start, bench.measure).ratio
+            search(
+                found,
+                stages,
+                bench.measure,
+                lambda settings: _is_within(bench, bound, settings, found.best, progress),
+                progress.note,
+            )
+            bench.deadline = deadline
+            _compare_with_rule(found, rule, start, bench)
+    except OutOfTimeError:
+        progress.note("the time is up; the rest is left out")
+    except KeyboardInterrupt:
+        if found.best != start:  # every change to it won a duel
+            _keep(bench, options, found, rule, bound)
+            progress.note("what was won so far is kept")
+        raise
+    return _keep(bench, options, found, rule, bound)
+
+
+def _is_within(bench: Workbench, bound: float, settings: Settings, beside: Settings, progress: Progress) -> bool:
+    """Whether settings keep the quality; says what they cost, by what they change."""
+    kl = bench.kl(settings)
+    changes = {name: value for name, value in settings.items() if beside.get(name) != value}
+    verdict = "" if kl <= bound else ": too much"
+    progress.note(f"{describe(changes) or 'the rule'} costs {kl:.2g} nats of at most {bound:.2g}{verdict}")
+    return kl <= bound
+
+
+def _compare_with_rule(found: Found, rule: Settings, start: Settings, bench: Workbench) -> None:
+    """What several stages won one after the other, once more and together."""
+    if len(found.wins) < 2:
+        return
+    fought = duel(rule, found.best, bench.measure)
+    if start == rule and not fought.is_won:
+        found.best, found.wins, found.ratio = dict(rule), [], 1.0
+    else:
+        found.ratio = fought.ratio
+
+
+def _keep(bench: Workbench, options: TuneOptions, found: Found, rule: Settings, bound: float) -> Tuned:
+    seconds = bench.median_seconds(rule)
+    if seconds is None:
+        raise ResourceError(
+            "the time was up before anything was compared", "give more of it, such as --budget 10; nothing was kept"
+        )
+    machine = read_machine()
+    tuned = Tuned(
+        make_key(bench.folder, machine, *find_engine(bench.manifest), "CPU"),
+        bench.folder.name,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        options.profile,
+        found.best,
+        tuple(sorted(name for name, value in found.best.items() if rule.get(name) != value)),
+        seconds,
+        seconds * found.ratio,
+        bench.kl(found.best),
+        bound,
+        found.complete,
+    )
+    save_tuned(tuned)
+    return tuned
+
+
+def require_memory(folder: Path, manifest: Manifest) -> None:
+    """Refuse what does not fit: a machine that swaps measures its disk.
+
+    Raises:
+        ResourceError: with the numbers.
+    """
+    needed, available = int(manifest.total_bytes * _RUNNING_SHARE), available_memory_bytes()
+    if needed > available:
+        raise ResourceError(
+            f"{folder.name} takes about {needed / 1e9:.1f} GB to run, and {available / 1e9:.1f} GB of memory are there",
+            "close other programs, or tune smaller weights (int4)",
+        )

@@ -1,0 +1,198 @@
+"""What is tried on which machine, and how far settings may go."""
+
+import dataclasses
+
+import pytest
+from sample_artifacts import make_manifest
+
+from normistral.errors import UsageError
+from normistral.hardware import Machine, exact_openvino, limit_instruction_sets, plan_openvino
+from normistral.manifest import RecipeRecord
+from normistral.runtime.engines.settings import CHUNK, override
+from normistral.tuning.quality import quality_bound, take_probe
+from normistral.tuning.space import exact_arithmetic, plan_search, rule_settings
+from normistral.tuning.work import WORK, Work, choose_work
+
+AVX2 = frozenset({"sse4_2", "avx", "avx2", "fma", "f16c"})
+AVX512 = AVX2 | {"avx512f", "avx512bw"}
+VNNI = AVX512 | {"avx512_vnni"}
+BF16 = VNNI | {"avx512_bf16", "avx_vnni"}
+AMX = BF16 | {"avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"}
+CHAT = WORK["chat"]
+
+
+def machine(instruction_sets=AVX2, cores=4, logical=8, quota=None):
+    return Machine("x", cores, logical, quota, frozenset(instruction_sets), 2**34, 2**34)
+
+
+def manifest(weights="int4", format="openvino", graph=None, **changes):
+    return make_manifest(format=format, recipe=RecipeRecord(weights, graph=graph), **changes)
+
+
+def stages(machine, manifest, work=CHAT):
+    return {stage.name: list(stage.variants) for stage in plan_search(machine, manifest, work)}
+
+
+def values(variants, name):
+    return [variant[name] for variant in variants if name in variant]
+
+
+@pytest.mark.parametrize(
+    ("instruction_sets", "weights", "expected"),
+    [
+        (AVX2, "int4", ["f32 0"]),
+        (AVX512, "int8", ["f32 0"]),
+        (VNNI, "int4", ["f32 0", "f32 32", "f32 64", "f32 128"]),
+        (VNNI, "fp16", ["f32 0"]),
+        (BF16, "int8", ["f32 0", "f32 32", "f32 64", "f32 128", "bf16 0", "bf16 64"]),
+        (BF16, "fp16", ["f32 0", "bf16 0"]),
+        (AMX, "int4", ["f32 0", "f32 32", "f32 64", "f32 128", "bf16 0", "bf16 64", "f16 0", "f16 64"]),
+        ({"asimd", "asimdhp", "bf16"}, "fp16", ["f32 0", "bf16 0", "f16 0"]),
+        ((), "int4", ["f32 0", "f32 32", "f32 64", "f32 128"]),  # nothing is known: activations are tried
+    ],
+)
+def test_arithmetic_is_what_the_instruction_sets_can_speed_up(instruction_sets, weights, expected):
+    tried = stages(machine(instruction_sets), manifest(weights))["arithmetic"]
+    keys = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+    assert [" ".join(variant[key] for key in keys) for variant in tried] == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "logical", "quota", "expected"),
+    [
+        (1, 1, None, []),
+        (1, 2, None, ["2"]),
+        (2, 2, None, ["1"]),
+        (4, 8, None, ["2", "3", "8"]),
+        (64, 128, None, ["32", "63", "128"]),
+        (8, 16, 2.0, ["1", "3", "4", "8"]),
+        (8, 16, 1.5, ["1", "4", "8"]),
+        (2, 4, 0.5, ["2"]),
+    ],
+)
+def test_threads_are_tried_around_the_rules(cores, logical, quota, expected):
+    tried = stages(machine(cores=cores, logical=logical, quota=quota), manifest())["threads"]
+    assert values(tried, "INFERENCE_NUM_THREADS") == expected
+    assert {"ENABLE_CPU_PINNING": "NO"} in tried
+    for variant in tried:  # OpenVINO keeps to one thread a core unless it is told
+        more_than_cores = int(variant.get("INFERENCE_NUM_THREADS", 0)) > cores
+        assert ("ENABLE_HYPER_THREADING" in variant) == more_than_cores
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (Work(200, 1), ["64", "128", "256"]),
+        (Work(1024, 1), ["64", "128", "256", "512", "1024"]),
+        (Work(64, 1), ["64"]),
+        (Work(5000, 1), ["64", "128", "256", "512", "1024"]),
+    ],
+)
+def test_a_prompt_is_cut_in_ways_that_differ(work, expected):
+    assert values(stages(machine(), manifest(), work)["prefill chunk"], "prefill_chunk") == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "graph", "levels"),
+    [("int4", "fused", ["1", "4"]), ("int8", "fused", ["1", "4"]), ("fp32", "plain", [])],
+)
+def test_onnx_has_levels_where_products_are_rounded(weights, graph, levels):
+    tried = stages(machine(), manifest(weights, "onnx", graph))
+    assert values(tried.get("arithmetic", []), "accuracy_level") == levels
+    assert values(tried["spinning"], "session.intra_op.allow_spinning") == ["0", "1"]
+    assert values(tried["threads"], "intra_op_num_threads") == ["2", "3", "8"]
+
+
+def test_the_search_begins_with_the_rule():
+    described = machine(VNNI)
+    rule = rule_settings(described, manifest())
+    assert plan_openvino(described, "int4").items() <= rule.items()
+    assert rule["prefill_chunk"] == "256"
+    assert rule_settings(described, manifest("int4", "onnx", "fused"))["intra_op_num_threads"] == "4"
+
+
+def test_the_way_back_is_exact():
+    assert exact_arithmetic(machine(), manifest()).items() <= exact_openvino(machine()).items()
+    assert exact_arithmetic(machine(), manifest("int4", "onnx", "fused")) == {"accuracy_level": "1"}
+    assert exact_arithmetic(machine(), manifest("fp32", "onnx", "plain")) == {}
+
+
+# The work
+
+
+@pytest.mark.parametrize(("context", "prompt"), [(4096, 1024), (1024, 1008), (64, 48)])
+def test_a_short_context_makes_a_short_prompt(context, prompt):
+    assert choose_work("documents", context) == Work(prompt, 32)
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(UsageError, match="there is no profile 'speed'") as caught:
+        choose_work("speed", 4096)
+    assert caught.value.hint == "take one of: chat, documents, batch"
+    with pytest.raises(UsageError, match="a context of 20 tokens is too short"):
+        choose_work("chat", 20)
+
+
+# The bound
+
+
+@pytest.mark.parametrize(
+    ("quality", "bound"),
+    [
+        (None, 0.005),
+        ({}, 0.005),
+        ({"probe_kl_nats": 0.0048}, 0.0024),
+        ({"probe_kl_nats": 1e-6}, 0.001),
+        ({"probe_kl_nats": 0.34}, 0.02),
+    ],
+)
+def test_settings_may_cost_half_of_what_rounding_cost(quality, bound):
+    assert quality_bound(manifest(quality=quality)) == pytest.approx(bound)
+
+
+def test_the_probe_fits_the_context():
+    assert take_probe(range(1000), 64) == list(range(64))
+    assert len(take_probe(range(1000), 4096)) == 300
+
+
+# Limits in the environment, and the settings' own rules
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        ("AVX2", AVX2),
+        ("avx2", AVX2),
+        ("AVX512_CORE", AVX512),
+        ("AVX512_CORE_VNNI", VNNI),
+        ("AVX512_CORE_BF16", VNNI | {"avx512_bf16"}),
+        ("AVX512_CORE_AMX", AMX),
+        ("ALL", AMX),
+        ("", AMX),
+        ("NONSENSE", AMX),
+    ],
+)
+def test_onednns_limit_is_the_machines(limit, left):
+    assert limit_instruction_sets(AMX, {"ONEDNN_MAX_CPU_ISA": limit}) == left
+    assert limit_instruction_sets(AMX, {"DNNL_MAX_CPU_ISA": limit}) == left
+    assert limit_instruction_sets(AVX2, {"ONEDNN_MAX_CPU_ISA": limit}) == AVX2
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE"])
+def test_a_limited_machine_gets_the_rule_of_such_a_machine(limit):
+    limited = dataclasses.replace(
+        machine(), instruction_sets=limit_instruction_sets(AMX, {"ONEDNN_MAX_CPU_ISA": limit})
+    )
+    plan = plan_openvino(limited, "int4")
+    assert (plan["INFERENCE_PRECISION_HINT"], plan["DYNAMIC_QUANTIZATION_GROUP_SIZE"]) == ("f32", "0")
+
+
+@pytest.mark.parametrize(
+    ("size", "taken"), [("1", True), ("4096", True), ("4097", False), ("0", False), ("64 ", False)]
+)
+def test_a_piece_of_a_prompt_has_a_sensible_size(size, taken):
+    if taken:
+        assert override({}, {"prefill_chunk": size}, {}, engine="x", exact=True)["prefill_chunk"] == size
+    else:
+        with pytest.raises(UsageError, match="prefill_chunk cannot be"):
+            override({}, {"prefill_chunk": size}, {"prefill_chunk": CHUNK}, engine="x", exact=False)
