@@ -17,7 +17,7 @@ from normistral.errors import EngineError, ModelNotFoundError, ResourceError, Us
 from normistral.evaluation.bandwidth import Bandwidth
 from normistral.evaluation.bench import rounds
 from normistral.evaluation.bench.client import Worker
-from normistral.evaluation.bench.configuration import Configuration, read_configurations, split_settings
+from normistral.evaluation.bench.configuration import Configuration, count_threads, read_configurations, split_settings
 from normistral.evaluation.bench.results import Spread
 from normistral.evaluation.bench.rounds import Watcher, choose_interleaving, run_benchmark
 from normistral.evaluation.bench.worker import (
@@ -90,11 +90,9 @@ def test_the_same_twice_is_refused_and_the_same_name_is_told_apart(tmp_path):
 
 
 def test_threads_are_those_of_the_settings():
-    (one,) = configurations("a")
-    assert one.threads(8) == 8
+    assert count_threads({}, 8) == count_threads({"intra_op_num_threads": "0"}, 8) == 8
     for name in ("INFERENCE_NUM_THREADS", "intra_op_num_threads"):
-        assert Configuration("a", Path("a"), make_manifest(), settings={name: "3"}).threads(8) == 3
-    assert Configuration("a", Path("a"), make_manifest(), settings={"intra_op_num_threads": "0"}).threads(8) == 8
+        assert count_threads({name: "3"}, 8) == 3
 
 
 @pytest.mark.parametrize(
@@ -139,6 +137,7 @@ class FakeWorker:
     """Answers without a process, and writes down who was asked what."""
 
     asked: list
+    settings: dict  # name -> in force once it is loaded, over what was given
     fails_at: dict  # name -> (kind of request, how many of that kind go well)
 
     def __init__(self, name, environment=None):
@@ -154,6 +153,9 @@ class FakeWorker:
     def close(self):
         self.asked.append((self.name, "close"))
 
+    def _in_force(self, request):
+        return getattr(request, "settings", {}) | self.settings.get(self.name, {})
+
     def ask(self, request, answer_type):
         self.asked.append((self.name, request))
         kind, well = self.fails_at.get(self.name, (None, 0))
@@ -163,19 +165,19 @@ class FakeWorker:
                 raise EngineError(f"{self.name}: it broke", "mend it")
         seen = sum(isinstance(request, type(other)) for name, other in self.asked if name == self.name)
         return {
-            Load: Loaded(0.1, 0.2, "scripted", {}, 2.0, None),
+            Load: Loaded(0.1, 0.2, "scripted", "rule", self._in_force(request), 2.0, None),
             MeasureFirstToken: 1.0,
             MeasureConversation: Conversation(0.5, 0.25, 7),
             Fingerprint: "f" * 64,
             LookAtProcess: Account(ProcessMemory(9, 8, 7, 6), 7, 0.5, 1.0),
-            MeasureBandwidth: Bandwidth(2, 2**20, 10.0 + seen, "k", {"k": 10.0 + seen}),
+            MeasureBandwidth: Bandwidth(getattr(request, "threads", 0), 2**20, 10.0 + seen, "k", {"k": 10.0 + seen}),
             MeasurePass: Pass(8, 1.0 / seen, 2, 2.0 / seen),
         }[type(request)]
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    FakeWorker.asked, FakeWorker.fails_at = [], {}
+    FakeWorker.asked, FakeWorker.settings, FakeWorker.fails_at = [], {}, {}
     monkeypatch.setattr(rounds, "Worker", FakeWorker)
     return FakeWorker
 
@@ -214,6 +216,18 @@ def test_each_number_of_threads_has_a_ceiling_of_its_own(fake):
     threads = {request.threads for _, request in fake.asked if isinstance(request, MeasureBandwidth)}
     assert 3 in threads
     assert len(threads) == 2
+
+
+@pytest.mark.parametrize("available", [10**12, 10**9])
+def test_settings_that_were_tuned_earlier_count_once_they_are_known(fake, monkeypatch, available):
+    monkeypatch.setattr(rounds, "available_memory_bytes", lambda: available)
+    fake.settings["b"] = {"INFERENCE_NUM_THREADS": "3"}
+    plan = dataclasses.replace(PLAN, repeats=1)
+    result = run_benchmark(configurations("a", "b"), plan)
+    tuned = result.configurations[1].figures
+    assert tuned.threads == 3
+    ceiling = next(found.best.gb_per_s for found in result.bandwidth if found.threads == 3)
+    assert tuned.decode[0].share == pytest.approx(tuned.decode[0].weight_gb_per_s / ceiling)
 
 
 def test_warm_ups_do_not_count_and_medians_are_of_the_rest(fake):

@@ -32,11 +32,6 @@ class Configuration:
     exact: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
 
-    def threads(self, planned: int) -> int:
-        """How many it will compute with."""
-        given = next((self.settings[name] for name in _THREADS if name in self.settings), "")
-        return int(given) if given.isdigit() and int(given) > 0 else planned
-
     @property
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: all but an input embedding that is not the output layer too.
@@ -93,6 +88,12 @@ def read_configurations(
         replace(configuration, label=argument) if labels.count(configuration.label) > 1 else configuration
         for configuration, argument in zip(found, arguments, strict=True)
     ]
+
+
+def count_threads(settings: Mapping[str, str], planned: int) -> int:
+    """How many an engine with these settings computes with; `planned` where they do not say."""
+    given = next((settings[name] for name in _THREADS if name in settings), "")
+    return int(given) if given.isdigit() and int(given) > 0 else planned
 
 
 def split_settings(argument: str) -> tuple[str, dict[str, str]]:

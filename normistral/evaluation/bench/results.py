@@ -107,6 +107,8 @@ class Figures:
     """The measurements of a configuration that ran to its end.
 
     Attributes:
+        basis: where settings come from that were not given: "rule" for this kind of machine, "tuned" on this one, or
+            "exact" arithmetic.
         settings: those in force.
         output_sha256: of the tokens it writes after a fixed prompt; more than one if it did not always write the same.
         energy: why there are no joules; None where there are.
@@ -114,6 +116,7 @@ class Figures:
     """
 
     engine: str
+    basis: str
     threads: int
     settings: dict[str, str]
     tokens_per_word: float

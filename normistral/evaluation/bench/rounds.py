@@ -100,6 +100,8 @@ def run_benchmark(
     best = max(one.gb_per_s for found in run.bandwidths.values() for one in found)
     run.watcher.note(f"memory is read at {best:.1f} GB/s")
     (_take_turns if interleaving == "together" else _load_in_turns)(run)
+    if not _thread_counts(run) <= run.bandwidths.keys():  # settings that were tuned earlier are known once loaded
+        _measure_bandwidth(run)
     ceilings = {threads: max(one.gb_per_s for one in found) for threads, found in run.bandwidths.items()}
     return BenchResult(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -108,7 +110,7 @@ def run_benchmark(
         interleaving=interleaving,
         bandwidth=tuple(_summarise_bandwidth(found) for _, found in sorted(run.bandwidths.items())),
         configurations=tuple(
-            samples.result(plan, _ceiling(samples.configuration, ceilings, run.planned_threads), run.planned_threads)
+            samples.result(plan, _ceiling(samples, ceilings, run.planned_threads), run.planned_threads)
             for samples in run.samples
         ),
     )
@@ -221,11 +223,14 @@ def _rotated(samples: list[Samples], number: int) -> list[Samples]:
 def _measure_bandwidth(run: _Run) -> None:
     """Once for each number of threads that is computed with."""
     buffer_bytes = choose_buffer_bytes(run.cache_bytes, available_memory_bytes())
-    counts = {samples.configuration.threads(run.planned_threads) for samples in run.samples}
     with Worker("the read bandwidth", SINGLE_THREADED_BLAS) as worker:
-        for threads in sorted(counts):
+        for threads in sorted(_thread_counts(run)):
             measured = worker.ask(MeasureBandwidth(threads, buffer_bytes), Bandwidth)
             run.bandwidths.setdefault(threads, []).append(measured)
+
+
+def _thread_counts(run: _Run) -> set[int]:
+    return {samples.threads(run.planned_threads) for samples in run.samples}
 
 
 def _summarise_bandwidth(found: list[Bandwidth]) -> BandwidthResult:
@@ -235,7 +240,7 @@ def _summarise_bandwidth(found: list[Bandwidth]) -> BandwidthResult:
     return BandwidthResult(best.threads, best, spread)
 
 
-def _ceiling(configuration: Configuration, ceilings: dict[int, float], planned_threads: int) -> float | None:
-    if configuration.device != _MEASURABLE_DEVICE:
+def _ceiling(samples: Samples, ceilings: dict[int, float], planned_threads: int) -> float | None:
+    if samples.configuration.device != _MEASURABLE_DEVICE:
         return None
-    return ceilings[configuration.threads(planned_threads)]
+    return ceilings[samples.threads(planned_threads)]

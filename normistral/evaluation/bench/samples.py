@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from normistral.evaluation.bench.configuration import Configuration
+from normistral.evaluation.bench.configuration import Configuration, count_threads
 from normistral.evaluation.bench.results import (
     AnswerResult,
     ConfigurationResult,
@@ -39,6 +39,10 @@ class Samples:
     accounts: list[Account] = field(default_factory=list)
     problem: str | None = None
 
+    def threads(self, planned: int) -> int:
+        """How many it computes with; before it was loaded, as far as the settings say that were given."""
+        return count_threads(self.loads[-1][1].settings if self.loads else self.configuration.settings, planned)
+
     def result(self, plan: SpeedPlan, bandwidth_gb_per_s: float | None, planned_threads: int) -> ConfigurationResult:
         """The figures, or the problem."""
         configuration, manifest = self.configuration, self.configuration.manifest
@@ -62,7 +66,8 @@ class Samples:
         idle_s = sum(account.idle_s for account in self.accounts)
         return Figures(
             engine=loaded.engine,
-            threads=self.configuration.threads(planned_threads),
+            basis=loaded.basis,
+            threads=self.threads(planned_threads),
             settings=loaded.settings,
             tokens_per_word=loaded.tokens_per_word,
             load=LoadResult(

@@ -107,13 +107,15 @@ def configuration_table(result: BenchResult) -> Table:
     rows = []
     for one in result.configurations:
         figures = one.figures
-        arithmetic = "exact" if one.exact else "default"
+        basis = (
+            "" if figures is None else {"rule": ", default", "tuned": ", tuned here", "exact": ", exact"}[figures.basis]
+        )
         settings = "" if figures is None else ", ".join(f"{key}={value}" for key, value in figures.settings.items())
         written = "" if figures is None else ", ".join(found[:_SHOWN_HASH] for found in figures.output_sha256)
         rows.append(
             (
                 one.label,
-                f"{one.format} {one.weights}, {one.device}, {arithmetic}",
+                f"{one.format} {one.weights}, {one.device}{basis}",
                 bytes_(one.weight_bytes_per_token),
                 written,
                 settings or (one.problem or ""),

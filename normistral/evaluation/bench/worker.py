@@ -92,13 +92,14 @@ class Loaded:
     Attributes:
         import_s: importing the engine.
         load_s: opening, preparing and warming up.
-        engine, settings: as its capabilities say.
+        engine, basis, settings: as its capabilities say.
         energy: why no joules are counted; None where they are.
     """
 
     import_s: float
     load_s: float
     engine: str
+    basis: str
     settings: dict[str, str]
     tokens_per_word: float
     energy: str | None
@@ -188,6 +189,7 @@ def _load(request: Load, state: _State) -> Loaded:
         import_s=imported - start,
         load_s=ready - imported,
         engine=model.capabilities.name,
+        basis=model.capabilities.basis,
         settings=model.capabilities.settings,
         tokens_per_word=tokens_per_word(model.tokenizer),
         energy=counter if isinstance(counter, str) else None,
