@@ -6,6 +6,7 @@ import pytest
 from scripted_models import make_model
 
 from normistral.errors import ContextLengthError, UsageError
+from normistral.evaluation import speed
 from normistral.evaluation.energy import EnergyCounter
 from normistral.evaluation.speed import (
     QUICK,
@@ -19,6 +20,7 @@ from normistral.evaluation.speed import (
 )
 from normistral.manifest import SamplingDefaults
 from normistral.runtime.engines.scripted import random_logits
+from normistral.runtime.options import GenerationConfig
 
 
 @pytest.fixture
@@ -73,6 +75,11 @@ def test_a_pass_computes_its_prompt_and_decodes_exactly(model):
         assert measured.prefill_s > 0
         assert measured.decode_s > 0
         assert measured.prefill_joules is measured.decode_joules is None
+
+
+def test_nothing_is_drafted():
+    if "draft" in {field.name for field in dataclasses.fields(GenerationConfig)}:
+        assert speed._PLAIN["draft"] == "off"
 
 
 def test_a_pass_is_the_same_work_every_time(model):
