@@ -1,1 +1,1 @@
-"""How well an artifact predicts text, alone and beside a reference."""
+"""How well an artifact predicts text, alone and beside a reference; and how fast it is."""

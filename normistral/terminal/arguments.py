@@ -1,4 +1,4 @@
-"""Arguments and options of `chat`, `generate` and `eval`: names, types and help; values default elsewhere."""
+"""Arguments and options of `chat`, `generate`, `eval` and `bench`: names, types and help; values default elsewhere."""
 
 from __future__ import annotations
 
@@ -139,6 +139,31 @@ JsonFile = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - is stdout, without the table."),
 ]
+
+# bench
+
+Artifacts = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ARTIFACT...",
+        help="Folders or names, each alone or with settings of its engine: ARTIFACT@KEY=VALUE,KEY=VALUE.",
+        show_default=False,
+    ),
+]
+Report = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report with charts: FILE.html or FILE.md.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Shorter, fewer, less certain.")]
+PrefillLengths = Annotated[
+    str | None,
+    typer.Option("--prefill", metavar="N,N", help="Lengths of the prompts. Default: 128,512,2048, as far as they fit."),
+]
+DecodeContexts = Annotated[
+    str | None,
+    typer.Option("--decode", metavar="N,N", help="Tokens before those written. Default: 16,512,2048 likewise."),
+]
+DecodeTokens = Annotated[
+    int | None, typer.Option("--tokens", metavar="N", help="Tokens to write at each. Default: 32.")
+]
+Repeats = Annotated[int | None, typer.Option(metavar="N", help="Measurements of each kind. Default: 5.")]
 
 
 def parse_settings(pairs: list[str] | None) -> dict[str, str]:

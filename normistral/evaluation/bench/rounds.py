@@ -1,0 +1,246 @@
+"""Runs a benchmark: every configuration in a process of its own, all of them in turns, so that drift does not decide.
+
+A machine gets slower when it gets warm or busy. So no configuration is measured to its end before the next: where
+all models fit into memory together they take turns at every single measurement, in an order that moves on by one
+each round; otherwise every round loads them one after the other. The read bandwidth is measured first, and again
+before each round, by a process that holds no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from time import perf_counter
+
+from normistral.errors import NormistralError, ResourceError
+from normistral.evaluation.bandwidth import SINGLE_THREADED_BLAS, Bandwidth, choose_buffer_bytes
+from normistral.evaluation.bench.client import Worker
+from normistral.evaluation.bench.configuration import Configuration
+from normistral.evaluation.bench.machine import report_machine
+from normistral.evaluation.bench.results import BandwidthResult, BenchResult, Interleaving, Spread
+from normistral.evaluation.bench.samples import Samples
+from normistral.evaluation.bench.worker import (
+    Account,
+    Fingerprint,
+    Load,
+    Loaded,
+    LookAtProcess,
+    MeasureBandwidth,
+    MeasureConversation,
+    MeasureFirstToken,
+    MeasurePass,
+)
+from normistral.evaluation.speed import Conversation, Pass, SpeedPlan
+from normistral.hardware import available_memory_bytes
+
+_RESERVE_BYTES = 2**30  # for everything else while models share the memory
+_MEASURABLE_DEVICE = "CPU"  # the bandwidth of other devices' memory is not measured
+
+
+@dataclass(frozen=True, slots=True)
+class Watcher:
+    """Who is told how many measurements there will be if nothing fails, when some are done, and lines."""
+
+    expect: Callable[[int], None] = lambda count: None
+    advance: Callable[[int], None] = lambda count: None
+    note: Callable[[str], None] = lambda text: None
+
+
+@dataclass(slots=True)
+class _Run:
+    plan: SpeedPlan
+    planned_threads: int
+    cache_bytes: int
+    samples: list[Samples]
+    watcher: Watcher
+    bandwidths: dict[int, list[Bandwidth]] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def alive(self) -> list[Samples]:
+        return [samples for samples in self.samples if samples.problem is None]
+
+    def next_seed(self) -> int:
+        self.seed += 1
+        return self.seed
+
+
+def count_measurements(plan: SpeedPlan, configurations: int, interleaving: Interleaving) -> int:
+    """Of all rounds, warm-ups included: passes and conversations. A model that is loaded again is warmed up again."""
+    rounds = plan.repeats + plan.warm_ups if interleaving == "together" else plan.repeats * (1 + plan.warm_ups)
+    return rounds * (len(plan.points) + 1) * configurations
+
+
+def run_benchmark(
+    configurations: Sequence[Configuration], plan: SpeedPlan, watcher: Watcher | None = None
+) -> BenchResult:
+    """Measure all configurations.
+
+    One that fails is left out of the remaining rounds, and the result says why.
+
+    Raises:
+        ResourceError: there is not enough memory for one of them.
+        NormistralError: the read bandwidth could not be measured.
+    """
+    machine = report_machine()
+    interleaving = choose_interleaving(configurations, plan, available_memory_bytes())
+    run = _Run(
+        plan,
+        machine.planned_threads,
+        machine.last_level_cache_bytes,
+        [Samples(configuration) for configuration in configurations],
+        watcher or Watcher(),
+    )
+    run.watcher.expect(count_measurements(plan, len(configurations), interleaving))
+    if interleaving == "reloaded":
+        run.watcher.note("the models do not fit into memory together: every round loads them one after the other")
+    _measure_bandwidth(run)
+    best = max(one.gb_per_s for found in run.bandwidths.values() for one in found)
+    run.watcher.note(f"memory is read at {best:.1f} GB/s")
+    (_take_turns if interleaving == "together" else _load_in_turns)(run)
+    if not _thread_counts(run) <= run.bandwidths.keys():  # settings that were tuned earlier are known once loaded
+        _measure_bandwidth(run)
+    ceilings = {threads: max(one.gb_per_s for one in found) for threads, found in run.bandwidths.items()}
+    return BenchResult(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        plan=plan,
+        interleaving=interleaving,
+        bandwidth=tuple(_summarise_bandwidth(found) for _, found in sorted(run.bandwidths.items())),
+        configurations=tuple(
+            samples.result(plan, _ceiling(samples, ceilings, run.planned_threads), run.planned_threads)
+            for samples in run.samples
+        ),
+    )
+
+
+def choose_interleaving(configurations: Sequence[Configuration], plan: SpeedPlan, available_bytes: int) -> Interleaving:
+    """Whether all models may stand in memory at once.
+
+    Raises:
+        ResourceError: one of them does not fit by itself.
+    """
+    tokens = plan.most_tokens
+    for configuration in configurations:
+        if configuration.least_bytes(tokens) > available_bytes:
+            raise ResourceError(
+                f"{configuration.label} needs at least {configuration.least_bytes(tokens) / 1e9:.1f} GB of memory; "
+                f"{available_bytes / 1e9:.1f} GB are available",
+                "close other programs, take smaller weights (int4), or measure at shorter contexts",
+            )
+    needed = sum(configuration.likely_bytes(tokens) for configuration in configurations)
+    return "together" if len(configurations) == 1 or needed + _RESERVE_BYTES <= available_bytes else "reloaded"
+
+
+def _take_turns(run: _Run) -> None:
+    """All models in memory; each measurement of one is followed by the same of the next."""
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for samples in run.samples:
+            worker = stack.enter_context(Worker(samples.configuration.label))
+            workers[samples.configuration.label] = worker
+            with _failing(samples, worker):
+                _start(worker, samples, run)
+        for number in range(-run.plan.warm_ups, run.plan.repeats):
+            if number >= 0:
+                _measure_bandwidth(run)
+            for point in [*run.plan.points, None]:
+                for samples in _rotated(run.alive, number):
+                    worker = workers[samples.configuration.label]
+                    with _failing(samples, worker):
+                        _measure(worker, samples, point, run, keep=number >= 0)
+                    run.watcher.advance(1)
+        for samples in run.alive:
+            with _failing(samples):
+                _finish(workers[samples.configuration.label], samples)
+
+
+def _load_in_turns(run: _Run) -> None:
+    """One model in memory at a time; every round loads them all, one after the other."""
+    for number in range(run.plan.repeats):
+        _measure_bandwidth(run)
+        for samples in _rotated(run.alive, number):
+            with _failing(samples), Worker(samples.configuration.label) as worker:
+                _start(worker, samples, run)
+                for warm in range(-run.plan.warm_ups, 1):
+                    for point in [*run.plan.points, None]:
+                        _measure(worker, samples, point, run, keep=warm == 0)
+                        run.watcher.advance(1)
+                _finish(worker, samples)
+
+
+def _start(worker: Worker, samples: Samples, run: _Run) -> None:
+    configuration = samples.configuration
+    request = Load(
+        str(configuration.folder),
+        configuration.manifest.format,
+        configuration.device,
+        configuration.exact,
+        dict(configuration.settings),
+    )
+    loaded = worker.ask(request, Loaded)
+    samples.loads.append((perf_counter() - worker.started, loaded))
+    samples.first_uses.append(worker.ask(MeasureFirstToken(run.plan.question_tokens, run.next_seed()), float))
+    samples.fingerprints.append(worker.ask(Fingerprint(), str))
+
+
+def _measure(worker: Worker, samples: Samples, point: tuple[int, int] | None, run: _Run, *, keep: bool) -> None:
+    """One pass, or without a point the conversation."""
+    if point is None:
+        conversation = worker.ask(MeasureConversation(run.plan, run.next_seed()), Conversation)
+        if keep:
+            samples.conversations.append(conversation)
+        return
+    length, decode_tokens = point
+    measured = worker.ask(MeasurePass(length, decode_tokens, run.next_seed()), Pass)
+    if keep:
+        samples.passes[length].append(measured)
+
+
+def _finish(worker: Worker, samples: Samples) -> None:
+    samples.fingerprints.append(worker.ask(Fingerprint(), str))
+    samples.accounts.append(worker.ask(LookAtProcess(), Account))
+
+
+@contextmanager
+def _failing(samples: Samples, worker: Worker | None = None) -> Iterator[None]:
+    """An error in the block ends this configuration, with its process, and no other."""
+    try:
+        yield
+    except NormistralError as error:
+        samples.problem = f"{error.message} ({error.hint})" if error.hint else error.message
+        if worker is not None:
+            worker.close()
+
+
+def _rotated(samples: list[Samples], number: int) -> list[Samples]:
+    start = number % len(samples) if samples else 0
+    return samples[start:] + samples[:start]
+
+
+def _measure_bandwidth(run: _Run) -> None:
+    """Once for each number of threads that is computed with."""
+    buffer_bytes = choose_buffer_bytes(run.cache_bytes, available_memory_bytes())
+    with Worker("the read bandwidth", SINGLE_THREADED_BLAS) as worker:
+        for threads in sorted(_thread_counts(run)):
+            measured = worker.ask(MeasureBandwidth(threads, buffer_bytes), Bandwidth)
+            run.bandwidths.setdefault(threads, []).append(measured)
+
+
+def _thread_counts(run: _Run) -> set[int]:
+    return {samples.threads(run.planned_threads) for samples in run.samples}
+
+
+def _summarise_bandwidth(found: list[Bandwidth]) -> BandwidthResult:
+    spread = Spread.of(one.gb_per_s for one in found)
+    assert spread is not None
+    best = max(found, key=lambda one: one.gb_per_s)
+    return BandwidthResult(best.threads, best, spread)
+
+
+def _ceiling(samples: Samples, ceilings: dict[int, float], planned_threads: int) -> float | None:
+    if samples.configuration.device != _MEASURABLE_DEVICE:
+        return None
+    return ceilings[samples.threads(planned_threads)]

@@ -1,0 +1,198 @@
+"""The tables of a result, as rows of text; the first row is the heading. Terminal, Markdown and HTML show the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from normistral.evaluation.bench.numbers import bytes_, seconds, with_range
+from normistral.evaluation.bench.results import BenchResult, ConfigurationResult, Figures, Spread
+
+_SHOWN_HASH = 12
+_Cells = Callable[[ConfigurationResult, Figures], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, and rows; the columns behind the first `text_columns` hold numbers."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int = 1
+
+
+def speed_tables(result: BenchResult) -> list[Table]:
+    """What was measured."""
+    if not result.measured:
+        return []
+    tables = [
+        _by_configuration(
+            "Writing, tokens/s", "after tokens", result, [f"{n:,}" for n in result.plan.decode_contexts], _decode_cells
+        ),
+        _by_configuration(
+            "Share of the read bandwidth",
+            "after tokens",
+            result,
+            [f"{n:,}" for n in result.plan.decode_contexts],
+            _share_cells,
+        ),
+        _by_configuration(
+            "Reading, tokens/s", "prompt of", result, [f"{n:,}" for n in result.plan.prefill_lengths], _prefill_cells
+        ),
+        _by_configuration(
+            "Time to first token",
+            "",
+            result,
+            [f"question of {result.plan.question_tokens}", "first after loading", "second turn"],
+            _answer_cells,
+        ),
+        _by_configuration(
+            "Starting",
+            "",
+            result,
+            ["ready after", "Python", "engine's import", "model"],
+            _load_cells,
+        ),
+        _by_configuration("Memory", "", result, ["peak", "of it not from files", "the files"], _memory_cells),
+    ]
+    if any(point.tokens_per_joule for _, figures in result.measured for point in figures.decode):
+        contexts = [f"{n:,}" for n in result.plan.decode_contexts]
+        tables.append(_by_configuration("Writing, tokens/joule", "after tokens", result, contexts, _joule_cells))
+    return tables
+
+
+def describe_machine(result: BenchResult) -> str:
+    """The machine in a few words, for a title."""
+    cores = f"{result.machine.physical_cores} core{'s' if result.machine.physical_cores > 1 else ''}"
+    return f"{result.machine.cpu}, {cores}, {bytes_(result.machine.total_memory_bytes)} of memory"
+
+
+def machine_table(result: BenchResult) -> Table:
+    """Where it was measured."""
+    machine = result.machine
+    quota = "none" if machine.cpu_quota is None else f"{machine.cpu_quota:g} CPUs"
+    bandwidth = [
+        (
+            f"read bandwidth, {found.threads} thread{'s' if found.threads > 1 else ''}",
+            f"{found.best.gb_per_s:.1f} GB/s ({found.best.kernel}, {bytes_(found.best.buffer_bytes)}); "
+            f"{found.gb_per_s.low:.1f} to {found.gb_per_s.high:.1f} in {found.gb_per_s.n} measurements",
+        )
+        for found in result.bandwidth
+    ]
+    energy = sorted({figures.energy or "counted" for _, figures in result.measured})
+    rows = [
+        ("processor", machine.cpu),
+        ("cores", f"{machine.physical_cores} ({machine.logical_cpus} logical CPUs)"),
+        ("container's CPU limit", quota),
+        ("instructions", " ".join(machine.instruction_sets) or "not known here"),
+        ("last-level cache", bytes_(machine.last_level_cache_bytes) if machine.last_level_cache_bytes else "not told"),
+        (
+            "memory",
+            f"{bytes_(machine.total_memory_bytes)}, {bytes_(machine.available_memory_bytes)} of it available",
+        ),
+        *bandwidth,
+        *((("joules", ", ".join(energy)),) if energy else ()),
+        ("system", machine.system),
+        (
+            "versions",
+            ", ".join(f"{name} {found}" for name, found in {"python": machine.python, **machine.versions}.items()),
+        ),
+        ("measured", result.created),
+    ]
+    return Table("Machine", (("", ""), *rows), text_columns=2)
+
+
+def configuration_table(result: BenchResult) -> Table:
+    """What was compared, and which tokens each writes."""
+    rows = []
+    for one in result.configurations:
+        figures = one.figures
+        basis = (
+            "" if figures is None else {"rule": ", default", "tuned": ", tuned here", "exact": ", exact"}[figures.basis]
+        )
+        settings = "" if figures is None else ", ".join(f"{key}={value}" for key, value in figures.settings.items())
+        written = "" if figures is None else ", ".join(found[:_SHOWN_HASH] for found in figures.output_sha256)
+        rows.append(
+            (
+                one.label,
+                f"{one.format} {one.weights}, {one.device}{basis}",
+                bytes_(one.weight_bytes_per_token),
+                written,
+                settings or (one.problem or ""),
+            )
+        )
+    return Table("Compared", (("", "kind", "weights/token", "output's hash", "settings in force"), *rows), 5)
+
+
+def describe_method(result: BenchResult) -> list[str]:
+    """How it was measured, for a reader who wants to judge or repeat it."""
+    plan = result.plan
+    turns = (
+        "All models stood in memory and took turns at every single measurement, in another order each round."
+        if result.interleaving == "together"
+        else "The models did not fit into memory together: every round loaded them one after the other."
+    )
+    if len(result.configurations) == 1:
+        turns = "There was one configuration, so nothing had to take turns."
+    return [
+        f"Medians of {plan.repeats} measurements after {plan.warm_ups} that did not count; in parentheses the least "
+        f"and the largest. {turns} Each configuration ran in a process of its own.",
+        f"Prompts are random tokens, always the same; nothing is drafted; {plan.decode_tokens} tokens are decoded "
+        f"greedily at each context. The second turn adds {plan.follow_up_tokens} tokens to a question of "
+        f"{plan.question_tokens} and its answer of {plan.answer_tokens}, which are in the KV cache.",
+        "The read bandwidth is the best of three read kernels, measured first and again before each round, with as "
+        "many threads as the engine has. A decoded token reads all weights but an input embedding that is not tied to "
+        "the output layer; the KV cache is not counted, so the share falls at long contexts even where memory is the "
+        "limit.",
+        "First use is the first question after loading. Memory is of the whole process; its peak counts mapped files "
+        "as far as they were resident, “not from files” what the kernel cannot drop. The output's hash is SHA-256 of "
+        "the tokens written after a fixed Norwegian prompt: equal hashes, equal output.",
+    ]
+
+
+def _by_configuration(title: str, corner: str, result: BenchResult, columns: Sequence[str], cells: _Cells) -> Table:
+    rows = [(one.label, *cells(one, figures)) for one, figures in result.measured]
+    return Table(title, ((corner, *columns), *rows))
+
+
+def _decode_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
+    return [with_range(point.tokens_per_s) for point in figures.decode]
+
+
+def _share_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
+    return [
+        f"{point.weight_gb_per_s:.1f} GB/s"
+        if point.share is None
+        else f"{point.share:.0%} ({point.weight_gb_per_s:.1f} GB/s)"
+        for point in figures.decode
+    ]
+
+
+def _prefill_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
+    return [with_range(point.tokens_per_s) for point in figures.prefill]
+
+
+def _answer_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
+    answers = figures.answers
+    return [_timed(answers.question_s), _timed(answers.first_use_s), _timed(answers.second_turn_s)]
+
+
+def _load_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
+    load = figures.load
+    return [_timed(load.ready_s), _timed(load.python_s), _timed(load.engine_import_s), _timed(load.model_s)]
+
+
+def _memory_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
+    memory = figures.memory
+    counts = (memory.peak, memory.peak_anonymous, one.total_bytes)
+    return [bytes_(count) for count in counts]
+
+
+def _joule_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
+    return [with_range(point.tokens_per_joule) for point in figures.decode]
+
+
+def _timed(spread: Spread) -> str:
+    if spread.n == 1:
+        return seconds(spread.median)
+    return f"{seconds(spread.median)} ({seconds(spread.low).removesuffix(' s')} to {seconds(spread.high)})"

@@ -1,0 +1,208 @@
+"""One configuration in a process of its own: requests on stdin, answers on stdout, one line of JSON each.
+
+A request names its kind in "type". An answer is {"result": ...} or {"error": ..., "hint": ...}; after an error of the
+package the process goes on, and it ends when stdin does. What engines print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from normistral.errors import NormistralError
+from normistral.evaluation.bandwidth import measure_read_bandwidth
+from normistral.evaluation.energy import EnergyCounter, find_energy_counter
+from normistral.evaluation.process_memory import ProcessMemory, read_process_memory
+from normistral.evaluation.speed import (
+    SpeedPlan,
+    fingerprint,
+    measure_conversation,
+    measure_first_token,
+    measure_pass,
+    tokens_per_word,
+)
+from normistral.runtime.model import Model
+
+_ENGINE_MODULES = {"openvino": "openvino", "onnx": "onnxruntime"}
+
+
+class Load(msgspec.Struct, tag=True):
+    """Load a model; answered with `Loaded`."""
+
+    folder: str
+    format: str
+    device: str
+    exact: bool
+    settings: dict[str, str]
+
+
+class MeasureFirstToken(msgspec.Struct, tag=True):
+    """Answered with seconds."""
+
+    question_tokens: int
+    seed: int
+
+
+class MeasurePass(msgspec.Struct, tag=True):
+    """Answered with a `speed.Pass`."""
+
+    length: int
+    decode_tokens: int
+    seed: int
+
+
+class MeasureConversation(msgspec.Struct, tag=True):
+    """Answered with a `speed.Conversation`."""
+
+    plan: SpeedPlan
+    seed: int
+
+
+class Fingerprint(msgspec.Struct, tag=True):
+    """Answered with the hash of what it writes."""
+
+
+class LookAtProcess(msgspec.Struct, tag=True):
+    """Answered with an `Account`."""
+
+
+class MeasureBandwidth(msgspec.Struct, tag=True):
+    """Answered with a `bandwidth.Bandwidth`; needs no model."""
+
+    threads: int
+    buffer_bytes: int
+
+
+Request = Load | MeasureFirstToken | MeasurePass | MeasureConversation | Fingerprint | LookAtProcess | MeasureBandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready.
+
+    Attributes:
+        import_s: importing the engine.
+        load_s: opening, preparing and warming up.
+        engine, basis, settings: as its capabilities say.
+        energy: why no joules are counted; None where they are.
+    """
+
+    import_s: float
+    load_s: float
+    engine: str
+    basis: str
+    settings: dict[str, str]
+    tokens_per_word: float
+    energy: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What the process took until now.
+
+    Attributes:
+        peak_anonymous: the largest of those after each request.
+        idle_cpu_s, idle_s: processor time, and time, between an answer and the next request.
+    """
+
+    memory: ProcessMemory
+    peak_anonymous: int | None
+    idle_cpu_s: float
+    idle_s: float
+
+
+@dataclass(slots=True)
+class _State:
+    model: Model | None = None
+    counter: EnergyCounter | None = None
+    peak_anonymous: int | None = None
+    idle_cpu_s: float = 0.0
+    idle_s: float = 0.0
+    answered: tuple[float, float] | None = field(default=None)  # processor time and time of the last answer
+
+    def need_model(self) -> Model:
+        assert self.model is not None, "Load comes first"
+        return self.model
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer requests until there are no more."""
+    decoder = msgspec.json.Decoder(Request)
+    state = _State()
+    for line in requests:
+        if state.answered is not None:
+            state.idle_cpu_s += time.process_time() - state.answered[0]
+            state.idle_s += time.perf_counter() - state.answered[1]
+        try:
+            answer: dict[str, Any] = {"result": _answer(decoder.decode(line), state)}
+        except NormistralError as error:
+            answer = {"error": error.message, "hint": error.hint}
+        anonymous = read_process_memory().anonymous
+        if anonymous is not None:
+            state.peak_anonymous = max(anonymous, state.peak_anonymous or 0)
+        answers.write(msgspec.json.encode(answer) + b"\n")
+        answers.flush()
+        state.answered = (time.process_time(), time.perf_counter())
+    if state.model is not None:
+        state.model.close()
+
+
+def _answer(request: Request, state: _State) -> Any:
+    match request:
+        case Load():
+            return _load(request, state)
+        case MeasureFirstToken():
+            return measure_first_token(state.need_model(), request.question_tokens, request.seed)
+        case MeasurePass():
+            return measure_pass(state.need_model(), request.length, request.decode_tokens, request.seed, state.counter)
+        case MeasureConversation():
+            return measure_conversation(state.need_model(), request.plan, request.seed)
+        case Fingerprint():
+            return fingerprint(state.need_model())
+        case LookAtProcess():
+            return Account(read_process_memory(), state.peak_anonymous, state.idle_cpu_s, state.idle_s)
+        case MeasureBandwidth():
+            return measure_read_bandwidth(request.threads, request.buffer_bytes)
+
+
+def _load(request: Load, state: _State) -> Loaded:
+    from normistral.runtime import model as models
+
+    start = time.perf_counter()
+    with suppress(ImportError):  # `load` says what to install
+        importlib.import_module(_ENGINE_MODULES[request.format])
+    imported = time.perf_counter()
+    model = models.load(Path(request.folder), request.device, exact=request.exact, settings=request.settings)
+    ready = time.perf_counter()
+    counter = find_energy_counter()
+    state.model, state.counter = model, None if isinstance(counter, str) else counter
+    return Loaded(
+        import_s=imported - start,
+        load_s=ready - imported,
+        engine=model.capabilities.name,
+        basis=model.capabilities.basis,
+        settings=model.capabilities.settings,
+        tokens_per_word=tokens_per_word(model.tokenizer),
+        energy=counter if isinstance(counter, str) else None,
+    )
+
+
+def main() -> None:
+    """Serve this process's stdin and stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that measures: it ends this one
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine's own words are no answers
+    serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Read bandwidth: how large the buffer is, what the caches are, and that every kernel reads."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from normistral.evaluation.bandwidth import (
+    _KERNELS,
+    MIN_BUFFER_BYTES,
+    choose_buffer_bytes,
+    last_level_cache_bytes,
+    measure_read_bandwidth,
+)
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("cache", "available", "expected"),
+    [
+        (32 * MIB, 16_384 * MIB, MIN_BUFFER_BYTES),  # the least
+        (384 * MIB, 16_384 * MIB, 4 * 384 * MIB),  # four caches
+        (384 * MIB, 4_096 * MIB, 1_024 * MIB),  # a fourth of the memory
+        (0, 16_384 * MIB, MIN_BUFFER_BYTES),  # not told
+        (32 * MIB, 0, 4096),  # never nothing
+    ],
+)
+def test_the_buffer_is_four_caches_as_far_as_memory_allows(cache, available, expected):
+    assert choose_buffer_bytes(cache, available) == expected
+
+
+def write_cache(root, cpu, index, level, kind, size, shared):
+    folder = root / f"sys/devices/system/cpu/cpu{cpu}/cache/index{index}"
+    folder.mkdir(parents=True)
+    for name, text in {"level": level, "type": kind, "size": size, "shared_cpu_list": shared}.items():
+        (folder / name).write_text(f"{text}\n")
+
+
+def test_last_level_caches_are_added_and_counted_once(tmp_path):
+    for cpu, shared in ((0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3")):
+        write_cache(tmp_path, cpu, 0, 1, "Data", "48K", cpu)
+        write_cache(tmp_path, cpu, 1, 1, "Instruction", "64K", cpu)
+        write_cache(tmp_path, cpu, 2, 3, "Unified", "32768K", shared)
+    assert last_level_cache_bytes(tmp_path) == 2 * 32 * MIB
+
+
+def test_no_caches_told_is_zero(tmp_path):
+    assert last_level_cache_bytes(tmp_path) == 0
+
+
+def test_the_best_kernel_counts_and_the_buffer_is_shared_out():
+    measured = measure_read_bandwidth(3, 3 * MIB, passes=2)
+    assert (measured.threads, measured.buffer_bytes) == (3, 3 * MIB)
+    assert measured.kernels.keys() == _KERNELS.keys()
+    assert measured.gb_per_s == measured.kernels[measured.kernel] == max(measured.kernels.values()) > 0
+
+
+@pytest.mark.parametrize("name", _KERNELS)
+def test_a_kernel_reads_all_of_its_part(name):
+    # A change anywhere changes the result: nothing is skipped.
+    part = np.ones(MIB, np.float32)
+    before = _KERNELS[name](part)
+    part[-1] = 3.0
+    assert _KERNELS[name](part) != before
+
+
+def test_blas_is_told_to_use_one_thread_in_time():
+    script = (
+        "import sys\nassert 'numpy' not in sys.modules\n"
+        "from normistral.evaluation.bench.client import Worker\n"
+        "from normistral.evaluation.bench.worker import MeasureBandwidth\n"
+        "from normistral.evaluation.bandwidth import SINGLE_THREADED_BLAS, Bandwidth\n"
+        "with Worker('x', SINGLE_THREADED_BLAS) as worker:\n"
+        "    found = worker.ask(MeasureBandwidth(1, 2**20), Bandwidth)\n"
+        "    environ = open(f'/proc/{worker._process.pid}/environ').read()\n"
+        "assert 'OPENBLAS_NUM_THREADS=1' in environ and found.gb_per_s > 0\n"
+    )
+    if not sys.platform.startswith("linux"):
+        pytest.skip("looks into /proc")
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
