@@ -19,7 +19,7 @@ LLAMA_CPP_FLAGS = {  # CMake's option: the processor's flag in /proc/cpuinfo
     "GGML_BMI2": "bmi2",
     "GGML_AVX_VNNI": "avx_vnni",
     "GGML_AVX512": "avx512bw",
-    "GGML_AVX512_VBMI": "avx512_vbmi",
+    "GGML_AVX512_VBMI": "avx512vbmi",
     "GGML_AVX512_VNNI": "avx512_vnni",
     "GGML_AVX512_BF16": "avx512_bf16",
 }
@@ -31,7 +31,7 @@ class Environment:
 
     Attributes:
         steps: lists of pip's arguments. torch comes alone, so that pip takes the build it is pointed to.
-        built: compiled here, for this processor.
+        built: compiled here, for this processor; without the cache, which knows no compiler options.
     """
 
     steps: tuple[tuple[str, ...], ...]
@@ -40,7 +40,9 @@ class Environment:
 
 TORCH = ("torch==2.13.0",)
 ENVIRONMENTS = {
-    "llama.cpp": Environment((("numpy", "--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),), built=True),
+    "llama.cpp": Environment(
+        (("numpy", "--no-binary", "llama-cpp-python", "--no-cache-dir", "llama-cpp-python==0.3.36"),), built=True
+    ),
     "openvino-genai": Environment((("numpy", "openvino-genai==2026.4.1.0"),)),
     "optimum-intel": Environment(
         (TORCH, ("optimum-intel==1.27.0", "openvino==2026.4.1", "nncf==3.4.0", "transformers==4.57.6"))
