@@ -130,7 +130,7 @@ def reference(checkpoint: Path, output: Path) -> None:
 def compare(expected: Path, file: Path) -> None:
     """Largest difference of a logit between `reference` and llama.cpp."""
     sys.path.insert(0, str(Path(__file__).parent / "peers"))
-    from run_llama import LlamaRunner
+    from run_llama_cpp import LlamaRunner
 
     with np.load(expected) as saved:
         ids, logits = saved["ids"].tolist(), saved["logits"]

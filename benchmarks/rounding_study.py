@@ -1,12 +1,14 @@
 """What rounding costs, as exact arithmetic: the rounded weights, as floats, in transformers float32.
 
     python benchmarks/rounding_study.py MODEL --text en=FILE --text nb=FILE --json OUT [--cache FOLDER] \\
-        [--artifact NAME=FOLDER ...] [--gguf NAME=FILE ...]
+        [--artifact NAME=FOLDER ...] [--gguf NAME=FILE ...] [--onnx NAME=FOLDER ...]
 
 MODEL is the checkpoint that the artifacts and GGUF files were made from. The first 1,536 tokens of each text are run in
 three windows; KL divergence from the checkpoint's own float32 logits, in nats. Weights are read by the dequantisers of
-tests/, which share no code with the exporter. Bits per weight: bytes of the weight file (GGUF: of all its tensors) by
-unique parameters; "inner" leaves out embedding and output layer.
+tests/, which share no code with the exporter; --artifact takes any IR of optimum-intel too. --onnx is for decoders that
+others wrote and these cannot read: onnxruntime runs them, with its products of rounded weights in float32 (accuracy
+level 1). Bits per weight: bytes of the weight file (GGUF: of all its tensors) by unique parameters; "inner" leaves out
+embedding and output layer.
 
 The demo model's weights lie on llama.cpp's Q4_1 grid (blocks of 32, float minimum): a format that can hold that grid
 looks lossless here and proves nothing.
@@ -18,6 +20,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +37,34 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 WINDOW_TOKENS = 512
 WINDOWS = 3
 
-
-def log_probabilities(model: Any, windows: torch.Tensor) -> torch.Tensor:
-    """[windows, tokens, vocabulary]"""
-    with torch.inference_mode():
-        return torch.stack([model(window[None]).logits[0].log_softmax(-1) for window in windows])
+Texts = Sequence[tuple[str, str]]  # language, file
 
 
-def compare(reference: torch.Tensor, model: Any, windows: torch.Tensor) -> dict[str, float]:
+Predict = Callable[[torch.Tensor], torch.Tensor]
+"""Token ids [tokens] → log-probabilities of what comes after each, float32 [tokens, vocabulary]."""
+
+
+def predict_with(model: Any) -> Predict:
+    """A transformers model."""
+
+    def predict(window: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = model(window[None]).logits[0]
+        return logits.log_softmax(-1)
+
+    return predict
+
+
+def compare(reference: torch.Tensor, predict: Predict, windows: torch.Tensor) -> dict[str, float]:
+    """Figures of one text.
+
+    Args:
+        reference: log-probabilities [windows, tokens, vocabulary].
+        windows: token ids [windows, tokens].
+    """
     kl, same, loss = [], [], []
     for expected, window in zip(reference, windows, strict=True):
-        found = log_probabilities(model, window[None])[0]
+        found = predict(window)
         kl.append((expected.exp() * (expected - found)).sum(-1))
         same.append((expected.argmax(-1) == found.argmax(-1)).float())
         loss.append(-found[:-1].gather(1, window[1:, None]))
@@ -67,6 +87,10 @@ def artifact_model(model: Any, folder: Path) -> tuple[Any, dict[str, float]]:
         import dequantise_ir as reader
     state = {name: torch.from_numpy(values) for name, values in reader.dequantised(folder).items()}
     model.load_state_dict(state, strict=False)
+    loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in state}
+    floats = [name for name, matrix in model.named_parameters() if matrix.dim() > 1 and matrix.data_ptr() not in loaded]
+    if floats:  # else weights that this reader does not find would pass for lossless ones
+        sys.exit(f"error: {folder.name} has no rounded weights for {', '.join(floats[:3])}")
     size = (folder / ("model.onnx.data" if onnx else "openvino_model.bin")).stat().st_size
     unique = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
     return model, {"bytes": size, "bits_per_weight": 8 * size / sum(unique.values())}
@@ -91,10 +115,65 @@ def gguf_model(file: Path) -> tuple[Any, dict[str, Any]]:
     return model, size | {"bits_per_inner_weight": bits(inner), "types": types}
 
 
+def onnx_model(folder: Path, parameters: int) -> tuple[Predict, dict[str, float]]:
+    """A decoder with a KV cache, as onnxruntime-genai's builder and Optimum write it, on an empty cache."""
+    import numpy as np
+    import onnxruntime
+
+    from normistral.runtime.engines.onnx_graph import OnnxGraph, multiply_in_float
+
+    graph = OnnxGraph((folder / "model.onnx").read_bytes())
+    multiply_in_float(graph)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = onnxruntime.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
+    caches = {port.name: port.shape for port in session.get_inputs() if port.name.startswith("past_key_values.")}
+    empty = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in caches.items()}
+    takes_positions = any(port.name == "position_ids" for port in session.get_inputs())
+
+    def predict(window: torch.Tensor) -> torch.Tensor:
+        ids = window[None].numpy()
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty
+        if takes_positions:
+            inputs["position_ids"] = np.arange(len(window))[None]
+        return torch.from_numpy(session.run(["logits"], inputs)[0][0]).log_softmax(-1)
+
+    size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+    return predict, {"bytes": size, "bits_per_weight": 8 * size / parameters}
+
+
+def load_windows(folder: Path, texts: Texts) -> dict[str, torch.Tensor]:
+    """Token ids [windows, tokens] of each text's beginning, as the checkpoint's tokenizer gives them."""
+    tokenizer = load_tokenizer(folder)
+    windows = {}
+    for language, file in texts:
+        ids = tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"][: WINDOWS * WINDOW_TOKENS]
+        windows[language] = torch.tensor(ids).view(WINDOWS, WINDOW_TOKENS)
+    return windows
+
+
+def load_reference(folder: Path, windows: dict[str, torch.Tensor], cache: Path | None) -> dict[str, torch.Tensor]:
+    """The checkpoint's log-probabilities [windows, tokens, vocabulary] of each text, mapped from `cache` if they are
+    there; the caller sees to it that a cache has one checkpoint and one set of texts.
+    """
+    reference = {}
+    for language, ids in windows.items():
+        kept = None if cache is None else cache / f"{language}.pt"
+        if kept is not None and kept.exists():
+            reference[language] = torch.load(kept, mmap=True, weights_only=True)
+            continue
+        predict = predict_with(load_model(folder, "float32"))
+        reference[language] = torch.stack([predict(window) for window in ids])
+        if kept is not None:
+            torch.save(reference[language], kept)
+    return reference
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    for name in ("text", "artifact", "gguf"):
+    for name in ("text", "artifact", "gguf", "onnx"):
         parser.add_argument(f"--{name}", action="append", default=[], type=lambda pair: pair.split("=", 1))
     parser.add_argument("--cache", type=Path, help="keeps the checkpoint's logits between runs")
     parser.add_argument("--threads", type=int, default=1)
@@ -106,31 +185,27 @@ def main() -> None:
         checkpoint = open_checkpoint(
             locate(arguments.model, progress=NoProgress()), Path(scratch), progress=NoProgress()
         )
-        tokenizer = load_tokenizer(checkpoint.folder)
-        windows, reference = {}, {}
-        for language, file in arguments.text:
-            ids = tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"][: WINDOWS * WINDOW_TOKENS]
-            windows[language] = torch.tensor(ids).view(WINDOWS, WINDOW_TOKENS)
-            kept = None if arguments.cache is None else arguments.cache / f"{language}.pt"
-            if kept is None or not kept.exists():
-                reference[language] = log_probabilities(load_model(checkpoint.folder, "float32"), windows[language])
-                if kept is not None:
-                    torch.save(reference[language], kept)
-            else:
-                reference[language] = torch.load(kept, mmap=True, weights_only=True)
+        windows = load_windows(checkpoint.folder, arguments.text)
+        reference = load_reference(checkpoint.folder, windows, arguments.cache)
 
-        def measure(name: str, model: Any, size: dict[str, Any]) -> None:
-            quality = {language: compare(reference[language], model, windows[language]) for language in windows}
+        def measure(name: str, predict: Predict, size: dict[str, Any]) -> None:
+            quality = {language: compare(reference[language], predict, windows[language]) for language in windows}
             results[name] = size | quality
             print(name, json.dumps(results[name]), flush=True)
             arguments.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+        model = load_model(checkpoint.folder, "float32")
+        parameters = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
         if "float32" not in results:
-            measure("float32", load_model(checkpoint.folder, "float32"), {"bits_per_weight": 32.0})
+            measure("float32", predict_with(model), {"bits_per_weight": 32.0})
         for name, folder in arguments.artifact:
-            measure(name, *artifact_model(load_model(checkpoint.folder, "float32"), Path(folder)))
+            model, size = artifact_model(load_model(checkpoint.folder, "float32"), Path(folder))
+            measure(name, predict_with(model), size)
         for name, file in arguments.gguf:
-            measure(name, *gguf_model(Path(file)))
+            model, size = gguf_model(Path(file))
+            measure(name, predict_with(model), size)
+        for name, folder in arguments.onnx:
+            measure(name, *onnx_model(Path(folder), parameters))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""A stack's process: it runs only while it is asked, and what it takes of memory is watched from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from watch import PRIVATE, descendants, read_memory
+
+COOL_DOWN_S = 0.5  # spinning threads of the last one have gone to sleep by then
+SAMPLE_S = 0.05
+PATIENCE_S = 3600.0
+LAST_WORDS = 2000  # characters
+VARIABLES = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
+
+
+class StackError(Exception):
+    """The process ended, or does not answer; with its last words."""
+
+
+class Process:
+    """Started and stopped with the context.
+
+    Attributes:
+        started: when, by time.perf_counter().
+        peak_resident_bytes: mapped weights included, as the kernel counts it.
+        peak_anonymous_bytes: what cannot be dropped, over the process and its children, 20 times a second.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self.started = time.perf_counter()
+        self.peak_resident_bytes = self.peak_anonymous_bytes = 0
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed with this context
+        pipe, variables = subprocess.PIPE, os.environ | VARIABLES
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=variables
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._process.kill()  # a stopped process cannot say goodbye
+        self._process.wait()
+        self._errors.close()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Let it run, and wait for its answer. Loading is watched all the time, measuring only at its end.
+
+        Raises:
+            StackError: there will be no answer.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise StackError(self._last_words()) from None
+        watched = request["do"] == "load"
+        deadline = time.monotonic() + PATIENCE_S
+        while not select.select([self._process.stdout], [], [], SAMPLE_S if watched else PATIENCE_S)[0]:
+            self._sample()
+            if time.monotonic() > deadline:
+                raise StackError(f"no answer within {PATIENCE_S:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise StackError(self._last_words())
+        self._sample()
+        time.sleep(COOL_DOWN_S)
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it stands still from here on
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def cpu_s(self) -> float:
+        """Processor time that it has taken."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _sample(self) -> None:
+        memory = [read_memory(pid) for pid in descendants(self._process.pid)]
+        anonymous = sum(kinds[kind] for kinds in memory for kind in PRIVATE)
+        self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous)
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]
+        self.peak_resident_bytes = max([self.peak_resident_bytes, *peaks])
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        return f"it ended with {code}:\n{self._errors.read()[-LAST_WORDS:].strip()}"
+
+
+def machine_cpu_s() -> float:
+    """Processor time that all processes took, time stolen by the host included."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _idle, _iowait, interrupts, soft, stolen = map(int, fields[:8])
+    return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
