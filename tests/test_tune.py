@@ -117,10 +117,13 @@ def test_what_costs_quality_is_not_taken_though_it_is_faster(scripted):
     assert tuned.kl_bound == 10.0
 
 
-def test_a_rule_that_costs_too_much_is_left_at_any_price(scripted):
-    scripted.error = lambda settings: 0.0 if settings[GROUP] == "0" else 0.3
-    scripted.seconds = lambda settings: 2.0 if settings[GROUP] == "0" else 1.0
-    tuned = tune(scripted.folder, TuneOptions())
+def test_a_rule_that_costs_too_much_is_left_only_on_demand(scripted):
+    scripted.error = lambda settings: {"0": 0.0, "64": 0.3}.get(settings[GROUP], 0.4)
+    scripted.seconds = lambda settings: {"0": 2.0, "64": 1.0}.get(settings[GROUP], 0.5)
+    kept = tune(scripted.folder, TuneOptions())
+    assert (kept.changed, kept.gain) == ((), 1.0)  # nor is anything taken that costs more
+    assert kept.kl == kept.kl_bound > 0.02
+    tuned = tune(scripted.folder, TuneOptions(quality=0.001))
     assert tuned.settings[GROUP] == "0"
     assert tuned.kl == 0.0
     assert tuned.gain == pytest.approx(0.5)

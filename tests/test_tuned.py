@@ -122,14 +122,14 @@ def test_a_copy_of_the_artifact_has_the_same_result(artifact, tmp_path):
 def test_a_new_engine_makes_a_result_stale(artifact, caplog):
     save_tuned(result(key_of(artifact)))
     assert find_tuned(key_of(artifact, version="2026.5.0")) is None
-    assert "engine version was 2026.4.1, and is 2026.5.0" in caplog.text
+    assert "engine version: 2026.4.1 then, 2026.5.0 now" in caplog.text
     assert "normistral tune" in caplog.text
 
 
 def test_a_mismatch_is_told_in_words(artifact, tmp_path):
     key = key_of(artifact)
     assert find_mismatch(key, key) is None
-    assert find_mismatch(key, dataclasses.replace(key, threads=1)) == "threads was 4, and is 1"
+    assert find_mismatch(key, dataclasses.replace(key, threads=1)) == "threads: 4 then, 1 now"
     assert find_mismatch(key, dataclasses.replace(key, manifest_sha256="1" * 64)) == "the artifact is another one"
 
 

@@ -139,7 +139,7 @@ def find_mismatch(tuned: TunedFor, here: TunedFor) -> str | None:
         if then != now:
             if name == "manifest_sha256":
                 return "the artifact is another one"
-            return f"{name.replace('_', ' ')} was {_shown(then)}, and is {_shown(now)}"
+            return f"{name.replace('_', ' ')}: {_shown(then)} then, {_shown(now)} now"
     return None
 
 

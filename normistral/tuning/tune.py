@@ -79,8 +79,12 @@ def _tune(bench: Workbench, options: TuneOptions, bound: float, progress: Progre
     rule = bench.settings_in_force(rule_settings(machine, bench.manifest))
     found = Found(rule)
     if not _is_within(bench, bound, rule, rule, progress):
-        progress.note("the rule's settings cost too much: the search begins with exact arithmetic")
-        found.best = bench.settings_in_force({**rule, **exact_arithmetic(machine, bench.manifest)})
+        if options.quality is None:  # exact arithmetic may be many times slower: that is for the user to choose
+            bound = bench.kl(rule)
+            progress.note("nothing that costs more than the rule is taken; --quality NATS would leave the rule")
+        else:
+            progress.note("the search begins with exact arithmetic")
+            found.best = bench.settings_in_force({**rule, **exact_arithmetic(machine, bench.manifest)})
     start = found.best
     stages = plan_search(machine, bench.manifest, bench.work)
     try:
