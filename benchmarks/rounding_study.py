@@ -116,7 +116,7 @@ def gguf_model(file: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def onnx_model(folder: Path, parameters: int) -> tuple[Predict, dict[str, float]]:
-    """A decoder with a KV cache, as onnxruntime-genai's builder and Optimum write it, on an empty cache."""
+    """A decoder with a genai_config.json, on an empty KV cache."""
     import numpy as np
     import onnxruntime
 
@@ -128,14 +128,15 @@ def onnx_model(folder: Path, parameters: int) -> tuple[Predict, dict[str, float]
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     session = onnxruntime.InferenceSession(bytes(graph), options, providers=["CPUExecutionProvider"])
-    caches = {port.name: port.shape for port in session.get_inputs() if port.name.startswith("past_key_values.")}
-    empty = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in caches.items()}
-    takes_positions = any(port.name == "position_ids" for port in session.get_inputs())
+    names = [port.name for port in session.get_inputs()]
+    decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    nothing = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
+    empty = {name: nothing for name in names if name.startswith("past_key_values.")}
 
     def predict(window: torch.Tensor) -> torch.Tensor:
         ids = window[None].numpy()
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty
-        if takes_positions:
+        if "position_ids" in names:
             inputs["position_ids"] = np.arange(len(window))[None]
         return torch.from_numpy(session.run(["logits"], inputs)[0][0]).log_softmax(-1)
 

@@ -108,28 +108,28 @@ def run_repeats(
 ) -> None:
     """Measure every stack once in every repeat; the first prompt warms up."""
     warm_up, *others = prompts
-    processes: dict[str, Process] = {}
     with ExitStack() as residents:
+        processes: dict[str, Process] = {}
         for turn, prompt in enumerate(others, start=1):
             for name, command in commands.items():
                 row = document["stacks"][name]
                 if "error" in row:
                     continue
-                with ExitStack() as once:
-                    try:
-                        if name not in processes:
+                try:
+                    with ExitStack() as once:
+                        process = processes.get(name)
+                        if process is None:
                             process = (residents if row["resident"] else once).enter_context(Process(command))
                             load(process, warm_up, row)
-                            if row["resident"]:
-                                processes[name] = process
-                        else:
-                            process = processes[name]
-                        row["measurements"].append(measure(process, prompt, arguments.decode))
+                        if row["resident"]:
+                            processes[name] = process
+                        figures = measure(process, prompt, arguments.decode)
                         note_memory(process, row)
-                        print(f"{turn} {name}: {one_line(row['measurements'][-1], arguments)}", flush=True)
-                    except StackError as exc:
-                        row["error"] = str(exc)
-                        print(f"{turn} {name}: {exc}", flush=True)
+                    row["measurements"].append(figures)
+                    print(f"{turn} {name}: {one_line(figures, arguments)}", flush=True)
+                except StackError as exc:
+                    row["error"] = str(exc)
+                    print(f"{turn} {name}: {exc}", flush=True)
                 write(arguments.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
                 write(arguments.report, report(document))
 
