@@ -1,6 +1,8 @@
 """benchmarks/peers: the driver with a scripted stack, and its figures. The libraries are not installed here."""
 
 import json
+import os
+import select
 import subprocess
 import sys
 from argparse import Namespace
@@ -66,8 +68,7 @@ def run(peers, commands, tmp_path, resident, repeats=2):
         "decode_tokens": 2,
         "repeats": repeats,
         "machine": {"cpu": "a CPU", "threads": 2, "instruction_sets": ["avx2"], "memory_gb": 24.0},
-        "bandwidth_gb_per_s": 20.0,
-        "bandwidth_kernel": "scripted",
+        "bandwidth": {"gb_per_s": 20.0, "kernel": "scripted"},
         "stacks": {name: row | {key: [] for key in lists} | {"resident": name in resident} for name in commands},
     }
     arguments = Namespace(prompt=3, decode=2, json=tmp_path / "out.json", report=tmp_path / "out.md")
@@ -114,6 +115,28 @@ def test_who_waits_is_stopped(peers, scripted):
         fields = Path(f"/proc/{process._process.pid}/stat").read_text().rpartition(")")[2].split()
         assert fields[0] == "T"
         assert process.ask({"do": "prefill", "ids": [1, 2]})["answer"] == [3]
+
+
+def test_a_stopped_stack_ends_with_its_driver(scripted):
+    program = f"""
+import sys
+sys.path.insert(0, {str(PEERS)!r})
+from process import Process
+process = Process({scripted()!r})
+process.ask({{"do": "load"}})
+print(process._process.pid, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True) as driver:
+        stack = os.pidfd_open(int(driver.stdout.readline()))
+        driver.kill()
+        assert select.select([stack], [], [], 30)[0]  # a pidfd can be read when its process has ended
+        os.close(stack)
+
+
+def test_another_stack_is_first_in_each_repeat(peers):
+    turns = [peers.compare.rotated(["a", "b", "c"], turn) for turn in (1, 2, 3, 4)]
+    assert turns == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
 def test_a_ratio_is_that_of_medians_and_keeps_repeats_together(peers):

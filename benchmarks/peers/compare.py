@@ -11,11 +11,11 @@ of its layers, random; 7b: all 32; demo; tiny: to try this script), our artifact
 stacks share one artifact, onnxruntime stacks another; llama.cpp's Q4_0 and Q4_K_M and transformers' checkpoint hold the
 same weights.
 
-Every stack is a process of its own (worker.py). A repeat measures each once, in turn, on the same new prompt: prefill,
-then decode. Who waits is stopped, so that nobody's idle threads take part. Stacks stay loaded as far as memory goes;
-the others are loaded for each repeat. After loading, all are warmed up with one answer that counts only as "cold". The
-bandwidth is measured first. What was measured is written after each measurement; a stack that fails is reported with
-its last words, and the others go on.
+Every stack is a process of its own (worker.py). A repeat measures each once, in turn, another one first in each, on the
+same new prompt: prefill, then decode. Who waits is stopped, so that nobody's idle threads take part. Stacks stay loaded
+as far as memory goes; the others are loaded for each repeat. After loading, all are warmed up with one answer that
+counts only as "cold". The bandwidth is measured first. What was measured is written after each measurement; a stack
+that fails is reported with its last words, and the others go on.
 
 --only takes stacks whose name holds the text. --openvino and --onnx add a stack: ours with these settings of the engine
 over its plan. Speeds measured on a busy machine mean nothing: see "busy" in the report.
@@ -42,6 +42,7 @@ from stacks import Stack, choose_resident, describe_revision, list_stacks
 from summary import Document, report
 
 from normistral import hardware
+from normistral.evaluation.bandwidth import SINGLE_THREADED_BLAS
 
 HERE = Path(__file__).parent
 FIRST_ID, LAST_ID = 300, 3000  # ordinary tokens, where the vocabulary has so many
@@ -88,7 +89,7 @@ def compare(stacks: list[Stack], arguments: argparse.Namespace) -> None:
     models = Models(arguments.shape, arguments.models, interpreter(environments, "llama.cpp") if uses_llama else None)
     commands = {stack.name: stack.command(models, environments) for stack in stacks}
     prompts = make_prompts(models.vocabulary(), arguments.repeats + 1, arguments.prompt)
-    document = describe_run(arguments) | measure_bandwidth(arguments.threads)
+    document = describe_run(arguments) | {"bandwidth": measure_bandwidth(arguments.threads)}
     available = hardware.available_memory_bytes() - RESERVE_BYTES
     resident = choose_resident({stack.name: stack.likely_bytes(models) for stack in stacks}, available)
     document["stacks"] = {
@@ -111,7 +112,7 @@ def run_repeats(
     with ExitStack() as residents:
         processes: dict[str, Process] = {}
         for turn, prompt in enumerate(others, start=1):
-            for name, command in commands.items():
+            for name in rotated(list(commands), turn):
                 row = document["stacks"][name]
                 if "error" in row:
                     continue
@@ -119,7 +120,7 @@ def run_repeats(
                     with ExitStack() as once:
                         process = processes.get(name)
                         if process is None:
-                            process = (residents if row["resident"] else once).enter_context(Process(command))
+                            process = (residents if row["resident"] else once).enter_context(Process(commands[name]))
                             load(process, warm_up, row)
                         if row["resident"]:
                             processes[name] = process
@@ -132,6 +133,12 @@ def run_repeats(
                     print(f"{turn} {name}: {exc}", flush=True)
                 write(arguments.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
                 write(arguments.report, report(document))
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """Another one is first in each repeat, so that a machine that slows down slows none more than the others."""
+    start = (turn - 1) % len(names)
+    return names[start:] + names[:start]
 
 
 def load(process: Process, prompt: list[int], row: dict[str, Any]) -> None:
@@ -163,14 +170,13 @@ def make_prompts(vocabulary: int, count: int, length: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(first, last, (count, length)).tolist()  # type: ignore[no-any-return]
 
 
-def measure_bandwidth(threads: int) -> Document:
-    """In a process of its own, in which BLAS has one thread for a call."""
-    variables = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+def measure_bandwidth(threads: int) -> dict[str, Any]:
+    """Fields of `normistral.evaluation.bandwidth.Bandwidth`."""
     command = [sys.executable, str(HERE / "bandwidth.py"), str(threads)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    kernels: dict[str, float] = json.loads(done.stdout)
-    best = max(kernels, key=lambda name: kernels[name])
-    return {"bandwidth_gb_per_s": kernels[best], "bandwidth_kernel": best, "bandwidth_kernels": kernels}
+    variables = os.environ | SINGLE_THREADED_BLAS
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    bandwidth: dict[str, Any] = json.loads(done.stdout)
+    return bandwidth
 
 
 def describe_run(arguments: argparse.Namespace) -> Document:

@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from normistral.evaluation.bench.configuration import Configuration
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress
 from normistral.manifest import read_manifest
 
 BENCHMARKS = Path(__file__).parents[1]
 SHAPES = ("demo", "half", "7b", "tiny")
-EMBEDDING_BYTES = 1  # an element, in artifacts of int4 and int8
 TINY = {"hidden": 256, "feed_forward": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "positions": 4096}
 
 
@@ -61,10 +61,7 @@ class Models:
             element = 2 if dtype == "bfloat16" else 4
             return stored * element // (4 if config["torch_dtype"] == "float32" else 2) - unread * element
         if kind in ("openvino", "onnx"):
-            files = read_manifest(path).files
-            prefix = "openvino_model." if kind == "openvino" else "model.onnx"
-            stored = sum(record.size for name, record in files.items() if name.startswith(prefix))
-            return stored - unread * EMBEDDING_BYTES
+            return Configuration(kind, path, read_manifest(path)).weight_bytes_per_token
         import gguf
 
         tensors = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -21,6 +22,7 @@ COOL_DOWN_S = 0.5  # spinning threads of the last one have gone to sleep by then
 SAMPLE_S = 0.05
 PATIENCE_S = 3600.0
 LAST_WORDS = 2000  # characters
+PR_SET_PDEATHSIG = 1  # prctl(2)
 VARIABLES = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
 
@@ -41,9 +43,17 @@ class Process:
         self.started = time.perf_counter()
         self.peak_resident_bytes = self.peak_anonymous_bytes = 0
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed with this context
+        # A stopped process outlives whoever started it, with all its memory: the kernel ends it with this one.
+        libc = ctypes.CDLL(None)
         pipe, variables = subprocess.PIPE, os.environ | VARIABLES
         self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=variables
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=self._errors,
+            text=True,
+            env=variables,
+            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
         )
 
     def __enter__(self) -> Self:

@@ -53,7 +53,7 @@ def summarise(document: Document) -> dict[str, dict[str, Any]]:
         stack = document["stacks"][name]
         row = {key: statistics.median(values) for key, values in column.items()}
         row["gb_per_s"] = row["decode"] * stack["bytes_per_token"] / 1e9
-        row["bandwidth_share"] = row["gb_per_s"] / document["bandwidth_gb_per_s"]
+        row["bandwidth_share"] = row["gb_per_s"] / document["bandwidth"]["gb_per_s"]
         row["load_s"] = statistics.median(stack["load_s"])
         row["cold_first_token_s"] = statistics.median(stack["cold_first_token_s"])
         if reference := columns.get(document["reference"]):
@@ -66,13 +66,13 @@ def summarise(document: Document) -> dict[str, dict[str, Any]]:
 
 def report(document: Document) -> str:
     """Markdown."""
-    machine, reference = document["machine"], document["reference"]
+    machine, bandwidth, reference = document["machine"], document["bandwidth"], document["reference"]
     lines = [
         f"# {document['shape']}: the same work through several libraries, {document['date']}",
         "",
         f"{machine['cpu']}, {machine['threads']} threads, {', '.join(machine['instruction_sets'])}; "
-        f"{machine['memory_gb']:.0f} GB of memory, read at **{document['bandwidth_gb_per_s']:.1f} GB/s** "
-        f"({document['bandwidth_kernel']}). {document['prompt_tokens']} prompt tokens, the same for all and new in "
+        f"{machine['memory_gb']:.0f} GB of memory, read at **{bandwidth['gb_per_s']:.1f} GB/s** "
+        f"({bandwidth['kernel']}). {document['prompt_tokens']} prompt tokens, the same for all and new in "
         f"each repeat, then {document['decode_tokens']} greedy ones; {document['repeats']} repeats in turn, medians, "
         f"tokens/s. normistral at {document['revision']}.",
         "",
