@@ -426,17 +426,21 @@ def test_ctrl_c_ends_the_workers_and_leaves_no_report(tiny_onnx, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
-    process.stderr.readline()  # it measures
-    deadline = time.monotonic() + 60
-    while not (workers := children(process.pid)) and time.monotonic() < deadline:
-        os.sched_yield()
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert workers
-    # One that was just being started is not known yet: it ends when it finds its stdin closed.
-    while any(map(is_alive, workers)) and time.monotonic() < deadline:
-        os.sched_yield()
-    assert not any(map(is_alive, workers))
-    assert list(tmp_path.iterdir()) == []
+    try:
+        process.stderr.readline()  # it measures
+        deadline = time.monotonic() + 60
+        while not (workers := children(process.pid)) and time.monotonic() < deadline:
+            os.sched_yield()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 130, error
+        assert workers
+        # One that was just being started is not known yet: it ends when it finds its stdin closed.
+        while any(map(is_alive, workers)) and time.monotonic() < deadline:
+            os.sched_yield()
+        assert not any(map(is_alive, workers))
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        process.kill()
