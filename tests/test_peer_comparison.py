@@ -109,6 +109,15 @@ def test_too_few_tokens_are_an_error_and_no_speed(peers, scripted, tmp_path):
     assert document["stacks"]["first"]["measurements"] == []
 
 
+def test_a_stack_that_is_killed_while_it_waits_is_an_error_and_no_crash(peers, scripted):
+    with peers.process.Process(scripted()) as process:
+        process.ask({"do": "load"})
+        process._process.kill()
+        os.waitid(os.P_PID, process._process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(peers.process.StackError, match="it ended with -9"):
+            process.ask({"do": "prefill", "ids": [1]})
+
+
 def test_who_waits_is_stopped(peers, scripted):
     with peers.process.Process(scripted()) as process:
         process.ask({"do": "load"})
