@@ -78,7 +78,7 @@ def run(peers, commands, tmp_path, resident, repeats=2):
 
 
 def test_every_stack_answers_every_prompt_once_in_each_repeat(peers, scripted, tmp_path):
-    commands = {"first": scripted(), "apart": scripted(threads=2)}
+    commands = {"first": scripted(), "apart": scripted(threads="2 | 3")}
     document, report = run(peers, commands, tmp_path, {"first"})
     for name, loads in (("first", 1), ("apart", 2)):
         stack = document["stacks"][name]
@@ -88,9 +88,9 @@ def test_every_stack_answers_every_prompt_once_in_each_repeat(peers, scripted, t
         assert len(stack["load_s"]) == len(stack["cold_first_token_s"]) == loads
         assert 1e6 < stack["peak_anonymous_bytes"] <= stack["peak_resident_bytes"]
         assert stack["library"] == "scripted 1"
-    assert document["stacks"]["apart"]["settings"] == {"threads": "2"}
+    assert document["stacks"]["apart"]["settings"] == {"threads": "2 | 3"}
     assert "| apart * |" in report
-    assert "| apart | scripted 1 | threads=2 |" in report
+    assert "| apart | scripted 1 | threads=2 / 3 |" in report  # the table stays a table
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -107,6 +107,15 @@ def test_too_few_tokens_are_an_error_and_no_speed(peers, scripted, tmp_path):
     document, _ = run(peers, {"first": scripted(short=1)}, tmp_path, {"first"})
     assert "the library gave" in document["stacks"]["first"]["error"]
     assert document["stacks"]["first"]["measurements"] == []
+
+
+def test_a_stack_that_is_killed_while_it_waits_is_an_error_and_no_crash(peers, scripted):
+    with peers.process.Process(scripted()) as process:
+        process.ask({"do": "load"})
+        process._process.kill()
+        os.waitid(os.P_PID, process._process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(peers.process.StackError, match="it ended with -9"):
+            process.ask({"do": "prefill", "ids": [1]})
 
 
 def test_who_waits_is_stopped(peers, scripted):

@@ -89,6 +89,8 @@ class Process:
             raise StackError(self._last_words())
         self._sample()
         time.sleep(COOL_DOWN_S)
+        if self._process.poll() is not None:
+            raise StackError(self._last_words())
         self._process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it stands still from here on
         reply: dict[str, Any] = json.loads(line)

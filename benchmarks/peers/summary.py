@@ -102,7 +102,7 @@ def report(document: Document) -> str:
         lines += ["", "\\* loaded anew for each repeat, for want of memory."]
     lines += ["", "| stack | library | settings |", "|---|---|---|"]
     for name, stack in document["stacks"].items():
-        settings = ", ".join(f"{key}={value}" for key, value in stack.get("settings", {}).items())
+        settings = ", ".join(f"{key}={value}" for key, value in stack.get("settings", {}).items()).replace("|", "/")
         lines.append(f"| {name} | {stack.get('library', '')} | {settings} |")
     failed = {name: stack["error"] for name, stack in document["stacks"].items() if "error" in stack}
     for name, error in failed.items():
