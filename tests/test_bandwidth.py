@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from normistral.evaluation import bandwidth
 from normistral.evaluation.bandwidth import (
     _KERNELS,
     MIN_BUFFER_BYTES,
+    _best_pass,
     choose_buffer_bytes,
     last_level_cache_bytes,
     measure_read_bandwidth,
@@ -55,6 +59,19 @@ def test_the_best_kernel_counts_and_the_buffer_is_shared_out():
     assert (measured.threads, measured.buffer_bytes) == (3, 3 * MIB)
     assert measured.kernels.keys() == _KERNELS.keys()
     assert measured.gb_per_s == measured.kernels[measured.kernel] == max(measured.kernels.values()) > 0
+
+
+def test_a_pass_lasts_from_the_first_thread_to_the_last(monkeypatch):
+    # Time goes on only where the kernels say so, and nobody but the reading threads looks at it.
+    clock = threading.local()
+    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: getattr(clock, "now", 0.0))
+
+    def read(part):
+        clock.now = getattr(clock, "now", 0.0) + part.size / 1000
+
+    parts = [np.ones(1000, np.float32), np.ones(3000, np.float32)]
+    with ThreadPoolExecutor(2) as pool:
+        assert _best_pass(pool, read, parts, passes=1) == pytest.approx(16_000 / 3.0)
 
 
 @pytest.mark.parametrize("name", _KERNELS)
