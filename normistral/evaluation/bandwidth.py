@@ -107,5 +107,6 @@ def _best_pass(pool: ThreadPoolExecutor, kernel: Callable[[Floats], Any], parts:
 
     running = [pool.submit(read, part) for part in parts]
     threads = [future.result() for future in running]
-    fastest_s = min(max(end for _, end in spans) - min(start for start, _ in spans) for spans in zip(*threads))
-    return sum(part.nbytes for part in parts) / fastest_s
+    together = zip(*threads, strict=True)  # of each pass, the spans of all threads
+    fastest_s = min(max(end for _, end in spans) - min(start for start, _ in spans) for spans in together)
+    return float(sum(part.nbytes for part in parts)) / fastest_s
