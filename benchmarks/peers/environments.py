@@ -66,7 +66,9 @@ def install_all(folder: Path) -> None:
         print(f"installing {name} into {place}", flush=True)
         shutil.rmtree(place, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        variables = os.environ | ({"CMAKE_ARGS": llama_cpp_options()} if environment.built else {})
+        variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        if environment.built:
+            variables["CMAKE_ARGS"] = llama_cpp_options()
         for step in environment.steps:
             pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet", *step]
             subprocess.run(pip, check=True, env=variables)

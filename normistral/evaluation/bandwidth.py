@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +92,8 @@ def measure_read_bandwidth(threads: int, buffer_bytes: int, passes: int = _PASSE
 def _best_pass(pool: ThreadPoolExecutor, kernel: Callable[[Floats], Any], parts: list[Floats], passes: int) -> float:
     """Bytes in a second of the fastest pass, from the moment the first thread begins until the last one is done.
 
-    The threads look at the clock themselves: a thread beside them that did would come late where all cores are busy.
+    The threads look at the clock themselves: where they take every core, a thread that only watches wakes late, and a
+    pass would seem shorter than it was.
     """
     barrier = threading.Barrier(len(parts))
 
@@ -106,7 +107,11 @@ def _best_pass(pool: ThreadPoolExecutor, kernel: Callable[[Floats], Any], parts:
         return spans
 
     running = [pool.submit(read, part) for part in parts]
-    threads = [future.result() for future in running]
-    together = zip(*threads, strict=True)  # of each pass, the spans of all threads
-    fastest_s = min(max(end for _, end in spans) - min(start for start, _ in spans) for spans in together)
-    return float(sum(part.nbytes for part in parts)) / fastest_s
+    fastest_s = min(_elapsed(spans) for spans in zip(*(future.result() for future in running), strict=True))
+    return sum(part.nbytes for part in parts) / fastest_s
+
+
+def _elapsed(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds from the first beginning to the last end."""
+    starts, ends = zip(*spans, strict=True)
+    return float(max(ends) - min(starts))
