@@ -150,6 +150,11 @@ def test_doubts_are_told():
         assert words in doubts
 
 
+def test_models_that_were_loaded_in_turn_disturbed_nobody():
+    result = make_result(make_configuration(figures=make_figures(idle_cpu_share=0.5)), interleaving="reloaded")
+    assert summarise(result).doubts == ()
+
+
 def test_more_than_memory_gives_is_doubted():
     fast = make_configuration(figures=make_figures(writes=14.0))
     assert "that figure is too low" in "".join(summarise(make_result(fast)).doubts)

@@ -156,7 +156,7 @@ def find_doubts(result: BenchResult) -> Iterator[str]:
             yield f"{one.label} read its weights faster than memory was read before: that figure is too low."
         if len(figures.output_sha256) > 1:
             yield f"{one.label} did not always write the same tokens after the same prompt."
-        if figures.idle_cpu_share > _BUSY_IDLE:
+        if result.interleaving == "together" and figures.idle_cpu_share > _BUSY_IDLE:  # else nobody else was measured
             yield f"{one.label} kept a processor {figures.idle_cpu_share:.0%} busy while others were measured."
     for found in result.bandwidth:
         if found.gb_per_s.width > _NOISY_BANDWIDTH:
