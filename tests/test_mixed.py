@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from functools import partial
 
 import dequantise
@@ -13,6 +11,7 @@ import onnx
 import openvino
 import pytest
 import torch
+from peak_memory import peak_bytes
 from safetensors.numpy import load_file, save_file
 from sample_artifacts import make_manifest
 from test_proofs import export as export_sabotaged
@@ -27,7 +26,6 @@ from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress, Uncounted
 from normistral.export.reference import load_model
-from normistral.export.resources import MemoryMeter
 from normistral.export.rounding import plan
 from normistral.export.rounding.grid import nearest_codes, restore
 from normistral.export.rounding.plan import Plan, list_by_kind
@@ -155,21 +153,9 @@ def test_a_model_that_computes_no_numbers_is_refused(tmp_path):
 
 
 def test_memory_of_the_choice_does_not_grow_with_the_number_of_layers(tmp_path):
-    """A layer has 16.5 MB in float32: twelve more are 198 MB. What waits in front of each is 0.4 MB."""
-    peaks = {}
-    options = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "feed_forward": 2048, "dtype": "bfloat16"}
-    for layers in (2, 2, 14):  # the first run warms up
-        checkpoint = opened(
-            make_llama(tmp_path / f"model-{layers}-{len(peaks)}", layers=layers, **options),
-            tmp_path / f"scratch-{layers}-{len(peaks)}",
-        )
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of the work before would hide some, or seem to grow
-        with MemoryMeter() as meter:
-            before = meter.peak_bytes
-            measure_sensitivity(checkpoint, Plan("search", 4, 64, symmetric=True, ratio=0.5), WINDOWS[:1], Uncounted())
-        peaks[layers] = meter.peak_bytes - before
-    assert peaks[14] < peaks[2] + 110e6, peaks
+    """Twelve more layers are 198 MB in float32."""
+    peaks = peak_bytes("measure_sensitivity", tmp_path)
+    assert peaks[14] < peaks[2] + 60e6, peaks
 
 
 # The artifacts

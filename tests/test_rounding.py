@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from peak_memory import peak_bytes
 from tiny_bloom import make_bloom
 from tiny_models import make_llama, make_mistral
 
@@ -16,7 +17,6 @@ from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress, Uncounted
 from normistral.export.reference import load_model
-from normistral.export.resources import MemoryMeter
 from normistral.export.rounding.calibration import round_layers
 from normistral.export.rounding.gptq import round_with_hessian
 from normistral.export.rounding.grid import Grid, Steps, nearest_codes, restore, span, unpack
@@ -206,14 +206,6 @@ def test_a_weight_that_is_no_number_stops_the_calibration(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """A layer has 16.5 MB in float32: twelve more are 198 MB. What the allocator keeps of a run varies by 80."""
-    peaks = {}
-    options = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "feed_forward": 2048, "dtype": "bfloat16"}
-    for layers in (2, 2, 14):  # the first run warms up
-        name = f"{layers}-{len(peaks)}"
-        folder = make_llama(tmp_path / f"model-{name}", layers=layers, **options)
-        with MemoryMeter() as meter:
-            before = meter.peak_bytes
-            calibrate(folder, tmp_path / f"scratch-{name}", Plan("search", 4, 64, symmetric=True), WINDOWS[:1])
-        peaks[layers] = meter.peak_bytes - before
-    assert peaks[14] < peaks[2] + 110e6, peaks
+    """Twelve more layers are 198 MB in float32."""
+    peaks = peak_bytes("round_layers", tmp_path)
+    assert peaks[14] < peaks[2] + 60e6, peaks
