@@ -14,7 +14,7 @@ from normistral.errors import ResourceError
 from normistral.export.recipe import Recipe, estimate_inner_bytes, estimate_weight_bytes, inner_weights
 from normistral.export.rounding.plan import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, WINDOW_TOKENS, Plan, choose_plan
 from normistral.hardware import available_memory_bytes, free_disk_bytes
-from normistral.manifest import Architecture
+from normistral.manifest import Architecture, Manifest
 
 # Python with torch, transformers, NNCF and OpenVINO, and the traced graph: 0.46 GB of anonymous memory after the
 # conversion of an 8-layer model at the 7B's width, 0.1 GB of it for the graph.
@@ -24,6 +24,7 @@ _GRAPH_BYTES_PER_LAYER = 12_000_000
 _BLOCKS_BYTES = 256 * 2**20
 # Tokenizers (once as they are, once as OpenVINO models), graph, configuration.
 _SMALL_FILES_BYTES = 64 * 2**20
+_RUNNING_SHARE = 1.6  # memory of a running artifact over its size on disk (benchmarks/load_memory.py: 1.2 to 1.5)
 _SAMPLES_PER_S = 20
 # Float32 operations a second of one core with AVX2 (EPYC): what a calibration comes to in all, its searches included
 # (demo model: 78 s; layers of half the 7B's widths: 24 s each).
@@ -136,6 +137,11 @@ def check_resources(output: Path, needs: Needs) -> None:
             f"this export needs about {needs.memory / 1e9:.2f} GB of memory; {available / 1e9:.2f} GB are available",
             "close other programs, use smaller weights (int4), or export on a larger machine",
         )
+
+
+def estimate_running_bytes(manifest: Manifest) -> int:
+    """Memory that an artifact takes while it runs."""
+    return int(manifest.total_bytes * _RUNNING_SHARE)
 
 
 class MemoryMeter:

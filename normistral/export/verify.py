@@ -23,6 +23,7 @@ from normistral.export.progress import Progress
 from normistral.export.proofs.files import check_config, check_tokenizer
 from normistral.export.proofs.template import check_template
 from normistral.export.reference import PROBE_TOKENS, Logits, Reference, fits_for_running
+from normistral.export.resources import estimate_running_bytes
 from normistral.hardware import available_memory_bytes
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Backend
@@ -40,7 +41,6 @@ _GRAPH_TOLERANCE = {"float32": 5e-3, "float16": 3e-2}
 # What rounding to 4 or 8 bits costs is the model's affair and bounds nothing: it is reported.
 _FLOAT_KL_LIMIT = 1e-3
 _DEAR_SHARE = 0.5  # of what a model that knows nothing would lose: worth a word
-_RUNNING_SHARE = 1.6  # memory of a running artifact over its size on disk (benchmarks/load_memory.py: 1.2 to 1.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def verify(
             "matrices": float(matrices.check()),
         }
     read = "the same tokenizer, template and matrices"
-    if manifest.total_bytes * _RUNNING_SHARE > available_memory_bytes():
+    if estimate_running_bytes(manifest) > available_memory_bytes():
         return Proof(f"verified: {read}; too large to run here", quality, has_run=False)
     if reference is None:
         reference = run_checkpoint(checkpoint, token_ids, progress)

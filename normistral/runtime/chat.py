@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from normistral.errors import BusyError, UsageError
+from normistral.errors import UsageError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.session_file import OnBytes, SavedMessage
 from normistral.runtime.sessions import restore_sequence, save_sequence
 from normistral.runtime.template import ChatTemplate
+from normistral.runtime.turns import OneAtATime
 
 if TYPE_CHECKING:
     from normistral.runtime.model import Model
@@ -49,7 +49,7 @@ class Chat:
         self._template = template
         self._overflow = overflow
         self._sequence: CachedSequence | None = None
-        self._busy = threading.Lock()
+        self._busy = OneAtATime("this chat is still answering", "wait for the answer, or cancel() it")
         self._cancelled: threading.Event | None = None
         self.reset(system)
 
@@ -80,8 +80,7 @@ class Chat:
         self._model.require_open()
         if not isinstance(message, str) or not message.strip():
             raise UsageError("the message is empty", "write something")
-        if self._busy.locked():
-            raise BusyError("this chat is still answering", "wait for the answer, or cancel() it")
+        self._busy.require_idle()
         user = {"role": "user", "content": message}
         dropped, prompt_ids = self._fit([*self.messages, user], config)
         return self._answer(user, dropped, prompt_ids, config)
@@ -97,7 +96,7 @@ class Chat:
         Raises:
             BusyError: an answer is running.
         """
-        self._require_idle()
+        self._busy.require_idle()
         self.messages = [{"role": "system", "content": system}] if system is not None else []
         self.dropped = 0
 
@@ -107,7 +106,7 @@ class Chat:
         Raises:
             BusyError: an answer is running.
         """
-        self._require_idle()
+        self._busy.require_idle()
         last_user = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
         if last_user is None:
             return False
@@ -122,7 +121,7 @@ class Chat:
             UsageError: not a list of messages with the texts "role" and "content".
             BusyError: an answer is running.
         """
-        self._require_idle()
+        self._busy.require_idle()
         for message in messages:
             if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
                 raise UsageError('a message has exactly "role" and "content"')
@@ -140,7 +139,7 @@ class Chat:
             ClosedError: the model was closed.
         """
         other = Chat(self._model, self._template, None, self._overflow)
-        with self._held():
+        with self._busy.held():
             other.replace(self.messages)
             other.dropped = self.dropped
             if self._sequence is not None:
@@ -162,7 +161,7 @@ class Chat:
             NormistralError: it cannot be written.
             ClosedError: the model was closed.
         """
-        with self._held():
+        with self._busy.held():
             self._sequence = self._sequence or self._model.create_sequence()
             messages = [SavedMessage(**message) for message in self.messages]
             save_sequence(
@@ -171,38 +170,36 @@ class Chat:
 
     def restore(self, path: str | Path, on_bytes: OnBytes) -> None:
         """For `Model.restore_chat`: become what `save` wrote there."""
-        with self._held():
+        with self._busy.held():
             header, self._sequence = restore_sequence(self._model, path, "chat", on_bytes)
             self.messages = [{"role": message.role, "content": message.content} for message in header.messages]
             self.dropped = min(header.dropped, len(self._turns(self.messages)))
 
     def close(self) -> None:
         """Free this chat's KV cache; the chat can still be used, and then computes it anew."""
-        self._require_idle()
+        self._busy.require_idle()
         if self._sequence is not None:
             self._sequence.close()
             self._sequence = None
 
     def _answer(self, user: Message, dropped: int, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
-        if not self._busy.acquire(blocking=False):
-            raise BusyError("this chat is still answering", "wait for the answer, or cancel() it")
-        text, failed = "", False
-        try:
-            with self._model.cancellation() as event:
-                self._cancelled = event
-                self._sequence = self._sequence or self._model.create_sequence()
-                for chunk in self._model.run(self._sequence, prompt_ids, config, event.is_set):
-                    text += chunk.text
-                    yield chunk
-        except Exception:
-            failed = True
-            raise
-        finally:
-            self._cancelled = None
-            if not failed:
-                self.messages += [user, {"role": "assistant", "content": text}]
-                self.dropped = dropped
-            self._busy.release()
+        with self._busy.held():
+            text, failed = "", False
+            try:
+                with self._model.cancellation() as event:
+                    self._cancelled = event
+                    self._sequence = self._sequence or self._model.create_sequence()
+                    for chunk in self._model.run(self._sequence, prompt_ids, config, event.is_set):
+                        text += chunk.text
+                        yield chunk
+            except Exception:
+                failed = True
+                raise
+            finally:
+                self._cancelled = None
+                if not failed:
+                    self.messages += [user, {"role": "assistant", "content": text}]
+                    self.dropped = dropped
 
     def _fit(self, messages: list[Message], config: GenerationConfig) -> tuple[int, list[int]]:
         """Token ids of the prompt that fits, and how many messages had to be left out for it."""
@@ -244,17 +241,3 @@ class Chat:
         """Length of the oldest visible exchange: messages up to the next user message; 0 if it is the last."""
         turns = self._turns(messages)[dropped:]
         return next((i for i in range(1, len(turns)) if turns[i]["role"] == "user"), 0)
-
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        """No answer can begin while the context is open."""
-        if not self._busy.acquire(blocking=False):
-            raise BusyError("this chat is still answering", "wait for the answer, or cancel() it")
-        try:
-            yield
-        finally:
-            self._busy.release()
-
-    def _require_idle(self) -> None:
-        if self._busy.locked():
-            raise BusyError("this chat is still answering", "wait for the answer, or cancel() it")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normistral.errors import BusyError, UsageError
+from normistral.errors import UsageError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.session_file import OnBytes
 from normistral.runtime.sessions import save_sequence
+from normistral.runtime.turns import OneAtATime
 
 if TYPE_CHECKING:
     from normistral.runtime.model import Model
@@ -31,7 +30,9 @@ class Prefix:
     def __init__(self, model: Model, prompt: str | list[int], sequence: CachedSequence | None = None) -> None:
         self.prompt = prompt
         self._model, self._sequence = model, sequence
-        self._busy = threading.Lock()
+        self._busy = OneAtATime(
+            "this prefix is being completed", "wait for that, or cancel it with the model's cancel()"
+        )
 
     def generate(self, continuation: str | Sequence[int], **options: Any) -> Completion:
         """Complete prefix and continuation; arguments and errors as in `stream`."""
@@ -52,7 +53,7 @@ class Prefix:
         """
         config = self._model.resolve(options)
         self._model.require_open()
-        self._require_idle()
+        self._busy.require_idle()
         prompt_ids = self._model.encode(self._joined(continuation))
         self._model.require_fit(len(prompt_ids), "the prompt")
         return self._complete(prompt_ids, config)
@@ -67,20 +68,20 @@ class Prefix:
 
     def save(self, path: str | Path, on_bytes: OnBytes = lambda count: None) -> None:
         """Write prefix and KV cache to a file, for `Model.restore_prefix`; arguments and errors as in `Chat.save`."""
-        with self._held():
+        with self._busy.held():
             self.compute()
             assert self._sequence is not None
             save_sequence(self._model, self._sequence, path, on_bytes, kind="prefix", prefix=self.prompt)
 
     def close(self) -> None:
         """Free the KV cache; the prefix can still be used, and is then computed anew."""
-        with self._held():
+        with self._busy.held():
             if self._sequence is not None:
                 self._sequence.close()
                 self._sequence = None
 
     def _complete(self, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
-        with self._held(), self._model.cancellation() as event:
+        with self._busy.held(), self._model.cancellation() as event:
             self._sequence = self._sequence or self._model.create_sequence()
             yield from self._model.run(self._sequence, prompt_ids, config, event.is_set)
 
@@ -91,21 +92,3 @@ class Prefix:
             return [*self.prompt, *continuation]
         wanted = "a text" if isinstance(self.prompt, str) else "token ids"
         raise UsageError(f"this prefix is {wanted}, and its continuation is not", f"continue it with {wanted}")
-
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        """Nobody else uses the KV cache while the context is open."""
-        if not self._busy.acquire(blocking=False):
-            raise _busy()
-        try:
-            yield
-        finally:
-            self._busy.release()
-
-    def _require_idle(self) -> None:
-        if self._busy.locked():
-            raise _busy()
-
-
-def _busy() -> BusyError:
-    return BusyError("this prefix is being completed", "wait for that, or cancel it with the model's cancel()")

@@ -32,7 +32,7 @@ import numpy as np
 
 from normistral.errors import SessionError, UsageError
 from normistral.runtime.engines.base import CacheTensor
-from normistral.runtime.private_file import replacing
+from normistral.runtime.whole_file import saving
 
 MAGIC = b"normistral session\n"
 VERSION = 1
@@ -118,7 +118,7 @@ def write_session(path: Path, header: SessionHeader, tensors: Iterable[CacheTens
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "name a file")
-    with replacing(path) as file:
+    with saving(path) as file:
         text = msgspec.json.encode(header)
         head = MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(8, "little") + text
         seal = hashlib.sha256(head).digest()

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from normistral import store
 from normistral.errors import ResourceError
 from normistral.hardware import Machine, plan_threads
 from normistral.manifest import MANIFEST_NAME, Sha256, sha256_file
+from normistral.runtime.whole_file import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -153,14 +152,8 @@ def save_tuned(tuned: Tuned) -> Path:
     raw = msgspec.json.format(msgspec.json.encode(replace(tuned, checksum=_checksum(tuned))), indent=2) + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tuned-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            file.write(raw)
     except OSError as exc:
         raise ResourceError(
             f"the result cannot be kept in {path.parent}: {exc.strerror or exc}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import NormistralError, UsageError
-from normistral.runtime.private_file import replacing
+from normistral.runtime.whole_file import saving
 
 _FORMAT = "normistral-chat"
 _VERSION = 1
@@ -45,7 +45,7 @@ def save_conversation(
     if os.path.lexists(path) and not overwrite:
         raise UsageError(f"{path} is there already", f"overwrite it with: /save! {file}")
     text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
-    with replacing(path) as stream:
+    with saving(path) as stream:
         stream.write(text.encode("utf-8", "surrogatepass"))
     return path
 

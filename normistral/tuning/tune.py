@@ -10,6 +10,7 @@ from pathlib import Path
 
 from normistral.errors import ResourceError, UsageError
 from normistral.export.progress import NoProgress, Progress
+from normistral.export.resources import estimate_running_bytes
 from normistral.export.texts import load_texts
 from normistral.hardware import available_memory_bytes, read_machine
 from normistral.manifest import Manifest, check_files, read_manifest
@@ -22,7 +23,6 @@ from normistral.tuning.space import Settings, exact_arithmetic, plan_search, rul
 from normistral.tuning.work import choose_work
 from normistral.tuning.workbench import Workbench
 
-_RUNNING_SHARE = 1.6  # memory of a running artifact over its size on disk, as at export
 _SEARCH_SHARE = 0.8  # of the budget; the rest is for the last duel with the rule
 _TEXT = "bokmaal"
 
@@ -161,7 +161,7 @@ def require_memory(folder: Path, manifest: Manifest) -> None:
     Raises:
         ResourceError: with the numbers.
     """
-    needed, available = int(manifest.total_bytes * _RUNNING_SHARE), available_memory_bytes()
+    needed, available = estimate_running_bytes(manifest), available_memory_bytes()
     if needed > available:
         raise ResourceError(
             f"{folder.name} takes about {needed / 1e9:.1f} GB to run, and {available / 1e9:.1f} GB of memory are there",

@@ -11,8 +11,6 @@ Two contexts with one hash cost a wrong draft and nothing else. A table belongs 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from normistral.errors import ArtifactError, UsageError
 from normistral.runtime.drafting.base import Draft
 from normistral.runtime.drafting.options import TableOptions
+from normistral.runtime.whole_file import replacing
 
 _FORMAT = "normistral draft table 1"
 _ALIGNMENT = 64
@@ -86,7 +85,7 @@ class NgramTable:
         return cls(contexts, following, tokenizer_sha256)
 
     def write(self, path: Path) -> None:
-        """Write the file, with permissions 0600 (it can be read as text), through a neighbour that is renamed.
+        """Write the file, with permissions 0600: it can be read as text.
 
         Raises:
             OSError: it cannot be written; nothing is left.
@@ -94,18 +93,10 @@ class NgramTable:
         document = {"format": _FORMAT, "entries": len(self), "tokenizer_sha256": self.tokenizer_sha256}
         header = json.dumps(document).encode()
         header += b" " * (-(len(header) + 1) % _ALIGNMENT) + b"\n"
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(header)
-                file.write(self._contexts.astype("<u8").tobytes())
-                file.write(self._following.astype("<u4").tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            file.write(header)
+            file.write(self._contexts.astype("<u8").tobytes())
+            file.write(self._following.astype("<u4").tobytes())
 
 
 class TableDrafter:

@@ -6,7 +6,7 @@ inside an infer request, onnxruntime hands it over as tensors; everything above 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -57,6 +57,11 @@ class Capabilities:
         Without it, activations may be rounded while running, and how a sequence was cut can be seen in the logits.
         """
         return self.basis == "exact"
+
+
+def settings_basis(*, exact: bool, tuned: Mapping[str, str] | None) -> Basis:
+    """Where the settings come from over which a caller's go."""
+    return "exact" if exact else "rule" if tuned is None else "tuned"
 
 
 class Engine(Protocol):

@@ -22,7 +22,7 @@ from normistral import hardware
 from normistral.errors import ArtifactError, ClosedError, EngineError
 from normistral.manifest import Manifest
 from normistral.runtime.engines import onnx_graph
-from normistral.runtime.engines.base import Basis, CacheTensor, Capabilities, Logits, check_cache_tensors
+from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors, settings_basis
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache
 from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
 from normistral.runtime.engines.onnx_session import (
@@ -228,7 +228,7 @@ def load_onnx(
             in_force[ACCURACY_LEVEL] = ",".join(map(str, levels))
         in_force[PREFILL_CHUNK] = prefill_chunk
         decoder = describe_decoder(session, manifest, target, in_place=in_place)
-        basis: Basis = "exact" if exact else "rule" if tuned is None else "tuned"
+        basis = settings_basis(exact=exact, tuned=tuned)
         chosen = tuple(sorted(given or ()))
         numerics = {name: in_force[name] for name in _NUMERICS if name in in_force}
         numerics["cache"] = decoder.layout.dtype.name

@@ -20,7 +20,7 @@ import numpy as np
 from normistral import hardware
 from normistral.errors import ClosedError, DeviceError, EngineError
 from normistral.manifest import Manifest
-from normistral.runtime.engines.base import Basis, CacheTensor, Capabilities, Logits, check_cache_tensors
+from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors, settings_basis
 from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
 from normistral.runtime.engines.openvino_settings import (
     NUMERICS,
@@ -223,7 +223,7 @@ def load_openvino(
         ) from exc
     require_taken(given, in_force, device)
     in_force[PREFILL_CHUNK] = prefill_chunk
-    basis: Basis = "exact" if exact else "rule" if tuned is None else "tuned"
+    basis = settings_basis(exact=exact, tuned=tuned)
     logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
     capabilities = Capabilities(
         "openvino",
