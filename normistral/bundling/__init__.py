@@ -1,0 +1,1 @@
+"""One archive that installs a model on a machine without a network."""

@@ -1,0 +1,1 @@
+"""Engines that answer many requests at once, in the worker process."""
