@@ -151,8 +151,12 @@ def _limits() -> llguidance.LLParserLimits:
 
 
 def _refusal(structure: Structure, message: str) -> UsageError:
-    """The library's message in one short line."""
-    short = re.sub(r"\s+", " ", message.replace("<non-verbose/>", "")).strip()
+    """The library's message in one short line, without the picture of the place that it draws."""
+    picture = re.search(r"\n\s*\d+ \|", message)
+    short = message[: picture.start()] if picture is not None else message
+    if "error: " in short:  # of the parser of regular expressions, which draws one too
+        short = short.rpartition("error: ")[2]
+    short = re.sub(r"\s+", " ", short.replace("<non-verbose/>", "")).strip()
     if short.startswith("NoExtensionBias"):
         short = "no text fits it"
     return UsageError(f"the {structure.kind.replace('_', ' ')} cannot be used: {short[:200]}", _HINT)
