@@ -90,24 +90,20 @@ def to_grammar(structure: Structure) -> Grammar:
     Raises:
         UsageError: it is malformed, too large, or asks for what cannot be kept to.
     """
+    import llguidance
+
     match structure.kind:
         case "json_schema":
             return {"json_schema": prepare_schema(parse_schema(structure.text))}
         case "json_object":
             return {"json_schema": {"type": "object", "x-guidance": WRITING}}
         case "regex":
-            return {"lark_grammar": f"start: /{_without_delimiters(structure.text)}/"}
+            pattern = llguidance.regex_to_lark(structure.text, "d")  # \d is 0 to 9
+            return {"lark_grammar": f"start: /{pattern}/"}
         case "choice":
             return {"lark_grammar": "start: " + " | ".join(map(json.dumps, _texts(structure.text)))}
         case "grammar":
             return {"lark_grammar": _prepare_grammar(structure.text)}
-
-
-def _without_delimiters(pattern: str) -> str:
-    """A regular expression that may stand between slashes."""
-    return re.sub(
-        r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern, flags=re.DOTALL
-    )
 
 
 def _texts(text: str) -> list[str]:
@@ -157,6 +153,8 @@ def _refusal(structure: Structure, message: str) -> UsageError:
     if "error: " in short:  # of the parser of regular expressions, which draws one too
         short = short.rpartition("error: ")[2]
     short = re.sub(r"\s+", " ", short.replace("<non-verbose/>", "")).strip()
+    short = re.sub(r'^at \d+\(\d+\): invalid regex ".*" \(in regex\): ', "", short)
+    short = re.sub(r"^Unimplemented keys: \[(.*)\]$", r"not supported: \1", short)
     if short.startswith("NoExtensionBias"):
         short = "no text fits it"
     return UsageError(f"the {structure.kind.replace('_', ' ')} cannot be used: {short[:200]}", _HINT)

@@ -82,7 +82,10 @@ class Structure:
 
     @classmethod
     def regex(cls, pattern: str) -> Structure:
-        """A text that the whole pattern matches, in the syntax of Rust's `regex` (no look-around, no references)."""
+        """A text that the whole pattern matches.
+
+        The syntax is that of Rust's `regex`: no look-around, no references, \\d is 0 to 9.
+        """
         return cls("regex", pattern)
 
     @classmethod
