@@ -12,12 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from normistral.runtime.chunks import Chunk, FinishReason, Timings
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.drafting.decoder import Decoder
+from normistral.runtime.drafting.pacing import MOST_DRAFTED
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter
@@ -115,7 +117,8 @@ def generate_tokens(
         if constraint is not None and not (forced or certain):
             certain.extend(constraint.certain())
         most = room - generated - 1
-        logits = None if limits.cancelled() else decoder.step(token_id, most, list(certain)[:most])
+        together = list(islice(certain, min(most, MOST_DRAFTED)))  # few at a time: each has logits of its own
+        logits = None if limits.cancelled() else decoder.step(token_id, most, together)
 
 
 def stream_text(

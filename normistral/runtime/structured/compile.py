@@ -62,12 +62,18 @@ def compile_structure(
         grammars.insert(0, {"lark_grammar": lead})
     text = json.dumps({"grammars": grammars}, ensure_ascii=False)
     matcher = llguidance.LLMatcher(vocabulary.engine, text, log_level=0, limits=_limits())
-    possible = matcher.compute_bitmask() if not matcher.is_error() else b""
-    if message := matcher.get_error():
+    if message := matcher.get_error() or _first_trouble(matcher.deep_copy()):
         raise _refusal(structure, message)
-    if not any(possible):
-        raise _refusal(structure, "no text of this model's tokens fits it")
     return CompiledStructure(structure, vocabulary, matcher)
+
+
+def _first_trouble(matcher: llguidance.LLMatcher) -> str:
+    """What goes wrong already with the first token, in the library's words; "" if nothing does."""
+    certain, possible = matcher.compute_ff_tokens(), any(matcher.compute_bitmask())
+    if not possible and not matcher.is_error():
+        return "no text of this model's tokens fits it"
+    matcher.try_consume_tokens(certain[:1])
+    return matcher.get_error()
 
 
 def check_structure(structure: Structure) -> None:
