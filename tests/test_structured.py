@@ -65,6 +65,15 @@ def write(compiled: CompiledStructure, random: np.random.Generator, most: int = 
     return text, False
 
 
+def can_write(compiled: CompiledStructure, text: str) -> bool:
+    constraint = Constraint(compiled)
+    for token_id in compiled.vocabulary.tokenizer.encode(text, add_special_tokens=False):
+        if not constraint.accepts([token_id]):
+            return False
+        constraint.commit(token_id)
+    return constraint.complete or bool(constraint.allowed()[list(compiled.vocabulary.stop_token_ids)].all())
+
+
 # What is written is of the structure
 
 
@@ -484,6 +493,21 @@ def test_a_schema_may_be_a_mapping_a_text_or_a_pydantic_model():
     compiled = compile_structure(Structure.json_schema(Person), VOCABULARIES["byte-level"])
     text, ended = write(compiled, np.random.default_rng(2))
     assert not ended or Person.model_validate_json(text)
+    assert not can_write(compiled, '{"navn": "å", "alder": 3, "mer": 1}')
+    assert can_write(compiled, '{"navn": "å", "alder": 3}')
+
+    class Open(BaseModel, extra="allow"):
+        navn: str
+
+    assert can_write(compile_structure(Structure.json_schema(Open), compiled.vocabulary), '{"navn": "å", "mer": 1}')
+
+
+def test_no_second_spelling_of_a_key_gets_past_its_schema():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    compiled = compile_structure(Structure.json_schema(schema), VOCABULARIES["byte-level"])
+    assert can_write(compiled, '{"a": 1, "b": "x"}')
+    assert not can_write(compiled, '{"\\u0061": "x"}')
+    assert not can_write(compiled, '{"a": 1, "a": "x"}')
 
 
 def test_choices_keep_their_order_once():

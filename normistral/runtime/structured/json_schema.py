@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from normistral.errors import UsageError
+from normistral.runtime.structured.structure import DATA_KEYWORDS
 
 # How JSON is written: with one blank behind comma and colon and none elsewhere. That is what models write most readily;
 # and whoever may write blanks may write them without end. Named escapes only: "\u0061" would be another spelling of a
@@ -26,7 +27,6 @@ WRITING = {
 MOST_PARTS = 1_000  # objects of a schema; the library goes by recursion and dies of some 2,400 in each other
 MOST_PATTERN_PAIRS = 1_000  # of patternProperties, which are compared with each other; 1,000 take 50 ms
 MOST_MULTIPLE = 10_000  # sum of multipleOf without decimal point: states of an automaton, of which a million take 6 s
-_DATA = ("enum", "const", "default", "examples")  # what they hold is no schema
 
 
 def prepare_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _subschemas(value: Any) -> Iterator[dict[str, Any]]:
         value = waiting.pop()
         if isinstance(value, dict):
             yield value
-            waiting += [inner for key, inner in value.items() if key not in _DATA]
+            waiting += [inner for key, inner in value.items() if key not in DATA_KEYWORDS]
         elif isinstance(value, list):
             waiting += value
 
