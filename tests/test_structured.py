@@ -380,6 +380,9 @@ def test_an_answer_that_could_not_be_told_from_blanks_is_refused(tmp_path):
         (lambda: Structure.json_schema({"type": "object", "minProperties": 2}), "minProperties 2"),
         (lambda: Structure.json_schema({"x-guidance": {"lenient": True}}), "x-guidance"),
         (lambda: Structure.json_schema({"type": "string", "pattern": "(?=a)"}), "look-around"),
+        (lambda: Structure.json_schema({"const": "a\x0bb"}), "control characters"),
+        (lambda: Structure.json_schema({"const": "a\\\x1f"}), "control characters"),
+        (lambda: Structure.json_schema({"enum": ["\x7f"]}), "control characters"),
         (lambda: Structure.regex("(a"), "unclosed group"),
         (lambda: Structure.regex(r"(a)\1"), "backreferences are not supported"),
         (lambda: Structure.regex(""), "the regex is empty"),
@@ -508,6 +511,12 @@ def test_no_second_spelling_of_a_key_gets_past_its_schema():
     assert can_write(compiled, '{"a": 1, "b": "x"}')
     assert not can_write(compiled, '{"\\u0061": "x"}')
     assert not can_write(compiled, '{"a": 1, "a": "x"}')
+
+
+def test_named_control_characters_and_backslashes_are_written():
+    schema = {"enum": ['\b\f\n\r\t\\u0001"/']}
+    compiled = compile_structure(Structure.json_schema(schema), VOCABULARIES["byte-level"])
+    assert json.loads(write(compiled, np.random.default_rng(1))[0]) == schema["enum"][0]
 
 
 def test_choices_keep_their_order_once():
