@@ -159,6 +159,13 @@ def test_any_object_is_written_with_one_blank_behind_comma_and_colon():
     assert not any(re.search(r"\s[{}\[\]:,]|[{\[]\s", re.sub(r'"(\\.|[^"\\])*"', "", text)) for text in written)
 
 
+def test_a_vocabulary_without_stop_tokens_writes_what_ends_by_itself():
+    tokenizer = wrap(BACKENDS["byte-level"]())
+    vocabulary = GrammarVocabulary(tokenizer, tokenizer.vocabulary_size, [])
+    compiled = compile_structure(Structure.choice(["blåbær"]), vocabulary)
+    assert write(compiled, np.random.default_rng(1)) == ("blåbær", True)
+
+
 # In the decode loop
 
 
