@@ -19,8 +19,8 @@ _END = b"<end>"  # spelling of stop tokens that the tokenizer does not know
 class GrammarVocabulary:
     """Tokens of one model, for all grammars that it is to follow; safe to share between threads.
 
-    Built when it is first used: 0.15 s of processor time and 4 MB for the demo model's 49,152 tokens, 0.8 s and 90 MB for
-    250,000 of BLOOM's size.
+    Built when it is first used: 0.15 s of processor time and 4 MB for the demo model's 49,152 tokens, 0.8 s and 90 MB
+    for 250,000 of them.
 
     Args:
         tokenizer: the artifact's.
