@@ -119,7 +119,10 @@ def _make_artifact(
     """Fill `staging.artifact`, manifest last."""
     group_size = choose_group_size(checkpoint.architecture, recipe)
     context = choose_context(checkpoint.architecture, checkpoint.context_length, recipe)
-    check_resources(output, estimate_needs(checkpoint.architecture, recipe, group_size))
+    needs, if_fast = estimate_needs(checkpoint.architecture, recipe, group_size), None
+    if recipe.rounding != "fast" and not recipe.is_mixed:
+        if_fast = estimate_needs(checkpoint.architecture, replace(recipe, recipe="fast"), group_size)
+    check_resources(output, needs, if_fast)
     made = [*describe_choices(checkpoint.architecture, checkpoint.context_length, recipe, group_size, context)]
     for note in made:
         progress.note(note)
@@ -181,7 +184,7 @@ def _calibrate(
     tables = RoundedTables.make(staging.workspace)
     seconds = estimate_calibration_s(checkpoint.architecture, plan, plan_threads(read_machine()))
     progress.note(
-        f"the recipe {recipe.recipe} calibrates: very roughly {max(1, round(seconds / 60))} min on this machine"
+        f"the recipe {recipe.rounding} calibrates: very roughly {max(1, round(seconds / 60))} min on this machine"
     )
     finer = _choose_finer(checkpoint, plan, windows, progress) if recipe.is_mixed else frozenset()
     tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
