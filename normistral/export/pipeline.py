@@ -178,6 +178,7 @@ def _calibrate(
     plan = choose_plan(recipe, group_size)
     if plan is None:
         return None, record
+    from normistral.export.rounding.arithmetic import fast_products
     from normistral.export.rounding.calibration import round_layers
 
     windows = calibration_windows(lambda text: list(tokenizer(text)["input_ids"]), context)
@@ -186,10 +187,11 @@ def _calibrate(
     progress.note(
         f"the recipe {recipe.rounding} calibrates: very roughly {max(1, round(seconds / 60))} min on this machine"
     )
-    finer = _choose_finer(checkpoint, plan, windows, progress) if recipe.is_mixed else frozenset()
     tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
-    with progress.stage(f"rounding on {tokens} tokens of calibration text", weights) as rounding:
-        round_layers(checkpoint, plan, windows, tables, rounding, finer)
+    with fast_products():
+        finer = _choose_finer(checkpoint, plan, windows, progress) if recipe.is_mixed else frozenset()
+        with progress.stage(f"rounding on {tokens} tokens of calibration text", weights) as rounding:
+            round_layers(checkpoint, plan, windows, tables, rounding, finer)
     return tables, replace(
         record,
         calibration_sha256=calibration_sha256(),
