@@ -84,7 +84,9 @@ class Cell:
 
 def make_cell(given: Path, folder: Path, format: str, weights: str) -> Cell:
     """Export it."""
-    normistral.export_model(str(given), folder, format=format, weights=weights)
+    normistral.export_model(
+        str(given), folder, format=format, weights=weights, recipe="fast" if weights == "int4" else None
+    )
     return Cell(source_of(given), folder, weights)
 
 

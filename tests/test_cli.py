@@ -275,7 +275,7 @@ def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys)
         (["export", "demo", "out", "--weights", "fp16", "--recipe", "best"], 2, "recipe means nothing"),
         (["export", "demo", "out", "--format", "gguf"], 2, "format must be one of openvino, onnx, not 'gguf'"),
         (
-            ["export", "demo", "out", "--format", "onnx", "--ratio", "0.5"],
+            ["export", "demo", "out", "--format", "onnx", "--recipe", "fast", "--ratio", "0.5"],
             2,
             "the recipe fast rounds all layers alike in ONNX",
         ),

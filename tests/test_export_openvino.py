@@ -191,6 +191,8 @@ def test_openvino_tokenizer_carries_the_template_and_gives_the_same_ids(quirky):
 )
 def test_every_recipe_stores_what_it_says(tmp_path, options, kinds):
     checkpoint = make_mistral(tmp_path / "checkpoint", dtype="bfloat16", shards=2)
+    if options["weights"] == "int4":
+        options = {"recipe": "fast"} | options
     manifest = normistral.export_model(str(checkpoint), tmp_path / "out", **options)
     graph = openvino.Core().read_model(tmp_path / "out" / "openvino_model.xml")
     matrices = [node for node in graph.get_ops() if node.get_type_name() == "Constant" and is_matrix(node)]
@@ -222,12 +224,12 @@ def stored_type_of(graph, name):
     return found
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int4"])
-def test_tied_embeddings_are_stored_once(tmp_path, weights):
+@pytest.mark.parametrize(("weights", "recipe"), [("fp16", None), ("int4", "fast")])
+def test_tied_embeddings_are_stored_once(tmp_path, weights, recipe):
     sizes = {}
     for tied in (True, False):
         checkpoint = make_llama(tmp_path / f"checkpoint-{tied}", tied=tied, vocab=1024, dtype="bfloat16")
-        normistral.export_model(str(checkpoint), tmp_path / f"out-{tied}", weights=weights)
+        normistral.export_model(str(checkpoint), tmp_path / f"out-{tied}", weights=weights, recipe=recipe)
         sizes[tied] = (tmp_path / f"out-{tied}" / "openvino_model.bin").stat().st_size
     table = 1024 * 64 * (2 if weights == "fp16" else 1)
     assert table <= sizes[False] - sizes[True] <= 1.1 * table
@@ -277,10 +279,10 @@ def test_a_disk_that_fills_up_while_openvino_writes_leaves_nothing(tmp_path, mon
     monkeypatch.setattr(openvino, "save_model", save_short)
     checkpoint = make_mistral(tmp_path / "checkpoint")
     with pytest.raises(ExportError, match="its weights are not whole"):
-        normistral.export_model(str(checkpoint), tmp_path / "out")
+        normistral.export_model(str(checkpoint), tmp_path / "out", recipe="fast")
     monkeypatch.setattr(staging, "free_disk_bytes", lambda path: 1000)
     with pytest.raises(ResourceError, match="the disk is full"):
-        normistral.export_model(str(checkpoint), tmp_path / "out")
+        normistral.export_model(str(checkpoint), tmp_path / "out", recipe="fast")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
@@ -295,7 +297,7 @@ def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises((ExportError, ResourceError)):
-            normistral.export_model(str(checkpoint), tmp_path / "out")
+            normistral.export_model(str(checkpoint), tmp_path / "out", recipe="fast")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

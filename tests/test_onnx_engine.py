@@ -307,8 +307,8 @@ def test_a_graph_with_other_inputs_or_outputs_is_refused(tiny_onnx, tmp_path, mi
         {"weights": "fp32"},
         {"weights": "fp32", "graph": "fused"},
         {"weights": "int8"},
-        {"weights": "int4"},
-        {"weights": "int4", "output_layer_bits": 4, "symmetric": False},
+        {"weights": "int4", "recipe": "fast"},
+        {"weights": "int4", "output_layer_bits": 4, "symmetric": False, "recipe": "fast"},
     ],
     ids=lambda recipe: "-".join(str(value) for value in recipe.values()),
 )

@@ -25,7 +25,7 @@ import normistral
 # Of the logits' spread; as in test_engines.py over ten times what was seen (3e-7).
 TOLERANCE = 5e-6
 EXPORTS = {
-    "int4": {"weights": "int4", "group_size": 32},
+    "int4": {"weights": "int4", "group_size": 32, "recipe": "fast"},
     "int8": {"weights": "int8"},
     "fp32-fused": {"weights": "fp32", "graph": "fused"},
     "fp32-plain": {"weights": "fp32", "graph": "plain"},

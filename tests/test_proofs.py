@@ -62,7 +62,7 @@ def export(checkpoint, output, format, sabotage=None, patch=None, **options):
 
     if patch is not None:
         patch.setattr(proving, "verify", verify)
-    options = {"weights": "int4", "group_size": 32} | options
+    options = {"weights": "int4", "group_size": 32, "recipe": "fast"} | options
     return normistral.export_model(str(checkpoint), output, format=format, **options)
 
 

@@ -139,7 +139,7 @@ def test_alibi_has_no_table_and_perhaps_no_stated_context():
         ("int8", {"format": "onnx", "graph": "plain"}, "a plain graph has no int8 weights"),
         (
             "int4",
-            {"format": "onnx", "ratio": 0.5},
+            {"format": "onnx", "recipe": "fast", "ratio": 0.5},
             "the recipe fast rounds all layers alike in ONNX, so a ratio of 0.5",
         ),
         ("int4", {"format": "onnx", "group_size": -1}, "one scale per channel (-1) is not possible"),
@@ -156,9 +156,9 @@ def test_impossible_and_meaningless_options_are_refused(weights, options, words)
 
 def test_the_manifest_keeps_only_what_means_something():
     assert record_recipe(Recipe("fp16"), None) == RecipeRecord("fp16")
-    assert record_recipe(Recipe("int8"), None) == RecipeRecord("int8", symmetric=Recipe().is_symmetric, recipe="fast")
-    assert record_recipe(Recipe(), 64) == RecipeRecord("int4", True, 64, 1.0, "int8_asym", 8, recipe="fast")
-    assert describe_recipe(Recipe(ratio=0.8), 64) == (
+    assert record_recipe(Recipe("int8"), None) == RecipeRecord("int8", symmetric=True, recipe="fast")
+    assert record_recipe(Recipe(), 64) == RecipeRecord("int4", False, 64, 1.0, "int8_asym", 8, recipe="best")
+    assert describe_recipe(Recipe(recipe="fast", ratio=0.8), 64) == (
         "int4 symmetric, group 64, 80% of the layers, output layer int8_asym"
     )
     assert describe_recipe(Recipe(ratio=0.65, recipe="best"), 64) == (
@@ -178,7 +178,7 @@ def test_the_manifest_keeps_the_graph_of_onnx():
 
 def test_sizes_match_exported_artifacts():
     # openvino_model.bin of real exports: the demo, and a random model of 8 layers at the 7B's width
-    assert estimate_weight_bytes(DEMO, Recipe(), 64) == pytest.approx(85_001_925, rel=0.01)
+    assert estimate_weight_bytes(DEMO, Recipe(recipe="fast"), 64) == pytest.approx(85_001_925, rel=0.01)
     assert estimate_weight_bytes(DEMO, Recipe("int8"), None) == pytest.approx(135_030_149, rel=0.01)
     # model.onnx.data of real exports
     assert estimate_weight_bytes(DEMO, Recipe(format="onnx"), 64) == pytest.approx(90_732_544, rel=0.01)
@@ -194,19 +194,20 @@ def test_sizes_match_exported_artifacts():
 
 def test_memory_of_the_whole_7b_stays_within_its_bounds():
     gib = 2**30
-    assert 3.5 * gib < resources.estimate_needs(SEVEN_B, Recipe(), 128).memory < 5 * gib
+    assert 3.5 * gib < resources.estimate_needs(SEVEN_B, Recipe(recipe="fast"), 128).memory < 5 * gib
     assert 6.7 * gib < resources.estimate_needs(SEVEN_B, Recipe("int8"), 128).memory < 8 * gib
     assert resources.estimate_needs(SEVEN_B, Recipe("fp16"), None).memory < gib
-    assert resources.estimate_needs(SEVEN_B, Recipe(format="onnx"), 128).memory < 1.5 * gib
+    assert resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="fast"), 128).memory < 1.5 * gib
 
 
 def test_only_int4_at_its_best_has_zero_points_unless_they_are_asked_for():
-    assert Recipe().is_symmetric
+    assert not Recipe().is_symmetric
+    assert Recipe(recipe="fast").is_symmetric
     assert Recipe(recipe="balanced").is_symmetric
     assert Recipe("int8", recipe="best").is_symmetric
     assert not Recipe(recipe="best").is_symmetric
     assert Recipe(recipe="best", symmetric=True).is_symmetric
-    assert not Recipe(symmetric=False).is_symmetric
+    assert not Recipe(recipe="fast", symmetric=False).is_symmetric
 
 
 def test_a_calibration_holds_one_layer_and_what_gptq_needs():
@@ -215,7 +216,7 @@ def test_a_calibration_holds_one_layer_and_what_gptq_needs():
     for format in ("openvino", "onnx"):
         best = resources.estimate_needs(SEVEN_B, Recipe(format=format, recipe="best"), 128)
         assert 5.5 * gib < best.memory < 8 * gib
-        plain = resources.estimate_needs(SEVEN_B, Recipe(format=format), 128)
+        plain = resources.estimate_needs(SEVEN_B, Recipe(format=format, recipe="fast"), 128)
         assert 3.3 * gib < best.disk - plain.disk < 3.7 * gib
     balanced = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced"), 128)
     assert 1.5 * gib < balanced.memory < 2.5 * gib
@@ -257,3 +258,15 @@ def test_the_meter_sees_memory_that_came_and_went():
         pytest.skip("no /proc on this system")
     assert meter.peak_bytes is not None
     assert meter.peak_bytes >= before + 0.9 * size
+
+
+def test_where_the_default_does_not_fit_the_thrifty_recipe_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 6 * GB)
+    needs = {name: resources.estimate_needs(SEVEN_B, Recipe(recipe=name), 128) for name in ("best", "fast")}
+    with pytest.raises(ResourceError) as error:
+        resources.check_resources(tmp_path / "out", needs["best"], needs["fast"])
+    assert "use --recipe fast: it takes 5." in error.value.hint
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 3 * GB)
+    with pytest.raises(ResourceError) as error:
+        resources.check_resources(tmp_path / "out", needs["best"], needs["fast"])
+    assert "fast" not in error.value.hint

@@ -80,3 +80,14 @@ def test_the_recipe_fast_calibrates_nothing(tiny_onnx):
 def test_what_does_not_apply_is_refused(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         normistral.export_model("demo", tmp_path / "out", **options)
+
+
+def test_products_are_fast_only_while_a_calibration_runs():
+    import torch
+
+    from normistral.export.rounding.arithmetic import fast_products
+
+    with pytest.raises(RuntimeError), fast_products():
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -28,7 +28,7 @@ def export(
         str | None,
         typer.Option(
             help="How int4 and int8 are rounded: fast (to nearest), balanced (scales searched on our texts) or best "
-            f"(GPTQ as well, and zero points at int4; takes longest). Default: {_RECIPE.recipe}."
+            "(GPTQ as well, and zero points at int4; takes longest). Default: best for int4, fast for int8."
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,

@@ -119,7 +119,10 @@ def _make_artifact(
     """Fill `staging.artifact`, manifest last."""
     group_size = choose_group_size(checkpoint.architecture, recipe)
     context = choose_context(checkpoint.architecture, checkpoint.context_length, recipe)
-    check_resources(output, estimate_needs(checkpoint.architecture, recipe, group_size))
+    needs, if_fast = estimate_needs(checkpoint.architecture, recipe, group_size), None
+    if recipe.rounding != "fast" and not recipe.is_mixed:
+        if_fast = estimate_needs(checkpoint.architecture, replace(recipe, recipe="fast"), group_size)
+    check_resources(output, needs, if_fast)
     made = [*describe_choices(checkpoint.architecture, checkpoint.context_length, recipe, group_size, context)]
     for note in made:
         progress.note(note)
@@ -175,18 +178,20 @@ def _calibrate(
     plan = choose_plan(recipe, group_size)
     if plan is None:
         return None, record
+    from normistral.export.rounding.arithmetic import fast_products
     from normistral.export.rounding.calibration import round_layers
 
     windows = calibration_windows(lambda text: list(tokenizer(text)["input_ids"]), context)
     tables = RoundedTables.make(staging.workspace)
     seconds = estimate_calibration_s(checkpoint.architecture, plan, plan_threads(read_machine()))
     progress.note(
-        f"the recipe {recipe.recipe} calibrates: very roughly {max(1, round(seconds / 60))} min on this machine"
+        f"the recipe {recipe.rounding} calibrates: very roughly {max(1, round(seconds / 60))} min on this machine"
     )
-    finer = _choose_finer(checkpoint, plan, windows, progress) if recipe.is_mixed else frozenset()
     tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
-    with progress.stage(f"rounding on {tokens} tokens of calibration text", weights) as rounding:
-        round_layers(checkpoint, plan, windows, tables, rounding, finer)
+    with fast_products():
+        finer = _choose_finer(checkpoint, plan, windows, progress) if recipe.is_mixed else frozenset()
+        with progress.stage(f"rounding on {tokens} tokens of calibration text", weights) as rounding:
+            round_layers(checkpoint, plan, windows, tables, rounding, finer)
     return tables, replace(
         record,
         calibration_sha256=calibration_sha256(),

@@ -49,7 +49,7 @@ class Recipe:
         weights: "int4", "int8", "fp16", or in ONNX "fp32".
         recipe: how int4 and int8 are rounded inside the layers. "fast" rounds to nearest. "balanced" runs our texts
             through the model and searches scales that lose least on them. "best" does so too, and lets GPTQ choose
-            every code.
+            every code. None takes "best" for int4, where it halves what is lost, and "fast" for int8.
         group_size: weights that share one scale (128, 64, 32 or 16); for OpenVINO also -1, one scale per output
             channel. None takes the largest that divides the widths of this model, and -1 for int8 in OpenVINO.
         symmetric: rounding to a grid around zero, without zero points; for int4 and int8. None takes it but for "best"
@@ -69,7 +69,7 @@ class Recipe:
     """
 
     weights: WeightFormat = "int4"
-    recipe: RecipeName = "fast"
+    recipe: RecipeName | None = None
     group_size: int | None = None
     symmetric: bool | None = None
     ratio: float = 1.0
@@ -83,7 +83,7 @@ class Recipe:
         """Raises UsageError for a value out of range, or for one that this format would ignore."""
         _require_one_of("format", self.format, tuple(_WEIGHTS))
         _require_one_of("weights", self.weights, _WEIGHTS["onnx"])
-        _require_one_of("recipe", self.recipe, ("fast", "balanced", "best"))
+        _require_one_of("recipe", self.recipe, (None, "fast", "balanced", "best"))
         _require_one_of("group_size", self.group_size, (None, *GROUP_SIZES, PER_CHANNEL))
         _require_one_of("symmetric", self.symmetric, (None, True, False))
         _require_one_of("backup", self.backup, ("int8_asym", "int8_sym", "fp"))
@@ -128,7 +128,7 @@ class Recipe:
                 f"a plain graph has no {self.weights} weights: onnxruntime's operators for them make it a fused one",
                 "use --graph fused, or fp16 or fp32 weights",
             )
-        if self.ratio != 1.0 and self.recipe == "fast" and self.format == "onnx":
+        if self.ratio != 1.0 and self.rounding == "fast" and self.format == "onnx":
             raise UsageError(
                 f"the recipe fast rounds all layers alike in ONNX, so a ratio of {self.ratio:g} is not possible",
                 "leave the ratio out, or use the recipe balanced or best",
@@ -152,9 +152,14 @@ class Recipe:
         return self.graph or ("fused" if self.weights in ("int4", "int8") else "plain")
 
     @property
+    def rounding(self) -> RecipeName:
+        """`recipe`, or what None takes."""
+        return self.recipe or ("best" if self.weights == "int4" else "fast")
+
+    @property
     def is_symmetric(self) -> bool:
         """`symmetric`, or what None takes."""
-        return not (self.recipe == "best" and self.weights == "int4") if self.symmetric is None else self.symmetric
+        return not (self.rounding == "best" and self.weights == "int4") if self.symmetric is None else self.symmetric
 
     @property
     def has_groups(self) -> bool:
@@ -166,7 +171,7 @@ class Recipe:
     @property
     def is_mixed(self) -> bool:
         """Whether a calibration chooses which matrices take 8 bits."""
-        return self.ratio != 1.0 and self.recipe != "fast"
+        return self.ratio != 1.0 and self.rounding != "fast"
 
 
 def choose_recipe(format: str, weights: str, options: dict[str, Any]) -> Recipe:
@@ -263,7 +268,7 @@ def describe_recipe(recipe: Recipe, group_size: int | None) -> str:
         return recipe.weights + graph
     grid = "symmetric" if recipe.is_symmetric else "asymmetric"
     groups = "per channel" if group_size in (None, PER_CHANNEL) else f"group {group_size}"
-    named = "" if recipe.recipe == "fast" else f", recipe {recipe.recipe}"
+    named = "" if recipe.rounding == "fast" else f", recipe {recipe.rounding}"
     if recipe.weights == "int8":
         return f"int8 {grid}, {groups}{named}{graph}"
     mixed = "" if recipe.ratio == 1.0 else f", {recipe.ratio:.0%} of the layers"
@@ -284,7 +289,7 @@ def record_recipe(recipe: Recipe, group_size: int | None) -> RecipeRecord:
         backup=recipe.backup if "backup" in meant else None,
         output_layer_bits=recipe.output_layer_bits if "output_layer_bits" in meant else None,
         graph=recipe.graph_kind,
-        recipe=recipe.recipe if "recipe" in meant else None,
+        recipe=recipe.rounding if "recipe" in meant else None,
     )
 
 

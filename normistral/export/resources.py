@@ -118,8 +118,11 @@ def estimate_calibration_s(architecture: Architecture, plan: Plan, cores: int) -
     return operations / (_CORE_OPERATIONS_PER_S * cores)
 
 
-def check_resources(output: Path, needs: Needs) -> None:
+def check_resources(output: Path, needs: Needs, if_fast: Needs | None = None) -> None:
     """Refuse before the start what cannot end well.
+
+    Args:
+        if_fast: what the recipe "fast" would take instead, for a hint.
 
     Raises:
         ResourceError: too little free disk at `output` or too little memory, with the numbers.
@@ -133,9 +136,15 @@ def check_resources(output: Path, needs: Needs) -> None:
         )
     available = available_memory_bytes()
     if available < needs.memory:
+        hint = "close other programs, use smaller weights (int4), or export on a larger machine"
+        if if_fast is not None and if_fast.memory <= available:
+            hint = (
+                "close other programs, export on a larger machine, or use --recipe fast: "
+                f"it takes {if_fast.memory / 1e9:.2f} GB, and loses about twice as much of the model"
+            )
         raise ResourceError(
             f"this export needs about {needs.memory / 1e9:.2f} GB of memory; {available / 1e9:.2f} GB are available",
-            "close other programs, use smaller weights (int4), or export on a larger machine",
+            hint,
         )
 
 

@@ -62,7 +62,10 @@ def round_with_hessian(rows: NDArray[np.float32], hessian: torch.Tensor, steps: 
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse. `hessian` is used up.
+    """The upper Cholesky factor U of the inverse: Uᵀ U = H⁻¹. `hessian` is used up.
+
+    With rows and columns in reverse order H is L Lᵀ, and L⁻¹ in reverse order again is U. So the inverse itself is
+    never formed: LAPACK's routine for it (potri) runs at a sixth of the speed of these two.
 
     Columns that nothing is ever multiplied with have zeros there: damping makes them ordinary.
     """
@@ -73,15 +76,17 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
         raise ExportError("the model computes values that are not numbers", "the checkpoint may be damaged")
     if mean == 0:
         return torch.eye(len(hessian))
+    hessian = hessian.flip(0, 1)
     damping = DAMPING
     hessian.diagonal().add_(damping * mean)
     while damping <= _MAX_DAMPING:
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            upper: torch.Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
+            del hessian
+            inverse = torch.eye(len(lower))
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            return inverse.flip(0, 1)
         hessian.diagonal().add_(9 * damping * mean)  # ten times as much in all
         damping *= 10
     raise ExportError("the calibration's second moments cannot be inverted", "use the recipe balanced or fast")

@@ -48,7 +48,7 @@ class Plan:
 
 def choose_plan(recipe: Recipe, group_size: int | None) -> Plan | None:
     """None where nothing is calibrated and weights are rounded to nearest as they stream by."""
-    method = _METHODS[recipe.recipe]
+    method = _METHODS[recipe.rounding]
     if method is None:
         return None
     groups = None if group_size in (None, PER_CHANNEL) else group_size
