@@ -1,8 +1,8 @@
 """Who is let in, and whose answer is computed next.
 
-Jobs wait here, not in the worker, which gets as many as it has slots for: so order, limits and waiting times are the same
-on every engine. Slots go round the tenants. No tenant holds more than three quarters of them, so that the next one need
-not wait for an answer of a busy one to end.
+Jobs wait here, not in the worker, which gets as many as it has slots for: so order, limits and waiting times are the
+same on every engine. Slots go round the tenants. No tenant holds more than three quarters of them, so that the next one
+need not wait for an answer of a busy one to end.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ class Metrics:
         self.running = self._gauge("running_answers", "Answers that are being written.")
         self.ready = self._gauge("model_ready", "1 while a model can answer.")
 
-    def watch(self, model: str, queued: Callable[[], int], running: Callable[[], int], ready: Callable[[], int]) -> None:
+    def watch(
+        self, model: str, queued: Callable[[], int], running: Callable[[], int], ready: Callable[[], int]
+    ) -> None:
         """Read a model's gauges from here whenever they are asked for."""
         for gauge, read in ((self.queued, queued), (self.running, running), (self.ready, ready)):
             gauge.labels(model).set_function(read)

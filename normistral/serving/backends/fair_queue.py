@@ -137,7 +137,9 @@ class FairQueue:
 
     def _find_continued(self, job: Job) -> _Kept | None:
         """The tenant's kept sequence of which the job needs most, if little else is in it."""
-        common = [(kept.sequence.common_prefix(job.prompt_ids), kept) for kept in self._kept if kept.tenant == job.tenant]
+        common = [
+            (kept.sequence.common_prefix(job.prompt_ids), kept) for kept in self._kept if kept.tenant == job.tenant
+        ]
         shared, best = max(common, key=lambda pair: pair[0], default=(0, None))
         return best if best is not None and shared and best.sequence.length - shared < WORTH_COPYING else None
 
