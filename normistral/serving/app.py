@@ -11,11 +11,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 import normistral
 from normistral.serving.auth import Keys
+from normistral.serving.description import describe_api
 from normistral.serving.errors import ApiError, unavailable
 from normistral.serving.gate import Gate
 from normistral.serving.limits import ServerLimits
@@ -63,6 +64,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.openapi = lambda: describe_api(app, service, keys)  # type: ignore[method-assign]
     app.include_router(router)
     _add_looking(app, service)
     app.add_middleware(Gate, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
@@ -86,7 +88,7 @@ def _add_looking(app: FastAPI, service: Service) -> None:
             raise unavailable("stopping" if service.stopping else "not loaded yet", code="not_ready", retry_after_s=2)
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=Response, responses=error_responses(401))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=error_responses(401))
     async def metrics() -> Response:
         """Figures in Prometheus' text format."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -157,9 +157,10 @@ class _Answer:
 
     async def refuse(self, error: ApiError, receive: Receive) -> None:
         """Answer with an error, and take the rest of the body until its sender has read that."""
-        response = JSONResponse(error.document, error.status, error.headers)
-        await self.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
         unread = error.status in (401, 403, 408, 413)
+        closing = {"Connection": "close"} if unread else {}
+        response = JSONResponse(error.document, error.status, error.headers | closing)
+        await self.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
         await self.send({"type": "http.response.body", "body": response.body, "more_body": unread})
         if unread:
             with suppress(TimeoutError):
