@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -190,8 +191,8 @@ def test_a_reader_that_reads_nothing_is_cut_off(tmp_path) -> None:
                     "max_tokens": 2900,
                 }
             ).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
             wait_until(lambda: gauge(url, "running_answers") == 8)
             wait_until(lambda: gauge(url, "running_answers") == 0, 20)
             assert gauge(url, "cancelled_answers_total") == 8
@@ -260,15 +261,13 @@ def test_after_the_grace_time_answers_end_with_an_error(folder) -> None:
 def test_a_second_signal_ends_at_once(folder) -> None:
     command = Command(folder)
     url = command.url()
-    with pytest.raises(httpx.TransportError), stream(url, max_tokens=300) as answer:
+    with stream(url, max_tokens=300) as answer:
         lines = answer.iter_lines()
         next(lines)
         command.process.send_signal(signal.SIGINT)
         wait_until(lambda: http.get(f"{url}/ready").status_code == 503)
         command.process.send_signal(signal.SIGINT)
-        last = [line for line in lines if line][-1]
-        assert "error" in json.loads(last.removeprefix("data: "))
-        raise httpx.ReadError("it ended")
+        assert '"code":"stopping"' in [line for line in lines if line][-1]
     assert command.end()[0] == 0
 
 
@@ -329,7 +328,7 @@ def test_the_worker_dies_with_a_server_that_is_killed(folder) -> None:
 
 def _alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
         return False
-    return "Z" not in (open(f"/proc/{pid}/stat").read().split()[2] if os.path.exists(f"/proc/{pid}/stat") else "")
+    return state != "Z"

@@ -14,7 +14,7 @@ from normistral.errors import ContextLengthError, UsageError
 from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.detokenizer import spell_vocabulary
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
-from normistral.runtime.structured.compile import compile_structure
+from normistral.runtime.structured.cache import Structures
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import Tokenizer
@@ -90,9 +90,10 @@ class ServedArtifact:
         return max(map(len, self.token_bytes))
 
     @cached_property
-    def grammar_vocabulary(self) -> GrammarVocabulary:
-        """For compiling structures."""
-        return GrammarVocabulary(self.tokenizer, self.manifest.architecture.vocabulary, self.manifest.stop_token_ids)
+    def structures(self) -> Structures:
+        """For looking whether an answer can have the form that a request asks for."""
+        vocabulary = self.manifest.architecture.vocabulary
+        return Structures(GrammarVocabulary(self.tokenizer, vocabulary, self.manifest.stop_token_ids))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation.
@@ -143,7 +144,7 @@ class ServedArtifact:
         config = resolve_options(self.manifest.sampling, options | {"max_new_tokens": room})
         require_applicable(config, self.manifest, self.name)
         if config.structure is not None:
-            compile_structure(config.structure, self.grammar_vocabulary)
+            self.structures.require(config.structure, self.manifest.reasoning)
         return config
 
     def _require_possible(self, characters: int) -> None:
