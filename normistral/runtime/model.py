@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,6 @@ from normistral.hardware import read_machine
 from normistral.manifest import Manifest, check_files, read_manifest, sha256_file
 from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
-from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.drafting.decoder import Decoder, Drafting, PlainDecoder
 from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend, Capabilities
@@ -25,12 +23,12 @@ from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.prefix import Prefix
 from normistral.runtime.providers import import_onnxruntime
-from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.session_file import OnBytes
 from normistral.runtime.sessions import restore_sequence
 from normistral.runtime.template import ChatTemplate
+from normistral.runtime.text_stream import TextStream
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.runtime.tuned import find_tuned, make_key
 
@@ -334,15 +332,9 @@ class Model:
     ) -> Iterator[Chunk]:
         """Generate on a sequence, chunk by chunk."""
         limits = Limits(frozenset(self.manifest.stop_token_ids), self.context_length, cancelled)
-        forced: deque[int] = deque()
-        close_ids = encode_close_tag(self.manifest.reasoning, self.tokenizer)
-        return stream_text(
-            generate_tokens(sequence, prompt_ids, config, limits, forced, self._decoder(sequence, prompt_ids, config)),
-            StreamDetokenizer(self.tokenizer, prompt_ids),
-            config.stop,
-            ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids),
-            ReasoningBudget(config.max_reasoning_tokens, close_ids, forced),
-        )
+        text = TextStream.after_prompt(self.tokenizer, self.manifest.reasoning, prompt_ids, config)
+        decoder = self._decoder(sequence, prompt_ids, config)
+        return stream_text(generate_tokens(sequence, prompt_ids, config, limits, text.forced, decoder), text)
 
     def require_open(self) -> None:
         """Raise ClosedError after `close`."""
