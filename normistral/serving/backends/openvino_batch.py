@@ -1,0 +1,210 @@
+"""Many answers at once on one OpenVINO model: `openvino_genai.ContinuousBatchingPipeline` computes and draws tokens.
+
+What they become is decided here as everywhere (`TextStream`), so the pipeline gets token ids and gives token ids. Its
+scheduler takes all requests at once and, once the KV cache is full, throws some out to compute them again later, or ends
+all of them with an error where none can go on. Neither happens here: a job is let in when the cache has room for its
+prompt and all that it may generate, and waits in line until then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from normistral.errors import ClosedError, EngineError, ResourceError, UsageError
+from normistral.manifest import Manifest
+from normistral.runtime.chunks import Chunk
+from normistral.runtime.engines.openvino_settings import said_first
+from normistral.runtime.text_stream import TextStream
+from normistral.runtime.tokenizer import Tokenizer
+from normistral.serving.backends.base import Job, Progress
+from normistral.serving.backends.cache_plan import CachePlan
+from normistral.serving.backends.openvino_job import Answer
+from normistral.serving.backends.openvino_options import genai_config, require_honoured
+
+if TYPE_CHECKING:
+    import openvino_genai
+
+
+@dataclass(slots=True)
+class _Request:
+    """An answer that the pipeline works on, and the blocks of the KV cache that are kept for it."""
+
+    answer: Answer
+    handle: Any
+    blocks: int
+
+
+class OpenVINOBatch:
+    """Jobs under way on one pipeline; see `open_openvino_batch`.
+
+    Args:
+        plan: of the KV cache that the pipeline has.
+        sole_tenant: the only one whose jobs are taken, where the pipeline keeps prefixes; it does so without asking
+            whose they are. None takes everybody's, and the pipeline must not keep any.
+    """
+
+    def __init__(
+        self,
+        pipeline: openvino_genai.ContinuousBatchingPipeline,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        plan: CachePlan,
+        sole_tenant: str | None,
+    ) -> None:
+        self.plan = plan
+        self._pipeline: openvino_genai.ContinuousBatchingPipeline | None = pipeline
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._sole_tenant = sole_tenant
+        self._waiting: deque[Answer] = deque()
+        self._running: dict[str, _Request] = {}
+        self._leaving: list[_Request] = []  # their blocks are free after the next step
+        self._request_ids = itertools.count()
+
+    def add(self, job: Job) -> None:
+        """Take up a job; it waits until the KV cache has room for all of it.
+
+        Raises:
+            UsageError: an option that openvino_genai does not honour, or another tenant than the only one.
+            ResourceError: the KV cache can never hold so many tokens.
+            ClosedError: the batch was closed.
+        """
+        self._open_pipeline()
+        require_honoured(job.config)
+        if self._sole_tenant is not None and job.tenant != self._sole_tenant:
+            raise UsageError("this model keeps prefixes for one tenant, and takes no others", "load it for many")
+        text = TextStream.after_prompt(self._tokenizer, self._manifest.reasoning, job.prompt_ids, job.config)
+        answer = Answer(job, text, self._manifest.stop_token_ids, self._manifest.context_length)
+        if self._blocks(answer) > self.plan.blocks:
+            raise ResourceError(
+                f"{len(job.prompt_ids)} tokens and {answer.room} new ones do not fit the KV cache of "
+                f"{self.plan.tokens} tokens",
+                "ask for fewer new tokens, shorten the prompt, or give the cache more memory",
+            )
+        self._waiting.append(answer)
+
+    def cancel(self, job_id: str) -> None:
+        """Give up a job; its place in the cache is free after the next step."""
+        self._waiting = deque(answer for answer in self._waiting if answer.job.job_id != job_id)
+        if request := self._running.pop(job_id, None):
+            self._drop(request)
+
+    def step(self) -> list[Progress]:
+        """Let in whom there is room for, and compute one step of all: a token each, or a piece of a prompt.
+
+        The list may be empty while prompts are being computed.
+        """
+        progress = list(self._let_in())
+        if not self._running and not self._leaving:
+            return progress
+        try:
+            with _translated("openvino_genai failed"):
+                self._open_pipeline().step()
+                self._leaving.clear()
+                for request in list(self._running.values()):
+                    progress.extend(self._read(request))
+        except EngineError as exc:
+            progress.extend(self._give_up(exc))
+        return progress
+
+    @property
+    def idle(self) -> bool:
+        """No job is under way, and the pipeline holds none that has ended."""
+        return not (self._waiting or self._running or self._leaving)
+
+    def close(self) -> None:
+        """Free pipeline and caches; jobs under way are heard of no more."""
+        self._waiting.clear()
+        self._running.clear()
+        self._leaving.clear()
+        self._pipeline = None
+
+    def _let_in(self) -> Iterator[Progress]:
+        while self._waiting and len(self._running) < self.plan.jobs and self._has_room(self._waiting[0]):
+            answer = self._waiting.popleft()
+            try:
+                yield from self._start(answer)
+            except EngineError as exc:
+                yield Progress(answer.job.job_id, exc)
+
+    def _has_room(self, answer: Answer) -> bool:
+        kept = sum(request.blocks for request in (*self._running.values(), *self._leaving))
+        return kept + self._blocks(answer) <= self.plan.blocks
+
+    def _blocks(self, answer: Answer) -> int:
+        return math.ceil(answer.tokens / self.plan.block_tokens)
+
+    def _start(self, answer: Answer) -> Iterator[Progress]:
+        answer.begin()
+        while answer.must_force:
+            chunk = answer.force()
+            yield Progress(answer.job.job_id, chunk)
+            if chunk.finish_reason is not None:
+                return
+        config = genai_config(answer.job.config, answer.left, self._manifest.stop_token_ids, answer.part)
+        with _translated("openvino_genai did not take a request"):
+            handle = self._pipeline_request(answer.token_ids, config)
+        answer.part += 1
+        self._running[answer.job.job_id] = _Request(answer, handle, self._blocks(answer))
+
+    def _pipeline_request(self, token_ids: list[int], config: Any) -> Any:
+        import openvino as ov
+
+        prompt = ov.Tensor(np.array([token_ids], np.int64))
+        return self._open_pipeline().add_request(next(self._request_ids), prompt, config)
+
+    def _read(self, request: _Request) -> Iterator[Progress]:
+        """The chunks of what this step gave one request."""
+        import openvino_genai
+
+        answer, job_id = request.answer, request.answer.job.job_id
+        while request.handle.can_read():
+            for output in request.handle.read().values():
+                for token_id, logprob in zip(output.generated_ids, output.generated_log_probs, strict=True):
+                    chunk = self._push(answer, token_id, logprob)
+                    yield Progress(job_id, chunk)
+                    if chunk.finish_reason is not None:
+                        self._drop(self._running.pop(job_id))
+                        return
+                    if answer.must_force:  # the model goes on behind what is put in
+                        self._drop(self._running.pop(job_id))
+                        self._waiting.appendleft(answer)
+                        return
+        if request.handle.get_status() != openvino_genai.GenerationStatus.RUNNING:
+            self._drop(self._running.pop(job_id))
+            yield Progress(job_id, EngineError("openvino_genai ended an answer on its own", "ask again"))
+
+    def _push(self, answer: Answer, token_id: int, logprob: float) -> Chunk:
+        return answer.push(token_id, logprob)
+
+    def _drop(self, request: _Request) -> None:
+        request.handle.cancel()
+        self._leaving.append(request)
+
+    def _give_up(self, error: EngineError) -> Iterator[Progress]:
+        """After an error in the pipeline, nobody knows what the caches hold: everything under way ends."""
+        for job_id, request in self._running.items():
+            self._drop(request)
+            yield Progress(job_id, error)
+        self._running.clear()
+
+    def _open_pipeline(self) -> openvino_genai.ContinuousBatchingPipeline:
+        if self._pipeline is None:
+            raise ClosedError("the model was closed", "load it again")
+        return self._pipeline
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as exc:
+        raise EngineError(f"{what}: {said_first(exc)}") from exc
