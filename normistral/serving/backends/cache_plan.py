@@ -1,4 +1,4 @@
-"""How much memory the KV cache of all jobs together takes, and how many jobs may be under way: said here and nowhere else.
+"""The KV cache that jobs computed together share, in bytes and in tokens.
 
 Arithmetic only. A token takes the same number of bytes in every layer and head, so memory is counted in tokens, and
 given out in blocks of them.
@@ -10,26 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from normistral.errors import ResourceError
+from normistral.errors import UsageError
 from normistral.manifest import Architecture
+from normistral.serving.backends.settings import BatchSettings
 
 BLOCK_TOKENS = 32  # what openvino_genai gives out at once on a CPU
 _BITS = {"u4": 4, "i4": 4, "u8": 8, "i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 _ENDS = 8  # bytes of scale and zero point beside the codes of a group
-_SHARE = 0.5  # of what the weights leave: activations, the parent process and other programs need some too
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """What many jobs at once may take.
-
-    Attributes:
-        jobs: most jobs at once; more wait.
-        cache_bytes: of the KV cache; None is what `jobs` whole contexts take, within half of the memory that is free.
-    """
-
-    jobs: int = 32
-    cache_bytes: int | None = None
+BATCH_SLOTS = 32  # more at once gain little on a CPU, and each would be slower (docs/decisions.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,36 +46,36 @@ class CachePlan:
         return self.tokens * self.token_bytes
 
 
-def plan_cache(
-    shape: Architecture, context_length: int, settings: Mapping[str, str], limits: BatchLimits, free_bytes: int
-) -> CachePlan:
-    """Choose the size of the KV cache.
+def plan_cache(shape: Architecture, precisions: Mapping[str, str], batch: BatchSettings) -> CachePlan:
+    """Choose the size of the KV cache: as many whole contexts as may be under way, within the memory that it may take.
 
     Args:
-        settings: in force; of these the precisions of the cache count.
-        free_bytes: memory that is there once the weights are loaded.
+        precisions: settings in force; of these the precisions of the cache count.
 
     Raises:
-        ResourceError: not even one block fits.
+        UsageError: it does not hold one context.
     """
-    token_bytes = cache_bytes_of_token(shape, settings)
-    block_bytes = token_bytes * BLOCK_TOKENS
-    most = limits.jobs * math.ceil(context_length / BLOCK_TOKENS)
-    budget = int(free_bytes * _SHARE) if limits.cache_bytes is None else limits.cache_bytes
-    blocks = min(most, budget // block_bytes)
-    if blocks < 1:
-        raise ResourceError(
-            f"the KV cache needs {block_bytes} bytes for {BLOCK_TOKENS} tokens and may take {max(budget, 0)}",
-            "give it more memory, or load a smaller model",
+    jobs = batch.slots or BATCH_SLOTS
+    token_bytes = cache_bytes_of_token(shape, precisions)
+    context_blocks = math.ceil(batch.context / BLOCK_TOKENS)
+    blocks = min(jobs * context_blocks, batch.cache_bytes // (token_bytes * BLOCK_TOKENS))
+    if blocks < context_blocks:
+        needed = context_blocks * BLOCK_TOKENS * token_bytes
+        raise UsageError(
+            f"a KV cache of {batch.cache_bytes / 2**20:.0f} MiB does not hold one context of {batch.context} tokens "
+            f"({math.ceil(needed / 2**20)} MiB)",
+            "give --cache-mib more, or take a shorter --max-context",
         )
-    return CachePlan(blocks, token_bytes, limits.jobs)
+    return CachePlan(blocks, token_bytes, jobs)
 
 
 def cache_bytes_of_token(shape: Architecture, settings: Mapping[str, str]) -> int:
     """Bytes that one token takes in the KV cache, keys and values of all layers and heads."""
     both = settings.get("KV_CACHE_PRECISION", "u8")
     row = sum(
-        _row_bytes(shape.head_dim, settings.get(f"{part}_CACHE_PRECISION", both), settings.get(f"{part}_CACHE_GROUP_SIZE"))
+        _row_bytes(
+            shape.head_dim, settings.get(f"{part}_CACHE_PRECISION", both), settings.get(f"{part}_CACHE_GROUP_SIZE")
+        )
         for part in ("KEY", "VALUE")
     )
     return row * shape.kv_heads * shape.layers

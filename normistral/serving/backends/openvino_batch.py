@@ -1,9 +1,9 @@
 """Many answers at once on one OpenVINO model: `openvino_genai.ContinuousBatchingPipeline` computes and draws tokens.
 
 What they become is decided here as everywhere (`TextStream`), so the pipeline gets token ids and gives token ids. Its
-scheduler takes all requests at once and, once the KV cache is full, throws some out to compute them again later, or ends
-all of them with an error where none can go on. Neither happens here: a job is let in when the cache has room for its
-prompt and all that it may generate, and waits in line until then.
+scheduler takes all requests at once and, once the KV cache is full, throws some out to compute them again later, or
+ends all of them where none can go on. Neither happens here: a job is let in when the cache has room for its prompt and
+all that it may generate, and waits in line until then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import numpy as np
 
 from normistral.errors import ClosedError, EngineError, ResourceError, UsageError
 from normistral.manifest import Manifest
-from normistral.runtime.chunks import Chunk
 from normistral.runtime.engines.openvino_settings import said_first
 from normistral.runtime.text_stream import TextStream
 from normistral.runtime.tokenizer import Tokenizer
@@ -47,8 +46,8 @@ class OpenVINOBatch:
 
     Args:
         plan: of the KV cache that the pipeline has.
-        sole_tenant: the only one whose jobs are taken, where the pipeline keeps prefixes; it does so without asking
-            whose they are. None takes everybody's, and the pipeline must not keep any.
+        one_tenant: only jobs of the tenant that comes first are taken. It has to be so where the pipeline keeps
+            prefixes, because it reuses them without asking whose they are.
     """
 
     def __init__(
@@ -57,13 +56,15 @@ class OpenVINOBatch:
         manifest: Manifest,
         tokenizer: Tokenizer,
         plan: CachePlan,
-        sole_tenant: str | None,
+        *,
+        one_tenant: bool,
     ) -> None:
         self.plan = plan
         self._pipeline: openvino_genai.ContinuousBatchingPipeline | None = pipeline
         self._manifest = manifest
         self._tokenizer = tokenizer
-        self._sole_tenant = sole_tenant
+        self._one_tenant = one_tenant
+        self._tenant: str | None = None  # the first one
         self._waiting: deque[Answer] = deque()
         self._running: dict[str, _Request] = {}
         self._leaving: list[_Request] = []  # their blocks are free after the next step
@@ -79,8 +80,9 @@ class OpenVINOBatch:
         """
         self._open_pipeline()
         require_honoured(job.config)
-        if self._sole_tenant is not None and job.tenant != self._sole_tenant:
-            raise UsageError("this model keeps prefixes for one tenant, and takes no others", "load it for many")
+        if self._one_tenant and job.tenant != (self._tenant or job.tenant):
+            raise UsageError("this model was loaded for one tenant, and there is another", "load it for many")
+        self._tenant = job.tenant
         text = TextStream.after_prompt(self._tokenizer, self._manifest.reasoning, job.prompt_ids, job.config)
         answer = Answer(job, text, self._manifest.stop_token_ids, self._manifest.context_length)
         if self._blocks(answer) > self.plan.blocks:
@@ -169,7 +171,7 @@ class OpenVINOBatch:
         while request.handle.can_read():
             for output in request.handle.read().values():
                 for token_id, logprob in zip(output.generated_ids, output.generated_log_probs, strict=True):
-                    chunk = self._push(answer, token_id, logprob)
+                    chunk = answer.push(token_id, _require_number(logprob))
                     yield Progress(job_id, chunk)
                     if chunk.finish_reason is not None:
                         self._drop(self._running.pop(job_id))
@@ -181,9 +183,6 @@ class OpenVINOBatch:
         if request.handle.get_status() != openvino_genai.GenerationStatus.RUNNING:
             self._drop(self._running.pop(job_id))
             yield Progress(job_id, EngineError("openvino_genai ended an answer on its own", "ask again"))
-
-    def _push(self, answer: Answer, token_id: int, logprob: float) -> Chunk:
-        return answer.push(token_id, logprob)
 
     def _drop(self, request: _Request) -> None:
         request.handle.cancel()
@@ -200,6 +199,15 @@ class OpenVINOBatch:
         if self._pipeline is None:
             raise ClosedError("the model was closed", "load it again")
         return self._pipeline
+
+
+def _require_number(logprob: float) -> float:
+    if math.isnan(logprob):
+        raise EngineError(
+            "the model returned logits that are not finite",
+            "try --exact; if that helps, this device cannot run this artifact",
+        )
+    return logprob
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Our options in openvino_genai's words, and the refusal of what it would do otherwise.
 
-Read in the sources of version 2026.4.1 (`LogitProcessor`, `Sampler`). The same as in `runtime/sampling.py` are: the
-repetition penalty (prompt included, each token once), top_k, temperature, and what top_p and min_p leave, which does not
-depend on their order. Log-probabilities are of the model's bare distribution. Random numbers are others (mt19937, seeded
-per request), so a seed gives another text than the library's, but always the same one. 
+Read in the sources of version 2026.4.1 (`LogitProcessor`, `Sampler`). As in `runtime/sampling.py` are: the repetition
+penalty (prompt included, each token once), top_k, temperature, and what top_p and min_p leave, which does not depend on
+their order. Log-probabilities are of the model's bare distribution. Random numbers are others (mt19937, seeded per
+request), so a seed gives another text than the library's, but always the same one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def require_honoured(config: GenerationConfig) -> None:
     Raises:
         UsageError: naming the option.
     """
+    if config.structure is not None:
+        raise UsageError("openvino_genai does not know this form of structured output", _WITHOUT)
     if config.logprobs is None:
         return
     if config.logprobs > 0:
@@ -75,4 +77,4 @@ def genai_config(config: GenerationConfig, room: int, stop_token_ids: Collection
 def _seed(seed: int | None, part: int) -> int:
     if seed is None:
         return secrets.randbits(_SEED_BITS)
-    return (seed ^ (seed >> _SEED_BITS)) + part & (1 << _SEED_BITS) - 1
+    return (seed ^ seed >> _SEED_BITS) + part & (1 << _SEED_BITS) - 1
