@@ -70,11 +70,7 @@ def load(
     folder = store.resolve_artifact(str(artifact))
     manifest = read_manifest(folder)
     check_files(folder, manifest, thorough=False)
-    found = None
-    if not exact:
-        engine, version = find_engine(manifest)
-        found = find_tuned(make_key(folder, read_machine(), engine, version, device))
-    tuned = None if found is None else found.settings
+    tuned = None if exact else find_tuned_settings(folder, manifest, device)
     return open_model(folder, manifest, device, exact=exact, tuned=tuned, given=settings, draft_table=draft_table)
 
 
@@ -107,6 +103,17 @@ def open_model(
         table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
     backend = _load_backend(folder, manifest, device, exact, tuned, given)
     return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
+
+
+def find_tuned_settings(folder: Path, manifest: Manifest, device: str) -> Mapping[str, str] | None:
+    """What `normistral tune` found for an artifact on this machine, if it did.
+
+    Raises:
+        MissingExtraError: the artifact's engine is not installed.
+    """
+    engine, version = find_engine(manifest)
+    found = find_tuned(make_key(folder, read_machine(), engine, version, device))
+    return None if found is None else found.settings
 
 
 def find_engine(manifest: Manifest) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normistral.errors import ClosedError, EngineError, ResourceError, UsageError
+from normistral.errors import ClosedError, EngineError, UsageError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.openvino_settings import said_first
 from normistral.runtime.text_stream import TextStream
@@ -26,7 +26,7 @@ from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.base import Job, Progress
 from normistral.serving.backends.cache_plan import CachePlan
 from normistral.serving.backends.openvino_job import Answer
-from normistral.serving.backends.openvino_options import genai_config, require_honoured
+from normistral.serving.backends.openvino_options import find_unhonoured, genai_config
 
 if TYPE_CHECKING:
     import openvino_genai
@@ -74,19 +74,20 @@ class OpenVINOBatch:
         """Take up a job; it waits until the KV cache has room for all of it.
 
         Raises:
-            UsageError: an option that openvino_genai does not honour, or another tenant than the only one.
-            ResourceError: the KV cache can never hold so many tokens.
+            UsageError: an option that openvino_genai does not honour, another tenant than the only one, or more tokens
+                than the KV cache can ever hold.
             ClosedError: the batch was closed.
         """
         self._open_pipeline()
-        require_honoured(job.config)
+        if problem := find_unhonoured(job.config):
+            raise UsageError(f"this cannot be computed together with other answers: {problem}", "leave it out")
         if self._one_tenant and job.tenant != (self._tenant or job.tenant):
             raise UsageError("this model was loaded for one tenant, and there is another", "load it for many")
         self._tenant = job.tenant
         text = TextStream.after_prompt(self._tokenizer, self._manifest.reasoning, job.prompt_ids, job.config)
         answer = Answer(job, text, self._manifest.stop_token_ids, self._manifest.context_length)
         if self._blocks(answer) > self.plan.blocks:
-            raise ResourceError(
+            raise UsageError(
                 f"{len(job.prompt_ids)} tokens and {answer.room} new ones do not fit the KV cache of "
                 f"{self.plan.tokens} tokens",
                 "ask for fewer new tokens, shorten the prompt, or give the cache more memory",
@@ -96,8 +97,8 @@ class OpenVINOBatch:
     def cancel(self, job_id: str) -> None:
         """Give up a job; its place in the cache is free after the next step."""
         self._waiting = deque(answer for answer in self._waiting if answer.job.job_id != job_id)
-        if request := self._running.pop(job_id, None):
-            self._drop(request)
+        if job_id in self._running:
+            self._end(job_id)
 
     def step(self) -> list[Progress]:
         """Let in whom there is room for, and compute one step of all: a token each, or a piece of a prompt.
@@ -107,14 +108,14 @@ class OpenVINOBatch:
         progress = list(self._let_in())
         if not self._running and not self._leaving:
             return progress
+        self._leaving.clear()  # whatever comes of it: the pipeline lets go of them in this step
         try:
             with _translated("openvino_genai failed"):
                 self._open_pipeline().step()
-                self._leaving.clear()
-                for request in list(self._running.values()):
-                    progress.extend(self._read(request))
         except EngineError as exc:
-            progress.extend(self._give_up(exc))
+            return [*progress, *self._give_up(exc)]
+        for request in list(self._running.values()):
+            progress.extend(self._read(request))
         return progress
 
     @property
@@ -165,35 +166,37 @@ class OpenVINOBatch:
 
     def _read(self, request: _Request) -> Iterator[Progress]:
         """The chunks of what this step gave one request."""
-        import openvino_genai
-
         answer, job_id = request.answer, request.answer.job.job_id
-        while request.handle.can_read():
-            for output in request.handle.read().values():
-                for token_id, logprob in zip(output.generated_ids, output.generated_log_probs, strict=True):
-                    chunk = answer.push(token_id, _require_number(logprob))
-                    yield Progress(job_id, chunk)
-                    if chunk.finish_reason is not None:
-                        self._drop(self._running.pop(job_id))
-                        return
-                    if answer.must_force:  # the model goes on behind what is put in
-                        self._drop(self._running.pop(job_id))
-                        self._waiting.appendleft(answer)
-                        return
-        if request.handle.get_status() != openvino_genai.GenerationStatus.RUNNING:
-            self._drop(self._running.pop(job_id))
+        for token_id, logprob in _read_tokens(request.handle):
+            if math.isnan(logprob):
+                self._end(job_id)
+                yield Progress(job_id, _not_finite())
+                return
+            chunk = answer.push(token_id, logprob)
+            yield Progress(job_id, chunk)
+            if chunk.finish_reason is not None:
+                self._end(job_id)
+                return
+            if answer.must_force:  # the model goes on behind what is put in
+                self._end(job_id)
+                self._waiting.appendleft(answer)
+                return
+        if not _is_running(request.handle):
+            self._end(job_id)
             yield Progress(job_id, EngineError("openvino_genai ended an answer on its own", "ask again"))
 
-    def _drop(self, request: _Request) -> None:
-        request.handle.cancel()
-        self._leaving.append(request)
+    def _end(self, job_id: str) -> None:
+        request = self._running.pop(job_id)
+        if _is_running(request.handle):
+            request.handle.cancel()
+            self._leaving.append(request)
 
-    def _give_up(self, error: EngineError) -> Iterator[Progress]:
+    def _give_up(self, error: EngineError) -> list[Progress]:
         """After an error in the pipeline, nobody knows what the caches hold: everything under way ends."""
-        for job_id, request in self._running.items():
-            self._drop(request)
-            yield Progress(job_id, error)
-        self._running.clear()
+        job_ids = list(self._running)
+        for job_id in job_ids:
+            self._end(job_id)
+        return [Progress(job_id, error) for job_id in job_ids]
 
     def _open_pipeline(self) -> openvino_genai.ContinuousBatchingPipeline:
         if self._pipeline is None:
@@ -201,13 +204,25 @@ class OpenVINOBatch:
         return self._pipeline
 
 
-def _require_number(logprob: float) -> float:
-    if math.isnan(logprob):
-        raise EngineError(
-            "the model returned logits that are not finite",
-            "try --exact; if that helps, this device cannot run this artifact",
-        )
-    return logprob
+def _read_tokens(handle: Any) -> Iterator[tuple[int, float]]:
+    """Tokens that a request has given and nobody has read yet, with their log-probabilities."""
+    while handle.can_read():
+        (output,) = handle.read().values()
+        yield from zip(output.generated_ids, output.generated_log_probs, strict=True)
+
+
+def _is_running(handle: Any) -> bool:
+    import openvino_genai
+
+    running: bool = handle.get_status() == openvino_genai.GenerationStatus.RUNNING
+    return running
+
+
+def _not_finite() -> EngineError:
+    return EngineError(
+        "the model returned logits that are not finite",
+        "try --exact; if that helps, this device cannot run this artifact",
+    )
 
 
 @contextmanager

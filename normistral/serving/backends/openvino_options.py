@@ -12,36 +12,23 @@ import secrets
 from collections.abc import Collection
 from typing import Any
 
-from normistral.errors import UsageError
 from normistral.runtime.options import GenerationConfig
 
 _SEED_BITS = 32  # mt19937 takes no more
 # Logits are float32 of magnitude 10 to 30, with steps of about 2e-6: below this, the most likely token is all there is,
 # and openvino_genai, which divides in float32, would come to infinity.
 _GREEDY_BELOW = 1e-6
-_WITHOUT = "leave it out, or serve with --batching off"
 
 
-def require_honoured(config: GenerationConfig) -> None:
-    """Refuse what openvino_genai cannot do as the library does it.
-
-    Raises:
-        UsageError: naming the option.
-    """
+def find_unhonoured(config: GenerationConfig) -> str | None:
+    """What of these options openvino_genai cannot do as the library does it; None if it honours all."""
     if config.structure is not None:
-        raise UsageError("openvino_genai does not know this form of structured output", _WITHOUT)
-    if config.logprobs is None:
-        return
-    if config.logprobs > 0:
-        raise UsageError(
-            f"logprobs={config.logprobs} asks for the most likely tokens; openvino_genai tells the chosen one's alone",
-            f"ask for logprobs=0, {_WITHOUT}",
-        )
-    if config.max_reasoning_tokens is not None:
-        raise UsageError(
-            "logprobs together with max_reasoning_tokens: openvino_genai tells none for a closing tag that is put in",
-            _WITHOUT,
-        )
+        return "structured output: openvino_genai has another grammar library, which takes and writes other forms"
+    if config.logprobs is not None and config.logprobs > 0:
+        return f"logprobs={config.logprobs}: openvino_genai tells the log-probability of the chosen token alone"
+    if config.logprobs is not None and config.max_reasoning_tokens is not None:
+        return "logprobs with max_reasoning_tokens: openvino_genai tells none for a closing tag that is put in"
+    return None
 
 
 def genai_config(config: GenerationConfig, room: int, stop_token_ids: Collection[int], part: int) -> Any:

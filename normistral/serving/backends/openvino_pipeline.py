@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from normistral.errors import EngineError, MissingExtraError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Capabilities, settings_basis
-from normistral.runtime.engines.openvino import choose_settings
+from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings
 from normistral.runtime.engines.openvino_settings import (
     NUMERICS,
     REPORTED,
@@ -26,10 +26,11 @@ from normistral.serving.backends.settings import BatchSettings
 
 logger = logging.getLogger(__name__)
 
-DEVICE = "CPU"
+BATCHED_DEVICE = "CPU"  # elsewhere nothing was tried
 # Keys are rounded a token at a time, as in the library's cache. The paged cache's own choice is a channel at a time for
 # 32 tokens: its codes change as a block fills, and with them the answers.
 _LIKE_THE_LIBRARY = {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"}
+_OF_THE_IR = "runtime_options"  # entry of an IR with properties that it is to be compiled with
 
 
 class OpenedBatch(NamedTuple):
@@ -63,10 +64,13 @@ def open_openvino_batch(
     openvino_genai = import_genai()
     given = given or {}
     core = ov.Core()
-    settings = choose_settings(core, manifest, DEVICE, exact=exact, tuned=tuned, given=given)
+    settings = choose_settings(core, manifest, BATCHED_DEVICE, exact=exact, tuned=tuned, given=given)
     chunk = int(settings.pop(PREFILL_CHUNK))
-    in_force = _ask_plugin(core, settings)
-    require_taken(given, in_force, DEVICE)
+    try:
+        in_force = _ask_plugin(core, folder / MODEL_FILE, settings)
+    except RuntimeError as exc:
+        raise _cannot_load(folder, exc) from exc
+    require_taken(given, in_force, BATCHED_DEVICE)
     plan = plan_cache(manifest.architecture, in_force, batch)
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.num_kv_blocks = plan.blocks
@@ -76,19 +80,16 @@ def open_openvino_batch(
     scheduler.enable_prefix_caching = batch.one_tenant
     try:
         pipeline = openvino_genai.ContinuousBatchingPipeline(
-            str(folder), scheduler, DEVICE, {**settings, **_LIKE_THE_LIBRARY}
+            str(folder), scheduler, BATCHED_DEVICE, {**settings, **_LIKE_THE_LIBRARY}
         )
         _warm_up(openvino_genai, pipeline)
     except RuntimeError as exc:
-        raise EngineError(
-            f"openvino_genai could not load {folder.name}: {said_first(exc)}",
-            "check the artifact with: normistral info ARTIFACT --check",
-        ) from exc
+        raise _cannot_load(folder, exc) from exc
     basis = settings_basis(exact=exact, tuned=tuned)
     logger.info("loaded %s for %d answers at once, settings by %s: %s", folder.name, plan.jobs, basis, in_force)
     capabilities = Capabilities(
         "openvino",
-        DEVICE,
+        BATCHED_DEVICE,
         chunk,
         {name: in_force[name] for name in (*settings, *REPORTED) if name in in_force} | {PREFILL_CHUNK: str(chunk)},
         basis,
@@ -115,8 +116,15 @@ def import_genai() -> Any:
     return openvino_genai
 
 
-def _ask_plugin(core: Any, settings: Mapping[str, str]) -> dict[str, str]:
-    """What the plugin makes of these settings.
+def _cannot_load(folder: Path, exc: RuntimeError) -> EngineError:
+    return EngineError(
+        f"openvino_genai could not load {folder.name}: {said_first(exc)}",
+        "check the artifact with: normistral info ARTIFACT --check",
+    )
+
+
+def _ask_plugin(core: Any, model_file: Path, settings: Mapping[str, str]) -> dict[str, str]:
+    """What the plugin makes of these settings, and of those that the IR brings along.
 
     The pipeline does not show its compiled model, so a model of one addition is compiled with the same settings.
     """
@@ -124,7 +132,12 @@ def _ask_plugin(core: Any, settings: Mapping[str, str]) -> dict[str, str]:
     from openvino import opset13 as ops
 
     number = ops.parameter([1], Type.f32)
-    compiled = core.compile_model(Model([ops.add(number, number)], [number]), DEVICE, dict(settings))
+    probe = Model([ops.add(number, number)], [number])
+    model = core.read_model(model_file)
+    if model.has_rt_info(_OF_THE_IR):
+        for name, value in model.get_rt_info(_OF_THE_IR).value.items():
+            probe.set_rt_info(getattr(value, "value", value), [_OF_THE_IR, name])
+    compiled = core.compile_model(probe, BATCHED_DEVICE, dict(settings))
     return settings_in_force(compiled, (*settings, *REPORTED, *NUMERICS))
 
 
