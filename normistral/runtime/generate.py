@@ -2,7 +2,8 @@
 
 Two layers: `generate_tokens` goes from token ids to token ids and never sees text; `stream_text` turns its steps into
 chunks by way of a `TextStream`. When the reasoning's budget is used up, that puts the close tag's ids into a queue, and
-the token layer takes those before it samples again.
+the token layer takes those before it samples again. A structure acts on the token layer: it masks what may not follow,
+and dictates what has to.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from normistral.runtime.engines.base import Logits
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sampling import Sampler, log_softmax
 from normistral.runtime.sequence import CachedSequence
+from normistral.runtime.structured.constraint import Constraint
 from normistral.runtime.text_stream import TextStream, TokenStep
 
 
@@ -45,6 +47,7 @@ def generate_tokens(
     limits: Limits,
     forced: deque[int],
     decoder: Decoder,
+    constraint: Constraint | None = None,
 ) -> Iterator[TokenStep]:
     """Prefill the prompt, then sample and feed one token at a time until something ends it.
 
@@ -53,32 +56,47 @@ def generate_tokens(
     finish reason. A sampled token is fed when the next one is needed, so the last one is never in the cache. What the
     `decoder` of the sequence feeds with it is its own affair: its logits are those after the token. (Drafts that it fed
     may stay in the cache of a generation that is left early; the next prefill cuts them off.)
+
+    With a `constraint` only what it allows is sampled. What it dictates is not sampled at all, and fed together. When
+    it is complete, a step without a token says so.
     """
     clock = _Clock(len(prompt_ids), decoder)
     clock.reused(sequence.reuse(prompt_ids))
     sampler = Sampler(config, prompt_ids)
     logits = sequence.prefill(prompt_ids, limits.cancelled)
     clock.prefilled()
+    certain: deque[int] = deque(constraint.certain() if constraint is not None else ())
     room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))
     for generated in range(1, room + 1):
         if logits is None or limits.cancelled():
             decoder.settle()
             yield TokenStep(None, None, (), "cancelled", clock.read())
             return
-        if forced:
-            token_id = forced.popleft()
+        if forced or certain:
+            token_id = (forced or certain).popleft()
             sampler.observe(token_id)
         else:
-            token_id = sampler.sample(logits)
+            token_id = sampler.sample(logits, None if constraint is None else constraint.allowed())
         logprob, top_logprobs = report_logprobs(logits, token_id, config.logprobs)
         clock.token_done()
+        if constraint is not None:
+            constraint.commit(token_id)
         finish_reason = find_finish_reason(token_id, generated, room, config, limits.stop_token_ids)
-        if finish_reason is not None:
+        complete = constraint is not None and constraint.complete
+        if complete and finish_reason != "stop":
+            finish_reason = None
+        if complete or finish_reason is not None:
             decoder.settle()
         yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read())
         if finish_reason is not None:
             return
-        logits = None if limits.cancelled() else decoder.step(token_id, most=room - generated - 1)
+        if complete:
+            yield TokenStep(None, None, (), "stop", clock.read())
+            return
+        if constraint is not None and not (forced or certain):
+            certain.extend(constraint.certain())
+        most = room - generated - 1
+        logits = None if limits.cancelled() else decoder.step(token_id, most, list(certain)[:most])
 
 
 def stream_text(steps: Iterator[TokenStep], text: TextStream) -> Iterator[Chunk]:

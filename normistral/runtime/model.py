@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from normistral.hardware import read_machine
 from normistral.manifest import Manifest, check_files, read_manifest, sha256_file
 from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
+from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.drafting.decoder import Decoder, Drafting, PlainDecoder
 from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend, Capabilities
@@ -23,10 +25,15 @@ from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.prefix import Prefix
 from normistral.runtime.providers import import_onnxruntime
+from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.session_file import OnBytes
 from normistral.runtime.sessions import restore_sequence
+from normistral.runtime.stopping import StopTexts
+from normistral.runtime.structured.cache import Structures
+from normistral.runtime.structured.constraint import Constraint
+from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.text_stream import TextStream
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -148,6 +155,9 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self._backend = backend
+        self.structures = Structures(
+            GrammarVocabulary(tokenizer, manifest.architecture.vocabulary, manifest.stop_token_ids)
+        )
         self._drafting = Drafting(draft_table)
         self._forward_lock = threading.Lock()
         self._list_lock = threading.Lock()  # of what is alive and what is idle
@@ -309,6 +319,8 @@ class Model:
         """The caller's options over the authors' over ours; raises UsageError as `stream` does."""
         config = resolve_options(self.manifest.sampling, options)
         require_applicable(config, self.manifest, self.name)
+        if config.structure is not None:
+            self.structures.require(config.structure, self.manifest.reasoning)
         return config
 
     def create_sequence(self, neighbours: Callable[[], Iterable[CachedSequence]] | None = None) -> CachedSequence:
@@ -345,9 +357,24 @@ class Model:
     ) -> Iterator[Chunk]:
         """Generate on a sequence, chunk by chunk."""
         limits = Limits(frozenset(self.manifest.stop_token_ids), self.context_length, cancelled)
-        text = TextStream.after_prompt(self.tokenizer, self.manifest.reasoning, prompt_ids, config)
-        decoder = self._decoder(sequence, prompt_ids, config)
-        return stream_text(generate_tokens(sequence, prompt_ids, config, limits, text.forced, decoder), text)
+        forced: deque[int] = deque()
+        close_ids = encode_close_tag(self.manifest.reasoning, self.tokenizer)
+        splitter = ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids)
+        constraint, whole = self.structures.begin(config.structure, self.manifest.reasoning, splitter)
+        decoder = self._decoder(sequence, prompt_ids, config, constraint)
+        text = TextStream(
+            StreamDetokenizer(self.tokenizer, prompt_ids),
+            StopTexts(config.stop, None if whole is None else whole.advance),
+            splitter,
+            ReasoningBudget(
+                config.max_reasoning_tokens,
+                close_ids,
+                forced,
+                lambda: constraint is None or constraint.accepts(close_ids) == len(close_ids),
+            ),
+            forced,
+        )
+        return stream_text(generate_tokens(sequence, prompt_ids, config, limits, forced, decoder, constraint), text)
 
     def require_open(self) -> None:
         """Raise ClosedError after `close`."""
@@ -393,10 +420,18 @@ class Model:
             if spare:
                 sequence.close()
 
-    def _decoder(self, sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig) -> Decoder:
+    def _decoder(
+        self,
+        sequence: CachedSequence,
+        prompt_ids: Sequence[int],
+        config: GenerationConfig,
+        constraint: Constraint | None,
+    ) -> Decoder:
         # Measured times decide how many tokens are drafted, and rounding may let that be seen: not under a seed.
         plain = config.draft == "off" or (config.seed is not None and not self.capabilities.exact)
-        return PlainDecoder(sequence) if plain else self._drafting.decoder(sequence, prompt_ids)
+        if plain:
+            return PlainDecoder(sequence)
+        return self._drafting.decoder(sequence, prompt_ids, None if constraint is None else constraint.accepts)
 
     def _require_token_ids(self, token_ids: Sequence[int]) -> None:
         vocabulary = self.manifest.architecture.vocabulary

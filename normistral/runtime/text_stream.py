@@ -40,13 +40,13 @@ class TextStream:
     def __init__(
         self,
         detokenizer: StreamDetokenizer,
-        stop: Sequence[str],
+        stop_texts: StopTexts,
         splitter: ReasoningSplitter,
         budget: ReasoningBudget,
         forced: deque[int],
     ) -> None:
         self._detokenizer = detokenizer
-        self._stop_texts = StopTexts(stop)
+        self._stop_texts = stop_texts
         self._splitter = splitter
         self._budget = budget
         self.forced = forced
@@ -60,11 +60,11 @@ class TextStream:
         prompt_ids: Sequence[int],
         config: GenerationConfig,
     ) -> TextStream:
-        """For what follows a prompt; `markers` are the model's tags around its reasoning."""
+        """For what follows a prompt, without a structure; `markers` are the model's tags around its reasoning."""
         forced: deque[int] = deque()
         return cls(
             StreamDetokenizer(tokenizer, prompt_ids),
-            config.stop,
+            StopTexts(config.stop),
             ReasoningSplitter.after_prompt(markers, tokenizer, prompt_ids),
             ReasoningBudget(config.max_reasoning_tokens, encode_close_tag(markers, tokenizer), forced),
             forced,

@@ -82,7 +82,7 @@ class LoadFailed(msgspec.Struct, tag=True):
     failure: Failure
 
 
-class Step(msgspec.Struct, tag=True, array_like=True):
+class Step(msgspec.Struct, tag=True):
     """The next of a job: a chunk, or the error that ended it."""
 
     job_id: str

@@ -12,7 +12,10 @@ from typing import Any
 from normistral import store
 from normistral.errors import ContextLengthError, UsageError
 from normistral.manifest import Manifest, check_files, read_manifest
+from normistral.runtime.detokenizer import spell_vocabulary
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.runtime.structured.cache import Structures
+from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.settings import BatchSettings
@@ -77,10 +80,20 @@ class ServedArtifact:
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """What each token adds to the UTF-8 of a text."""
+        return spell_vocabulary(self.tokenizer, self.manifest.architecture.vocabulary)
+
+    @cached_property
     def longest_token(self) -> int:
-        """Characters of the longest token, at least 1."""
-        texts = map(self.tokenizer.token_text, range(self.tokenizer.vocabulary_size))
-        return max((len(text) for text in texts if text), default=1)
+        """Bytes of the longest token, and so at least its characters."""
+        return max(map(len, self.token_bytes))
+
+    @cached_property
+    def structures(self) -> Structures:
+        """For looking whether an answer can have the form that a request asks for."""
+        vocabulary = self.manifest.architecture.vocabulary
+        return Structures(GrammarVocabulary(self.tokenizer, vocabulary, self.manifest.stop_token_ids))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation.
@@ -118,8 +131,8 @@ class ServedArtifact:
         """The request's options over the authors' over ours, within this server's limits.
 
         Raises:
-            UsageError: a value out of range, an option that means nothing to this model, or more new tokens than the
-                server allows.
+            UsageError: a value out of range, an option that means nothing to this model, more new tokens than this
+                server allows, or a structure that cannot be compiled.
         """
         asked = options.get("max_new_tokens")
         if asked is not None and asked > self.new_tokens:
@@ -130,6 +143,8 @@ class ServedArtifact:
         room = min(config.max_new_tokens, self.new_tokens, self.context_length - prompt_tokens)
         config = resolve_options(self.manifest.sampling, options | {"max_new_tokens": room})
         require_applicable(config, self.manifest, self.name)
+        if config.structure is not None:
+            self.structures.require(config.structure, self.manifest.reasoning)
         return config
 
     def _require_possible(self, characters: int) -> None:

@@ -66,6 +66,7 @@ class WorkerClient:
         self._jobs: dict[str, Deliver] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._supervision: asyncio.Task[None] | None = None
+        self._closing = False
 
     def start(self) -> None:
         """Begin to load; `loaded` or `failure` says how it went."""
@@ -87,6 +88,7 @@ class WorkerClient:
 
     async def close(self) -> None:
         """End the process and forget all jobs."""
+        self._closing = True
         if self._supervision is not None:
             self._supervision.cancel()
             with suppress(asyncio.CancelledError):
@@ -153,7 +155,7 @@ class WorkerClient:
 
     def _fail_jobs(self, code: int) -> None:
         jobs, self._jobs = list(self._jobs.values()), {}
-        if self.failure is None:
+        if self.failure is None and not self._closing:
             logger.error(
                 "%s: its worker process ended (%s); %d answers are lost", self.name, _describe(code), len(jobs)
             )
