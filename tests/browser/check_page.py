@@ -180,6 +180,9 @@ def test_settings_are_sent_and_wrong_ones_are_not_taken(open_page, server):
     page.get_by_role("button", name="Ferdig").click()
     expect(page.get_by_role("dialog")).to_be_visible()
     page.get_by_label("Temperatur").fill("0.4")
+    page.get_by_label("Lengste svar").fill("1000")  # more than the server gives
+    page.get_by_role("button", name="Ferdig").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
     page.get_by_label("Lengste svar").fill("12")
     page.get_by_role("button", name="Ferdig").click()
     expect(page.get_by_role("button", name="Innstillinger")).to_be_focused()
@@ -196,6 +199,11 @@ def test_one_of_several_models_is_chosen(open_page, server):
     send(page, "Hei")
     done(page)
     assert chat.asked[0]["model"] == "stor"
+
+
+def test_a_base_model_is_not_offered(open_page, server):
+    page = open_page(server(models=("grunnmodell-base",)).url)
+    expect(page.locator("#no-model")).to_contain_text("ingen modell som kan føre en samtale")
 
 
 def test_reasoning_is_folded_and_is_not_sent_back(open_page, server):
@@ -262,7 +270,7 @@ def test_copying_works_where_the_browser_has_no_clipboard(open_page, server):
     ("refusal", "says"),
     [
         (Refuse(429, "queue full", headers={"Retry-After": "7"}), "Prøv igjen om 7 sekunder"),
-        (Refuse(503), "ikke klar"),
+        (Refuse(503), "kan ikke svare akkurat nå"),
         (Refuse(413), "for lang for tjeneren"),
         (Refuse(500, "the engine failed"), "Noe gikk galt hos tjeneren"),
         (Refuse(400, "temperature must be below 2"), "avviste forespørselen"),

@@ -87,6 +87,12 @@ class Refuse:
         handler.json(self.status, {"error": {"message": self.message, "type": "x", "code": self.code}}, self.headers)
 
 
+def describe(name: str) -> dict[str, Any]:
+    """A model as the server tells of it."""
+    role = "base" if name.endswith("-base") else "chat"
+    return {"id": name, "object": "model", "context_length": 400, "max_new_tokens": 300, "role": role}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: StubServer
@@ -99,8 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/models":
             if self.server.key_is_missing(self):
                 return
-            models = [{"id": name, "object": "model", "context_length": 400} for name in self.server.models]
-            self.json(200, {"object": "list", "data": models})
+            self.json(200, {"object": "list", "data": [describe(name) for name in self.server.models]})
         else:
             self.json(404, {"error": {"message": "no such path"}})
 
