@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -26,18 +27,26 @@ MOST_BYTES = 10_000  # of a question over the network
 def read_document(model: normistral.Model, document: Path, session: Path) -> normistral.Prefix:
     """The document as the beginning of prompts: from the session file, or computed and saved there."""
     text = document.read_text(encoding="utf-8").strip()
+    began = time.monotonic()
     if session.exists():
         try:
             prefix = model.restore_prefix(session)
             if prefix.prompt == text:
+                report(f"{document.name} was restored in {time.monotonic() - began:.2f} s")
                 return prefix
             reason = "the document has changed"
         except SessionError as exc:  # another artifact, other settings, a newer version, damage
             reason = exc.message
-        print(f"{session.name} is made anew: {reason}", file=sys.stderr)
+        report(f"{session.name} is made anew: {reason}")
     prefix = model.prefill(text)
+    report(f"{document.name} was read in {time.monotonic() - began:.2f} s, and is kept in {session.name}")
     prefix.save(session)
     return prefix
+
+
+def report(message: str) -> None:
+    """Progress, apart from the answers."""
+    print(message, file=sys.stderr)
 
 
 def ask(document: normistral.Prefix, question: str, form: str = FORM) -> normistral.Completion:
@@ -99,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{question}\n  {completion.text.strip()}\n  ({describe(completion.timings)})")
         if options.port is not None:
             with make_server(document, form, options.port) as server:
-                print(f"questions are answered at http://127.0.0.1:{server.server_port}/", file=sys.stderr)
+                report(f"questions are answered at http://127.0.0.1:{server.server_port}/")
                 server.serve_forever()
 
 

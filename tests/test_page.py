@@ -45,3 +45,13 @@ def test_texts_cannot_become_markup_and_nothing_outlives_the_tab(risky):
 def test_there_are_no_inline_handlers_or_styles_that_the_policy_would_block():
     body = HTML.partition("<body>")[2].partition("<script>")[0]
     assert not re.search(r"\s(on\w+|style)=", body)
+
+
+def test_the_server_answers_with_the_page_and_its_policy():
+    from fastapi.testclient import TestClient
+
+    from normistral.serving.app import create_app
+
+    answer = TestClient(create_app([])).get("/")  # no `with`: no worker is started
+    assert answer.content == PAGE.body
+    assert PAGE.headers.items() <= dict(answer.headers).items()

@@ -11,7 +11,9 @@ from served_models import CONTEXT, make_served, serving
 from normistral.serving.auth import Keys
 from normistral.serving.limits import ServerLimits
 
-LIMITS = ServerLimits(body_bytes=64 * 1024, choices=4, new_tokens=100, messages=20, grace_s=0.2, body_s=0.5, header_s=0.5)
+LIMITS = ServerLimits(
+    body_bytes=64 * 1024, choices=4, new_tokens=100, messages=20, grace_s=0.2, body_s=0.5, header_s=0.5
+)
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hei"}]}
 TEXT = {"model": "m", "prompt": "Hei"}
 
@@ -33,9 +35,17 @@ CHAT_REFUSALS = [
     ({"foo": 1}, "foo", "unknown field foo"),
     ({"messages": []}, "messages", "at least 1 item"),
     ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages.0.colour", "unknown field"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system', 'developer', 'user' or 'assistant'"),
+    (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "messages.0.role",
+        "'system', 'developer', 'user' or 'assistant'",
+    ),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "valid string"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None, "text only"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        None,
+        "text only",
+    ),
     ({"messages": [{"role": "user", "content": "x", "name": "Ola"}]}, "messages.0.name", "knows no names"),
     ({"messages": CHAT["messages"] * 21}, "messages", "more than 20 messages"),
     ({"tools": [{"type": "function"}]}, "tools", "tools and functions are not supported"),
@@ -60,7 +70,11 @@ CHAT_REFUSALS = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "for streams"),
     ({"max_reasoning_tokens": 5}, None, "no model that marks its reasoning"),
     ({"response_format": {"type": "xml"}}, "response_format", "'text', 'json_object', 'json_schema'"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}}, None, "json schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}},
+        None,
+        "json schema",
+    ),
     ({"structured_outputs": {"regex": "("}}, None, "regex"),
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, None, "only one form"),
     ({"store": True}, "store", "False"),
@@ -135,7 +149,12 @@ def test_models_are_listed(url) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405), ("DELETE", "/health", 405), ("GET", "/docs", 404)],
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/health", 405),
+        ("GET", "/docs", 404),
+    ],
 )
 def test_other_routes_and_methods(url, method, path, status) -> None:
     answer = httpx.request(method, url + path)
@@ -161,7 +180,9 @@ def test_other_routes_and_methods(url, method, path, status) -> None:
 )
 def test_bodies_that_are_none(url, body, headers, status, words) -> None:
     start = time.perf_counter()
-    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"} | headers)
+    answer = httpx.post(
+        f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"} | headers
+    )
     assert time.perf_counter() - start < 1.0
     assert answer.status_code == status
     assert words in error_of(answer)["message"]

@@ -1,7 +1,14 @@
 """The chat page in a real browser: `make test-browser`. With SCREENSHOTS=FOLDER it leaves pictures there."""
 
+import json
 import os
 import re
+import shlex
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -475,3 +482,53 @@ def test_it_fits_and_can_be_read(open_page, server, viewport, scheme):
     for button in page.get_by_role("button").all():  # WCAG 2.2, 2.5.8: a target has at least 24 pixels each way
         box = button.bounding_box()
         assert box is None or min(box["width"], box["height"]) >= 24
+
+
+@pytest.fixture(scope="module")
+def real_server():
+    """`normistral serve` with the demo model, as `make test-browser` has them."""
+    if "ARTIFACT" not in os.environ:
+        pytest.skip("ARTIFACT and NORMISTRAL are set by `make test-browser`")
+    command = [*shlex.split(os.environ["NORMISTRAL"]), "serve", os.environ["ARTIFACT"], "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = json.loads(process.stdout.readline())["url"]
+            for _ in range(600):
+                with suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{url}/ready"):
+                    break
+                time.sleep(0.1)
+            yield f"{url}/"
+        finally:
+            process.terminate()
+
+
+def test_the_real_server_answers_in_the_page(open_page, real_server):
+    page = open_page(real_server)
+    expect(page.locator("#model-name")).to_have_text(Path(os.environ["ARTIFACT"]).name)
+    page.get_by_role("button", name="Innstillinger").click()
+    page.get_by_label("Temperatur").fill("0")
+    page.get_by_role("button", name="Ferdig").click()
+    send(page, "What is the capital of Norway?")
+    expect(last(page).locator(".text")).to_contain_text("Oslo", timeout=30_000)
+    done(page)
+    send(page, "Write a very long story about a fisherman.")
+    expect(last(page).locator(".text")).to_contain_text(" ", timeout=30_000)
+    page.keyboard.press("Escape")
+    expect(last(page).locator(".note")).to_have_text("Stoppet.")
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "real.png")
+    page.get_by_role("button", name="Rediger").click()
+    page.get_by_label("Rediger meldingen").fill("word " * 9000)
+    page.get_by_role("button", name="Send på nytt").click()
+    problem = last(page).get_by_role("alert")
+    expect(problem).to_contain_text("lengre enn modellen har plass til")
+    expect(problem.get_by_role("button", name="Ny samtale")).to_be_visible()
+
+
+def test_the_real_server_says_when_an_answer_was_cut_off(open_page, real_server):
+    page = open_page(real_server)
+    page.get_by_role("button", name="Innstillinger").click()
+    page.get_by_label("Lengste svar").fill("5")
+    page.get_by_role("button", name="Ferdig").click()
+    send(page, "Write a story about a fisherman.")
+    expect(last(page).locator(".note")).to_contain_text("nådde lengdegrensen", timeout=30_000)
