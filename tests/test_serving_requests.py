@@ -14,6 +14,7 @@ from normistral.serving.limits import ServerLimits
 LIMITS = ServerLimits(
     body_bytes=64 * 1024, choices=4, new_tokens=100, messages=20, grace_s=0.2, body_s=0.5, header_s=0.5
 )
+http = httpx.Client()  # one: each would read the system's certificates
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hei"}]}
 TEXT = {"model": "m", "prompt": "Hei"}
 
@@ -84,7 +85,7 @@ CHAT_REFUSALS = [
 
 @pytest.mark.parametrize(("fields", "param", "words"), CHAT_REFUSALS)
 def test_a_wrong_field_is_named(url, fields, param, words) -> None:
-    answer = httpx.post(f"{url}/v1/chat/completions", json=CHAT | fields)
+    answer = http.post(f"{url}/v1/chat/completions", json=CHAT | fields)
     error = error_of(answer)
     assert answer.status_code == 400
     assert error["type"] == "invalid_request_error"
@@ -107,7 +108,7 @@ def test_a_wrong_field_is_named(url, fields, param, words) -> None:
     ],
 )
 def test_a_wrong_field_of_a_text_completion_is_named(url, fields, words) -> None:
-    answer = httpx.post(f"{url}/v1/completions", json=TEXT | fields)
+    answer = http.post(f"{url}/v1/completions", json=TEXT | fields)
     assert answer.status_code == 400
     assert words in error_of(answer)["message"]
 
@@ -119,32 +120,32 @@ def test_what_clients_always_send_is_let_through(url) -> None:
         "frequency_penalty": 0.0, "modalities": ["text"], "n": 1, "stop": None, "seed": None, "max_tokens": 2,
         "response_format": {"type": "text"}, "prompt_cache_key": "k", "safety_identifier": "s",
     }  # fmt: skip
-    assert httpx.post(f"{url}/v1/chat/completions", json=CHAT | harmless).status_code == 200
+    assert http.post(f"{url}/v1/chat/completions", json=CHAT | harmless).status_code == 200
 
 
 @pytest.mark.parametrize("length", [CONTEXT, 25_000])
 def test_what_does_not_fit_the_context_is_told_so(url, length) -> None:
     messages = [{"role": "user", "content": "å" * length}]
-    chat = httpx.post(f"{url}/v1/chat/completions", json={"model": "m", "messages": messages[:1]})
-    text = httpx.post(f"{url}/v1/completions", json={"model": "m", "prompt": "å" * length})
+    chat = http.post(f"{url}/v1/chat/completions", json={"model": "m", "messages": messages[:1]})
+    text = http.post(f"{url}/v1/completions", json={"model": "m", "prompt": "å" * length})
     assert (chat.status_code, text.status_code) == (400, 400)
     assert error_of(chat)["code"] == error_of(text)["code"] == "context_length_exceeded"
     assert (error_of(chat)["param"], error_of(text)["param"]) == ("messages", "prompt")
 
 
 def test_an_unknown_model_is_404_and_names_those_there_are(url) -> None:
-    answer = httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"model": "gpt-4"})
+    answer = http.post(f"{url}/v1/chat/completions", json=CHAT | {"model": "gpt-4"})
     assert answer.status_code == 404
     assert error_of(answer) | {"message": ""} == {
         "message": "", "type": "invalid_request_error", "param": "model", "code": "model_not_found",
     }  # fmt: skip
-    assert httpx.get(f"{url}/v1/models/gpt-4").status_code == 404
+    assert http.get(f"{url}/v1/models/gpt-4").status_code == 404
 
 
 def test_models_are_listed(url) -> None:
-    document = httpx.get(f"{url}/v1/models").json()
+    document = http.get(f"{url}/v1/models").json()
     assert [card["id"] for card in document["data"]] == ["m"]
-    assert document["data"][0] == httpx.get(f"{url}/v1/models/m").json()
+    assert document["data"][0] == http.get(f"{url}/v1/models/m").json()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_models_are_listed(url) -> None:
     ],
 )
 def test_other_routes_and_methods(url, method, path, status) -> None:
-    answer = httpx.request(method, url + path)
+    answer = http.request(method, url + path)
     assert answer.status_code == status
     error_of(answer)
 
@@ -180,7 +181,7 @@ def test_other_routes_and_methods(url, method, path, status) -> None:
 )
 def test_bodies_that_are_none(url, body, headers, status, words) -> None:
     start = time.perf_counter()
-    answer = httpx.post(
+    answer = http.post(
         f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"} | headers
     )
     assert time.perf_counter() - start < 1.0
@@ -198,11 +199,11 @@ def test_a_body_in_chunks_is_refused_when_it_is_too_large(url) -> None:
             yield b" " * 8192
 
     try:
-        answer = httpx.post(f"{url}/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+        answer = http.post(f"{url}/v1/completions", content=pieces(), headers={"content-type": "application/json"})
         assert answer.status_code == 413
     except httpx.TransportError:  # the connection ended before everything was sent
         pass
-    assert httpx.get(f"{url}/health").status_code == 200
+    assert http.get(f"{url}/health").status_code == 200
 
 
 def raw(url: str, data: bytes, wait_s: float = 5.0) -> bytes:
@@ -240,8 +241,8 @@ def test_another_host_name_is_refused_without_keys(tmp_path) -> None:
         [open_served(make_served(tmp_path / "m"), LIMITS)], LIMITS, hosts={"127.0.0.1"}, worker_module="served_models"
     )
     with background_server(app, wait_s=0) as url:
-        assert httpx.get(f"{url}/health").status_code == 200
-        answer = httpx.get(f"{url}/health", headers={"host": "evil.example:80"})
+        assert http.get(f"{url}/health").status_code == 200
+        answer = http.get(f"{url}/health", headers={"host": "evil.example:80"})
         assert answer.status_code == 403
         assert error_of(answer)["code"] == "host_not_allowed"
 
@@ -250,27 +251,27 @@ def test_keys_are_asked_for_but_not_for_health(tmp_path) -> None:
     keys = Keys({"a-key-that-is-long": "ola", "another-long-key-here": "kari"})
     with serving(make_served(tmp_path / "m"), LIMITS, keys) as url:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic a-key-that-is-long"}):
-            answer = httpx.post(f"{url}/v1/completions", json=TEXT, headers=headers)
+            answer = http.post(f"{url}/v1/completions", json=TEXT, headers=headers)
             assert answer.status_code == 401
             assert error_of(answer)["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
-        assert httpx.get(f"{url}/metrics").status_code == 401
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert http.get(f"{url}/metrics").status_code == 401
+        assert http.get(f"{url}/health").status_code == 200
         right = {"authorization": "Bearer another-long-key-here"}
-        assert httpx.post(f"{url}/v1/completions", json=TEXT | {"max_tokens": 1}, headers=right).status_code == 200
-        described = httpx.get(f"{url}/openapi.json").json()
+        assert http.post(f"{url}/v1/completions", json=TEXT | {"max_tokens": 1}, headers=right).status_code == 200
+        described = http.get(f"{url}/openapi.json").json()
         assert described["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
 
 
 def test_rejections_are_counted_by_reason(url) -> None:
-    httpx.post(f"{url}/v1/completions", json=TEXT | {"foo": 1})
-    text = httpx.get(f"{url}/metrics").text
+    http.post(f"{url}/v1/completions", json=TEXT | {"foo": 1})
+    text = http.get(f"{url}/metrics").text
     assert 'normistral_rejected_requests_total{reason="unknown_field"}' in text
     assert 'normistral_requests_total{route="/v1/completions",status="400"}' in text
 
 
 def test_the_description_names_models_and_limits(url) -> None:
-    document = httpx.get(f"{url}/openapi.json").json()
+    document = http.get(f"{url}/openapi.json").json()
     properties = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert properties["model"]["enum"] == ["m"]
     assert {"type": "integer", "minimum": 1, "maximum": 4} in properties["n"]["anyOf"]

@@ -3,6 +3,7 @@
 Two layers: `generate_tokens` goes from token ids to token ids and never sees text; `stream_text` turns its steps into
 chunks of whole characters, tells reasoning from answer, and watches for stop texts and for the reasoning's budget. When
 that is used up it puts the close tag's ids into a queue, and the token layer takes those before it samples again.
+A structure acts on the token layer: it masks what may not follow, and dictates what has to.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter
 from normistral.runtime.sampling import Sampler, log_softmax
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.stopping import StopTexts
+from normistral.runtime.structured.constraint import Constraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ def generate_tokens(
     limits: Limits,
     forced: deque[int],
     decoder: Decoder,
+    constraint: Constraint | None = None,
 ) -> Iterator[TokenStep]:
     """Prefill the prompt, then sample and feed one token at a time until something ends it.
 
@@ -66,44 +69,59 @@ def generate_tokens(
     finish reason. A sampled token is fed when the next one is needed, so the last one is never in the cache. What the
     `decoder` of the sequence feeds with it is its own affair: its logits are those after the token. (Drafts that it fed
     may stay in the cache of a generation that is left early; the next prefill cuts them off.)
+
+    With a `constraint` only what it allows is sampled. What it dictates is not sampled at all, and fed together. When
+    it is complete, a step without a token says so.
     """
     clock = _Clock(len(prompt_ids), decoder)
     clock.reused(sequence.reuse(prompt_ids))
     sampler = Sampler(config, prompt_ids)
     logits = sequence.prefill(prompt_ids, limits.cancelled)
     clock.prefilled()
+    certain: deque[int] = deque(constraint.certain() if constraint is not None else ())
     room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))
     for generated in range(1, room + 1):
         if logits is None or limits.cancelled():
             decoder.settle()
             yield TokenStep(None, None, (), "cancelled", clock.read())
             return
-        if forced:
-            token_id = forced.popleft()
+        if forced or certain:
+            token_id = (forced or certain).popleft()
             sampler.observe(token_id)
         else:
-            token_id = sampler.sample(logits)
+            token_id = sampler.sample(logits, None if constraint is None else constraint.allowed())
         logprob, top_logprobs = report_logprobs(logits, token_id, config.logprobs)
         clock.token_done()
+        if constraint is not None:
+            constraint.commit(token_id)
+        complete = constraint is not None and constraint.complete
         finish_reason: FinishReason | None = None
         if token_id in limits.stop_token_ids and not config.ignore_eos:
             finish_reason = "stop"
+        elif complete:
+            pass
         elif generated == config.max_new_tokens:
             finish_reason = "length"
         elif generated == room:
             finish_reason = "context"
-        if finish_reason is not None:
+        if complete or finish_reason is not None:
             decoder.settle()
         yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read())
         if finish_reason is not None:
             return
-        logits = None if limits.cancelled() else decoder.step(token_id, most=room - generated - 1)
+        if complete:
+            yield TokenStep(None, None, (), "stop", clock.read())
+            return
+        if constraint is not None and not (forced or certain):
+            certain.extend(constraint.certain())
+        most = room - generated - 1
+        logits = None if limits.cancelled() else decoder.step(token_id, most, list(certain)[:most])
 
 
 def stream_text(
     steps: Iterator[TokenStep],
     detokenizer: StreamDetokenizer,
-    stop: Sequence[str],
+    stop_texts: StopTexts,
     splitter: ReasoningSplitter,
     budget: ReasoningBudget,
 ) -> Iterator[Chunk]:
@@ -111,7 +129,6 @@ def stream_text(
 
     Ends early at a stop text in the answer, of which nothing is shown.
     """
-    stop_texts = StopTexts(stop)
     budget.watch(inside=splitter.inside)  # the prompt may have opened it
     for step in steps:
         token_id = None if step.finish_reason == "stop" else step.token_id  # a stop token is no text

@@ -30,6 +30,10 @@ from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.session_file import OnBytes
 from normistral.runtime.sessions import restore_sequence
+from normistral.runtime.stopping import StopTexts
+from normistral.runtime.structured.cache import Structures
+from normistral.runtime.structured.constraint import Constraint
+from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.runtime.tuned import find_tuned, make_key
@@ -143,6 +147,9 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self._backend = backend
+        self.structures = Structures(
+            GrammarVocabulary(tokenizer, manifest.architecture.vocabulary, manifest.stop_token_ids)
+        )
         self._drafting = Drafting(draft_table)
         self._forward_lock = threading.Lock()
         self._list_lock = threading.Lock()  # of what is alive and what is idle
@@ -304,6 +311,8 @@ class Model:
         """The caller's options over the authors' over ours; raises UsageError as `stream` does."""
         config = resolve_options(self.manifest.sampling, options)
         require_applicable(config, self.manifest, self.name)
+        if config.structure is not None:
+            self.structures.require(config.structure, self.manifest.reasoning)
         return config
 
     def create_sequence(self, neighbours: Callable[[], Iterable[CachedSequence]] | None = None) -> CachedSequence:
@@ -342,12 +351,20 @@ class Model:
         limits = Limits(frozenset(self.manifest.stop_token_ids), self.context_length, cancelled)
         forced: deque[int] = deque()
         close_ids = encode_close_tag(self.manifest.reasoning, self.tokenizer)
+        splitter = ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids)
+        constraint, whole = self.structures.begin(config.structure, self.manifest.reasoning, splitter)
+        decoder = self._decoder(sequence, prompt_ids, config, constraint)
         return stream_text(
-            generate_tokens(sequence, prompt_ids, config, limits, forced, self._decoder(sequence, prompt_ids, config)),
+            generate_tokens(sequence, prompt_ids, config, limits, forced, decoder, constraint),
             StreamDetokenizer(self.tokenizer, prompt_ids),
-            config.stop,
-            ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids),
-            ReasoningBudget(config.max_reasoning_tokens, close_ids, forced),
+            StopTexts(config.stop, None if whole is None else whole.advance),
+            splitter,
+            ReasoningBudget(
+                config.max_reasoning_tokens,
+                close_ids,
+                forced,
+                lambda: constraint is None or constraint.accepts(close_ids) == len(close_ids),
+            ),
         )
 
     def require_open(self) -> None:
@@ -394,10 +411,18 @@ class Model:
             if spare:
                 sequence.close()
 
-    def _decoder(self, sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig) -> Decoder:
+    def _decoder(
+        self,
+        sequence: CachedSequence,
+        prompt_ids: Sequence[int],
+        config: GenerationConfig,
+        constraint: Constraint | None,
+    ) -> Decoder:
         # Measured times decide how many tokens are drafted, and rounding may let that be seen: not under a seed.
         plain = config.draft == "off" or (config.seed is not None and not self.capabilities.exact)
-        return PlainDecoder(sequence) if plain else self._drafting.decoder(sequence, prompt_ids)
+        if plain:
+            return PlainDecoder(sequence)
+        return self._drafting.decoder(sequence, prompt_ids, None if constraint is None else constraint.accepts)
 
     def _require_token_ids(self, token_ids: Sequence[int]) -> None:
         vocabulary = self.manifest.architecture.vocabulary

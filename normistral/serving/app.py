@@ -43,7 +43,7 @@ def create_app(
         worker_module: whose `main` the worker processes run.
     """
     limits, keys, metrics = limits or ServerLimits(), keys or Keys(), Metrics()
-    service = Service(served, limits, metrics, worker_module)
+    service = Service(served, limits, metrics, worker_module, several=len(keys) > 1)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

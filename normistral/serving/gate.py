@@ -157,8 +157,8 @@ class _Answer:
 
     async def refuse(self, error: ApiError, receive: Receive) -> None:
         """Answer with an error, and take the rest of the body until its sender has read that."""
-        unread = error.status in (401, 403, 408, 413)
-        closing = {"Connection": "close"} if unread else {}
+        unread = error.status in (401, 403, 413)
+        closing = {"Connection": "close"} if unread or error.status == 408 else {}
         response = JSONResponse(error.document, error.status, error.headers | closing)
         await self.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
         await self.send({"type": "http.response.body", "body": response.body, "more_body": unread})
