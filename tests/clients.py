@@ -25,7 +25,10 @@ KEY = "a-key-for-the-clients"
 QUESTION = "What is the capital of Norway?"
 SCHEMA = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "minimum": 0, "maximum": 9_999_999}},
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "people": {"type": "integer", "minimum": 0, "maximum": 9_999_999},
+    },
     "required": ["city", "people"],
     "additionalProperties": False,
 }
@@ -78,7 +81,12 @@ def try_openai(url: str, model: str) -> None:
     events = list(stream)
     said = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
     check("openai", "streaming says the same", said == text, said)
-    check("openai", "usage of a stream", events[-1].usage == answer.usage or events[-1].usage is not None, events[-1].usage)
+    check(
+        "openai",
+        "usage of a stream",
+        events[-1].usage == answer.usage or events[-1].usage is not None,
+        events[-1].usage,
+    )
     cut = create(**asked, stop=["Oslo"]).choices[0]
     check("openai", "stop", cut.message.content == text.partition("Oslo")[0], cut.message.content)
     two = [create(**asked | {"temperature": 1}, seed=7, max_tokens=12).choices[0].message.content for _ in "12"]
@@ -119,7 +127,12 @@ def try_langchain(url: str, model: str) -> None:
     document = structured.invoke("Name a city and how many people live there.")
     check("langchain", "JSON schema", fits(json.dumps(document)), document)
     try:
-        check("langchain", "tools", False, chat.bind_tools([{"name": "f", "description": "", "parameters": {}}]).invoke("x"))
+        check(
+            "langchain",
+            "tools",
+            False,
+            chat.bind_tools([{"name": "f", "description": "", "parameters": {}}]).invoke("x"),
+        )
     except openai.BadRequestError as error:
         check("langchain", "tools", True, error.body)
 
@@ -134,7 +147,10 @@ def try_llm(url: str, model: str) -> None:
 
         def llm(*arguments: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                [str(Path(sys.executable).with_name("llm")), *arguments], capture_output=True, text=True, env=environment
+                [str(Path(sys.executable).with_name("llm")), *arguments],
+                capture_output=True,
+                text=True,
+                env=environment,
             )
 
         said = llm("-m", "local", "-o", "temperature", "0", "-o", "max_tokens", "40", QUESTION)
@@ -145,7 +161,9 @@ def try_llm(url: str, model: str) -> None:
         check("llm", "JSON schema", schema.returncode == 0 and fits(schema.stdout), schema.stdout or schema.stderr)
         wrong = llm("-m", "local", "--key", "wrong", QUESTION)
         check("llm", "a wrong key", wrong.returncode == 1 and "not known" in wrong.stderr, wrong.stderr)
-        system = llm("-m", "local", "-s", "Answer in one word.", "-o", "stop", "Oslo", "-o", "max_tokens", "40", QUESTION)
+        system = llm(
+            "-m", "local", "-s", "Answer in one word.", "-o", "stop", "Oslo", "-o", "max_tokens", "40", QUESTION
+        )
         check("llm", "stop and a system message", "Oslo" not in system.stdout, system.stdout or system.stderr)
 
 

@@ -80,7 +80,8 @@ CHAT_REFUSALS = [
     ),
     ({"structured_outputs": {"regex": "("}}, None, "regex"),
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, None, "only one form"),
-    ({"store": True}, "store", "False"),
+    ({"store": True}, "store", "cannot be switched on"),
+    ({"store": 0}, "store", "cannot be switched on"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
 ]
 
@@ -98,12 +99,14 @@ def test_a_wrong_field_is_named(url, fields, param, words) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"prompt": ""}, "empty"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [""]}, "prompt"),
         ({"prompt": []}, "at least 1 item"),
         ({"prompt": [-1]}, "greater than or equal to 0"),
         ({"prompt": [10**6]}, "outside the vocabulary"),
         ({"prompt": ["a"] * 3, "n": 2}, "6 answers are more"),
         ({"echo": True}, "echo"),
+        ({"echo": 0}, "echo"),
         ({"suffix": "x"}, "before a suffix"),
         ({"best_of": 2}, "best_of"),
         ({"logprobs": 6}, "less than or equal to 5"),
@@ -123,6 +126,16 @@ def test_what_clients_always_send_is_let_through(url) -> None:
         "response_format": {"type": "text"}, "prompt_cache_key": "k", "safety_identifier": "s",
     }  # fmt: skip
     assert http.post(f"{url}/v1/chat/completions", json=CHAT | harmless).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_every_field_that_may_be_null_is_as_if_left_out(url, route) -> None:
+    """Clients that write all of their fields do so; a constraint that met a null once was an error of ours."""
+    name = "ChatCompletionRequest" if "chat" in route else "CompletionRequest"
+    schema = http.get(f"{url}/openapi.json").json()["components"]["schemas"][name]
+    optional = {field: None for field in schema["properties"] if field not in schema["required"]}
+    answer = http.post(url + route, json=optional | (CHAT if "chat" in route else TEXT) | {"max_tokens": 1})
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 1)
 
 
 @pytest.mark.parametrize("length", [CONTEXT, 25_000])

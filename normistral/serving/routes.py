@@ -27,7 +27,13 @@ router = APIRouter()
 
 Prepared = list[tuple[list[int], GenerationConfig]]
 
-_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: true."}}}
+_EVENT = {
+    "type": "object",
+    "description": "With stream: true. Each event's data is a chunk of the answer as JSON, or an error; the last is [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+_STREAM = {"text/event-stream": {"schema": _EVENT}}
 _STATUSES = {
     400: "The request is wrong, or does not fit.",
     401: "No API key, or an unknown one.",
