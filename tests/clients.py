@@ -102,11 +102,12 @@ def try_openai(url: str, model: str) -> None:
     completed = client.completions.create(model=model, prompt="Oslo is the capital of", max_tokens=4, temperature=0)
     check("openai", "text completion", "Norway" in completed.choices[0].text, completed.choices[0].text)
     check("openai", "models", [one.id for one in client.models.list()] == [model], model)
+    tool, long = {"type": "function", "function": {"name": "f"}}, [{"role": "user", "content": "x " * 20_000}]
     for what, kind, act in (
         ("an unknown model", openai.NotFoundError, lambda: create(**asked | {"model": "gpt-4"})),
-        ("tools", openai.BadRequestError, lambda: create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])),
+        ("tools", openai.BadRequestError, lambda: create(**asked, tools=[tool])),
         ("a wrong key", openai.AuthenticationError, lambda: client.with_options(api_key="wrong").models.list()),
-        ("too long", openai.BadRequestError, lambda: create(**asked | {"messages": [{"role": "user", "content": "x " * 20_000}]})),
+        ("too long", openai.BadRequestError, lambda: create(**asked | {"messages": long})),
     ):  # fmt: skip
         try:
             check("openai", what, False, act())
@@ -115,10 +116,10 @@ def try_openai(url: str, model: str) -> None:
 
 
 def try_langchain(url: str, model: str) -> None:
-    chat = ChatOpenAI(base_url=url, api_key=KEY, model=model, temperature=0, max_tokens=40, max_retries=0)  # type: ignore[call-arg,arg-type]
+    chat = ChatOpenAI(base_url=url, api_key=KEY, model=model, temperature=0, max_tokens=40, max_retries=0)
     answer = chat.invoke([("system", "You are brief."), ("user", QUESTION)])
     check("langchain", "chat", "Oslo" in str(answer.content), answer.content)
-    check("langchain", "usage", bool(answer.usage_metadata), answer.usage_metadata)  # type: ignore[attr-defined]
+    check("langchain", "usage", bool(answer.usage_metadata), answer.usage_metadata)
     pieces = [str(piece.content) for piece in chat.stream([("system", "You are brief."), ("user", QUESTION)])]
     check("langchain", "streaming says the same", "".join(pieces) == answer.content and len(pieces) > 3, len(pieces))
     cut = chat.invoke(QUESTION, stop=["Oslo"])
@@ -141,7 +142,8 @@ def try_llm(url: str, model: str) -> None:
     with tempfile.TemporaryDirectory() as home:
         environment = {**os.environ, "LLM_USER_PATH": home, "OPENAI_API_KEY": KEY}
         Path(home, "extra-openai-models.yaml").write_text(
-            f"- model_id: local\n  model_name: {model}\n  api_base: {url}\n  api_key_name: local\n  supports_schema: true\n"
+            f"- model_id: local\n  model_name: {model}\n  api_base: {url}\n"
+            "  api_key_name: local\n  supports_schema: true\n"
         )
         Path(home, "keys.json").write_text(json.dumps({"local": KEY}))
 

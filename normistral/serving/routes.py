@@ -29,7 +29,7 @@ Prepared = list[tuple[list[int], GenerationConfig]]
 
 _EVENT = {
     "type": "object",
-    "description": "With stream: true. Each event's data is a chunk of the answer as JSON, or an error; the last is [DONE].",
+    "description": "With stream: true. The data of an event is a chunk of the answer as JSON, or an error; or [DONE].",
     "properties": {"data": {"type": "string"}},
     "required": ["data"],
 }
