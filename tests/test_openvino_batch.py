@@ -379,7 +379,7 @@ def test_what_cannot_be_computed_together_goes_through_the_library(artifact, mod
     assert finish(created.batch) == {}
     created.batch.close()
     turns = create_batch(artifact, "CPU", replace(SETTINGS, batching="off"), exact=True, engine_settings={})
-    assert turns.batching == "turns"
+    assert turns.batching == "in turns"
     turns.batch.close()
 
 
