@@ -103,3 +103,12 @@ def test_the_smallest_temperature_there_is_takes_the_most_likely_token():
 def test_logits_that_are_not_finite_are_an_error():
     with pytest.raises(EngineError, match="not finite"):
         Sampler(GenerationConfig(), []).sample(np.array([np.nan, 1.0], np.float32))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 50.0}, {"temperature": 50.0, "top_k": 3}, {"temperature": 1e-9}]
+)
+def test_only_what_is_allowed_is_drawn(options):
+    allowed = np.array([True, False, False, True] + [False] * (len(LOGITS) - 4))
+    sampler = Sampler(GenerationConfig(**options, seed=1, repetition_penalty=1.1), [0, 1])
+    assert {sampler.sample(LOGITS, allowed) for _ in range(200)} <= {0, 3}
