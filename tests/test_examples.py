@@ -279,5 +279,5 @@ def test_a_limit_that_is_too_small_is_refused_before_anything_is_loaded(limited,
 
 @pytest.mark.parametrize("limit_mib", [200, 50], ids=["the engine", "the interpreter"])
 def test_what_runs_out_all_the_same_says_so(limited, demo_int4, limit_mib):
-    with pytest.raises(ResourceError, match="could not load|failed at token|ran out of memory|ended"):
+    with pytest.raises(ResourceError, match=r"could not load|failed at token|ran out of memory|ended"):
         limited.main([str(demo_int4), "--limit-mib", str(limit_mib), "--anyway"])
