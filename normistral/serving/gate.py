@@ -65,6 +65,8 @@ class Gate:
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(answer.status)).inc()
+            seconds = time.monotonic() - scope["state"]["began"]
+            logger.debug("%s: %s %d in %.3f s", scope["state"]["request_id"], route, answer.status, seconds)
 
     async def _check(self, scope: Scope, receive: Receive) -> Receive:
         """Raises ApiError for what is refused; otherwise reads the body."""
