@@ -209,11 +209,13 @@ def refusals(server: Server, report: Report) -> None:
     report.refuse("a body of 100 MiB without a key", 401, lambda: server.raw(
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n", *[b" " * 2**20] * 100
     ))  # fmt: skip
-    report.refuse("JSON 100,000 deep", 400, lambda: post(chat, content=deep(100_000), headers=JSON))
-    report.refuse("JSON 1,000,000 deep", 400, lambda: post(chat, content=deep(1_000_000), headers=JSON))
-    report.refuse("a million keys of one object", 400, lambda: post(
-        chat, content=b"{" + b",".join(b'"%d":1' % i for i in range(90_000)) + b"}", headers=JSON
-    ))  # fmt: skip
+    for depth in (100_000, 1_000_000):
+        body = deep(depth)
+        report.refuse(f"JSON {depth:,} deep", 400, lambda: post(chat, content=body, headers=JSON))  # noqa: B023
+    keys = b"{" + b",".join(b'"%d":1' % i for i in range(90_000)) + b"}"
+    report.refuse("90,000 fields", 400, lambda: post(chat, content=keys, headers=JSON))
+    numbers = b'{"model":"x","messages":[' + b",".join([b"1"] * 400_000) + b"]}"
+    report.refuse("400,000 messages that are none", 400, lambda: post(chat, content=numbers, headers=JSON))
     report.refuse("JSON cut off", 400, lambda: post(chat, content=b'{"model": "', headers=JSON))
     report.refuse("no JSON at all", 400, lambda: post(chat, content=os.urandom(5000), headers=JSON))
     report.refuse("half a character", 400, lambda: post(chat, content=b'{"model":"\\ud800"}', headers=JSON))

@@ -11,7 +11,7 @@ from serving_clients import error_of, http
 
 from normistral.serving.limits import ServerLimits
 
-LIMITS = ServerLimits(body_bytes=64 * 1024, grace_s=0.2, body_s=0.5, header_s=0.5)
+LIMITS = ServerLimits(body_bytes=64 * 1024, grace_s=0.2, body_s=0.5, header_s=0.5, json_values=3000)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,9 @@ def url(tmp_path_factory):
         (b"[" * 60_000, {}, 400, "nests"),
         (b'{"a":' * 10_000, {}, 400, "nests"),
         (b"[" * 65 + b"]" * 65, {}, 400, "nests more than 64 deep"),
+        (b"[" * 64 + b"]" * 64, {}, 400, "valid dictionary"),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(1025)) + b"}", {}, 400, "more than 1024 members"),
+        (b"[[" + b"1," * 3000 + b"1]]", {}, 400, "more than 3000 values"),
         (b"{}", {"content-type": "text/plain"}, 415, "has to be JSON"),
         (b"x" * 70_000, {}, 413, "65536 bytes"),
     ],
