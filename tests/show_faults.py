@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import signal
 import socket
 import statistics
@@ -101,6 +102,8 @@ class Server:
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             try:
                 for piece in pieces:
+                    if select.select([connection], [], [], 0)[0]:
+                        break  # it has answered
                     connection.sendall(piece)
             except OSError:
                 pass  # it refuses to read more; the answer may be there all the same
@@ -153,9 +156,20 @@ class Report:
         grown = self.server.peak_during(timed)
         answer, seconds = got[0]
         status = answer.status_code if isinstance(answer, httpx.Response) else answer
-        said = answer.json()["error"]["message"][:70] if isinstance(answer, httpx.Response) else ""
+        said = answer.json().get("error", {}).get("message", "")[:70] if isinstance(answer, httpx.Response) else ""
         right = str(wanted) in str(status) and seconds <= MOST_S and grown <= grows
         self.line(name, f"{status} {said}", right, seconds, grown)
+
+    def endure(self, name: str, act: Callable[[], httpx.Response]) -> None:
+        """One that is refused, or whose answer costs no more than others."""
+        start, worker = time.perf_counter(), self.server.memory(self.server.workers()[0])
+        got: list[httpx.Response] = []
+        grown = self.server.peak_during(lambda: got.append(act()))
+        grown += self.server.memory(self.server.workers()[0]) - worker
+        seconds, refused = time.perf_counter() - start, got[0].status_code == 400
+        said = got[0].json()["error"]["message"][:70] if refused else "followed"
+        right = grown <= MOST_BYTES and (seconds <= MOST_S if refused else got[0].status_code == 200)
+        self.line(name, f"{got[0].status_code} {said}", right, seconds, grown)
 
     def line(
         self, name: str, outcome: str, right: bool, seconds: float | None = None, grown: int | None = None
@@ -182,8 +196,11 @@ def refusals(server: Server, report: Report) -> None:
         431,
         lambda: server.raw(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ", b"a" * 2**20, b"\r\n\r\n"),
     )
-    report.refuse("10,000 headers", 431, lambda: server.raw(b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 10_000 + b"\r\n"))
-    head = f"POST {text} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.keys[0]}\r\nContent-Type: application/json\r\n"
+    report.refuse(
+        "30,000 headers", 431, lambda: server.raw(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 30_000 + b"\r\n")
+    )
+    head = f"POST {text} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.keys[0]}\r\n"
+    head += "Content-Type: application/json\r\n"
     announced = head.encode() + b"Content-Length: 104857600\r\n\r\n"
     chunked = head.encode() + b"Transfer-Encoding: chunked\r\n\r\n"
     megabyte = b"100000\r\n" + b" " * 2**20 + b"\r\n"
@@ -226,7 +243,7 @@ def refusals(server: Server, report: Report) -> None:
             "json": {"type": "array", "minItems": 10**9, "items": {"type": "string"}}
         },
     }.items():
-        report.refuse(name, 400, lambda s=structure: server.ask(structured_outputs=s, max_tokens=4))  # type: ignore[misc]
+        report.endure(name, lambda s=structure: server.ask(structured_outputs=s, max_tokens=4))  # type: ignore[misc]
 
 
 def many_refusals(server: Server, report: Report) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import calendar
-import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from importlib import resources
+from datetime import datetime
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import normistral
@@ -21,14 +19,13 @@ from normistral.serving.errors import ApiError, unavailable
 from normistral.serving.gate import Gate
 from normistral.serving.limits import ServerLimits
 from normistral.serving.metrics import Metrics
+from normistral.serving.page import load_page
 from normistral.serving.responses import ModelCard, ModelList, Status
 from normistral.serving.routes import error_responses, router
 from normistral.serving.served import ServedArtifact
 from normistral.serving.service import Service
 from normistral.serving.validation import describe_validation
 from normistral.serving.worker_client import WORKER_MODULE
-
-_PAGE = "page.html"
 
 
 def create_app(
@@ -62,6 +59,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # both load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     app.openapi = lambda: describe_api(app, service, keys)  # type: ignore[method-assign]
@@ -88,7 +86,9 @@ def _add_looking(app: FastAPI, service: Service) -> None:
             raise unavailable("stopping" if service.stopping else "not loaded yet", code="not_ready", retry_after_s=2)
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=error_responses(401))
+    @app.get(
+        "/metrics", response_class=Response, responses=error_responses(401) | {200: {"content": {"text/plain": {}}}}
+    )
     async def metrics() -> Response:
         """Figures in Prometheus' text format."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -103,17 +103,16 @@ def _add_looking(app: FastAPI, service: Service) -> None:
         """One of them."""
         return _card(service.find(model).served)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
+    chat_page = load_page()
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
         """A page to chat with."""
-        file = resources.files("normistral.serving") / _PAGE
-        if not file.is_file():
-            raise ApiError(404, "there is nothing at /", "the API is described at /openapi.json")
-        return HTMLResponse(file.read_text(encoding="utf-8"))
+        return Response(chat_page.body, headers=chat_page.headers)
 
 
 def _card(served: ServedArtifact) -> dict[str, Any]:
-    created = calendar.timegm(time.strptime(served.manifest.created, "%Y-%m-%dT%H:%M:%SZ"))
+    created = int(datetime.fromisoformat(served.manifest.created).timestamp())
     return {
         "id": served.name,
         "object": "model",

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normistral.errors import NormistralError
 from normistral.serving.auth import ANONYMOUS, Keys
-from normistral.serving.errors import ApiError, as_api_error
+from normistral.serving.errors import ApiError, as_api_error, header_too_large
 from normistral.serving.limits import ServerLimits
 from normistral.serving.metrics import Metrics
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _LINGER_S = 2.0  # that a refused body is still taken, so that its sender reads the refusal and no reset
 _PROTECTED = ("/v1/", "/metrics")
+_JSON_PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
 class Gate:
@@ -64,10 +65,14 @@ class Gate:
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(answer.status)).inc()
+            seconds = time.monotonic() - scope["state"]["began"]
+            logger.debug("%s: %s %d in %.3f s", scope["state"]["request_id"], route, answer.status, seconds)
 
     async def _check(self, scope: Scope, receive: Receive) -> Receive:
         """Raises ApiError for what is refused; otherwise reads the body."""
         headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
+            raise header_too_large(self._limits)  # h11 looks at those only that did not come at once
         self._require_known_host(headers)
         scope["state"]["tenant"] = ANONYMOUS
         if scope["path"].startswith(_PROTECTED):
@@ -76,7 +81,7 @@ class Gate:
         if length.isdecimal() and int(length) > self._limits.body_bytes:
             raise self._too_large()
         body = await self._read(receive)
-        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+        if scope["method"] == "POST" and scope["path"] in _JSON_PATHS:
             self._require_json(headers, body)
         return _replay(body, receive)
 
@@ -97,11 +102,10 @@ class Gate:
         try:
             document = msgspec.json.decode(body)
         except RecursionError:
-            raise self._too_deep() from None
+            raise _too_deep(self._limits) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise ApiError(400, f"the body is not JSON: {exc}", code="not_json") from None
-        if _is_deeper(document, self._limits.json_depth):
-            raise self._too_deep()
+        _require_simple(document, self._limits)
 
     async def _read(self, receive: Receive) -> bytes:
         """The body.
@@ -135,9 +139,6 @@ class Gate:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._limits.body_bytes} bytes", "send less")
-
-    def _too_deep(self) -> ApiError:
-        return ApiError(400, f"the body nests more than {self._limits.json_depth} deep", "send less", code="too_deep")
 
 
 class _Answer:
@@ -184,14 +185,22 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _is_deeper(document: Any, limit: int) -> bool:
-    """Whether objects and arrays nest deeper, looking at one level after the other."""
+def _require_simple(document: Any, limits: ServerLimits) -> None:
+    """Raise ApiError for objects and arrays that nest too deep or objects of too many members, level by level."""
     level = [document]
-    for _ in range(limit):
+    for _ in range(limits.json_depth):
+        if any(isinstance(value, dict) and len(value) > limits.json_members for value in level):
+            most = limits.json_members
+            raise ApiError(400, f"the body has an object of more than {most} members", "send less", code="too_large")
         level = [inner for value in level for inner in _children(value)]
         if not level:
-            return False
-    return any(isinstance(value, (dict, list)) for value in level)
+            return
+    if any(isinstance(value, (dict, list)) for value in level):
+        raise _too_deep(limits)
+
+
+def _too_deep(limits: ServerLimits) -> ApiError:
+    return ApiError(400, f"the body nests more than {limits.json_depth} deep", "send less", code="too_deep")
 
 
 def _children(value: Any) -> Iterator[Any]:
