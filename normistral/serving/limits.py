@@ -19,7 +19,6 @@ class ServerLimits:
         json_depth: how deep arrays and objects of a body may nest.
         json_members: of one object of a body.
         json_values: of a whole body.
-        messages: of one conversation.
         choices: the most that `n` may be.
         context: tokens of prompt and answer together; None is the model's own context.
         new_tokens: of one answer; None is as many as fit.
@@ -40,7 +39,6 @@ class ServerLimits:
     json_depth: int = 64
     json_members: int = 1024
     json_values: int = 100_000
-    messages: int = 1024
     choices: int = 8
     context: int | None = None
     new_tokens: int | None = None
