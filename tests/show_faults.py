@@ -404,8 +404,8 @@ def do_everything(server: Server, count: int) -> int:
     for act in (refusals, many_refusals, leavers, slow_reader, busy_key):
         act(server, report)
     canaries(server, report, count)
-    killed_worker(server, report)
     last = server.memory(), server.memory(server.workers()[0])
+    killed_worker(server, report)
     sigterm(server, report)
     asked = sorted(health.end())
     p99 = asked[int(0.99 * len(asked))]
