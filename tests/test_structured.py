@@ -159,6 +159,13 @@ def test_any_object_is_written_with_one_blank_behind_comma_and_colon():
     assert not any(re.search(r"\s[{}\[\]:,]|[{\[]\s", re.sub(r'"(\\.|[^"\\])*"', "", text)) for text in written)
 
 
+def test_a_vocabulary_without_stop_tokens_writes_what_ends_by_itself():
+    tokenizer = wrap(BACKENDS["byte-level"]())
+    vocabulary = GrammarVocabulary(tokenizer, tokenizer.vocabulary_size, [])
+    compiled = compile_structure(Structure.choice(["blåbær"]), vocabulary)
+    assert write(compiled, np.random.default_rng(1)) == ("blåbær", True)
+
+
 # In the decode loop
 
 
@@ -426,6 +433,10 @@ HOSTILE = {
     "chain of rules": lambda: Structure.grammar("start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3000))),
     "steps": lambda: Structure.json_schema({"type": "integer", "multipleOf": 999983}),
     "steps together": lambda: Structure.json_schema({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}),
+    "patterns together": lambda: Structure.json_schema(
+        {"allOf": [{"type": "string", "pattern": f"(a|b)*[{'ab'[i % 2]}](a|b){{{i + 12}}}"} for i in range(16)]}
+    ),
+    "intersections": lambda: Structure.grammar("start: T\nT: " + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(20))),
     "patterns": lambda: Structure.json_schema({"patternProperties": {f"^k{i}$": {} for i in range(300)}}),
     "repetition": lambda: Structure.regex("a{1000000000}"),
     "terminals": lambda: Structure.grammar(
