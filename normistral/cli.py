@@ -21,6 +21,7 @@ from normistral.commands.drafting import draft_table
 from normistral.commands.evaluating import evaluate
 from normistral.commands.exporting import export
 from normistral.commands.looking import doctor, info, models
+from normistral.commands.serving import serve
 from normistral.commands.talking import chat, generate
 from normistral.commands.tuning import tune
 from normistral.errors import NormistralError
@@ -119,6 +120,7 @@ app.command()(models)
 app.command()(export)
 app.command(epilog=DEFAULTS_NOTE)(chat)
 app.command(epilog=DEFAULTS_NOTE)(generate)
+app.command()(serve)
 app.command()(info)
 app.command()(bench)
 app.command("eval")(evaluate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ from normistral.runtime.structured.cache import Structures
 from normistral.runtime.structured.constraint import Constraint
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.runtime.template import ChatTemplate
+from normistral.runtime.text_stream import TextStream
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.runtime.tuned import find_tuned, make_key
 
@@ -76,11 +77,7 @@ def load(
     folder = store.resolve_artifact(str(artifact))
     manifest = read_manifest(folder)
     check_files(folder, manifest, thorough=False)
-    found = None
-    if not exact:
-        engine, version = find_engine(manifest)
-        found = find_tuned(make_key(folder, read_machine(), engine, version, device))
-    tuned = None if found is None else found.settings
+    tuned = None if exact else find_tuned_settings(folder, manifest, device)
     return open_model(folder, manifest, device, exact=exact, tuned=tuned, given=settings, draft_table=draft_table)
 
 
@@ -113,6 +110,17 @@ def open_model(
         table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
     backend = _load_backend(folder, manifest, device, exact, tuned, given)
     return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
+
+
+def find_tuned_settings(folder: Path, manifest: Manifest, device: str) -> Mapping[str, str] | None:
+    """What `normistral tune` found for an artifact on this machine, if it did.
+
+    Raises:
+        MissingExtraError: the artifact's engine is not installed.
+    """
+    engine, version = find_engine(manifest)
+    found = find_tuned(make_key(folder, read_machine(), engine, version, device))
+    return None if found is None else found.settings
 
 
 def find_engine(manifest: Manifest) -> tuple[str, str]:
@@ -315,11 +323,17 @@ class Model:
             self.structures.require(config.structure, self.manifest.reasoning)
         return config
 
-    def create_sequence(self) -> CachedSequence:
-        """A new KV cache on these weights."""
+    def create_sequence(self, neighbours: Callable[[], Iterable[CachedSequence]] | None = None) -> CachedSequence:
+        """A new KV cache on these weights.
+
+        Args:
+            neighbours: those whose caches it may copy; None is every living one.
+        """
         self.require_open()
         chunk = self.capabilities.prefill_chunk
-        sequence = CachedSequence(self._backend.create_engine(), chunk, self._forward_lock, self._living_sequences)
+        sequence = CachedSequence(
+            self._backend.create_engine(), chunk, self._forward_lock, neighbours or self._living_sequences
+        )
         with self._list_lock:
             self._sequences.add(sequence)
         return sequence
@@ -348,8 +362,7 @@ class Model:
         splitter = ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids)
         constraint, whole = self.structures.begin(config.structure, self.manifest.reasoning, splitter)
         decoder = self._decoder(sequence, prompt_ids, config, constraint)
-        return stream_text(
-            generate_tokens(sequence, prompt_ids, config, limits, forced, decoder, constraint),
+        text = TextStream(
             StreamDetokenizer(self.tokenizer, prompt_ids),
             StopTexts(config.stop, None if whole is None else whole.advance),
             splitter,
@@ -359,7 +372,9 @@ class Model:
                 forced,
                 lambda: constraint is None or constraint.accepts(close_ids) == len(close_ids),
             ),
+            forced,
         )
+        return stream_text(generate_tokens(sequence, prompt_ids, config, limits, forced, decoder, constraint), text)
 
     def require_open(self) -> None:
         """Raise ClosedError after `close`."""

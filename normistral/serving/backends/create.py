@@ -1,0 +1,68 @@
+"""Which batch serves an artifact: the one place where that is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from normistral.manifest import Manifest, read_manifest
+from normistral.runtime import model as models
+from normistral.runtime.engines.base import Capabilities
+from normistral.serving.backends.base import Batch
+from normistral.serving.backends.fair_queue import FairQueue
+from normistral.serving.backends.openvino_options import find_unhonoured
+from normistral.serving.backends.openvino_pipeline import BATCHED_DEVICE, open_openvino_batch
+from normistral.serving.backends.settings import FAIR_SLOTS, IN_TURNS, TOGETHER, BatchSettings, cache_token_bytes
+from normistral.serving.backends.side_path import SidePath
+
+
+class Created(NamedTuple):
+    """A batch, and what there is to say of it.
+
+    Attributes:
+        slots: jobs that it should be given at once.
+        batching: how they share the model, in a word.
+        cache_tokens, cache_bytes: what the KV caches of all jobs hold at most, and take for it.
+    """
+
+    batch: Batch
+    capabilities: Capabilities
+    slots: int
+    batching: str
+    cache_tokens: int
+    cache_bytes: int
+
+
+def create_batch(
+    folder: Path, device: str, settings: BatchSettings, *, exact: bool, engine_settings: Mapping[str, str]
+) -> Created:
+    """Load an artifact for many jobs at once.
+
+    Raises:
+        NormistralError: as `normistral.load`.
+    """
+    manifest = read_manifest(folder)
+    if settings.batching == "auto" and manifest.format == "openvino" and device == BATCHED_DEVICE:
+        return _compute_together(folder, manifest, settings, exact, engine_settings)
+    model = models.load(folder, device, exact=exact, settings=engine_settings)
+    fair = FairQueue(model, settings)
+    slots = settings.slots or FAIR_SLOTS
+    return Created(fair, model.capabilities, slots, IN_TURNS, fair.room, fair.room * cache_token_bytes(manifest))
+
+
+def _compute_together(
+    folder: Path, manifest: Manifest, settings: BatchSettings, exact: bool, given: Mapping[str, str]
+) -> Created:
+    """An OpenVINO model on openvino_genai, with the library beside it for what that does not honour."""
+    tuned = None if exact else models.find_tuned_settings(folder, manifest, BATCHED_DEVICE)
+    opened = open_openvino_batch(folder, manifest, settings, exact=exact, tuned=tuned, given=given)
+
+    def open_side() -> FairQueue:
+        side = replace(settings, cache_bytes=0)  # one context
+        return FairQueue(models.load(folder, BATCHED_DEVICE, exact=exact, settings=given), side)
+
+    batch = SidePath(opened.batch, open_side, find_unhonoured)
+    plan = opened.batch.plan
+    return Created(batch, opened.capabilities, plan.jobs, TOGETHER, plan.tokens, plan.bytes)

@@ -1,0 +1,206 @@
+"""What a server refuses, and in which words; nothing of it reaches the worker."""
+
+import pytest
+from served_models import CONTEXT, make_served, open_served, serving
+from serving_clients import error_of, http
+
+from normistral.serving.app import create_app
+from normistral.serving.auth import Keys
+from normistral.serving.limits import ServerLimits
+from normistral.serving.server import background_server
+
+LIMITS = ServerLimits(body_bytes=64 * 1024, choices=4, new_tokens=100, grace_s=0.2, body_s=0.5, header_s=0.5)
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hei"}]}
+TEXT = {"model": "m", "prompt": "Hei"}
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with serving(make_served(tmp_path_factory.mktemp("served") / "m"), LIMITS) as url:
+        yield url
+
+
+CHAT_REFUSALS = [
+    ({"foo": 1}, "foo", "unknown field foo"),
+    ({"messages": []}, "messages", "at least 1 item"),
+    ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages.0.colour", "unknown field"),
+    (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "messages.0.role",
+        "'system', 'developer', 'user' or 'assistant'",
+    ),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "valid string"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        None,
+        "text only",
+    ),
+    ({"messages": [{"role": "user", "content": "x", "name": "Ola"}]}, "messages.0.name", "knows no names"),
+    ({"messages": CHAT["messages"] * 1025}, "messages", "at most 1024 items"),
+    ({"tools": [{"type": "function"}]}, "tools", "tools and functions are not supported"),
+    ({"functions": [{}]}, "functions", "tools and functions are not supported"),
+    ({"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty", "repetition_penalty"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "cannot be biased"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "max_reasoning_tokens"),
+    ({"n": 10**9}, "n", "more than this server writes"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 5}, "n", "more than this server writes for a request (4)"),
+    ({"n": True}, "n", "valid integer"),
+    ({"temperature": "hot"}, "temperature", "valid number"),
+    ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, None, "at most 4 items"),
+    ({"stop": ""}, None, "stop"),
+    ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+    ({"max_tokens": 101}, None, "more than this server allows (100)"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "the same limit"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "for streams"),
+    ({"max_reasoning_tokens": 5}, None, "no model that marks its reasoning"),
+    ({"response_format": {"type": "xml"}}, "response_format", "'text', 'json_object', 'json_schema'"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}},
+        None,
+        "json schema",
+    ),
+    ({"structured_outputs": {"regex": "("}}, None, "regex"),
+    ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, None, "only one form"),
+    ({"store": True}, "store", "cannot be switched on"),
+    ({"store": 0}, "store", "cannot be switched on"),
+    ({"seed": -1}, "seed", "greater than or equal to 0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "words"), CHAT_REFUSALS)
+def test_a_wrong_field_is_named(url, fields, param, words) -> None:
+    answer = http.post(f"{url}/v1/chat/completions", json=CHAT | fields)
+    error = error_of(answer)
+    assert answer.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+    assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [""]}, "prompt"),
+        ({"prompt": []}, "at least 1 item"),
+        ({"prompt": [-1]}, "greater than or equal to 0"),
+        ({"prompt": [10**6]}, "outside the vocabulary"),
+        ({"prompt": ["a"] * 3, "n": 2}, "6 answers are more"),
+        ({"echo": True}, "echo"),
+        ({"echo": 0}, "echo"),
+        ({"suffix": "x"}, "before a suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"logprobs": 6}, "less than or equal to 5"),
+    ],
+)
+def test_a_wrong_field_of_a_text_completion_is_named(url, fields, words) -> None:
+    answer = http.post(f"{url}/v1/completions", json=TEXT | fields)
+    assert answer.status_code == 400
+    assert words in error_of(answer)["message"]
+
+
+def test_what_clients_always_send_is_let_through(url) -> None:
+    harmless = {
+        "user": "x", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
+        "tools": [], "tool_choice": "none", "functions": None, "logit_bias": {}, "presence_penalty": 0,
+        "frequency_penalty": 0.0, "modalities": ["text"], "n": 1, "stop": None, "seed": None, "max_tokens": 2,
+        "response_format": {"type": "text"}, "prompt_cache_key": "k", "safety_identifier": "s",
+    }  # fmt: skip
+    assert http.post(f"{url}/v1/chat/completions", json=CHAT | harmless).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_every_field_that_may_be_null_is_as_if_left_out(url, route) -> None:
+    """Clients that write all of their fields do so; a constraint that met a null once was an error of ours."""
+    name = "ChatCompletionRequest" if "chat" in route else "CompletionRequest"
+    schema = http.get(f"{url}/openapi.json").json()["components"]["schemas"][name]
+    optional = {field: None for field in schema["properties"] if field not in schema["required"]}
+    answer = http.post(url + route, json=optional | (CHAT if "chat" in route else TEXT) | {"max_tokens": 1})
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 1)
+
+
+@pytest.mark.parametrize("length", [CONTEXT, 25_000])
+def test_what_does_not_fit_the_context_is_told_so(url, length) -> None:
+    messages = [{"role": "user", "content": "å" * length}]
+    chat = http.post(f"{url}/v1/chat/completions", json={"model": "m", "messages": messages[:1]})
+    text = http.post(f"{url}/v1/completions", json={"model": "m", "prompt": "å" * length})
+    assert (chat.status_code, text.status_code) == (400, 400)
+    assert error_of(chat)["code"] == error_of(text)["code"] == "context_length_exceeded"
+    assert (error_of(chat)["param"], error_of(text)["param"]) == ("messages", "prompt")
+
+
+def test_an_unknown_model_is_404_and_names_those_there_are(url) -> None:
+    answer = http.post(f"{url}/v1/chat/completions", json=CHAT | {"model": "gpt-4"})
+    assert answer.status_code == 404
+    assert error_of(answer) | {"message": ""} == {
+        "message": "", "type": "invalid_request_error", "param": "model", "code": "model_not_found",
+    }  # fmt: skip
+    assert http.get(f"{url}/v1/models/gpt-4").status_code == 404
+
+
+def test_models_are_listed(url) -> None:
+    document = http.get(f"{url}/v1/models").json()
+    assert [card["id"] for card in document["data"]] == ["m"]
+    assert document["data"][0] == http.get(f"{url}/v1/models/m").json()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/health", 405),
+        ("GET", "/docs", 404),
+    ],
+)
+def test_other_routes_and_methods(url, method, path, status) -> None:
+    answer = http.request(method, url + path)
+    assert answer.status_code == status
+    error_of(answer)
+
+
+def test_another_host_name_is_refused_without_keys(tmp_path) -> None:
+    app = create_app(
+        [open_served(make_served(tmp_path / "m"), LIMITS)], LIMITS, hosts={"127.0.0.1"}, worker_module="served_models"
+    )
+    with background_server(app, wait_s=0) as url:
+        assert http.get(f"{url}/health").status_code == 200
+        answer = http.get(f"{url}/health", headers={"host": "evil.example:80"})
+        assert answer.status_code == 403
+        assert error_of(answer)["code"] == "host_not_allowed"
+
+
+def test_keys_are_asked_for_but_not_for_health(tmp_path) -> None:
+    keys = Keys({"a-key-that-is-long": "ola", "another-long-key-here": "kari"})
+    with serving(make_served(tmp_path / "m"), LIMITS, keys) as url:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic a-key-that-is-long"}):
+            answer = http.post(f"{url}/v1/completions", json=TEXT, headers=headers)
+            assert answer.status_code == 401
+            assert error_of(answer)["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert http.get(f"{url}/metrics").status_code == 401
+        assert http.get(f"{url}/health").status_code == 200
+        right = {"authorization": "Bearer another-long-key-here"}
+        assert http.post(f"{url}/v1/completions", json=TEXT | {"max_tokens": 1}, headers=right).status_code == 200
+        described = http.get(f"{url}/openapi.json").json()
+        assert described["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
+
+
+def test_rejections_are_counted_by_reason(url) -> None:
+    http.post(f"{url}/v1/completions", json=TEXT | {"foo": 1})
+    text = http.get(f"{url}/metrics").text
+    assert 'normistral_rejected_requests_total{reason="unknown_field"}' in text
+    assert 'normistral_requests_total{route="/v1/completions",status="400"}' in text
+
+
+def test_the_description_names_models_and_limits(url) -> None:
+    document = http.get(f"{url}/openapi.json").json()
+    properties = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    assert properties["model"]["enum"] == ["m"]
+    assert {"type": "integer", "minimum": 1, "maximum": 4} in properties["n"]["anyOf"]
+    assert "422" not in document["paths"]["/v1/completions"]["post"]["responses"]
