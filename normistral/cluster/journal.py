@@ -161,7 +161,7 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
     described = msgspec.json.encode(job, order="sorted")
     file = folder / JOB_NAME
     try:
-        earlier = msgspec.json.decode(file.read_bytes())
+        earlier = msgspec.json.decode(file.read_bytes(), type=dict)
     except FileNotFoundError:
         with replacing(file) as stream:
             stream.write(described)
