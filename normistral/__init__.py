@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from normistral.runtime.model import Model, load
     from normistral.runtime.options import GenerationConfig
     from normistral.runtime.prefix import Prefix
+    from normistral.runtime.structured.structure import Structure
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOME = {
     "Model": "normistral.runtime.model",
     "NormistralError": "normistral.errors",
     "Prefix": "normistral.runtime.prefix",
+    "Structure": "normistral.runtime.structured.structure",
     "Timings": "normistral.runtime.chunks",
     "export_model": "normistral.export.pipeline",
     "load": "normistral.runtime.model",
@@ -51,6 +53,7 @@ __all__ = [
     "Model",
     "NormistralError",
     "Prefix",
+    "Structure",
     "Timings",
     "__version__",
     "export_model",

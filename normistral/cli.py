@@ -22,6 +22,7 @@ from normistral.commands.drafting import draft_table
 from normistral.commands.evaluating import evaluate
 from normistral.commands.exporting import export
 from normistral.commands.looking import doctor, info, models
+from normistral.commands.serving import serve
 from normistral.commands.talking import chat, generate
 from normistral.commands.tuning import tune
 from normistral.errors import NormistralError
@@ -121,6 +122,7 @@ app.command()(export)
 app.command(epilog=DEFAULTS_NOTE)(chat)
 app.command(epilog=DEFAULTS_NOTE)(generate)
 app.command(epilog=DEFAULTS_NOTE)(batch)
+app.command()(serve)
 app.command()(info)
 app.command()(bench)
 app.command("eval")(evaluate)

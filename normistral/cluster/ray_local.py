@@ -14,7 +14,7 @@ from normistral.errors import MissingExtraError, NormistralError, first_line
 OBJECT_STORE_BYTES = 200 * 2**20
 # Read when Ray is imported. The second, named after the systems where it is Ray's default, makes a cluster of one
 # machine listen on loopback; otherwise its processes (scheduler, agents, workers) take connections from everywhere.
-_SWITCHES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+_SWITCHES = {"RAY_USAGE_STATS_ENABLED": "0"}
 _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 

@@ -75,6 +75,29 @@ class StreamDetokenizer:
         return "".join(pieces)
 
 
+def spell_vocabulary(tokenizer: Tokenizer, size: int) -> list[bytes]:
+    """Of each token id below `size`: what it adds to the UTF-8 of a text that has begun; outside the vocabulary nothing.
+
+    Raises:
+        ArtifactError: as `StreamDetokenizer`.
+    """
+    stages = [_make_stage(description) for description in tokenizer.decoder_stages]
+    for stage in stages:
+        stage.push("a")  # the beginning is treated otherwise
+    return [_spell(piece, stages) if (piece := tokenizer.token_text(i)) is not None else b"" for i in range(size)]
+
+
+def _spell(piece: str, stages: Sequence[_Stage]) -> bytes:
+    for stage in stages:
+        if isinstance(stage, _ByteLevel):
+            return _letters_to_bytes(piece)
+        if not isinstance(stage, _ByteFallback):
+            piece = "".join(stage.push(piece))
+        elif (byte := _byte_of(piece)) is not None:
+            return bytes([byte])
+    return piece.encode()
+
+
 class _PerPiece:
     """Steps that look at one piece only."""
 
@@ -132,11 +155,7 @@ class _ByteLevel:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, piece: str) -> list[str]:
-        try:
-            raw = bytes([_BYTE_OF_LETTER[letter] for letter in piece])
-        except KeyError:
-            raw = piece.encode("utf-8")
-        return [self._decoder.decode(raw)]
+        return [self._decoder.decode(_letters_to_bytes(piece))]
 
     def flush(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]
@@ -217,6 +236,13 @@ def _byte_of(token: str) -> int | None:
         return int(token[3:5], 16)
     except ValueError:
         return None
+
+
+def _letters_to_bytes(piece: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF_LETTER[letter] for letter in piece])
+    except KeyError:
+        return piece.encode("utf-8")
 
 
 def _byte_letters() -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -306,11 +306,17 @@ class Model:
         require_applicable(config, self.manifest, self.name)
         return config
 
-    def create_sequence(self) -> CachedSequence:
-        """A new KV cache on these weights."""
+    def create_sequence(self, neighbours: Callable[[], Iterable[CachedSequence]] | None = None) -> CachedSequence:
+        """A new KV cache on these weights.
+
+        Args:
+            neighbours: those whose caches it may copy; None is every living one.
+        """
         self.require_open()
         chunk = self.capabilities.prefill_chunk
-        sequence = CachedSequence(self._backend.create_engine(), chunk, self._forward_lock, self._living_sequences)
+        sequence = CachedSequence(
+            self._backend.create_engine(), chunk, self._forward_lock, neighbours or self._living_sequences
+        )
         with self._list_lock:
             self._sequences.add(sequence)
         return sequence

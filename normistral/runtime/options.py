@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from normistral.errors import UsageError
 from normistral.manifest import Manifest, SamplingDefaults
+from normistral.runtime.structured.structure import Structure
 
 DraftMode = Literal["auto", "off"]
 
@@ -39,6 +40,8 @@ class GenerationConfig:
         draft: "auto" guesses tokens from the text so far where that makes it faster, and lets the model check them;
             "off" does not. What is written is the same, but for the rounding of the arithmetic (docs/drafting.md); so
             with a seed "auto" drafts only in exact mode.
+        structure: what the answer has to look like (docs/structured.md). It is of that form, or `finish_reason` says
+            that it was cut off; it begins when the reasoning of a thinking model is closed.
     """
 
     max_new_tokens: int = 1024
@@ -53,6 +56,7 @@ class GenerationConfig:
     logprobs: int | None = None
     max_reasoning_tokens: int | None = None
     draft: DraftMode = "auto"
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -76,6 +80,13 @@ class GenerationConfig:
             raise UsageError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
         if self.draft not in get_args(DraftMode):
             raise UsageError(f"draft must be one of {', '.join(get_args(DraftMode))}, not {self.draft!r}")
+        if self.structure is not None and not isinstance(self.structure, Structure):
+            raise UsageError(
+                f"structure must be a Structure, not {type(self.structure).__name__}",
+                "make one with Structure.json_schema, json_object, regex, choice or grammar",
+            )
+        if self.structure is not None and self.ignore_eos:
+            raise UsageError("ignore_eos would write on behind a complete structure", "leave one of them out")
 
 
 def resolve_options(authors: SamplingDefaults, options: dict[str, Any]) -> GenerationConfig:

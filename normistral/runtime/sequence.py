@@ -44,6 +44,11 @@ class CachedSequence:
         self.forward_s = 0.0
         self.trim_s: float | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens that are known to be in the KV cache."""
+        return len(self._token_ids or ())
+
     def common_prefix(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens need not be computed again; at least one always is, for its logits."""
         cached = self._token_ids or []

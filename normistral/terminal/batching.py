@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ def answer_documents(
     as_json: bool,
 ) -> None:
     """Run a batch job; arguments and errors as `run_batch`."""
-    with show_progress() as progress:
+    with show_progress() as progress, redirect_stdout(sys.stderr):  # Ray prints that a worker died
         summary = run_batch(
             artifact,
             source,

@@ -1,0 +1,135 @@
+"""The command that answers over HTTP."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from normistral.errors import MissingExtraError
+from normistral.serving.backends.settings import Batching
+from normistral.serving.limits import ServerLimits
+from normistral.terminal import console
+from normistral.terminal.arguments import AsJson, Debug, Device, EngineSettings, Exact, given, parse_settings
+
+_LIMITS = ServerLimits()
+
+
+def serve(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(metavar="ARTIFACT...", help="Folders of exported models, or their names in the store."),
+    ],
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Listen here.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="API keys: one on each line, and after a blank whose it is."),
+    ] = None,
+    no_api_key: Annotated[
+        bool, typer.Option("--no-api-key", help="Ask nobody for a key, though others reach the address.")
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A further name under which a server without keys is addressed."),
+    ] = None,
+    batching: Annotated[
+        Batching,
+        typer.Option(help="auto computes answers together where the engine can; off lets them take turns."),
+    ] = "auto",
+    slots: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Answers at once. Default: as many as suit the engine.")
+    ] = None,
+    cache_mib: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Memory for the KV caches of each artifact, in MiB. Default: by what is free."
+        ),
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Tokens of prompt and answer. Default: the model's.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens of an answer. Default: what fits.")
+    ] = None,
+    max_choices: Annotated[int, typer.Option(metavar="N", min=1, help="Answers to one request.")] = _LIMITS.choices,
+    max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Answers under way, in all.")] = _LIMITS.jobs,
+    max_queue_per_key: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Answers under way for one key.")
+    ] = _LIMITS.tenant_jobs,
+    max_body_kib: Annotated[int, typer.Option(metavar="N", min=1, help="Of a request.")] = _LIMITS.body_bytes // 2**10,
+    max_connections: Annotated[int, typer.Option(metavar="N", min=1, help="Open at once.")] = _LIMITS.connections,
+    queue_seconds: Annotated[
+        float, typer.Option(metavar="S", min=0.1, help="Until an answer begins.")
+    ] = _LIMITS.queue_s,
+    request_seconds: Annotated[
+        float, typer.Option(metavar="S", min=0.1, help="Until an answer is whole.")
+    ] = _LIMITS.request_s,
+    grace_seconds: Annotated[
+        float, typer.Option(metavar="S", min=0.1, help="For answers under way after the first Ctrl-C or SIGTERM.")
+    ] = _LIMITS.grace_s,
+    exact: Exact = False,
+    device: Device = "CPU",
+    engine_settings: EngineSettings = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models.
+
+    Also /health, /ready, /metrics, and a page to chat with at /. Ends on Ctrl-C or SIGTERM when the answers under way
+    are written; a second one ends at once. With --json one line on stdout says where it listens. docs/serving.md says
+    more.
+    """
+    limits = ServerLimits(
+        **given(context=max_context, new_tokens=max_new_tokens),
+        body_bytes=max_body_kib * 2**10,
+        choices=max_choices,
+        jobs=max_queue,
+        tenant_jobs=min(max_queue_per_key, max_queue),
+        connections=max_connections,
+        queue_s=queue_seconds,
+        request_s=request_seconds,
+        grace_s=grace_seconds,
+    )
+    settings = parse_settings(engine_settings)
+    _require_extra()
+    from normistral.serving.app import create_app
+    from normistral.serving.server import ApiServer, bind
+    from normistral.serving.startup import (
+        EngineOptions,
+        allowed_hosts,
+        choose_keys,
+        describe_server,
+        describe_start,
+        open_artifacts,
+    )
+
+    options = EngineOptions(device, exact, settings, batching, cache_mib, slots)
+    served = open_artifacts(artifacts, options, limits)
+    with bind(host, port) as listener:
+        keys = choose_keys(listener, api_key_file, no_api_key=no_api_key)
+        app = create_app(served, limits, keys, allowed_hosts(listener, keys, allowed_host or ()))
+
+        def announce() -> None:
+            for line in describe_server(served, limits, keys, listener):
+                console.say(line)
+            if as_json:
+                print(json.dumps(describe_start(served, limits, listener)), flush=True)
+
+        server = ApiServer(app, announce, lambda: console.say("ready"))
+        server.run([listener])
+    if server.failure is not None:
+        raise server.failure
+    print("stopped", file=sys.stderr)
+
+
+def _require_extra() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as exc:
+        raise MissingExtraError(f"{exc.name} is not installed", 'pip install "normistral[serve]"') from exc

@@ -1,0 +1,136 @@
+"""What an answer has to look like, as plain data: made by the caller, carried between processes, compiled elsewhere.
+
+It knows neither models nor the grammar library; nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from normistral.errors import UsageError
+
+StructureKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+MOST_BYTES = 128 * 1024  # of a structure's text; a schema of that size may describe some thousand properties
+MOST_NESTING = 64  # brackets within brackets; libraries that parse by recursion may crash far beyond
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The form of an answer; make it with the class methods, which check what they are given.
+
+    Attributes:
+        kind: what `text` is.
+        text: a JSON schema, a regular expression, a JSON list of texts, or a grammar; empty for `json_object`.
+    """
+
+    kind: StructureKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for an unknown kind, or a text that is none, too long, or nested too deeply."""
+        if self.kind not in get_args(StructureKind):
+            raise UsageError(f"no structure {self.kind!r}", f"kinds are: {', '.join(get_args(StructureKind))}")
+        what = self.kind.replace("_", " ")
+        if not isinstance(self.text, str):
+            raise UsageError(f"a {what} is given as text, not as {type(self.text).__name__}")
+        if (self.kind == "json_object") != (self.text == ""):
+            raise UsageError("any JSON object takes no text" if self.text else f"the {what} is empty", "see its help")
+        try:
+            size = len(self.text.encode())
+        except UnicodeEncodeError as exc:
+            raise UsageError(f"the {what} holds half a character at position {exc.start}", "write it as UTF-8") from exc
+        if size > MOST_BYTES:
+            raise UsageError(
+                f"the {what} has {size:,} bytes, and may have {MOST_BYTES:,}", "leave out what need not be checked"
+            )
+        if _nesting(self.text) > MOST_NESTING:
+            raise UsageError(f"the {what} is nested more than {MOST_NESTING} deep", "write it flatter")
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | str | type) -> Structure:
+        """JSON that fits a schema.
+
+        Args:
+            schema: as a mapping or JSON text (JSON Schema 2020-12), or a pydantic model.
+
+        Raises:
+            UsageError: it is no JSON object, or too large.
+        """
+        if isinstance(schema, type):
+            make_schema = getattr(schema, "model_json_schema", None)
+            if make_schema is None:
+                raise UsageError(f"{schema.__name__} is no pydantic model", "give a pydantic model or a JSON schema")
+            schema = make_schema()
+        if isinstance(schema, Mapping):
+            try:
+                schema = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            except (TypeError, ValueError, RecursionError) as exc:
+                raise UsageError(f"the schema cannot be written as JSON: {exc}", "use texts, numbers, lists") from exc
+        assert not isinstance(schema, type)
+        structure = cls("json_schema", schema)  # first of all its size and nesting
+        parse_schema(structure.text)
+        return structure
+
+    @classmethod
+    def json_object(cls) -> Structure:
+        """Any JSON object."""
+        return cls("json_object")
+
+    @classmethod
+    def regex(cls, pattern: str) -> Structure:
+        """A text that the whole pattern matches, in the syntax of Rust's `regex` (no look-around, no references)."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, texts: Iterable[str]) -> Structure:
+        """One of these texts.
+
+        Raises:
+            UsageError: there are none, or one is empty or no text.
+        """
+        if isinstance(texts, str):
+            raise UsageError("a choice is between several texts", "give a list")
+        chosen = list(dict.fromkeys(texts))
+        if not chosen or not all(isinstance(text, str) and text for text in chosen):
+            raise UsageError("a choice needs texts that are not empty", "give at least one")
+        return cls("choice", json.dumps(chosen, ensure_ascii=False))
+
+    @classmethod
+    def grammar(cls, lark: str) -> Structure:
+        """A text of a context-free grammar, in llguidance's dialect of Lark; it begins with the rule `start`."""
+        return cls("grammar", lark)
+
+
+def parse_schema(text: str) -> dict[str, Any]:
+    """The schema that a text is.
+
+    Raises:
+        UsageError: it is not JSON, or no JSON object.
+    """
+    try:
+        schema = json.loads(text)
+    except json.JSONDecodeError as exc:
+        raise UsageError(
+            f"the schema is not JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}", "mend it there"
+        ) from exc
+    except (RecursionError, ValueError) as exc:
+        raise UsageError(f"the schema is not JSON: {exc}", "mend it") from exc
+    if not isinstance(schema, dict):
+        raise UsageError("a JSON schema is a JSON object", 'such as {"type": "object", "properties": {...}}')
+    return schema
+
+
+def _nesting(text: str) -> int:
+    """How deep brackets go, wherever they stand: a bound, because those in quotes nest nothing."""
+    depth = deepest = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}" and depth:
+            depth -= 1
+    return deepest

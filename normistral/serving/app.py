@@ -1,0 +1,137 @@
+"""The ASGI application: routes, gate, and the workers that live as long as it does."""
+
+from __future__ import annotations
+
+import calendar
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+
+import normistral
+from normistral.serving.auth import Keys
+from normistral.serving.errors import ApiError, unavailable
+from normistral.serving.gate import Gate
+from normistral.serving.limits import ServerLimits
+from normistral.serving.metrics import Metrics
+from normistral.serving.responses import ModelCard, ModelList, Status
+from normistral.serving.routes import error_responses, router
+from normistral.serving.served import ServedArtifact
+from normistral.serving.service import Service
+from normistral.serving.validation import describe_validation
+from normistral.serving.worker_client import WORKER_MODULE
+
+_PAGE = "page.html"
+
+
+def create_app(
+    served: Sequence[ServedArtifact],
+    limits: ServerLimits | None = None,
+    keys: Keys | None = None,
+    hosts: Collection[str] | None = None,
+    worker_module: str = WORKER_MODULE,
+) -> FastAPI:
+    """The application; its workers start and end with its lifespan.
+
+    Args:
+        keys: who is let in; None is everybody.
+        hosts: as `Gate` takes them.
+        worker_module: whose `main` the worker processes run.
+    """
+    limits, keys, metrics = limits or ServerLimits(), keys or Keys(), Metrics()
+    service = Service(served, limits, metrics, worker_module)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    app = FastAPI(
+        title="normistral",
+        version=normistral.__version__,
+        lifespan=lifespan,
+        docs_url=None,  # both load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(router)
+    _add_looking(app, service)
+    app.add_middleware(Gate, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
+    app.add_exception_handler(RequestValidationError, _refuse_fields)
+    app.add_exception_handler(HTTPException, _refuse_route)
+    return app
+
+
+def _add_looking(app: FastAPI, service: Service) -> None:
+    """Routes that compute nothing."""
+
+    @app.get("/health", response_model=Status)
+    async def health() -> dict[str, str]:
+        """The server lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready", response_model=Status, responses=error_responses(503))
+    async def ready() -> dict[str, str]:
+        """All models can answer."""
+        if not service.ready:
+            raise unavailable("stopping" if service.stopping else "not loaded yet", code="not_ready", retry_after_s=2)
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=Response, responses=error_responses(401))
+    async def metrics() -> Response:
+        """Figures in Prometheus' text format."""
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models", response_model=ModelList, responses=error_responses(401))
+    async def models() -> dict[str, Any]:
+        """The models that are served."""
+        return {"object": "list", "data": [_card(model.served) for model in service.models.values()]}
+
+    @app.get("/v1/models/{model}", response_model=ModelCard, responses=error_responses(401, 404))
+    async def model(model: str) -> dict[str, Any]:
+        """One of them."""
+        return _card(service.find(model).served)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        """A page to chat with."""
+        file = resources.files("normistral.serving") / _PAGE
+        if not file.is_file():
+            raise ApiError(404, "there is nothing at /", "the API is described at /openapi.json")
+        return HTMLResponse(file.read_text(encoding="utf-8"))
+
+
+def _card(served: ServedArtifact) -> dict[str, Any]:
+    created = calendar.timegm(time.strptime(served.manifest.created, "%Y-%m-%dT%H:%M:%SZ"))
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": created,
+        "owned_by": served.manifest.source.id.partition("/")[0],
+        "context_length": served.context_length,
+        "max_new_tokens": served.new_tokens,
+        "role": served.manifest.role,
+    }
+
+
+async def _refuse_fields(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    error = describe_validation(exc.errors())
+    request.app.state.service.metrics.rejected.labels(error.code or "invalid").inc()
+    return JSONResponse(error.document, error.status)
+
+
+async def _refuse_route(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    told = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not possible here"}
+    error = ApiError(exc.status_code, told.get(exc.status_code, "the request cannot be read"), "see /openapi.json")
+    return JSONResponse(error.document, error.status, headers=dict(exc.headers or {}))

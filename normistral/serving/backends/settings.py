@@ -1,0 +1,48 @@
+"""How many answers one model writes at once, and what their KV caches may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from normistral.errors import UsageError
+from normistral.manifest import Manifest
+
+Batching = Literal["auto", "off"]
+
+FAIR_SLOTS = 8  # answers that take turns token by token; more would only be slower each
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSettings:
+    """How jobs share a model.
+
+    Attributes:
+        batching: "auto" computes jobs together where the engine can; "off" lets them take turns.
+        cache_bytes: for the KV caches of jobs under way and of those kept for their beginnings.
+        slots: jobs under way at once; None is as many as suit the engine.
+        context: the most tokens that prompt and answer take together.
+    """
+
+    batching: Batching
+    cache_bytes: int
+    context: int
+    slots: int | None = None
+
+
+def cache_token_bytes(manifest: Manifest) -> int:
+    """The most that one token takes in a KV cache: keys and values of all layers in float32."""
+    shape = manifest.architecture
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * _FLOAT_BYTES
+
+
+def require_one_context(manifest: Manifest, settings: BatchSettings) -> None:
+    """Raise UsageError unless the cache holds one job of the longest kind."""
+    needed = settings.context * cache_token_bytes(manifest)
+    if settings.cache_bytes < needed:
+        raise UsageError(
+            f"a KV cache of {settings.cache_bytes / 2**20:.0f} MiB does not hold one context of "
+            f"{settings.context} tokens ({needed / 2**20:.0f} MiB)",
+            "give --cache-mib more, or take a shorter --max-context",
+        )

@@ -1,0 +1,204 @@
+"""Before every route: who asks, from where, and whether what they send is small enough to be read at all.
+
+An ASGI middleware. It reads the whole body, within limits of size, time and nesting, so routes get all or nothing; and
+it is where every error becomes an answer in OpenAI's shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from normistral.errors import NormistralError
+from normistral.serving.auth import ANONYMOUS, Keys
+from normistral.serving.errors import ApiError, as_api_error
+from normistral.serving.limits import ServerLimits
+from normistral.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_LINGER_S = 2.0  # that a refused body is still taken, so that its sender reads the refusal and no reset
+_PROTECTED = ("/v1/", "/metrics")
+
+
+class Gate:
+    """The middleware.
+
+    Args:
+        hosts: names under which the server may be addressed; None is any. A page elsewhere can make a browser here ask
+            any server under the page's own name (DNS rebinding), so a server without keys listens to its own only.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: Keys, limits: ServerLimits, metrics: Metrics, hosts: Collection[str] | None
+    ) -> None:
+        self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["state"] = {**scope.get("state", {}), "request_id": uuid.uuid4().hex, "began": time.monotonic()}
+        answer = _Answer(scope, send)
+        try:
+            inner = await self._check(scope, receive)
+            await self._app(scope, inner, answer.send)
+        except NormistralError as error:
+            await self._refuse(as_api_error(error), scope, receive, answer)
+        except Exception as bug:
+            # Not its words: they could quote a prompt.
+            logger.error("a bug: %s in %s", type(bug).__name__, scope["path"], exc_info=_without_words(bug))
+            told = ApiError(500, "this is a bug in normistral", f"report {type(bug).__name__}", code="bug")
+            await self._refuse(told, scope, receive, answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.requests.labels(route, str(answer.status)).inc()
+
+    async def _check(self, scope: Scope, receive: Receive) -> Receive:
+        """Raises ApiError for what is refused; otherwise reads the body."""
+        headers = Headers(scope=scope)
+        self._require_known_host(headers)
+        scope["state"]["tenant"] = ANONYMOUS
+        if scope["path"].startswith(_PROTECTED):
+            scope["state"]["tenant"] = self._keys.tenant(headers.get("authorization"))
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._limits.body_bytes:
+            raise self._too_large()
+        body = await self._read(receive)
+        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+            self._require_json(headers, body)
+        return _replay(body, receive)
+
+    def _require_known_host(self, headers: Headers) -> None:
+        if self._hosts is None:
+            return
+        host = headers.get("host", "")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        if name.lower() not in self._hosts:
+            raise ApiError(
+                403, "this server is not addressed under that name", "see --allowed-host", code="host_not_allowed"
+            )
+
+    def _require_json(self, headers: Headers, body: bytes) -> None:
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "the body has to be JSON", "send Content-Type: application/json", code="not_json")
+        try:
+            document = msgspec.json.decode(body)
+        except RecursionError:
+            raise self._too_deep() from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise ApiError(400, f"the body is not JSON: {exc}", code="not_json") from None
+        if _is_deeper(document, self._limits.json_depth):
+            raise self._too_deep()
+
+    async def _read(self, receive: Receive) -> bytes:
+        """The body.
+
+        Raises:
+            ApiError: 413 as soon as it is too large, 408 when it takes too long.
+        """
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the connection ended within the body", code="client_left")
+                    body += message.get("body", b"")
+                    if len(body) > self._limits.body_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body did not arrive within {self._limits.body_s:g} s", code="body_timeout"
+            ) from None
+
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        self._metrics.rejected.labels(error.code or str(error.status)).inc()
+        if answer.status:  # it has begun, so it can only end; streams tell their errors themselves
+            scope["state"].get("abort", lambda: None)()
+            return
+        await answer.refuse(error, receive)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body has more than {self._limits.body_bytes} bytes", "send less")
+
+    def _too_deep(self) -> ApiError:
+        return ApiError(400, f"the body nests more than {self._limits.json_depth} deep", "send less", code="too_deep")
+
+
+class _Answer:
+    """The way out: adds the request's id, remembers the status (0: nothing was sent)."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._id = scope["state"]["request_id"].encode()
+        self._scope, self._send = scope, send
+        self.status = 0
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id)]
+        await self._send(message)
+
+    async def refuse(self, error: ApiError, receive: Receive) -> None:
+        """Answer with an error, and take the rest of the body until its sender has read that."""
+        response = JSONResponse(error.document, error.status, error.headers)
+        await self.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+        unread = error.status in (401, 403, 408, 413)
+        await self.send({"type": "http.response.body", "body": response.body, "more_body": unread})
+        if unread:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER_S):
+                    while (await receive()).get("more_body", False):
+                        pass
+            await self.send({"type": "http.response.body", "body": b""})
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives a body that was read, and then what follows it: that the client has left."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _is_deeper(document: Any, limit: int) -> bool:
+    """Whether objects and arrays nest deeper, looking at one level after the other."""
+    level = [document]
+    for _ in range(limit):
+        level = [inner for value in level for inner in _children(value)]
+        if not level:
+            return False
+    return any(isinstance(value, (dict, list)) for value in level)
+
+
+def _children(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+
+
+def _without_words(bug: Exception) -> tuple[type[Exception], Exception, Any]:
+    return type(bug), type(bug)(), bug.__traceback__

@@ -1,0 +1,164 @@
+"""What the server knows of an artifact without its engine: how a prompt becomes tokens, and what may be asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from normistral import store
+from normistral.errors import ContextLengthError, UsageError
+from normistral.manifest import Manifest, check_files, read_manifest
+from normistral.runtime.detokenizer import spell_vocabulary
+from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.runtime.structured.compile import compile_structure
+from normistral.runtime.structured.vocabulary import GrammarVocabulary
+from normistral.runtime.template import ChatTemplate
+from normistral.runtime.tokenizer import Tokenizer
+from normistral.serving.backends.settings import BatchSettings
+from normistral.serving.frames import Load
+
+
+@dataclass(frozen=True)
+class ServedArtifact:
+    """One artifact that is served.
+
+    Attributes:
+        name: of the model, in requests.
+        context_length: the most tokens that prompt and answer may take together here.
+        new_tokens: the most of an answer.
+        load: how its worker loads it.
+    """
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    context_length: int
+    new_tokens: int
+    load: Load
+    template: ChatTemplate | None = field(default=None)
+
+    @classmethod
+    def open(
+        cls,
+        artifact: str | Path,
+        batch: BatchSettings,
+        new_tokens: int | None = None,
+        *,
+        name: str | None = None,
+        device: str = "CPU",
+        exact: bool = False,
+        settings: Mapping[str, str] | None = None,
+    ) -> ServedArtifact:
+        """Read tokenizer, template and manifest of an artifact; arguments and errors as `normistral.load`.
+
+        Args:
+            batch: its `context` is what the server allows.
+            new_tokens: the most of an answer; None is as many as fit.
+        """
+        folder = store.resolve_artifact(str(artifact))
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, thorough=False)
+        tokenizer = Tokenizer.from_folder(folder)
+        template = None
+        if manifest.template is not None:
+            template = ChatTemplate(manifest.template, tokenizer, manifest.reasoning)
+        load = Load(str(folder.resolve()), device, exact, dict(settings or {}), batch)
+        context = min(batch.context, manifest.context_length)
+        most = context - 1 if new_tokens is None else min(new_tokens, context - 1)
+        return cls(name or folder.resolve().name, folder, manifest, tokenizer, context, most, load, template)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names these very weights and settings: with it, the same seed gives the same text."""
+        files = sorted((name, record.sha256) for name, record in self.manifest.files.items())
+        text = repr((files, self.load.device, self.load.exact, sorted(self.load.settings.items())))
+        return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """What each token adds to the UTF-8 of a text."""
+        return spell_vocabulary(self.tokenizer, self.manifest.architecture.vocabulary)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token, and so at least its characters."""
+        return max(map(len, self.token_bytes))
+
+    @cached_property
+    def grammar_vocabulary(self) -> GrammarVocabulary:
+        """For compiling structures."""
+        return GrammarVocabulary(self.tokenizer, self.manifest.architecture.vocabulary, self.manifest.stop_token_ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            UsageError: this is a base model, or the text is not valid Unicode.
+            TemplateError: the template refuses the messages.
+            ContextLengthError: they leave no room for an answer.
+        """
+        if self.template is None:
+            raise UsageError(f"{self.name} is a base model and knows no conversation", "use /v1/completions")
+        self._require_possible(sum(len(text) for message in messages for text in message.values()))
+        return self._fitting(self.template.encode(messages))
+
+    def encode_text(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt for completion.
+
+        Raises:
+            UsageError: it is empty, not valid Unicode, or holds ids outside the vocabulary.
+            ContextLengthError: it leaves no room for an answer.
+        """
+        if isinstance(prompt, str):
+            self._require_possible(len(prompt))
+            prompt_ids = self.tokenizer.encode(prompt)
+        else:
+            prompt_ids = list(prompt)
+        vocabulary = self.manifest.architecture.vocabulary
+        if any(not 0 <= token_id < vocabulary for token_id in prompt_ids):
+            raise UsageError("the prompt holds a token id outside the vocabulary", f"ids go from 0 to {vocabulary - 1}")
+        if not prompt or not prompt_ids:
+            raise UsageError("the prompt is empty", "give it some text")
+        return self._fitting(prompt_ids)
+
+    def resolve(self, options: dict[str, Any], prompt_tokens: int) -> GenerationConfig:
+        """The request's options over the authors' over ours, within this server's limits.
+
+        Raises:
+            UsageError: a value out of range, an option that means nothing to this model, more new tokens than this
+                server allows, or a structure that cannot be compiled.
+        """
+        asked = options.get("max_new_tokens")
+        if asked is not None and asked > self.new_tokens:
+            raise UsageError(
+                f"{asked} new tokens are more than this server allows ({self.new_tokens})", "ask for fewer"
+            )
+        config = resolve_options(self.manifest.sampling, options)
+        room = min(config.max_new_tokens, self.new_tokens, self.context_length - prompt_tokens)
+        config = resolve_options(self.manifest.sampling, options | {"max_new_tokens": room})
+        require_applicable(config, self.manifest, self.name)
+        if config.structure is not None:
+            compile_structure(config.structure, self.grammar_vocabulary)
+        return config
+
+    def _require_possible(self, characters: int) -> None:
+        """Refuse what cannot fit whatever its tokens are, before anything is done with it."""
+        if characters > self.context_length * self.longest_token:
+            raise ContextLengthError(
+                f"{characters} characters do not fit; {self.name} has room for {self.context_length} tokens",
+                "shorten it",
+            )
+
+    def _fitting(self, prompt_ids: list[int]) -> list[int]:
+        if len(prompt_ids) >= self.context_length:
+            raise ContextLengthError(
+                f"the prompt takes {len(prompt_ids)} tokens; {self.name} has room for {self.context_length}, "
+                "answer included",
+                "shorten it",
+            )
+        return prompt_ids

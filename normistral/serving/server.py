@@ -1,0 +1,162 @@
+"""uvicorn around the application: where it listens, and how it ends."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from normistral.errors import NormistralError, UsageError
+from normistral.serving.protocol import limited_protocol
+from normistral.serving.service import Service
+from normistral.serving.worker_client import load_error
+
+logger = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 30
+_LAST_WORDS_S = 3  # for streams to send the error that ended them
+_POLL_S = 0.02
+
+
+class ApiServer(uvicorn.Server):
+    """A server that ends when it is told to, when its model cannot be loaded, and otherwise never.
+
+    The first signal lets answers under way finish within the grace time; new ones get 503. The second ends at once.
+
+    Args:
+        app: made by `create_app`.
+        on_started: called when it listens.
+        on_ready: called when all models can answer for the first time.
+
+    Attributes:
+        failure: why it ended by itself.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        on_started: Callable[[], None] = lambda: None,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.service: Service = app.state.service
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=limited_protocol(self.service.limits),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=self.service.limits.header_bytes,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_LAST_WORDS_S,
+            )
+        )
+        self.failure: NormistralError | None = None
+        self._on_started, self._on_ready = on_started, on_ready
+        self._told_ready = False
+        self._stop_asked = False
+        self._deadline: float | None = None
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # the gate says what there is to say, without texts
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came. (uvicorn would raise it again at the end, and the exit code would be its.)"""
+        if self._stop_asked:
+            self.should_exit = self.force_exit = True
+        self._stop_asked = True
+
+    def stop(self) -> None:
+        """As the first signal; may be called from any thread."""
+        self._stop_asked = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        self._on_started()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is over."""
+        if await super().on_tick(counter):
+            self.service.abort()
+            return True
+        if self.service.ready and not self._told_ready:
+            self._told_ready = True
+            self._on_ready()
+        failed = next((model.worker for model in self.service.models.values() if model.worker.failure), None)
+        if failed is not None:
+            self.failure = load_error(failed)
+            return True
+        return self._stop_asked and self._drained()
+
+    def _drained(self) -> bool:
+        """Whether everything under way is done, or its time is over."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self.service.limits.grace_s
+            self.service.stop_accepting()
+        if self.service.under_way and time.monotonic() < self._deadline:
+            return False
+        self.service.abort()
+        return True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Args:
+        port: 0 takes any that is free.
+
+    Raises:
+        UsageError: the address is not this machine's, or taken.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=512)
+    except (OSError, OverflowError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise UsageError(f"cannot listen on {host} port {port}: {reason}", "take another --port or --host") from exc
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine reaches it."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where it listens."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def background_server(app: FastAPI, wait_s: float = 60.0) -> Iterator[str]:
+    """A server on a free port of the loopback in a thread of its own, for tests and for embedding; gives its URL.
+
+    Args:
+        wait_s: for the models to be ready; 0 does not wait.
+
+    Raises:
+        NormistralError: a model could not be loaded.
+    """
+    listener = bind("127.0.0.1", 0)
+    server = ApiServer(app)
+    thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
+    thread.start()
+    try:
+        deadline = time.monotonic() + wait_s
+        while not server.service.ready and time.monotonic() < deadline and thread.is_alive():
+            time.sleep(_POLL_S)
+        if server.failure is not None:
+            raise server.failure
+        yield url_of(listener)
+    finally:
+        server.stop()
+        thread.join()

@@ -1,0 +1,135 @@
+"""The models of one server: from a request to its jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from normistral.runtime.options import GenerationConfig
+from normistral.serving.admission import Admission
+from normistral.serving.backends.base import Job
+from normistral.serving.errors import ApiError, unavailable
+from normistral.serving.generation import Generation
+from normistral.serving.limits import ServerLimits
+from normistral.serving.metrics import Metrics
+from normistral.serving.served import ServedArtifact
+from normistral.serving.worker_client import WORKER_MODULE, WorkerClient
+
+T = TypeVar("T")
+
+_PREPARING_THREADS = 2  # templates and tokenizers are quick; more at once would only take turns
+
+
+class ServedModel:
+    """An artifact, its worker, and who waits for it."""
+
+    def __init__(self, served: ServedArtifact, limits: ServerLimits, metrics: Metrics, worker_module: str) -> None:
+        self.served = served
+        self.worker = WorkerClient(served.name, served.load, worker_module, self._on_change)
+        self.admission = Admission(self.worker, limits)
+        self._restarts = metrics.worker_restarts.labels(served.name)
+        self._counted = 0
+        metrics.watch(
+            served.name,
+            lambda: self.admission.waiting,
+            lambda: self.admission.running,
+            lambda: int(self.worker.loaded is not None),
+        )
+
+    def _on_change(self) -> None:
+        self._restarts.inc(self.worker.restarts - self._counted)
+        self._counted = self.worker.restarts
+        self.admission.pump()
+
+
+class Service:
+    """Everything behind the routes.
+
+    Attributes:
+        models: by the name that requests use.
+        stopping: no new answers are begun.
+    """
+
+    def __init__(
+        self,
+        served: Sequence[ServedArtifact],
+        limits: ServerLimits,
+        metrics: Metrics,
+        worker_module: str = WORKER_MODULE,
+    ) -> None:
+        self.limits, self.metrics = limits, metrics
+        self.models = {one.name: ServedModel(one, limits, metrics, worker_module) for one in served}
+        self.stopping = False
+        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+
+    @property
+    def ready(self) -> bool:
+        """All models can answer."""
+        return not self.stopping and all(model.worker.loaded for model in self.models.values())
+
+    @property
+    def under_way(self) -> int:
+        """Answers that wait or are being written."""
+        return sum(model.admission.waiting + model.admission.running for model in self.models.values())
+
+    def start(self) -> None:
+        """Begin to load all models."""
+        for model in self.models.values():
+            model.worker.start()
+
+    async def close(self) -> None:
+        """End all workers."""
+        for model in self.models.values():
+            model.admission.abort(_stopping())
+            await model.worker.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def stop_accepting(self) -> None:
+        """Answer no more new requests; what is under way goes on."""
+        self.stopping = True
+        for model in self.models.values():
+            model.admission.refuse(_stopping())
+
+    def abort(self) -> None:
+        """End what is still under way."""
+        for model in self.models.values():
+            model.admission.abort(_stopping())
+
+    def find(self, name: str) -> ServedModel:
+        """The model of this name; raises ApiError, 404."""
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(
+                404, f"there is no model of that name here; there is {known}", param="model", code="model_not_found"
+            )
+        return self.models[name]
+
+    async def prepare(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do what takes a processor for long, such as rendering a template, beside the requests of others."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    def generation(
+        self, model: ServedModel, prompts: Sequence[tuple[list[int], GenerationConfig]], each: int, state: Any
+    ) -> Generation:
+        """`each` answers to each prompt; with a seed, every one has a seed of its own.
+
+        Args:
+            state: of the request: its id, tenant and beginning.
+        """
+        jobs = [
+            Job(f"{state.request_id}-{number * each + i}", prompt_ids, _with_seed(config, i), state.tenant)
+            for number, (prompt_ids, config) in enumerate(prompts)
+            for i in range(each)
+        ]
+        return Generation(jobs, model.admission, self.limits, self.metrics, model.served.name, state.began)
+
+
+def _with_seed(config: GenerationConfig, choice: int) -> GenerationConfig:
+    return config if config.seed is None else replace(config, seed=config.seed + choice)
+
+
+def _stopping() -> ApiError:
+    return unavailable("the server is shutting down", "ask again later", code="stopping")
