@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from normistral.errors import MissingExtraError, NormistralError, first_line
+from normistral.quiet import silence_telemetry
 
 # Only places of rows and requests on their way go through it; Ray would take 30 % of the memory.
 OBJECT_STORE_BYTES = 200 * 2**20
-# Read when Ray is imported. The second, named after the systems where it is Ray's default, makes a cluster of one
-# machine listen on loopback; otherwise its processes (scheduler, agents, workers) take connections from everywhere.
-_SWITCHES = {"RAY_USAGE_STATS_ENABLED": "0"}
+# Read when Ray is imported. Named after the systems where it is Ray's default, it makes a cluster of one machine listen
+# on loopback; otherwise its processes (scheduler, agents, workers) take connections from everywhere.
 _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -27,7 +27,9 @@ def import_ray(*, alone: bool) -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    os.environ.update(_SWITCHES | _ALONE if alone else _SWITCHES)
+    silence_telemetry()
+    if alone:
+        os.environ.update(_ALONE)
     try:
         import ray
     except ImportError as exc:
