@@ -21,13 +21,14 @@ from normistral.cluster.documents import Row, index_documents, read_document
 from normistral.cluster.job import MOST_BEGINNINGS, Job, answer_part, cut_parts
 from normistral.cluster.journal import (
     PartJournal,
+    begin_run,
     find_answers,
     join_answers,
     open_journal,
     parts_folder,
 )
 from normistral.cluster.questions import check_instruction, fill, find_prompt
-from normistral.errors import UsageError
+from normistral.errors import NormistralError, UsageError
 from normistral.export.progress import NoProgress
 
 USER_MARKER = "<|im_start|> user\n"
@@ -196,12 +197,18 @@ def test_a_document_that_asks_nothing_is_an_error(document):
 # the journal
 
 
+@pytest.fixture
+def run(tmp_path):
+    """The name of a run, with its journal in `tmp_path`."""
+    return begin_run(tmp_path)
+
+
 def answer(number, **more):
     return {"row": number, "text": "svar", "finish_reason": "stop"} | more
 
 
-def test_a_torn_line_counts_as_not_written(tmp_path):
-    with PartJournal(tmp_path, "run", 0) as journal:
+def test_a_torn_line_counts_as_not_written(tmp_path, run):
+    with PartJournal(tmp_path, run, 0) as journal:
         journal.begin(1)
         journal.finish(answer(1))
         journal.finish(answer(2, text="æøå"))
@@ -215,23 +222,34 @@ def test_a_torn_line_counts_as_not_written(tmp_path):
     assert set(find_answers(tmp_path)[0]) == {1, 2}
 
 
-def test_who_takes_up_a_part_sees_what_was_done_in_this_run(tmp_path):
+def test_who_takes_up_a_part_sees_what_was_done_in_this_run(tmp_path, run):
     for _ in range(2):
-        with PartJournal(tmp_path, "run", 3) as journal:
+        with PartJournal(tmp_path, run, 3) as journal:
             journal.begin(7)
             journal.begin(8)
             journal.finish(answer(8))
-    with PartJournal(tmp_path, "run", 4) as other, PartJournal(tmp_path, "later", 3) as later:
-        assert not other.answered | later.answered
-    with PartJournal(tmp_path, "run", 3) as journal:
+    with PartJournal(tmp_path, run, 3) as journal, PartJournal(tmp_path, run, 4) as other:
         assert journal.answered == {8}
         assert journal.begun == {7: 2, 8: 2}
+        assert not other.answered
+    with PartJournal(tmp_path, begin_run(tmp_path), 3) as later:
+        assert not later.answered
 
 
-def test_answers_are_joined_in_the_order_of_the_rows_and_are_private(tmp_path, monkeypatch):
+def test_a_worker_of_an_earlier_start_writes_no_more(tmp_path, run):
+    with PartJournal(tmp_path, run, 0) as journal:
+        journal.begin(1)
+        begin_run(tmp_path)
+        for late in (lambda: journal.finish(answer(1)), lambda: journal.begin(2)):
+            with pytest.raises(NormistralError, match="started anew"):
+                late()
+    assert find_answers(tmp_path) == ({}, {})
+
+
+def test_answers_are_joined_in_the_order_of_the_rows_and_are_private(tmp_path, run, monkeypatch):
     monkeypatch.setattr("normistral.cluster.journal._MOST_OPEN", 2)
     for part in range(5):
-        with PartJournal(tmp_path, "run", part) as journal:
+        with PartJournal(tmp_path, run, part) as journal:
             for number in range(5):
                 journal.finish(answer(5 * number + part))
     places, _ = find_answers(tmp_path)
@@ -241,9 +259,9 @@ def test_answers_are_joined_in_the_order_of_the_rows_and_are_private(tmp_path, m
     assert stat.S_IMODE(output.stat().st_mode) == 0o600
 
 
-def test_a_row_that_two_workers_answered_comes_once(tmp_path):
+def test_a_row_that_two_workers_answered_comes_once(tmp_path, run):
     for part, text in enumerate(("first", "second")):
-        with PartJournal(tmp_path, "run", part) as journal:
+        with PartJournal(tmp_path, run, part) as journal:
             journal.finish(answer(1, text=text))
     places, lines = find_answers(tmp_path)
     assert len(places) == len(lines) == 1
@@ -378,14 +396,15 @@ def test_another_question_is_another_job(tmp_path, artifact, echo):
 def test_a_row_that_takes_its_worker_down_is_given_up(tmp_path, artifact, echo):
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "farlig"}, {"prompt": "snill"})
     (part,) = cut_parts(index_documents(source).rows, 1)[:1]
-    job = Job(artifact, source, tmp_path / "journal", "run")
-    job.folder.mkdir()
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    job = Job(artifact, source, folder, begin_run(folder))
     for _ in range(MOST_BEGINNINGS):
-        with PartJournal(job.folder, "run", part.number) as journal:
+        with PartJournal(folder, job.run, part.number) as journal:
             journal.begin(1)  # and then it died
     model = normistral.cluster.batch.load(artifact)
     list(answer_part(model, job, part))
-    _, lines = find_answers(job.folder)
+    _, lines = find_answers(folder)
     assert lines[1].error["message"] == "3 workers ended while they answered this row"
     assert echo == []
 

@@ -9,7 +9,6 @@ The answers are in the order of the documents. What keeps them from being lost: 
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 from normistral import store
 from normistral.cluster.documents import index_documents
 from normistral.cluster.job import Job, OnRow, Part, answer_part, cut_parts
-from normistral.cluster.journal import find_answers, join_answers, open_journal, remove_journal
+from normistral.cluster.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
 from normistral.cluster.questions import check_instruction
 from normistral.errors import NormistralError, UsageError
 from normistral.export.progress import NoProgress, Progress
@@ -113,9 +112,10 @@ def run_batch(
         index = index_documents(source)
     asked = _identity(folder, index.sha256, instruction, system, engine, options)
     with open_journal(output, asked) as parts:
+        run = begin_run(parts)
         answered, _ = find_answers(parts)
         missing = [row for row in index.rows if row.number not in answered]
-        job = Job(folder, source, parts, secrets.token_hex(4), instruction, system, options)
+        job = Job(folder, source, parts, run, instruction, system, options)
         if answered:
             progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
         if missing:

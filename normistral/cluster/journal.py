@@ -5,16 +5,18 @@ While OUTPUT is being made there are beside it
     .OUTPUT.lock       held by the running job
     OUTPUT.parts/
         job.json       what is asked; who goes on has to ask for the same
+        run            which start of the job this is; workers that an earlier one left behind see that they are over
         RUN-PART-….jsonl   a line for every answer, and before it one that says it was begun
 
 Every worker writes files of its own, line by line, each on disk before the next begins. A kill can tear the last
-line of a file, and nothing else; a torn line counts as not written. RUN is one start of the job, PART a piece of its
-rows; whoever takes up the part of a dead worker finds in that worker's files what it need not do again.
+line of a file, and nothing else; a torn line counts as not written. PART is a piece of the rows; whoever takes up the
+part of a dead worker finds in that worker's files what it need not do again.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -26,11 +28,12 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
-from normistral.errors import UsageError
+from normistral.errors import NormistralError, UsageError
 from normistral.runtime.file_lock import locked
 from normistral.runtime.whole_file import replacing
 
 JOB_NAME = "job.json"
+_RUN_NAME = "run"
 
 
 class Line(msgspec.Struct):
@@ -79,6 +82,14 @@ def open_journal(output: Path, job: dict[str, Any]) -> Iterator[Path]:
         yield folder
 
 
+def begin_run(folder: Path) -> str:
+    """Start anew on this job: gives the run its name. Whoever works for an earlier one writes no more answers."""
+    run = secrets.token_hex(4)
+    with replacing(folder / _RUN_NAME) as stream:
+        stream.write(run.encode())
+    return run
+
+
 def find_answers(folder: Path) -> tuple[dict[int, Place], dict[int, Line]]:
     """All whole answers so far, by row: where they are, and what they say about themselves."""
     places: dict[int, Place] = {}
@@ -118,6 +129,7 @@ class PartJournal:
     """
 
     def __init__(self, folder: Path, run: str, part: int) -> None:
+        self._folder, self._run = folder, run
         prefix = f"{run}-{part:06d}-"
         self.answered: set[int] = set()
         self.begun: Counter[int] = Counter()
@@ -131,14 +143,24 @@ class PartJournal:
         self._stream = os.fdopen(descriptor, "wb")
 
     def begin(self, number: int) -> None:
-        """Note that this row is being worked on."""
+        """Note that this row is being worked on; raises NormistralError as `finish`."""
+        self._require_current()
         self._write({"begun": number})
 
     def finish(self, answer: dict[str, Any]) -> None:
-        """Keep an answer; it has `row`. When this returns it is on disk."""
+        """Keep an answer; it has `row`. When this returns it is on disk.
+
+        Raises:
+            NormistralError: the job was started anew without this worker.
+        """
+        self._require_current()
         self._write(answer)
         os.fsync(self._stream.fileno())
         self.answered.add(answer["row"])
+
+    def _require_current(self) -> None:
+        if (self._folder / _RUN_NAME).read_bytes() != self._run.encode():
+            raise NormistralError("the job was started anew", "this worker is one of its earlier start")
 
     def _write(self, line: dict[str, Any]) -> None:
         self._stream.write(msgspec.json.encode(line) + b"\n")
