@@ -75,11 +75,15 @@ async def run_application(app: ASGIApp, call: Call) -> AsyncIterator[Start | byt
         await left.wait()
         return {"type": "http.disconnect"}
 
+    async def send(message: Message | None) -> None:
+        if not left.is_set():
+            await sent.put(message)
+
     async def run() -> None:
         try:
-            await app(_scope(call, running.cancel), receive, sent.put)
+            await app(_scope(call, running.cancel), receive, send)
         finally:
-            await sent.put(None)
+            await send(None)
 
     running = asyncio.ensure_future(run())
     try:
@@ -91,10 +95,9 @@ async def run_application(app: ASGIApp, call: Call) -> AsyncIterator[Start | byt
         await running
     finally:
         left.set()
-        while not running.done():  # it may still have something to say, which nobody hears
-            sent.get_nowait() if not sent.empty() else await asyncio.sleep(0.01)
-        with suppress(asyncio.CancelledError):
-            running.exception()
+        while not sent.empty():  # lets go whoever waits for room in it
+            sent.get_nowait()
+        await asyncio.wait([running])
 
 
 def _scope(call: Call, abort: Callable[[], object]) -> Scope:
