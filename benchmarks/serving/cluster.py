@@ -2,7 +2,7 @@
 
     python benchmarks/serving/cluster.py ARTIFACT [--clients 8] [--seconds 40] [--port 8123]
 
-Every answer is compared with the one that the library gives (greedy, exact arithmetic). A request counts as right, as
+Every request is a session of its own, so that both replicas have their share. Every answer is compared with the one that the library gives (greedy, exact arithmetic). A request counts as right, as
 wrong, as refused (an error in OpenAI's shape, or an error event in its stream), or as lost: anything else. The last
 line is JSON.
 """
@@ -54,7 +54,7 @@ def known_answers(artifact: str, tokens: int) -> dict[str, str]:
         }
 
 
-def ask(url: str, model: str, question: str, tokens: int, *, stream: bool) -> tuple[str, str]:
+def ask(url: str, model: str, question: str, tokens: int, session: str, *, stream: bool) -> tuple[str, str]:
     """(what became of it, the answer's text or the error's code)."""
     document = {
         "model": model,
@@ -63,9 +63,8 @@ def ask(url: str, model: str, question: str, tokens: int, *, stream: bool) -> tu
         "temperature": 0,
         "stream": stream,
     }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(document).encode(), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", "X-Session-Id": session}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(document).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             raw = answer.read().decode()
@@ -126,7 +125,9 @@ class Load:
         while time.monotonic() < end:
             question, wanted = self._known[turn % len(self._known)]
             began = time.monotonic()
-            outcome, told = ask(self._url, self._model, question, self._tokens, stream=bool(turn % 2))
+            outcome, told = ask(
+                self._url, self._model, question, self._tokens, f"{number}-{turn}", stream=bool(turn % 2)
+            )
             if outcome == "answered":
                 outcome = "right" if told == wanted else "wrong"
             with self._lock:
