@@ -20,12 +20,13 @@ export NORMISTRAL_PROMPT
 endif
 unexport PROMPT
 
-.PHONY: help chat test test-lm-eval compare-lm-eval test-cluster run-on-ray check format clean
+.PHONY: help chat test test-browser test-lm-eval compare-lm-eval test-cluster run-on-ray check format clean
 .SUFFIXES:
 
 help:
 	@echo 'make chat [PROMPT="..."]   talk to the demo model; with PROMPT, print one answer'
 	@echo 'make test [ARGS="..."]     run the tests (ARGS goes to pytest)'
+	@echo 'make test-browser          try the chat page in a real browser (needs a Chromium; CHROMIUM=PATH names it)'
 	@echo 'make test-lm-eval          compare with lm-evaluation-harness, in an environment of its own (2 GB)'
 	@echo 'make test-cluster          batch jobs and replicas on a real Ray, in an environment of its own (3 GB)'
 	@echo 'make check                 formatting, lint, types, import directions'
@@ -37,6 +38,18 @@ chat: $(DEMO)/normistral.json
 
 test: $(VENV)/.ready-dev
 	@$(RUN) -m pytest $(ARGS)
+
+# The page is tried against a scripted server, and against the real one with the demo model. The driver has an
+# environment of its own, which never downloads a browser.
+test-browser: $(DEMO)/normistral.json $(VENV)/.ready-dev .venv-browser/.ready
+	@NORMISTRAL="$(VENV)/bin/normistral" ARTIFACT="$(DEMO)" PYTHONPATH=. \
+		.venv-browser/bin/python -m pytest --confcutdir=tests/browser tests/browser/check_page.py $(ARGS)
+
+.venv-browser/.ready: $(VENV)/.created
+	@echo "installing the browser's driver into .venv-browser" >&2
+	@rm -rf .venv-browser && $(RUN) -m venv .venv-browser >&2
+	@.venv-browser/bin/python -m pip install --quiet playwright==1.65.2 "pytest>=9,<10" >&2
+	@touch $@
 
 # The harness brings 430 MB that nothing else here needs, and pulls at the same packages as the export tools.
 test-lm-eval:
@@ -63,7 +76,7 @@ format: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) .venv-lm-eval .venv-cluster artifacts build dist *.egg-info .*_cache .hypothesis
+	@rm -rf $(VENV) .venv-browser .venv-lm-eval .venv-cluster artifacts build dist *.egg-info .*_cache .hypothesis
 
 $(DEMO)/normistral.json: | $(VENV)/.ready-export
 	@$(VENV)/bin/normistral export demo $(DEMO) --weights int4 >&2

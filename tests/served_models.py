@@ -4,6 +4,7 @@ with serving(make_served(tmp_path / "model", answers=["Hei!"])) as url:
     httpx.get(f"{url}/v1/models")
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 from scripted_models import make_model
 
 from normistral.errors import EngineError
-from normistral.manifest import hash_files, read_manifest, write_manifest
+from normistral.manifest import Manifest, hash_files, read_manifest, write_manifest
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.model import Model
 from normistral.serving.app import create_app
@@ -27,6 +28,7 @@ from normistral.serving.served import ServedArtifact
 from normistral.serving.server import background_server
 
 CONTEXT = 400
+TESTS = Path(__file__).parent
 
 
 def make_served(
@@ -77,7 +79,10 @@ def load(folder: Path, device: str = "CPU", *, exact: bool = False, settings=Non
 
 def open_served(folder: Path, limits: ServerLimits, **options) -> ServedArtifact:
     batch = BatchSettings(
-        "off", options.pop("cache_bytes", 2**20), limits.context_of(CONTEXT), options.pop("slots", None)
+        "off",
+        options.pop("cache_bytes", 2**20),
+        limits.context_of(read_manifest(folder).context_length),
+        options.pop("slots", None),
     )
     return ServedArtifact.open(folder, batch, limits.new_tokens, **options)
 
@@ -93,9 +98,7 @@ def serving(
         yield url
 
 
-def _describe(model: Model, folder: Path):
-    import dataclasses
-
+def _describe(model: Model, folder: Path) -> Manifest:
     return dataclasses.replace(model.manifest, files=hash_files(folder))
 
 
@@ -108,5 +111,15 @@ def main() -> None:
     worker.main()
 
 
+def run_command(arguments: list[str]) -> int:
+    """The real command line with such workers."""
+    from normistral.cli import main as run
+    from normistral.serving import app
+
+    create = app.create_app
+    app.create_app = lambda *positional: create(*positional, worker_module="served_models")
+    return run(arguments)
+
+
 if __name__ == "__main__":
-    sys.exit("import this")
+    sys.exit(run_command(sys.argv[1:]))

@@ -8,6 +8,7 @@ import pytest
 from normistral.errors import UsageError
 from normistral.manifest import SamplingDefaults
 from normistral.runtime.options import GenerationConfig, resolve_options
+from normistral.runtime.structured.structure import Structure
 
 NOTHING_PUBLISHED = SamplingDefaults()
 NORMISTRAL = SamplingDefaults(temperature=0.3, top_k=64, top_p=0.9, repetition_penalty=1.0, max_new_tokens=1024)
@@ -27,6 +28,7 @@ NORMISTRAL = SamplingDefaults(temperature=0.3, top_k=64, top_p=0.9, repetition_p
         ("logprobs", [None, 0, 100]),
         ("max_reasoning_tokens", [None, 0, 1, 2**31]),
         ("draft", ["auto", "off"]),
+        ("structure", [None, Structure.regex("[a-zæøå]+"), Structure.json_object()]),
     ],
 )
 def test_values_in_range_are_kept(name: str, values: list[Any]) -> None:
@@ -49,6 +51,7 @@ def test_values_in_range_are_kept(name: str, values: list[Any]) -> None:
         ("logprobs", [-1, 101, 1.0, True]),
         ("max_reasoning_tokens", [-1, 2**31 + 1, 1.0, "5", False]),
         ("draft", ["on", "", None, True, 4, ["auto"]]),
+        ("structure", ["json", {"type": "object"}, True]),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name: str, values: list[Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from scripted_models import TAG_TOKENS
 from served_models import load, make_served, serving
 
+http = httpx.Client()  # one: each would read the system's certificates
 MESSAGES = [{"role": "user", "content": "Hva heter hovedstaden?"}]
 ANSWER = "Den heter Oslo, sa kråka på brua."
 
@@ -35,7 +36,7 @@ def random_url(random_folder):
 
 def ask(url: str, model: str = "kråke", **fields) -> httpx.Response:
     body = {"model": model, "messages": MESSAGES, **fields}
-    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
+    return http.post(f"{url}/v1/chat/completions", json=body, timeout=30)
 
 
 def events(url: str, **fields) -> list[dict]:

@@ -2,9 +2,9 @@
 
     python benchmarks/serving/cluster.py ARTIFACT [--clients 8] [--seconds 40] [--port 8123]
 
-Every request is a session of its own, so that both replicas have their share. Every answer is compared with the one that the library gives (greedy, exact arithmetic). A request counts as right, as
-wrong, as refused (an error in OpenAI's shape, or an error event in its stream), or as lost: anything else. The last
-line is JSON.
+Every request is a session of its own, so that both replicas have their share. Every answer is compared with the one
+that the library gives (greedy, exact arithmetic). A request counts as right, as wrong, as refused (an error in OpenAI's
+shape, or an error event in its stream), or as lost: anything else. The last line is JSON.
 """
 
 from __future__ import annotations

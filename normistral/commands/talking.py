@@ -16,18 +16,22 @@ from normistral.terminal import console
 from normistral.terminal.arguments import (
     Artifact,
     AsJson,
+    Choice,
     Debug,
     Device,
     Draft,
     DraftTable,
     EngineSettings,
     Exact,
+    Grammar,
     Greedy,
     HideReasoning,
+    JsonSchema,
     MaxNewTokens,
     MaxReasoningTokens,
     MinP,
     Prompt,
+    Regex,
     RepetitionPenalty,
     Seed,
     Session,
@@ -39,6 +43,7 @@ from normistral.terminal.arguments import (
     given,
     parse_settings,
 )
+from normistral.terminal.structures import read_structure, require_whole
 
 
 def chat(
@@ -70,6 +75,10 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
+    grammar: Grammar = None,
     max_reasoning_tokens: MaxReasoningTokens = None,
     draft: Draft = None,
     draft_table: DraftTable = None,
@@ -86,6 +95,7 @@ def chat(
     A session holds what was said and what the model made of it, so that nothing is computed again. It is saved when the
     conversation or the single answer ends, and by /save without a file.
     """
+    structure = read_structure(json_schema, regex, choice, grammar)
     options = _options(
         greedy,
         max_new_tokens=max_new_tokens,
@@ -98,6 +108,7 @@ def chat(
         stop=_stop_texts(stop),
         max_reasoning_tokens=max_reasoning_tokens,
         draft=draft,
+        structure=structure,
     )
     _require_drafting(options, draft_table)
     settings = parse_settings(engine_settings)
@@ -130,11 +141,16 @@ def chat(
 
             conversation = open_conversation(model, session, system, overflow)
         if message is not None:
-            print_answer(
-                conversation.stream(message, **options), as_json=as_json, stats=stats, hide_reasoning=hide_reasoning
+            completion = print_answer(
+                conversation.stream(message, **options),
+                as_json=as_json,
+                stats=stats,
+                hide_reasoning=hide_reasoning,
+                warn_if_cut_off=structure is None,
             )
             if session is not None:
                 save_session(conversation, session)
+            require_whole(completion, structure)
             return
         from normistral.terminal.line_editor import LineEditor
         from normistral.terminal.repl import Repl
@@ -162,6 +178,10 @@ def generate(
         bool,
         typer.Option("--stop-at-newline", help="End at the first line break; for prompts such as a translation's."),
     ] = False,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
+    grammar: Grammar = None,
     max_reasoning_tokens: MaxReasoningTokens = None,
     draft: Draft = None,
     draft_table: DraftTable = None,
@@ -174,6 +194,7 @@ def generate(
 
     No chat template is used. The text itself is not repeated.
     """
+    structure = read_structure(json_schema, regex, choice, grammar)
     options = _options(
         greedy,
         max_new_tokens=max_new_tokens,
@@ -186,6 +207,7 @@ def generate(
         stop=_stop_texts(stop, at_newline=stop_at_newline),
         max_reasoning_tokens=max_reasoning_tokens,
         draft=draft,
+        structure=structure,
     )
     _require_drafting(options, draft_table)
     settings = parse_settings(engine_settings)
@@ -198,7 +220,14 @@ def generate(
     folder = store.resolve_artifact(artifact)
     _require_reasoning(folder, read_manifest(folder), options, hide_reasoning=hide_reasoning, as_json=as_json)
     with load(folder, device=device, exact=exact, settings=settings, draft_table=draft_table) as model:
-        print_answer(model.stream(text, **options), as_json=as_json, stats=stats, hide_reasoning=hide_reasoning)
+        completion = print_answer(
+            model.stream(text, **options),
+            as_json=as_json,
+            stats=stats,
+            hide_reasoning=hide_reasoning,
+            warn_if_cut_off=structure is None,
+        )
+        require_whole(completion, structure)
 
 
 def _options(greedy: bool, **options: Any) -> dict[str, Any]:

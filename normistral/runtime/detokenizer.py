@@ -76,7 +76,7 @@ class StreamDetokenizer:
 
 
 def spell_vocabulary(tokenizer: Tokenizer, size: int) -> list[bytes]:
-    """Of each token id below `size`: what it adds to the UTF-8 of a text that has begun; outside the vocabulary nothing.
+    """What each token id below `size` adds to the UTF-8 of a text that has begun; ids that are no token add nothing.
 
     Raises:
         ArtifactError: as `StreamDetokenizer`.

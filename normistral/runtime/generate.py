@@ -1,8 +1,9 @@
 """The decode loop: the only one, for every engine.
 
 Two layers: `generate_tokens` goes from token ids to token ids and never sees text; `stream_text` turns its steps into
-chunks of whole characters, tells reasoning from answer, and watches for stop texts and for the reasoning's budget. When
-that is used up it puts the close tag's ids into a queue, and the token layer takes those before it samples again.
+chunks by way of a `TextStream`. When the reasoning's budget is used up, that puts the close tag's ids into a queue, and
+the token layer takes those before it samples again. A structure acts on the token layer: it masks what may not follow,
+and dictates what has to.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from normistral.runtime.chunks import Chunk, FinishReason, Timings
-from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.drafting.decoder import Decoder
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.options import GenerationConfig
-from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter
 from normistral.runtime.sampling import Sampler, log_softmax
 from normistral.runtime.sequence import CachedSequence
-from normistral.runtime.stopping import StopTexts
+from normistral.runtime.structured.constraint import Constraint
+from normistral.runtime.text_stream import TextStream, TokenStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,6 @@ class Limits:
     cancelled: Callable[[], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenStep:
-    """One generated token, or only a finish reason (token_id None) when none could be generated any more."""
-
-    token_id: int | None
-    logprob: float | None
-    top_logprobs: tuple[tuple[int, float], ...]
-    finish_reason: FinishReason | None
-    timings: Timings
-
-
 def generate_tokens(
     sequence: CachedSequence,
     prompt_ids: Sequence[int],
@@ -58,6 +47,7 @@ def generate_tokens(
     limits: Limits,
     forced: deque[int],
     decoder: Decoder,
+    constraint: Constraint | None = None,
 ) -> Iterator[TokenStep]:
     """Prefill the prompt, then sample and feed one token at a time until something ends it.
 
@@ -66,92 +56,67 @@ def generate_tokens(
     finish reason. A sampled token is fed when the next one is needed, so the last one is never in the cache. What the
     `decoder` of the sequence feeds with it is its own affair: its logits are those after the token. (Drafts that it fed
     may stay in the cache of a generation that is left early; the next prefill cuts them off.)
+
+    With a `constraint` only what it allows is sampled. What it dictates is not sampled at all, and fed together. When
+    it is complete, a step without a token says so.
     """
     clock = _Clock(len(prompt_ids), decoder)
     clock.reused(sequence.reuse(prompt_ids))
     sampler = Sampler(config, prompt_ids)
     logits = sequence.prefill(prompt_ids, limits.cancelled)
     clock.prefilled()
+    certain: deque[int] = deque(constraint.certain() if constraint is not None else ())
     room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))
     for generated in range(1, room + 1):
         if logits is None or limits.cancelled():
             decoder.settle()
             yield TokenStep(None, None, (), "cancelled", clock.read())
             return
-        if forced:
-            token_id = forced.popleft()
+        if forced or certain:
+            token_id = (forced or certain).popleft()
             sampler.observe(token_id)
         else:
-            token_id = sampler.sample(logits)
+            token_id = sampler.sample(logits, None if constraint is None else constraint.allowed())
         logprob, top_logprobs = report_logprobs(logits, token_id, config.logprobs)
         clock.token_done()
-        finish_reason: FinishReason | None = None
-        if token_id in limits.stop_token_ids and not config.ignore_eos:
-            finish_reason = "stop"
-        elif generated == config.max_new_tokens:
-            finish_reason = "length"
-        elif generated == room:
-            finish_reason = "context"
-        if finish_reason is not None:
+        if constraint is not None:
+            constraint.commit(token_id)
+        finish_reason = find_finish_reason(token_id, generated, room, config, limits.stop_token_ids)
+        complete = constraint is not None and constraint.complete
+        if complete and finish_reason != "stop":
+            finish_reason = None
+        if complete or finish_reason is not None:
             decoder.settle()
         yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read())
         if finish_reason is not None:
             return
-        logits = None if limits.cancelled() else decoder.step(token_id, most=room - generated - 1)
+        if complete:
+            yield TokenStep(None, None, (), "stop", clock.read())
+            return
+        if constraint is not None and not (forced or certain):
+            certain.extend(constraint.certain())
+        most = room - generated - 1
+        logits = None if limits.cancelled() else decoder.step(token_id, most, list(certain)[:most])
 
 
-def stream_text(
-    steps: Iterator[TokenStep],
-    detokenizer: StreamDetokenizer,
-    stop: Sequence[str],
-    splitter: ReasoningSplitter,
-    budget: ReasoningBudget,
-) -> Iterator[Chunk]:
-    """Turn token steps into chunks of whole characters of reasoning and answer.
-
-    Ends early at a stop text in the answer, of which nothing is shown.
-    """
-    stop_texts = StopTexts(stop)
-    budget.watch(inside=splitter.inside)  # the prompt may have opened it
+def stream_text(steps: Iterator[TokenStep], text: TextStream) -> Iterator[Chunk]:
+    """Turn token steps into chunks, up to a stop text or the last step."""
     for step in steps:
-        token_id = None if step.finish_reason == "stop" else step.token_id  # a stop token is no text
-        if token_id is None:
-            text = ""
-        elif splitter.is_tag(token_id):
-            text = detokenizer.flush()  # no character goes across the border
-        else:
-            text = detokenizer.push(token_id)
-        reasoning, answer = splitter.push(token_id, text)
-        if budget.watch(inside=splitter.inside):
-            reasoning += splitter.push(None, detokenizer.flush())[0]
-        shown, stopped = stop_texts.push(answer)
-        finish_reason = step.finish_reason
-        if not stopped and finish_reason is not None:
-            more_reasoning, rest = _finish(detokenizer, splitter)
-            reasoning += more_reasoning
-            rest, stopped = stop_texts.push(rest)
-            shown += rest if stopped else rest + stop_texts.flush()
-        if stopped:
-            finish_reason = "stop"
-        yield Chunk(
-            shown,
-            step.token_id,
-            step.logprob,
-            step.top_logprobs,
-            finish_reason,
-            step.timings,
-            reasoning,
-            splitter.inside,
-        )
-        if finish_reason is not None:
+        chunk = text.push(step)
+        yield chunk
+        if chunk.finish_reason is not None:
             return
 
 
-def _finish(detokenizer: StreamDetokenizer, splitter: ReasoningSplitter) -> tuple[str, str]:
-    """What detokenizer and splitter still hold of reasoning and answer."""
-    reasoning, answer = splitter.push(None, detokenizer.flush())
-    held_reasoning, held_answer = splitter.flush()
-    return reasoning + held_reasoning, answer + held_answer
+def find_finish_reason(
+    token_id: int, generated: int, room: int, config: GenerationConfig, stop_token_ids: Collection[int]
+) -> FinishReason | None:
+    """Whether this token, the `generated`th of at most `room`, is the last one, and why."""
+    if token_id in stop_token_ids and not config.ignore_eos:
+        return "stop"
+    if generated == config.max_new_tokens:
+        return "length"
+    return "context" if generated == room else None
 
 
 def report_logprobs(

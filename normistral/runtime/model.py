@@ -30,7 +30,12 @@ from normistral.runtime.scoring import TokenScores, score_tokens
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.session_file import OnBytes
 from normistral.runtime.sessions import restore_sequence
+from normistral.runtime.stopping import StopTexts
+from normistral.runtime.structured.cache import Structures
+from normistral.runtime.structured.constraint import Constraint
+from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.runtime.template import ChatTemplate
+from normistral.runtime.text_stream import TextStream
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.runtime.tuned import find_tuned, make_key
 
@@ -72,11 +77,7 @@ def load(
     folder = store.resolve_artifact(str(artifact))
     manifest = read_manifest(folder)
     check_files(folder, manifest, thorough=False)
-    found = None
-    if not exact:
-        engine, version = find_engine(manifest)
-        found = find_tuned(make_key(folder, read_machine(), engine, version, device))
-    tuned = None if found is None else found.settings
+    tuned = None if exact else find_tuned_settings(folder, manifest, device)
     return open_model(folder, manifest, device, exact=exact, tuned=tuned, given=settings, draft_table=draft_table)
 
 
@@ -111,6 +112,17 @@ def open_model(
     return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
 
 
+def find_tuned_settings(folder: Path, manifest: Manifest, device: str) -> Mapping[str, str] | None:
+    """What `normistral tune` found for an artifact on this machine, if it did.
+
+    Raises:
+        MissingExtraError: the artifact's engine is not installed.
+    """
+    engine, version = find_engine(manifest)
+    found = find_tuned(make_key(folder, read_machine(), engine, version, device))
+    return None if found is None else found.settings
+
+
 def find_engine(manifest: Manifest) -> tuple[str, str]:
     """Name and version of the engine that runs an artifact.
 
@@ -143,6 +155,9 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self._backend = backend
+        self.structures = Structures(
+            GrammarVocabulary(tokenizer, manifest.architecture.vocabulary, manifest.stop_token_ids)
+        )
         self._drafting = Drafting(draft_table)
         self._forward_lock = threading.Lock()
         self._list_lock = threading.Lock()  # of what is alive and what is idle
@@ -304,6 +319,8 @@ class Model:
         """The caller's options over the authors' over ours; raises UsageError as `stream` does."""
         config = resolve_options(self.manifest.sampling, options)
         require_applicable(config, self.manifest, self.name)
+        if config.structure is not None:
+            self.structures.require(config.structure, self.manifest.reasoning)
         return config
 
     def create_sequence(self, neighbours: Callable[[], Iterable[CachedSequence]] | None = None) -> CachedSequence:
@@ -342,13 +359,22 @@ class Model:
         limits = Limits(frozenset(self.manifest.stop_token_ids), self.context_length, cancelled)
         forced: deque[int] = deque()
         close_ids = encode_close_tag(self.manifest.reasoning, self.tokenizer)
-        return stream_text(
-            generate_tokens(sequence, prompt_ids, config, limits, forced, self._decoder(sequence, prompt_ids, config)),
+        splitter = ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids)
+        constraint, whole = self.structures.begin(config.structure, self.manifest.reasoning, splitter)
+        decoder = self._decoder(sequence, prompt_ids, config, constraint)
+        text = TextStream(
             StreamDetokenizer(self.tokenizer, prompt_ids),
-            config.stop,
-            ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids),
-            ReasoningBudget(config.max_reasoning_tokens, close_ids, forced),
+            StopTexts(config.stop, None if whole is None else whole.advance),
+            splitter,
+            ReasoningBudget(
+                config.max_reasoning_tokens,
+                close_ids,
+                forced,
+                lambda: constraint is None or constraint.accepts(close_ids) == len(close_ids),
+            ),
+            forced,
         )
+        return stream_text(generate_tokens(sequence, prompt_ids, config, limits, forced, decoder, constraint), text)
 
     def require_open(self) -> None:
         """Raise ClosedError after `close`."""
@@ -394,10 +420,18 @@ class Model:
             if spare:
                 sequence.close()
 
-    def _decoder(self, sequence: CachedSequence, prompt_ids: Sequence[int], config: GenerationConfig) -> Decoder:
+    def _decoder(
+        self,
+        sequence: CachedSequence,
+        prompt_ids: Sequence[int],
+        config: GenerationConfig,
+        constraint: Constraint | None,
+    ) -> Decoder:
         # Measured times decide how many tokens are drafted, and rounding may let that be seen: not under a seed.
         plain = config.draft == "off" or (config.seed is not None and not self.capabilities.exact)
-        return PlainDecoder(sequence) if plain else self._drafting.decoder(sequence, prompt_ids)
+        if plain:
+            return PlainDecoder(sequence)
+        return self._drafting.decoder(sequence, prompt_ids, None if constraint is None else constraint.accepts)
 
     def _require_token_ids(self, token_ids: Sequence[int]) -> None:
         vocabulary = self.manifest.architecture.vocabulary

@@ -18,7 +18,7 @@ It does not know engines or tokens' texts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from normistral.manifest import ReasoningMarkers
@@ -69,6 +69,16 @@ class ReasoningSplitter:
             if tokenizer.is_special(token_id):
                 break
         return cls(markers)
+
+    @property
+    def place(self) -> Place:
+        """Where the text so far ends."""
+        return self._place
+
+    @property
+    def keeps_blanks(self) -> bool:
+        """Whether blanks that come now are text."""
+        return self._markers is None or self._place in self._begun
 
     @property
     def inside(self) -> bool:
@@ -161,10 +171,17 @@ class ReasoningBudget:
         most: tokens between the tags, in all; None is no limit.
         close_ids: token ids that write the close tag.
         forced: they are put here when it is time.
+        may_close: whether they may come now; a structure has the text end with a whole character.
     """
 
-    def __init__(self, most: int | None, close_ids: Sequence[int], forced: deque[int]) -> None:
-        self._most, self._close_ids, self._forced = most, close_ids, forced
+    def __init__(
+        self,
+        most: int | None,
+        close_ids: Sequence[int],
+        forced: deque[int],
+        may_close: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._most, self._close_ids, self._forced, self._may_close = most, close_ids, forced, may_close
         self._spent = 0
         self._inside = self._closing = False
 
@@ -174,7 +191,7 @@ class ReasoningBudget:
             self._spent += 1
         self._inside = inside
         self._closing = self._closing and inside
-        if self._most is None or not inside or self._closing or self._spent < self._most:
+        if self._most is None or not inside or self._closing or self._spent < self._most or not self._may_close():
             return False
         self._closing = True
         self._forced.extend(self._close_ids)

@@ -23,8 +23,11 @@ class Sampler:
         self._random = np.random.default_rng(config.seed)
         self._seen = set(prompt_ids) if config.repetition_penalty != 1.0 else None
 
-    def sample(self, logits: Logits) -> int:
+    def sample(self, logits: Logits, allowed: NDArray[np.bool_] | None = None) -> int:
         """The next token id for logits [vocabulary].
+
+        Args:
+            allowed: of each token whether it may be drawn, before any filter; at least one may. None allows all.
 
         Raises:
             EngineError: the logits are not finite.
@@ -34,6 +37,8 @@ class Sampler:
                 "the model returned logits that are not finite",
                 "try --exact; if that helps, this device cannot run this artifact",
             )
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
         if self._seen is not None:
             logits = penalise_repetition(logits, self._seen, self._config.repetition_penalty)
         token_id = int(np.argmax(logits)) if self._config.temperature == 0 else self._draw(logits)
@@ -49,6 +54,7 @@ class Sampler:
         config = self._config
         candidates, probabilities = most_likely(logits, config.temperature, config.top_k)
         keep = nucleus(probabilities, config.top_p) & (probabilities >= config.min_p * probabilities[0])
+        keep &= probabilities > 0.0  # what may not be drawn
         candidates, probabilities = candidates[keep], probabilities[keep]
         # Inverse of the cumulative distribution: one uniform number a token, so a seed fixes the text.
         cumulative = np.cumsum(probabilities)

@@ -1,8 +1,8 @@
 """Who is let in, and whose answer is computed next.
 
 Jobs wait here, not in the worker, which gets as many as it has slots for: so order, limits and waiting times are the
-same on every engine. Slots go round the tenants. No tenant holds more than three quarters of them, so that the next one
-need not wait for an answer of a busy one to end.
+same on every engine. Slots go round the tenants. Where there are several, none holds more than three quarters of them,
+so that the next one need not wait for an answer of a busy one to end.
 """
 
 from __future__ import annotations
@@ -34,10 +34,15 @@ class _Entry:
 
 
 class Admission:
-    """The jobs of one worker. Call `pump` when the worker has become ready."""
+    """The jobs of one worker. Call `pump` when the worker has become ready.
 
-    def __init__(self, worker: WorkerClient, limits: ServerLimits) -> None:
+    Args:
+        several: there may be several tenants.
+    """
+
+    def __init__(self, worker: WorkerClient, limits: ServerLimits, *, several: bool) -> None:
         self._worker, self._limits = worker, limits
+        self._share = _TENANT_SHARE if several else 1.0
         self._waiting: dict[str, deque[_Entry]] = {}  # by tenant, in the order in which they come next
         self._running: dict[str, _Entry] = {}
         self._mean_s = 1.0
@@ -90,7 +95,7 @@ class Admission:
         """Hand jobs to the worker while it has free slots."""
         loaded = self._worker.loaded
         while loaded is not None and len(self._running) < loaded.slots:
-            entry = self._next(most=max(1, int(_TENANT_SHARE * loaded.slots)))
+            entry = self._next(most=max(1, int(self._share * loaded.slots)))
             if entry is None:
                 return
             self._cancel_expiry(entry)

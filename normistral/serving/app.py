@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import calendar
-import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from importlib import resources
+from datetime import datetime
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 import normistral
 from normistral.serving.auth import Keys
+from normistral.serving.description import describe_api
 from normistral.serving.errors import ApiError, unavailable
 from normistral.serving.gate import Gate
 from normistral.serving.limits import ServerLimits
 from normistral.serving.metrics import Metrics
+from normistral.serving.page import load_page
 from normistral.serving.responses import ModelCard, ModelList, Status
 from normistral.serving.routes import error_responses, router
 from normistral.serving.served import ServedArtifact
 from normistral.serving.service import Service
 from normistral.serving.validation import describe_validation
 from normistral.serving.worker_client import WORKER_MODULE
-
-_PAGE = "page.html"
 
 
 def create_app(
@@ -45,7 +43,7 @@ def create_app(
         worker_module: whose `main` the worker processes run.
     """
     limits, keys, metrics = limits or ServerLimits(), keys or Keys(), Metrics()
-    service = Service(served, limits, metrics, worker_module)
+    service = Service(served, limits, metrics, worker_module, several=len(keys) > 1)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -63,6 +61,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.openapi = lambda: describe_api(app, service, keys)  # type: ignore[method-assign]
     app.include_router(router)
     _add_looking(app, service)
     app.add_middleware(Gate, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
@@ -86,7 +85,7 @@ def _add_looking(app: FastAPI, service: Service) -> None:
             raise unavailable("stopping" if service.stopping else "not loaded yet", code="not_ready", retry_after_s=2)
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=Response, responses=error_responses(401))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=error_responses(401))
     async def metrics() -> Response:
         """Figures in Prometheus' text format."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -101,17 +100,16 @@ def _add_looking(app: FastAPI, service: Service) -> None:
         """One of them."""
         return _card(service.find(model).served)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
+    chat_page = load_page()
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
         """A page to chat with."""
-        file = resources.files("normistral.serving") / _PAGE
-        if not file.is_file():
-            raise ApiError(404, "there is nothing at /", "the API is described at /openapi.json")
-        return HTMLResponse(file.read_text(encoding="utf-8"))
+        return Response(chat_page.body, headers=chat_page.headers)
 
 
 def _card(served: ServedArtifact) -> dict[str, Any]:
-    created = calendar.timegm(time.strptime(served.manifest.created, "%Y-%m-%dT%H:%M:%SZ"))
+    created = int(datetime.fromisoformat(served.manifest.created).timestamp())
     return {
         "id": served.name,
         "object": "model",

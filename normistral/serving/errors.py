@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from normistral.errors import ContextLengthError, NormistralError, TemplateError, UsageError
+from normistral.serving.limits import ServerLimits
 
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
@@ -51,6 +52,12 @@ class ApiError(NormistralError):
 def unavailable(message: str, hint: str = "", *, code: str = "unavailable", retry_after_s: float = 5) -> ApiError:
     """503: not now."""
     return ApiError(503, message, hint, code=code, retry_after_s=retry_after_s)
+
+
+def header_too_large(limits: ServerLimits) -> ApiError:
+    """431."""
+    message = f"the headers have more than {limits.header_bytes} bytes"
+    return ApiError(431, message, "send less", code="header_too_large")
 
 
 def as_api_error(error: NormistralError) -> ApiError:

@@ -44,7 +44,11 @@ NoBias = Annotated[
     Only("tokens cannot be biased here", {}),
     Field(max_length=0, description="Only empty."),
 ]
-StopTexts = str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_STOPS)] | None
+StopTexts = (
+    Annotated[str, Field(min_length=1)]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=_STOPS)]
+    | None
+)
 
 
 class JsonSchemaFormat(Strict):
@@ -83,7 +87,7 @@ class StructuredOutputs(Strict):
 
     json_schema: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str] | None, Field(fail_fast=True)] = None
     grammar: str | None = Field(None, description="In llguidance's dialect of Lark.")
     json_object: bool | None = None
 

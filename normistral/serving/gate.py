@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normistral.errors import NormistralError
 from normistral.serving.auth import ANONYMOUS, Keys
-from normistral.serving.errors import ApiError, as_api_error
+from normistral.serving.errors import ApiError, as_api_error, header_too_large
 from normistral.serving.limits import ServerLimits
 from normistral.serving.metrics import Metrics
 
@@ -68,6 +68,8 @@ class Gate:
     async def _check(self, scope: Scope, receive: Receive) -> Receive:
         """Raises ApiError for what is refused; otherwise reads the body."""
         headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
+            raise header_too_large(self._limits)  # h11 looks at those only that did not come at once
         self._require_known_host(headers)
         scope["state"]["tenant"] = ANONYMOUS
         if scope["path"].startswith(_PROTECTED):
@@ -97,11 +99,10 @@ class Gate:
         try:
             document = msgspec.json.decode(body)
         except RecursionError:
-            raise self._too_deep() from None
+            raise _too_deep(self._limits) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise ApiError(400, f"the body is not JSON: {exc}", code="not_json") from None
-        if _is_deeper(document, self._limits.json_depth):
-            raise self._too_deep()
+        _require_simple(document, self._limits)
 
     async def _read(self, receive: Receive) -> bytes:
         """The body.
@@ -136,9 +137,6 @@ class Gate:
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._limits.body_bytes} bytes", "send less")
 
-    def _too_deep(self) -> ApiError:
-        return ApiError(400, f"the body nests more than {self._limits.json_depth} deep", "send less", code="too_deep")
-
 
 class _Answer:
     """The way out: adds the request's id, remembers the status (0: nothing was sent)."""
@@ -157,9 +155,10 @@ class _Answer:
 
     async def refuse(self, error: ApiError, receive: Receive) -> None:
         """Answer with an error, and take the rest of the body until its sender has read that."""
-        response = JSONResponse(error.document, error.status, error.headers)
+        unread = error.status in (401, 403, 413)
+        closing = {"Connection": "close"} if unread or error.status == 408 else {}
+        response = JSONResponse(error.document, error.status, error.headers | closing)
         await self.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
-        unread = error.status in (401, 403, 408, 413)
         await self.send({"type": "http.response.body", "body": response.body, "more_body": unread})
         if unread:
             with suppress(TimeoutError):
@@ -183,14 +182,22 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _is_deeper(document: Any, limit: int) -> bool:
-    """Whether objects and arrays nest deeper, looking at one level after the other."""
+def _require_simple(document: Any, limits: ServerLimits) -> None:
+    """Raise ApiError for objects and arrays that nest too deep or objects of too many members, level by level."""
     level = [document]
-    for _ in range(limit):
+    for _ in range(limits.json_depth):
+        if any(isinstance(value, dict) and len(value) > limits.json_members for value in level):
+            most = limits.json_members
+            raise ApiError(400, f"the body has an object of more than {most} members", "send less", code="too_large")
         level = [inner for value in level for inner in _children(value)]
         if not level:
-            return False
-    return any(isinstance(value, (dict, list)) for value in level)
+            return
+    if any(isinstance(value, (dict, list)) for value in level):
+        raise _too_deep(limits)
+
+
+def _too_deep(limits: ServerLimits) -> ApiError:
+    return ApiError(400, f"the body nests more than {limits.json_depth} deep", "send less", code="too_deep")
 
 
 def _children(value: Any) -> Iterator[Any]:

@@ -86,9 +86,11 @@ class Generation:
 
     def _deliver(self, job_id: str, outcome: Outcome) -> None:
         if isinstance(outcome, Chunk):
-            if job_id not in self._started and outcome.token_id is not None:
-                self._started.add(job_id)
-                self._metrics.first_token.labels(self._model).observe(time.monotonic() - self._began)
+            if outcome.token_id is not None:
+                self._metrics.generated_tokens.labels(self._model).inc()
+                if job_id not in self._started:
+                    self._started.add(job_id)
+                    self._metrics.first_token.labels(self._model).observe(time.monotonic() - self._began)
             if outcome.finish_reason is not None:
                 self._open.discard(job_id)
                 self._count(outcome.timings)
@@ -102,6 +104,5 @@ class Generation:
     def _count(self, timings: Timings) -> None:
         self._metrics.prompt_tokens.labels(self._model).inc(timings.prompt_tokens)
         self._metrics.cached_tokens.labels(self._model).inc(timings.cached_tokens)
-        self._metrics.generated_tokens.labels(self._model).inc(timings.new_tokens)
         if timings.new_tokens > 1:
             self._metrics.speed.labels(self._model).observe(timings.tokens_per_s)

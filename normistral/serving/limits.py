@@ -17,6 +17,7 @@ class ServerLimits:
         body_bytes: of a request's body; refused with 413 before more is read.
         header_bytes: of a request's line and headers.
         json_depth: how deep arrays and objects of a body may nest.
+        json_members: of one object of a body.
         messages: of one conversation.
         choices: the most that `n` may be.
         context: tokens of prompt and answer together; None is the model's own context.
@@ -36,6 +37,7 @@ class ServerLimits:
     body_bytes: int = MIB
     header_bytes: int = 32 * KIB
     json_depth: int = 64
+    json_members: int = 1024
     messages: int = 1024
     choices: int = 8
     context: int | None = None

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from normistral.serving.errors import ApiError
+from normistral.serving.errors import ApiError, header_too_large
 from normistral.serving.limits import ServerLimits
 
 _LINGER_S = 2.0  # for the sender of a refused request to read that, before a reset takes it away
@@ -59,10 +59,7 @@ class LimitedProtocol(H11Protocol):
         exc = sys.exception()
         status = getattr(exc, "error_status_hint", 400)
         if status == 431:
-            most = self.limits.header_bytes
-            self._refuse(
-                ApiError(431, f"the headers have more than {most} bytes", "send less", code="header_too_large")
-            )
+            self._refuse(header_too_large(self.limits))
         else:
             self._refuse(ApiError(status, "this is no HTTP/1.1 request", code="not_http"))
 

@@ -36,7 +36,7 @@ class Message(Strict):
         Field(description="developer is another name of system."),
     ]
     content: Annotated[
-        str | Annotated[list[TextPart], Field(min_length=1)],
+        str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)],
         BeforeValidator(_require_text),
         Field(description="Text; parts of text are joined by line ends."),
     ]
@@ -62,14 +62,14 @@ class Message(Strict):
 class ChatCompletionRequest(CommonRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs.")
     parallel_tool_calls: bool | None = Field(None, description="There are no tools, so this changes nothing.")
     tools: Annotated[list[Any] | None, Only(_NO_TOOLS, []), Field(max_length=0)] = None
     tool_choice: Literal["none", "auto"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]] | None, Field(fail_fast=True)] = None
     functions: Annotated[None, Only(_NO_TOOLS)] = None
     function_call: Annotated[None, Only(_NO_TOOLS)] = None
     audio: Annotated[None, Only("this server does not speak")] = None
@@ -79,14 +79,17 @@ class ChatCompletionRequest(CommonRequest):
     web_search_options: Annotated[None, Only("this server searches nothing")] = None
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
 
 
 class CompletionRequest(CommonRequest):
     """POST /v1/completions."""
 
     prompt: Annotated[
-        str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)],
+        str
+        | TokenIds
+        | Annotated[list[str], Field(fail_fast=True, min_length=1)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)],
         Field(description="Text or token ids, or a list of them: then each has n answers."),
     ]
     logprobs: int | None = Field(None, ge=0, le=5)

@@ -14,12 +14,15 @@ from normistral.errors import ContextLengthError, UsageError
 from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.detokenizer import spell_vocabulary
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
-from normistral.runtime.structured.compile import compile_structure
+from normistral.runtime.structured.cache import Structures
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.settings import BatchSettings
 from normistral.serving.frames import Load
+
+_PROBES = (2, 8, 32)  # characters for each token of the context; Norwegian and English have 3 to 5
+_UNSETTLED = 256  # tokens at the end of a beginning that what follows may change
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,10 @@ class ServedArtifact:
         return spell_vocabulary(self.tokenizer, self.manifest.architecture.vocabulary)
 
     @cached_property
-    def longest_token(self) -> int:
-        """Bytes of the longest token, and so at least its characters."""
-        return max(map(len, self.token_bytes))
-
-    @cached_property
-    def grammar_vocabulary(self) -> GrammarVocabulary:
-        """For compiling structures."""
-        return GrammarVocabulary(self.tokenizer, self.manifest.architecture.vocabulary, self.manifest.stop_token_ids)
+    def structures(self) -> Structures:
+        """For looking whether an answer can have the form that a request asks for."""
+        vocabulary = self.manifest.architecture.vocabulary
+        return Structures(GrammarVocabulary(self.tokenizer, vocabulary, self.manifest.stop_token_ids))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation.
@@ -104,7 +103,7 @@ class ServedArtifact:
         """
         if self.template is None:
             raise UsageError(f"{self.name} is a base model and knows no conversation", "use /v1/completions")
-        self._require_possible(sum(len(text) for message in messages for text in message.values()))
+        self._require_possible("".join(message["content"] for message in messages))
         return self._fitting(self.template.encode(messages))
 
     def encode_text(self, prompt: str | Sequence[int]) -> list[int]:
@@ -115,7 +114,7 @@ class ServedArtifact:
             ContextLengthError: it leaves no room for an answer.
         """
         if isinstance(prompt, str):
-            self._require_possible(len(prompt))
+            self._require_possible(prompt)
             prompt_ids = self.tokenizer.encode(prompt)
         else:
             prompt_ids = list(prompt)
@@ -143,16 +142,25 @@ class ServedArtifact:
         config = resolve_options(self.manifest.sampling, options | {"max_new_tokens": room})
         require_applicable(config, self.manifest, self.name)
         if config.structure is not None:
-            compile_structure(config.structure, self.grammar_vocabulary)
+            self.structures.require(config.structure, self.manifest.reasoning)
         return config
 
-    def _require_possible(self, characters: int) -> None:
-        """Refuse what cannot fit whatever its tokens are, before anything is done with it."""
-        if characters > self.context_length * self.longest_token:
-            raise ContextLengthError(
-                f"{characters} characters do not fit; {self.name} has room for {self.context_length} tokens",
-                "shorten it",
-            )
+    def _require_possible(self, text: str) -> None:
+        """Refuse what is far too long by a beginning of it, before all of it is rendered and tokenised.
+
+        A text goes on from the tokens of its beginning, but for the last few of those.
+        """
+        for factor in _PROBES:
+            characters = factor * self.context_length
+            if len(text) <= characters:
+                return
+            tokens = len(self.tokenizer.encode(text[:characters], add_special_tokens=False))
+            if tokens > self.context_length + _UNSETTLED:
+                raise ContextLengthError(
+                    f"{len(text)} characters are more than the {self.context_length} tokens for which {self.name} "
+                    "has room, answer included",
+                    "shorten it",
+                )
 
     def _fitting(self, prompt_ids: list[int]) -> list[int]:
         if len(prompt_ids) >= self.context_length:

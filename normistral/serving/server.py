@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from normistral.errors import NormistralError, UsageError
+from normistral.serving.limits import KIB
 from normistral.serving.protocol import limited_protocol
 from normistral.serving.service import Service
 from normistral.serving.worker_client import load_error
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 30
 _LAST_WORDS_S = 3  # for streams to send the error that ended them
 _POLL_S = 0.02
+_BACKLOG = 512
+_SEND_BUFFER = 128 * KIB  # some hundred events; Linux would let it grow to megabytes for a reader who takes nothing
 
 
 class ApiServer(uvicorn.Server):
@@ -119,10 +122,16 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=512)
+        # Named TCP: asyncio switches Nagle's algorithm off only where it is, and 40 ms an answer would go to it.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
     except (OSError, OverflowError) as exc:
         reason = getattr(exc, "strerror", None) or exc
         raise UsageError(f"cannot listen on {host} port {port}: {reason}", "take another --port or --host") from exc
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # its connections inherit it
+    return listener
 
 
 def is_loopback(listener: socket.socket) -> bool:

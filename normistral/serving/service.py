@@ -26,10 +26,12 @@ _PREPARING_THREADS = 2  # templates and tokenizers are quick; more at once would
 class ServedModel:
     """An artifact, its worker, and who waits for it."""
 
-    def __init__(self, served: ServedArtifact, limits: ServerLimits, metrics: Metrics, worker_module: str) -> None:
+    def __init__(
+        self, served: ServedArtifact, limits: ServerLimits, metrics: Metrics, worker_module: str, *, several: bool
+    ) -> None:
         self.served = served
         self.worker = WorkerClient(served.name, served.load, worker_module, self._on_change)
-        self.admission = Admission(self.worker, limits)
+        self.admission = Admission(self.worker, limits, several=several)
         self._restarts = metrics.worker_restarts.labels(served.name)
         self._counted = 0
         metrics.watch(
@@ -48,6 +50,9 @@ class ServedModel:
 class Service:
     """Everything behind the routes.
 
+    Args:
+        several: there may be several tenants.
+
     Attributes:
         models: by the name that requests use.
         stopping: no new answers are begun.
@@ -59,9 +64,11 @@ class Service:
         limits: ServerLimits,
         metrics: Metrics,
         worker_module: str = WORKER_MODULE,
+        *,
+        several: bool = False,
     ) -> None:
         self.limits, self.metrics = limits, metrics
-        self.models = {one.name: ServedModel(one, limits, metrics, worker_module) for one in served}
+        self.models = {one.name: ServedModel(one, limits, metrics, worker_module, several=several) for one in served}
         self.stopping = False
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
 

@@ -8,11 +8,15 @@ from typing import Any
 from normistral.serving.errors import ApiError
 
 _UNKNOWN = "extra_forbidden"
+_ALTERNATIVES = frozenset(("body", "str", "int", "float", "bool"))  # steps of a path that are types and no fields
 
 
 def describe_validation(errors: Sequence[Any]) -> ApiError:
-    """The first error, which alternatives of a type may have caused more of; never what was sent."""
-    error = next((one for one in errors if one["type"] == _UNKNOWN), errors[0])
+    """The error that tells most; never what was sent.
+
+    Where a field has several types there is an error for each: one about a value says more than one about its type.
+    """
+    error = min(errors, key=lambda one: (one["type"] != _UNKNOWN, one["type"].endswith("_type"), -len(one["loc"])))
     param = ".".join(_place(error["loc"])) or None
     if error["type"] == _UNKNOWN:
         return ApiError(400, f"unknown field {param}", "see /openapi.json", param=param, code="unknown_field")
@@ -23,4 +27,6 @@ def describe_validation(errors: Sequence[Any]) -> ApiError:
 
 def _place(loc: Sequence[Any]) -> list[str]:
     """The path to a field, without the names that pydantic gives to alternatives of a type."""
-    return [str(step) for step in loc if isinstance(step, int) or (step != "body" and str(step).isidentifier())]
+    return [
+        str(step) for step in loc if isinstance(step, int) or (step not in _ALTERNATIVES and str(step).isidentifier())
+    ]

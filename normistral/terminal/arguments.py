@@ -69,6 +69,16 @@ Seed = Annotated[
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
 ]
+JsonSchema = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Answer in JSON of this schema. (docs/structured.md)")
+]
+Regex = Annotated[
+    str | None, typer.Option(metavar="PATTERN", help="Answer with a text that this regular expression matches.")
+]
+Choice = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="Answer with one of these texts; given several times.")
+]
+Grammar = Annotated[Path | None, typer.Option(metavar="FILE", help="Answer with a text of this grammar (Lark).")]
 MaxReasoningTokens = Annotated[
     int | None,
     typer.Option(

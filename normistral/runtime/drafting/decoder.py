@@ -9,7 +9,7 @@ x is kept with the model's probability p(x), and else another token y comes with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from normistral.runtime.drafting.base import Draft, Drafter
@@ -31,11 +31,12 @@ class Decoder(Protocol):
     drafted: int
     accepted: int
 
-    def step(self, token_id: int, most: int) -> Logits:
+    def step(self, token_id: int, most: int, certain: Sequence[int] = ()) -> Logits:
         """The sequence goes on with `token_id`; logits [vocabulary] after it.
 
         Args:
             most: how many more tokens may be fed with it.
+            certain: what comes next in any case, at most as many; they are fed with it.
         """
         ...
 
@@ -45,19 +46,24 @@ class Decoder(Protocol):
 
 
 class PlainDecoder:
-    """One token a step."""
+    """One token a step, and what is certain to follow it."""
 
     drafted = accepted = 0
 
     def __init__(self, sequence: CachedSequence) -> None:
         self._sequence = sequence
+        self._ahead: list[Logits] = []  # after each token that was fed and has not come yet
 
-    def step(self, token_id: int, most: int) -> Logits:
-        """Feed the token."""
-        return self._sequence.append([token_id])
+    def step(self, token_id: int, most: int, certain: Sequence[int] = ()) -> Logits:
+        """Feed the token, unless it was fed as certain."""
+        if not self._ahead:
+            self._ahead = list(self._sequence.append_each([token_id, *certain]))
+        return self._ahead.pop(0)
 
     def settle(self) -> None:
-        """Nothing was fed that was not chosen."""
+        """Forget what was fed and did not come any more."""
+        self._sequence.drop_last(len(self._ahead))
+        self._ahead = []
 
 
 class DraftingDecoder:
@@ -67,31 +73,43 @@ class DraftingDecoder:
         sequence: holds the prompt by the time of the first step; it also knows how good its drafts have been.
         drafters: have seen the prompt; the first that has a draft is asked, the others only where it has none.
         costs: of steps on these weights.
+        fitting: how many of drafted tokens may follow at all, one after the other; None lets all.
     """
 
-    def __init__(self, sequence: CachedSequence, drafters: Sequence[Drafter], costs: StepCosts) -> None:
-        self._sequence, self._drafters, self._costs = sequence, drafters, costs
+    def __init__(
+        self,
+        sequence: CachedSequence,
+        drafters: Sequence[Drafter],
+        costs: StepCosts,
+        fitting: Callable[[Sequence[int]], int] | None = None,
+    ) -> None:
+        self._sequence, self._drafters, self._costs, self._fitting = sequence, drafters, costs, fitting
         self._draft: Draft | None = None  # for the places behind the last token that was not drafted
         self._fed: list[int] = []  # its tokens that were fed; with none it is only compared with what comes
         self._right = 0  # how many of these were chosen
         self._logits: Sequence[Logits] = ()  # after the last token that was not drafted, and after each that was fed
         self.drafted = self.accepted = 0
 
-    def step(self, token_id: int, most: int) -> Logits:
-        """Logits after the token: of an earlier step if it was drafted, else of a new one with a new draft."""
+    def step(self, token_id: int, most: int, certain: Sequence[int] = ()) -> Logits:
+        """Logits after the token: of an earlier step if it was fed, else of a new one with a new draft.
+
+        Where it is certain what follows, nothing is drafted.
+        """
         for drafter in self._drafters:
             drafter.observe(token_id)
         if self._right < len(self._fed) and self._fed[self._right] == token_id:
             self._right += 1
-            self.accepted += 1
+            self.accepted += self._draft is not None
             return self._logits[self._right]
         self._learn(token_id)
         self.settle()
-        self._draft = self._propose(min(most, MOST_DRAFTED))
-        self._fed = [] if self._draft is None else self._draft.token_ids[: self._choose_length(self._draft)]
+        self._draft = None if certain else self._propose(min(most, MOST_DRAFTED))
+        self._fed = list(certain)
+        if self._draft is not None:
+            self._fed = self._draft.token_ids[: self._choose_length(self._draft)]
+            self.drafted += len(self._fed)
         self._logits = list(self._sequence.append_each([token_id, *self._fed]))
         self._costs.observe(1 + len(self._fed), self._sequence.forward_s, self._sequence.trim_s)
-        self.drafted += len(self._fed)
         return self._logits[0]
 
     def settle(self) -> None:
@@ -102,7 +120,14 @@ class DraftingDecoder:
     def _propose(self, most: int) -> Draft | None:
         if most < 1:
             return None
-        return next((draft for drafter in self._drafters if (draft := drafter.propose(most))), None)
+        drafts = (self._cut(draft) for drafter in self._drafters if (draft := drafter.propose(most)))
+        return next((draft for draft in drafts if draft.token_ids), None)
+
+    def _cut(self, draft: Draft) -> Draft:
+        """The draft as far as it may come."""
+        if self._fitting is None:
+            return draft
+        return Draft(draft.token_ids[: self._fitting(draft.token_ids)], draft.source)
 
     def _choose_length(self, draft: Draft) -> int:
         return self._costs.choose(self._sequence.acceptance.rates(draft.source, len(draft.token_ids)))
@@ -133,6 +158,11 @@ class Drafting:
             drafters.append(TableDrafter(self.table, token_ids))
         return drafters
 
-    def decoder(self, sequence: CachedSequence, token_ids: Sequence[int]) -> Decoder:
+    def decoder(
+        self,
+        sequence: CachedSequence,
+        token_ids: Sequence[int],
+        fitting: Callable[[Sequence[int]], int] | None = None,
+    ) -> Decoder:
         """A decoder for what follows these tokens."""
-        return DraftingDecoder(sequence, self.drafters(token_ids), self.costs)
+        return DraftingDecoder(sequence, self.drafters(token_ids), self.costs, fitting)

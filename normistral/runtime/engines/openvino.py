@@ -205,13 +205,9 @@ def load_openvino(
 
     given = given or {}
     core = ov.Core()
-    require_device(device, list(core.available_devices))
-    plan = _plan(hardware.read_machine(), manifest, device, exact=exact)
-    settings = override({**plan, **(tuned or {})}, given, known_settings(core, device), engine="OpenVINO", exact=exact)
+    settings = choose_settings(core, manifest, device, exact=exact, tuned=tuned, given=given)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     try:
-        for name in given.keys() - {PREFILL_CHUNK}:
-            require_accepted(core, device, name, settings[name])
         model = core.read_model(folder / MODEL_FILE)
         keep_last_logits(model)
         compiled = core.compile_model(model, device, settings)
@@ -237,6 +233,29 @@ def load_openvino(
     backend = OpenVINOBackend(compiled, manifest, capabilities)
     warm_up(backend)
     return backend
+
+
+def choose_settings(
+    core: ov.Core,
+    manifest: Manifest,
+    device: str,
+    *,
+    exact: bool,
+    tuned: Mapping[str, str] | None,
+    given: Mapping[str, str],
+) -> dict[str, str]:
+    """The properties to compile with, `prefill_chunk` among them; arguments as in `load_openvino`.
+
+    Raises:
+        DeviceError: the device is not there.
+        UsageError: an unknown property, or a value that OpenVINO refuses.
+    """
+    require_device(device, list(core.available_devices))
+    plan = _plan(hardware.read_machine(), manifest, device, exact=exact)
+    settings = override({**plan, **(tuned or {})}, given, known_settings(core, device), engine="OpenVINO", exact=exact)
+    for name in given.keys() - {PREFILL_CHUNK}:
+        require_accepted(core, device, name, settings[name])
+    return settings
 
 
 def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: bool) -> dict[str, str]:

@@ -10,13 +10,19 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from normistral.errors import UsageError
+from normistral.runtime.structured.json_schema import WRITING, prepare_schema
 from normistral.runtime.structured.structure import Structure, parse_schema
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 
 if TYPE_CHECKING:
     import llguidance
 
-_HINT = "docs/structured.md lists what can be asked for"
+Grammar = dict[str, Any]
+"""One grammar as the library takes it: {"json_schema": ...} or {"lark_grammar": ...}."""
+
+MOST_RULES = 1_000  # colons and brackets of a grammar; the library dies of some 2,000 rules that lead to each other
+_ANSWER = "answer"  # name of the structure's grammar, for a grammar of what comes before it
+_HINT = "docs/structured.md says what can be asked for"
 
 
 class CompiledStructure:
@@ -30,78 +36,127 @@ class CompiledStructure:
         """A matcher at the beginning of an answer."""
         return self._matcher.deep_copy()
 
+    def may_begin_with(self, text: str) -> bool:
+        """Whether an answer may begin so."""
+        token_ids = self.vocabulary.engine.tokenize_str(text)
+        return self.begin().validate_tokens(token_ids) == len(token_ids)
 
-def compile_structure(structure: Structure, vocabulary: GrammarVocabulary) -> CompiledStructure:
+
+def compile_structure(
+    structure: Structure, vocabulary: GrammarVocabulary, lead: str | None = None
+) -> CompiledStructure:
     """Compile a structure for a model's vocabulary.
 
     What takes too long or too much memory is refused: within about 100 ms and 50 MiB, whatever the structure.
+
+    Args:
+        lead: a grammar (Lark) of what comes before the answer, and of `@answer`.
 
     Raises:
         UsageError: it is malformed, asks for what is not supported, nothing fits it, or it is too complex.
     """
     import llguidance
 
-    grammar = to_grammar(structure)
-    matcher = llguidance.LLMatcher(vocabulary.engine, grammar, log_level=0, limits=_limits())
+    grammars = [{"name": _ANSWER, **to_grammar(structure)}]
+    if lead is not None:
+        grammars.insert(0, {"lark_grammar": lead})
+    text = json.dumps({"grammars": grammars}, ensure_ascii=False)
+    matcher = llguidance.LLMatcher(vocabulary.engine, text, log_level=0, limits=_limits())
+    possible = matcher.compute_bitmask() if not matcher.is_error() else b""
     if message := matcher.get_error():
-        raise UsageError(f"the {_name(structure)} cannot be used: {_shorten(message)}", _HINT)
-    if not any(matcher.compute_bitmask()):
-        raise UsageError(f"the {_name(structure)} cannot be used: no text fits it", _HINT)
-    matcher.reset()
+        raise _refusal(structure, message)
+    if not any(possible):
+        raise _refusal(structure, "no text of this model's tokens fits it")
     return CompiledStructure(structure, vocabulary, matcher)
 
 
-def to_grammar(structure: Structure) -> str:
-    """A structure in the library's own form, which is JSON.
+def check_structure(structure: Structure) -> None:
+    """Refuse what no model could follow, before one is loaded.
 
     Raises:
-        UsageError: it is malformed, or asks for what is not supported.
+        UsageError: as `compile_structure`, but for what only a vocabulary shows.
     """
     import llguidance
 
+    text = json.dumps({"grammars": [to_grammar(structure)]}, ensure_ascii=False)
+    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(text, limits=_limits())
+    if failed:
+        raise _refusal(structure, messages[0])
+
+
+def to_grammar(structure: Structure) -> Grammar:
+    """A structure in the library's own form.
+
+    Raises:
+        UsageError: it is malformed, too large, or asks for what cannot be kept to.
+    """
     match structure.kind:
         case "json_schema":
-            return _json_grammar(parse_schema(structure.text))
+            return {"json_schema": prepare_schema(parse_schema(structure.text))}
         case "json_object":
-            return _json_grammar({"type": "object"})
+            return {"json_schema": {"type": "object", "x-guidance": WRITING}}
         case "regex":
-            return llguidance.LLMatcher.grammar_from_regex(structure.text)
+            return {"lark_grammar": f"start: /{_without_delimiters(structure.text)}/"}
         case "choice":
-            return _choice_grammar(structure.text)
+            return {"lark_grammar": "start: " + " | ".join(map(json.dumps, _texts(structure.text)))}
         case "grammar":
-            return llguidance.LLMatcher.grammar_from_lark(structure.text)
+            return {"lark_grammar": _prepare_grammar(structure.text)}
 
 
-def _json_grammar(schema: dict[str, Any]) -> str:
-    import llguidance
+def _without_delimiters(pattern: str) -> str:
+    """A regular expression that may stand between slashes."""
+    return re.sub(
+        r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern, flags=re.DOTALL
+    )
 
-    options: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
 
-
-def _choice_grammar(text: str) -> str:
+def _texts(text: str) -> list[str]:
     try:
         texts = json.loads(text)
     except ValueError as exc:
-        raise UsageError(f"the choice is no JSON list of texts: {exc}", "use Structure.choice") from exc
-    return json.dumps({"grammars": [{"json_schema": {"enum": texts}}]}) and _lark_choice(Structure.choice(texts))
+        raise UsageError(f"the choice is no JSON list of texts: {exc}", "make it with Structure.choice") from exc
+    return list(json.loads(Structure.choice(texts).text))
 
 
-def _lark_choice(structure: Structure) -> str:
-    texts = json.loads(structure.text)
-    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+def _prepare_grammar(text: str) -> str:
+    """A grammar whose JSON schemas are written as ours, and that asks for nothing that would be passed over."""
+    if sum(map(text.count, ":([{")) > MOST_RULES:
+        raise UsageError(f"the grammar has more than {MOST_RULES:,} rules and brackets", "write a shorter one")
+    if re.search(r"^\s*[?!]?[\w-]+\[[^\]\n]*\btemperature\b", text, re.MULTILINE):
+        raise UsageError("a grammar cannot set the temperature here", "set it for the whole answer")
+    pieces, end = [], 0
+    for found in re.finditer(r"%json\s*(?=\{)", text):
+        if found.start() < end:
+            continue
+        try:
+            schema, after = json.JSONDecoder().raw_decode(text, found.end())
+        except ValueError as exc:
+            raise UsageError(f"a schema in the grammar is not JSON: {exc}", "mend it") from exc
+        pieces += [text[end : found.end()], json.dumps(prepare_schema(schema), ensure_ascii=False)]
+        end = after
+    return "".join([*pieces, text[end:]])
 
 
 def _limits() -> llguidance.LLParserLimits:
+    """A tenth of the library's own, or less: those allow for seconds and hundreds of megabytes."""
     import llguidance
 
-    return llguidance.LLParserLimits(verbose_errors=False)
+    return llguidance.LLParserLimits(
+        initial_lexer_fuel=100_000,
+        step_lexer_fuel=100_000,
+        max_lexer_states=25_000,
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
 
 
-def _name(structure: Structure) -> str:
-    return structure.kind.replace("_", " ")
-
-
-def _shorten(message: str) -> str:
-    """The library's message in one short line."""
-    return re.sub(r"\s+", " ", message).strip()[:200]
+def _refusal(structure: Structure, message: str) -> UsageError:
+    """The library's message in one short line, without the picture of the place that it draws."""
+    picture = re.search(r"\n\s*\d+ \|", message)
+    short = message[: picture.start()] if picture is not None else message
+    if "error: " in short:  # of the parser of regular expressions, which draws one too
+        short = short.rpartition("error: ")[2]
+    short = re.sub(r"\s+", " ", short.replace("<non-verbose/>", "")).strip()
+    if short.startswith("NoExtensionBias"):
+        short = "no text fits it"
+    return UsageError(f"the {structure.kind.replace('_', ' ')} cannot be used: {short[:200]}", _HINT)

@@ -14,7 +14,7 @@ from normistral.errors import UsageError
 
 StructureKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
-MOST_BYTES = 128 * 1024  # of a structure's text; a schema of that size may describe some thousand properties
+MOST_BYTES = 64 * 1024  # of a structure's text
 MOST_NESTING = 64  # brackets within brackets; libraries that parse by recursion may crash far beyond
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from normistral.manifest import Manifest, read_manifest
 from normistral.runtime import model as models
 from normistral.runtime.engines.base import Capabilities
 from normistral.serving.backends.base import Batch
 from normistral.serving.backends.fair_queue import FairQueue
+from normistral.serving.backends.openvino_options import find_unhonoured
+from normistral.serving.backends.openvino_pipeline import BATCHED_DEVICE, open_openvino_batch
 from normistral.serving.backends.settings import FAIR_SLOTS, BatchSettings
+from normistral.serving.backends.side_path import SidePath
 
 
 class Created(NamedTuple):
@@ -35,5 +40,23 @@ def create_batch(
     Raises:
         NormistralError: as `normistral.load`.
     """
+    manifest = read_manifest(folder)
+    if settings.batching == "auto" and manifest.format == "openvino" and device == BATCHED_DEVICE:
+        return _compute_together(folder, manifest, settings, exact, engine_settings)
     model = models.load(folder, device, exact=exact, settings=engine_settings)
     return Created(FairQueue(model, settings), model.capabilities, settings.slots or FAIR_SLOTS, "turns")
+
+
+def _compute_together(
+    folder: Path, manifest: Manifest, settings: BatchSettings, exact: bool, given: Mapping[str, str]
+) -> Created:
+    """An OpenVINO model on openvino_genai, with the library beside it for what that does not honour."""
+    tuned = None if exact else models.find_tuned_settings(folder, manifest, BATCHED_DEVICE)
+    opened = open_openvino_batch(folder, manifest, settings, exact=exact, tuned=tuned, given=given)
+
+    def open_side() -> FairQueue:
+        side = replace(settings, cache_bytes=0)  # one context
+        return FairQueue(models.load(folder, BATCHED_DEVICE, exact=exact, settings=given), side)
+
+    batch = SidePath(opened.batch, open_side, find_unhonoured)
+    return Created(batch, opened.capabilities, opened.batch.plan.jobs, "together")

@@ -23,12 +23,15 @@ class BatchSettings:
         cache_bytes: for the KV caches of jobs under way and of those kept for their beginnings.
         slots: jobs under way at once; None is as many as suit the engine.
         context: the most tokens that prompt and answer take together.
+        one_tenant: all jobs are of one tenant. An engine that keeps beginnings without asking whose they are may do so
+            only then.
     """
 
     batching: Batching
     cache_bytes: int
     context: int
     slots: int | None = None
+    one_tenant: bool = False
 
 
 def cache_token_bytes(manifest: Manifest) -> int:

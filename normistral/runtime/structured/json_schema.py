@@ -1,0 +1,109 @@
+"""A JSON schema made ready for the grammar library, and what would be wrong or too dear there refused.
+
+The library refuses keywords that it does not implement. What it gets wrong, or takes seconds or the whole stack for, is
+caught here; the figures were measured with llguidance 1.9.1 (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+from normistral.errors import UsageError
+
+# How JSON is written: with one blank behind comma and colon and none elsewhere. That is what models write most readily;
+# and whoever may write blanks may write them without end. Named escapes only: "\u0061" would be another spelling of a
+# key that is listed.
+WRITING = {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+
+MOST_PARTS = 1_000  # objects of a schema; the library goes by recursion and dies of some 2,400 in each other
+MOST_PATTERN_PAIRS = 1_000  # of patternProperties, which are compared with each other; 1,000 take 50 ms
+MOST_MULTIPLE = 10_000  # sum of multipleOf without decimal point: states of an automaton, of which a million take 6 s
+_DATA = ("enum", "const", "default", "examples")  # what they hold is no schema
+
+
+def prepare_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema as the library is to have it.
+
+    Raises:
+        UsageError: it is too large, or cannot be kept to.
+    """
+    if "x-guidance" in schema:
+        raise UsageError('the schema has options of a library ("x-guidance")', "leave them out")
+    parts = sum(1 for _ in _objects(schema))
+    if parts > MOST_PARTS:
+        raise UsageError(f"the schema has {parts:,} parts, and may have {MOST_PARTS:,}", "leave out what is not needed")
+    subschemas = list(_subschemas(schema))
+    _limit_patterns(subschemas)
+    _limit_multiples(subschemas)
+    for part in subschemas:
+        _refuse_repeatable_keys(part)
+    return {**schema, "x-guidance": WRITING}
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any] | list[Any]]:
+    """Every JSON object, and every list of something other than plain values."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+            waiting += value.values()
+        elif isinstance(value, list):
+            inner = [item for item in value if isinstance(item, dict | list)]
+            if inner:
+                yield value
+            waiting += inner
+
+
+def _subschemas(value: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object that may be a schema; maps of properties are among them, which does no harm."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+            waiting += [inner for key, inner in value.items() if key not in _DATA]
+        elif isinstance(value, list):
+            waiting += value
+
+
+def _limit_patterns(subschemas: list[dict[str, Any]]) -> None:
+    pairs = sum(
+        len(patterns) ** 2 for part in subschemas if isinstance(patterns := part.get("patternProperties"), dict)
+    )
+    if pairs > MOST_PATTERN_PAIRS:
+        raise UsageError("the schema has too many patternProperties", f"{math.isqrt(MOST_PATTERN_PAIRS)} are possible")
+
+
+def _limit_multiples(subschemas: list[dict[str, Any]]) -> None:
+    """Refuse steps of many digits; such that may have to hold together count as their least common multiple."""
+    steps = [Decimal(repr(step)).normalize() for part in subschemas if _is_number(step := part.get("multipleOf"))]
+    digits = [int("".join(map(str, step.as_tuple().digits))) for step in steps]
+    together = math.lcm(*digits) if any("allOf" in part or "$ref" in part for part in subschemas) else 1
+    if max(sum(digits), together) > MOST_MULTIPLE:
+        raise UsageError(
+            "the schema's multipleOf has too many digits",
+            f"without decimal point and zeros at the end they may add up to {MOST_MULTIPLE:,}",
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse_repeatable_keys(part: dict[str, Any]) -> None:
+    """Refuse a number of properties that could be reached by writing one twice, which nothing forbids."""
+    least, required = part.get("minProperties"), part.get("required", [])
+    if isinstance(least, int) and isinstance(required, list) and least > len(set(map(str, required))) + 1:
+        raise UsageError(
+            f"minProperties {least} cannot be kept to: nothing forbids the same key twice",
+            "list the properties under properties and required",
+        )

@@ -1,0 +1,154 @@
+"""Opens an OpenVINO artifact for many answers at once, with the settings that the library would load it with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from normistral.errors import EngineError, MissingExtraError
+from normistral.manifest import Manifest
+from normistral.runtime.engines.base import Capabilities, settings_basis
+from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings
+from normistral.runtime.engines.openvino_settings import (
+    NUMERICS,
+    REPORTED,
+    require_taken,
+    said_first,
+    settings_in_force,
+)
+from normistral.runtime.engines.settings import PREFILL_CHUNK
+from normistral.runtime.tokenizer import Tokenizer
+from normistral.serving.backends.cache_plan import plan_cache
+from normistral.serving.backends.openvino_batch import OpenVINOBatch
+from normistral.serving.backends.settings import BatchSettings
+
+logger = logging.getLogger(__name__)
+
+BATCHED_DEVICE = "CPU"  # elsewhere nothing was tried
+# Keys are rounded a token at a time, as in the library's cache. The paged cache's own choice is a channel at a time for
+# 32 tokens: its codes change as a block fills, and with them the answers.
+_LIKE_THE_LIBRARY = {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"}
+_OF_THE_IR = "runtime_options"  # entry of an IR with properties that it is to be compiled with
+
+
+class OpenedBatch(NamedTuple):
+    """A batch, and how it is set up."""
+
+    batch: OpenVINOBatch
+    capabilities: Capabilities
+
+
+def open_openvino_batch(
+    folder: Path,
+    manifest: Manifest,
+    batch: BatchSettings,
+    *,
+    exact: bool = False,
+    tuned: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> OpenedBatch:
+    """Load an OpenVINO artifact for many answers at once, on the CPU.
+
+    Args:
+        exact, tuned, given: as `load_openvino` takes them.
+
+    Raises:
+        MissingExtraError: openvino_genai is not installed.
+        UsageError: an unknown property, a value that OpenVINO refuses or replaces, or a cache that is too small.
+        EngineError: OpenVINO could not read or compile the model.
+    """
+    import openvino as ov
+
+    openvino_genai = import_genai()
+    given = given or {}
+    core = ov.Core()
+    settings = choose_settings(core, manifest, BATCHED_DEVICE, exact=exact, tuned=tuned, given=given)
+    chunk = int(settings.pop(PREFILL_CHUNK))
+    try:
+        in_force = _ask_plugin(core, folder / MODEL_FILE, settings)
+    except RuntimeError as exc:
+        raise _cannot_load(folder, exc) from exc
+    require_taken(given, in_force, BATCHED_DEVICE)
+    plan = plan_cache(manifest.architecture, in_force, batch)
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.num_kv_blocks = plan.blocks
+    scheduler.max_num_batched_tokens = chunk + plan.jobs  # a piece of a prompt, and a token of everybody
+    scheduler.max_num_seqs = plan.jobs
+    scheduler.dynamic_split_fuse = True
+    scheduler.enable_prefix_caching = batch.one_tenant
+    try:
+        pipeline = openvino_genai.ContinuousBatchingPipeline(
+            str(folder), scheduler, BATCHED_DEVICE, {**settings, **_LIKE_THE_LIBRARY}
+        )
+        _warm_up(openvino_genai, pipeline)
+    except RuntimeError as exc:
+        raise _cannot_load(folder, exc) from exc
+    basis = settings_basis(exact=exact, tuned=tuned)
+    logger.info("loaded %s for %d answers at once, settings by %s: %s", folder.name, plan.jobs, basis, in_force)
+    capabilities = Capabilities(
+        "openvino",
+        BATCHED_DEVICE,
+        chunk,
+        {name: in_force[name] for name in (*settings, *REPORTED) if name in in_force} | {PREFILL_CHUNK: str(chunk)},
+        basis,
+        tuple(sorted(given)),
+        {name: in_force[name] for name in NUMERICS if name in in_force},
+    )
+    tokenizer = Tokenizer.from_folder(folder)
+    return OpenedBatch(OpenVINOBatch(pipeline, manifest, tokenizer, plan, one_tenant=batch.one_tenant), capabilities)
+
+
+def import_genai() -> Any:
+    """The package openvino_genai.
+
+    Raises:
+        MissingExtraError: it is not installed, or belongs to another OpenVINO.
+    """
+    try:
+        import openvino_genai
+    except ImportError as exc:
+        raise MissingExtraError(
+            f"answers of OpenVINO models at once need openvino-genai, which cannot be imported ({exc})",
+            'pip install "normistral[serve]", or serve with --batching off',
+        ) from exc
+    return openvino_genai
+
+
+def _cannot_load(folder: Path, exc: RuntimeError) -> EngineError:
+    return EngineError(
+        f"openvino_genai could not load {folder.name}: {said_first(exc)}",
+        "check the artifact with: normistral info ARTIFACT --check",
+    )
+
+
+def _ask_plugin(core: Any, model_file: Path, settings: Mapping[str, str]) -> dict[str, str]:
+    """What the plugin makes of these settings, and of those that the IR brings along.
+
+    The pipeline does not show its compiled model, so a model of one addition is compiled with the same settings.
+    """
+    from openvino import Model, Type
+    from openvino import opset13 as ops
+
+    number = ops.parameter([1], Type.f32)
+    probe = Model([ops.add(number, number)], [number])
+    model = core.read_model(model_file)
+    if model.has_rt_info(_OF_THE_IR):
+        for name, value in model.get_rt_info(_OF_THE_IR).value.items():
+            probe.set_rt_info(getattr(value, "value", value), [_OF_THE_IR, name])
+    compiled = core.compile_model(probe, BATCHED_DEVICE, dict(settings))
+    return settings_in_force(compiled, (*settings, *REPORTED, *NUMERICS))
+
+
+def _warm_up(openvino_genai: Any, pipeline: Any) -> None:
+    """Answer once, so that the first one asked for does not pay for compiling kernels, and the cache is there."""
+    import numpy as np
+    import openvino as ov
+
+    config = openvino_genai.GenerationConfig()
+    config.max_new_tokens, config.ignore_eos = 2, True
+    handle = pipeline.add_request(0, ov.Tensor(np.zeros((1, 8), np.int64)), config)
+    while pipeline.has_non_finished_requests():
+        pipeline.step()
+    handle.read_all()

@@ -1,0 +1,334 @@
+"""Clients that leave, workers that die, queues that are full, signals: what each request gets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from served_models import TESTS, make_served, serving
+
+from normistral.errors import EngineError
+from normistral.serving.auth import Keys
+from normistral.serving.limits import ServerLimits
+
+MESSAGES = [{"role": "user", "content": "Hei"}]
+QUICK = ServerLimits(grace_s=0.2)
+
+http = httpx.Client()  # one: each would read the system's certificates
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Random text, 5 ms a token."""
+    return make_served(tmp_path_factory.mktemp("served") / "m", pause_s=0.005, stop_token_ids=(2,))
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with serving(folder, QUICK) as url:
+        yield url
+
+
+def ask(url: str, *, content: str = "Hei", key: str = "", **fields) -> httpx.Response:
+    body = {"model": "m", "messages": [{"role": "user", "content": content}], "ignore_eos": True, **fields}
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return http.post(f"{url}/v1/chat/completions", json=body, timeout=30, headers=headers)
+
+
+@contextmanager
+def stream(url: str, *, content: str = "Hei", **fields):
+    body = {"model": "m", "messages": [{"role": "user", "content": content}], "ignore_eos": True, "stream": True}
+    with http.stream("POST", f"{url}/v1/chat/completions", json=body | fields, timeout=30) as answer:
+        yield answer
+
+
+def gauge(url: str, name: str) -> float:
+    lines = http.get(f"{url}/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"normistral_{name}{{"))
+
+
+def wait_until(condition, wait_s: float = 10.0) -> None:
+    deadline = time.monotonic() + wait_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def test_a_stream_that_is_left_frees_its_slot(url) -> None:
+    with stream(url, max_tokens=300) as answer:
+        lines = answer.iter_lines()  # the response is closed with it
+        next(lines)
+        assert gauge(url, "running_answers") == 1
+    wait_until(lambda: gauge(url, "running_answers") == 0, 1.0)  # 300 tokens would take 1.5 s
+    assert gauge(url, "cancelled_answers_total") >= 1
+
+
+def test_a_whole_answer_that_nobody_waits_for_frees_its_slot(url) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(
+            f"{url}/v1/chat/completions",
+            json={"model": "m", "messages": MESSAGES, "max_tokens": 300, "n": 8, "ignore_eos": True},
+            timeout=0.2,
+        )
+    wait_until(lambda: gauge(url, "running_answers") == 0, 1.0)
+    assert gauge(url, "queued_answers") == 0
+
+
+def test_health_answers_while_the_engine_computes(url) -> None:
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(ask, url, max_tokens=50) for _ in range(4)]
+        while not all(answer.done() for answer in answers):
+            assert http.get(f"{url}/health", timeout=1).json() == {"status": "ok"}
+    assert {answer.result().status_code for answer in answers} == {200}
+
+
+def test_many_at_once_get_their_own_answers(folder, url) -> None:
+    asked = [f"spørsmål {i}" for i in range(24)]
+    alone = [ask(url, content=text, max_tokens=6).json()["choices"][0]["message"]["content"] for text in asked]
+    with ThreadPoolExecutor(24) as pool:
+        together = list(pool.map(lambda text: ask(url, content=text, max_tokens=6).json(), asked))
+    assert [document["choices"][0]["message"]["content"] for document in together] == alone
+
+
+def test_too_many_are_told_when_to_come_again(folder) -> None:
+    keys = Keys({"key-of-ola-nordmann": "ola", "key-of-kari-nordmann": "kari"})
+    limits = ServerLimits(jobs=4, tenant_jobs=3, grace_s=0.2)
+    with serving(folder, limits, keys, slots=1) as url, ThreadPoolExecutor() as pool:
+        ola = [pool.submit(ask, url, key="key-of-ola-nordmann", max_tokens=100) for _ in range(3)]
+        known = {"authorization": "Bearer key-of-ola-nordmann"}
+        wait_until(lambda: 'queued_answers{model="m"} 2.0' in http.get(f"{url}/metrics", headers=known).text)
+        refused = ask(url, key="key-of-ola-nordmann", max_tokens=1)
+        kari = pool.submit(ask, url, key="key-of-kari-nordmann", max_tokens=1)
+        wait_until(lambda: 'queued_answers{model="m"} 3.0' in http.get(f"{url}/metrics", headers=known).text)
+        full = ask(url, key="key-of-kari-nordmann", max_tokens=1)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "tenant_queue_full")
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert kari.result().status_code == 200
+        assert not all(answer.done() for answer in ola)  # she came last, and did not wait for all of them
+        assert {answer.result().status_code for answer in ola} == {200}
+
+
+def test_waiting_and_computing_end_in_time(folder) -> None:
+    with (
+        serving(folder, ServerLimits(queue_s=0.2, request_s=0.6, grace_s=0.2), slots=1) as url,
+        ThreadPoolExecutor() as pool,
+    ):
+        long, waiting = (pool.submit(ask, url, max_tokens=300) for _ in range(2))
+        answers = {answer.json()["error"]["code"]: answer for answer in (long.result(), waiting.result())}
+        assert set(answers) == {"request_timeout", "queue_timeout"}
+        assert {answer.status_code for answer in answers.values()} == {503}
+        assert "retry-after" in answers["queue_timeout"].headers
+        with stream(url, max_tokens=300) as answer:
+            last = [line for line in answer.iter_lines() if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_timeout"
+
+
+def test_a_killed_worker_is_replaced_and_nobody_is_forgotten(tmp_path) -> None:
+    folder = make_served(tmp_path / "m", fault="crash DREP", pause_s=0.005)
+    with serving(folder, QUICK) as url, ThreadPoolExecutor() as pool:
+        whole = pool.submit(ask, url, max_tokens=200)
+        with stream(url, max_tokens=200) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            killer = pool.submit(ask, url, content="DREP", max_tokens=1)
+            last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+        assert {whole.result().status_code, killer.result().status_code} == {503}
+        assert http.get(f"{url}/health").status_code == 200
+        wait_until(lambda: http.get(f"{url}/ready").status_code == 200)
+        assert ask(url, max_tokens=1).status_code == 200
+        assert gauge(url, "worker_restarts_total") == 1
+
+
+def test_while_nothing_is_loaded_requests_are_told_so(tmp_path) -> None:
+    with serving(make_served(tmp_path / "m"), QUICK, wait_s=0) as url:
+        answer = ask(url)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+        assert http.get(f"{url}/ready").status_code == 503
+
+
+def test_an_engine_s_error_is_that_request_s(tmp_path) -> None:
+    folder = make_served(tmp_path / "m", fault="engine FEIL")
+    with serving(folder, QUICK) as url:
+        answer = ask(url, content="FEIL", max_tokens=1)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert ask(url, max_tokens=1).status_code == 200
+        assert gauge(url, "worker_restarts_total") == 0
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path) -> None:
+    folder = make_served(tmp_path / "m", fault="load")
+    with pytest.raises(EngineError, match="it would not load"), serving(folder, QUICK):
+        pass
+
+
+def test_a_reader_that_reads_nothing_is_cut_off(tmp_path) -> None:
+    folder = make_served(tmp_path / "m", pause_s=0.0002, context_length=3000)
+    limits = ServerLimits(stall_s=0.2, backlog=200, grace_s=0.2)
+    with serving(folder, limits) as url:
+        import socket
+
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            body = json.dumps(
+                {
+                    "model": "m",
+                    "prompt": "x",
+                    "n": 8,
+                    "stream": True,
+                    "ignore_eos": True,
+                    "logprobs": 5,
+                    "max_tokens": 2900,
+                }
+            ).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            wait_until(lambda: gauge(url, "running_answers") == 8)
+            wait_until(lambda: gauge(url, "running_answers") == 0, 20)
+            assert gauge(url, "cancelled_answers_total") == 8
+            assert gauge(url, "generated_tokens_total") < 8 * 2900
+
+
+class Command:
+    """`normistral serve` in a process of its own."""
+
+    def __init__(self, folder, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                str(TESTS / "served_models.py"),
+                "serve",
+                str(folder),
+                "--port",
+                "0",
+                "--json",
+                *arguments,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+
+    def url(self) -> str:
+        url = json.loads(self.process.stdout.readline())["url"]
+        wait_until(lambda: http.get(f"{url}/ready").status_code == 200)
+        return url
+
+    def end(self) -> tuple[int, str]:
+        _, stderr = self.process.communicate(timeout=20)
+        return self.process.returncode, stderr
+
+
+def test_sigterm_lets_answers_end_and_takes_no_new_ones(folder) -> None:
+    command = Command(folder)
+    url = command.url()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(ask, url, max_tokens=150)
+        wait_until(lambda: gauge(url, "running_answers") == 1)
+        command.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: http.get(f"{url}/ready").status_code == 503)
+        late = ask(url, max_tokens=1)
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "stopping")
+        assert running.result().status_code == 200
+    code, stderr = command.end()
+    assert code == 0
+    assert stderr.endswith("stopped\n")
+
+
+def test_after_the_grace_time_answers_end_with_an_error(folder) -> None:
+    command = Command(folder, "--grace-seconds", "0.3")
+    url = command.url()
+    with stream(url, max_tokens=300) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        command.process.send_signal(signal.SIGTERM)
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+    assert command.end()[0] == 0
+
+
+def test_a_second_signal_ends_at_once(folder) -> None:
+    command = Command(folder)
+    url = command.url()
+    with stream(url, max_tokens=300) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        command.process.send_signal(signal.SIGINT)
+        wait_until(lambda: http.get(f"{url}/ready").status_code == 503)
+        command.process.send_signal(signal.SIGINT)
+        assert '"code":"stopping"' in [line for line in lines if line][-1]
+    assert command.end()[0] == 0
+
+
+def test_no_text_and_no_key_is_ever_printed(tmp_path) -> None:
+    folder = make_served(tmp_path / "m", fault="bug FEIL")
+    keys = tmp_path / "keys"
+    keys.write_text("hemmelig-nøkkel".replace("ø", "o") + "-0001 ola\n")
+    keys.chmod(0o600)
+    command = Command(folder, "--api-key-file", str(keys), "--debug")
+    url = command.url()
+    key = "hemmelig-nokkel-0001"
+    secret = "fødselsnummeret"
+    headers = {"authorization": f"Bearer {key}"}
+    assert ask(url, key=key, content=secret, max_tokens=20).status_code == 200
+    for body in ({"prompt": secret}, {"model": "m", "messages": [{"role": secret, "content": secret}], secret: secret}):
+        http.post(f"{url}/v1/chat/completions?q={secret}", json=body, headers=headers)
+    assert ask(url, key=key, content=f"{secret} FEIL", max_tokens=1).status_code == 503  # the worker ends by a bug
+    metrics = http.get(f"{url}/metrics", headers=headers).text
+    command.process.send_signal(signal.SIGTERM)
+    code, stderr = command.end()
+    assert code == 0
+    assert "RuntimeError" in stderr
+    for text in (stderr, metrics):
+        assert secret not in text
+        assert key not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], "there is no API key"),
+        (["--max-context", "100", "--cache-mib", "1", "--slots", "0"], "slots"),
+        (["--port", "99999"], "port"),
+        (["--host", "203.0.113.1"], "cannot listen"),
+        (["--api-key-file", "/nonexistent"], "cannot read the keys"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(folder, arguments, words) -> None:
+    command = Command(folder, *arguments)
+    code, stderr = command.end()
+    assert code == 2
+    assert words in stderr
+    assert "hint:" in stderr
+
+
+def test_the_worker_dies_with_a_server_that_is_killed(folder) -> None:
+    command = Command(folder)
+    command.url()
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(command.process.pid)], capture_output=True, text=True, check=False
+    ).stdout.split()
+    assert children
+    command.process.kill()
+    command.end()
+    for child in children:
+        wait_until(lambda child=child: not _alive(int(child)), 5)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
