@@ -19,6 +19,7 @@ from normistral.cluster.ray_local import ray_running
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
 from normistral.runtime.model import load
+from normistral.serving.frames import Failure
 
 if TYPE_CHECKING:
     from normistral.cluster.batch import Engine, Workers
@@ -47,6 +48,7 @@ def answer_on_ray(job: Job, parts: list[Part], format: str, engine: Engine, work
                 f"{workers.count} workers of {threads} threads cannot share {cores} cores", "take fewer of either"
             )
         from ray.data import ActorPoolStrategy, DataContext, from_items
+        from ray.exceptions import RayError
 
         context = DataContext.get_current()
         context.enable_progress_bars = False
@@ -69,37 +71,45 @@ def answer_on_ray(job: Job, parts: list[Part], format: str, engine: Engine, work
                 num_cpus=threads,
             )
             for row in answered.iter_rows():
+                if row["failure"]:
+                    raise msgspec.json.decode(row["failure"], type=Failure).as_error()
                 on_row(int(row["answered"]))
-        except ray.exceptions.RayError as exc:
-            raise _translate(exc) from exc
+        except RayError as exc:
+            raise NormistralError(f"the workers failed: {first_line(exc)}", "see Ray's logs") from exc
 
 
 class _Worker:
-    """An actor of the pool: one model, loaded once."""
+    """An actor of the pool: one model, loaded once.
+
+    What goes wrong is told as data: out of an exception, Ray would make a text with a traceback.
+    """
 
     def __init__(self, job: Job, device: str, exact: bool, settings: dict[str, str]) -> None:
-        for path in (job.artifact, job.source, job.folder / JOB_NAME):
-            _require_shared(path)
         self._job = job
-        self._model = load(job.artifact, device=device, exact=exact, settings=settings)
+        self._failure: NormistralError | None = None
+        try:
+            for path in (job.artifact, job.source, job.folder / JOB_NAME):
+                _require_shared(path)
+            self._model = load(job.artifact, device=device, exact=exact, settings=settings)
+        except NormistralError as error:
+            self._failure = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        (encoded,) = batch["part"]
-        part = msgspec.json.decode(encoded, type=Part)
-        return {"answered": [sum(1 for _ in answer_part(self._model, self._job, part))]}
+        answered = 0
+        try:
+            if self._failure is not None:
+                raise self._failure
+            for encoded in batch["part"]:
+                answered += sum(1 for _ in answer_part(self._model, self._job, msgspec.json.decode(encoded, type=Part)))
+        except NormistralError as error:
+            failure = Failure.of(error)
+        except OSError as exc:
+            failure = Failure.of(NormistralError(f"cannot write in {self._job.folder}: {exc.strerror}", "make room"))
+        else:
+            failure = None
+        return {"answered": [answered], "failure": [b"" if failure is None else msgspec.json.encode(failure)]}
 
 
 def _require_shared(path: Path) -> None:
     if not path.exists():
         raise UsageError(f"this machine has no {path}", "keep artifact, input and output where every machine sees them")
-
-
-def _translate(exc: Exception) -> NormistralError:
-    """What a worker met, out of the exceptions in which Ray wraps it."""
-    cause: BaseException | None = exc
-    while cause is not None:
-        for inner in (cause, getattr(cause, "cause", None)):
-            if isinstance(inner, NormistralError):
-                return NormistralError(inner.message, inner.hint)
-        cause = cause.__cause__ or getattr(cause, "cause", None)
-    return NormistralError(f"the workers failed: {first_line(exc)}", "the same command goes on from what is answered")

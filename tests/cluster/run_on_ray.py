@@ -122,7 +122,7 @@ def test_a_killed_driver_goes_on_where_it_was(artifact, documents, known, tmp_pa
 def test_a_model_that_cannot_be_loaded_is_one_error(artifact, documents, tmp_path):
     command = job(artifact, documents, tmp_path / "out.jsonl", "--workers", "1", "--set", "NO_SUCH_SETTING=1")
     done = subprocess.run(command, capture_output=True, timeout=_PATIENCE_S, cwd=ROOT)
-    assert done.returncode == 1
+    assert done.returncode == 2
     *_, error, hint = done.stderr.decode().splitlines()
     assert error.startswith("error:")
     assert "NO_SUCH_SETTING" in error
