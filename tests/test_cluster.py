@@ -30,6 +30,7 @@ from normistral.cluster.journal import (
 from normistral.cluster.questions import check_instruction, fill, find_prompt
 from normistral.errors import NormistralError, UsageError
 from normistral.export.progress import NoProgress
+from normistral.runtime.structured.structure import Structure
 
 USER_MARKER = "<|im_start|> user\n"
 
@@ -484,3 +485,20 @@ def test_the_command_writes_the_answers_and_tells_what_became_of_them(tmp_path):
     first, second = read_lines(output)
     assert (first["id"], first["text"]) == (7, "Blåbær.")
     assert second["error"]["message"] == "the document has no text 'text'"
+
+
+def test_a_structure_belongs_to_the_job_and_holds_for_every_answer(tmp_path):
+    artifact = make_artifact(tmp_path / "artifact")
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "Ja eller nei?"}, {"prompt": "Og nå?"})
+    output = tmp_path / "ut.jsonl"
+    arguments = ["batch", str(artifact), str(source), str(output), "--choice", "ja", "--choice", "nei"]
+    done = subprocess.run(command(tmp_path, *arguments, answers=["kanskje"]), capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert {line["text"] for line in read_lines(output)} <= {"ja", "nei"}
+    identity = normistral.cluster.batch._identity(
+        artifact, "0", None, None, Engine(), {"structure": Structure.choice(["ja", "nei"])}
+    )
+    with open_journal(tmp_path / "b.jsonl", identity):
+        pass
+    with open_journal(tmp_path / "b.jsonl", identity):  # and is the same when it is asked again
+        pass

@@ -95,19 +95,21 @@ class _Worker:
             self._failure = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        answered = 0
+        answered, failure = 0, b""
         try:
             if self._failure is not None:
                 raise self._failure
             for encoded in batch["part"]:
                 answered += sum(1 for _ in answer_part(self._model, self._job, msgspec.json.decode(encoded, type=Part)))
         except NormistralError as error:
-            failure = Failure.of(error)
+            failure = _told(error)
         except OSError as exc:
-            failure = Failure.of(NormistralError(f"cannot write in {self._job.folder}: {exc.strerror}", "make room"))
-        else:
-            failure = None
-        return {"answered": [answered], "failure": [b"" if failure is None else msgspec.json.encode(failure)]}
+            failure = _told(NormistralError(f"cannot write in {self._job.folder}: {exc.strerror}", "make room"))
+        return {"answered": [answered], "failure": [failure]}
+
+
+def _told(error: NormistralError) -> bytes:
+    return msgspec.json.encode(Failure.of(error))
 
 
 def _require_shared(path: Path) -> None:

@@ -9,13 +9,17 @@ import typer
 
 from normistral.terminal.arguments import (
     Artifact,
+    Choice,
     Debug,
     Device,
     EngineSettings,
     Exact,
+    Grammar,
+    JsonSchema,
     MaxNewTokens,
     MaxReasoningTokens,
     MinP,
+    Regex,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -25,6 +29,7 @@ from normistral.terminal.arguments import (
     given,
     parse_settings,
 )
+from normistral.terminal.structures import read_structure
 
 
 def batch(
@@ -69,6 +74,10 @@ def batch(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
+    grammar: Grammar = None,
     max_reasoning_tokens: MaxReasoningTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what became of it as JSON.")] = False,
     debug: Debug = False,
@@ -103,6 +112,7 @@ def batch(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=None if stop is None else [console.decode_argument(text) for text in stop],
+            structure=read_structure(json_schema, regex, choice, grammar),
             max_reasoning_tokens=max_reasoning_tokens,
         ),
         as_json=as_json,
