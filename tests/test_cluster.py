@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_artifacts import make_manifest
 from scripted_cli import command, make_artifact
 from scripted_models import ANSWER_MARKER, END_OF_TURN, make_base_model, make_model, make_tokenizer
 from tiny_models import VOCABULARY
 
 import normistral.cluster.batch
-from normistral.cluster.batch import Engine, Workers, run_batch
+import normistral.cluster.one_by_one
+from normistral.cluster.batch import Workers, run_batch
 from normistral.cluster.cores import share_of_cores, threads_of_each
 from normistral.cluster.documents import Row, index_documents, read_document
-from normistral.cluster.job import MOST_BEGINNINGS, Job, answer_part, cut_parts
+from normistral.cluster.job import MOST_BEGINNINGS, Engine, Job, answer_part, cut_parts
 from normistral.cluster.journal import (
     PartJournal,
     begin_run,
@@ -27,10 +29,15 @@ from normistral.cluster.journal import (
     open_journal,
     parts_folder,
 )
+from normistral.cluster.one_by_one import OneByOne
 from normistral.cluster.questions import check_instruction, fill, find_prompt
-from normistral.errors import NormistralError, UsageError
+from normistral.cluster.together import Together
+from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.export.progress import NoProgress
+from normistral.runtime.chunks import Chunk, Timings
 from normistral.runtime.structured.structure import Structure
+from normistral.serving.backends.base import Progress
+from normistral.serving.served import ServedArtifact
 
 USER_MARKER = "<|im_start|> user\n"
 
@@ -86,13 +93,13 @@ def echo(tmp_path, monkeypatch):
         model.chat = watched
         return model
 
-    monkeypatch.setattr(normistral.cluster.batch, "load", load)
+    monkeypatch.setattr(normistral.cluster.one_by_one, "load", load)
     return asked
 
 
 @pytest.fixture
 def artifact(tmp_path):
-    return make_artifact(tmp_path / "artifact", context_length=400)
+    return make_artifact(tmp_path / "artifact", format="onnx", context_length=400)
 
 
 # documents
@@ -288,12 +295,12 @@ def test_what_another_job_left_is_refused(tmp_path, content):
 # parts and cores
 
 
-@given(st.integers(1, 3000), st.integers(1, 9))
-def test_every_row_is_in_one_part_and_no_worker_gets_too_much(count, workers):
-    parts = cut_parts([Row(number, 0) for number in range(count)], workers)
+@given(st.integers(1, 3000), st.integers(1, 9), st.booleans())
+def test_every_row_is_in_one_part_and_no_worker_gets_too_much(count, workers, together):
+    parts = cut_parts([Row(number, 0) for number in range(count)], workers, together=together)
     assert [row.number for part in parts for row in part.rows] == list(range(count))
     assert [part.number for part in parts] == list(range(len(parts)))
-    assert max(len(part.rows) for part in parts) <= max(1, count // workers // 16)
+    assert max(len(part.rows) for part in parts) <= max(1, count // workers // (4 if together else 16))
 
 
 def test_models_share_the_cores_and_never_more():
@@ -396,24 +403,23 @@ def test_another_question_is_another_job(tmp_path, artifact, echo):
 
 def test_a_row_that_takes_its_worker_down_is_given_up(tmp_path, artifact, echo):
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "farlig"}, {"prompt": "snill"})
-    (part,) = cut_parts(index_documents(source).rows, 1)[:1]
+    (part,) = cut_parts(index_documents(source).rows, 1, together=False)[:1]
     folder = tmp_path / "journal"
     folder.mkdir()
     job = Job(artifact, source, folder, begin_run(folder))
     for _ in range(MOST_BEGINNINGS):
         with PartJournal(folder, job.run, part.number) as journal:
             journal.begin(1)  # and then it died
-    model = normistral.cluster.batch.load(artifact)
-    list(answer_part(model, job, part))
+    list(answer_part(OneByOne(job, Engine()), job, part))
     _, lines = find_answers(folder)
     assert lines[1].error["message"] == "3 workers ended while they answered this row"
     assert echo == []
 
 
 def test_a_base_model_completes_prompts(tmp_path, monkeypatch):
-    artifact = make_artifact(tmp_path / "artifact", role="base", template=None)
+    artifact = make_artifact(tmp_path / "artifact", format="onnx", role="base", template=None)
     monkeypatch.setattr(
-        normistral.cluster.batch,
+        normistral.cluster.one_by_one,
         "load",
         lambda folder, **engine: make_base_model(tmp_path / "t", [" Oslo."], after="er"),
     )
@@ -422,6 +428,75 @@ def test_a_base_model_completes_prompts(tmp_path, monkeypatch):
     first, second = read_lines(tmp_path / "out.jsonl")
     assert first["text"] == " Oslo."
     assert "knows no conversation" in second["error"]["message"]
+
+
+class Juggler:
+    """A batch that ends its jobs from the last to the first, and says what it was told."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._jobs, self.most = tokenizer, {}, 0
+
+    def add(self, job):
+        if "refuse" in self._tokenizer.decode(job.prompt_ids):
+            raise UsageError("no", "never")
+        self._jobs[job.job_id] = job
+        self.most = max(self.most, len(self._jobs))
+
+    def step(self):
+        if not self._jobs:
+            return []
+        job_id, job = self._jobs.popitem()
+        said = self._tokenizer.decode(job.prompt_ids)
+        if "break" in said:
+            return [Progress(job_id, EngineError("broken"))]
+        timings = Timings(len(job.prompt_ids), 0, 0.1, 0.1, 2, 0.1)
+        return [
+            Progress(job_id, Chunk(f"{job.tenant}: ", 1, None, (), None, timings)),
+            Progress(job_id, Chunk(said, None, None, (), "stop", timings)),
+        ]
+
+
+def test_rows_computed_together_keep_their_answers_apart(tmp_path):
+    artifact = make_artifact(tmp_path / "artifact", role="base", template=None)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    prompts = [f"tekst {number}" for number in range(9)]
+    prompts[3], prompts[5], prompts[7] = "refuse", "break", "x" * 5000
+    source = write_lines(tmp_path / "in.jsonl", *({"id": n, "prompt": text} for n, text in enumerate(prompts)))
+    job = Job(artifact, source, tmp_path, begin_run(tmp_path))
+    served = ServedArtifact("tiny", artifact, make_manifest(context_length=400), tokenizer, 400, 399, load=None)
+    batch, begun = Juggler(tokenizer), []
+    lines = list(Together(job, batch, served, slots=3).answer_all(index_documents(source).rows, begun.append))
+    assert begun == list(range(1, 10))
+    assert batch.most == 3
+    assert sorted(line["row"] for line in lines) == begun
+    assert [line["row"] for line in lines] != begun
+    by_id = {line["id"]: line for line in lines}
+    for number in (0, 1, 2, 4, 6, 8):
+        assert by_id[number]["text"] == f"batch: {prompts[number]}"
+        assert by_id[number]["finish_reason"] == "stop"
+    assert [by_id[number]["error"]["type"] for number in (3, 5, 7)] == [
+        "UsageError",
+        "EngineError",
+        "ContextLengthError",
+    ]
+
+
+def test_an_engine_that_failed_ends_the_job_and_loses_no_answer(tmp_path, artifact, echo, monkeypatch):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "en"}, {"prompt": "to"}, {"prompt": "tre"})
+    output = tmp_path / "out.jsonl"
+    complete = OneByOne._complete
+
+    def fails(self, document):
+        if document["prompt"] == "to":
+            raise EngineError("out of memory")
+        return complete(self, document)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OneByOne, "_complete", fails)
+        with pytest.raises(EngineError):
+            run_batch(artifact, source, output)
+    assert run_batch(artifact, source, output).found == 1
+    assert echo == ["en", "to", "tre"]
 
 
 @pytest.mark.parametrize(
@@ -473,7 +548,7 @@ def test_without_ray_the_error_names_the_extra(tmp_path, artifact, monkeypatch):
 
 
 def test_the_command_writes_the_answers_and_tells_what_became_of_them(tmp_path):
-    artifact = make_artifact(tmp_path / "artifact")
+    artifact = make_artifact(tmp_path / "artifact", format="onnx")
     source = write_lines(tmp_path / "in.jsonl", {"id": 7, "text": "Kjære Åse"}, {"id": 8})
     output = tmp_path / "ut.jsonl"
     arguments = ["batch", str(artifact), str(source), str(output), "--instruction", "Svar på {text}", "--json"]
@@ -488,7 +563,7 @@ def test_the_command_writes_the_answers_and_tells_what_became_of_them(tmp_path):
 
 
 def test_a_structure_belongs_to_the_job_and_holds_for_every_answer(tmp_path):
-    artifact = make_artifact(tmp_path / "artifact")
+    artifact = make_artifact(tmp_path / "artifact", format="onnx")
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "Ja eller nei?"}, {"prompt": "Og nå?"})
     output = tmp_path / "ut.jsonl"
     arguments = ["batch", str(artifact), str(source), str(output), "--choice", "ja", "--choice", "nei"]

@@ -10,30 +10,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normistral import store
-from normistral.cluster.documents import index_documents
-from normistral.cluster.job import Job, OnRow, Part, answer_part, cut_parts
+from normistral.cluster.answerers import fits_together, has_genai, open_answerer
+from normistral.cluster.documents import Row, index_documents
+from normistral.cluster.job import Engine, Job, OnRow, Part, answer_part, cut_parts
 from normistral.cluster.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
 from normistral.cluster.questions import check_instruction
 from normistral.errors import NormistralError, UsageError
 from normistral.export.progress import NoProgress, Progress
 from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest, sha256_file
-from normistral.runtime.model import load
 from normistral.runtime.options import require_applicable, resolve_options
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """How the model is loaded, in every worker; as `normistral.load` takes it."""
-
-    device: str = "CPU"
-    exact: bool = False
-    settings: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +72,8 @@ def run_batch(
     *,
     instruction: str | None = None,
     system: str | None = None,
-    engine: Engine = Engine(),
-    workers: Workers = Workers(),
+    engine: Engine | None = None,
+    workers: Workers | None = None,
     force: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -93,6 +84,7 @@ def run_batch(
         source: a JSONL file, or a folder of texts.
         instruction: what to ask, with {fields} of the document; None takes the document's own "prompt" or "messages".
         system: system message.
+        engine, workers: None is the default of each.
         force: replace OUTPUT.
         options: fields of `GenerationConfig`.
 
@@ -102,7 +94,7 @@ def run_batch(
             call goes on from there.
     """
     started = time.perf_counter()
-    progress = progress or NoProgress()
+    engine, workers, progress = engine or Engine(), workers or Workers(), progress or NoProgress()
     folder, source, output = store.resolve_artifact(str(artifact)).absolute(), Path(source).absolute(), Path(output)
     output = output.absolute()
     manifest = read_manifest(folder)
@@ -119,8 +111,10 @@ def run_batch(
         if answered:
             progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
         if missing:
+            if fits_together(manifest, engine) and not has_genai():
+                progress.note('one after the other: pip install "normistral[serve]" lets it compute many together')
             with progress.stage("answering", total=len(missing), unit="documents") as stage:
-                _answer(job, cut_parts(missing, workers.count or 1), manifest, engine, workers, stage.advance)
+                _answer(job, missing, manifest, engine, workers, stage.advance)
         places, lines = find_answers(parts)
         lost = [row.number for row in index.rows if row.number not in places]
         if lost:
@@ -144,16 +138,16 @@ def run_batch(
     )
 
 
-def _answer(job: Job, parts: list[Part], manifest: Manifest, engine: Engine, workers: Workers, on_row: OnRow) -> None:
+def _answer(job: Job, rows: list[Row], manifest: Manifest, engine: Engine, workers: Workers, on_row: OnRow) -> None:
     if workers.count is not None:
         from normistral.cluster.ray_data import answer_on_ray
 
+        parts = cut_parts(rows, workers.count, together=fits_together(manifest, engine))
         answer_on_ray(job, parts, manifest.format, engine, workers, on_row)
         return
-    with load(job.artifact, device=engine.device, exact=engine.exact, settings=engine.settings) as model:
-        for part in parts:
-            for _ in answer_part(model, job, part):
-                on_row(1)
+    with closing(open_answerer(job, engine)) as answerer:
+        for _ in answer_part(answerer, job, Part(0, rows)):
+            on_row(1)
 
 
 def _check(
@@ -196,6 +190,7 @@ def _identity(
         "system": system,
         "device": engine.device,
         "exact": engine.exact,
-        "settings": dict(engine.settings or {}),
+        "settings": dict(engine.settings),
+        "batching": engine.batching,
         "options": options,
     }

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from normistral.cluster.documents import Document, Row, read_document
+from normistral.cluster.documents import Document, Row
 from normistral.cluster.journal import PartJournal
-from normistral.cluster.questions import find_prompt
-from normistral.errors import NormistralError, UsageError, first_line
+from normistral.errors import NormistralError, first_line
 from normistral.runtime.chunks import Completion
-from normistral.runtime.model import Model
+from normistral.serving.backends.settings import Batching
 
 MOST_BEGINNINGS = 3  # so often a row may take its worker down with it, and no more
 _MOST_ROWS_A_PART = 64
-_PARTS_A_WORKER = 16
+_FEW_PARTS, _MANY_PARTS = 4, 16  # of each worker, at least
+
+Line = dict[str, Any]
+Begin = Callable[[int], None]
+"""Told the number of a row before it is worked on."""
+OnRow = Callable[[int], None]
+"""Told how many rows more are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """How the model is loaded, in every worker; as `normistral.load` takes it.
+
+    Attributes:
+        batching: "auto" computes many answers together where the engine can (OpenVINO on the CPU, with the extra
+            `serve`); "off" writes one after the other.
+    """
+
+    device: str = "CPU"
+    exact: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
+    batching: Batching = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,87 +61,77 @@ class Job:
 
 
 class Part(NamedTuple):
-    """Rows that one worker answers one after the other."""
+    """Rows that one worker answers."""
 
     number: int
     rows: list[Row]
 
 
-def cut_parts(rows: Sequence[Row], workers: int) -> list[Part]:
-    """Pieces small enough that no worker is left alone with much at the end, and not more than needed for that."""
-    size = max(1, min(_MOST_ROWS_A_PART, len(rows) // (workers * _PARTS_A_WORKER)))
+class Answerer(Protocol):
+    """A loaded model that answers rows."""
+
+    def answer_all(self, rows: Sequence[Row], begin: Begin) -> Iterator[Line]:
+        """The line about each row, in the order in which they are done: its answer, or the error that it met.
+
+        Raises:
+            EngineError: the engine failed; what was given so far holds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...
+
+
+def cut_parts(rows: Sequence[Row], workers: int, *, together: bool) -> list[Part]:
+    """Pieces small enough that no worker is left alone with much at the end, and not more than needed for that.
+
+    Args:
+        together: the rows of a part are computed together, so that they should be several.
+    """
+    share = len(rows) // (workers * (_FEW_PARTS if together else _MANY_PARTS))
+    size = max(1, min(_MOST_ROWS_A_PART, share))
     return [Part(number, list(rows[start : start + size])) for number, start in enumerate(range(0, len(rows), size))]
 
 
-def answer_part(model: Model, job: Job, part: Part) -> Iterator[int]:
+def answer_part(answerer: Answerer, job: Job, part: Part) -> Iterator[int]:
     """Answer the rows of a part that nobody has answered yet; gives each row's number once its answer is on disk."""
     with PartJournal(job.folder, job.run, part.number) as journal:
-        answerer = Answerer(model, job)
-        for row in part.rows:
-            if row.number not in journal.answered:
-                if journal.begun[row.number] >= MOST_BEGINNINGS:
-                    journal.finish(_failure(row, {}, _gave_up()))
-                else:
-                    journal.begin(row.number)
-                    journal.finish(answerer.answer(row))
+        yield from sorted(journal.answered)
+        missing = [row for row in part.rows if row.number not in journal.answered]
+        hopeless = [row for row in missing if journal.begun[row.number] >= MOST_BEGINNINGS]
+        for row in hopeless:
+            journal.finish(failure_line(row, {}, _gave_up()))
             yield row.number
+        for line in answerer.answer_all([row for row in missing if row not in hopeless], journal.begin):
+            journal.finish(line)
+            yield line["row"]
 
 
-class Answerer:
-    """Answers documents; what they begin with in common, such as an instruction, is computed once."""
-
-    def __init__(self, model: Model, job: Job) -> None:
-        self._model, self._job = model, job
-        self._chat = None if model.manifest.template is None else model.chat()
-
-    def answer(self, row: Row) -> dict[str, Any]:
-        """The line about a row: its answer, or the error that it met; a bad row stops nothing."""
-        document: Document = {}
-        try:
-            document = read_document(self._job.source, row)
-            completion = self._complete(document)
-        except Exception as exc:
-            return _failure(row, document, exc)
-        timings = completion.timings
-        return (
-            _heading(row, document)
-            | {"text": completion.text}
-            | ({"reasoning": completion.reasoning} if completion.reasoning else {})
-            | {"finish_reason": completion.finish_reason}
-            | {"prompt_tokens": timings.prompt_tokens, "new_tokens": timings.new_tokens}
-        )
-
-    def _complete(self, document: Document) -> Completion:
-        prompt = find_prompt(document, self._job.instruction)
-        if self._chat is None:
-            if not isinstance(prompt, str):
-                raise UsageError(f"{self._model.name} is a base model and knows no conversation", 'give "prompt"')
-            return self._model.generate(prompt, **self._job.options)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if self._job.system is not None:
-            if messages[0]["role"] == "system":
-                raise UsageError("the document has a system message of its own", "leave --system out, or take it out")
-            messages = [{"role": "system", "content": self._job.system}, *messages]
-        self._chat.replace(messages[:-1])
-        return self._chat.send(messages[-1]["content"], **self._job.options)
+def answer_line(row: Row, document: Document, completion: Completion) -> Line:
+    """A document's answer."""
+    return (
+        _heading(row, document)
+        | {"text": completion.text}
+        | ({"reasoning": completion.reasoning} if completion.reasoning else {})
+        | {"finish_reason": completion.finish_reason}
+        | {"prompt_tokens": completion.timings.prompt_tokens, "new_tokens": completion.timings.new_tokens}
+    )
 
 
-def _heading(row: Row, document: Document) -> dict[str, Any]:
-    return {"row": row.number} | ({"id": document["id"]} if "id" in document else {})
-
-
-def _failure(row: Row, document: Document, exc: Exception) -> dict[str, Any]:
+def failure_line(row: Row, document: Document, exc: Exception) -> Line:
+    """The error that a document met."""
     error = {"type": type(exc).__name__, "message": first_line(exc)}
     if isinstance(exc, NormistralError) and exc.hint:
         error["hint"] = exc.hint
     return _heading(row, document) | {"error": error}
 
 
+def _heading(row: Row, document: Document) -> Line:
+    return {"row": row.number} | ({"id": document["id"]} if "id" in document else {})
+
+
 def _gave_up() -> NormistralError:
     return NormistralError(
         f"{MOST_BEGINNINGS} workers ended while they answered this row", "see how much memory a worker needs and has"
     )
-
-
-OnRow = Callable[[int], None]
-"""Told how many rows more are done."""

@@ -65,6 +65,20 @@ def find_prompt(document: Document, instruction: str | None) -> str | Messages:
     return prompt
 
 
+def with_system(prompt: str | Messages, system: str | None) -> Messages:
+    """The whole conversation.
+
+    Raises:
+        UsageError: it has a system message already.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if system is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise UsageError("the document has a system message of its own", "leave --system out, or take it out")
+    return [{"role": "system", "content": system}, *messages]
+
+
 def _is_message(message: object) -> bool:
     return (
         isinstance(message, dict)

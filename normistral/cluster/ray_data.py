@@ -7,22 +7,23 @@ the part again; the journal tells what of that part is done.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from normistral.cluster.answerers import open_answerer
 from normistral.cluster.cores import share_of_cores, threads_of_each
-from normistral.cluster.job import Job, OnRow, Part, answer_part
+from normistral.cluster.job import Engine, Job, OnRow, Part, answer_part
 from normistral.cluster.journal import JOB_NAME
 from normistral.cluster.ray_local import ray_running
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
-from normistral.runtime.model import load
 from normistral.serving.frames import Failure
 
 if TYPE_CHECKING:
-    from normistral.cluster.batch import Engine, Workers
+    from normistral.cluster.batch import Workers
 
 # Two parts wait at each worker, so that none stands still between them; more would be missing elsewhere at the end.
 _PARTS_AT_A_WORKER = 2
@@ -54,7 +55,7 @@ def answer_on_ray(job: Job, parts: list[Part], format: str, engine: Engine, work
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        settings = share_of_cores(format, engine.device, threads, engine.settings or {})
+        settings = share_of_cores(format, engine.device, threads, engine.settings)
         try:
             answered = from_items(
                 [{"part": msgspec.json.encode(part)} for part in parts], override_num_blocks=len(parts)
@@ -62,9 +63,8 @@ def answer_on_ray(job: Job, parts: list[Part], format: str, engine: Engine, work
                 _Worker,
                 fn_constructor_kwargs={
                     "job": job,
-                    "device": engine.device,
-                    "exact": engine.exact,
-                    "settings": settings,
+                    "engine": replace(engine, settings=settings),
+                    "workers": workers.count,
                 },
                 batch_size=1,
                 compute=ActorPoolStrategy(size=workers.count, max_tasks_in_flight_per_actor=_PARTS_AT_A_WORKER),
@@ -84,13 +84,13 @@ class _Worker:
     What goes wrong is told as data: out of an exception, Ray would make a text with a traceback.
     """
 
-    def __init__(self, job: Job, device: str, exact: bool, settings: dict[str, str]) -> None:
+    def __init__(self, job: Job, engine: Engine, workers: int) -> None:
         self._job = job
         self._failure: NormistralError | None = None
         try:
             for path in (job.artifact, job.source, job.folder / JOB_NAME):
                 _require_shared(path)
-            self._model = load(job.artifact, device=device, exact=exact, settings=settings)
+            self._answerer = open_answerer(job, engine, workers)
         except NormistralError as error:
             self._failure = error
 
@@ -100,7 +100,8 @@ class _Worker:
             if self._failure is not None:
                 raise self._failure
             for encoded in batch["part"]:
-                answered += sum(1 for _ in answer_part(self._model, self._job, msgspec.json.decode(encoded, type=Part)))
+                part = msgspec.json.decode(encoded, type=Part)
+                answered += sum(1 for _ in answer_part(self._answerer, self._job, part))
         except NormistralError as error:
             failure = _told(error)
         except OSError as exc:

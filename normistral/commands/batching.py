@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from normistral.serving.backends.settings import Batching
 from normistral.terminal.arguments import (
     Artifact,
     Choice,
@@ -62,6 +63,10 @@ def batch(
         str | None,
         typer.Option(metavar="ADDRESS", help="A Ray cluster that is running. Default: one on this machine, for now."),
     ] = None,
+    batching: Annotated[
+        Batching,
+        typer.Option(help="auto computes many answers together where the engine can; off writes one after the other."),
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
     exact: Exact = False,
     device: Device = "CPU",
@@ -87,7 +92,8 @@ def batch(
     OUTPUT has a line of JSON for each, in their order: its answer, or the error that it met. Until all are done, the
     answers are kept beside it in OUTPUT.parts: after a kill or a crash, the same command goes on from there.
     """
-    from normistral.cluster.batch import Engine, Workers
+    from normistral.cluster.batch import Workers
+    from normistral.cluster.job import Engine
     from normistral.terminal import console
     from normistral.terminal.batching import answer_documents
 
@@ -100,7 +106,7 @@ def batch(
         output,
         instruction=decoded(instruction),
         system=decoded(system),
-        engine=Engine(device, exact, parse_settings(engine_settings)),
+        engine=Engine(device, exact, parse_settings(engine_settings), batching),
         workers=Workers(workers, threads, ray),
         force=force,
         options=given(

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from normistral.cluster.batch import Engine, Summary, Workers, run_batch
+from normistral.cluster.batch import Summary, Workers, run_batch
+from normistral.cluster.job import Engine
 from normistral.terminal.console import print_json, say, warn
 from normistral.terminal.progress import show_progress
 
