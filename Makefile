@@ -20,13 +20,16 @@ export NORMISTRAL_PROMPT
 endif
 unexport PROMPT
 
-.PHONY: help chat test test-browser test-lm-eval compare-lm-eval test-cluster run-on-ray check format clean
+.PHONY: help chat test test-browser test-clients test-faults test-fuzz test-lm-eval compare-lm-eval test-cluster run-on-ray check format clean
 .SUFFIXES:
 
 help:
 	@echo 'make chat [PROMPT="..."]   talk to the demo model; with PROMPT, print one answer'
 	@echo 'make test [ARGS="..."]     run the tests (ARGS goes to pytest)'
 	@echo 'make test-browser          try the chat page in a real browser (needs a Chromium; CHROMIUM=PATH names it)'
+	@echo 'make test-clients          talk to the server with openai, langchain-openai and llm'
+	@echo 'make test-faults           do to the server what nobody should'
+	@echo 'make test-fuzz             requests made up from the description of the API (schemathesis)'
 	@echo 'make test-lm-eval          compare with lm-evaluation-harness, in an environment of its own (2 GB)'
 	@echo 'make test-cluster          batch jobs and replicas on a real Ray, in an environment of its own (3 GB)'
 	@echo 'make check                 formatting, lint, types, import directions'
@@ -50,6 +53,15 @@ test-browser: $(DEMO)/normistral.json $(VENV)/.ready-dev .venv-browser/.ready
 	@rm -rf .venv-browser && $(RUN) -m venv .venv-browser >&2
 	@.venv-browser/bin/python -m pip install --quiet playwright==1.65.2 "pytest>=9,<10" >&2
 	@touch $@
+
+test-clients: $(VENV)/.ready-clients $(DEMO)/normistral.json
+	@$(RUN) tests/clients.py $(DEMO)
+
+test-faults: $(VENV)/.ready-dev $(DEMO)/normistral.json
+	@$(RUN) tests/show_faults.py $(DEMO)
+
+test-fuzz: $(VENV)/.ready-clients
+	@$(RUN) tests/fuzz_api.py $(ARGS)
 
 # The harness brings 430 MB that nothing else here needs, and pulls at the same packages as the export tools.
 test-lm-eval:
@@ -96,6 +108,13 @@ $(VENV)/.ready-dev: $(VENV)/.ready-export
 	@echo "installing the test and lint tools into $(VENV)" >&2
 	@touch $(VENV)/.unfinished
 	@$(RUN) -m pip install --quiet --editable ".[dev]" >&2
+	@rm $(VENV)/.unfinished
+	@touch $@
+
+$(VENV)/.ready-clients: $(VENV)/.ready-dev
+	@echo "installing clients of the server into $(VENV)" >&2
+	@touch $(VENV)/.unfinished
+	@$(RUN) -m pip install --quiet --editable ".[dev,clients]" >&2
 	@rm $(VENV)/.unfinished
 	@touch $@
 

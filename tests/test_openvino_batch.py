@@ -312,13 +312,23 @@ def test_other_options_are_none_that_this_knows():
 
 
 def test_prefixes_are_kept_for_one_tenant_only(artifact):
-    batch = open_exact(artifact, replace(SETTINGS, one_tenant=True))
-    ids = prompts(1, 100)[0]
-    answer(batch, job("a", ids, tenant="one"))
+    """A prompt of 96 tokens takes three steps of 32 until its first token, or one if it was in a cache."""
+    asked = [np.random.default_rng(seed).integers(5, 200, 96).tolist() for seed in range(30)]
+
+    def count_steps(batch, ids, tenant):
+        batch.add(job("a", ids, tenant=tenant, max_new_tokens=1))
+        return next(steps for steps in range(1, 9) if batch.step())
+
+    options = {"given": {"prefill_chunk": "31"}}  # and a token for the one job
+    kept = open_exact(artifact, replace(SETTINGS, slots=1, one_tenant=True), **options)
+    assert {(count_steps(kept, ids, "one"), count_steps(kept, ids, "one")) for ids in asked} == {(3, 1)}
     with pytest.raises(UsageError, match="for one tenant"):
-        batch.add(job("b", ids, tenant="another"))
-    assert answer(batch, job("c", ids, tenant="one"))["c"].finish_reason is not None
-    batch.close()
+        kept.add(job("b", asked[0], tenant="another"))
+    assert kept.idle
+    kept.close()
+    apart = open_exact(artifact, replace(SETTINGS, slots=1), **options)
+    assert {(count_steps(apart, ids, "one"), count_steps(apart, ids, "another")) for ids in asked} == {(3, 3)}
+    apart.close()
 
 
 def test_an_error_of_the_pipeline_ends_those_it_was_computing_and_no_others(artifact, model, monkeypatch):
@@ -379,7 +389,7 @@ def test_what_cannot_be_computed_together_goes_through_the_library(artifact, mod
     assert finish(created.batch) == {}
     created.batch.close()
     turns = create_batch(artifact, "CPU", replace(SETTINGS, batching="off"), exact=True, engine_settings={})
-    assert turns.batching == "turns"
+    assert turns.batching == "in turns"
     turns.batch.close()
 
 
@@ -397,7 +407,9 @@ batch = open_openvino_batch(folder, read_manifest(folder), BatchSettings("auto",
 batch.add(Job("a", [7, 8, 9], GenerationConfig(max_new_tokens=3), "x"))
 while not batch.idle:
     batch.step()
-batch.close()
+batch.add(Job("b", [7, 8, 9], GenerationConfig(max_new_tokens=100, ignore_eos=True), "x"))
+batch.step()
+batch.close()  # in the middle of an answer
 """
 
 

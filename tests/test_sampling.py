@@ -95,6 +95,20 @@ def test_repetition_penalty_reaches_prompt_and_answer():
     assert [sampler.sample(LOGITS) for _ in range(3)] == [2, 1, 1]  # 3/2 < 2; then 2/2 < 3/2
 
 
+def test_the_smallest_temperature_there_is_takes_the_most_likely_token():
+    config = GenerationConfig(temperature=5e-324, top_p=5e-324, seed=0)
+    assert Sampler(config, []).sample(np.array([0.0, 400.0, 3.0], np.float32)) == 1
+
+
 def test_logits_that_are_not_finite_are_an_error():
     with pytest.raises(EngineError, match="not finite"):
         Sampler(GenerationConfig(), []).sample(np.array([np.nan, 1.0], np.float32))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 50.0}, {"temperature": 50.0, "top_k": 3}, {"temperature": 1e-9}]
+)
+def test_only_what_is_allowed_is_drawn(options):
+    allowed = np.array([True, False, False, True] + [False] * (len(LOGITS) - 4))
+    sampler = Sampler(GenerationConfig(**options, seed=1, repetition_penalty=1.1), [0, 1])
+    assert {sampler.sample(LOGITS, allowed) for _ in range(200)} <= {0, 3}

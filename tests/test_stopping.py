@@ -46,3 +46,16 @@ def test_chunking_does_not_matter(pieces, stops):
     if not stopped or len(stops) == 1:
         assert shown == expected[0]
     assert not any(stop in shown for stop in stops)
+
+
+def test_where_the_text_may_not_end_a_stop_text_is_text():
+    read = []
+
+    def may_end(piece):
+        read.append(piece)
+        return "".join(read).count("a") >= 2
+
+    stop_texts = StopTexts(["--", "-x"], may_end)
+    shown = [stop_texts.push(piece) for piece in ["a-", "-b-", "-a--"]]
+    assert shown == [("a", False), ("--b", False), ("--a", True)]
+    assert "".join(read) == "a--b--a"  # each character once, in order

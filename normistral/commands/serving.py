@@ -102,6 +102,7 @@ def serve(
         EngineOptions,
         allowed_hosts,
         choose_keys,
+        describe_model,
         describe_server,
         describe_start,
         open_artifacts,
@@ -119,7 +120,13 @@ def serve(
             if as_json:
                 print(json.dumps(describe_start(served, limits, listener)), flush=True)
 
-        server = ApiServer(app, announce, lambda: console.say("ready"))
+        def announce_ready() -> None:
+            for name, model in server.service.models.items():
+                if model.worker.loaded is not None:
+                    console.say(describe_model(name, model.worker.loaded))
+            console.say("ready")
+
+        server = ApiServer(app, announce, announce_ready)
         server.run([listener])
     if server.failure is not None:
         raise server.failure

@@ -12,11 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from normistral.runtime.chunks import Chunk, FinishReason, Timings
 from normistral.runtime.drafting.decoder import Decoder
+from normistral.runtime.drafting.pacing import MOST_DRAFTED
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sampling import Sampler, log_softmax
@@ -96,7 +98,8 @@ def generate_tokens(
         if constraint is not None and not (forced or certain):
             certain.extend(constraint.certain())
         most = room - generated - 1
-        logits = None if limits.cancelled() else decoder.step(token_id, most, list(certain)[:most])
+        together = list(islice(certain, min(most, MOST_DRAFTED)))  # few at a time: each has logits of its own
+        logits = None if limits.cancelled() else decoder.step(token_id, most, together)
 
 
 def stream_text(steps: Iterator[TokenStep], text: TextStream) -> Iterator[Chunk]:

@@ -78,8 +78,9 @@ def most_likely(logits: Logits, temperature: float, top_k: int) -> tuple[NDArray
         ids = ids[np.argsort(-logits[ids], kind="stable")]
     else:
         ids = np.argsort(-logits, kind="stable")
-    scaled = logits[ids].astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled[0])
+    below_best = logits[ids].astype(np.float64) - float(logits[ids[0]])
+    with np.errstate(over="ignore"):  # next to 0 the temperature leaves nothing but the best
+        weights = np.exp(below_best / temperature)
     return ids, weights / weights.sum()
 
 

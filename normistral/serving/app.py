@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import normistral
@@ -59,6 +59,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # both load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     app.openapi = lambda: describe_api(app, service, keys)  # type: ignore[method-assign]
@@ -85,7 +86,9 @@ def _add_looking(app: FastAPI, service: Service) -> None:
             raise unavailable("stopping" if service.stopping else "not loaded yet", code="not_ready", retry_after_s=2)
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=error_responses(401))
+    @app.get(
+        "/metrics", response_class=Response, responses=error_responses(401) | {200: {"content": {"text/plain": {}}}}
+    )
     async def metrics() -> Response:
         """Figures in Prometheus' text format."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

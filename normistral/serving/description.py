@@ -22,7 +22,13 @@ def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:
         properties = schemas[name]["properties"]
         properties["model"]["enum"] = list(service.models)
         _bound(properties["n"], "maximum", service.limits.choices)
-    schemas["ChatCompletionRequest"]["properties"]["messages"]["maxItems"] = service.limits.messages
+        if not any(model.served.manifest.reasoning for model in service.models.values()):
+            properties["max_reasoning_tokens"] = {"type": "null", "description": "No model here thinks aloud."}
+    chat = schemas["ChatCompletionRequest"]
+    chat["properties"]["messages"]["maxItems"] = service.limits.messages
+    _require_with(chat, "top_logprobs", {"type": "integer", "minimum": 1}, "logprobs")
+    for name in _REQUESTS:
+        _require_with(schemas[name], "stream_options", {"type": "object"}, "stream")
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation.get("responses", {}).pop("422", None)  # FastAPI's own; here it is 400
@@ -33,6 +39,16 @@ def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:
     if keys:
         document["components"]["securitySchemes"] = {_SCHEME: {"type": "http", "scheme": "bearer"}}
     return document
+
+
+def _require_with(schema: dict[str, Any], field: str, given: dict[str, Any], switch: str) -> None:
+    """Say that a field asks for another one that is true."""
+    schema.setdefault("allOf", []).append(
+        {
+            "if": {"properties": {field: given}, "required": [field]},
+            "then": {"properties": {switch: {"const": True}}, "required": [switch]},
+        }
+    )
 
 
 def _bound(schema: dict[str, Any], name: str, value: int) -> None:

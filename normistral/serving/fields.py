@@ -29,21 +29,22 @@ class Only:
         return core_schema.no_info_before_validator_function(self._check, handler(source))
 
     def _check(self, value: Any) -> Any:
-        if value is None or (value == self.neutral and not isinstance(value, bool)):
+        if value is None or (value == self.neutral and isinstance(value, bool) == isinstance(self.neutral, bool)):
             return value
         raise ValueError(self.why)
 
 
 NoPenalty = Annotated[
-    float | None,
+    Annotated[float, Field(ge=0, le=0)] | None,
     Only("only 0 is possible; there is repetition_penalty", 0),
-    Field(ge=0, le=0, description="Only 0; there is `repetition_penalty`."),
+    Field(description="Only 0; there is `repetition_penalty`."),
 ]
 NoBias = Annotated[
-    dict[str, float] | None,
+    Annotated[dict[str, float], Field(max_length=0)] | None,
     Only("tokens cannot be biased here", {}),
-    Field(max_length=0, description="Only empty."),
+    Field(description="Only empty."),
 ]
+NeverTrue = Annotated[Literal[False] | None, Only("this cannot be switched on", False)]
 StopTexts = (
     Annotated[str, Field(min_length=1)]
     | Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=_STOPS)]
@@ -87,7 +88,7 @@ class StructuredOutputs(Strict):
 
     json_schema: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
     regex: str | None = None
-    choice: Annotated[list[str] | None, Field(fail_fast=True)] = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, min_length=1)] | None = None
     grammar: str | None = Field(None, description="In llguidance's dialect of Lark.")
     json_object: bool | None = None
 
@@ -127,7 +128,7 @@ class CommonRequest(Strict):
     logit_bias: NoBias = None
     user: str | None = Field(None, description="Not used.")
     metadata: dict[str, str] | None = Field(None, description="Not used.")
-    store: Literal[False] | None = Field(None, description="Nothing is ever stored.")
+    store: NeverTrue = Field(None, description="Nothing is ever stored.")
     service_tier: str | None = Field(None, description="Not used.")
     safety_identifier: str | None = Field(None, description="Not used.")
     prompt_cache_key: str | None = Field(None, description="Not used: beginnings are found by their tokens.")

@@ -49,6 +49,7 @@ class Loaded(msgspec.Struct, tag=True):
         slots: jobs that may be under way at once.
         engine, device, settings: as its capabilities say.
         batching: how its jobs share it.
+        cache_tokens, cache_bytes: what the KV caches of all its jobs hold at most, and take for it.
     """
 
     slots: int
@@ -56,6 +57,8 @@ class Loaded(msgspec.Struct, tag=True):
     device: str
     settings: dict[str, str]
     batching: str
+    cache_tokens: int
+    cache_bytes: int
 
 
 class Failure(msgspec.Struct, tag=True):

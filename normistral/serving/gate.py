@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _LINGER_S = 2.0  # that a refused body is still taken, so that its sender reads the refusal and no reset
 _PROTECTED = ("/v1/", "/metrics")
+_JSON_PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
 class Gate:
@@ -64,6 +65,8 @@ class Gate:
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(answer.status)).inc()
+            seconds = time.monotonic() - scope["state"]["began"]
+            logger.debug("%s: %s %d in %.3f s", scope["state"]["request_id"], route, answer.status, seconds)
 
     async def _check(self, scope: Scope, receive: Receive) -> Receive:
         """Raises ApiError for what is refused; otherwise reads the body."""
@@ -78,7 +81,7 @@ class Gate:
         if length.isdecimal() and int(length) > self._limits.body_bytes:
             raise self._too_large()
         body = await self._read(receive)
-        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+        if scope["method"] == "POST" and scope["path"] in _JSON_PATHS:
             self._require_json(headers, body)
         return _replay(body, receive)
 

@@ -25,14 +25,11 @@ class Arrival(NamedTuple):
 
 
 class Generation:
-    """Jobs under way for one request. Use it as a context manager: leaving gives up what is not finished.
+    """Jobs of one request. Whoever begins it closes it.
 
     Args:
         model: name, for the metrics.
         began: `time.monotonic()` when the request came.
-
-    Raises (on entering):
-        ApiError: as `Admission.submit`.
     """
 
     def __init__(
@@ -47,15 +44,17 @@ class Generation:
         self._jobs, self._admission, self._limits = jobs, admission, limits
         self._metrics, self._model, self._began = metrics, model, began
         self._index = {job.job_id: index for index, job in enumerate(jobs)}
-        self._open = set(self._index)
+        self._open: set[str] = set()  # handed in and not ended
         self._started: set[str] = set()
         self._arrived: asyncio.Queue[tuple[int, Outcome]] = asyncio.Queue()
 
-    def __enter__(self) -> Generation:
+    def begin(self) -> None:
+        """Hand in the jobs; raises ApiError as `Admission.submit`."""
         self._admission.submit(self._jobs, self._deliver)
-        return self
+        self._open = set(self._index)
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Give up what is not finished."""
         for job_id in list(self._open):
             self._open.discard(job_id)
             self._admission.cancel(job_id)
@@ -97,7 +96,7 @@ class Generation:
         else:
             self._open.discard(job_id)
         if self._arrived.qsize() >= self._limits.backlog:
-            self.__exit__()
+            self.close()
             outcome = ApiError(408, "the answer was not read in time", code="reader_too_slow")
         self._arrived.put_nowait((self._index[job_id], outcome))
 

@@ -65,7 +65,7 @@ def _logprobs(body: CommonRequest) -> int | None:
     if isinstance(body, CompletionRequest):
         return body.logprobs
     assert isinstance(body, ChatCompletionRequest)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     return (body.top_logprobs or 0) if body.logprobs else None
 

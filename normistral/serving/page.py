@@ -42,7 +42,7 @@ def load_page() -> Page:
         {
             "content-type": "text/html; charset=utf-8",
             "content-security-policy": policy,
-            "cache-control": "no-cache",
+            "cache-control": "no-store",  # going back does not show a conversation that was left
             "referrer-policy": "no-referrer",
             "x-content-type-options": "nosniff",
             "cross-origin-opener-policy": "same-origin",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -19,15 +20,23 @@ from normistral.serving.options import count_choices, read_options, require_stre
 from normistral.serving.responses import ChatCompletion, ErrorAnswer, TextCompletion
 from normistral.serving.schemas import ChatCompletionRequest, CompletionRequest
 from normistral.serving.served import ServedArtifact
-from normistral.serving.service import ServedModel, Service
+from normistral.serving.service import Service
 from normistral.serving.streams import Events, EventStream, unless_gone
 from normistral.serving.tally import Envelope
 
 router = APIRouter()
 
 Prepared = list[tuple[list[int], GenerationConfig]]
+Arrivals = AsyncIterator[Arrival]
+Document = Coroutine[Any, Any, dict[str, Any]]
 
-_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: true."}}}
+_EVENT = {
+    "type": "object",
+    "description": "With stream: true. The data of an event is a chunk of the answer as JSON, or an error; or [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+_STREAM = {"text/event-stream": {"schema": _EVENT}}
 _STATUSES = {
     400: "The request is wrong, or does not fit.",
     401: "No API key, or an unknown one.",
@@ -117,17 +126,13 @@ def _wants_usage(body: CommonRequest) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)
 
 
-def _stream(generation: Generation, make_events: Any, service: Service) -> Response:
-    generation.__enter__()
-    events: Events = make_events(generation.arrivals())
-    return EventStream(events, service.limits.stall_s, lambda: generation.__exit__())
+def _stream(generation: Generation, make_events: Callable[[Arrivals], Events], service: Service) -> Response:
+    generation.begin()
+    return EventStream(make_events(generation.arrivals()), service.limits.stall_s, generation.close)
 
 
-async def _whole(request: Request, generation: Generation, gather: Any) -> Response:
-    with generation:
-        arrivals: AsyncIterator[Arrival] = generation.arrivals()
-        document = await unless_gone(gather(arrivals), request.receive)
+async def _whole(request: Request, generation: Generation, gather: Callable[[Arrivals], Document]) -> Response:
+    with closing(generation):
+        generation.begin()
+        document = await unless_gone(gather(generation.arrivals()), request.receive)
     return Response(msgspec.json.encode(document), media_type="application/json")
-
-
-__all__ = ["ServedModel", "error_responses", "router"]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field
 
-from normistral.serving.fields import CommonRequest, Only, Strict
+from normistral.serving.fields import CommonRequest, NeverTrue, Only, Strict
 
 _NO_TOOLS = "tools and functions are not supported; ask for JSON with response_format"
 
@@ -22,9 +22,9 @@ class TextPart(Strict):
 def _require_text(content: Any) -> Any:
     """Say what is wrong with pictures and sounds before a list of types does."""
     if isinstance(content, list):
-        kinds = {part.get("type") for part in content if isinstance(part, dict)} - {"text"}
-        if kinds:
-            raise ValueError("this model reads text only; parts have to be of type text")
+        for part in content:
+            if isinstance(part, dict) and part.get("type", "text") != "text":
+                raise ValueError("this model reads text only; parts have to be of type text")
     return content
 
 
@@ -47,7 +47,7 @@ class Message(Strict):
     function_call: Annotated[None, Only(_NO_TOOLS)] = None
     refusal: Annotated[None, Only("this server writes no refusals")] = None
     audio: Annotated[None, Only("this server does not hear or speak")] = None
-    annotations: Annotated[list[Any] | None, Field(max_length=0)] = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
     def text(self) -> str:
@@ -67,7 +67,7 @@ class ChatCompletionRequest(CommonRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs.")
     parallel_tool_calls: bool | None = Field(None, description="There are no tools, so this changes nothing.")
-    tools: Annotated[list[Any] | None, Only(_NO_TOOLS, []), Field(max_length=0)] = None
+    tools: Annotated[Annotated[list[Any], Field(max_length=0)] | None, Only(_NO_TOOLS, [])] = None
     tool_choice: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]] | None, Field(fail_fast=True)] = None
     functions: Annotated[None, Only(_NO_TOOLS)] = None
@@ -86,14 +86,14 @@ class CompletionRequest(CommonRequest):
     """POST /v1/completions."""
 
     prompt: Annotated[
-        str
+        Annotated[str, Field(min_length=1)]
         | TokenIds
-        | Annotated[list[str], Field(fail_fast=True, min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, min_length=1)]
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)],
         Field(description="Text or token ids, or a list of them: then each has n answers."),
     ]
     logprobs: int | None = Field(None, ge=0, le=5)
-    echo: Literal[False] | None = Field(None, description="The prompt is not repeated.")
+    echo: NeverTrue = Field(None, description="The prompt is not repeated.")
     best_of: Annotated[int | None, Field(ge=1, le=1)] = None
     suffix: Annotated[None, Only("text cannot be inserted before a suffix")] = None
 

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import msgspec
+
 from normistral.runtime.options import GenerationConfig
 from normistral.serving.admission import Admission
 from normistral.serving.backends.base import Job
@@ -30,7 +32,10 @@ class ServedModel:
         self, served: ServedArtifact, limits: ServerLimits, metrics: Metrics, worker_module: str, *, several: bool
     ) -> None:
         self.served = served
-        self.worker = WorkerClient(served.name, served.load, worker_module, self._on_change)
+        batch = replace(served.load.batch, one_tenant=not several)
+        self.worker = WorkerClient(
+            served.name, msgspec.structs.replace(served.load, batch=batch), worker_module, self._on_change
+        )
         self.admission = Admission(self.worker, limits, several=several)
         self._restarts = metrics.worker_restarts.labels(served.name)
         self._counted = 0
@@ -65,7 +70,7 @@ class Service:
         metrics: Metrics,
         worker_module: str = WORKER_MODULE,
         *,
-        several: bool = False,
+        several: bool = True,
     ) -> None:
         self.limits, self.metrics = limits, metrics
         self.models = {one.name: ServedModel(one, limits, metrics, worker_module, several=several) for one in served}

@@ -19,6 +19,7 @@ from normistral.serving.backends.settings import (
     cache_token_bytes,
     require_one_context,
 )
+from normistral.serving.frames import Loaded
 from normistral.serving.limits import GIB, MIB, ServerLimits
 from normistral.serving.served import ServedArtifact
 from normistral.serving.server import is_loopback, url_of
@@ -120,6 +121,14 @@ def describe_server(
         f"memory: weights {weights / GIB:.2f} GiB, KV caches at most {caches / GIB:.2f} GiB, requests at most "
         f"{bodies / GIB:.2f} GiB, and what engine and server take for themselves; "
         f"{available_memory_bytes() / GIB:.1f} GiB are available"
+    )
+
+
+def describe_model(name: str, loaded: Loaded) -> str:
+    """How a model that was loaded answers many at once."""
+    return (
+        f"{name}: {loaded.slots} answers at once, computed {loaded.batching}; "
+        f"KV caches of {loaded.cache_tokens:,} tokens in {loaded.cache_bytes:,} bytes at most"
     )
 
 

@@ -79,7 +79,15 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     capabilities = created.capabilities
     _send(
         answers,
-        Loaded(created.slots, capabilities.name, capabilities.device, capabilities.settings, created.batching),
+        Loaded(
+            created.slots,
+            capabilities.name,
+            capabilities.device,
+            capabilities.settings,
+            created.batching,
+            created.cache_tokens,
+            created.cache_bytes,
+        ),
     )
     while True:
         _follow(created.batch, commands, answers)

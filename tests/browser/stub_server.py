@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             self.begin(200, {**page.headers, "content-length": str(len(page.body))})
             self.wfile.write(page.body)
         elif self.path == "/v1/models":
-            if self.server.key_is_missing(self):
+            if not self.server.listable.wait(WAIT_S) or self.server.key_is_missing(self):
                 return
             self.json(200, {"object": "list", "data": [describe(name) for name in self.server.models]})
         else:
@@ -138,7 +138,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class StubServer(ThreadingHTTPServer):
-    """Attributes: `script`, what is still to be answered; `asked`, the bodies of chat requests so far."""
+    """Attributes: `script`, what is still to be answered; `asked`, the bodies of chat requests so far; `listable`: the
+    list of models waits for it.
+    """
 
     daemon_threads = True
 
@@ -146,6 +148,8 @@ class StubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.models, self.key = deque(script), models, key
         self.asked: list[dict[str, Any]] = []
+        self.listable = threading.Event()
+        self.listable.set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/"
 
     def key_is_missing(self, handler: Handler) -> bool:

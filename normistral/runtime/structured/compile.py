@@ -62,12 +62,18 @@ def compile_structure(
         grammars.insert(0, {"lark_grammar": lead})
     text = json.dumps({"grammars": grammars}, ensure_ascii=False)
     matcher = llguidance.LLMatcher(vocabulary.engine, text, log_level=0, limits=_limits())
-    possible = matcher.compute_bitmask() if not matcher.is_error() else b""
-    if message := matcher.get_error():
+    if message := matcher.get_error() or _first_trouble(matcher.deep_copy()):
         raise _refusal(structure, message)
-    if not any(possible):
-        raise _refusal(structure, "no text of this model's tokens fits it")
     return CompiledStructure(structure, vocabulary, matcher)
+
+
+def _first_trouble(matcher: llguidance.LLMatcher) -> str:
+    """What goes wrong already with the first token, in the library's words; "" if nothing does."""
+    certain, possible = matcher.compute_ff_tokens(), any(matcher.compute_bitmask())
+    if not possible and not matcher.is_error():
+        return "no text of this model's tokens fits it"
+    matcher.try_consume_tokens(certain[:1])
+    return matcher.get_error()
 
 
 def check_structure(structure: Structure) -> None:
@@ -90,24 +96,20 @@ def to_grammar(structure: Structure) -> Grammar:
     Raises:
         UsageError: it is malformed, too large, or asks for what cannot be kept to.
     """
+    import llguidance
+
     match structure.kind:
         case "json_schema":
             return {"json_schema": prepare_schema(parse_schema(structure.text))}
         case "json_object":
             return {"json_schema": {"type": "object", "x-guidance": WRITING}}
         case "regex":
-            return {"lark_grammar": f"start: /{_without_delimiters(structure.text)}/"}
+            pattern = llguidance.regex_to_lark(structure.text, "d")  # \d is 0 to 9
+            return {"lark_grammar": f"start: /{pattern}/"}
         case "choice":
             return {"lark_grammar": "start: " + " | ".join(map(json.dumps, _texts(structure.text)))}
         case "grammar":
             return {"lark_grammar": _prepare_grammar(structure.text)}
-
-
-def _without_delimiters(pattern: str) -> str:
-    """A regular expression that may stand between slashes."""
-    return re.sub(
-        r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern, flags=re.DOTALL
-    )
 
 
 def _texts(text: str) -> list[str]:
@@ -157,6 +159,8 @@ def _refusal(structure: Structure, message: str) -> UsageError:
     if "error: " in short:  # of the parser of regular expressions, which draws one too
         short = short.rpartition("error: ")[2]
     short = re.sub(r"\s+", " ", short.replace("<non-verbose/>", "")).strip()
+    short = re.sub(r'^at \d+\(\d+\): invalid regex ".*" \(in regex\): ', "", short)
+    short = re.sub(r"^Unimplemented keys: \[(.*)\]$", r"not supported: \1", short)
     if short.startswith("NoExtensionBias"):
         short = "no text fits it"
     return UsageError(f"the {structure.kind.replace('_', ' ')} cannot be used: {short[:200]}", _HINT)

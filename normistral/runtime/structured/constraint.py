@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,10 +61,10 @@ class Constraint:
         return self._matcher.validate_tokens(list(token_ids))
 
     def certain(self) -> list[int]:
-        """Tokens that come next whatever the model says, as its tokenizer would write them."""
+        """Tokens that come next whatever the model says, as its tokenizer would write them; no stop tokens."""
         token_ids = self._matcher.compute_ff_tokens()
         self._require_working()
-        return token_ids
+        return list(takewhile(lambda token_id: token_id not in self._stop_ids, token_ids))
 
     def _require_working(self) -> None:
         if self._matcher.is_error():

@@ -6,12 +6,15 @@ caught here; the figures were measured with llguidance 1.9.1 (docs/decisions.md)
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
 from normistral.errors import UsageError
+from normistral.runtime.structured.structure import DATA_KEYWORDS
 
 # How JSON is written: with one blank behind comma and colon and none elsewhere. That is what models write most readily;
 # and whoever may write blanks may write them without end. Named escapes only: "\u0061" would be another spelling of a
@@ -26,7 +29,9 @@ WRITING = {
 MOST_PARTS = 1_000  # objects of a schema; the library goes by recursion and dies of some 2,400 in each other
 MOST_PATTERN_PAIRS = 1_000  # of patternProperties, which are compared with each other; 1,000 take 50 ms
 MOST_MULTIPLE = 10_000  # sum of multipleOf without decimal point: states of an automaton, of which a million take 6 s
-_DATA = ("enum", "const", "default", "examples")  # what they hold is no schema
+
+# As json.dumps writes those without a name, behind an even number of backslashes; and DEL.
+_CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01][0-9a-f]|\x7f")
 
 
 def prepare_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +42,8 @@ def prepare_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """
     if "x-guidance" in schema:
         raise UsageError('the schema has options of a library ("x-guidance")', "leave them out")
+    if _CONTROL.search(json.dumps(schema, ensure_ascii=False)):
+        raise UsageError("the schema holds control characters, which are not written", "leave them out")
     parts = sum(1 for _ in _objects(schema))
     if parts > MOST_PARTS:
         raise UsageError(f"the schema has {parts:,} parts, and may have {MOST_PARTS:,}", "leave out what is not needed")
@@ -70,7 +77,7 @@ def _subschemas(value: Any) -> Iterator[dict[str, Any]]:
         value = waiting.pop()
         if isinstance(value, dict):
             yield value
-            waiting += [inner for key, inner in value.items() if key not in _DATA]
+            waiting += [inner for key, inner in value.items() if key not in DATA_KEYWORDS]
         elif isinstance(value, list):
             waiting += value
 

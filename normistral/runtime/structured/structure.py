@@ -15,6 +15,7 @@ from normistral.errors import UsageError
 StructureKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
 MOST_BYTES = 64 * 1024  # of a structure's text
+DATA_KEYWORDS = ("enum", "const", "default", "examples")  # of a JSON schema: what they hold is no schema
 MOST_NESTING = 64  # brackets within brackets; libraries that parse by recursion may crash far beyond
 
 
@@ -55,7 +56,8 @@ class Structure:
         """JSON that fits a schema.
 
         Args:
-            schema: as a mapping or JSON text (JSON Schema 2020-12), or a pydantic model.
+            schema: as a mapping or JSON text (JSON Schema 2020-12), or a pydantic model; that gets no fields but its
+                own, unless it says what becomes of others.
 
         Raises:
             UsageError: it is no JSON object, or too large.
@@ -64,7 +66,7 @@ class Structure:
             make_schema = getattr(schema, "model_json_schema", None)
             if make_schema is None:
                 raise UsageError(f"{schema.__name__} is no pydantic model", "give a pydantic model or a JSON schema")
-            schema = make_schema()
+            schema = close_objects(make_schema())
         if isinstance(schema, Mapping):
             try:
                 schema = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -82,7 +84,10 @@ class Structure:
 
     @classmethod
     def regex(cls, pattern: str) -> Structure:
-        """A text that the whole pattern matches, in the syntax of Rust's `regex` (no look-around, no references)."""
+        """A text that the whole pattern matches.
+
+        The syntax is that of Rust's `regex`: no look-around, no references, \\d is 0 to 9.
+        """
         return cls("regex", pattern)
 
     @classmethod
@@ -103,6 +108,18 @@ class Structure:
     def grammar(cls, lark: str) -> Structure:
         """A text of a context-free grammar, in llguidance's dialect of Lark; it begins with the rule `start`."""
         return cls("grammar", lark)
+
+
+def close_objects(schema: Any) -> Any:
+    """A schema whose objects have only the properties that it lists, where it says nothing of others."""
+    if isinstance(schema, list):
+        return [close_objects(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: part if key in DATA_KEYWORDS else close_objects(part) for key, part in schema.items()}
+    if closed.get("type") == "object" and "properties" in closed:
+        closed.setdefault("additionalProperties", False)
+    return closed
 
 
 def parse_schema(text: str) -> dict[str, Any]:

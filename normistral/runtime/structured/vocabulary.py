@@ -19,7 +19,7 @@ _END = b"<end>"  # spelling of stop tokens that the tokenizer does not know
 class GrammarVocabulary:
     """Tokens of one model, for all grammars that it is to follow; safe to share between threads.
 
-    Built when it is first used: 0.1 s and 6 MB for 32,768 tokens.
+    Built when it is first used: 0.3 s of processor time and 20 MB for 49,152 tokens.
 
     Args:
         tokenizer: the artifact's.

@@ -14,7 +14,7 @@ from normistral.serving.backends.base import Batch
 from normistral.serving.backends.fair_queue import FairQueue
 from normistral.serving.backends.openvino_options import find_unhonoured
 from normistral.serving.backends.openvino_pipeline import BATCHED_DEVICE, open_openvino_batch
-from normistral.serving.backends.settings import FAIR_SLOTS, BatchSettings
+from normistral.serving.backends.settings import FAIR_SLOTS, BatchSettings, cache_token_bytes
 from normistral.serving.backends.side_path import SidePath
 
 
@@ -24,12 +24,15 @@ class Created(NamedTuple):
     Attributes:
         slots: jobs that it should be given at once.
         batching: how they share the model, in a word.
+        cache_tokens, cache_bytes: what the KV caches of all jobs hold at most, and take for it.
     """
 
     batch: Batch
     capabilities: Capabilities
     slots: int
     batching: str
+    cache_tokens: int
+    cache_bytes: int
 
 
 def create_batch(
@@ -44,7 +47,9 @@ def create_batch(
     if settings.batching == "auto" and manifest.format == "openvino" and device == BATCHED_DEVICE:
         return _compute_together(folder, manifest, settings, exact, engine_settings)
     model = models.load(folder, device, exact=exact, settings=engine_settings)
-    return Created(FairQueue(model, settings), model.capabilities, settings.slots or FAIR_SLOTS, "turns")
+    fair = FairQueue(model, settings)
+    slots = settings.slots or FAIR_SLOTS
+    return Created(fair, model.capabilities, slots, "in turns", fair.room, fair.room * cache_token_bytes(manifest))
 
 
 def _compute_together(
@@ -59,4 +64,5 @@ def _compute_together(
         return FairQueue(models.load(folder, BATCHED_DEVICE, exact=exact, settings=given), side)
 
     batch = SidePath(opened.batch, open_side, find_unhonoured)
-    return Created(batch, opened.capabilities, opened.batch.plan.jobs, "together")
+    plan = opened.batch.plan
+    return Created(batch, opened.capabilities, plan.jobs, "together", plan.tokens, plan.bytes)

@@ -52,7 +52,7 @@ class FairQueue:
 
     def __init__(self, model: Model, settings: BatchSettings) -> None:
         self._model = model
-        self._room = max(settings.cache_bytes // cache_token_bytes(model.manifest), model.context_length)  # tokens
+        self.room = max(settings.cache_bytes // cache_token_bytes(model.manifest), model.context_length)  # tokens
         self._waiting: deque[Job] = deque()
         self._running: dict[str, _Running] = {}
         self._turns: dict[str, deque[str]] = {}  # tenant -> its jobs, both in the order in which they come next
@@ -119,7 +119,7 @@ class FairQueue:
         """Free kept caches, the one used longest ago first, until the job's fits; one job alone always does."""
         taken = sum(running.cost for running in self._running.values())
         continued = self._find_continued(job)
-        while taken + cost + sum(kept.sequence.length for kept in self._kept if kept is not continued) > self._room:
+        while taken + cost + sum(kept.sequence.length for kept in self._kept if kept is not continued) > self.room:
             victim = next((kept for kept in self._kept if kept is not continued), None)
             if victim is None:
                 return not self._running

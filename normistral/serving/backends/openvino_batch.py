@@ -126,8 +126,10 @@ class OpenVINOBatch:
     def close(self) -> None:
         """Free pipeline and caches; jobs under way are heard of no more."""
         self._waiting.clear()
-        self._running.clear()
-        self._leaving.clear()
+        for job_id in list(self._running):
+            self._end(job_id)
+        if self._leaving:
+            self.step()  # the pipeline complains, on stdout, of requests that it still has when it ends
         self._pipeline = None
 
     def _let_in(self) -> Iterator[Progress]:

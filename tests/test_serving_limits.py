@@ -1,0 +1,89 @@
+"""Bodies, headers and senders that are too large, too deep or too slow."""
+
+import json
+import socket
+import time
+
+import httpx
+import pytest
+from served_models import make_served, serving
+from serving_clients import error_of, http
+
+from normistral.serving.limits import ServerLimits
+
+LIMITS = ServerLimits(body_bytes=64 * 1024, grace_s=0.2, body_s=0.5, header_s=0.5)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with serving(make_served(tmp_path_factory.mktemp("served") / "m"), LIMITS) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "words"),
+    [
+        (b"{", {}, 400, "not JSON"),
+        (b"", {}, 400, "not JSON"),
+        (b"\xff\xfe", {}, 400, "not JSON"),
+        (b'"text"', {}, 400, "valid dictionary"),
+        (b'{"model": NaN}', {}, 400, "not JSON"),
+        (b'{"model": "\\ud800"}', {}, 400, ""),
+        (b"[" * 60_000, {}, 400, "nests"),
+        (b'{"a":' * 10_000, {}, 400, "nests"),
+        (b"[" * 65 + b"]" * 65, {}, 400, "nests more than 64 deep"),
+        (b"{}", {"content-type": "text/plain"}, 415, "has to be JSON"),
+        (b"x" * 70_000, {}, 413, "65536 bytes"),
+    ],
+)
+def test_bodies_that_are_none(url, body, headers, status, words) -> None:
+    start = time.perf_counter()
+    answer = http.post(
+        f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"} | headers
+    )
+    assert time.perf_counter() - start < 1.0
+    assert answer.status_code == status
+    assert words in error_of(answer)["message"]
+
+
+def test_a_body_in_chunks_is_refused_when_it_is_too_large(url) -> None:
+    sent = 0
+
+    def pieces():
+        nonlocal sent
+        for _ in range(2000):
+            sent += 8192
+            yield b" " * 8192
+
+    try:
+        answer = http.post(f"{url}/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+        assert answer.status_code == 413
+    except httpx.TransportError:  # the connection ended before everything was sent
+        pass
+    assert http.get(f"{url}/health").status_code == 200
+
+
+def raw(url: str, data: bytes, wait_s: float = 5.0) -> bytes:
+    """What a connection answers until it ends."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=wait_s) as connection:
+        connection.sendall(data)
+        got = b""
+        while piece := connection.recv(65536):
+            got += piece
+        return got
+
+
+def test_long_headers_are_431_and_nonsense_is_400(url) -> None:
+    long = raw(url, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 2**16)
+    nonsense = raw(url, b"\x16\x03\x01 hello\r\n\r\n")
+    assert long.startswith(b"HTTP/1.1 431 ")
+    assert nonsense.startswith(b"HTTP/1.1 400 ")
+    for answer in (long, nonsense):
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_senders_that_dawdle_are_let_go(url) -> None:
+    assert raw(url, b"GET /health HTTP/1.1\r\n") == b""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
+    assert raw(url, head + b"Content-Type: application/json\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
