@@ -30,7 +30,7 @@ def open_together(job: Job, engine: Engine, workers: int) -> Together:
         workers: how many share the machine's memory.
     """
     manifest = read_manifest(job.artifact)
-    settings = BatchSettings("auto", _cache_bytes(manifest, workers), manifest.context_length)
+    settings = BatchSettings(engine.batching, _cache_bytes(manifest, workers), manifest.context_length, one_tenant=True)
     served = ServedArtifact.open(job.artifact, settings)
     created = create_batch(job.artifact, engine.device, settings, exact=engine.exact, engine_settings=engine.settings)
     return Together(job, created.batch, served, created.slots)
