@@ -28,7 +28,8 @@ from normistral.serving.streams import ClientLeftError, unless_gone
 
 logger = logging.getLogger(__name__)
 
-_METRICS_S = 5.0
+_ALL_S = 5.0  # for all replicas to answer
+_NOT_READY_S = 2.0
 _NOT_PASSED_ON = {b"x-request-id", b"content-length", b"transfer-encoding", b"connection"}
 
 
@@ -53,6 +54,8 @@ class Front:
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/health":
             await JSONResponse({"status": "ok"})(scope, receive, send)
+        elif scope["path"] == "/ready":
+            await self._tell_ready(scope, receive, send)
         elif scope["path"] == "/metrics":
             await self._tell_metrics(scope, receive, send)
         elif self._under_way >= self._limits.connections:
@@ -107,14 +110,29 @@ class Front:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
+    async def _tell_ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if True not in await self._ask_all("ready"):
+            raise unavailable("no replica is ready", code="not_ready", retry_after_s=_NOT_READY_S)
+        await JSONResponse({"status": "ready"})(scope, receive, send)
+
     async def _tell_metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            texts = await self._models.broadcast("metrics").results_async(timeout_s=_METRICS_S)
-        except (TimeoutError, RayError):
-            raise unavailable("not all replicas tell their figures", code="not_ready") from None
-        named = {f"replica-{number}": text for number, text in enumerate(texts)}
-        text = join_metrics({"front": self._metrics.render().decode()} | named)
+        told = [told for told in await self._ask_all("metrics") if isinstance(told, tuple)]
+        text = join_metrics({"front": self._metrics.render().decode()} | dict(told))
         await Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")(scope, receive, send)
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        """What all replicas answer, or the exceptions that they met; also of those that have no free slot.
+
+        Raises:
+            ApiError: they took too long.
+        """
+        try:
+            answers: list[Any] = await self._models.broadcast(method).results_async(
+                timeout_s=_ALL_S, return_exceptions=True
+            )
+        except TimeoutError:
+            raise unavailable("the replicas do not answer", code="not_ready", retry_after_s=_NOT_READY_S) from None
+        return answers
 
     def _too_many(self) -> ApiError:
         return ApiError(

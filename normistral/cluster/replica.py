@@ -40,9 +40,15 @@ class Replica:
         async for piece in run_application(self._app, call):
             yield piece
 
-    async def metrics(self) -> str:
-        """This replica's figures in Prometheus' text format."""
-        return self._service.metrics.render().decode()
+    async def metrics(self) -> tuple[str, str]:
+        """Serve's name for this replica, and its figures in Prometheus' text format."""
+        from ray import serve
+
+        return serve.get_replica_context().replica_id.unique_id, self._service.metrics.render().decode()
+
+    async def ready(self) -> bool:
+        """Whether it can answer now."""
+        return self._service.ready
 
     async def check_health(self) -> None:
         """Raise while this replica cannot answer.
