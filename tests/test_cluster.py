@@ -448,7 +448,7 @@ class Juggler:
         job_id, job = self._jobs.popitem()
         said = self._tokenizer.decode(job.prompt_ids)
         if "break" in said:
-            return [Progress(job_id, EngineError("broken"))]
+            return [Progress(job_id, (EngineError if "engine" in said else NormistralError)("broken"))]
         timings = Timings(len(job.prompt_ids), 0, 0.1, 0.1, 2, 0.1)
         return [
             Progress(job_id, Chunk(f"{job.tenant}: ", 1, None, (), None, timings)),
@@ -476,9 +476,14 @@ def test_rows_computed_together_keep_their_answers_apart(tmp_path):
         assert by_id[number]["finish_reason"] == "stop"
     assert [by_id[number]["error"]["type"] for number in (3, 5, 7)] == [
         "UsageError",
-        "EngineError",
+        "NormistralError",
         "ContextLengthError",
     ]
+    write_lines(source, {"prompt": "break the engine"}, {"prompt": "en"})
+    answers = Together(job, batch, served, slots=3).answer_all(index_documents(source).rows, begun.append)
+    assert next(answers)["row"] == 2
+    with pytest.raises(EngineError):
+        next(answers)
 
 
 def test_an_engine_that_failed_ends_the_job_and_loses_no_answer(tmp_path, artifact, echo, monkeypatch):

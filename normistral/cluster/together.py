@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from normistral.cluster.documents import Document, Row, read_document
 from normistral.cluster.job import Begin, Engine, Job, Line, answer_line, failure_line
 from normistral.cluster.questions import find_prompt, with_system
+from normistral.errors import EngineError
 from normistral.hardware import available_memory_bytes
 from normistral.manifest import Manifest, read_manifest
 from normistral.runtime.chunks import Chunk, Completion
@@ -70,6 +71,8 @@ class Together:
                     under_way[str(row.number)] = _UnderWay(row, document)
             for job_id, outcome in self._batch.step():
                 one = under_way[job_id]
+                if isinstance(outcome, EngineError):
+                    raise outcome
                 if isinstance(outcome, Exception):
                     yield failure_line(one.row, under_way.pop(job_id).document, outcome)
                     continue
