@@ -160,6 +160,7 @@ def replicas(artifact, tmp_path_factory):
         port = free.getsockname()[1]
     os.environ["NORMISTRAL_TEST"] = mark = f"serve-{os.getpid()}"
     options = {"artifact": str(artifact), "replicas": 2, "threads": 1, "api_key_file": str(keys), "exact": True}
+    options["batching"] = "off"  # openvino_genai does not tell what it had in its cache
     with serving(options, port) as url:
         yield url, mark
     del os.environ["NORMISTRAL_TEST"]
@@ -205,9 +206,9 @@ def test_refusals_have_openais_shape(replicas, path, body, headers, status):
 
 def test_turns_of_one_conversation_find_their_beginning_computed(replicas):
     for turn in range(3):
-        _, _, body = request(replicas[0], "/v1/chat/completions", chat("en lang samtale " * 4), KEY)
+        _, _, body = request(replicas[0], "/v1/chat/completions", chat("en lang samtale " * 10), KEY)
         cached = json.loads(body)["usage"]["prompt_tokens_details"]["cached_tokens"]
-        assert (cached > 0) == (turn > 0)
+        assert (cached > 100) == (turn > 0)  # the template begins alike for everybody
 
 
 def test_figures_of_front_and_replicas_come_together(replicas):
