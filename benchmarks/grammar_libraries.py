@@ -42,6 +42,8 @@ DOCUMENT = {
 }
 TREE = {"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"}
 WIDE = {"type": "object", "properties": {f"felt{i}": {"type": "string", "maxLength": 40} for i in range(200)}}
+LINKS = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(1200)}
+CHAIN = {"$defs": {**LINKS, "d1200": {"type": "null"}}, "$ref": "#/$defs/d0"}
 TEXTS: dict[str, tuple[str, Any, str]] = {
     "person": ("schema", PERSON, json.dumps(DOCUMENT, ensure_ascii=False)),
     "any object": ("schema", {"type": "object"}, json.dumps(DOCUMENT, ensure_ascii=False)),
@@ -59,10 +61,7 @@ HARD: dict[str, tuple[str, Any]] = {
     "multipleOf": ("schema", {"type": "integer", "multipleOf": 7}),
     "recursion to nothing": ("schema", {"$ref": "#"}),
     "look-ahead": ("regex", "(?=a)b"),
-    "chain of 1,200 references": (
-        "schema",
-        {"$defs": {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(1200)}, "$ref": "#/$defs/d0"},
-    ),
+    "chain of 1,200 references": ("schema", CHAIN),
 }
 
 

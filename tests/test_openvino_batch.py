@@ -1,9 +1,12 @@
 """Many answers at once on openvino_genai: what comes out is what the library gives, however many are under way."""
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import pytest
 from tiny_models import END_THINK, THINK, make_llama
@@ -14,12 +17,17 @@ from normistral.manifest import read_manifest
 from normistral.runtime.chunks import Completion
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
+from normistral.serving.app import create_app
+from normistral.serving.auth import Keys
 from normistral.serving.backends.base import Job
 from normistral.serving.backends.cache_plan import BLOCK_TOKENS, plan_cache
 from normistral.serving.backends.create import create_batch
 from normistral.serving.backends.openvino_options import find_unhonoured, genai_config
 from normistral.serving.backends.openvino_pipeline import open_openvino_batch
 from normistral.serving.backends.settings import BatchSettings
+from normistral.serving.limits import ServerLimits
+from normistral.serving.served import ServedArtifact
+from normistral.serving.server import background_server
 
 CONTEXT = 256
 MIB = 2**20
@@ -393,13 +401,43 @@ def test_what_cannot_be_computed_together_goes_through_the_library(artifact, mod
     turns.batch.close()
 
 
+@pytest.mark.parametrize("keys", [{}, {"a" * 16: "one", "b" * 16: "two"}])
+def test_a_server_answers_as_the_library_does(artifact, model, keys):
+    """Over HTTP and through the real worker process: several at once, in both routes, of one tenant or two."""
+    served = ServedArtifact.open(artifact, SETTINGS, name="m", exact=True)
+    app = create_app([served], ServerLimits(), Keys(keys))
+
+    def ask_server(url, number, **fields):
+        key = [*keys, ""][number % max(1, len(keys))]
+        body = {"model": "m", "prompt": asked[number], "max_tokens": 12, "temperature": 0, **fields}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]
+
+    asked = prompts(6)
+    with background_server(app, 60) as url, ThreadPoolExecutor() as pool:
+        choices = list(pool.map(lambda number: ask_server(url, number), range(6)))
+        told_more = ask_server(url, 1, logprobs=2)
+    for ids, choice in zip(asked, choices, strict=True):
+        expected = ask(model, ids)
+        assert (choice["text"], choice["finish_reason"]) == (expected.text, expected.finish_reason)
+    assert told_more["text"] == choices[1]["text"]
+    assert max(map(len, told_more["logprobs"]["top_logprobs"])) >= 2
+
+
 _QUIET = """
 import json, sys
 from pathlib import Path
 from normistral.manifest import read_manifest
+from normistral.serving.app import create_app
+from normistral.serving.auth import Keys
 from normistral.serving.backends.base import Job
 from normistral.serving.backends.openvino_pipeline import open_openvino_batch
 from normistral.serving.backends.settings import BatchSettings
+from normistral.serving.limits import ServerLimits
+from normistral.serving.served import ServedArtifact
+from normistral.serving.server import background_server
 from normistral.runtime.options import GenerationConfig
 folder = Path(sys.argv[1])
 settings = json.loads(sys.argv[2])
@@ -414,8 +452,6 @@ batch.close()  # in the middle of an answer
 
 
 def run_apart(artifact, settings="{}", **environ):
-    import os
-
     command = [sys.executable, "-c", _QUIET, str(artifact), settings]
     return subprocess.run(
         command, env={**os.environ, **environ}, capture_output=True, text=True, check=True, timeout=120

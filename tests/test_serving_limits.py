@@ -11,7 +11,7 @@ from serving_clients import error_of, http
 
 from normistral.serving.limits import ServerLimits
 
-LIMITS = ServerLimits(body_bytes=64 * 1024, grace_s=0.2, body_s=0.5, header_s=0.5)
+LIMITS = ServerLimits(body_bytes=64 * 1024, grace_s=0.2, body_s=0.5, header_s=0.5, json_values=3000)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,9 @@ def url(tmp_path_factory):
         (b"[" * 60_000, {}, 400, "nests"),
         (b'{"a":' * 10_000, {}, 400, "nests"),
         (b"[" * 65 + b"]" * 65, {}, 400, "nests more than 64 deep"),
+        (b"[" * 64 + b"]" * 64, {}, 400, "valid dictionary"),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(1025)) + b"}", {}, 400, "more than 1024 members"),
+        (b"[[" + b"1," * 3000 + b"1]]", {}, 400, "more than 3000 values"),
         (b"{}", {"content-type": "text/plain"}, 415, "has to be JSON"),
         (b"x" * 70_000, {}, 413, "65536 bytes"),
     ],
@@ -87,3 +90,15 @@ def test_senders_that_dawdle_are_let_go(url) -> None:
     assert raw(url, b"GET /health HTTP/1.1\r\n") == b""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
     assert raw(url, head + b"Content-Type: application/json\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
+
+
+def test_one_connection_too_many_is_told_so(tmp_path) -> None:
+    with serving(make_served(tmp_path / "m"), ServerLimits(connections=2, grace_s=0.2), wait_s=0) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))), socket.create_connection((host, int(port))):
+            answer = raw(url, b"")
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"Retry-After" in answer
+        deadline = time.monotonic() + 5
+        while not raw(url, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200"):
+            assert time.monotonic() < deadline

@@ -9,9 +9,7 @@ from normistral.serving.auth import Keys
 from normistral.serving.limits import ServerLimits
 from normistral.serving.server import background_server
 
-LIMITS = ServerLimits(
-    body_bytes=64 * 1024, choices=4, new_tokens=100, messages=20, grace_s=0.2, body_s=0.5, header_s=0.5
-)
+LIMITS = ServerLimits(body_bytes=64 * 1024, choices=4, new_tokens=100, grace_s=0.2, body_s=0.5, header_s=0.5)
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hei"}]}
 TEXT = {"model": "m", "prompt": "Hei"}
 
@@ -38,7 +36,7 @@ CHAT_REFUSALS = [
         "text only",
     ),
     ({"messages": [{"role": "user", "content": "x", "name": "Ola"}]}, "messages.0.name", "knows no names"),
-    ({"messages": CHAT["messages"] * 21}, "messages", "more than 20 messages"),
+    ({"messages": CHAT["messages"] * 1025}, "messages", "at most 1024 items"),
     ({"tools": [{"type": "function"}]}, "tools", "tools and functions are not supported"),
     ({"functions": [{}]}, "functions", "tools and functions are not supported"),
     ({"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),

@@ -110,6 +110,12 @@ def make_questions(count: int) -> list[str]:
     return [QUESTIONS[n % len(QUESTIONS)].format(n=n + 2, m=3 * n + 5) for n in range(count)]
 
 
+def keep_distinct(expected: dict[int, str]) -> dict[int, str]:
+    """Of the questions that have one answer, the first."""
+    first = {text: number for number, text in reversed(expected.items())}
+    return {number: text for number, text in expected.items() if first[text] == number}
+
+
 async def ask(client: httpx.AsyncClient, server: Server, number: int, question: str, tokens: int) -> Answer:
     """One greedy answer, streamed."""
     answer = Answer(number)
@@ -165,7 +171,7 @@ async def run_round(
         chooser = random.Random(name)
         async with httpx.AsyncClient(headers=server.headers, timeout=900) as client:
             while time.perf_counter() < deadline:
-                number = chooser.randrange(len(questions))
+                number = chooser.choice(list(expected))
                 answers.append(await ask(client, server, number, questions[number], tokens))
 
     async def watch_memory() -> None:
@@ -203,15 +209,15 @@ def judge(answer: Answer, expected: dict[int, str]) -> str:
 async def measure(server: Server, arguments: argparse.Namespace) -> list[Round]:
     """Ask alone, then with each number of clients."""
     questions = make_questions(arguments.questions)
-    expected = {}
+    expected: dict[int, str] = {}
     async with httpx.AsyncClient(headers=server.headers, timeout=900) as client:
         for number, question in enumerate(questions):
             answer = await ask(client, server, number, question, arguments.tokens)
             if answer.problem:
                 raise SystemExit(f"asked alone, question {number} got: {answer.problem}")
             expected[number] = answer.text
-    if len(set(expected.values())) < len(expected):
-        print("some questions have one answer, so that they cannot be told apart", file=sys.stderr)
+    expected = keep_distinct(expected)
+    print(f"{len(expected)} of {len(questions)} questions have answers that can be told apart", file=sys.stderr)
     rounds = []
     for clients in arguments.clients:
         rounds.append(await run_round(server, questions, expected, clients, arguments.seconds, arguments.tokens))

@@ -77,11 +77,11 @@ def serve(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Answer over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models.
+    """Answer over HTTP, as OpenAI's API does.
 
-    Also /health, /ready, /metrics, and a page to chat with at /. Ends on Ctrl-C or SIGTERM when the answers under way
-    are written; a second one ends at once. With --json one line on stdout says where it listens. docs/serving.md says
-    more.
+    /v1/chat/completions, /v1/completions and /v1/models; also /health, /ready, /metrics, and a page to chat with at /.
+    Ends on Ctrl-C or SIGTERM when the answers under way are written; a second one ends at once. With --json one line on
+    stdout says where it listens. docs/serving.md says more.
     """
     limits = ServerLimits(
         **given(context=max_context, new_tokens=max_new_tokens),

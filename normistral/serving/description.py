@@ -25,7 +25,6 @@ def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:
         if not any(model.served.manifest.reasoning for model in service.models.values()):
             properties["max_reasoning_tokens"] = {"type": "null", "description": "No model here thinks aloud."}
     chat = schemas["ChatCompletionRequest"]
-    chat["properties"]["messages"]["maxItems"] = service.limits.messages
     _require_with(chat, "top_logprobs", {"type": "integer", "minimum": 1}, "logprobs")
     for name in _REQUESTS:
         _require_with(schemas[name], "stream_options", {"type": "object"}, "stream")

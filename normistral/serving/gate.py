@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -186,28 +186,27 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _require_simple(document: Any, limits: ServerLimits) -> None:
-    """Raise ApiError for objects and arrays that nest too deep or objects of too many members, level by level."""
-    level = [document]
-    for _ in range(limits.json_depth):
-        if any(isinstance(value, dict) and len(value) > limits.json_members for value in level):
-            most = limits.json_members
-            raise ApiError(400, f"the body has an object of more than {most} members", "send less", code="too_large")
-        level = [inner for value in level for inner in _children(value)]
-        if not level:
+    """Raise ApiError for a body that is deep, wide, or of very many values, before anything is made of it."""
+    level, values = [document], 0
+    for _ in range(limits.json_depth + 1):
+        containers = [value for value in level if isinstance(value, (dict, list))]
+        if not containers:
             return
-    if any(isinstance(value, (dict, list)) for value in level):
-        raise _too_deep(limits)
+        values += sum(map(len, containers))
+        if values > limits.json_values:
+            raise _too_many(f"more than {limits.json_values} values")
+        if any(isinstance(value, dict) and len(value) > limits.json_members for value in containers):
+            raise _too_many(f"an object of more than {limits.json_members} members")
+        level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
+    raise _too_deep(limits)
+
+
+def _too_many(what: str) -> ApiError:
+    return ApiError(400, f"the body has {what}", "send less", code="too_large")
 
 
 def _too_deep(limits: ServerLimits) -> ApiError:
     return ApiError(400, f"the body nests more than {limits.json_depth} deep", "send less", code="too_deep")
-
-
-def _children(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
 
 
 def _without_words(bug: Exception) -> tuple[type[Exception], Exception, Any]:

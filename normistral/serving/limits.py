@@ -18,7 +18,7 @@ class ServerLimits:
         header_bytes: of a request's line and headers.
         json_depth: how deep arrays and objects of a body may nest.
         json_members: of one object of a body.
-        messages: of one conversation.
+        json_values: of a whole body.
         choices: the most that `n` may be.
         context: tokens of prompt and answer together; None is the model's own context.
         new_tokens: of one answer; None is as many as fit.
@@ -38,7 +38,7 @@ class ServerLimits:
     header_bytes: int = 32 * KIB
     json_depth: int = 64
     json_members: int = 1024
-    messages: int = 1024
+    json_values: int = 100_000
     choices: int = 8
     context: int | None = None
     new_tokens: int | None = None

@@ -69,8 +69,6 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     service: Service = request.app.state.service
     model = service.find(body.model)
     each = _check(body, 1, service)
-    if len(body.messages) > service.limits.messages:
-        raise ApiError(400, f"more than {service.limits.messages} messages", "send fewer", param="messages")
     prompts = await service.prepare(_prepare_chat, model.served, body)
     envelope = Envelope(f"chatcmpl-{request.state.request_id}", model.served)
     logprobs, usage = bool(body.logprobs), _wants_usage(body)

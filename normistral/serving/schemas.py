@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from normistral.serving.fields import CommonRequest, NeverTrue, Only, Strict
 
+_MOST_MESSAGES = 1024
 _NO_TOOLS = "tools and functions are not supported; ask for JSON with response_format"
 
 
@@ -62,7 +63,7 @@ class Message(Strict):
 class ChatCompletionRequest(CommonRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=_MOST_MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs.")

@@ -14,6 +14,7 @@ from normistral.hardware import available_memory_bytes
 from normistral.manifest import Manifest, read_manifest
 from normistral.serving.auth import Keys, read_keys
 from normistral.serving.backends.settings import (
+    TOGETHER,
     Batching,
     BatchSettings,
     cache_token_bytes,
@@ -26,6 +27,7 @@ from normistral.serving.server import is_loopback, url_of
 
 _CACHE_SHARE = 4  # of the memory that the weights leave, the KV caches take one in so many
 _MOST_CONTEXTS = 8  # that the KV caches hold, unless told otherwise
+_SIDE_PATH = "; the first structured answer, or one with top_logprobs, loads the weights a second time"
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -129,6 +131,7 @@ def describe_model(name: str, loaded: Loaded) -> str:
     return (
         f"{name}: {loaded.slots} answers at once, computed {loaded.batching}; "
         f"KV caches of {loaded.cache_tokens:,} tokens in {loaded.cache_bytes:,} bytes at most"
+        + (_SIDE_PATH if loaded.batching == TOGETHER else "")
     )
 
 

@@ -21,6 +21,7 @@ Grammar = dict[str, Any]
 """One grammar as the library takes it: {"json_schema": ...} or {"lark_grammar": ...}."""
 
 MOST_RULES = 1_000  # colons and brackets of a grammar; the library dies of some 2,000 rules that lead to each other
+MOST_INTERSECTIONS = 8  # terminals that have to match together; of 16 on, time doubles with each
 _ANSWER = "answer"  # name of the structure's grammar, for a grammar of what comes before it
 _HINT = "docs/structured.md says what can be asked for"
 
@@ -124,6 +125,10 @@ def _prepare_grammar(text: str) -> str:
     """A grammar whose JSON schemas are written as ours, and that asks for nothing that would be passed over."""
     if sum(map(text.count, ":([{")) > MOST_RULES:
         raise UsageError(f"the grammar has more than {MOST_RULES:,} rules and brackets", "write a shorter one")
+    if text.count("&") > MOST_INTERSECTIONS:
+        raise UsageError(
+            f"the grammar has more than {MOST_INTERSECTIONS} &", "write what has to match as one expression"
+        )
     if re.search(r"^\s*[?!]?[\w-]+\[[^\]\n]*\btemperature\b", text, re.MULTILINE):
         raise UsageError("a grammar cannot set the temperature here", "set it for the whole answer")
     pieces, end = [], 0

@@ -27,8 +27,11 @@ WRITING = {
 }
 
 MOST_PARTS = 1_000  # objects of a schema; the library goes by recursion and dies of some 2,400 in each other
-MOST_PATTERN_PAIRS = 1_000  # of patternProperties, which are compared with each other; 1,000 take 50 ms
+MOST_PATTERN_PAIRS = 600  # of patternProperties, which are compared with each other; 1,000 take 100 ms
+MOST_PATTERNS_TOGETHER = 8  # that may have to hold for one text; of 12 on, time doubles with each
 MOST_MULTIPLE = 10_000  # sum of multipleOf without decimal point: states of an automaton, of which a million take 6 s
+
+_COMBINE = {"allOf", "anyOf", "oneOf", "$ref"}
 
 # As json.dumps writes those without a name, behind an even number of backslashes; and DEL.
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01][0-9a-f]|\x7f")
@@ -88,6 +91,13 @@ def _limit_patterns(subschemas: list[dict[str, Any]]) -> None:
     )
     if pairs > MOST_PATTERN_PAIRS:
         raise UsageError("the schema has too many patternProperties", f"{math.isqrt(MOST_PATTERN_PAIRS)} are possible")
+    patterns = [part for part in subschemas if isinstance(part.get("pattern", part.get("format")), str)]
+    meet = any("allOf" in part for part in subschemas) or any(_COMBINE & part.keys() for part in patterns)
+    if meet and len(patterns) > MOST_PATTERNS_TOGETHER:
+        raise UsageError(
+            f"the schema combines {len(patterns)} patterns and formats, and may combine {MOST_PATTERNS_TOGETHER}",
+            "write what has to hold together as one pattern",
+        )
 
 
 def _limit_multiples(subschemas: list[dict[str, Any]]) -> None:

@@ -51,7 +51,10 @@ class Batch(Protocol):
         ...
 
     def step(self) -> list[Progress]:
-        """Compute until something is to be told: about a token for each job that has its turn. Empty when idle."""
+        """Compute for a moment: about a token for each job that has its turn, or a piece of a prompt.
+
+        Empty when idle, and while prompts are being computed.
+        """
         ...
 
     @property

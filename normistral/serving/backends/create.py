@@ -14,7 +14,7 @@ from normistral.serving.backends.base import Batch
 from normistral.serving.backends.fair_queue import FairQueue
 from normistral.serving.backends.openvino_options import find_unhonoured
 from normistral.serving.backends.openvino_pipeline import BATCHED_DEVICE, open_openvino_batch
-from normistral.serving.backends.settings import FAIR_SLOTS, BatchSettings, cache_token_bytes
+from normistral.serving.backends.settings import FAIR_SLOTS, IN_TURNS, TOGETHER, BatchSettings, cache_token_bytes
 from normistral.serving.backends.side_path import SidePath
 
 
@@ -49,7 +49,7 @@ def create_batch(
     model = models.load(folder, device, exact=exact, settings=engine_settings)
     fair = FairQueue(model, settings)
     slots = settings.slots or FAIR_SLOTS
-    return Created(fair, model.capabilities, slots, "in turns", fair.room, fair.room * cache_token_bytes(manifest))
+    return Created(fair, model.capabilities, slots, IN_TURNS, fair.room, fair.room * cache_token_bytes(manifest))
 
 
 def _compute_together(
@@ -65,4 +65,4 @@ def _compute_together(
 
     batch = SidePath(opened.batch, open_side, find_unhonoured)
     plan = opened.batch.plan
-    return Created(batch, opened.capabilities, plan.jobs, "together", plan.tokens, plan.bytes)
+    return Created(batch, opened.capabilities, plan.jobs, TOGETHER, plan.tokens, plan.bytes)

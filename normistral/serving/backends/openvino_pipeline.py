@@ -30,6 +30,9 @@ BATCHED_DEVICE = "CPU"  # elsewhere nothing was tried
 # Keys are rounded a token at a time, as in the library's cache. The paged cache's own choice is a channel at a time for
 # 32 tokens: its codes change as a block fills, and with them the answers.
 _LIKE_THE_LIBRARY = {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"}
+# Tokens of a prompt that are computed in a step, all jobs together: nobody gets a token meanwhile. The library's pieces
+# are for one sequence, where that matters to nobody (docs/decisions.md).
+_LONGEST_PIECE = 128
 _OF_THE_IR = "runtime_options"  # entry of an IR with properties that it is to be compiled with
 
 
@@ -66,6 +69,8 @@ def open_openvino_batch(
     core = ov.Core()
     settings = choose_settings(core, manifest, BATCHED_DEVICE, exact=exact, tuned=tuned, given=given)
     chunk = int(settings.pop(PREFILL_CHUNK))
+    if PREFILL_CHUNK not in given:
+        chunk = min(chunk, _LONGEST_PIECE)
     try:
         in_force = _ask_plugin(core, folder / MODEL_FILE, settings)
     except RuntimeError as exc:

@@ -10,6 +10,7 @@ from normistral.manifest import Manifest
 
 Batching = Literal["auto", "off"]
 
+TOGETHER, IN_TURNS = "together", "in turns"  # how an engine computes the answers under way
 FAIR_SLOTS = 8  # answers that take turns token by token; more would only be slower each
 _FLOAT_BYTES = 4
 
