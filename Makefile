@@ -20,7 +20,7 @@ export NORMISTRAL_PROMPT
 endif
 unexport PROMPT
 
-.PHONY: help chat test test-browser test-clients test-faults test-fuzz test-lm-eval compare-lm-eval check format clean
+.PHONY: help chat test test-browser test-clients test-faults test-fuzz test-lm-eval compare-lm-eval test-cluster run-on-ray check format clean
 .SUFFIXES:
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo 'make test-faults           do to the server what nobody should'
 	@echo 'make test-fuzz             requests made up from the description of the API (schemathesis)'
 	@echo 'make test-lm-eval          compare with lm-evaluation-harness, in an environment of its own (2 GB)'
+	@echo 'make test-cluster          batch jobs and replicas on a real Ray, in an environment of its own (3 GB)'
 	@echo 'make check                 formatting, lint, types, import directions'
 	@echo 'make format                format, and mend what the linter can'
 	@echo 'make clean                 remove the environment, the demo model and all caches'
@@ -69,6 +70,13 @@ test-lm-eval:
 compare-lm-eval: $(VENV)/.ready-lm-eval
 	@$(RUN) -m pytest tests/lm_eval_tasks/compare_with_hf.py $(ARGS)
 
+# Ray brings 600 MB that nothing else here needs.
+test-cluster:
+	@$(MAKE) --no-print-directory VENV=.venv-cluster run-on-ray
+
+run-on-ray: $(VENV)/.ready-cluster
+	@$(RUN) -m pytest tests/cluster/run_on_ray.py $(ARGS)
+
 check: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
@@ -80,7 +88,7 @@ format: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) .venv-browser .venv-lm-eval artifacts build dist *.egg-info .*_cache .hypothesis
+	@rm -rf $(VENV) .venv-browser .venv-lm-eval .venv-cluster artifacts build dist *.egg-info .*_cache .hypothesis
 
 $(DEMO)/normistral.json: | $(VENV)/.ready-export
 	@$(VENV)/bin/normistral export demo $(DEMO) --weights int4 >&2
@@ -114,6 +122,13 @@ $(VENV)/.ready-lm-eval: $(VENV)/.ready-dev
 	@echo "installing lm-evaluation-harness into $(VENV)" >&2
 	@touch $(VENV)/.unfinished
 	@$(RUN) -m pip install --quiet --editable ".[dev,lm-eval]" >&2
+	@rm $(VENV)/.unfinished
+	@touch $@
+
+$(VENV)/.ready-cluster: $(VENV)/.ready-dev
+	@echo "installing Ray into $(VENV)" >&2
+	@touch $(VENV)/.unfinished
+	@$(RUN) -m pip install --quiet --editable ".[dev,ray]" >&2
 	@rm $(VENV)/.unfinished
 	@touch $@
 

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import normistral
+from normistral.commands.batching import batch
 from normistral.commands.benchmarking import bench
 from normistral.commands.drafting import draft_table
 from normistral.commands.evaluating import evaluate
@@ -120,6 +121,7 @@ app.command()(models)
 app.command()(export)
 app.command(epilog=DEFAULTS_NOTE)(chat)
 app.command(epilog=DEFAULTS_NOTE)(generate)
+app.command(epilog=DEFAULTS_NOTE)(batch)
 app.command()(serve)
 app.command()(info)
 app.command()(bench)

@@ -22,7 +22,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from typing import Any
 from normistral.errors import ResourceError, UsageError
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME
+from normistral.runtime.file_lock import locked
 
 _REPLACED = "replaced"
 _FULL_BELOW_BYTES = 2**20
@@ -158,43 +159,18 @@ def _make_parent(output: Path) -> None:
 @contextmanager
 def _lock(output: Path) -> Iterator[None]:
     """Hold the lock of this OUTPUT; the kernel releases it if the process dies."""
-    path = output.parent / f".{output.name}.lock"
-    while True:
+    with ExitStack() as stack:
         try:
-            file = path.open("ab")
+            stack.enter_context(locked(output.parent / f".{output.name}.lock"))
+        except BlockingIOError as exc:
+            raise UsageError(
+                f"another export is writing {output}", "wait until it is done, or choose another OUTPUT"
+            ) from exc
         except OSError as exc:
             if exc.errno in _NO_SPACE:
                 raise
             raise UsageError(f"cannot write in {output.parent}: {exc.strerror}", "choose another OUTPUT") from exc
-        try:
-            _take_lock(file.fileno())
-        except OSError as exc:
-            file.close()
-            raise UsageError(
-                f"another export is writing {output}", "wait until it is done, or choose another OUTPUT"
-            ) from exc
-        # The holder before us may have removed the name between our open and our lock: then this is nobody's lock.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                break
-        file.close()
-    try:
         yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
-
-
-def _take_lock(descriptor: int) -> None:
-    """Raises OSError when another process or thread holds it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _leftovers(output: Path) -> list[Path]:

@@ -1,0 +1,110 @@
+"""The documents of a batch job: lines of a JSONL file, or texts in a folder.
+
+They are read where they are needed, and stay on disk until then: what goes to a worker is where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from normistral.errors import UsageError
+
+TEXT_SUFFIXES = (".txt", ".md")
+_BLOCK_BYTES = 2**20
+_BOM = b"\xef\xbb\xbf"
+
+Document = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One document.
+
+    Attributes:
+        number: from 1: of its line, or its place in the order of the names; the same as long as the input is.
+        place: bytes before its line; or the file's path from the folder.
+    """
+
+    number: int
+    place: int | str
+
+
+class Index(NamedTuple):
+    """Where all documents are, and the SHA-256 of everything that they hold."""
+
+    rows: list[Row]
+    sha256: str
+
+
+def index_documents(source: Path) -> Index:
+    """Find the documents; lines without anything are none.
+
+    Raises:
+        UsageError: there is nothing at `source`, or it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        rows = list(_files(source, digest) if source.is_dir() else _lines(source, digest))
+    except OSError as exc:
+        raise UsageError(
+            f"cannot read {exc.filename or source}: {exc.strerror}", "give a JSONL file or a folder"
+        ) from exc
+    if not rows:
+        wanted = f"texts ({', '.join(TEXT_SUFFIXES)})" if source.is_dir() else "lines"
+        raise UsageError(f"there are no {wanted} in {source}", "give a JSONL file or a folder of texts")
+    return Index(rows, digest.hexdigest())
+
+
+def read_document(source: Path, row: Row) -> Document:
+    """Read one document; a text of a folder becomes {"id": its path, "text": ...}.
+
+    Raises:
+        UsageError: it is no JSON object, no UTF-8, or gone.
+    """
+    try:
+        if isinstance(row.place, str):
+            return {"id": row.place, "text": (source / row.place).read_text(encoding="utf-8-sig")}
+        with source.open("rb") as stream:
+            stream.seek(row.place)
+            line = stream.readline()
+    except OSError as exc:
+        raise UsageError(f"cannot read the document: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"the text is not UTF-8: byte 0x{exc.object[exc.start]:02x} at {exc.start}") from exc
+    return _parse(line.removeprefix(_BOM))
+
+
+def _parse(line: bytes) -> Document:
+    try:
+        document = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise UsageError(f"the line is no JSON: {exc}", "write one JSON object a line") from exc
+    if not isinstance(document, dict):
+        raise UsageError("the line is no JSON object", 'write it like {"id": 1, "text": "..."}')
+    return document
+
+
+def _lines(source: Path, digest: hashlib._Hash) -> Iterator[Row]:
+    place = 0
+    with source.open("rb", buffering=_BLOCK_BYTES) as stream:
+        for number, line in enumerate(stream, 1):
+            digest.update(line)
+            if line.strip():
+                yield Row(number, place)
+            place += len(line)
+
+
+def _files(source: Path, digest: hashlib._Hash) -> Iterator[Row]:
+    names = sorted(
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*")
+        if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
+    )
+    for number, name in enumerate(names, 1):
+        content = (source / name).read_bytes()
+        digest.update(f"{len(name.encode())} {len(content)} {name}".encode() + content)
+        yield Row(number, name)

@@ -1,0 +1,170 @@
+"""What the outside meets: checks a request as the single server does, and hands it to the replica where it belongs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from normistral.cluster.affinity import routing_key
+from normistral.cluster.call import Call, Start
+from normistral.cluster.metrics import join_metrics
+from normistral.serving.auth import Keys
+from normistral.serving.errors import ApiError, unavailable
+from normistral.serving.gate import Gate
+from normistral.serving.limits import ServerLimits
+from normistral.serving.metrics import Metrics
+from normistral.serving.streams import ClientLeftError, unless_gone
+
+logger = logging.getLogger(__name__)
+
+_ALL_S = 5.0  # for all replicas to answer
+_NOT_READY_S = 2.0
+_NOT_PASSED_ON = {b"x-request-id", b"content-length", b"transfer-encoding", b"connection"}
+
+
+class Front:
+    """The ingress; it has no model, and takes as many connections as one server.
+
+    Args:
+        models: of the deployment whose replicas answer.
+        busy_s: what a client is told to wait when the queue is full.
+    """
+
+    def __init__(self, models: DeploymentHandle, limits: ServerLimits, keys: Keys, busy_s: float) -> None:
+        self._models, self._limits, self._busy_s = models, limits, busy_s
+        self._metrics = Metrics()
+        self._under_way = 0
+        self._app = Gate(self._route, keys=keys, limits=limits, metrics=self._metrics, hosts=None)
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer a request; the answer is computed while it is sent."""
+        return _Running(self._app)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/health":
+            await JSONResponse({"status": "ok"})(scope, receive, send)
+        elif scope["path"] == "/ready":
+            await self._tell_ready(scope, receive, send)
+        elif scope["path"] == "/metrics":
+            await self._tell_metrics(scope, receive, send)
+        elif self._under_way >= self._limits.connections:
+            raise self._too_many()
+        else:
+            self._under_way += 1
+            try:
+                await self._relay(scope, receive, send)
+            finally:
+                self._under_way -= 1
+
+    async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and what comes back.
+
+        Raises:
+            ApiError: nothing came back; after that, errors are told within the answer.
+        """
+        body = (await receive()).get("body", b"")
+        headers = Headers(scope=scope)
+        call = Call(scope["method"], scope["path"], scope["query_string"], list(scope["headers"]), body)
+        key = routing_key(scope["state"]["tenant"], headers, body)
+        pieces = self._models.options(session_id=key, stream=True).answer.remote(call)
+        try:
+            start = await unless_gone(self._first(pieces), receive)
+            await send({"type": "http.response.start", "status": start.status, "headers": _passed_on(start.headers)})
+            await unless_gone(self._rest(pieces, start, send), receive)
+        except ClientLeftError:
+            pass
+        finally:
+            pieces.cancel()
+
+    async def _first(self, pieces: AsyncIterator[Any]) -> Start:
+        try:
+            async with asyncio.timeout(self._limits.queue_s + self._limits.request_s):
+                return Start(*await anext(pieces))
+        except BackPressureError:
+            raise self._too_many() from None
+        except TimeoutError:
+            raise unavailable("no replica answered in time", code="timeout") from None
+        except (RayError, StopAsyncIteration) as exc:
+            raise _lost(exc) from None
+
+    async def _rest(self, pieces: AsyncIterator[Any], start: Start, send: Send) -> None:
+        try:
+            async for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except RayError as exc:
+            error = _lost(exc)
+            if not _is_event_stream(start):
+                raise error from None
+            event = b"data: " + msgspec.json.encode(error.document) + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _tell_ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if True not in await self._ask_all("ready"):
+            raise unavailable("no replica is ready", code="not_ready", retry_after_s=_NOT_READY_S)
+        await JSONResponse({"status": "ready"})(scope, receive, send)
+
+    async def _tell_metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        told = [told for told in await self._ask_all("metrics") if isinstance(told, tuple)]
+        text = join_metrics({"front": self._metrics.render().decode()} | dict(told))
+        await Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")(scope, receive, send)
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        """What all replicas answer, or the exceptions that they met; also of those that have no free slot.
+
+        Raises:
+            ApiError: they took too long.
+        """
+        try:
+            answers: list[Any] = await self._models.broadcast(method).results_async(
+                timeout_s=_ALL_S, return_exceptions=True
+            )
+        except TimeoutError:
+            raise unavailable("the replicas do not answer", code="not_ready", retry_after_s=_NOT_READY_S) from None
+        return answers
+
+    def _too_many(self) -> ApiError:
+        return ApiError(
+            429,
+            "too many requests wait for a replica",
+            "ask again later",
+            code="queue_full",
+            retry_after_s=self._busy_s,
+        )
+
+
+class _Running(Response):
+    """Lets an ASGI application answer where Serve expects a response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+def _passed_on(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in headers if name.lower() not in _NOT_PASSED_ON]
+
+
+def _is_event_stream(start: Start) -> bool:
+    return any(name.lower() == b"content-type" and b"event-stream" in value for name, value in start.headers)
+
+
+def _lost(exc: BaseException) -> ApiError:
+    if isinstance(exc, RayActorError | StopAsyncIteration):
+        return unavailable("the replica that was to answer is gone", "ask again", code="replica_lost", retry_after_s=1)
+    logger.error("Ray: %s", type(exc).__name__)  # its words could quote a prompt
+    return ApiError(500, "a replica failed", "see Ray's logs", code=type(exc).__name__)
