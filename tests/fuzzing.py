@@ -5,14 +5,18 @@
 tries that many new cases for each property (some minutes each), and keeps what it found in .hypothesis.
 """
 
+import contextlib
 import os
+import time
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from normistral.errors import NormistralError
 
 _ASKED = os.environ.get("NORMISTRAL_FUZZ")
+# Shrinking a template can take minutes, and the suite tells only whether something is wrong.
+_PHASES = tuple(Phase) if _ASKED else (Phase.explicit, Phase.generate)
 SLOW_TO_DRAW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
@@ -24,6 +28,7 @@ def examples(few: int, **changes) -> settings:
         derandomize=not _ASKED,
         deadline=None,
         suppress_health_check=SLOW_TO_DRAW,
+        phases=_PHASES,
         **changes,
     )
 
@@ -41,6 +46,31 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+class Cost:
+    """Seconds, and bytes by which resident memory grew at most; 0 where Linux does not tell."""
+
+    def __enter__(self):
+        _write_if_possible("/proc/self/clear_refs", "5")  # the peak begins anew (proc_pid_clear_refs(5))
+        self._before, self._started = _status_bytes("VmRSS"), time.monotonic()
+        return self
+
+    def __exit__(self, *error):
+        self.seconds = time.monotonic() - self._started
+        self.bytes = _status_bytes("VmHWM") - self._before
+
+
+def _status_bytes(field: str) -> int:
+    if not os.path.exists("/proc/self/status"):  # noqa: PTH110 - thousands of times
+        return 0
+    with open("/proc/self/status") as file:  # noqa: PTH123
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def _write_if_possible(path: str, text: str) -> None:
+    with contextlib.suppress(OSError), open(path, "w") as file:  # noqa: PTH123
+        file.write(text)
 
 
 CONTROL_TEXTS = (
