@@ -343,7 +343,19 @@ def test_the_help_lists_the_commands(capsys, arguments):
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    for name in ("models", "export", "chat", "generate", "eval", "info", "bench", "draft-table", "tune", "doctor"):
+    for name in (
+        "models",
+        "export",
+        "chat",
+        "generate",
+        "eval",
+        "info",
+        "bench",
+        "draft-table",
+        "tune",
+        "bundle",
+        "doctor",
+    ):
         assert re.search(rf"^  {name} ", printed.out, re.MULTILINE)
     assert "..." not in printed.out.partition("Commands:")[2]  # no summary is cut
 
