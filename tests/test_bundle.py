@@ -182,6 +182,8 @@ def test_wrong_places_and_keys_are_refused_before_the_work(artifact, options, si
     refused(UsageError, artifact, dataclasses.replace(options, key=tmp_path / "no-key"), out / "a", "not a key")
     with pytest.raises(UsageError, match="no folder"):
         make_bundle(artifact, tmp_path / "none" / "a.tar", options)
+    hidden = shutil.copytree(artifact, tmp_path / ".hidden")
+    refused(UsageError, hidden, options, out / "a", "could not be installed")
     monkeypatch.setattr(bundling, "free_disk_bytes", lambda path: 10)
     refused(ResourceError, artifact, options, out / "a", "0.00 GB are free")
     monkeypatch.setenv("PATH", str(tmp_path))

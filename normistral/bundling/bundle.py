@@ -57,7 +57,7 @@ def make_bundle(artifact: Path, file: Path, options: BundleOptions, progress: Pr
         NormistralError: the key could not sign.
     """
     progress = progress or NoProgress()
-    _check_arguments(file, options)
+    _check_arguments(artifact, file, options)
     manifest = read_manifest(artifact)
     check_files(artifact, manifest, thorough=False)  # what is changed in large files is found while they are copied
     _require_disk(file, manifest.total_bytes)
@@ -82,7 +82,10 @@ def make_bundle(artifact: Path, file: Path, options: BundleOptions, progress: Pr
     return sha256
 
 
-def _check_arguments(file: Path, options: BundleOptions) -> None:
+def _check_arguments(artifact: Path, file: Path, options: BundleOptions) -> None:
+    name = artifact.resolve().name
+    if name.startswith(".") or not install.is_member_name(install.ARTIFACT + name):
+        raise UsageError(f"an artifact of the name {name!r} could not be installed", "rename its folder")
     if not file.absolute().parent.is_dir():
         raise UsageError(f"there is no folder {file.absolute().parent}", "make it, or name another FILE")
     if file.is_dir():

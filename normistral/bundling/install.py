@@ -352,6 +352,7 @@ def install(bundle: Bundle, prefix: Path, name: str) -> Path:
                 _make_runtime(bundle, runtime)
             _say("trying it")
             _run([runtime / "bin" / "normistral", "doctor", artifact if there else staged], prefix, "does not run here")
+            os.sync()  # should the power fail, names come after contents
             if not there:
                 staged.rename(artifact)
             (runtime / _WHOLE).touch()
@@ -366,7 +367,7 @@ def require_machine(description: dict[str, Any]) -> None:
     if python != description["python"]:
         raise InstallError(
             f"the bundle is for Python {description['python']}; this is {python}",
-            f"run it with python{description['python']}, or make a bundle with --python-version {python}",
+            f"run it with python{description['python']}, or make a bundle for another Python (--python-version)",
         )
     here = f"{platform.system()} {platform.machine()}"
     if here != f"Linux {description['machine']}":

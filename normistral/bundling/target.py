@@ -30,6 +30,11 @@ class Target:
     machine: str
     glibc_minor: int
 
+    @property
+    def tag(self) -> str:
+        """Its platform tag (PEP 600)."""
+        return f"manylinux_2_{self.glibc_minor}_{self.machine}"
+
     def pip_options(self) -> list[str]:
         """pip's options for wheels of this target. It takes a newer platform tag for none of the older ones."""
         options = ["--only-binary", ":all:", "--implementation", "cp", "--python-version", self.python]
@@ -70,7 +75,7 @@ def choose_target(python: str | None = None, platform_tag: str | None = None) ->
     if found is None or int(found[1]) < _OLDEST_GLIBC_MINOR:
         raise UsageError(
             f"{tag} is not a platform that a bundle can be for",
-            "name the glibc and the processor, as in manylinux_2_28_x86_64 (ldd --version says which glibc)",
+            "name the glibc and the processor, as in manylinux_2_34_x86_64 (ldd --version says which glibc)",
         )
     return Target(version, found[2], int(found[1]))
 

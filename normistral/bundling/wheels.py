@@ -112,7 +112,7 @@ def _download(requirements: list[str], target: Target, source: Path | None, into
     if done.returncode != 0:
         errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = (errors or done.stderr.splitlines() or ["nothing"])[-1]
-        raise DownloadError(f"pip found no wheels for Python {target.python}: {reason}", _ASK)
+        raise DownloadError(f"pip found no wheels for Python {target.python} on {target.tag}: {reason}", _ASK)
 
 
 def _close(wheels: dict[str, Wheel], extras: Sequence[str], target: Target) -> tuple[Closure, set[str]]:

@@ -29,7 +29,7 @@ def bundle(
         str | None,
         typer.Option(
             metavar="TAG",
-            help="Its glibc and processor, as in manylinux_2_28_x86_64. Default: this machine's.",
+            help="Its glibc and processor, as in manylinux_2_34_x86_64. Default: this machine's.",
         ),
     ] = None,
     wheels: Annotated[
