@@ -17,8 +17,6 @@ import sys
 
 def main():
     import leaf
-    if {fails}:
-        sys.exit("error: no such engine")
     print(leaf.NAME, *sys.argv[1:])
 """
 
@@ -47,13 +45,20 @@ def write_wheel(
     return wheel
 
 
-def write_wheels(folder: Path, *, fails: bool = False) -> Path:
+def write_wheels(folder: Path) -> Path:
     """A normistral that only echoes, what it requires, and this Python's pip."""
     folder.mkdir(parents=True)
-    code = FAKE_NORMISTRAL.format(fails=fails)
     extras = ("Provides-Extra: onnx", "Provides-Extra: serve")
     requires = ("leaf>=1", 'onnxruntime; extra == "onnx"', 'absent; sys_platform == "win32"')
-    write_wheel(folder, "normistral", normistral.__version__, code, requires, "License-Expression: Apache-2.0", *extras)
+    write_wheel(
+        folder,
+        "normistral",
+        normistral.__version__,
+        FAKE_NORMISTRAL,
+        requires,
+        "License-Expression: Apache-2.0",
+        *extras,
+    )
     write_wheel(folder, "leaf", "1.2", "NAME = 'blåbær'", (), "License: MIT")
     write_wheel(folder, "onnxruntime", "1.0", "", (), "Classifier: License :: OSI Approved :: MIT License")
     write_wheel(folder, "unneeded", "1.0", "")

@@ -12,13 +12,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from bundle_files import write_small_artifact, write_wheels
 
 from normistral.bundling import install
 from normistral.bundling.archive import Entry, with_sums, write_archive
-from normistral.bundling.bundle import BundleOptions, make_bundle
 from normistral.bundling.install import InstallError, check_bundle, is_member_name, member_header
-from normistral.bundling.target import choose_target
 from normistral.errors import UsageError
 
 DESCRIPTION = {
@@ -311,19 +308,22 @@ def test_nothing_is_written_for_a_bundle_that_is_not_trusted(run, signed_bundle,
     assert not list((tmp_path / "home").iterdir())
 
 
-def test_a_runtime_that_does_not_work_leaves_nothing(run, tmp_path):
-    artifact, wheels = write_small_artifact(tmp_path / "liten"), write_wheels(tmp_path / "wheels", fails=True)
-    make_bundle(artifact, tmp_path / "b.tar", BundleOptions(choose_target(), wheels=wheels))
-    done = run(bundle=tmp_path / "b.tar", trust=["--allow-unsigned"])
-    assert done.returncode == 1
-    assert "error: the runtime does not run here: error: no such engine" in done.stderr
-    assert files(run.home) == [".install.lock", "artifacts", "bin", "runtimes"]
-    assert list((run.home / "runtimes").iterdir()) == []
-
-
 @pytest.fixture
 def bundle(signed_bundle):
     return check_bundle(signed_bundle)
+
+
+def test_a_runtime_that_does_not_work_leaves_nothing(bundle, tmp_path, monkeypatch):
+    def make_broken_runtime(bundle, runtime):
+        (runtime / "bin").mkdir(parents=True)
+        (runtime / "bin" / "normistral").write_text("#!/bin/sh\necho 'error: no such engine' >&2\nexit 1\n")
+        (runtime / "bin" / "normistral").chmod(0o755)
+
+    monkeypatch.setattr(install, "_make_runtime", make_broken_runtime)
+    with pytest.raises(InstallError, match="the runtime does not run here: error: no such engine"):
+        install.install(bundle, tmp_path / "p", "liten")
+    assert files(tmp_path / "p") == [".install.lock", "artifacts", "bin", "runtimes"]
+    assert list((tmp_path / "p" / "runtimes").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,11 @@ def bundle(
     force: Annotated[bool, typer.Option("--force", help="Replace FILE, once the new one is whole.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Pack an artifact and its runtime into one file for machines without a network. Prints its SHA-256 and name.
+    """Pack an artifact and its runtime into one file.
 
-    The file is a tar archive with the artifact, the wheels, an installer (install.py), a bill of materials and a list
-    of SHA-256 sums. pip collects the wheels, from its index as it is configured here.
+    The file is for machines without a network: a tar archive with the artifact, the wheels, an installer (install.py), a
+    bill of materials and a list of SHA-256 sums. pip collects the wheels, from its index as it is configured here.
+    Prints the file's SHA-256 and name. docs/bundle.md says more.
     """
     from normistral.bundling.bundle import BundleOptions, make_bundle
     from normistral.bundling.install import sums_line
