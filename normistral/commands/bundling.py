@@ -41,7 +41,7 @@ def bundle(
 ) -> None:
     """Pack an artifact and its runtime into one file.
 
-    The file is for machines without a network: a tar archive with the artifact, the wheels, an installer (install.py), a
+    The file is for machines without a network: a tar archive with the artifact, the wheels, install.py, a
     bill of materials and a list of SHA-256 sums. pip collects the wheels, from its index as it is configured here.
     Prints the file's SHA-256 and name. docs/bundle.md says more.
     """
