@@ -49,15 +49,15 @@ def is_unicode(text: str) -> bool:
 
 
 class Cost:
-    """Seconds, and bytes by which resident memory grew at most; 0 where Linux does not tell."""
+    """Seconds of the processor, and bytes by which resident memory grew at most; 0 where Linux does not tell."""
 
     def __enter__(self):
         _write_if_possible("/proc/self/clear_refs", "5")  # the peak begins anew (proc_pid_clear_refs(5))
-        self._before, self._started = _status_bytes("VmRSS"), time.monotonic()
+        self._before, self._started = _status_bytes("VmRSS"), time.process_time()
         return self
 
     def __exit__(self, *error):
-        self.seconds = time.monotonic() - self._started
+        self.seconds = time.process_time() - self._started
         self.bytes = _status_bytes("VmHWM") - self._before
 
 

@@ -200,7 +200,7 @@ def render(source):
 
 MESSAGES = [*chat("Hei {0.__class__} %s", "Ja <|im_end|>", system="Svar\nkort")]
 PATIENCE_BYTES = 300 * 2**20
-PATIENCE_S = 5.0  # one step over the limit, on a busy machine
+PATIENCE_S = 5.0  # of the processor: one step over the limit
 
 
 @examples(150)
