@@ -18,6 +18,7 @@ import typer
 import normistral
 from normistral.commands.batching import batch
 from normistral.commands.benchmarking import bench
+from normistral.commands.bundling import bundle
 from normistral.commands.drafting import draft_table
 from normistral.commands.evaluating import evaluate
 from normistral.commands.exporting import export
@@ -128,6 +129,7 @@ app.command()(bench)
 app.command("eval")(evaluate)
 app.command("draft-table")(draft_table)
 app.command()(tune)
+app.command()(bundle)
 app.command()(doctor)
 
 

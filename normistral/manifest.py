@@ -30,6 +30,8 @@ _READ_BYTES = 4 * 2**20
 _CHECKSUM = re.compile(rb'("checksum": ")([0-9a-f]{64})(")')
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+ByteCount = Annotated[int, msgspec.Meta(ge=0, le=2**50)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
 ArtifactFormat = Literal["openvino", "onnx"]
 GraphKind = Literal["fused", "plain"]
@@ -44,7 +46,7 @@ Ranges = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+
 class FileRecord:
     """One file of the artifact: size in bytes and SHA-256 in lower-case hex."""
 
-    size: Annotated[int, msgspec.Meta(ge=0)]
+    size: ByteCount
     sha256: Sha256
 
 
@@ -109,10 +111,10 @@ class RecipeRecord:
 
     weights: Literal["int4", "int8", "fp16", "fp32"]
     symmetric: bool | None = None
-    group_size: int | None = None
+    group_size: Annotated[int, msgspec.Meta(ge=-1, le=2**40)] | None = None
     ratio: Probability | None = None
     backup: str | None = None
-    output_layer_bits: int | None = None
+    output_layer_bits: Annotated[int, msgspec.Meta(ge=1, le=64)] | None = None
     graph: GraphKind | None = None
     recipe: Literal["fast", "balanced", "best"] | None = None
     calibration_sha256: Sha256 | None = None
@@ -143,7 +145,7 @@ class SamplingDefaults:
     """The authors' sampling settings (generation_config.json); None where they say nothing."""
 
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    top_k: Count | None = None
     top_p: Probability | None = None
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] | None = None

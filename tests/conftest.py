@@ -1,9 +1,11 @@
 """Artifacts exported once for a whole test run, from random checkpoints with the family's quirks."""
 
+import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
+from bundle_files import write_small_artifact, write_wheels
 from hypothesis import settings
 from tiny_models import make_mistral
 
@@ -65,3 +67,29 @@ def tiny_onnx(tiny_checkpoint, tmp_path_factory):
         return output
 
     return export
+
+
+@pytest.fixture(scope="session")
+def bundle_wheels(tmp_path_factory) -> Path:
+    return write_wheels(tmp_path_factory.mktemp("wheels") / "folder")
+
+
+@pytest.fixture(scope="session")
+def signing_key(tmp_path_factory) -> Path:
+    key = tmp_path_factory.mktemp("keys") / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    return key
+
+
+@pytest.fixture(scope="session")
+def signed_bundle(bundle_wheels, signing_key, tmp_path_factory) -> Path:
+    """A bundle of an artifact without a model, its signature, and beside it `signers`."""
+    from normistral.bundling.bundle import BundleOptions, make_bundle
+    from normistral.bundling.target import choose_target
+
+    folder = tmp_path_factory.mktemp("bundles")
+    artifact = write_small_artifact(folder / "liten")
+    make_bundle(artifact, folder / "liten.tar", BundleOptions(choose_target(), key=signing_key, wheels=bundle_wheels))
+    public = signing_key.with_suffix(".pub").read_text()
+    (folder / "signers").write_text(f'utgiver@example.no namespaces="normistral-bundle" {public}')
+    return folder / "liten.tar"

@@ -343,7 +343,7 @@ def test_the_help_lists_the_commands(capsys, arguments):
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    names = "models export chat generate serve eval info bench draft-table tune doctor"
+    names = "models export chat generate batch serve eval info bench draft-table tune bundle doctor"
     for name in names.split():
         assert re.search(rf"^  {name} ", printed.out, re.MULTILINE)
     assert "..." not in printed.out.partition("Commands:")[2]  # no summary is cut

@@ -112,6 +112,21 @@ def test_impossible_reasoning_markers_are_refused(reasoning: dict[str, Any], com
         parse_manifest(forge(reasoning=reasoning))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": {"model.bin": {"size": 10**400, "sha256": "a" * 64}}},
+        {"sampling": {"top_k": 2**70}},
+        {"recipe": {"weights": "int4", "group_size": 10**400}},
+        {"recipe": {"weights": "int4", "output_layer_bits": -1}},
+    ],
+)
+def test_numbers_that_nothing_could_have_are_refused(changes: dict[str, Any]) -> None:
+    """Found by fuzzing: what a float cannot hold ended `info` in a traceback."""
+    with pytest.raises(ArtifactError, match="not a valid manifest"):
+        parse_manifest(forge(**changes))
+
+
 def test_an_older_schema_is_not_taken_for_this_one() -> None:
     with pytest.raises(ArtifactError):
         parse_manifest(forge(schema_version=0))

@@ -45,6 +45,13 @@ def test_text_shows_templates_nothing_that_plain_text_has_not(attribute):
     assert make(byte_level(), f"{{{{ messages[0].content.{attribute} }}}}").render(chat("Hei")) == expected
 
 
+@pytest.mark.parametrize("expression", ["dict['a'].fromkeys('ab')", "dict['a'].mro()", "dict['__class__']('a')"])
+def test_a_class_gives_nothing_by_subscript(expression):
+    """Found by fuzzing: jinja2 makes a generic alias of it, whose attributes nobody watches."""
+    with pytest.raises(TemplateError, match="uses what is not there"):
+        make(byte_level(), f"{{{{ {expression} }}}}").render(chat("Hei"))
+
+
 def test_what_a_template_says_is_cut_and_put_on_one_line():
     with pytest.raises(TemplateError) as caught:
         make(byte_level(), "{{ raise_exception('a\nb ' * 10000) }}").render([])

@@ -74,6 +74,14 @@ def test_a_restored_conversation_goes_on_with_the_same_tokens_and_computes_only_
     assert computed(other) == found.timings.prompt_tokens - found.timings.cached_tokens + 7
 
 
+def test_half_a_character_cannot_be_saved(tmp_path, model):
+    """Found by fuzzing: a system message that no answer was asked for yet."""
+    chat = model.chat(system="\ud800")
+    with pytest.raises(UsageError, match="half a character"):
+        chat.save(tmp_path / "a.session")
+    assert not (tmp_path / "a.session").exists()
+
+
 def test_dropped_messages_stay_dropped(tmp_path):
     model = make_model(tmp_path, ["svar"], context_length=160)
     chat = model.chat(overflow="drop-oldest")

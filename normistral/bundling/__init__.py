@@ -1,1 +1,1 @@
-"""One archive that installs a model on a machine without a network."""
+"""One file that carries an artifact and its runtime to a machine without a network."""

@@ -14,6 +14,7 @@ from normistral.runtime.options import GenerationConfig
 from normistral.runtime.session_file import OnBytes, SavedMessage
 from normistral.runtime.sessions import restore_sequence, save_sequence
 from normistral.runtime.template import ChatTemplate
+from normistral.runtime.tokenizer import require_unicode
 from normistral.runtime.turns import OneAtATime
 
 if TYPE_CHECKING:
@@ -157,13 +158,15 @@ class Chat:
 
         Raises:
             BusyError: an answer is running.
-            UsageError: `path` is a folder.
+            UsageError: `path` is a folder, or a message holds half a character.
             NormistralError: it cannot be written.
             ClosedError: the model was closed.
         """
         with self._busy.held():
             self._sequence = self._sequence or self._model.create_sequence()
             messages = [SavedMessage(**message) for message in self.messages]
+            for message in messages:
+                require_unicode(message.role + message.content)
             save_sequence(
                 self._model, self._sequence, path, on_bytes, kind="chat", messages=messages, dropped=self.dropped
             )

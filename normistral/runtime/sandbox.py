@@ -193,6 +193,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return super().getattr(_tracked(obj), attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(obj, type):  # `dict['a']` is a generic alias, and shows dict's attributes as if they were its own
+            return self.undefined(obj=obj, name=argument)
         return super().getitem(_tracked(obj), argument)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:

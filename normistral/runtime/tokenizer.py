@@ -105,7 +105,7 @@ class Tokenizer:
         Raises:
             UsageError: as `encode`.
         """
-        encoding = self._backend.encode(_require_unicode(text), add_special_tokens=add_special_tokens)
+        encoding = self._backend.encode(require_unicode(text), add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.offsets
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -175,7 +175,8 @@ def _never_prepend_first(pre_tokenizer: dict[str, Any] | None) -> None:
         _never_prepend_first(part)
 
 
-def _require_unicode(text: str) -> str:
+def require_unicode(text: str) -> str:
+    """The text, if it can be written as UTF-8; raises UsageError if it holds half a character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as exc:

@@ -1,0 +1,149 @@
+"""The story of a bundle: artifact, wheels, bill of materials, installer, list, signature, in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import normistral
+from normistral.bundling import install, signature
+from normistral.bundling.archive import Entry, archive_bytes, with_sums, write_archive
+from normistral.bundling.own_wheel import pack_own_wheel
+from normistral.bundling.sbom import write_sbom
+from normistral.bundling.target import Target, needed_glibc_minor
+from normistral.bundling.wheels import Closure, collect_wheels, find_own_wheel
+from normistral.errors import ResourceError, UsageError
+from normistral.export.progress import NoProgress, Progress
+from normistral.export.staging import translate_full_disk
+from normistral.hardware import free_disk_bytes
+from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
+from normistral.runtime.whole_file import replacing
+
+
+@dataclass(frozen=True, slots=True)
+class BundleOptions:
+    """How a bundle is made.
+
+    Attributes:
+        with_server: bring what `normistral serve` needs.
+        key: private key of ssh-keygen, or a public one whose private one an agent holds; None leaves it unsigned.
+        wheels: a folder to take all wheels from, without a network; None has pip ask its index.
+        force: replace a file that is there.
+    """
+
+    target: Target
+    with_server: bool = False
+    key: Path | None = None
+    wheels: Path | None = None
+    force: bool = False
+
+
+def make_bundle(artifact: Path, file: Path, options: BundleOptions, progress: Progress | None = None) -> str:
+    """Write a bundle, and its signature beside it.
+
+    What fails or is interrupted leaves `file` as it was. The same artifact and wheels give the same bytes.
+
+    Returns:
+        SHA-256 of the file.
+
+    Raises:
+        ArtifactError: the artifact is not whole, or a wheel is not.
+        UsageError: `file` is there already and `force` is off; no such key or folder.
+        DownloadError, MissingExtraError: the wheels could not be had.
+        ResourceError: the disk is too full.
+        NormistralError: the key could not sign.
+    """
+    progress = progress or NoProgress()
+    _check_arguments(artifact, file, options)
+    manifest = read_manifest(artifact)
+    check_files(artifact, manifest, thorough=False)  # what is changed in large files is found while they are copied
+    _require_disk(file, manifest.total_bytes)
+    extras = [*(["onnx"] if manifest.format == "onnx" else []), *(["serve"] if options.with_server else [])]
+    with tempfile.TemporaryDirectory(prefix="normistral-wheels-") as folder, translate_full_disk(file):
+        with progress.stage("collecting the runtime"):
+            closure = _collect(extras, options, Path(folder))
+        entries = with_sums(_entries(artifact, manifest, extras, closure, options.target))
+        _require_disk(file, archive_bytes(entries))
+        progress.note(f"{len(closure.wheels)} wheels for Python {options.target.python}, {options.target.machine}")
+        signature_file = file.with_name(file.name + signature.SUFFIX)
+        with replacing(file, private=False) as stream:
+            size = sum(entry.size for entry in entries)
+            with progress.stage(f"writing {file.name}", size, "bytes") as writing:
+                sha256 = write_archive(stream, entries, writing.advance)
+            signed = None if options.key is None else signature.sign(stream, options.key)
+            # An old signature is none of the new file: it goes first, so that no moment has the wrong pair.
+            signature_file.unlink(missing_ok=True)
+        if signed is not None:
+            with replacing(signature_file, private=False) as stream:
+                stream.write(signed)
+    return sha256
+
+
+def _check_arguments(artifact: Path, file: Path, options: BundleOptions) -> None:
+    name = artifact.resolve().name
+    if name.startswith(".") or not install.is_member_name(install.ARTIFACT + name):
+        raise UsageError(f"an artifact of the name {name!r} could not be installed", "rename its folder")
+    if not file.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {file.absolute().parent}", "make it, or name another FILE")
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder", "name a file, such as normistral.tar")
+    if file.exists() and not options.force:
+        raise UsageError(f"{file} exists already", "choose another FILE, or replace it with --force")
+    if options.wheels is not None and not options.wheels.is_dir():
+        raise UsageError(f"there is no folder {options.wheels}", "give the folder that holds the wheels")
+    if options.key is not None:
+        signature.require_key(options.key)
+
+
+def _collect(extras: list[str], options: BundleOptions, folder: Path) -> Closure:
+    version, packed, collected = normistral.__version__, folder / "own", folder / "wheels"
+    packed.mkdir()
+    collected.mkdir()
+    given = options.wheels is not None and find_own_wheel(options.wheels, version) is not None
+    own = None if given else pack_own_wheel(packed)
+    return collect_wheels(own, extras, version, options.target, options.wheels, collected)
+
+
+def _entries(artifact: Path, manifest: Manifest, extras: list[str], closure: Closure, target: Target) -> list[Entry]:
+    """Everything but the list of sums: the small files first, so that they are found at once."""
+    raw = (artifact / MANIFEST_NAME).read_bytes()
+    files = {
+        MANIFEST_NAME: FileRecord(len(raw), hashlib.sha256(raw).hexdigest()),
+        **dict(sorted(manifest.files.items())),
+    }
+    wheels = closure.wheels.values()
+    size = sum(record.size for record in files.values())
+    description = {
+        "schema": install.SCHEMA,
+        "artifact": artifact.resolve().name,
+        "requirement": f"normistral[{','.join(extras)}]=={normistral.__version__}".replace("[]", ""),
+        "python": target.python,
+        "machine": target.machine,
+        "glibc": f"2.{max(_glibc_minor(wheel.path) for wheel in wheels)}",
+        "bytes": size + sum(wheel.path.stat().st_size + wheel.unpacked_bytes for wheel in wheels),
+    }
+    return [
+        Entry.of_bytes(install.INSTALLER, Path(install.__file__).read_bytes()),
+        Entry.of_bytes(install.DESCRIPTION, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()),
+        Entry.of_bytes(install.SBOM, write_sbom(artifact.resolve().name, manifest, files, closure)),
+        *(Entry(install.ARTIFACT + name, r.size, r.sha256, artifact / name) for name, r in files.items()),
+        *(Entry(install.WHEELS + w.path.name, w.path.stat().st_size, w.sha256, w.path) for w in wheels),
+    ]
+
+
+def _glibc_minor(wheel: Path) -> int:
+    from packaging.utils import parse_wheel_filename
+
+    return needed_glibc_minor(tag.platform for tag in parse_wheel_filename(wheel.name)[3])
+
+
+def _require_disk(file: Path, size: int) -> None:
+    free = free_disk_bytes(file)
+    if free < size:
+        raise ResourceError(
+            f"{file} will take {size / 1e9:.2f} GB; {free / 1e9:.2f} GB are free",
+            "free some space, or choose a FILE on another disk",
+        )
