@@ -7,16 +7,13 @@ from pathlib import Path
 import pytest
 from bundle_files import write_small_artifact, write_wheels
 from hypothesis import settings
-from tiny_models import make_mistral
+from tiny_models import QUIRKS, make_mistral
 
 # The same examples every time, so that a change is judged by what it changed. To look for new ones:
 # pytest --hypothesis-profile=explore
 settings.register_profile("explore", max_examples=500, deadline=None)
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
-
-# Grouped KV heads, head_dim 32 where hidden/heads is 16, a window of 16 in 64 positions, untied output.
-QUIRKS = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "sliding_window": 16, "positions": 64}
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,10 @@ from functools import cache
 import onnx
 import pytest
 import torch
-from conftest import QUIRKS
 from dequantise import dequantised
 from test_onnx_plain import LLAMA3, add_biases
 from tiny_bloom import make_bloom
-from tiny_models import edit_json, make_llama, make_mistral
+from tiny_models import QUIRKS, edit_json, make_llama, make_mistral
 from transformers import AutoModelForCausalLM
 
 import normistral

@@ -10,10 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import QUIRKS
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
-from tiny_models import edit_json, make_llama, make_mistral
+from tiny_models import QUIRKS, edit_json, make_llama, make_mistral
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from normistral.errors import ExportError

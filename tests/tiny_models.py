@@ -24,6 +24,8 @@ VOCABULARY = len(SPECIALS) + 256
 THINKING_SPECIALS = ("<think>", "</think>", "<system_prompt>", "</system_prompt>", "<instruction>", "</instruction>")
 THINKING_VOCABULARY = VOCABULARY + len(THINKING_SPECIALS)
 THINK, END_THINK = VOCABULARY, VOCABULARY + 1  # token ids
+# Grouped KV heads, head_dim 32 where hidden/heads is 16, a window of 16 in 64 positions, untied output.
+QUIRKS = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "sliding_window": 16, "positions": 64}
 # tokenizer_config.json of norallm/normistral-7b-warm-instruct, word for word; note the blank after <|im_start|>.
 TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import QUIRKS
-from tiny_models import edit_json, make_mistral
+from tiny_models import QUIRKS, edit_json, make_mistral
 
 from normistral.errors import UsageError
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from normistral.runtime.engines.openvino_settings import (
     require_taken,
     said_first,
     settings_in_force,
+    translated,
 )
 from normistral.runtime.engines.openvino_slots import Slots
 from normistral.runtime.engines.settings import PREFILL_CHUNK, override
@@ -150,7 +150,7 @@ class OpenVINOEngine:
         kinds = {name: packed_kinds((1, tensor.shape[1], length, tensor.shape[3])) for name, tensor in empty.items()}
         for name, packed in check_cache_tensors(tensors, kinds):
             values = unpack(packed).astype(empty[name].element_type.to_dtype(), copy=False)
-            with _translated("OpenVINO could not write the KV cache"):
+            with translated("OpenVINO could not write the KV cache"):
                 states[name].state = ov.Tensor(values, shared_memory=True)  # the state makes the one copy
         self._slots.compacted(length)
 
@@ -165,12 +165,12 @@ class OpenVINOEngine:
     def _read(self, length: int) -> Iterator[CacheTensor]:
         living = self._slots.living()[:length]
         for state in self._query_states():
-            with _translated("OpenVINO could not read the KV cache"):
+            with translated("OpenVINO could not read the KV cache"):
                 values = state.state.data  # [1, kv_heads, slots, head_dim], a copy
             yield CacheTensor(state.name, pack(np.ascontiguousarray(values[:, :, living]), self._cache_precision))
 
     def _query_states(self) -> list[Any]:
-        with _translated("OpenVINO could not find the KV cache"):
+        with translated("OpenVINO could not find the KV cache"):
             return list(self._open_request().query_state())
 
     def _open_request(self) -> ov.InferRequest:
@@ -322,11 +322,3 @@ def warm_up(backend: OpenVINOBackend) -> None:
     for length in _WARM_UP_LENGTHS:
         engine.forward([0] * length)
     engine.close()
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as exc:
-        raise EngineError(f"{what}: {said_first(exc)}") from exc

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from normistral.errors import UsageError
+from normistral.errors import EngineError, UsageError
 from normistral.runtime.engines.settings import COUNT, Setting
 
 if TYPE_CHECKING:
@@ -84,6 +85,19 @@ def require_taken(given: Mapping[str, str], in_force: Mapping[str, str], device:
             raise UsageError(
                 f"OpenVINO on {device} does not take {name}={value}: it uses {actual}", f"leave it out, or say {actual}"
             )
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """OpenVINO's exceptions as ours: "what: its own first line".
+
+    Raises:
+        EngineError: in place of a RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as exc:
+        raise EngineError(f"{what}: {said_first(exc)}") from exc
 
 
 def said_first(exc: BaseException) -> str:

@@ -12,7 +12,6 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from normistral.errors import ClosedError, EngineError, UsageError
 from normistral.manifest import Manifest
-from normistral.runtime.engines.openvino_settings import said_first
+from normistral.runtime.engines.openvino_settings import translated
 from normistral.runtime.text_stream import TextStream
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.base import Job, Progress
@@ -110,7 +109,7 @@ class OpenVINOBatch:
             return progress
         self._leaving.clear()  # whatever comes of it: the pipeline lets go of them in this step
         try:
-            with _translated("openvino_genai failed"):
+            with translated("openvino_genai failed"):
                 self._open_pipeline().step()
         except EngineError as exc:
             return [*progress, *self._give_up(exc)]
@@ -155,7 +154,7 @@ class OpenVINOBatch:
             if chunk.finish_reason is not None:
                 return
         config = genai_config(answer.job.config, answer.left, self._manifest.stop_token_ids, answer.part)
-        with _translated("openvino_genai did not take a request"):
+        with translated("openvino_genai did not take a request"):
             handle = self._pipeline_request(answer.token_ids, config)
         answer.part += 1
         self._running[answer.job.job_id] = _Request(answer, handle, self._blocks(answer))
@@ -225,11 +224,3 @@ def _not_finite() -> EngineError:
         "the model returned logits that are not finite",
         "try --exact; if that helps, this device cannot run this artifact",
     )
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as exc:
-        raise EngineError(f"{what}: {said_first(exc)}") from exc
