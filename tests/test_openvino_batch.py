@@ -5,11 +5,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import httpx
 import numpy as np
 import pytest
-from tiny_models import END_THINK, THINK, make_llama
+from tiny_bloom import make_bloom
+from tiny_models import END_THINK, THINK, make_llama, make_mistral
 
 import normistral
 from normistral.errors import ClosedError, EngineError, NormistralError, UsageError
@@ -113,6 +115,19 @@ def test_answers_at_once_are_the_librarys(batch, model):
     assert (timings.prompt_tokens, timings.new_tokens) == (len(asked[3]), len(got["3"].token_ids))
     assert 0 < timings.prefill_s <= timings.ttft_s
     assert timings.decode_s > 0
+
+
+@pytest.mark.parametrize(
+    "make", [partial(make_mistral, sliding_window=16, positions=CONTEXT), partial(make_bloom, seq_length=CONTEXT)]
+)
+def test_windows_and_slopes_of_attention_are_the_librarys_too(tmp_path, make):
+    normistral.export_model(str(make(tmp_path / "checkpoint")), tmp_path / "out", weights="fp16", verify=False)
+    batch, asked = open_exact(tmp_path / "out"), prompts(3, length=60)
+    got = answer(batch, *(job(index, ids, max_new_tokens=24, ignore_eos=True) for index, ids in enumerate(asked)))
+    batch.close()
+    with normistral.load(tmp_path / "out", exact=True) as model:
+        for index, ids in enumerate(asked):
+            assert told(got[str(index)]) == told(ask(model, ids, max_new_tokens=24, ignore_eos=True))
 
 
 def test_a_job_may_come_while_others_are_under_way(batch, model):

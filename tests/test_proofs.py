@@ -62,7 +62,9 @@ def export(checkpoint, output, format, sabotage=None, patch=None, **options):
 
     if patch is not None:
         patch.setattr(proving, "verify", verify)
-    options = {"weights": "int4", "group_size": 32, "recipe": "fast"} | options
+    options = {"weights": "int4", "group_size": 32} | options
+    if options["weights"] == "int4":
+        options.setdefault("recipe", "fast")
     return normistral.export_model(str(checkpoint), output, format=format, **options)
 
 
@@ -219,9 +221,7 @@ def test_wrong_logits_over_right_files_are_refused_with_the_figures(checkpoint, 
             "onnx",
             drop_window,
             monkeypatch,
-            weights="fp32",
-            graph="fused",
-            group_size=None,
+            **options,
         )
 
 

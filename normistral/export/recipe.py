@@ -83,7 +83,7 @@ class Recipe:
         """Raises UsageError for a value out of range, or for one that this format would ignore."""
         _require_one_of("format", self.format, tuple(_WEIGHTS))
         _require_one_of("weights", self.weights, _WEIGHTS["onnx"])
-        _require_one_of("recipe", self.recipe, (None, "fast", "balanced", "best"))
+        _require_one_of("recipe", self.rounding, ("fast", "balanced", "best"))
         _require_one_of("group_size", self.group_size, (None, *GROUP_SIZES, PER_CHANNEL))
         _require_one_of("symmetric", self.symmetric, (None, True, False))
         _require_one_of("backup", self.backup, ("int8_asym", "int8_sym", "fp"))
