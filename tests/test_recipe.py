@@ -211,11 +211,11 @@ def test_only_int4_at_its_best_has_zero_points_unless_they_are_asked_for():
 
 
 def test_a_calibration_holds_one_layer_and_what_gptq_needs():
-    """Hessian of 14,336 inputs: 0.8 GB, and four more of its size; a layer: 0.9 GB."""
+    """Hessian of 14,336 inputs: 0.8 GB, and three more of its size; a layer: 0.9 GB. Two layers took 4.4 GiB in all."""
     gib = 2**30
     for format in ("openvino", "onnx"):
         best = resources.estimate_needs(SEVEN_B, Recipe(format=format, recipe="best"), 128)
-        assert 5.5 * gib < best.memory < 8 * gib
+        assert 4.4 * gib < best.memory < 5.5 * gib
         plain = resources.estimate_needs(SEVEN_B, Recipe(format=format, recipe="fast"), 128)
         assert 3.3 * gib < best.disk - plain.disk < 3.7 * gib
     balanced = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced"), 128)
@@ -228,11 +228,12 @@ def test_a_calibration_holds_one_layer_and_what_gptq_needs():
 
 
 def test_a_calibration_takes_as_long_as_it_did_when_it_was_measured():
-    """One core: 78 s for the demo model, of it 6 s of searches."""
-    assert 50 < resources.estimate_calibration_s(DEMO, choose_plan(Recipe(recipe="best"), 64), cores=1) < 100
+    """Two cores: 28 s for the demo model; 67 s for each of the 7B's 32 layers."""
+    assert 40 < resources.estimate_calibration_s(DEMO, choose_plan(Recipe(recipe="best"), 64), cores=1) < 100
     whole = resources.estimate_calibration_s(SEVEN_B, choose_plan(Recipe(recipe="best"), 128), cores=2)
     light = resources.estimate_calibration_s(SEVEN_B, choose_plan(Recipe(recipe="balanced"), 128), cores=2)
-    assert 20 * 60 < light < whole / 2 < 60 * 60
+    assert 30 * 60 < whole < 60 * 60
+    assert 10 * 60 < light < whole / 2
 
 
 def test_a_shortage_is_said_with_numbers(monkeypatch, tmp_path):
@@ -261,12 +262,12 @@ def test_the_meter_sees_memory_that_came_and_went():
 
 
 def test_where_the_default_does_not_fit_the_thrifty_recipe_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 6 * GB)
-    needs = {name: resources.estimate_needs(SEVEN_B, Recipe(recipe=name), 128) for name in ("best", "fast")}
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 4 * GB)
+    needs = {name: resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe=name), 128) for name in ("best", "fast")}
     with pytest.raises(ResourceError) as error:
         resources.check_resources(tmp_path / "out", needs["best"], needs["fast"])
-    assert "use --recipe fast: it takes 5." in error.value.hint
-    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 3 * GB)
+    assert "use --recipe fast: it takes 1." in error.value.hint
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 1 * GB)
     with pytest.raises(ResourceError) as error:
         resources.check_resources(tmp_path / "out", needs["best"], needs["fast"])
     assert "fast" not in error.value.hint

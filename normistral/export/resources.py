@@ -26,9 +26,9 @@ _BLOCKS_BYTES = 256 * 2**20
 _SMALL_FILES_BYTES = 64 * 2**20
 _RUNNING_SHARE = 1.6  # memory of a running artifact over its size on disk (benchmarks/load_memory.py: 1.2 to 1.5)
 _SAMPLES_PER_S = 20
-# Float32 operations a second of one core with AVX2 (EPYC): what a calibration comes to in all, its searches included
-# (demo model: 78 s; layers of half the 7B's widths: 24 s each).
-_CORE_OPERATIONS_PER_S = 70e9
+# Float32 operations a second of one core with AVX512 (EPYC): what a calibration comes to in all, its searches included
+# (demo model: 28 s of two cores; layers of the 7B's widths: 134 s of one core each).
+_CORE_OPERATIONS_PER_S = 110e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def estimate_calibration_bytes(architecture: Architecture, plan: Plan) -> int:
     if plan.method == "gptq":
         attention = architecture.heads * architecture.head_dim
         rounding += 4 * (2 * hidden**2 + attention**2 + wide**2)  # second moments of all four kinds of inputs
-        rounding += 4 * 4 * wide**2  # in order, its Cholesky factor, the inverse, and that one's factor
+        rounding += 3 * 4 * wide**2  # in order, its Cholesky factor, that one's inverse
     if plan.ratio == 1.0:
         return rounding
     # Before that, the choice of what takes 8 bits: the states in front of every layer, a layer and its errors, and what
