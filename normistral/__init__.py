@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from normistral.manifest import Manifest
     from normistral.runtime.chat import Chat
     from normistral.runtime.chunks import Chunk, Completion, Timings
-    from normistral.runtime.model import Model, load
+    from normistral.runtime.loading import load
+    from normistral.runtime.model import Model
     from normistral.runtime.options import GenerationConfig
     from normistral.runtime.prefix import Prefix
     from normistral.runtime.structured.structure import Structure
@@ -41,7 +42,7 @@ _HOME = {
     "Structure": "normistral.runtime.structured.structure",
     "Timings": "normistral.runtime.chunks",
     "export_model": "normistral.export.pipeline",
-    "load": "normistral.runtime.model",
+    "load": "normistral.runtime.loading",
 }
 
 __all__ = [

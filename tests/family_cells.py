@@ -20,7 +20,7 @@ from tiny_family import TOKENS, WINDOW, reference_logits, source_of, stored_tens
 import normistral
 from normistral.manifest import Manifest, read_manifest
 from normistral.runtime.engines.base import Backend, Engine
-from normistral.runtime.model import _load_backend
+from normistral.runtime.loading import load_backend
 
 FORMATS = ("openvino", "onnx")
 WEIGHTS = ("int8", "int4")
@@ -43,7 +43,7 @@ class Cell:
 
     @cached_property
     def backend(self) -> Backend:
-        return _load_backend(self.folder, self.manifest, "CPU", exact=True)
+        return load_backend(self.folder, self.manifest, "CPU", exact=True)
 
     @cached_property
     def rounded(self) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from sample_artifacts import write_artifact
 from scripted_models import make_model
 
-import normistral.runtime.model
+import normistral.runtime.loading
 from normistral.cli import main
 from normistral.manifest import read_manifest
 from normistral.runtime.model import Model
@@ -50,7 +50,7 @@ def run(script: dict, arguments: list[str]) -> int:
         model._backend.next_logits = slowly
         return model
 
-    normistral.runtime.model.load = load
+    normistral.runtime.loading.load = load
     return main(arguments)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from scripted_models import make_model
 from tiny_models import VOCABULARY
 
-import normistral.runtime.model
+import normistral.runtime.loading
 from normistral.errors import EngineError
 from normistral.evaluation.bench import worker
 from normistral.runtime.engines.scripted import random_logits
@@ -29,5 +29,5 @@ def load(folder: Path, device: str = "CPU", *, exact: bool = False, settings=Non
 
 
 def main() -> None:
-    normistral.runtime.model.load = load
+    normistral.runtime.loading.load = load
     worker.main()

@@ -104,10 +104,10 @@ def _describe(model: Model, folder: Path) -> Manifest:
 
 def main() -> None:
     """Of the worker process."""
-    import normistral.runtime.model
+    import normistral.runtime.loading
     from normistral.serving import worker
 
-    normistral.runtime.model.load = load
+    normistral.runtime.loading.load = load
     worker.main()
 
 

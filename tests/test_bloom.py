@@ -15,7 +15,7 @@ from normistral.export.config import architecture_of, context_of, read_json, san
 from normistral.export.onnx.bloom import slopes
 from normistral.export.openvino import convert
 from normistral.manifest import read_manifest
-from normistral.runtime.model import _load_backend
+from normistral.runtime.loading import load_backend
 
 # Largest difference of a logit as a share of the logits' spread. Float32 sums in another order (3e-7 seen); weights
 # rounded to float16 (3e-4), arithmetic in float16 too (6e-4).
@@ -48,7 +48,7 @@ def checkpoints(tmp_path_factory):
 def test_every_variation_computes_what_transformers_does(checkpoints, variation, export, tmp_path):
     options, tolerance = EXPORTS[export]
     normistral.export_model(str(checkpoints[variation]), tmp_path / "out", **options)
-    backend = _load_backend(tmp_path / "out", read_manifest(tmp_path / "out"), "CPU", exact=True)
+    backend = load_backend(tmp_path / "out", read_manifest(tmp_path / "out"), "CPU", exact=True)
     engine = backend.create_engine()
     parts = [engine.forward(TOKENS[:20], last=20), *(engine.forward([token]) for token in TOKENS[20:])]
     expected = reference_logits(checkpoints[variation], {})

@@ -16,7 +16,7 @@ from normistral.errors import UsageError
 from normistral.manifest import read_manifest
 from normistral.runtime.drafting.table import build_table
 from normistral.runtime.engines.openvino_slots import Slots
-from normistral.runtime.model import _load_backend
+from normistral.runtime.loading import load_backend
 
 TOLERANCE = 2e-5
 TOKENS = np.random.default_rng(1).integers(5, 261, 56).tolist()
@@ -45,7 +45,7 @@ def artifact(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backend(artifact):
-    return _load_backend(artifact, read_manifest(artifact), "CPU", exact=True)
+    return load_backend(artifact, read_manifest(artifact), "CPU", exact=True)
 
 
 @pytest.fixture(scope="module")

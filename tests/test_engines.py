@@ -13,7 +13,7 @@ from dequantise import dequantised
 import normistral
 from normistral.errors import ClosedError
 from normistral.manifest import read_manifest
-from normistral.runtime.model import _load_backend
+from normistral.runtime.loading import load_backend
 
 TOLERANCES = {"openvino": 2e-4, "onnx": 5e-6}
 EXPORTS = ("openvino-fp16", "onnx-fp32-plain", "onnx-fp32-fused", "onnx-int8", "onnx-int4", "onnx-int4-asymmetric")
@@ -34,7 +34,7 @@ def artifact(export, request):
 
 @pytest.fixture(scope="module")
 def backend(artifact):
-    return _load_backend(artifact, read_manifest(artifact), "CPU", exact=True)
+    return load_backend(artifact, read_manifest(artifact), "CPU", exact=True)
 
 
 @pytest.fixture

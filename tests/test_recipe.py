@@ -263,7 +263,9 @@ def test_the_meter_sees_memory_that_came_and_went():
 
 def test_where_the_default_does_not_fit_the_thrifty_recipe_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: 4 * GB)
-    needs = {name: resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe=name), 128) for name in ("best", "fast")}
+    needs = {
+        name: resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe=name), 128) for name in ("best", "fast")
+    }
     with pytest.raises(ResourceError) as error:
         resources.check_resources(tmp_path / "out", needs["best"], needs["fast"])
     assert "use --recipe fast: it takes 1." in error.value.hint

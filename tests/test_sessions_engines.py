@@ -14,7 +14,7 @@ from normistral import hardware
 from normistral.errors import EngineError, SessionError
 from normistral.manifest import read_manifest
 from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
-from normistral.runtime.model import _load_backend
+from normistral.runtime.loading import load_backend
 
 EXPORTS = ("openvino-fp16", "onnx-fp16-plain", "onnx-fp32-fused", "onnx-int4")
 TOKENS = np.random.default_rng(0).integers(5, 261, 48).tolist()
@@ -31,7 +31,7 @@ def artifact(request):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_restored_cache_is_the_saved_one_bit_by_bit(artifact, exact):
-    backend = _load_backend(artifact, read_manifest(artifact), "CPU", exact=exact)
+    backend = load_backend(artifact, read_manifest(artifact), "CPU", exact=exact)
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
     engine.forward(TOKENS[20:30])
@@ -46,7 +46,7 @@ def test_a_restored_cache_is_the_saved_one_bit_by_bit(artifact, exact):
 
 
 def test_the_beginning_of_a_cache_is_that_of_a_shorter_sequence(artifact):
-    backend = _load_backend(artifact, read_manifest(artifact), "CPU", exact=False)
+    backend = load_backend(artifact, read_manifest(artifact), "CPU", exact=False)
     engine, other, shorter = (backend.create_engine() for _ in range(3))
     engine.forward(TOKENS[:20])
     shorter.forward(TOKENS[:20])
@@ -57,7 +57,7 @@ def test_the_beginning_of_a_cache_is_that_of_a_shorter_sequence(artifact):
 
 @pytest.mark.parametrize("name", ["other", "past"])
 def test_tensors_of_another_shape_never_reach_the_engine(artifact, name):
-    engine = _load_backend(artifact, read_manifest(artifact), "CPU", exact=False).create_engine()
+    engine = load_backend(artifact, read_manifest(artifact), "CPU", exact=False).create_engine()
     engine.forward(TOKENS[:20])
     saved = list(engine.save(20))
     wrong = saved[0]._replace(name="x") if name == "other" else saved[0]._replace(array=saved[0].array[:, :1])
@@ -200,7 +200,7 @@ def test_what_openvino_shows_is_what_packing_expects(tiny_fp16, precision, monke
     monkeypatch.setattr(
         "normistral.hardware.plan_openvino", lambda *given: {**plan(*given), "KV_CACHE_PRECISION": precision}
     )
-    backend = _load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False)
+    backend = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False)
     assert backend.capabilities.numerics["KV_CACHE_PRECISION"] == precision
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
@@ -212,7 +212,7 @@ def test_what_openvino_shows_is_what_packing_expects(tiny_fp16, precision, monke
 
 
 def test_the_shortened_cache_is_the_old_one_bit_by_bit(tiny_fp16):
-    backend = _load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False)
+    backend = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False)
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
     other.forward(TOKENS[:20])
@@ -222,5 +222,5 @@ def test_the_shortened_cache_is_the_old_one_bit_by_bit(tiny_fp16):
 
 
 def test_threads_are_no_part_of_the_key(tiny_fp16):
-    numerics = _load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False).capabilities.numerics
+    numerics = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False).capabilities.numerics
     assert numerics.keys().isdisjoint({"INFERENCE_NUM_THREADS", "PERFORMANCE_HINT"})

@@ -9,7 +9,7 @@ from normistral.cluster.job import Begin, Engine, Job, Line, answer_line, failur
 from normistral.cluster.questions import find_prompt, with_system
 from normistral.errors import EngineError, UsageError
 from normistral.runtime.chunks import Completion
-from normistral.runtime.model import load
+from normistral.runtime.loading import load
 
 
 class OneByOne:

@@ -124,7 +124,7 @@ def chat(
         from normistral.terminal.sessions import check_session
 
         check_session(session, system)
-    from normistral.runtime.model import load
+    from normistral.runtime.loading import load
     from normistral.terminal.answers import print_answer
 
     folder = store.default_artifact() if artifact is None else store.resolve_artifact(artifact)
@@ -214,7 +214,7 @@ def generate(
     text = _read_prompt(prompt)
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
-    from normistral.runtime.model import load
+    from normistral.runtime.loading import load
     from normistral.terminal.answers import print_answer
 
     folder = store.resolve_artifact(artifact)

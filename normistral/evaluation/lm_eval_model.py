@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from normistral.errors import UsageError
 from normistral.evaluation.harness import Harness, Report
-from normistral.runtime.model import load
+from normistral.runtime.loading import load
 
 _ARGUMENTS = ("artifact", "exact", "device", "max_length")
 _HARNESS_DEVICE = "cuda:0"  # what the harness hands over when nobody gave a device

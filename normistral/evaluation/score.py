@@ -81,7 +81,7 @@ def artifact_reference(folder: Path) -> Reference:
 
     @contextmanager
     def load_exact() -> Iterator[Predictor]:
-        from normistral.runtime.model import load
+        from normistral.runtime.loading import load
 
         with load(folder, exact=True) as model:
             yield ModelPredictor(model)

@@ -152,7 +152,7 @@ def _score(
     options: EvalOptions,
     progress: Progress,
 ) -> tuple[Quality, Capabilities]:
-    from normistral.runtime.model import load
+    from normistral.runtime.loading import load
 
     with progress.stage("loading"):
         model = load(folder, options.device, exact=options.exact, settings=options.settings)

@@ -14,7 +14,7 @@ from normistral.export.resources import estimate_running_bytes
 from normistral.export.texts import load_texts
 from normistral.hardware import available_memory_bytes, read_machine
 from normistral.manifest import Manifest, check_files, read_manifest
-from normistral.runtime.model import find_engine
+from normistral.runtime.loading import find_engine
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.runtime.tuned import BUDGET_MINUTES, Profile, Tuned, make_key, save_tuned
 from normistral.tuning.quality import quality_bound

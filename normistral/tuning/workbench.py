@@ -10,7 +10,8 @@ from typing import Self
 from normistral.errors import EngineError, UsageError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Logits
-from normistral.runtime.model import Model, open_model
+from normistral.runtime.loading import open_model
+from normistral.runtime.model import Model
 from normistral.tuning.quality import predict, settings_kl, take_probe
 from normistral.tuning.search import OutOfTimeError, UnusableError
 from normistral.tuning.space import REPORTED, Settings

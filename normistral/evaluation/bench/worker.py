@@ -175,13 +175,13 @@ def _answer(request: Request, state: _State) -> Any:
 
 
 def _load(request: Load, state: _State) -> Loaded:
-    from normistral.runtime import model as models
+    from normistral.runtime import loading
 
     start = time.perf_counter()
     with suppress(ImportError):  # `load` says what to install
         importlib.import_module(_ENGINE_MODULES[request.format])
     imported = time.perf_counter()
-    model = models.load(Path(request.folder), request.device, exact=request.exact, settings=request.settings)
+    model = loading.load(Path(request.folder), request.device, exact=request.exact, settings=request.settings)
     ready = time.perf_counter()
     counter = find_energy_counter()
     state.model, state.counter = model, None if isinstance(counter, str) else counter

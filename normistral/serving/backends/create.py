@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from normistral.manifest import Manifest, read_manifest
-from normistral.runtime import model as models
+from normistral.runtime import loading
 from normistral.runtime.engines.base import Capabilities
 from normistral.serving.backends.base import Batch
 from normistral.serving.backends.fair_queue import FairQueue
@@ -46,7 +46,7 @@ def create_batch(
     manifest = read_manifest(folder)
     if settings.batching == "auto" and manifest.format == "openvino" and device == BATCHED_DEVICE:
         return _compute_together(folder, manifest, settings, exact, engine_settings)
-    model = models.load(folder, device, exact=exact, settings=engine_settings)
+    model = loading.load(folder, device, exact=exact, settings=engine_settings)
     fair = FairQueue(model, settings)
     slots = settings.slots or FAIR_SLOTS
     return Created(fair, model.capabilities, slots, IN_TURNS, fair.room, fair.room * cache_token_bytes(manifest))
@@ -56,12 +56,12 @@ def _compute_together(
     folder: Path, manifest: Manifest, settings: BatchSettings, exact: bool, given: Mapping[str, str]
 ) -> Created:
     """An OpenVINO model on openvino_genai, with the library beside it for what that does not honour."""
-    tuned = None if exact else models.find_tuned_settings(folder, manifest, BATCHED_DEVICE)
+    tuned = None if exact else loading.find_tuned_settings(folder, manifest, BATCHED_DEVICE)
     opened = open_openvino_batch(folder, manifest, settings, exact=exact, tuned=tuned, given=given)
 
     def open_side() -> FairQueue:
         side = replace(settings, cache_bytes=0)  # one context
-        return FairQueue(models.load(folder, BATCHED_DEVICE, exact=exact, settings=given), side)
+        return FairQueue(loading.load(folder, BATCHED_DEVICE, exact=exact, settings=given), side)
 
     batch = SidePath(opened.batch, open_side, find_unhonoured)
     plan = opened.batch.plan
