@@ -10,18 +10,15 @@ from normistral.cluster.documents import Document, Row, read_document
 from normistral.cluster.job import Begin, Engine, Job, Line, answer_line, failure_line
 from normistral.cluster.questions import find_prompt, with_system
 from normistral.errors import EngineError
-from normistral.hardware import available_memory_bytes
-from normistral.manifest import Manifest, read_manifest
+from normistral.manifest import read_manifest
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.serving.backends.base import Batch
 from normistral.serving.backends.base import Job as BatchJob
 from normistral.serving.backends.create import create_batch
-from normistral.serving.backends.settings import BatchSettings, cache_token_bytes
+from normistral.serving.backends.settings import BatchSettings, plan_cache_bytes
 from normistral.serving.served import ServedArtifact
 
 _TENANT = "batch"  # all documents are one owner's
-_CACHE_SHARE = 4  # of the memory that the weights leave, the KV caches take one in so many
-_MOST_CONTEXTS = 8
 
 
 def open_together(job: Job, engine: Engine, workers: int) -> Together:
@@ -31,7 +28,8 @@ def open_together(job: Job, engine: Engine, workers: int) -> Together:
         workers: how many share the machine's memory.
     """
     manifest = read_manifest(job.artifact)
-    settings = BatchSettings(engine.batching, _cache_bytes(manifest, workers), manifest.context_length, one_tenant=True)
+    context = manifest.context_length
+    settings = BatchSettings(engine.batching, plan_cache_bytes(manifest, context, workers), context, one_tenant=True)
     served = ServedArtifact.open(job.artifact, settings)
     created = create_batch(job.artifact, engine.device, settings, exact=engine.exact, engine_settings=engine.settings)
     return Together(job, created.batch, served, created.slots)
@@ -93,9 +91,3 @@ class Together:
             prompt_ids = self._served.encode_chat(with_system(prompt, self._job.system))
         config = self._served.resolve(self._job.options, len(prompt_ids))
         return BatchJob(str(row.number), prompt_ids, config, _TENANT)
-
-
-def _cache_bytes(manifest: Manifest, workers: int) -> int:
-    one_context = manifest.context_length * cache_token_bytes(manifest)
-    spare = max(0, available_memory_bytes() - manifest.total_bytes) // _CACHE_SHARE // workers
-    return max(one_context, min(spare, _MOST_CONTEXTS * one_context))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from normistral.runtime.engines.settings import parse_settings
 from normistral.serving.backends.settings import Batching
 from normistral.terminal.arguments import (
     Artifact,
@@ -28,7 +29,6 @@ from normistral.terminal.arguments import (
     TopK,
     TopP,
     given,
-    parse_settings,
 )
 from normistral.terminal.structures import read_structure
 
@@ -106,7 +106,7 @@ def batch(
         output,
         instruction=decoded(instruction),
         system=decoded(system),
-        engine=Engine(device, exact, parse_settings(engine_settings), batching),
+        engine=Engine(device, exact, parse_settings(engine_settings or ()), batching),
         workers=Workers(workers, threads, ray),
         force=force,
         options=given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from normistral.runtime.engines.settings import parse_settings
 from normistral.terminal.arguments import (
     Artifacts,
     Debug,
@@ -15,7 +16,6 @@ from normistral.terminal.arguments import (
     Quick,
     Repeats,
     Report,
-    parse_settings,
 )
 
 
@@ -50,6 +50,6 @@ def bench(
         repeats=repeats,
         exact=exact,
         device=device,
-        settings=parse_settings(engine_settings),
+        settings=parse_settings(engine_settings or ()),
     )
     run_bench(artifacts, options)

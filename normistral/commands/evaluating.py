@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from normistral.runtime.engines.settings import parse_settings
 from normistral.terminal.arguments import (
     Artifact,
     Debug,
@@ -16,7 +17,6 @@ from normistral.terminal.arguments import (
     Stride,
     Windows,
     WindowTokens,
-    parse_settings,
 )
 
 
@@ -53,6 +53,6 @@ def evaluate(
         json=json_file,
         exact=exact,
         device=device,
-        settings=parse_settings(engine_settings),
+        settings=parse_settings(engine_settings or ()),
     )
     run_eval(artifact, options)

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from normistral.errors import MissingExtraError
+from normistral.runtime.engines.settings import parse_settings
 from normistral.serving.backends.settings import Batching
 from normistral.serving.limits import ServerLimits
 from normistral.terminal import console
-from normistral.terminal.arguments import AsJson, Debug, Device, EngineSettings, Exact, given, parse_settings
+from normistral.terminal.arguments import AsJson, Debug, Device, EngineSettings, Exact, given
 
 _LIMITS = ServerLimits()
 
@@ -94,7 +95,7 @@ def serve(
         request_s=request_seconds,
         grace_s=grace_seconds,
     )
-    settings = parse_settings(engine_settings)
+    settings = parse_settings(engine_settings or ())
     _require_extra()
     from normistral.serving.app import create_app
     from normistral.serving.server import ApiServer, bind

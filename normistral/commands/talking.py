@@ -11,6 +11,7 @@ import typer
 from normistral import store
 from normistral.errors import UsageError
 from normistral.manifest import Manifest, read_manifest
+from normistral.runtime.engines.settings import parse_settings
 from normistral.runtime.options import GenerationConfig, require_applicable
 from normistral.terminal import console
 from normistral.terminal.arguments import (
@@ -41,7 +42,6 @@ from normistral.terminal.arguments import (
     TopK,
     TopP,
     given,
-    parse_settings,
 )
 from normistral.terminal.structures import read_structure, require_whole
 
@@ -111,7 +111,7 @@ def chat(
         structure=structure,
     )
     _require_drafting(options, draft_table)
-    settings = parse_settings(engine_settings)
+    settings = parse_settings(engine_settings or ())
     message = _read_prompt(prompt)
     system = None if system is None else console.decode_argument(system)
     if message is None and (as_json or stats):
@@ -210,7 +210,7 @@ def generate(
         structure=structure,
     )
     _require_drafting(options, draft_table)
-    settings = parse_settings(engine_settings)
+    settings = parse_settings(engine_settings or ())
     text = _read_prompt(prompt)
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")

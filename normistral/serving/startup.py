@@ -11,13 +11,13 @@ from pathlib import Path
 from normistral import store
 from normistral.errors import UsageError
 from normistral.hardware import available_memory_bytes
-from normistral.manifest import Manifest, read_manifest
+from normistral.manifest import read_manifest
 from normistral.serving.auth import Keys, read_keys
 from normistral.serving.backends.settings import (
     TOGETHER,
     Batching,
     BatchSettings,
-    cache_token_bytes,
+    plan_cache_bytes,
     require_one_context,
 )
 from normistral.serving.frames import Loaded
@@ -25,8 +25,6 @@ from normistral.serving.limits import GIB, MIB, ServerLimits
 from normistral.serving.served import ServedArtifact
 from normistral.serving.server import is_loopback, url_of
 
-_CACHE_SHARE = 4  # of the memory that the weights leave, the KV caches take one in so many
-_MOST_CONTEXTS = 8  # that the KV caches hold, unless told otherwise
 _SIDE_PATH = "; the first structured answer, or one with top_logprobs, loads the weights a second time"
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
@@ -57,12 +55,13 @@ def open_artifacts(artifacts: Sequence[str], options: EngineOptions, limits: Ser
     served: list[ServedArtifact] = []
     for artifact in artifacts:
         manifest = read_manifest(store.resolve_artifact(artifact))
-        batch = BatchSettings(
-            options.batching,
-            _cache_bytes(manifest, options, limits, len(artifacts)),
-            limits.context_of(manifest.context_length),
-            options.slots,
+        context = limits.context_of(manifest.context_length)
+        cache_bytes = (
+            plan_cache_bytes(manifest, context, len(artifacts))
+            if options.cache_mib is None
+            else options.cache_mib * MIB
         )
+        batch = BatchSettings(options.batching, cache_bytes, context, options.slots)
         require_one_context(manifest, batch)
         one = ServedArtifact.open(
             artifact,
@@ -147,11 +146,3 @@ def describe_start(
         "cache_bytes": sum(one.load.batch.cache_bytes for one in served),
         "requests_bytes": limits.connections * limits.body_bytes,
     }
-
-
-def _cache_bytes(manifest: Manifest, options: EngineOptions, limits: ServerLimits, models: int) -> int:
-    if options.cache_mib is not None:
-        return options.cache_mib * MIB
-    one_context = limits.context_of(manifest.context_length) * cache_token_bytes(manifest)
-    spare = max(0, available_memory_bytes() - manifest.total_bytes) // _CACHE_SHARE // models
-    return max(one_context, min(spare, _MOST_CONTEXTS * one_context))

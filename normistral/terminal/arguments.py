@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from normistral.errors import UsageError
 from normistral.runtime.options import DraftMode, GenerationConfig
 
 _OURS = GenerationConfig()
@@ -174,23 +173,6 @@ DecodeTokens = Annotated[
     int | None, typer.Option("--tokens", metavar="N", help="Tokens to write at each. Default: 32.")
 ]
 Repeats = Annotated[int | None, typer.Option(metavar="N", help="Measurements of each kind. Default: 5.")]
-
-
-def parse_settings(pairs: list[str] | None) -> dict[str, str]:
-    """KEY=VALUE of every --set; the engine checks names and values.
-
-    Raises:
-        UsageError: no such pair, or one key twice.
-    """
-    settings: dict[str, str] = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not (key and equals and value):
-            raise UsageError(f"--set {pair} is no KEY=VALUE", "write it like --set prefill_chunk=512")
-        if key in settings:
-            raise UsageError(f"--set {key} is given twice", "leave one of them out")
-        settings[key] = value
-    return settings
 
 
 def given(**options: Any) -> dict[str, Any]:

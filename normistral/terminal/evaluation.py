@@ -30,6 +30,7 @@ from normistral.presets import PRESETS
 from normistral.runtime.engines.base import Capabilities
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.terminal.console import format_columns, print_json, print_lines, say
+from normistral.terminal.files import write_whole
 from normistral.terminal.interrupts import interrupts_win
 from normistral.terminal.progress import format_bytes, show_progress
 from normistral.terminal.tables import describe_weights
@@ -80,7 +81,7 @@ def run_eval(artifact: str, options: EvalOptions) -> None:
     if options.json == "-":
         print_json(document)
     elif options.json is not None:
-        Path(options.json).write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_whole(Path(options.json), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
 
 
 def _check_options(options: EvalOptions) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from normistral import store
 from normistral.errors import UsageError
 from normistral.manifest import Manifest, check_files, read_manifest
+from normistral.runtime.engines.settings import parse_settings
 
 _THREADS = ("INFERENCE_NUM_THREADS", "intra_op_num_threads")  # OpenVINO's name, onnxruntime's
 _WEIGHT_FILES = {"openvino": "openvino_model.", "onnx": "model.onnx"}
@@ -101,24 +102,7 @@ def split_settings(argument: str) -> tuple[str, dict[str, str]]:
     name, at, listed = argument.rpartition("@")
     if not at or "=" not in listed:
         return argument, {}
-    return name, _parse_settings(listed.split(","))
-
-
-def _parse_settings(pairs: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE, each key once.
-
-    Raises:
-        UsageError: one is no such pair, or comes twice.
-    """
-    settings: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, value = (part.strip() for part in pair.partition("="))
-        if not (key and equals and value):
-            raise UsageError(f"{pair!r} is no setting", "settings are KEY=VALUE, such as INFERENCE_NUM_THREADS=1")
-        if key in settings:
-            raise UsageError(f"the setting {key} is given twice", "give it once")
-        settings[key] = value
-    return settings
+    return name, parse_settings(listed.split(","))
 
 
 def _listed(settings: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import EngineError
+from normistral.hardware import available_memory_bytes
 
 Logits = NDArray[np.float32]
 Basis = Literal["rule", "tuned", "exact"]
@@ -62,6 +63,17 @@ class Capabilities:
 def settings_basis(*, exact: bool, tuned: Mapping[str, str] | None) -> Basis:
     """Where the settings come from over which a caller's go."""
     return "exact" if exact else "rule" if tuned is None else "tuned"
+
+
+def load_hint(said: str) -> str:
+    """What to do when an engine could not load an artifact.
+
+    Args:
+        said: its own words; "std::bad_alloc", "Failed to allocate memory" and the like tell of too little memory.
+    """
+    if "alloc" in said:
+        return f"it needs more memory than the {available_memory_bytes() / 2**30:.1f} GiB available; free some"
+    return "check the artifact with: normistral info ARTIFACT --check"
 
 
 class Engine(Protocol):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normistral.errors import DeviceError, EngineError, first_line
+from normistral.runtime.engines.base import load_hint
 from normistral.runtime.engines.settings import COUNT, ZERO_OR_ONE, Setting
 from normistral.runtime.providers import Target
 
@@ -92,9 +93,7 @@ def open_session(model: bytes, options: SessionOptions, target: Target, name: st
             )
     except EngineError as exc:
         exc.hint = (
-            "check the artifact with: normistral info ARTIFACT --check"
-            if target.is_cpu
-            else f"see which libraries {target.provider} needs: {_LIBRARIES}"
+            load_hint(exc.message) if target.is_cpu else f"see which libraries {target.provider} needs: {_LIBRARIES}"
         )
         raise
     if target.provider not in session.get_providers():

@@ -19,7 +19,14 @@ import numpy as np
 from normistral import hardware
 from normistral.errors import ClosedError, DeviceError, EngineError
 from normistral.manifest import Manifest
-from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors, settings_basis
+from normistral.runtime.engines.base import (
+    CacheTensor,
+    Capabilities,
+    Logits,
+    check_cache_tensors,
+    load_hint,
+    settings_basis,
+)
 from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
 from normistral.runtime.engines.openvino_settings import (
     NUMERICS,
@@ -213,10 +220,8 @@ def load_openvino(
         compiled = core.compile_model(model, device, settings)
         in_force = settings_in_force(compiled, (*settings, *REPORTED))
     except RuntimeError as exc:
-        raise EngineError(
-            f"OpenVINO could not load {folder.name} on {device}: {said_first(exc)}",
-            "check the artifact with: normistral info ARTIFACT --check",
-        ) from exc
+        said = said_first(exc)
+        raise EngineError(f"OpenVINO could not load {folder.name} on {device}: {said}", load_hint(said)) from exc
     require_taken(given, in_force, device)
     in_force[PREFILL_CHUNK] = prefill_chunk
     basis = settings_basis(exact=exact, tuned=tuned)

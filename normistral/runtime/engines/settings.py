@@ -7,7 +7,7 @@ does not know, and both read numbers loosely ("2x" is 2 to OpenVINO). It knows n
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from normistral.errors import UsageError
@@ -34,6 +34,23 @@ class Setting:
 COUNT = Setting(r"[1-9]\d{0,3}", "a number from 1 to 9999")
 ZERO_OR_ONE = Setting("[01]", "0 or 1")
 CHUNK = Setting(r"[1-9]\d{0,2}|[1-3]\d{3}|40[0-8]\d|409[0-6]", "a number of tokens from 1 to 4096")
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
+    """Settings as a user writes them, KEY=VALUE; the engine checks names and values.
+
+    Raises:
+        UsageError: one is no such pair, or one key comes twice.
+    """
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not (key and equals and value):
+            raise UsageError(f"{pair!r} is no setting", "settings are KEY=VALUE, such as prefill_chunk=512")
+        if key in settings:
+            raise UsageError(f"the setting {key} is given twice", "give it once")
+        settings[key] = value
+    return settings
 
 
 def override(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from normistral.errors import EngineError, MissingExtraError
 from normistral.manifest import Manifest
-from normistral.runtime.engines.base import Capabilities, settings_basis
+from normistral.runtime.engines.base import Capabilities, load_hint, settings_basis
 from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings
 from normistral.runtime.engines.openvino_settings import (
     NUMERICS,
@@ -122,10 +122,8 @@ def import_genai() -> Any:
 
 
 def _cannot_load(folder: Path, exc: RuntimeError) -> EngineError:
-    return EngineError(
-        f"openvino_genai could not load {folder.name}: {said_first(exc)}",
-        "check the artifact with: normistral info ARTIFACT --check",
-    )
+    said = said_first(exc)
+    return EngineError(f"openvino_genai could not load {folder.name}: {said}", load_hint(said))
 
 
 def _ask_plugin(core: Any, model_file: Path, settings: Mapping[str, str]) -> dict[str, str]:

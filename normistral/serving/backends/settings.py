@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from normistral.errors import UsageError
+from normistral.hardware import available_memory_bytes
 from normistral.manifest import Manifest
 
 Batching = Literal["auto", "off"]
@@ -13,6 +14,8 @@ Batching = Literal["auto", "off"]
 TOGETHER, IN_TURNS = "together", "in turns"  # how an engine computes the answers under way
 FAIR_SLOTS = 8  # answers that take turns token by token; more would only be slower each
 _FLOAT_BYTES = 4
+_CACHE_SHARE = 4  # of the memory that the weights leave, the KV caches take one in so many
+_MOST_CONTEXTS = 8  # that the KV caches hold, unless told otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,18 @@ def cache_token_bytes(manifest: Manifest) -> int:
     """The most that one token takes in a KV cache: keys and values of all layers in float32."""
     shape = manifest.architecture
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * _FLOAT_BYTES
+
+
+def plan_cache_bytes(manifest: Manifest, context: int, sharers: int) -> int:
+    """Bytes for the KV caches of one model by the memory available now: one to eight contexts.
+
+    Args:
+        context: the most tokens that prompt and answer take together.
+        sharers: models or processes that divide what is left.
+    """
+    one_context = context * cache_token_bytes(manifest)
+    spare = max(0, available_memory_bytes() - manifest.total_bytes) // _CACHE_SHARE // sharers
+    return max(one_context, min(spare, _MOST_CONTEXTS * one_context))
 
 
 def require_one_context(manifest: Manifest, settings: BatchSettings) -> None:

@@ -1,0 +1,28 @@
+"""The packages that an export works with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os
+from normistral.export.tools import require_export_tools
+require_export_tools("openvino")
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+@pytest.mark.parametrize(("given", "in_force"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_told_otherwise(given, in_force):
+    """Spinning ones take the time of whom they wait for, where others use the cores too."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({} if given is None else {"OMP_WAIT_POLICY": given})
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert f"OMP_WAIT_POLICY = '{in_force}'" in done.stderr
+    assert done.stdout.splitlines()[-1] == str(given)  # the environment is as it was
