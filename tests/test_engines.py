@@ -13,6 +13,7 @@ from dequantise import dequantised
 import normistral
 from normistral.errors import ClosedError
 from normistral.manifest import read_manifest
+from normistral.runtime.engines.base import load_hint
 from normistral.runtime.loading import load_backend
 
 TOLERANCES = {"openvino": 2e-4, "onnx": 5e-6}
@@ -156,3 +157,15 @@ def test_close_frees_engine_and_chats(artifact):
     # Nothing native is left behind: what remains are numbers, settings and small arrays.
     kept = [*vars(backend).values(), *vars(engine).values()]
     assert not [value for value in kept if hasattr(value, "__dict__") and "Capabilities" not in type(value).__name__]
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("Exception during initialization: std::bad_alloc", "free some"),  # onnxruntime, under RLIMIT_DATA
+        ("can't alloc", "free some"),  # OpenVINO, likewise
+        ("Unable to read the model", "info ARTIFACT --check"),
+    ],
+)
+def test_a_failed_load_speaks_of_memory_only_if_memory_failed(said, hint):
+    assert hint in load_hint(said)

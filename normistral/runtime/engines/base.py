@@ -72,7 +72,8 @@ def load_hint(said: str) -> str:
         said: its own words; "std::bad_alloc", "Failed to allocate memory" and the like tell of too little memory.
     """
     if "alloc" in said:
-        return f"it needs more memory than the {available_memory_bytes() / 2**30:.1f} GiB available; free some"
+        gib = available_memory_bytes() / 2**30
+        return f"it was refused memory: free some ({gib:.1f} GiB are available), or raise this process's limit"
     return "check the artifact with: normistral info ARTIFACT --check"
 
 
