@@ -7,8 +7,9 @@
  * takes as many multiply-adds a token, so the bound is peak / weights tokens a second, attention not counted.
  */
 
-#include <immintrin.h>
+#define _GNU_SOURCE
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -17,29 +18,33 @@
 #define STEPS 20000000L
 #define SUMS 12 /* latency 4 times 2 units, and some more */
 
-/* A function that runs STEPS times over SUMS instructions `sum += x * y`, which the compiler cannot leave out. */
-#define KERNEL(name, type, zero, instruction)                                                      \
-    static void *name(void *unused) {                                                              \
-        type sums[SUMS], x = zero, y = zero;                                                       \
-        for (int i = 0; i < SUMS; i++) sums[i] = zero;                                             \
-        for (long step = 0; step < STEPS; step++)                                                  \
-            _Pragma("GCC unroll 12") for (int i = 0; i < SUMS; i++)                                \
-                __asm__ volatile(instruction " %1, %2, %0" : "+v"(sums[i]) : "v"(x), "v"(y));      \
-        return unused;                                                                             \
+/* A function that runs STEPS times over SUMS instructions: register n += register 12 * register 13. */
+#define ONE(instruction, kind, n) instruction " %%" kind "12, %%" kind "13, %%" kind #n "\n\t"
+#define KERNEL(name, instruction, kind)                                                                    \
+    static void *name(void *unused) {                                                                      \
+        for (long step = 0; step < STEPS; step++)                                                          \
+            __asm__ volatile(ONE(instruction, kind, 0) ONE(instruction, kind, 1) ONE(instruction, kind, 2) \
+                             ONE(instruction, kind, 3) ONE(instruction, kind, 4) ONE(instruction, kind, 5) \
+                             ONE(instruction, kind, 6) ONE(instruction, kind, 7) ONE(instruction, kind, 8) \
+                             ONE(instruction, kind, 9) ONE(instruction, kind, 10)                          \
+                             ONE(instruction, kind, 11) ::                                                 \
+                             : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",     \
+                               "xmm9", "xmm10", "xmm11");                                                  \
+        return unused;                                                                                     \
     }
 
 #ifdef __AVX512F__
-KERNEL(float32, __m512, _mm512_setzero_ps(), "vfmadd231ps")
+KERNEL(float32, "vfmadd231ps", "zmm")
 #define FLOAT32_LANES 16
 #elif defined(__FMA__)
-KERNEL(float32, __m256, _mm256_setzero_ps(), "vfmadd231ps")
+KERNEL(float32, "vfmadd231ps", "ymm")
 #define FLOAT32_LANES 8
 #endif
 #ifdef __AVX512BF16__
-KERNEL(bfloat16, __m512, _mm512_setzero_ps(), "vdpbf16ps")
+KERNEL(bfloat16, "vdpbf16ps", "zmm")
 #endif
 #ifdef __AVX512VNNI__
-KERNEL(int8, __m512i, _mm512_setzero_si512(), "vpdpbusd")
+KERNEL(int8, "vpdpbusd", "zmm")
 #endif
 
 static double now(void) {
@@ -48,13 +53,13 @@ static double now(void) {
     return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
-static void measure(const char *name, void *(*kernel)(void *), int threads, int lanes) {
+static void measure(const char *name, void *(*kernel)(void *), int threads, pthread_attr_t *on_cpu, int lanes) {
     double best = 0;
     for (int pass = 0; pass < PASSES; pass++) {
         pthread_t started[threads];
         double begun = now();
         for (int i = 0; i < threads; i++)
-            if (pthread_create(&started[i], NULL, kernel, NULL)) exit(1);
+            if (pthread_create(&started[i], &on_cpu[i], kernel, NULL)) exit(1);
         for (int i = 0; i < threads; i++) pthread_join(started[i], NULL);
         double speed = (double)STEPS * SUMS * lanes * threads / (now() - begun) / 1e9;
         if (speed > best) best = speed;
@@ -68,14 +73,29 @@ int main(int count, char **arguments) {
         fprintf(stderr, "threads are 1 to 1024\n");
         return 2;
     }
+    pthread_attr_t on_cpu[threads]; /* left to itself, the system may keep threads of a tenth of a second on one CPU */
+    cpu_set_t allowed;
+    sched_getaffinity(0, sizeof allowed, &allowed);
+    for (int i = 0, cpu = 0; i < threads; i++, cpu++) {
+        while (cpu < CPU_SETSIZE && !CPU_ISSET(cpu, &allowed)) cpu++;
+        if (cpu == CPU_SETSIZE) {
+            fprintf(stderr, "there are only %d CPUs\n", i);
+            return 2;
+        }
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(cpu, &one);
+        pthread_attr_init(&on_cpu[i]);
+        pthread_attr_setaffinity_np(&on_cpu[i], sizeof one, &one);
+    }
 #ifdef FLOAT32_LANES
-    measure("float32", float32, threads, FLOAT32_LANES);
+    measure("float32", float32, threads, on_cpu, FLOAT32_LANES);
 #endif
 #ifdef __AVX512BF16__
-    measure("bfloat16", bfloat16, threads, 32);
+    measure("bfloat16", bfloat16, threads, on_cpu, 32);
 #endif
 #ifdef __AVX512VNNI__
-    measure("int8", int8, threads, 64);
+    measure("int8", int8, threads, on_cpu, 64);
 #endif
     return 0;
 }

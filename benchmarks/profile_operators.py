@@ -27,6 +27,7 @@ from normistral.runtime.providers import find_target, import_onnxruntime
 
 TOKEN = 300  # an ordinary one, wherever there are so many
 PREFILL, DECODE = "prefill", "decode"
+WARM_UP_LENGTHS = (256, 1)  # kernels are made at the first of each kind
 
 Seconds = dict[str, float]  # operator -> seconds
 
@@ -39,20 +40,15 @@ class Clock:
         self.wall_s: Seconds = {}
         self.operators_s: dict[str, Seconds] = {}
 
-    def run(self, engine: Engine, chunk: int, after_step: Callable[[], None]) -> None:
-        """Feed a prompt in chunks, then single tokens.
-
-        Args:
-            after_step: called, untimed, after each forward.
-        """
+    def run(self, engine: Engine, chunk: int, after_phase: Callable[[str], None] = lambda phase: None) -> None:
+        """Feed a prompt in chunks, then single tokens."""
         lengths = [min(chunk, self.prompt - start) for start in range(0, self.prompt, chunk)]
         for phase, steps in ((PREFILL, lengths), (DECODE, [1] * self.decode)):
-            self.wall_s[phase] = 0.0
+            started = time.perf_counter()
             for length in steps:
-                started = time.perf_counter()
                 engine.forward([TOKEN] * length)
-                self.wall_s[phase] += time.perf_counter() - started
-                after_step()
+            self.wall_s[phase] = time.perf_counter() - started
+            after_phase(phase)
 
 
 def profile_onnx(folder: Path, manifest: Manifest, clock: Clock) -> None:
@@ -70,8 +66,11 @@ def profile_onnx(folder: Path, manifest: Manifest, clock: Clock) -> None:
         options.profile_file_prefix = str(Path(scratch, "profile"))
         session = onnx.open_session(bytes(graph), options, target, folder.name)
         backend = onnx.OnnxBackend(onnx.describe_decoder(session, manifest, target, in_place=in_place), None)  # type: ignore[arg-type]
-        onnx.warm_up(backend)
-        clock.run(backend.create_engine(), chunk, lambda: None)
+        engine = backend.create_engine()
+        for length in WARM_UP_LENGTHS:
+            engine.forward([TOKEN] * length)
+        engine.reset()
+        clock.run(engine, chunk)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     runs = [event for event in events if event["name"] == "model_run"]
     chunks = -(-clock.prompt // chunk)
@@ -86,7 +85,7 @@ def profile_onnx(folder: Path, manifest: Manifest, clock: Clock) -> None:
 
 
 def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
-    """OpenVINO's counters: those of the last inference, so they are summed after each."""
+    """OpenVINO's counters: for each operator the mean over all inferences of the request so far."""
     import openvino as ov
 
     core = ov.Core()
@@ -96,17 +95,29 @@ def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
     ir.keep_last_logits(model)
     compiled = core.compile_model(model, "CPU", settings | {"PERF_COUNT": "YES"})
     request = compiled.create_infer_request()
-    slots = ir.Slots(None, keeps_dead=True)
-    engine = ir.OpenVINOEngine(request, any("position_ids" in port.names for port in compiled.inputs), slots, "u8")
-    for length in (8, 1):
+    takes_positions = any("position_ids" in port.names for port in compiled.inputs)
+    engine = ir.OpenVINOEngine(request, takes_positions, ir.Slots(None, keeps_dead=True), "u8")
+    inferences = 0
+
+    def totals(more: int) -> Seconds:
+        nonlocal inferences
+        inferences += more
+        seconds: Seconds = defaultdict(float)
+        for counter in request.profiling_info:
+            seconds[counter.node_type] += counter.real_time.total_seconds() * inferences
+        return seconds
+
+    for length in WARM_UP_LENGTHS:
         engine.forward([TOKEN] * length)
     engine.reset()
-    clock.operators_s = {PREFILL: defaultdict(float), DECODE: defaultdict(float)}
+    before = totals(len(WARM_UP_LENGTHS))
+    steps = {PREFILL: -(-clock.prompt // chunk), DECODE: clock.decode}
 
-    def add_counters() -> None:
-        phase = DECODE if DECODE in clock.wall_s else PREFILL
-        for counter in request.profiling_info:
-            clock.operators_s[phase][counter.node_type] += counter.real_time.total_seconds()
+    def add_counters(phase: str) -> None:
+        nonlocal before
+        after = totals(steps[phase])
+        clock.operators_s[phase] = {name: seconds - before.get(name, 0.0) for name, seconds in after.items()}
+        before = after
 
     clock.run(engine, chunk, add_counters)
 
