@@ -22,7 +22,9 @@ from normistral.manifest import Manifest, read_manifest
 from normistral.runtime.engines import onnxruntime as onnx
 from normistral.runtime.engines import openvino as ir
 from normistral.runtime.engines.base import Engine
-from normistral.runtime.engines.settings import PREFILL_CHUNK, override
+from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK, override
+from normistral.runtime.kernels.library import library_path
+from normistral.runtime.kernels.openvino_int4 import replace_products
 from normistral.runtime.providers import find_target, import_onnxruntime
 
 TOKEN = 300  # an ordinary one, wherever there are so many
@@ -91,8 +93,13 @@ def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
     core = ov.Core()
     settings = ir.choose_settings(core, manifest, "CPU", exact=False, tuned=None, given={})
     chunk = int(settings.pop(PREFILL_CHUNK))
+    kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
     model = core.read_model(folder / ir.MODEL_FILE)
     ir.keep_last_logits(model)
+    if kernel == OUR_KERNEL:
+        library = library_path()
+        core.add_extension(str(library))
+        held = replace_products(model, library)  # noqa: F841 - the model refers to it
     compiled = core.compile_model(model, "CPU", settings | {"PERF_COUNT": "YES"})
     request = compiled.create_infer_request()
     takes_positions = any("position_ids" in port.names for port in compiled.inputs)

@@ -22,6 +22,7 @@ from normistral.commands.bundling import bundle
 from normistral.commands.drafting import draft_table
 from normistral.commands.evaluating import evaluate
 from normistral.commands.exporting import export
+from normistral.commands.kernel import build_kernel
 from normistral.commands.looking import doctor, info, models
 from normistral.commands.serving import serve
 from normistral.commands.talking import chat, generate
@@ -129,6 +130,7 @@ app.command()(bench)
 app.command("eval")(evaluate)
 app.command("draft-table")(draft_table)
 app.command()(tune)
+app.command("build-kernel")(build_kernel)
 app.command()(bundle)
 app.command()(doctor)
 

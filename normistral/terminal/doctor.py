@@ -27,6 +27,7 @@ from normistral.hardware import (
     plan_threads,
     read_machine,
 )
+from normistral.runtime.kernels.library import find_library, find_obstacle
 from normistral.terminal.console import format_columns
 from normistral.terminal.progress import format_bytes
 from normistral.terminal.tuning import artifact_lines, describe_artifact, describe_tuned, tuned_table
@@ -85,6 +86,7 @@ def examine(artifact: Path | None = None) -> dict[str, Any]:
         "threads": plan_threads(machine),
         "threads_because": _why_threads(machine),
         "settings": {weights: plan_openvino(machine, weights) for weights in ("int4", "int8", "fp16")},
+        "int4_kernel": _describe_kernel(machine),
         "onnx_settings": plan_onnxruntime(machine),
         "artifact": loaded,
         "tuned": describe_tuned(machine, versions),
@@ -149,7 +151,7 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     plans = {f"OpenVINO, {weights}": settings for weights, settings in report["settings"].items()}
     plans["onnxruntime"] = report["onnx_settings"]
     rows = [(name, ", ".join(f"{key}={value}" for key, value in settings.items())) for name, settings in plans.items()]
-    yield format_columns(rows, indent=2)
+    yield format_columns([*rows, ("int4 on OpenVINO", report["int4_kernel"])], indent=2)
     yield from tuned_table(report["tuned"])
     if report["artifact"]:
         yield from artifact_lines(report["artifact"])
@@ -167,6 +169,14 @@ def _describe_engine(answer: dict[str, Any]) -> str:
     if "problem" in answer:
         return f"  cannot be used: {answer['problem']}"
     return format_columns([("version", answer["version"]), *answer["devices"].items()], indent=2)
+
+
+def _describe_kernel(machine: Machine) -> str:
+    if obstacle := find_obstacle(machine):
+        return f"OpenVINO's own products; ours cannot run here: {obstacle}"
+    if library := find_library(machine):
+        return f"our own products: {library}"
+    return "OpenVINO's own products; ours are faster, and compiled by: normistral build-kernel"
 
 
 def _why_threads(machine: Machine) -> str:

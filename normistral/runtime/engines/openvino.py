@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normistral import hardware
-from normistral.errors import ClosedError, DeviceError, EngineError
+from normistral.errors import ClosedError, DeviceError, EngineError, UsageError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import (
     CacheTensor,
@@ -39,7 +39,16 @@ from normistral.runtime.engines.openvino_settings import (
     translated,
 )
 from normistral.runtime.engines.openvino_slots import Slots
-from normistral.runtime.engines.settings import PREFILL_CHUNK, override
+from normistral.runtime.engines.settings import (
+    ENGINES_KERNEL,
+    INT4_KERNEL,
+    KERNEL,
+    OUR_KERNEL,
+    PREFILL_CHUNK,
+    override,
+)
+from normistral.runtime.kernels.library import check_library, find_library, find_obstacle
+from normistral.runtime.kernels.openvino_int4 import replace_products
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -54,8 +63,16 @@ _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled
 class OpenVINOBackend:
     """A compiled OpenVINO model; see `load_openvino`."""
 
-    def __init__(self, compiled: ov.CompiledModel, manifest: Manifest, capabilities: Capabilities) -> None:
+    def __init__(
+        self, compiled: ov.CompiledModel, manifest: Manifest, capabilities: Capabilities, held: Sequence[Any] = ()
+    ) -> None:
+        """Take over a compiled model.
+
+        Args:
+            held: memory that the model refers to.
+        """
         shape = manifest.architecture
+        self._held = tuple(held)
         self._compiled: ov.CompiledModel | None = compiled
         self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
         self._slot_limit = min(shape.sliding_window or manifest.context_length, manifest.context_length)
@@ -74,18 +91,27 @@ class OpenVINOBackend:
         except RuntimeError as exc:
             raise EngineError(f"OpenVINO could not create an infer request: {said_first(exc)}") from exc
         slots = Slots(self._slot_limit, keeps_dead=self._keeps_dead)
-        return OpenVINOEngine(request, self._takes_positions, slots, self._cache_precision)
+        return OpenVINOEngine(request, self._takes_positions, slots, self._cache_precision, self._held)
 
     def close(self) -> None:
         """Let go of the weights; they are freed with the last engine made from them."""
         self._compiled = None
+        self._held = ()
 
 
 class OpenVINOEngine:
     """One sequence in one infer request."""
 
-    def __init__(self, request: ov.InferRequest, takes_positions: bool, slots: Slots, cache_precision: str) -> None:
+    def __init__(
+        self,
+        request: ov.InferRequest,
+        takes_positions: bool,
+        slots: Slots,
+        cache_precision: str,
+        held: Sequence[Any] = (),
+    ) -> None:
         self._request: ov.InferRequest | None = request
+        self._held = tuple(held)  # what the backend holds, which may be closed first
         self._takes_positions = takes_positions  # a model with ALiBi has no such input
         self._slots = slots
         self._cache_precision = cache_precision
@@ -164,6 +190,7 @@ class OpenVINOEngine:
     def close(self) -> None:
         """Free the KV cache."""
         self._request = None
+        self._held = ()
 
     def _compact(self) -> None:
         """Copy the living slots out and in, and with that get rid of the dead ones."""
@@ -214,9 +241,13 @@ def load_openvino(
     core = ov.Core()
     settings = choose_settings(core, manifest, device, exact=exact, tuned=tuned, given=given)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
+    kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
+    held: list[Any] = []
     try:
         model = core.read_model(folder / MODEL_FILE)
         keep_last_logits(model)
+        if kernel == OUR_KERNEL:
+            held = _use_our_kernel(core, model, required=INT4_KERNEL in given)
         compiled = core.compile_model(model, device, settings)
         in_force = settings_in_force(compiled, (*settings, *REPORTED))
     except RuntimeError as exc:
@@ -224,6 +255,9 @@ def load_openvino(
         raise EngineError(f"OpenVINO could not load {folder.name} on {device}: {said}", load_hint(said)) from exc
     require_taken(given, in_force, device)
     in_force[PREFILL_CHUNK] = prefill_chunk
+    numerics = settings_in_force(compiled, NUMERICS)
+    if held:
+        in_force[INT4_KERNEL] = numerics[INT4_KERNEL] = OUR_KERNEL
     basis = settings_basis(exact=exact, tuned=tuned)
     logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
     capabilities = Capabilities(
@@ -233,9 +267,9 @@ def load_openvino(
         in_force,
         basis,
         tuple(sorted(given)),
-        settings_in_force(compiled, NUMERICS),
+        numerics,
     )
-    backend = OpenVINOBackend(compiled, manifest, capabilities)
+    backend = OpenVINOBackend(compiled, manifest, capabilities, held)
     warm_up(backend)
     return backend
 
@@ -257,8 +291,11 @@ def choose_settings(
     """
     require_device(device, list(core.available_devices))
     plan = _plan(hardware.read_machine(), manifest, device, exact=exact)
-    settings = override({**plan, **(tuned or {})}, given, known_settings(core, device), engine="OpenVINO", exact=exact)
-    for name in given.keys() - {PREFILL_CHUNK}:
+    known = known_settings(core, device)
+    if device == "CPU" and manifest.recipe.weights == "int4":
+        known[INT4_KERNEL] = KERNEL
+    settings = override({**plan, **(tuned or {})}, given, known, engine="OpenVINO", exact=exact)
+    for name in given.keys() - {PREFILL_CHUNK, INT4_KERNEL}:
         require_accepted(core, device, name, settings[name])
     return settings
 
@@ -266,10 +303,34 @@ def choose_settings(
 def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: bool) -> dict[str, str]:
     settings = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
     if device == "CPU":
+        if manifest.recipe.weights == "int4" and not exact:
+            settings[INT4_KERNEL] = ENGINES_KERNEL if find_library(machine) is None else OUR_KERNEL
         return settings
     # The plan is for CPUs; elsewhere only what every plugin understands.
     shared = ("PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT") if exact else ("PERFORMANCE_HINT",)
     return {key: value for key, value in settings.items() if key in shared}
+
+
+def _use_our_kernel(core: ov.Core, model: ov.Model, *, required: bool) -> list[Any]:
+    """Put our products of int4 weights into a model; what it then refers to.
+
+    Raises:
+        UsageError: they are required and not to be had.
+        EngineError: the compiled kernel cannot be loaded.
+    """
+    machine = hardware.read_machine()
+    library = find_library(machine)
+    if library is None:
+        raise UsageError(
+            f"{INT4_KERNEL} cannot be {OUR_KERNEL}: {find_obstacle(machine) or 'it is not compiled'}",
+            f"say {ENGINES_KERNEL}" if find_obstacle(machine) else "compile it: normistral build-kernel",
+        )
+    check_library(library)
+    core.add_extension(str(library))
+    held = replace_products(model, library)
+    if required and held is None:
+        raise UsageError(f"{INT4_KERNEL} cannot be {OUR_KERNEL}: no product in this artifact suits it", "leave it out")
+    return held or []
 
 
 def require_device(device: str, available: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from normistral.errors import EngineError, MissingExtraError
+from normistral.errors import EngineError, MissingExtraError, UsageError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Capabilities, load_hint, settings_basis
 from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings
@@ -18,7 +18,7 @@ from normistral.runtime.engines.openvino_settings import (
     said_first,
     settings_in_force,
 )
-from normistral.runtime.engines.settings import PREFILL_CHUNK
+from normistral.runtime.engines.settings import INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.cache_plan import plan_cache
 from normistral.serving.backends.openvino_batch import OpenVINOBatch
@@ -69,6 +69,9 @@ def open_openvino_batch(
     core = ov.Core()
     settings = choose_settings(core, manifest, BATCHED_DEVICE, exact=exact, tuned=tuned, given=given)
     chunk = int(settings.pop(PREFILL_CHUNK))
+    settings.pop(INT4_KERNEL, None)
+    if given.get(INT4_KERNEL) == OUR_KERNEL:
+        raise UsageError(f"answers computed together cannot use {INT4_KERNEL}={OUR_KERNEL}", "leave it out")
     if PREFILL_CHUNK not in given:
         chunk = min(chunk, _LONGEST_PIECE)
     try:

@@ -1,0 +1,121 @@
+"""The compiled int4 kernel: whether this machine can run it, where it lies, and how it is made.
+
+It is compiled on the machine itself, in seconds, against the headers that OpenVINO's own wheel brings. One file for
+each version of OpenVINO and of the source, beside the local store; it names the instructions it needs, so it runs on
+every processor that has them. Its SHA-256 stands behind its last byte, where the loader does not look: loading a file
+that was cut short would end the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from normistral import store
+from normistral.errors import EngineError, ResourceError
+from normistral.hardware import Machine
+
+_SOURCE = Path(__file__).with_name("int4_matmul.cpp")
+_NEEDED = frozenset({"avx512f", "avx512bw", "avx512_vnni"})  # of the processor
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vnni", "-mf16c", "-mfma")
+_COMPILE_S = 300
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_HINT = "install a C++ compiler (g++ or clang++), or name one in CXX"
+
+
+def find_obstacle(machine: Machine) -> str | None:
+    """Why the kernel cannot run on this machine, in a few words; None where it can."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return "it is written for Linux on x86-64"
+    missing = sorted(_NEEDED - machine.instruction_sets)
+    return f"the processor lacks {', '.join(missing)}" if missing else None
+
+
+def library_path() -> Path:
+    """Where the kernel for the installed OpenVINO belongs; it need not be there."""
+    source = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]
+    return store.kernels_dir() / f"int4-openvino-{version('openvino')}-{source}.so"
+
+
+def find_library(machine: Machine) -> Path | None:
+    """The compiled kernel, if it is there and can run here."""
+    path = library_path()
+    return path if find_obstacle(machine) is None and path.is_file() else None
+
+
+def check_library(path: Path) -> None:
+    """See that the file is as it was compiled.
+
+    Raises:
+        EngineError: it is damaged, or cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise EngineError(f"cannot read {path}: {exc.strerror}", "check its permissions") from exc
+    if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
+        raise EngineError(f"{path} is damaged", "make it again: normistral build-kernel")
+
+
+def build_library(machine: Machine) -> Path:
+    """Compile the kernel; one that is there already is replaced once the new one is whole.
+
+    Raises:
+        EngineError: it cannot run here, there is no compiler, or the compiler fails.
+        ResourceError: the store cannot be written to.
+    """
+    if obstacle := find_obstacle(machine):
+        raise EngineError(f"the int4 kernel is of no use here: {obstacle}", "OpenVINO's own products serve")
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise EngineError("there is no C++ compiler", _HINT)
+    path = library_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
+            made = Path(scratch, path.name)
+            _compile(compiler, made)
+            digest = hashlib.sha256(made.read_bytes()).digest()
+            with made.open("ab") as file:
+                file.write(digest)
+            made.replace(path)
+    except OSError as exc:
+        raise ResourceError(f"cannot write {path}: {exc.strerror}", "set NORMISTRAL_HOME to another folder") from exc
+    return path
+
+
+def _compile(compiler: str, output: Path) -> None:
+    found = importlib.util.find_spec("openvino")
+    assert found is not None
+    assert found.origin is not None
+    openvino = Path(found.origin).parent
+    libraries = [_newest(openvino / "libs", name) for name in ("libopenvino.so", "libtbb.so")]
+    include = openvino / "include"
+    if not include.is_dir() or not all(libraries):
+        raise EngineError("this OpenVINO came without headers", "install the one from PyPI: pip install openvino")
+    command = [compiler, *_FLAGS, str(_SOURCE), f"-I{include}", f"-L{openvino / 'libs'}"]
+    command += [f"-l:{name}" for name in libraries]
+    try:
+        done = subprocess.run(
+            [*command, "-o", str(output)], capture_output=True, encoding="utf-8", errors="replace", timeout=_COMPILE_S
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise EngineError(
+            f"{compiler} did not finish in {_COMPILE_S} seconds", "try again on a quieter machine"
+        ) from exc
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if re.search(r"\berror\b", line)]
+        raise EngineError(f"{compiler} failed: {(errors or ['it says nothing'])[0]}", _HINT)
+
+
+def _newest(folder: Path, name: str) -> str:
+    """The library with its version behind the name, as the loader wants it; "" if it is not there."""
+    return max((path.name for path in folder.glob(f"{name}.*")), default="")

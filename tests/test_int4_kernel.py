@@ -1,0 +1,242 @@
+"""Our own products of int4 weights: the operator against plain arithmetic, and models that use it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from dataclasses import replace
+from importlib.resources import files
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as ops
+
+import normistral
+from normistral.errors import EngineError, ResourceError, SessionError, UsageError
+from normistral.hardware import read_machine
+from normistral.manifest import read_manifest
+from normistral.runtime.engines.openvino import load_openvino
+from normistral.runtime.kernels.library import build_library, find_library, find_obstacle, library_path
+from normistral.runtime.kernels.openvino_int4 import replace_products
+from normistral.terminal.doctor import doctor_lines, examine
+
+OURS = {"int4_kernel": "normistral"}
+needs_kernel = pytest.mark.skipif(
+    find_obstacle(read_machine()) is not None or shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="needs a processor with AVX512 and VNNI, and a C++ compiler",
+)
+
+
+@pytest.fixture(scope="module")
+def compiled_home(tmp_path_factory):
+    """A store with the kernel in it."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NORMISTRAL_HOME", str(home))
+        build_library(read_machine())
+    return home
+
+
+@pytest.fixture
+def library(compiled_home, monkeypatch):
+    monkeypatch.setenv("NORMISTRAL_HOME", str(compiled_home))
+    return find_library(read_machine())
+
+
+def rounded_product(rows, groups, group, *, kind="u4", transpose=True, seed=0):
+    """A model x @ weights.T as NNCF writes it, codes - zeros [rows, groups, group], and scales [rows, groups, 1]."""
+    random = np.random.default_rng(seed)
+    low = -8 if kind == "i4" else 0
+    codes = random.integers(low, low + 16, (rows, groups, group))
+    zeros = random.integers(low, low + 16, (rows, groups, 1)) if kind == "u4" else np.zeros((rows, groups, 1), int)
+    scales = random.uniform(0.01, 0.1, (rows, groups, 1)).astype(np.float16)
+    x = ops.parameter([-1, -1, groups * group if transpose else rows], ov.Type.f32, name="x")
+
+    def four_bits(values):
+        constant = ov.op.Constant(getattr(ov.Type, kind), ov.Shape(values.shape), values.reshape(-1).tolist())
+        return ops.convert(constant, "f16")
+
+    weights = four_bits(codes)
+    if kind == "u4":
+        weights = ops.subtract(weights, four_bits(zeros))
+    weights = ops.multiply(weights, ops.constant(scales))
+    weights = ops.convert(ops.reshape(weights, ops.constant(np.array([rows, groups * group])), False), "f32")
+    return ov.Model([ops.matmul(x, weights, False, transpose)], [x]), codes - zeros, scales.astype(np.float32)
+
+
+def expected_product(x, values, scales):
+    """The same by the definition: activations rounded in groups, exact sums, groups added in float64."""
+    rows, groups, group = values.shape
+    grouped = x.reshape(-1, groups, group).astype(np.float64)
+    steps = np.abs(grouped).max(axis=2, keepdims=True) / 127
+    rounded = np.divide(grouped, steps, out=np.zeros_like(grouped), where=steps > 0).round()
+    sums = np.einsum("tgk,rgk->trg", rounded, values)
+    return (sums * scales[:, :, 0] * steps[:, None, :, 0]).sum(axis=2).reshape(*x.shape[:2], rows)
+
+
+def run(model, library, x):
+    core = ov.Core()
+    core.add_extension(str(library))
+    held = replace_products(model, library)
+    assert held is not None
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return compiled(x)[0], held
+
+
+@needs_kernel
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 13])
+@pytest.mark.parametrize(
+    ("kind", "rows", "groups", "group"), [("u4", 96, 3, 128), ("i4", 64, 5, 64), ("u4", 32, 2, 16)]
+)
+def test_the_operator_computes_what_its_file_says(library, kind, rows, groups, group, tokens):
+    model, values, scales = rounded_product(rows, groups, group, kind=kind)
+    x = np.random.default_rng(1).standard_normal((1, tokens, groups * group)).astype(np.float32)
+    x[0, 0, :group] = 0  # a group that has no scale
+    found, _ = run(model, library, x)
+    expected = expected_product(x, values, scales)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@needs_kernel
+def test_a_token_does_not_depend_on_how_many_come_with_it(library):
+    x = np.random.default_rng(1).standard_normal((1, 12, 256)).astype(np.float32)
+    together, _ = run(rounded_product(64, 2, 128)[0], library, x)
+    for token in range(12):
+        alone, _ = run(rounded_product(64, 2, 128)[0], library, x[:, token : token + 1])
+        assert np.array_equal(alone[0, 0], together[0, token])
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rows": 48, "groups": 2, "group": 64},  # no whole number of tiles
+        {"rows": 64, "groups": 1, "group": 256},
+        {"rows": 64, "groups": 2, "group": 64, "transpose": False},
+    ],
+)
+def test_what_does_not_suit_the_kernel_is_left_to_openvino(library, options):
+    assert replace_products(rounded_product(**options)[0], library) is None
+
+
+@needs_kernel
+def test_a_model_uses_it_where_it_is_compiled_and_says_so(demo_int4, library):
+    question = "What is the capital of Norway?"
+    with normistral.load(demo_int4) as ours, normistral.load(demo_int4, settings={"int4_kernel": "openvino"}) as theirs:
+        assert ours.capabilities.settings["int4_kernel"] == "normistral"
+        assert "int4_kernel" not in theirs.capabilities.settings
+        answers = [model.chat().send(question, temperature=0.0).text for model in (ours, theirs)]
+    assert all("Oslo" in answer for answer in answers)
+    lines = "\n".join(doctor_lines(examine()))
+    assert f"our own products: {library}" in lines
+
+
+@needs_kernel
+def test_its_loss_is_that_of_openvinos_own_quantised_activations(demo_int4, library):
+    """Mean KL divergence from exact arithmetic, in nats."""
+    text = files("normistral.export").joinpath("texts/english.txt").read_text(encoding="utf-8")
+    losses = {}
+    with normistral.load(demo_int4, exact=True) as exact:
+        ids = exact.tokenizer.encode(text)[:512]
+        reference = log_probabilities(exact, ids)
+    for kernel in ("normistral", "openvino"):
+        with normistral.load(demo_int4, settings={"int4_kernel": kernel}) as model:
+            found = log_probabilities(model, ids)
+        losses[kernel] = float((np.exp(reference) * (reference - found)).sum(axis=1).mean())
+    print(losses)
+    assert 0 < losses["normistral"] < 1.25 * losses["openvino"] < 0.03
+
+
+def log_probabilities(model, ids):
+    engine = model._backend.create_engine()
+    logits = engine.forward(ids, last=len(ids)).astype(np.float64)
+    engine.close()
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+@needs_kernel
+def test_an_engine_outlives_the_backend_it_came_from(demo_int4, library):
+    backend = load_openvino(demo_int4, read_manifest(demo_int4), given=OURS)
+    engine = backend.create_engine()
+    before = engine.forward([1, 2, 3])
+    engine.reset()
+    backend.close()
+    del backend
+    gc.collect()
+    assert np.array_equal(engine.forward([1, 2, 3]), before)
+
+
+@needs_kernel
+def test_sessions_are_not_carried_from_one_arithmetic_to_the_other(demo_int4, library, tmp_path):
+    path = tmp_path / "session"
+    with normistral.load(demo_int4) as ours:
+        ours.prefill("Oslo er hovedstaden i Norge.").save(path)
+        ours.restore_prefix(path).close()
+    with (
+        normistral.load(demo_int4, settings={"int4_kernel": "openvino"}) as theirs,
+        pytest.raises(SessionError, match="int4_kernel"),
+    ):
+        theirs.restore_prefix(path)
+
+
+@needs_kernel
+def test_exact_arithmetic_does_without(demo_int4, library):
+    with normistral.load(demo_int4, exact=True) as model:
+        assert "int4_kernel" not in model.capabilities.settings
+    with pytest.raises(UsageError, match="reference arithmetic"):
+        normistral.load(demo_int4, exact=True, settings=OURS)
+
+
+def test_asked_for_where_it_is_not_there_it_is_an_error_with_the_way_out(demo_int4, tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="int4_kernel cannot be normistral") as caught:
+        normistral.load(demo_int4, settings=OURS)
+    assert caught.value.hint in ("compile it: normistral build-kernel", "say openvino")
+    with normistral.load(demo_int4) as model:  # not asked for, OpenVINO's own serve
+        assert "int4_kernel" not in model.capabilities.settings
+
+
+def test_other_weights_know_no_such_setting(tiny_fp16):
+    with pytest.raises(UsageError, match="no setting 'int4_kernel'"):
+        normistral.load(tiny_fp16, settings=OURS)
+
+
+def test_a_processor_without_the_instructions_is_told_which_it_lacks():
+    old = replace(read_machine(), instruction_sets=frozenset({"avx2", "fma"}))
+    assert find_library(old) is None
+    with pytest.raises(EngineError, match=r"avx512_vnni|Linux on x86-64"):
+        build_library(old)
+
+
+@needs_kernel
+def test_a_compiler_that_is_missing_or_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(EngineError, match=r"no C\+\+ compiler"):
+        build_library(read_machine())
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(EngineError, match="failed"):
+        build_library(read_machine())
+    assert not library_path().exists()
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+@needs_kernel
+def test_a_store_that_is_no_folder_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path / "file"))
+    with pytest.raises(ResourceError, match="cannot write"):
+        build_library(read_machine())
+
+
+@needs_kernel
+def test_a_damaged_library_is_an_error_with_a_hint(demo_int4, library, tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
+    library_path().parent.mkdir(parents=True)
+    library_path().write_bytes(library.read_bytes()[:1000])
+    with pytest.raises(EngineError) as caught:
+        normistral.load(demo_int4)
+    assert "build-kernel" in caught.value.hint
