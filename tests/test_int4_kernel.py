@@ -109,6 +109,17 @@ def test_a_token_does_not_depend_on_how_many_come_with_it(library):
 
 
 @needs_kernel
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so_and_touches_no_other_token(library, odd):
+    x = np.ones((1, 3, 256), np.float32)
+    x[0, 1, 200] = odd
+    found, _ = run(rounded_product(64, 2, 128)[0], library, x)
+    assert not np.isfinite(found[0, 1]).any()
+    assert np.array_equal(found[0, 0], found[0, 2])
+    assert np.isfinite(found[0, 0]).all()
+
+
+@needs_kernel
 @pytest.mark.parametrize(
     "options",
     [

@@ -24,6 +24,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
@@ -136,13 +137,18 @@ void multiply_rows(const Weights& weights, const Activations& x, float* out, int
     }
 }
 
-// One token's activations to int8, a scale for each group. What is not finite stays so: the scale carries it.
+// One token's activations to int8, a scale for each group. Where one of a group is not finite, neither is its scale.
 void quantise(const float* x, int columns, int group, int8_t* codes, float* scales, int32_t* sums) {
     for (int g = 0; g < columns / group; g++) {
         const float* from = x + g * group;
         __m512 most = _mm512_setzero_ps();
-        for (int i = 0; i < group; i += kLanes) most = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(from + i)), most);
-        const float top = _mm512_reduce_max_ps(most);
+        __mmask16 not_a_number = 0;
+        for (int i = 0; i < group; i += kLanes) {
+            const __m512 size = _mm512_abs_ps(_mm512_loadu_ps(from + i));
+            not_a_number |= _mm512_cmp_ps_mask(size, size, _CMP_UNORD_Q);
+            most = _mm512_max_ps(size, most);
+        }
+        const float top = not_a_number ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(most);
         const __m512 inverse = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
         __m512i sum = _mm512_setzero_si512();
         for (int i = 0; i < group; i += kLanes) {
