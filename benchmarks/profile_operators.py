@@ -23,8 +23,6 @@ from normistral.runtime.engines import onnxruntime as onnx
 from normistral.runtime.engines import openvino as ir
 from normistral.runtime.engines.base import Engine
 from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK, override
-from normistral.runtime.kernels.library import library_path
-from normistral.runtime.kernels.openvino_int4 import replace_products
 from normistral.runtime.providers import find_target, import_onnxruntime
 
 TOKEN = 300  # an ordinary one, wherever there are so many
@@ -97,9 +95,7 @@ def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
     model = core.read_model(folder / ir.MODEL_FILE)
     ir.keep_last_logits(model)
     if kernel == OUR_KERNEL:
-        library = library_path()
-        core.add_extension(str(library))
-        held = replace_products(model, library)  # noqa: F841 - the model refers to it
+        held = ir.use_our_kernel(core, model, required=False)  # noqa: F841 - the model refers to it
     compiled = core.compile_model(model, "CPU", settings | {"PERF_COUNT": "YES"})
     request = compiled.create_infer_request()
     takes_positions = any("position_ids" in port.names for port in compiled.inputs)

@@ -21,6 +21,7 @@ from normistral.runtime.engines.openvino import load_openvino
 from normistral.runtime.kernels.library import build_library, find_library, find_obstacle, library_path
 from normistral.runtime.kernels.openvino_int4 import replace_products
 from normistral.terminal.doctor import doctor_lines, examine
+from normistral.tuning.quality import predict, settings_kl
 
 OURS = {"int4_kernel": "normistral"}
 needs_kernel = pytest.mark.skipif(
@@ -78,8 +79,7 @@ def expected_product(x, values, scales):
 
 def run(model, library, x):
     core = ov.Core()
-    core.add_extension(str(library))
-    held = replace_products(model, library)
+    held = replace_products(core, model, library)
     assert held is not None
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return compiled(x)[0], held
@@ -129,7 +129,7 @@ def test_what_is_not_finite_stays_so_and_touches_no_other_token(library, odd):
     ],
 )
 def test_what_does_not_suit_the_kernel_is_left_to_openvino(library, options):
-    assert replace_products(rounded_product(**options)[0], library) is None
+    assert replace_products(ov.Core(), rounded_product(**options)[0], library) is None
 
 
 @needs_kernel
@@ -151,21 +151,11 @@ def test_its_loss_is_that_of_openvinos_own_quantised_activations(demo_int4, libr
     losses = {}
     with normistral.load(demo_int4, exact=True) as exact:
         ids = exact.tokenizer.encode(text)[:512]
-        reference = log_probabilities(exact, ids)
+        reference = predict(exact, ids)
     for kernel in ("normistral", "openvino"):
         with normistral.load(demo_int4, settings={"int4_kernel": kernel}) as model:
-            found = log_probabilities(model, ids)
-        losses[kernel] = float((np.exp(reference) * (reference - found)).sum(axis=1).mean())
-    print(losses)
+            losses[kernel] = settings_kl(reference, model, ids)
     assert 0 < losses["normistral"] < 1.25 * losses["openvino"] < 0.03
-
-
-def log_probabilities(model, ids):
-    engine = model._backend.create_engine()
-    logits = engine.forward(ids, last=len(ids)).astype(np.float64)
-    engine.close()
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 @needs_kernel

@@ -106,7 +106,7 @@ def batch(
         output,
         instruction=decoded(instruction),
         system=decoded(system),
-        engine=Engine(device, exact, parse_settings(engine_settings or ()), batching),
+        engine=Engine(device, exact, parse_settings(engine_settings), batching),
         workers=Workers(workers, threads, ray),
         force=force,
         options=given(

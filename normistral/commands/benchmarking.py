@@ -50,6 +50,6 @@ def bench(
         repeats=repeats,
         exact=exact,
         device=device,
-        settings=parse_settings(engine_settings or ()),
+        settings=parse_settings(engine_settings),
     )
     run_bench(artifacts, options)

@@ -53,6 +53,6 @@ def evaluate(
         json=json_file,
         exact=exact,
         device=device,
-        settings=parse_settings(engine_settings or ()),
+        settings=parse_settings(engine_settings),
     )
     run_eval(artifact, options)

@@ -95,7 +95,7 @@ def serve(
         request_s=request_seconds,
         grace_s=grace_seconds,
     )
-    settings = parse_settings(engine_settings or ())
+    settings = parse_settings(engine_settings)
     _require_extra()
     from normistral.serving.app import create_app
     from normistral.serving.server import ApiServer, bind

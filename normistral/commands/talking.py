@@ -111,7 +111,7 @@ def chat(
         structure=structure,
     )
     _require_drafting(options, draft_table)
-    settings = parse_settings(engine_settings or ())
+    settings = parse_settings(engine_settings)
     message = _read_prompt(prompt)
     system = None if system is None else console.decode_argument(system)
     if message is None and (as_json or stats):
@@ -210,7 +210,7 @@ def generate(
         structure=structure,
     )
     _require_drafting(options, draft_table)
-    settings = parse_settings(engine_settings or ())
+    settings = parse_settings(engine_settings)
     text = _read_prompt(prompt)
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")

@@ -247,7 +247,7 @@ def load_openvino(
         model = core.read_model(folder / MODEL_FILE)
         keep_last_logits(model)
         if kernel == OUR_KERNEL:
-            held = _use_our_kernel(core, model, required=INT4_KERNEL in given)
+            held = use_our_kernel(core, model, required=INT4_KERNEL in given)
         compiled = core.compile_model(model, device, settings)
         in_force = settings_in_force(compiled, (*settings, *REPORTED))
     except RuntimeError as exc:
@@ -311,8 +311,11 @@ def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: 
     return {key: value for key, value in settings.items() if key in shared}
 
 
-def _use_our_kernel(core: ov.Core, model: ov.Model, *, required: bool) -> list[Any]:
+def use_our_kernel(core: ov.Core, model: ov.Model, *, required: bool) -> list[Any]:
     """Put our products of int4 weights into a model; what it then refers to.
+
+    Args:
+        required: it is an error if there is none that they suit.
 
     Raises:
         UsageError: they are required and not to be had.
@@ -326,8 +329,7 @@ def _use_our_kernel(core: ov.Core, model: ov.Model, *, required: bool) -> list[A
             f"say {ENGINES_KERNEL}" if find_obstacle(machine) else "compile it: normistral build-kernel",
         )
     check_library(library)
-    core.add_extension(str(library))
-    held = replace_products(model, library)
+    held = replace_products(core, model, library)
     if required and held is None:
         raise UsageError(f"{INT4_KERNEL} cannot be {OUR_KERNEL}: no product in this artifact suits it", "leave it out")
     return held or []

@@ -39,14 +39,14 @@ KERNEL = Setting(f"{OUR_KERNEL}|{ENGINES_KERNEL}", f"{OUR_KERNEL} or {ENGINES_KE
 CHUNK = Setting(r"[1-9]\d{0,2}|[1-3]\d{3}|40[0-8]\d|409[0-6]", "a number of tokens from 1 to 4096")
 
 
-def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
+def parse_settings(pairs: Iterable[str] | None) -> dict[str, str]:
     """Settings as a user writes them, KEY=VALUE; the engine checks names and values.
 
     Raises:
         UsageError: one is no such pair, or one key comes twice.
     """
     settings: dict[str, str] = {}
-    for pair in pairs:
+    for pair in pairs or ():
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not (key and equals and value):
             raise UsageError(f"{pair!r} is no setting", "settings are KEY=VALUE, such as prefill_chunk=512")

@@ -47,8 +47,10 @@ def library_path() -> Path:
 
 def find_library(machine: Machine) -> Path | None:
     """The compiled kernel, if it is there and can run here."""
+    if find_obstacle(machine) is not None:
+        return None
     path = library_path()
-    return path if find_obstacle(machine) is None and path.is_file() else None
+    return path if path.is_file() else None
 
 
 def check_library(path: Path) -> None:

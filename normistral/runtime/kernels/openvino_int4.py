@@ -43,11 +43,12 @@ class _Product(NamedTuple):
     zeros: Any | None
 
 
-def replace_products(model: ov.Model, library: Path) -> list[Bytes] | None:
+def replace_products(core: ov.Core, model: ov.Model, library: Path) -> list[Bytes] | None:
     """Use the kernel wherever it can.
 
     Args:
-        library: compiled for the installed OpenVINO; the core that compiles the model needs it as an extension too.
+        core: that will compile the model; it learns the operator.
+        library: compiled for the installed OpenVINO.
 
     Returns:
         the packed weights, about as many bytes as before. The model refers to them: they have to live as long as
@@ -61,6 +62,7 @@ def replace_products(model: ov.Model, library: Path) -> list[Bytes] | None:
 
     try:
         pack = ctypes.CDLL(str(library)).normistral_pack_int4
+        core.add_extension(str(library))
         factory = NodeFactory()
         factory.add_extension(str(library))
     except (OSError, AttributeError, RuntimeError) as exc:
