@@ -18,33 +18,40 @@
 #define STEPS 20000000L
 #define SUMS 12 /* latency 4 times 2 units, and some more */
 
-/* A function that runs STEPS times over SUMS instructions: register n += register 12 * register 13. */
-#define ONE(instruction, kind, n) instruction " %%" kind "12, %%" kind "13, %%" kind #n "\n\t"
-#define KERNEL(name, instruction, kind)                                                                    \
+/* A function that runs STEPS times over SUMS products: register n += register 12 * register 13. */
+#define FUSED(instruction, kind, n) instruction " %%" kind "12, %%" kind "13, %%" kind #n "\n\t"
+#define KERNEL(name, one, instruction, kind)                                                               \
     static void *name(void *unused) {                                                                      \
         for (long step = 0; step < STEPS; step++)                                                          \
-            __asm__ volatile(ONE(instruction, kind, 0) ONE(instruction, kind, 1) ONE(instruction, kind, 2) \
-                             ONE(instruction, kind, 3) ONE(instruction, kind, 4) ONE(instruction, kind, 5) \
-                             ONE(instruction, kind, 6) ONE(instruction, kind, 7) ONE(instruction, kind, 8) \
-                             ONE(instruction, kind, 9) ONE(instruction, kind, 10)                          \
-                             ONE(instruction, kind, 11) ::                                                 \
+            __asm__ volatile(one(instruction, kind, 0) one(instruction, kind, 1) one(instruction, kind, 2) \
+                             one(instruction, kind, 3) one(instruction, kind, 4) one(instruction, kind, 5) \
+                             one(instruction, kind, 6) one(instruction, kind, 7) one(instruction, kind, 8) \
+                             one(instruction, kind, 9) one(instruction, kind, 10)                          \
+                             one(instruction, kind, 11) ::                                                 \
                              : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",     \
-                               "xmm9", "xmm10", "xmm11");                                                  \
+                               "xmm9", "xmm10", "xmm11", "xmm14");                                         \
         return unused;                                                                                     \
     }
 
 #ifdef __AVX512F__
-KERNEL(float32, "vfmadd231ps", "zmm")
+KERNEL(float32, FUSED, "vfmadd231ps", "zmm")
 #define FLOAT32_LANES 16
 #elif defined(__FMA__)
-KERNEL(float32, "vfmadd231ps", "ymm")
+KERNEL(float32, FUSED, "vfmadd231ps", "ymm")
 #define FLOAT32_LANES 8
 #endif
 #ifdef __AVX512BF16__
-KERNEL(bfloat16, "vdpbf16ps", "zmm")
+KERNEL(bfloat16, FUSED, "vdpbf16ps", "zmm")
 #endif
 #ifdef __AVX512VNNI__
-KERNEL(int8, "vpdpbusd", "zmm")
+KERNEL(int8, FUSED, "vpdpbusd", "zmm")
+#define INT8_PRODUCTS 64
+#elif defined(__AVX2__)
+/* Two products of int8 to an int16, and a sum of its own for it: what AVX2 has instead. */
+#define PAIRED(instruction, kind, n) \
+    instruction " %%" kind "12, %%" kind "13, %%" kind "14\n\tvpaddw %%" kind "14, %%" kind #n ", %%" kind #n "\n\t"
+KERNEL(int8, PAIRED, "vpmaddubsw", "ymm")
+#define INT8_PRODUCTS 32
 #endif
 
 static double now(void) {
@@ -94,8 +101,8 @@ int main(int count, char **arguments) {
 #ifdef __AVX512BF16__
     measure("bfloat16", bfloat16, threads, on_cpu, 32);
 #endif
-#ifdef __AVX512VNNI__
-    measure("int8", int8, threads, on_cpu, 64);
+#ifdef INT8_PRODUCTS
+    measure("int8", int8, threads, on_cpu, INT8_PRODUCTS);
 #endif
     return 0;
 }

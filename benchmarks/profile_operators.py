@@ -23,6 +23,7 @@ from normistral.runtime.engines import onnxruntime as onnx
 from normistral.runtime.engines import openvino as ir
 from normistral.runtime.engines.base import Engine
 from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK, override
+from normistral.runtime.kernels.openvino_int4 import replace_products
 from normistral.runtime.providers import find_target, import_onnxruntime
 
 TOKEN = 300  # an ordinary one, wherever there are so many
@@ -94,12 +95,13 @@ def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
     kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
     model = core.read_model(folder / ir.MODEL_FILE)
     ir.keep_last_logits(model)
-    if kernel == OUR_KERNEL:
-        held = ir.use_our_kernel(core, model, required=False)  # noqa: F841 - the model refers to it
+    packed = ir.pack_for_our_kernel(model, folder / ir.MODEL_FILE, required=False) if kernel == OUR_KERNEL else None
+    if packed is not None:
+        replace_products(core, model, packed)
     compiled = core.compile_model(model, "CPU", settings | {"PERF_COUNT": "YES"})
     request = compiled.create_infer_request()
     takes_positions = any("position_ids" in port.names for port in compiled.inputs)
-    engine = ir.OpenVINOEngine(request, takes_positions, ir.Slots(None, keeps_dead=True), "u8")
+    engine = ir.OpenVINOEngine(request, takes_positions, ir.Slots(None, keeps_dead=True), "u8", packed)
     inferences = 0
 
     def totals(more: int) -> Seconds:

@@ -1,5 +1,7 @@
 """Artifacts exported once for a whole test run, from random checkpoints with the family's quirks."""
 
+import os
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -8,6 +10,9 @@ import pytest
 from bundle_files import write_small_artifact, write_wheels
 from hypothesis import settings
 from tiny_models import QUIRKS, make_mistral
+
+from normistral.hardware import read_machine
+from normistral.runtime.kernels.library import build_library, find_library, find_obstacle
 
 # The same examples every time, so that a change is judged by what it changed. To look for new ones:
 # pytest --hypothesis-profile=explore
@@ -64,6 +69,25 @@ def tiny_onnx(tiny_checkpoint, tmp_path_factory):
         return output
 
     return export
+
+
+@pytest.fixture(scope="session")
+def compiled_home(tmp_path_factory) -> Path:
+    """A store with the int4 kernel for this machine in it."""
+    if find_obstacle(read_machine()) is not None or shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("needs a processor with AVX2, and a C++ compiler")
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NORMISTRAL_HOME", str(home))
+        build_library(read_machine())
+    return home
+
+
+@pytest.fixture
+def int4_library(compiled_home, monkeypatch) -> Path | None:
+    """The compiled kernel; what the test loads finds it too."""
+    monkeypatch.setenv("NORMISTRAL_HOME", str(compiled_home))
+    return find_library(read_machine())
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
-import shutil
+import itertools
 from dataclasses import replace
 from importlib.resources import files
 
@@ -15,35 +14,15 @@ from openvino import opset13 as ops
 
 import normistral
 from normistral.errors import EngineError, ResourceError, SessionError, UsageError
-from normistral.hardware import read_machine
+from normistral.hardware import INT8_DOT_PRODUCT, read_machine
 from normistral.manifest import read_manifest
 from normistral.runtime.engines.openvino import load_openvino
-from normistral.runtime.kernels.library import build_library, find_library, find_obstacle, library_path
-from normistral.runtime.kernels.openvino_int4 import replace_products
+from normistral.runtime.kernels.library import build_library, find_library, library_path
+from normistral.runtime.kernels.openvino_int4 import pack_products, replace_products
 from normistral.terminal.doctor import doctor_lines, examine
 from normistral.tuning.quality import predict, settings_kl
 
 OURS = {"int4_kernel": "normistral"}
-needs_kernel = pytest.mark.skipif(
-    find_obstacle(read_machine()) is not None or shutil.which(os.environ.get("CXX", "c++")) is None,
-    reason="needs a processor with AVX512 and VNNI, and a C++ compiler",
-)
-
-
-@pytest.fixture(scope="module")
-def compiled_home(tmp_path_factory):
-    """A store with the kernel in it."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NORMISTRAL_HOME", str(home))
-        build_library(read_machine())
-    return home
-
-
-@pytest.fixture
-def library(compiled_home, monkeypatch):
-    monkeypatch.setenv("NORMISTRAL_HOME", str(compiled_home))
-    return find_library(read_machine())
 
 
 def rounded_product(rows, groups, group, *, kind="u4", transpose=True, seed=0):
@@ -77,63 +56,71 @@ def expected_product(x, values, scales):
     return (sums * scales[:, :, 0] * steps[:, None, :, 0]).sum(axis=2).reshape(*x.shape[:2], rows)
 
 
-def run(model, library, x):
-    core = ov.Core()
-    held = replace_products(core, model, library)
-    assert held is not None
+@pytest.fixture
+def pack(int4_library, tmp_path):
+    """Weights of a model that no file holds."""
+    numbers = itertools.count()
+
+    def pack(model):
+        file = tmp_path / f"{next(numbers)}.xml"
+        file.with_suffix(".bin").touch()
+        return pack_products(model, file, int4_library)
+
+    return pack
+
+
+def run(model, pack, x):
+    core, packed = ov.Core(), pack(model)
+    replace_products(core, model, packed)
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return compiled(x)[0], held
+    return compiled(x)[0], packed
 
 
-@needs_kernel
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 13])
 @pytest.mark.parametrize(
-    ("kind", "rows", "groups", "group"), [("u4", 96, 3, 128), ("i4", 64, 5, 64), ("u4", 32, 2, 16)]
+    ("kind", "rows", "groups", "group"), [("u4", 96, 3, 128), ("i4", 64, 5, 64), ("u4", 32, 2, 32)]
 )
-def test_the_operator_computes_what_its_file_says(library, kind, rows, groups, group, tokens):
+def test_the_operator_computes_what_its_file_says(pack, kind, rows, groups, group, tokens):
     model, values, scales = rounded_product(rows, groups, group, kind=kind)
     x = np.random.default_rng(1).standard_normal((1, tokens, groups * group)).astype(np.float32)
     x[0, 0, :group] = 0  # a group that has no scale
-    found, _ = run(model, library, x)
+    found, _ = run(model, pack, x)
     expected = expected_product(x, values, scales)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-@needs_kernel
-def test_a_token_does_not_depend_on_how_many_come_with_it(library):
+def test_a_token_does_not_depend_on_how_many_come_with_it(pack):
     x = np.random.default_rng(1).standard_normal((1, 12, 256)).astype(np.float32)
-    together, _ = run(rounded_product(64, 2, 128)[0], library, x)
+    together, _ = run(rounded_product(64, 2, 128)[0], pack, x)
     for token in range(12):
-        alone, _ = run(rounded_product(64, 2, 128)[0], library, x[:, token : token + 1])
+        alone, _ = run(rounded_product(64, 2, 128)[0], pack, x[:, token : token + 1])
         assert np.array_equal(alone[0, 0], together[0, token])
 
 
-@needs_kernel
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_so_and_touches_no_other_token(library, odd):
+def test_what_is_not_finite_stays_so_and_touches_no_other_token(pack, odd):
     x = np.ones((1, 3, 256), np.float32)
     x[0, 1, 200] = odd
-    found, _ = run(rounded_product(64, 2, 128)[0], library, x)
+    found, _ = run(rounded_product(64, 2, 128)[0], pack, x)
     assert not np.isfinite(found[0, 1]).any()
     assert np.array_equal(found[0, 0], found[0, 2])
     assert np.isfinite(found[0, 0]).all()
 
 
-@needs_kernel
 @pytest.mark.parametrize(
     "options",
     [
         {"rows": 48, "groups": 2, "group": 64},  # no whole number of tiles
         {"rows": 64, "groups": 1, "group": 256},
+        {"rows": 64, "groups": 4, "group": 16},
         {"rows": 64, "groups": 2, "group": 64, "transpose": False},
     ],
 )
-def test_what_does_not_suit_the_kernel_is_left_to_openvino(library, options):
-    assert replace_products(ov.Core(), rounded_product(**options)[0], library) is None
+def test_what_does_not_suit_the_kernel_is_left_to_openvino(pack, options):
+    assert pack(rounded_product(**options)[0]) is None
 
 
-@needs_kernel
-def test_a_model_uses_it_where_it_is_compiled_and_says_so(demo_int4, library):
+def test_a_model_uses_it_where_it_is_compiled_and_says_so(demo_int4, int4_library):
     question = "What is the capital of Norway?"
     with normistral.load(demo_int4) as ours, normistral.load(demo_int4, settings={"int4_kernel": "openvino"}) as theirs:
         assert ours.capabilities.settings["int4_kernel"] == "normistral"
@@ -141,12 +128,11 @@ def test_a_model_uses_it_where_it_is_compiled_and_says_so(demo_int4, library):
         answers = [model.chat().send(question, temperature=0.0).text for model in (ours, theirs)]
     assert all("Oslo" in answer for answer in answers)
     lines = "\n".join(doctor_lines(examine()))
-    assert f"our own products: {library}" in lines
+    assert f"our own products: {int4_library}" in lines
 
 
-@needs_kernel
-def test_its_loss_is_that_of_openvinos_own_quantised_activations(demo_int4, library):
-    """Mean KL divergence from exact arithmetic, in nats."""
+def test_its_loss_is_that_of_activations_rounded_to_8_bits(demo_int4, int4_library):
+    """Mean KL divergence from exact arithmetic, in nats; OpenVINO rounds them too where it has dot products of int8."""
     text = files("normistral.export").joinpath("texts/english.txt").read_text(encoding="utf-8")
     losses = {}
     with normistral.load(demo_int4, exact=True) as exact:
@@ -155,11 +141,12 @@ def test_its_loss_is_that_of_openvinos_own_quantised_activations(demo_int4, libr
     for kernel in ("normistral", "openvino"):
         with normistral.load(demo_int4, settings={"int4_kernel": kernel}) as model:
             losses[kernel] = settings_kl(reference, model, ids)
-    assert 0 < losses["normistral"] < 1.25 * losses["openvino"] < 0.03
+    assert 0 < losses["normistral"] < 0.01
+    if read_machine().instruction_sets & INT8_DOT_PRODUCT:
+        assert losses["normistral"] < 1.25 * losses["openvino"]
 
 
-@needs_kernel
-def test_an_engine_outlives_the_backend_it_came_from(demo_int4, library):
+def test_an_engine_outlives_the_backend_it_came_from(demo_int4, int4_library):
     backend = load_openvino(demo_int4, read_manifest(demo_int4), given=OURS)
     engine = backend.create_engine()
     before = engine.forward([1, 2, 3])
@@ -170,8 +157,7 @@ def test_an_engine_outlives_the_backend_it_came_from(demo_int4, library):
     assert np.array_equal(engine.forward([1, 2, 3]), before)
 
 
-@needs_kernel
-def test_sessions_are_not_carried_from_one_arithmetic_to_the_other(demo_int4, library, tmp_path):
+def test_sessions_are_not_carried_from_one_arithmetic_to_the_other(demo_int4, int4_library, tmp_path):
     path = tmp_path / "session"
     with normistral.load(demo_int4) as ours:
         ours.prefill("Oslo er hovedstaden i Norge.").save(path)
@@ -183,8 +169,7 @@ def test_sessions_are_not_carried_from_one_arithmetic_to_the_other(demo_int4, li
         theirs.restore_prefix(path)
 
 
-@needs_kernel
-def test_exact_arithmetic_does_without(demo_int4, library):
+def test_exact_arithmetic_does_without(demo_int4, int4_library):
     with normistral.load(demo_int4, exact=True) as model:
         assert "int4_kernel" not in model.capabilities.settings
     with pytest.raises(UsageError, match="reference arithmetic"):
@@ -206,14 +191,13 @@ def test_other_weights_know_no_such_setting(tiny_fp16):
 
 
 def test_a_processor_without_the_instructions_is_told_which_it_lacks():
-    old = replace(read_machine(), instruction_sets=frozenset({"avx2", "fma"}))
+    old = replace(read_machine(), instruction_sets=frozenset({"avx", "fma"}))
     assert find_library(old) is None
-    with pytest.raises(EngineError, match=r"avx512_vnni|Linux on x86-64"):
+    with pytest.raises(EngineError, match=r"avx2, f16c|Linux on x86-64"):
         build_library(old)
 
 
-@needs_kernel
-def test_a_compiler_that_is_missing_or_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_compiler_that_is_missing_or_fails_leaves_nothing_behind(int4_library, tmp_path, monkeypatch):
     monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(EngineError, match=r"no C\+\+ compiler"):
@@ -221,23 +205,21 @@ def test_a_compiler_that_is_missing_or_fails_leaves_nothing_behind(tmp_path, mon
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(EngineError, match="failed"):
         build_library(read_machine())
-    assert not library_path().exists()
+    assert not library_path(read_machine()).exists()
     assert list(tmp_path.rglob("*.so")) == []
 
 
-@needs_kernel
-def test_a_store_that_is_no_folder_is_an_error(tmp_path, monkeypatch):
+def test_a_store_that_is_no_folder_is_an_error(int4_library, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path / "file"))
     with pytest.raises(ResourceError, match="cannot write"):
         build_library(read_machine())
 
 
-@needs_kernel
-def test_a_damaged_library_is_an_error_with_a_hint(demo_int4, library, tmp_path, monkeypatch):
+def test_a_damaged_library_is_an_error_with_a_hint(demo_int4, int4_library, tmp_path, monkeypatch):
     monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
-    library_path().parent.mkdir(parents=True)
-    library_path().write_bytes(library.read_bytes()[:1000])
+    library_path(read_machine()).parent.mkdir(parents=True)
+    library_path(read_machine()).write_bytes(int4_library.read_bytes()[:1000])
     with pytest.raises(EngineError) as caught:
         normistral.load(demo_int4)
     assert "build-kernel" in caught.value.hint

@@ -48,7 +48,7 @@ from normistral.runtime.engines.settings import (
     override,
 )
 from normistral.runtime.kernels.library import check_library, find_library, find_obstacle
-from normistral.runtime.kernels.openvino_int4 import replace_products
+from normistral.runtime.kernels.openvino_int4 import PackedWeights, pack_products, replace_products
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -64,15 +64,15 @@ class OpenVINOBackend:
     """A compiled OpenVINO model; see `load_openvino`."""
 
     def __init__(
-        self, compiled: ov.CompiledModel, manifest: Manifest, capabilities: Capabilities, held: Sequence[Any] = ()
+        self,
+        compiled: ov.CompiledModel,
+        manifest: Manifest,
+        capabilities: Capabilities,
+        packed: PackedWeights | None = None,
     ) -> None:
-        """Take over a compiled model.
-
-        Args:
-            held: memory that the model refers to.
-        """
+        """Take over a compiled model, and the weights that it uses beside its own."""
         shape = manifest.architecture
-        self._held = tuple(held)
+        self._packed = packed
         self._compiled: ov.CompiledModel | None = compiled
         self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
         self._slot_limit = min(shape.sliding_window or manifest.context_length, manifest.context_length)
@@ -91,12 +91,12 @@ class OpenVINOBackend:
         except RuntimeError as exc:
             raise EngineError(f"OpenVINO could not create an infer request: {said_first(exc)}") from exc
         slots = Slots(self._slot_limit, keeps_dead=self._keeps_dead)
-        return OpenVINOEngine(request, self._takes_positions, slots, self._cache_precision, self._held)
+        return OpenVINOEngine(request, self._takes_positions, slots, self._cache_precision, self._packed)
 
     def close(self) -> None:
         """Let go of the weights; they are freed with the last engine made from them."""
         self._compiled = None
-        self._held = ()
+        self._packed = None
 
 
 class OpenVINOEngine:
@@ -108,10 +108,10 @@ class OpenVINOEngine:
         takes_positions: bool,
         slots: Slots,
         cache_precision: str,
-        held: Sequence[Any] = (),
+        packed: PackedWeights | None = None,
     ) -> None:
         self._request: ov.InferRequest | None = request
-        self._held = tuple(held)  # what the backend holds, which may be closed first
+        self._packed = packed  # held here too: the backend may be closed first
         self._takes_positions = takes_positions  # a model with ALiBi has no such input
         self._slots = slots
         self._cache_precision = cache_precision
@@ -190,7 +190,7 @@ class OpenVINOEngine:
     def close(self) -> None:
         """Free the KV cache."""
         self._request = None
-        self._held = ()
+        self._packed = None
 
     def _compact(self) -> None:
         """Copy the living slots out and in, and with that get rid of the dead ones."""
@@ -242,12 +242,14 @@ def load_openvino(
     settings = choose_settings(core, manifest, device, exact=exact, tuned=tuned, given=given)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
-    held: list[Any] = []
+    packed = None
     try:
         model = core.read_model(folder / MODEL_FILE)
         keep_last_logits(model)
         if kernel == OUR_KERNEL:
-            held = use_our_kernel(core, model, required=INT4_KERNEL in given)
+            packed = pack_for_our_kernel(model, folder / MODEL_FILE, required=INT4_KERNEL in given)
+        if packed is not None:
+            replace_products(core, model, packed)
         compiled = core.compile_model(model, device, settings)
         in_force = settings_in_force(compiled, (*settings, *REPORTED))
     except RuntimeError as exc:
@@ -256,7 +258,7 @@ def load_openvino(
     require_taken(given, in_force, device)
     in_force[PREFILL_CHUNK] = prefill_chunk
     numerics = settings_in_force(compiled, NUMERICS)
-    if held:
+    if packed is not None:
         in_force[INT4_KERNEL] = numerics[INT4_KERNEL] = OUR_KERNEL
     basis = settings_basis(exact=exact, tuned=tuned)
     logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
@@ -269,7 +271,7 @@ def load_openvino(
         tuple(sorted(given)),
         numerics,
     )
-    backend = OpenVINOBackend(compiled, manifest, capabilities, held)
+    backend = OpenVINOBackend(compiled, manifest, capabilities, packed)
     warm_up(backend)
     return backend
 
@@ -311,15 +313,16 @@ def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: 
     return {key: value for key, value in settings.items() if key in shared}
 
 
-def use_our_kernel(core: ov.Core, model: ov.Model, *, required: bool) -> list[Any]:
-    """Put our products of int4 weights into a model; what it then refers to.
+def pack_for_our_kernel(model: ov.Model, model_file: Path, *, required: bool) -> PackedWeights | None:
+    """The int4 weights of a model for our products; None if it has none that these suit.
 
     Args:
-        required: it is an error if there is none that they suit.
+        model: as read from the file.
+        required: None is an error.
 
     Raises:
         UsageError: they are required and not to be had.
-        EngineError: the compiled kernel cannot be loaded.
+        EngineError: the compiled kernel is damaged or cannot be loaded.
     """
     machine = hardware.read_machine()
     library = find_library(machine)
@@ -329,10 +332,10 @@ def use_our_kernel(core: ov.Core, model: ov.Model, *, required: bool) -> list[An
             f"say {ENGINES_KERNEL}" if find_obstacle(machine) else "compile it: normistral build-kernel",
         )
     check_library(library)
-    held = replace_products(core, model, library)
-    if required and held is None:
+    packed = pack_products(model, model_file, library)
+    if required and packed is None:
         raise UsageError(f"{INT4_KERNEL} cannot be {OUR_KERNEL}: no product in this artifact suits it", "leave it out")
-    return held or []
+    return packed
 
 
 def require_device(device: str, available: Sequence[str]) -> None:

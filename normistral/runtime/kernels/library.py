@@ -1,9 +1,8 @@
 """The compiled int4 kernel: whether this machine can run it, where it lies, and how it is made.
 
 It is compiled on the machine itself, in seconds, against the headers that OpenVINO's own wheel brings. One file for
-each version of OpenVINO and of the source, beside the local store; it names the instructions it needs, so it runs on
-every processor that has them. Its SHA-256 stands behind its last byte, where the loader does not look: loading a file
-that was cut short would end the process.
+each version of OpenVINO, set of instructions and source, beside the local store. Its SHA-256 stands behind its last
+byte, where the loader does not look: loading a file that was cut short would end the process.
 """
 
 from __future__ import annotations
@@ -18,14 +17,31 @@ import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from normistral import store
 from normistral.errors import EngineError, ResourceError
 from normistral.hardware import Machine
 
 _SOURCE = Path(__file__).with_name("int4_matmul.cpp")
-_NEEDED = frozenset({"avx512f", "avx512bw", "avx512_vnni"})  # of the processor
-_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vnni", "-mf16c", "-mfma")
+_INCLUDED = ("int4_arrays.hpp", "int4_avx512.hpp", "int4_avx2.hpp")
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
+
+
+class _Variant(NamedTuple):
+    """The kernel for one set of instructions: those of the processor, by their names in /proc/cpuinfo."""
+
+    name: str
+    needed: frozenset[str]
+    flags: tuple[str, ...]
+
+
+_AVX2 = _Variant("avx2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"))
+_AVX512 = _Variant(
+    "avx512",
+    _AVX2.needed | {"avx512f", "avx512bw", "avx512_vnni"},
+    (*_AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512vnni"),
+)
 _COMPILE_S = 300
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _HINT = "install a C++ compiler (g++ or clang++), or name one in CXX"
@@ -35,21 +51,28 @@ def find_obstacle(machine: Machine) -> str | None:
     """Why the kernel cannot run on this machine, in a few words; None where it can."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return "it is written for Linux on x86-64"
-    missing = sorted(_NEEDED - machine.instruction_sets)
+    missing = sorted(_AVX2.needed - machine.instruction_sets)
     return f"the processor lacks {', '.join(missing)}" if missing else None
 
 
-def library_path() -> Path:
-    """Where the kernel for the installed OpenVINO belongs; it need not be there."""
-    source = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]
-    return store.kernels_dir() / f"int4-openvino-{version('openvino')}-{source}.so"
+def library_path(machine: Machine) -> Path:
+    """Where the kernel for this machine and the installed OpenVINO belongs; it need not be there."""
+    source = hashlib.sha256()
+    for name in (_SOURCE.name, *_INCLUDED):
+        source.update(_SOURCE.with_name(name).read_bytes())
+    name = f"int4-openvino-{version('openvino')}-{_variant(machine).name}-{source.hexdigest()[:12]}.so"
+    return store.kernels_dir() / name
+
+
+def _variant(machine: Machine) -> _Variant:
+    return _AVX512 if machine.instruction_sets >= _AVX512.needed else _AVX2
 
 
 def find_library(machine: Machine) -> Path | None:
     """The compiled kernel, if it is there and can run here."""
     if find_obstacle(machine) is not None:
         return None
-    path = library_path()
+    path = library_path(machine)
     return path if path.is_file() else None
 
 
@@ -79,12 +102,12 @@ def build_library(machine: Machine) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise EngineError("there is no C++ compiler", _HINT)
-    path = library_path()
+    path = library_path(machine)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
             made = Path(scratch, path.name)
-            _compile(compiler, made)
+            _compile(compiler, _variant(machine), made)
             digest = hashlib.sha256(made.read_bytes()).digest()
             with made.open("ab") as file:
                 file.write(digest)
@@ -94,7 +117,7 @@ def build_library(machine: Machine) -> Path:
     return path
 
 
-def _compile(compiler: str, output: Path) -> None:
+def _compile(compiler: str, variant: _Variant, output: Path) -> None:
     found = importlib.util.find_spec("openvino")
     assert found is not None
     assert found.origin is not None
@@ -103,7 +126,7 @@ def _compile(compiler: str, output: Path) -> None:
     include = openvino / "include"
     if not include.is_dir() or not all(libraries):
         raise EngineError("this OpenVINO came without headers", "install the one from PyPI: pip install openvino")
-    command = [compiler, *_FLAGS, str(_SOURCE), f"-I{include}", f"-L{openvino / 'libs'}"]
+    command = [compiler, *_FLAGS, *variant.flags, str(_SOURCE), f"-I{include}", f"-L{openvino / 'libs'}"]
     command += [f"-l:{name}" for name in libraries]
     try:
         done = subprocess.run(

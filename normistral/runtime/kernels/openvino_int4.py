@@ -1,18 +1,21 @@
-"""Puts the kernel's operator in the place of an OpenVINO model's products with int4 weights.
+"""Our products of int4 weights in an OpenVINO model: which ones the kernel can do, and their weights in its layout.
 
 The IR on disk stays as it is. A product is `x @ (codes - zeros) * scales`, transposed, as NNCF writes it: a constant of
 i4 or u4 [rows, groups, group], converted, zero points subtracted, scales multiplied, reshaped and converted. Products
-of other weights, of groups over 128, or of widths that the kernel's tiles do not divide, are left to OpenVINO.
+of other weights, of groups of 16 or over 128, or of widths that the kernel's tiles do not divide, are left to OpenVINO.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +25,9 @@ from normistral.errors import EngineError
 if TYPE_CHECKING:
     import openvino as ov
 
-_LANES, _STEP, _COLUMNS, _LARGEST_GROUP = (
-    16,
-    32,
-    8,
-    128,
-)  # as in int4_matmul.cpp: rows of a vector and of a tile, columns
+OPERATOR, OPERATOR_SET, NUMBER = "Int4MatMul", "normistral", "weights"  # as int4_matmul.cpp names itself
+_STEP = 32  # as there: rows and groups are multiples of it
+_LARGEST_GROUP = 128
 _HUGE_PAGE = 2**21
 _SIGNED_TO_UNSIGNED = 0x88888888  # flips the upper bit of eight codes: i4 becomes u4 with the zero point 8
 
@@ -43,50 +43,109 @@ class _Product(NamedTuple):
     zeros: Any | None
 
 
-def replace_products(core: ov.Core, model: ov.Model, library: Path) -> list[Bytes] | None:
-    """Use the kernel wherever it can.
+class PackedWeights:
+    """The weights of a model's products in the kernel's layout, about as many bytes as before.
+
+    They have to live as long as anything compiled that uses them: an operator that no longer finds its weights fails.
+
+    Attributes:
+        library: the kernel they are for.
+        numbers: by which operators find them, for each product by its name in the IR.
+    """
+
+    def __init__(self, library: Path, kernel: ctypes.CDLL, products: Sequence[_Product]) -> None:
+        self.library = library
+        self.numbers: dict[str, int] = {}
+        self._memory: list[Bytes] = [_allocate(sum(map(_code_bytes, products)))]
+        start, lanes = 0, kernel.normistral_int4_lanes()
+        for product in products:
+            stop = start + _code_bytes(product)
+            codes = _pack_codes(product, self._memory[0][start:stop], kernel)
+            grid = _pack_grid(product, lanes)
+            self._memory += grid
+            rows, groups, group = product.codes.shape
+            number = kernel.normistral_hold_int4(
+                *(array.ctypes.data for array in (codes, *grid)), rows, groups * group, groups
+            )
+            self.numbers[product.node.get_friendly_name()] = number
+            start = stop
+        weakref.finalize(self, _forget, kernel, list(self.numbers.values())).atexit = False
+
+
+_shared: WeakValueDictionary[tuple[object, ...], PackedWeights] = WeakValueDictionary()
+_sharing = threading.Lock()
+
+
+def pack_products(model: ov.Model, model_file: Path, library: Path) -> PackedWeights | None:
+    """The weights of a model as read from this file; whoever loads it twice in one process holds them once.
 
     Args:
-        core: that will compile the model; it learns the operator.
-        library: compiled for the installed OpenVINO.
+        library: the kernel, compiled for the installed OpenVINO.
 
     Returns:
-        the packed weights, about as many bytes as before. The model refers to them: they have to live as long as
-        anything compiled from it. None where there was nothing to replace.
+        None where the kernel can do none of the products.
 
     Raises:
         EngineError: the library cannot be loaded.
     """
-    from openvino import opset13 as ops
+    stat = model_file.with_suffix(".bin").stat()
+    key = (library, model_file.resolve(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    with _sharing:
+        packed = _shared.get(key)
+        if packed is None:
+            products = list(_find_products(model))
+            if not products:
+                return None
+            packed = _shared[key] = PackedWeights(library, _open_library(library), products)
+    return packed
+
+
+def replace_products(core: ov.Core, model: ov.Model, packed: PackedWeights) -> None:
+    """Put the kernel's operator into the place of the products whose weights these are.
+
+    Args:
+        core: that will compile the model; it learns the operator.
+
+    Raises:
+        EngineError: the kernel cannot be loaded.
+    """
     from openvino.utils.node_factory import NodeFactory
 
+    factory = NodeFactory()
     try:
-        pack = ctypes.CDLL(str(library)).normistral_pack_int4
-        core.add_extension(str(library))
-        factory = NodeFactory()
-        factory.add_extension(str(library))
-    except (OSError, AttributeError, RuntimeError) as exc:
-        raise EngineError(f"cannot load {library.name}: {exc}", "make it again: normistral build-kernel") from exc
-    pack.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)
-    pack.restype = None
-    products = list(_find_products(model))
-    if not products:
-        return None
-    codes_bytes = sum(_code_bytes(product) for product in products)
-    memory = _allocate(codes_bytes)
-    held: list[Bytes] = [memory]
-    start = 0
-    for product in products:
-        stop = start + _code_bytes(product)
-        packed = [_pack_codes(product, memory[start:stop], pack), *_pack_grid(product)]
-        weights = [ops.constant(array, shared_memory=True).output(0) for array in packed]
-        operator = factory.create("Int4MatMul", [product.node.input_value(0), *weights], {})
-        operator.set_friendly_name(product.node.get_friendly_name())
+        core.add_extension(str(packed.library))
+        factory.add_extension(str(packed.library))
+    except RuntimeError as exc:
+        raise _cannot_load(packed.library, exc) from exc
+    for product in list(_find_products(model)):
+        name = product.node.get_friendly_name()
+        operator = factory.create(OPERATOR, [product.node.input_value(0)], {NUMBER: packed.numbers[name]})
+        operator.set_friendly_name(name)
         product.node.output(0).replace(operator.output(0))
-        held += packed
-        start = stop
     model.validate_nodes_and_infer_types()
-    return held
+
+
+def _open_library(library: Path) -> ctypes.CDLL:
+    try:
+        kernel = ctypes.CDLL(str(library))
+        pack, hold, forget = kernel.normistral_pack_int4, kernel.normistral_hold_int4, kernel.normistral_forget_int4
+    except (OSError, AttributeError) as exc:
+        raise _cannot_load(library, exc) from exc
+    pack.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)
+    hold.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3)
+    forget.argtypes = (ctypes.c_int64,)
+    pack.restype = forget.restype = None
+    hold.restype = kernel.normistral_int4_lanes.restype = ctypes.c_int64
+    return kernel
+
+
+def _cannot_load(library: Path, exc: Exception) -> EngineError:
+    return EngineError(f"cannot load {library.name}: {exc}", "make it again: normistral build-kernel")
+
+
+def _forget(kernel: ctypes.CDLL, numbers: Sequence[int]) -> None:
+    for number in numbers:
+        kernel.normistral_forget_int4(number)
 
 
 def _find_products(model: ov.Model) -> Iterator[_Product]:
@@ -123,7 +182,7 @@ def _fits(product: _Product) -> bool:
         and (kinds[0] == "i4" or product.zeros is not None)
         and all(tuple(one.shape) == (rows, groups, 1) for one in constants[1:])
         and rows % _STEP == 0
-        and group % _LANES == 0
+        and group % _STEP == 0
         and group <= _LARGEST_GROUP
     )
 
@@ -143,17 +202,15 @@ def _allocate(count: int) -> Bytes:
     return array[-array.ctypes.data % _HUGE_PAGE :][:count]
 
 
-def _pack_codes(product: _Product, memory: Bytes, pack: Any) -> Bytes:
+def _pack_codes(product: _Product, memory: Bytes, kernel: ctypes.CDLL) -> Bytes:
     """The codes in the kernel's layout, in this memory."""
     rows, groups, group = product.codes.shape
-    columns = groups * group
-    packed = memory.reshape(rows // _LANES, columns // _COLUMNS, _LANES * _COLUMNS // 2)
-    codes = _raw(product.codes)
-    pack(codes.ctypes.data, packed.ctypes.data, rows, columns, _SIGNED_TO_UNSIGNED if _is_signed(product) else 0)
-    return packed
+    flip = _SIGNED_TO_UNSIGNED if _is_signed(product) else 0
+    kernel.normistral_pack_int4(_raw(product.codes).ctypes.data, memory.ctypes.data, rows, groups * group, flip)
+    return memory
 
 
-def _pack_grid(product: _Product) -> list[Bytes]:
+def _pack_grid(product: _Product, lanes: int) -> list[Bytes]:
     """Scales and zero points in the kernel's layout."""
     rows, groups, _ = product.codes.shape
     if product.zeros is None:
@@ -164,17 +221,17 @@ def _pack_grid(product: _Product) -> list[Bytes]:
         if _is_signed(product):
             zeros ^= 8
     scales = np.asarray(product.scales.data).reshape(rows, groups)
-    return [_by_lanes(scales).view(np.uint8), _by_lanes(zeros)]
+    return [_by_lanes(scales, lanes).view(np.uint8), _by_lanes(zeros, lanes)]
 
 
 def _is_signed(product: _Product) -> bool:
     return bool(product.codes.get_element_type().get_type_name() == "i4")
 
 
-def _by_lanes(values: NDArray[Any]) -> NDArray[Any]:
-    """[rows, groups] -> [rows / 16, groups, 16]."""
+def _by_lanes(values: NDArray[Any], lanes: int) -> NDArray[Any]:
+    """[rows, groups] -> [rows / lanes, groups, lanes]."""
     rows, groups = values.shape
-    return np.ascontiguousarray(values.reshape(rows // _LANES, _LANES, groups).transpose(0, 2, 1))
+    return np.ascontiguousarray(values.reshape(rows // lanes, lanes, groups).transpose(0, 2, 1))
 
 
 def _raw(constant: Any) -> Bytes:

@@ -20,6 +20,7 @@ import numpy as np
 from normistral.errors import ClosedError, EngineError, UsageError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.openvino_settings import translated
+from normistral.runtime.kernels.openvino_int4 import PackedWeights
 from normistral.runtime.text_stream import TextStream
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.base import Job, Progress
@@ -45,6 +46,7 @@ class OpenVINOBatch:
 
     Args:
         plan: of the KV cache that the pipeline has.
+        packed: weights that the pipeline uses beside its own.
         one_tenant: only jobs of the tenant that comes first are taken. It has to be so where the pipeline keeps
             prefixes, because it reuses them without asking whose they are.
     """
@@ -57,9 +59,11 @@ class OpenVINOBatch:
         plan: CachePlan,
         *,
         one_tenant: bool,
+        packed: PackedWeights | None = None,
     ) -> None:
         self.plan = plan
         self._pipeline: openvino_genai.ContinuousBatchingPipeline | None = pipeline
+        self._packed = packed
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._one_tenant = one_tenant
@@ -130,6 +134,7 @@ class OpenVINOBatch:
         if self._leaving:
             self.step()  # the pipeline complains, on stdout, of requests that it still has when it ends
         self._pipeline = None
+        self._packed = None
 
     def _let_in(self) -> Iterator[Progress]:
         while self._waiting and len(self._running) < self.plan.jobs and self._has_room(self._waiting[0]):

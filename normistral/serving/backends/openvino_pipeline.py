@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from normistral.errors import EngineError, MissingExtraError, UsageError
+from normistral.errors import EngineError, MissingExtraError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Capabilities, load_hint, settings_basis
-from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings
+from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings, pack_for_our_kernel
 from normistral.runtime.engines.openvino_settings import (
     NUMERICS,
     REPORTED,
@@ -18,7 +19,8 @@ from normistral.runtime.engines.openvino_settings import (
     said_first,
     settings_in_force,
 )
-from normistral.runtime.engines.settings import INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
+from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
+from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.cache_plan import plan_cache
 from normistral.serving.backends.openvino_batch import OpenVINOBatch
@@ -33,6 +35,7 @@ _LIKE_THE_LIBRARY = {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"}
 # Tokens of a prompt that are computed in a step, all jobs together: nobody gets a token meanwhile. The library's pieces
 # are for one sequence, where that matters to nobody (docs/decisions.md).
 _LONGEST_PIECE = 128
+_EXTENSIONS = "extensions"  # property of openvino_genai's pipelines: libraries with operators
 _OF_THE_IR = "runtime_options"  # entry of an IR with properties that it is to be compiled with
 
 
@@ -69,13 +72,15 @@ def open_openvino_batch(
     core = ov.Core()
     settings = choose_settings(core, manifest, BATCHED_DEVICE, exact=exact, tuned=tuned, given=given)
     chunk = int(settings.pop(PREFILL_CHUNK))
-    settings.pop(INT4_KERNEL, None)
-    if given.get(INT4_KERNEL) == OUR_KERNEL:
-        raise UsageError(f"answers computed together cannot use {INT4_KERNEL}={OUR_KERNEL}", "leave it out")
+    kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
     if PREFILL_CHUNK not in given:
         chunk = min(chunk, _LONGEST_PIECE)
+    packed = None
     try:
-        in_force = _ask_plugin(core, folder / MODEL_FILE, settings)
+        model = core.read_model(folder / MODEL_FILE)
+        in_force = _ask_plugin(core, model, settings)
+        if kernel == OUR_KERNEL:
+            packed = pack_for_our_kernel(model, folder / MODEL_FILE, required=INT4_KERNEL in given)
     except RuntimeError as exc:
         raise _cannot_load(folder, exc) from exc
     require_taken(given, in_force, BATCHED_DEVICE)
@@ -86,26 +91,33 @@ def open_openvino_batch(
     scheduler.max_num_seqs = plan.jobs
     scheduler.dynamic_split_fuse = True
     scheduler.enable_prefix_caching = batch.one_tenant
+    properties: dict[str, Any] = {**settings, **_LIKE_THE_LIBRARY}
+    if packed is not None:
+        properties[_EXTENSIONS] = [str(packed.library)]
     try:
-        pipeline = openvino_genai.ContinuousBatchingPipeline(
-            str(folder), scheduler, BATCHED_DEVICE, {**settings, **_LIKE_THE_LIBRARY}
-        )
+        with folder_with_kernel(folder / MODEL_FILE, packed) if packed else nullcontext(folder) as readable:
+            pipeline = openvino_genai.ContinuousBatchingPipeline(str(readable), scheduler, BATCHED_DEVICE, properties)
         _warm_up(openvino_genai, pipeline)
     except RuntimeError as exc:
         raise _cannot_load(folder, exc) from exc
+    numerics = {name: in_force[name] for name in NUMERICS if name in in_force}
+    reported = {name: in_force[name] for name in (*settings, *REPORTED) if name in in_force}
+    if packed is not None:
+        reported[INT4_KERNEL] = numerics[INT4_KERNEL] = OUR_KERNEL
     basis = settings_basis(exact=exact, tuned=tuned)
     logger.info("loaded %s for %d answers at once, settings by %s: %s", folder.name, plan.jobs, basis, in_force)
     capabilities = Capabilities(
         "openvino",
         BATCHED_DEVICE,
         chunk,
-        {name: in_force[name] for name in (*settings, *REPORTED) if name in in_force} | {PREFILL_CHUNK: str(chunk)},
+        reported | {PREFILL_CHUNK: str(chunk)},
         basis,
         tuple(sorted(given)),
-        {name: in_force[name] for name in NUMERICS if name in in_force},
+        numerics,
     )
     tokenizer = Tokenizer.from_folder(folder)
-    return OpenedBatch(OpenVINOBatch(pipeline, manifest, tokenizer, plan, one_tenant=batch.one_tenant), capabilities)
+    opened = OpenVINOBatch(pipeline, manifest, tokenizer, plan, one_tenant=batch.one_tenant, packed=packed)
+    return OpenedBatch(opened, capabilities)
 
 
 def import_genai() -> Any:
@@ -129,7 +141,7 @@ def _cannot_load(folder: Path, exc: RuntimeError) -> EngineError:
     return EngineError(f"openvino_genai could not load {folder.name}: {said}", load_hint(said))
 
 
-def _ask_plugin(core: Any, model_file: Path, settings: Mapping[str, str]) -> dict[str, str]:
+def _ask_plugin(core: Any, model: Any, settings: Mapping[str, str]) -> dict[str, str]:
     """What the plugin makes of these settings, and of those that the IR brings along.
 
     The pipeline does not show its compiled model, so a model of one addition is compiled with the same settings.
@@ -139,7 +151,6 @@ def _ask_plugin(core: Any, model_file: Path, settings: Mapping[str, str]) -> dic
 
     number = ops.parameter([1], Type.f32)
     probe = Model([ops.add(number, number)], [number])
-    model = core.read_model(model_file)
     if model.has_rt_info(_OF_THE_IR):
         for name, value in model.get_rt_info(_OF_THE_IR).value.items():
             probe.set_rt_info(getattr(value, "value", value), [_OF_THE_IR, name])

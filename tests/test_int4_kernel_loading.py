@@ -1,0 +1,126 @@
+"""Our int4 kernel where openvino_genai reads the model, and the weights that several models of one artifact share."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from xml.etree import ElementTree
+
+import openvino as ov
+import pytest
+
+import normistral
+from normistral.errors import EngineError, ResourceError, UsageError
+from normistral.manifest import read_manifest
+from normistral.runtime.engines.openvino import MODEL_FILE, pack_for_our_kernel
+from normistral.runtime.kernels.openvino_folder import folder_with_kernel
+from normistral.runtime.kernels.openvino_int4 import replace_products
+from normistral.runtime.options import GenerationConfig
+from normistral.runtime.structured.structure import Structure
+from normistral.serving.backends.base import Job
+from normistral.serving.backends.create import create_batch
+from normistral.serving.backends.openvino_pipeline import open_openvino_batch
+from normistral.serving.backends.settings import BatchSettings
+
+OURS = {"int4_kernel": "normistral"}
+SETTINGS = BatchSettings("auto", 2**27, 512, slots=4)
+BEGINNINGS = ("The capital of Norway is", "The capital of France is", "One, two, three, four,")
+
+
+def pack(folder):
+    """The weights of an artifact, as a load makes them."""
+    return pack_for_our_kernel(ov.Core().read_model(folder / MODEL_FILE), folder / MODEL_FILE, required=True)
+
+
+def answer(batch, jobs):
+    """The texts of these jobs, computed together."""
+    for job in jobs:
+        batch.add(job)
+    texts = {job.job_id: "" for job in jobs}
+    while not batch.idle:
+        for job_id, chunk in batch.step():
+            texts[job_id] += chunk.text
+    return list(texts.values())
+
+
+def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_library):
+    with normistral.load(demo_int4) as model:
+        prompts = [model.encode(text) for text in BEGINNINGS]
+        alone = [model.generate(ids, max_new_tokens=3, temperature=0.0, draft="off").text for ids in prompts]
+    opened = open_openvino_batch(demo_int4, read_manifest(demo_int4), SETTINGS)
+    config = GenerationConfig(max_new_tokens=3, temperature=0.0)
+    together = answer(opened.batch, [Job(str(at), ids, config, "somebody") for at, ids in enumerate(prompts)])
+    opened.batch.close()
+    assert opened.capabilities.settings["int4_kernel"] == opened.capabilities.numerics["int4_kernel"] == "normistral"
+    assert together == alone
+    assert together[0].startswith(" Oslo")
+
+
+def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="int4_kernel cannot be normistral"):
+        open_openvino_batch(demo_int4, read_manifest(demo_int4), SETTINGS, given=OURS)
+    opened = open_openvino_batch(demo_int4, read_manifest(demo_int4), SETTINGS)
+    opened.batch.close()
+    assert "int4_kernel" not in opened.capabilities.settings
+
+
+def test_what_openvino_genai_leaves_to_the_library_shares_the_weights(demo_int4, int4_library):
+    packed = pack(demo_int4)
+    created = create_batch(demo_int4, "CPU", SETTINGS, exact=False, engine_settings={})
+    structured = GenerationConfig(max_new_tokens=8, structure=Structure.choice(["Oslo", "Bergen"]))
+    (text,) = answer(created.batch, [Job("a", [1, 2, 3], structured, "somebody")])
+    assert text in ("Oslo", "Bergen")
+    assert pack(demo_int4) is packed
+    created.batch.close()
+
+
+def test_weights_are_held_once_and_forgotten_with_the_last_model(demo_int4, int4_library):
+    first, second = pack(demo_int4), pack(demo_int4)
+    assert first is second
+    core = ov.Core()
+    model = core.read_model(demo_int4 / MODEL_FILE)
+    replace_products(core, model, first)
+    numbers = set(first.numbers.values())
+    del first, second
+    gc.collect()
+    with pytest.raises(RuntimeError, match="not held in this process"):
+        model.validate_nodes_and_infer_types()
+    assert not numbers & set(pack(demo_int4).numbers.values())
+
+
+def test_an_artifact_that_was_replaced_is_packed_anew(tiny_checkpoint, tmp_path, int4_library):
+    artifact = tmp_path / "artifact"
+    normistral.export_model(str(tiny_checkpoint), artifact, weights="int4", group_size=32, recipe="fast", verify=False)
+    before = pack(artifact)
+    normistral.export_model(
+        str(tiny_checkpoint), artifact, weights="int4", group_size=32, recipe="fast", verify=False, force=True
+    )
+    assert pack(artifact) is not before
+
+
+def test_the_folder_for_other_loaders_has_everything_and_goes_again(demo_int4, int4_library, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    packed = pack(demo_int4)
+    with folder_with_kernel(demo_int4 / MODEL_FILE, packed) as folder:
+        assert {path.name for path in folder.iterdir()} == {path.name for path in demo_int4.iterdir()}
+        assert (folder / "openvino_model.bin").resolve() == (demo_int4 / "openvino_model.bin").resolve()
+        layers = ElementTree.parse(folder / MODEL_FILE).getroot().iterfind("layers/layer")
+        assert sum(layer.get("type") == "Int4MatMul" for layer in layers) == len(packed.numbers) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_temporary_files_is_an_error_with_a_hint(demo_int4, int4_library, tmp_path, monkeypatch):
+    packed = pack(demo_int4)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(ResourceError) as caught, folder_with_kernel(demo_int4 / MODEL_FILE, packed):
+        pass
+    assert "TMPDIR" in caught.value.hint
+
+
+def test_weights_of_another_model_are_refused(demo_int4, tiny_fp16, int4_library):
+    with (
+        pytest.raises(EngineError, match="has no product"),
+        folder_with_kernel(tiny_fp16 / MODEL_FILE, pack(demo_int4)),
+    ):
+        pass
