@@ -4,15 +4,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import Distribution
+from email.message import Message
+from importlib.metadata import Distribution, version
 from pathlib import Path
 
 import pytest
 from bundle_files import write_small_artifact, write_wheel, write_wheels
+from sample_artifacts import make_manifest
 
 import normistral
 from normistral import cli
@@ -22,7 +25,7 @@ from normistral.bundling.bundle import BundleOptions, make_bundle
 from normistral.bundling.install import check_bundle
 from normistral.bundling.own_wheel import pack_wheel
 from normistral.bundling.target import Target, choose_target, needed_glibc_minor
-from normistral.bundling.wheels import collect_wheels
+from normistral.bundling.wheels import Closure, Wheel, collect_wheels
 from normistral.errors import (
     ArtifactError,
     DownloadError,
@@ -31,6 +34,9 @@ from normistral.errors import (
     ResourceError,
     UsageError,
 )
+from normistral.export.progress import NoProgress
+from normistral.hardware import read_machine
+from normistral.runtime.kernels.library import find_obstacle
 
 HERE = choose_target()
 
@@ -94,6 +100,35 @@ def test_an_onnx_artifact_brings_its_runtime_and_the_server_is_asked_for(options
     bundle = check_bundle(tmp_path / "a.tar")
     assert bundle.description["requirement"] == f"normistral[onnx,serve]=={normistral.__version__}"
     assert "wheels/onnxruntime-1.0-py3-none-any.whl" in bundle.members
+
+
+def wheel_of(name, version):
+    return Wheel(Path(f"{name}.whl"), name, version, "0" * 64, 1, Message())
+
+
+class Notes(NoProgress):
+    def __init__(self):
+        self.said = []
+
+    def note(self, text):
+        self.said.append(text)
+
+
+def test_an_int4_model_for_openvino_brings_its_kernels(tmp_path, monkeypatch):
+    manifest = make_manifest(files={}, format="openvino")
+    assert manifest.recipe.weights == "int4"
+    closure = Closure({"openvino": wheel_of("openvino", version("openvino"))}, {})
+    if find_obstacle(read_machine()) is None and shutil.which("c++"):
+        entries = bundling._compile_kernels(manifest, closure, HERE, tmp_path, NoProgress())
+        assert [re.sub(r".*-(avx\w+)-.*", r"\1", entry.name) for entry in entries] == ["avx2", "avx512"]
+        assert not any(str(Path(normistral.__file__).parent).encode() in entry.source for entry in entries)
+    notes = Notes()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (tmp_path / "again").mkdir()
+    assert bundling._compile_kernels(manifest, closure, HERE, tmp_path / "again", notes) == []
+    other = Closure({"openvino": wheel_of("openvino", "1.0")}, {})
+    assert bundling._compile_kernels(manifest, other, HERE, tmp_path, notes) == []
+    assert [note.partition(": ")[0] for note in notes.said] == ["no int4 kernel in it"] * 2
 
 
 def test_the_bill_of_materials_is_valid_and_whole(signed_bundle, tmp_path):

@@ -1,5 +1,6 @@
 """The installer: it refuses what was changed anywhere, before it writes, and installs the rest whole or not at all."""
 
+import _ctypes
 import base64
 import io
 import json
@@ -12,10 +13,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from bundle_files import FAKE_NORMISTRAL, write_small_artifact, write_wheel, write_wheels
 
+import normistral
+from normistral.bundling import bundle as bundling
 from normistral.bundling import install
 from normistral.bundling.archive import Entry, with_sums, write_archive
+from normistral.bundling.bundle import BundleOptions, make_bundle
 from normistral.bundling.install import InstallError, check_bundle, is_member_name, member_header
+from normistral.bundling.target import choose_target
 from normistral.errors import UsageError
 
 DESCRIPTION = {
@@ -306,6 +312,23 @@ def test_nothing_is_written_for_a_bundle_that_is_not_trusted(run, signed_bundle,
     assert checked.returncode == 0
     assert "warning: nobody vouches for this bundle" in checked.stderr
     assert not list((tmp_path / "home").iterdir())
+
+
+def test_kernels_that_cannot_be_loaded_are_left_out(tmp_path, monkeypatch, capsys):
+    wheels = write_wheels(tmp_path / "wheels")
+    write_wheel(wheels, "normistral", normistral.__version__, FAKE_NORMISTRAL, ("leaf>=1", "openvino"))
+    write_wheel(wheels, "openvino", "1.0", "")
+    loadable = Path(_ctypes.__file__).read_bytes()
+    kernels = [Entry.of_bytes("kernels/good.so", loadable), Entry.of_bytes("kernels/strange.so", loadable[:100])]
+    monkeypatch.setattr(bundling, "_compile_kernels", lambda *arguments: kernels)
+    artifact = write_small_artifact(tmp_path / "liten")
+    make_bundle(artifact, tmp_path / "b.tar", BundleOptions(choose_target(), wheels=wheels))
+    bundle = check_bundle(tmp_path / "b.tar")
+    for _ in range(2):
+        install.install(bundle, tmp_path / "p", "liten")
+        assert [path.name for path in (tmp_path / "p" / "kernels").iterdir()] == ["good.so"]
+        assert (tmp_path / "p" / "kernels" / "good.so").read_bytes() == loadable
+        assert "left out, because it cannot be loaded here: strange.so" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import normistral
@@ -15,11 +17,12 @@ from normistral.bundling.own_wheel import pack_own_wheel
 from normistral.bundling.sbom import write_sbom
 from normistral.bundling.target import Target, needed_glibc_minor
 from normistral.bundling.wheels import Closure, collect_wheels, find_own_wheel
-from normistral.errors import ResourceError, UsageError
+from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.export.progress import NoProgress, Progress
 from normistral.export.staging import translate_full_disk
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
+from normistral.runtime.kernels.library import build_for_others
 from normistral.runtime.whole_file import replacing
 
 
@@ -65,7 +68,8 @@ def make_bundle(artifact: Path, file: Path, options: BundleOptions, progress: Pr
     with tempfile.TemporaryDirectory(prefix="normistral-wheels-") as folder, translate_full_disk(file):
         with progress.stage("collecting the runtime"):
             closure = _collect(extras, options, Path(folder))
-        entries = with_sums(_entries(artifact, manifest, extras, closure, options.target))
+        kernels = _compile_kernels(manifest, closure, options.target, Path(folder), progress)
+        entries = with_sums(_entries(artifact, manifest, extras, closure, options.target, kernels))
         _require_disk(file, archive_bytes(entries))
         progress.note(f"{len(closure.wheels)} wheels for Python {options.target.python}, {options.target.machine}")
         signature_file = file.with_name(file.name + signature.SUFFIX)
@@ -107,7 +111,38 @@ def _collect(extras: list[str], options: BundleOptions, folder: Path) -> Closure
     return collect_wheels(own, extras, version, options.target, options.wheels, collected)
 
 
-def _entries(artifact: Path, manifest: Manifest, extras: list[str], closure: Closure, target: Target) -> list[Entry]:
+def _compile_kernels(
+    manifest: Manifest, closure: Closure, target: Target, folder: Path, progress: Progress
+) -> list[Entry]:
+    """Our int4 products, where they are of use on the target and can be compiled here against its OpenVINO."""
+    wheel = closure.wheels.get("openvino")
+    if manifest.format != "openvino" or manifest.recipe.weights != "int4" or wheel is None:
+        return []
+    here = f"{platform.system()} {platform.machine()}"
+    if here != f"Linux {target.machine}" or target.machine != "x86_64" or wheel.version != version("openvino"):
+        progress.note(
+            f"no int4 kernel in it: OpenVINO {wheel.version} for {target.machine} is not what is installed here"
+        )
+        return []
+    compiled = folder / "kernels"
+    compiled.mkdir()
+    try:
+        with progress.stage("compiling the int4 kernel"):
+            libraries = build_for_others(compiled)
+    except EngineError as exc:
+        progress.note(f"no int4 kernel in it: {exc}")
+        return []
+    return [Entry.of_bytes(install.KERNELS + path.name, path.read_bytes()) for path in libraries]
+
+
+def _entries(
+    artifact: Path,
+    manifest: Manifest,
+    extras: list[str],
+    closure: Closure,
+    target: Target,
+    kernels: list[Entry],
+) -> list[Entry]:
     """Everything but the list of sums: the small files first, so that they are found at once."""
     raw = (artifact / MANIFEST_NAME).read_bytes()
     files = {
@@ -123,12 +158,15 @@ def _entries(artifact: Path, manifest: Manifest, extras: list[str], closure: Clo
         "python": target.python,
         "machine": target.machine,
         "glibc": f"2.{max(_glibc_minor(wheel.path) for wheel in wheels)}",
-        "bytes": size + sum(wheel.path.stat().st_size + wheel.unpacked_bytes for wheel in wheels),
+        "bytes": size
+        + sum(kernel.size for kernel in kernels)
+        + sum(wheel.path.stat().st_size + wheel.unpacked_bytes for wheel in wheels),
     }
     return [
         Entry.of_bytes(install.INSTALLER, Path(install.__file__).read_bytes()),
         Entry.of_bytes(install.DESCRIPTION, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()),
-        Entry.of_bytes(install.SBOM, write_sbom(artifact.resolve().name, manifest, files, closure)),
+        Entry.of_bytes(install.SBOM, write_sbom(artifact.resolve().name, manifest, files, closure, kernels)),
+        *kernels,
         *(Entry(install.ARTIFACT + name, r.size, r.sha256, artifact / name) for name, r in files.items()),
         *(Entry(install.WHEELS + w.path.name, w.path.stat().st_size, w.sha256, w.path) for w in wheels),
     ]

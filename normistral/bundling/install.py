@@ -5,8 +5,8 @@
 Nothing is unpacked before every byte of the bundle was checked: the signature over the whole file (by ssh-keygen), the
 form of the archive, and every file against the list SHA256SUMS. What is unpacked is compared with that list again.
 
-PREFIX is laid out as normistral's own store: artifacts/NAME, runtimes/VERSION-HASH (a virtual environment), and
-bin/normistral, which is written last. A copy of this file is in every bundle; it needs the standard library alone.
+PREFIX is laid out as normistral's own store: artifacts/NAME, kernels/, runtimes/VERSION-HASH (a virtual environment),
+and bin/normistral, which is written last. A copy of this file is in every bundle; it needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 NAMESPACE = "normistral-bundle"  # of the signature: one made for mail or git is none for a bundle
 SUMS, DESCRIPTION, INSTALLER, SBOM = "SHA256SUMS", "bundle.json", "install.py", "sbom.cdx.json"
-ARTIFACT, WHEELS = "artifact/", "wheels/"
+ARTIFACT, WHEELS, KERNELS = "artifact/", "wheels/", "kernels/"
 SCHEMA = 1
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)
@@ -50,6 +50,7 @@ _FIELDS = {
     "glibc": str,
     "bytes": int,
 }
+_LOAD = "import ctypes, openvino, sys; ctypes.CDLL(sys.argv[1])"
 _GET_AGAIN = "do not use it; copy or get it again"
 
 
@@ -101,8 +102,8 @@ def member_header(name: str, size: int) -> bytes:
 
 
 def is_member_name(name: str) -> bool:
-    """Whether a bundle may hold it: one of four names, or a plain name in one of two folders."""
-    for folder in (ARTIFACT, WHEELS):
+    """Whether a bundle may hold it: one of four names, or a plain name in one of three folders."""
+    for folder in (ARTIFACT, WHEELS, KERNELS):
         if name.startswith(folder):
             plain = name.removeprefix(folder)
             short = len(name.encode(errors="replace")) < BLOCK
@@ -356,6 +357,7 @@ def install(bundle: Bundle, prefix: Path, name: str) -> Path:
             if not there:
                 staged.rename(artifact)
             (runtime / _WHOLE).touch()
+            _add_kernels(bundle, prefix, runtime)
             return _write_command(prefix, runtime)
         finally:
             _remove_leftovers(prefix)
@@ -456,6 +458,22 @@ def _make_runtime(bundle: Bundle, runtime: Path) -> None:
     _run(command, runtime.parent, "could not be installed")
 
 
+def _add_kernels(bundle: Bundle, prefix: Path, runtime: Path) -> None:
+    """Compiled products that can be loaded here: they may need a newer C++ library than the wheels do."""
+    if not any(name.startswith(KERNELS) for name in bundle.members):
+        return
+    kernels = prefix / "kernels"
+    kernels.mkdir(exist_ok=True)
+    staged = kernels / (_STAGING + "kernels")
+    _unpack(bundle, KERNELS, staged)
+    for kernel in sorted(staged.iterdir()):
+        attempt: list[str | Path] = [runtime / "bin" / "python", "-I", "-c", _LOAD, kernel]
+        if subprocess.run(attempt, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0:
+            kernel.replace(kernels / kernel.name)
+        else:
+            _say(f"left out, because it cannot be loaded here: {kernel.name}; the engine's own products will serve")
+
+
 def _run(command: Sequence[str | Path], home: Path, failure: str) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}
     environment = clean | {"NORMISTRAL_HOME": str(home)}
@@ -494,7 +512,11 @@ def _locked(prefix: Path) -> Iterator[None]:
 
 def _remove_leftovers(prefix: Path) -> None:
     """What did not become whole; to be asked only while holding the lock."""
-    staged = [path for folder in ("artifacts", "runtimes", "bin") for path in (prefix / folder).glob(_STAGING + "*")]
+    staged = [
+        path
+        for folder in ("artifacts", "kernels", "runtimes", "bin")
+        for path in (prefix / folder).glob(_STAGING + "*")
+    ]
     for path in [*staged, *(path for path in (prefix / "runtimes").iterdir() if not (path / _WHOLE).exists())]:
         if path.is_dir():
             shutil.rmtree(path)

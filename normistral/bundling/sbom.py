@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from email.message import Message
 from typing import Any
 from urllib.parse import quote
 
 import normistral
+from normistral.bundling.archive import Entry
 from normistral.bundling.wheels import Closure, Wheel
 from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest
 from normistral.presets import PRESETS
@@ -21,15 +23,18 @@ _LONGEST_LICENCE_NAME = 200  # some packages put the whole text there
 _OSI = "License :: OSI Approved :: "
 
 
-def write_sbom(name: str, manifest: Manifest, files: dict[str, FileRecord], closure: Closure) -> bytes:
+def write_sbom(
+    name: str, manifest: Manifest, files: dict[str, FileRecord], closure: Closure, kernels: Sequence[Entry] = ()
+) -> bytes:
     """The document as JSON.
 
     Args:
         name: of the artifact.
         files: every file of the artifact, its manifest included, by name.
+        kernels: compiled from sources in normistral's wheel.
     """
     wheels = list(closure.wheels.values())
-    identity = [*(record.sha256 for record in files.values()), *(wheel.sha256 for wheel in wheels)]
+    identity = [*(r.sha256 for r in files.values()), *(w.sha256 for w in wheels), *(k.sha256 for k in kernels)]
     document = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -40,7 +45,11 @@ def write_sbom(name: str, manifest: Manifest, files: dict[str, FileRecord], clos
             "tools": {"components": [_tool()]},
             "component": _tool() | {"bom-ref": _BUNDLE, "name": f"normistral with {name}"},
         },
-        "components": [_model(name, manifest, files), *map(_library, wheels)],
+        "components": [
+            _model(name, manifest, files),
+            *map(_library, wheels),
+            *(_file(k.name, k.sha256) for k in kernels),
+        ],
         "dependencies": [
             {"ref": _BUNDLE, "dependsOn": [_MODEL, *(_purl(closure.wheels[n]) for n in ("normistral", "pip"))]},
             {"ref": _MODEL},

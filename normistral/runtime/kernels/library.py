@@ -57,11 +57,14 @@ def find_obstacle(machine: Machine) -> str | None:
 
 def library_path(machine: Machine) -> Path:
     """Where the kernel for this machine and the installed OpenVINO belongs; it need not be there."""
+    return store.kernels_dir() / _file_name(_variant(machine))
+
+
+def _file_name(variant: _Variant) -> str:
     source = hashlib.sha256()
     for name in (_SOURCE.name, *_INCLUDED):
         source.update(_SOURCE.with_name(name).read_bytes())
-    name = f"int4-openvino-{version('openvino')}-{_variant(machine).name}-{source.hexdigest()[:12]}.so"
-    return store.kernels_dir() / name
+    return f"int4-openvino-{version('openvino')}-{variant.name}-{source.hexdigest()[:12]}.so"
 
 
 def _variant(machine: Machine) -> _Variant:
@@ -99,22 +102,36 @@ def build_library(machine: Machine) -> Path:
     """
     if obstacle := find_obstacle(machine):
         raise EngineError(f"the int4 kernel is of no use here: {obstacle}", "OpenVINO's own products serve")
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise EngineError("there is no C++ compiler", _HINT)
     path = library_path(machine)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
-            made = Path(scratch, path.name)
-            _compile(compiler, _variant(machine), made)
-            digest = hashlib.sha256(made.read_bytes()).digest()
-            with made.open("ab") as file:
-                file.write(digest)
-            made.replace(path)
+            _compile_whole(_variant(machine), Path(scratch)).replace(path)
     except OSError as exc:
         raise ResourceError(f"cannot write {path}: {exc.strerror}", "set NORMISTRAL_HOME to another folder") from exc
     return path
+
+
+def build_for_others(folder: Path) -> list[Path]:
+    """Compile the kernel for every processor that there is one for, into a folder.
+
+    Raises:
+        EngineError: there is no compiler, or it fails.
+    """
+    return [_compile_whole(variant, folder) for variant in (_AVX2, _AVX512)]
+
+
+def _compile_whole(variant: _Variant, folder: Path) -> Path:
+    """The library with its digest behind it; the same compiler makes the same bytes."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise EngineError("there is no C++ compiler", _HINT)
+    made = folder / _file_name(variant)
+    _compile(compiler, variant, made)
+    digest = hashlib.sha256(made.read_bytes()).digest()
+    with made.open("ab") as file:
+        file.write(digest)
+    return made
 
 
 def _compile(compiler: str, variant: _Variant, output: Path) -> None:
@@ -127,6 +144,7 @@ def _compile(compiler: str, variant: _Variant, output: Path) -> None:
     if not include.is_dir() or not all(libraries):
         raise EngineError("this OpenVINO came without headers", "install the one from PyPI: pip install openvino")
     command = [compiler, *_FLAGS, *variant.flags, str(_SOURCE), f"-I{include}", f"-L{openvino / 'libs'}"]
+    command += [f"-fmacro-prefix-map={folder}/=" for folder in (_SOURCE.parent, include)]  # what assertions name
     command += [f"-l:{name}" for name in libraries]
     try:
         done = subprocess.run(
