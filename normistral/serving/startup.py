@@ -12,6 +12,7 @@ from normistral import store
 from normistral.errors import UsageError
 from normistral.hardware import available_memory_bytes
 from normistral.manifest import read_manifest
+from normistral.runtime.engines.settings import INT4_KERNEL, OUR_KERNEL
 from normistral.serving.auth import Keys, read_keys
 from normistral.serving.backends.settings import (
     TOGETHER,
@@ -26,6 +27,7 @@ from normistral.serving.served import ServedArtifact
 from normistral.serving.server import is_loopback, url_of
 
 _SIDE_PATH = "; the first structured answer, or one with top_logprobs, loads the weights a second time"
+_SHARED = " (those of the int4 kernel are shared)"
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -127,10 +129,12 @@ def describe_server(
 
 def describe_model(name: str, loaded: Loaded) -> str:
     """How a model that was loaded answers many at once."""
+    second = _SIDE_PATH if loaded.batching == TOGETHER else ""
+    if second and loaded.settings.get(INT4_KERNEL) == OUR_KERNEL:
+        second += _SHARED
     return (
         f"{name}: {loaded.slots} answers at once, computed {loaded.batching}; "
-        f"KV caches of {loaded.cache_tokens:,} tokens in {loaded.cache_bytes:,} bytes at most"
-        + (_SIDE_PATH if loaded.batching == TOGETHER else "")
+        f"KV caches of {loaded.cache_tokens:,} tokens in {loaded.cache_bytes:,} bytes at most{second}"
     )
 
 
