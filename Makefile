@@ -75,7 +75,7 @@ test-cluster:
 	@$(MAKE) --no-print-directory VENV=.venv-cluster run-on-ray
 
 run-on-ray: $(VENV)/.ready-cluster
-	@$(RUN) -m pytest tests/cluster/run_on_ray.py $(ARGS)
+	@$(RUN) -m pytest tests/cluster/run_on_ray.py tests/cluster/scale_on_ray.py $(ARGS)
 
 check: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff format --check .

@@ -53,7 +53,6 @@ def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_l
     opened.batch.close()
     assert opened.capabilities.settings["int4_kernel"] == opened.capabilities.numerics["int4_kernel"] == "normistral"
     assert together == alone
-    assert together[0].startswith(" Oslo")
 
 
 def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, monkeypatch):
@@ -62,7 +61,7 @@ def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, mon
         open_openvino_batch(demo_int4, read_manifest(demo_int4), SETTINGS, given=OURS)
     opened = open_openvino_batch(demo_int4, read_manifest(demo_int4), SETTINGS)
     opened.batch.close()
-    assert "int4_kernel" not in opened.capabilities.settings
+    assert opened.capabilities.settings["int4_kernel"] == "openvino"
 
 
 def test_what_openvino_genai_leaves_to_the_library_shares_the_weights(demo_int4, int4_library):

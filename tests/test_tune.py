@@ -46,11 +46,12 @@ class Scripted:
         self.seconds = lambda settings: 1.0
         self.error = lambda settings: 0.0  # what is added to the logits, in standard deviations
         self.refused = lambda settings: False
+        self.chosen = {"KV_CACHE_PRECISION": "u8", "ENABLE_CPU_PINNING": "YES"}  # by the engine
         self.opened, self.measured = [], []
 
     def open_model(self, folder, manifest, device="CPU", *, exact=False, tuned=None, given=None):
         assert all(model._closed for model in self.opened), "two models at a time"
-        settings = {"KV_CACHE_PRECISION": "u8", "ENABLE_CPU_PINNING": "YES", **(tuned or {}), **(given or {})}
+        settings = {**self.chosen, **(tuned or {}), **(given or {})}
         if self.refused(settings):
             raise EngineError("the engine does not take it")
         right, noise = random_logits(VOCABULARY), random_logits(VOCABULARY, seed=1)
@@ -105,6 +106,21 @@ def test_where_nothing_is_faster_the_rule_is_kept(scripted):
     tuned = tune(scripted.folder, TuneOptions())
     assert (tuned.changed, tuned.gain, tuned.complete) == ((), 1.0, True)
     assert len(stored()) == 1
+
+
+def test_our_int4_kernel_is_compared_and_only_a_verdict_against_it_is_kept(scripted):
+    scripted.chosen["int4_kernel"] = "normistral"
+    assert "int4_kernel" not in tune(scripted.folder, TuneOptions()).settings
+    scripted.seconds = lambda settings: 0.5 if settings["int4_kernel"] == "openvino" else 1.0
+    tuned = tune(scripted.folder, TuneOptions())
+    assert (tuned.settings["int4_kernel"], tuned.changed) == ("openvino", ("int4_kernel",))
+
+
+def test_exact_arithmetic_does_without_our_int4_kernel(scripted):
+    scripted.chosen["int4_kernel"] = "normistral"
+    scripted.error = lambda settings: 0.3 if settings["int4_kernel"] == "normistral" or settings[GROUP] != "0" else 0.0
+    tuned = tune(scripted.folder, TuneOptions(quality=0.001))
+    assert (tuned.settings["int4_kernel"], tuned.kl) == ("openvino", 0.0)
 
 
 def test_what_costs_quality_is_not_taken_though_it_is_faster(scripted):
@@ -215,7 +231,7 @@ def test_an_engine_is_tuned_and_load_finds_it(format, tiny_fp16, tiny_onnx, monk
     """Speeds of a tiny model are noise, so one stage does; its seconds are real, and 40 tokens at once win mostly."""
     folder = tiny_fp16 if format == "openvino" else tiny_onnx("onnx-int4")
     stage = Stage("prefill chunk", ({CHUNK: "1"}, {CHUNK: "512"}))
-    monkeypatch.setattr(tuning, "plan_search", lambda machine, manifest, work: [stage])
+    monkeypatch.setattr(tuning, "plan_search", lambda *arguments: [stage])
     assert main(["tune", str(folder), "--profile", "batch", "--quality", "1", "--json"]) == 0
     printed = capsys.readouterr()
     document = json.loads(printed.out)

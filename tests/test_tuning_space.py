@@ -10,7 +10,7 @@ from normistral.hardware import Machine, exact_openvino, explain_openvino, limit
 from normistral.manifest import RecipeRecord
 from normistral.runtime.engines.settings import CHUNK, override
 from normistral.tuning.quality import quality_bound, take_probe
-from normistral.tuning.space import exact_arithmetic, plan_search, rule_settings
+from normistral.tuning.space import Stage, exact_arithmetic, plan_search, rule_settings
 from normistral.tuning.work import WORK, Work, choose_work
 
 AVX2 = frozenset({"sse4_2", "avx", "avx2", "fma", "f16c"})
@@ -30,7 +30,7 @@ def manifest(weights="int4", format="openvino", graph=None, **changes):
 
 
 def stages(machine, manifest, work=CHAT):
-    return {stage.name: list(stage.variants) for stage in plan_search(machine, manifest, work)}
+    return {stage.name: list(stage.variants) for stage in plan_search(machine, manifest, work, {})}
 
 
 def values(variants, name):
@@ -112,9 +112,18 @@ def test_the_search_begins_with_the_rule():
 
 
 def test_the_way_back_is_exact():
-    assert exact_arithmetic(machine(), manifest()).items() <= exact_openvino(machine()).items()
+    exact = exact_openvino(machine())
+    assert exact_arithmetic(machine(), manifest("fp16")).items() <= exact.items()
+    assert exact_arithmetic(machine(), manifest()).items() <= (exact | {"int4_kernel": "openvino"}).items()
     assert exact_arithmetic(machine(), manifest("int4", "onnx", "fused")) == {"accuracy_level": "1"}
     assert exact_arithmetic(machine(), manifest("fp32", "onnx", "plain")) == {}
+
+
+def test_our_kernel_is_compared_where_it_serves():
+    ours = plan_search(machine(), manifest(), CHAT, {"int4_kernel": "normistral"})
+    assert ours[0] == Stage("int4 kernel", ({"int4_kernel": "openvino"},))
+    theirs = plan_search(machine(), manifest(), CHAT, {"int4_kernel": "openvino"})
+    assert [stage.name for stage in theirs] == [stage.name for stage in ours[1:]]
 
 
 # The work

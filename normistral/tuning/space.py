@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from normistral import hardware
 from normistral.hardware import Machine, plan_threads
 from normistral.manifest import Manifest
-from normistral.runtime.engines.settings import DEFAULT_CHUNK, PREFILL_CHUNK
+from normistral.runtime.engines.settings import DEFAULT_CHUNK, ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
 from normistral.tuning.work import Work
 
 Settings = Mapping[str, str]
@@ -21,7 +21,7 @@ Settings = Mapping[str, str]
 # What an engine chooses where nobody does, and what is varied here: the search begins with it.
 REPORTED = frozenset(
     {"INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "KV_CACHE_PRECISION", "ENABLE_CPU_PINNING"}
-    | {"accuracy_level"}
+    | {"accuracy_level", INT4_KERNEL}
 )
 _CHUNKS = (64, 128, 256, 512, 1024)
 _GROUPS = ("32", "64", "128")
@@ -54,15 +54,28 @@ def exact_arithmetic(machine: Machine, manifest: Manifest) -> dict[str, str]:
     if manifest.format == "openvino":
         names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
         exact = hardware.exact_openvino(machine)
-        return {name: exact[name] for name in names}
+        ours = {INT4_KERNEL: ENGINES_KERNEL} if manifest.recipe.weights == "int4" else {}
+        return {name: exact[name] for name in names} | ours
     return {"accuracy_level": "1"} if _has_rounded_products(manifest) else {}
 
 
-def plan_search(machine: Machine, manifest: Manifest, work: Work) -> list[Stage]:
-    """The stages for an artifact on a machine, the most telling first; those with nothing to vary are left out."""
-    stages = _openvino_stages(machine, manifest) if manifest.format == "openvino" else _onnx_stages(machine, manifest)
+def plan_search(machine: Machine, manifest: Manifest, work: Work, start: Settings) -> list[Stage]:
+    """The stages for an artifact on a machine, the most telling first; those with nothing to vary are left out.
+
+    Args:
+        start: where the search begins.
+    """
+    if manifest.format == "openvino":
+        stages = [_kernel_stage(start), *_openvino_stages(machine, manifest)]
+    else:
+        stages = _onnx_stages(machine, manifest)
     stages.append(Stage("prefill chunk", _chunks(work)))
     return [stage for stage in stages if stage.variants]
+
+
+def _kernel_stage(start: Settings) -> Stage:
+    """OpenVINO's products of int4 weights, where ours serve."""
+    return Stage("int4 kernel", ({INT4_KERNEL: ENGINES_KERNEL},) if start.get(INT4_KERNEL) == OUR_KERNEL else ())
 
 
 def _openvino_stages(machine: Machine, manifest: Manifest) -> list[Stage]:

@@ -14,6 +14,7 @@ from normistral.export.resources import estimate_running_bytes
 from normistral.export.texts import load_texts
 from normistral.hardware import available_memory_bytes, read_machine
 from normistral.manifest import Manifest, check_files, read_manifest
+from normistral.runtime.engines.settings import INT4_KERNEL
 from normistral.runtime.loading import find_engine
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.runtime.tuned import BUDGET_MINUTES, Profile, Tuned, make_key, save_tuned
@@ -86,7 +87,7 @@ def _tune(bench: Workbench, options: TuneOptions, bound: float, progress: Progre
             progress.note("the search begins with exact arithmetic")
             found.best = bench.settings_in_force({**rule, **exact_arithmetic(machine, bench.manifest)})
     start = found.best
-    stages = plan_search(machine, bench.manifest, bench.work)
+    stages = plan_search(machine, bench.manifest, bench.work, start)
     try:
         with progress.stage(f"comparing settings for {options.profile}", unit="measurements") as stage:
             bench.on_measured = stage.advance
@@ -138,12 +139,14 @@ def _keep(bench: Workbench, options: TuneOptions, found: Found, rule: Settings, 
             "the time was up before anything was compared", "give more of it, such as --budget 10; nothing was kept"
         )
     machine = read_machine()
+    # Whose products serve is left to what is compiled then, unless the search decided otherwise.
+    kept = {name: value for name, value in found.best.items() if name != INT4_KERNEL or rule.get(name) != value}
     tuned = Tuned(
         make_key(bench.folder, machine, *find_engine(bench.manifest), "CPU"),
         bench.folder.name,
         datetime.now(UTC).isoformat(timespec="seconds"),
         options.profile,
-        found.best,
+        kept,
         tuple(sorted(name for name, value in found.best.items() if rule.get(name) != value)),
         seconds,
         seconds * found.ratio,

@@ -241,7 +241,7 @@ def load_openvino(
     core = ov.Core()
     settings = choose_settings(core, manifest, device, exact=exact, tuned=tuned, given=given)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
-    kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
+    kernel = settings.pop(INT4_KERNEL, None)
     packed = None
     try:
         model = core.read_model(folder / MODEL_FILE)
@@ -260,6 +260,8 @@ def load_openvino(
     numerics = settings_in_force(compiled, NUMERICS)
     if packed is not None:
         in_force[INT4_KERNEL] = numerics[INT4_KERNEL] = OUR_KERNEL
+    elif kernel is not None:
+        in_force[INT4_KERNEL] = ENGINES_KERNEL
     basis = settings_basis(exact=exact, tuned=tuned)
     logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
     capabilities = Capabilities(

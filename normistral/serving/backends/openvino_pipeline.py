@@ -72,7 +72,7 @@ def open_openvino_batch(
     core = ov.Core()
     settings = choose_settings(core, manifest, BATCHED_DEVICE, exact=exact, tuned=tuned, given=given)
     chunk = int(settings.pop(PREFILL_CHUNK))
-    kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
+    kernel = settings.pop(INT4_KERNEL, None)
     if PREFILL_CHUNK not in given:
         chunk = min(chunk, _LONGEST_PIECE)
     packed = None
@@ -104,6 +104,8 @@ def open_openvino_batch(
     reported = {name: in_force[name] for name in (*settings, *REPORTED) if name in in_force}
     if packed is not None:
         reported[INT4_KERNEL] = numerics[INT4_KERNEL] = OUR_KERNEL
+    elif kernel is not None:
+        reported[INT4_KERNEL] = ENGINES_KERNEL
     basis = settings_basis(exact=exact, tuned=tuned)
     logger.info("loaded %s for %d answers at once, settings by %s: %s", folder.name, plan.jobs, basis, in_force)
     capabilities = Capabilities(
