@@ -1,5 +1,6 @@
 """Clients that leave, workers that die, queues that are full, signals: what each request gets."""
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,9 @@ from serving_clients import ask, gauge, http, stream, wait_until
 
 from normistral.errors import EngineError
 from normistral.serving.auth import Keys
+from normistral.serving.gate import Gate
 from normistral.serving.limits import ServerLimits
+from normistral.serving.metrics import Metrics
 
 MESSAGES = [{"role": "user", "content": "Hei"}]
 QUICK = ServerLimits(grace_s=0.2)
@@ -164,3 +167,26 @@ def test_a_reader_that_reads_nothing_is_cut_off(tmp_path) -> None:
             wait_until(lambda: gauge(url, "running_answers") == 0, 20)
             assert gauge(url, "cancelled_answers_total") == 8
             assert gauge(url, "generated_tokens_total") < 8 * 2900
+
+
+def test_a_bug_is_told_without_its_words_whatever_it_is_made_of(caplog):
+    """Some exceptions cannot be made without arguments; making one again would hide the answer."""
+
+    async def broken(scope, receive, send):
+        b"hemmelig \xff".decode()
+
+    gate = Gate(broken, keys=Keys({}), limits=ServerLimits(), metrics=Metrics(), hosts=None)
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": [], "query_string": b""}
+    asyncio.run(gate(scope, receive, send))
+    assert sent[0]["status"] == 500
+    assert json.loads(sent[1]["body"])["error"]["code"] == "bug"
+    assert "UnicodeDecodeError" in caplog.text
+    assert "can't decode" not in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -85,7 +86,8 @@ class Front:
         except ClientLeftError:
             pass
         finally:
-            pieces.cancel()
+            with suppress(BackPressureError):  # told again of a request that was refused
+                pieces.cancel()
 
     async def _first(self, pieces: AsyncIterator[Any]) -> Start:
         try:

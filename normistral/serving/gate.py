@@ -210,4 +210,5 @@ def _too_deep(limits: ServerLimits) -> ApiError:
 
 
 def _without_words(bug: Exception) -> tuple[type[Exception], Exception, Any]:
-    return type(bug), type(bug)(), bug.__traceback__
+    kind = type(bug)
+    return kind, kind.__new__(kind), bug.__traceback__  # not kind(): some cannot be made of nothing
