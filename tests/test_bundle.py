@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zipfile
 from email.message import Message
-from importlib.metadata import Distribution, version
+from importlib.metadata import Distribution, PathDistribution, version
 from pathlib import Path
 
 import pytest
@@ -349,3 +349,12 @@ def test_an_installation_that_is_older_than_the_source_is_refused(tmp_path, monk
     monkeypatch.setattr(own_wheel, "distribution", lambda name: older)
     with pytest.raises(UsageError, match=r"was installed as 0\.0\.1"):
         own_wheel.pack_own_wheel(tmp_path)
+
+
+def test_the_metadata_that_an_editable_installation_leaves_beside_the_source_serve_too(tmp_path):
+    egg = tmp_path / "normistral.egg-info"
+    egg.mkdir()
+    (egg / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: normistral\nVersion: 0.1.0\n")
+    wheel = pack_wheel(Path(normistral.__file__).parent, PathDistribution(egg), "0.1.0", tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        assert b"Version: 0.1.0" in archive.read("normistral-0.1.0.dist-info/METADATA")

@@ -21,6 +21,7 @@ from normistral.errors import UsageError
 _NAME = "normistral"
 _WHEEL = "Wheel-Version: 1.0\nGenerator: normistral bundle\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 _COPIED = ("METADATA", "entry_points.txt", "top_level.txt")
+_SOURCE_NAMES = {"METADATA": "PKG-INFO"}  # in the .egg-info that an editable installation leaves beside the source
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest time that a zip file knows
 _HINT = "install it again: pip install --force-reinstall --no-deps normistral, in its source pip install --editable ."
 
@@ -45,7 +46,7 @@ def pack_wheel(package: Path, installed: Distribution, version: str, into: Path)
     info = f"{package.name}-{version}.dist-info"
     contents = {f"{package.name}/{path.relative_to(package).as_posix()}": path.read_bytes() for path in _code(package)}
     for name in _COPIED:
-        if text := installed.read_text(name):
+        if text := installed.read_text(name) or installed.read_text(_SOURCE_NAMES.get(name, name)):
             contents[f"{info}/{name}"] = text.encode()
     for licence in installed.metadata.get_all("License-File") or []:
         text = installed.read_text(f"licenses/{licence}") or installed.read_text(licence)
