@@ -353,11 +353,11 @@ def install(bundle: Bundle, prefix: Path, name: str) -> Path:
                 _make_runtime(bundle, runtime)
             _say("trying it")
             _run([runtime / "bin" / "normistral", "doctor", artifact if there else staged], prefix, "does not run here")
+            _add_kernels(bundle, prefix, runtime)
             os.sync()  # should the power fail, names come after contents
             if not there:
                 staged.rename(artifact)
             (runtime / _WHOLE).touch()
-            _add_kernels(bundle, prefix, runtime)
             return _write_command(prefix, runtime)
         finally:
             _remove_leftovers(prefix)

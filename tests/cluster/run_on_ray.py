@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,30 @@ ROWS = 40
 _PATIENCE_S = 120
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
+def export_tiny(folder, hidden, positions):
     from normistral import export_model
 
-    folder = tmp_path_factory.mktemp("cluster")
-    checkpoint = make_mistral(folder / "checkpoint", hidden=64, positions=256, chat=True)
+    checkpoint = make_mistral(folder / "checkpoint", hidden=hidden, positions=positions, chat=True)
     export_model(str(checkpoint), folder / "tiny", weights="fp16", verify=False)
     return folder / "tiny"
+
+
+@contextmanager
+def marked_replicas(name, options):
+    """The URL of replicas with these options, and the mark of their processes."""
+    from normistral.cluster.serve import serving
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ["NORMISTRAL_TEST"] = mark = f"{name}-{os.getpid()}"
+    with serving(options, port) as url:
+        yield url, mark
+    del os.environ["NORMISTRAL_TEST"]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return export_tiny(tmp_path_factory.mktemp("cluster"), hidden=64, positions=256)
 
 
 @pytest.fixture(scope="module")
@@ -151,19 +168,13 @@ KEY = {"Authorization": "Bearer 0123456789abcdef"}
 @pytest.fixture(scope="module")
 def replicas(artifact, tmp_path_factory):
     """The URL of two replicas, and the mark of their processes."""
-    from normistral.cluster.serve import serving
-
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text("0123456789abcdef kari\n")
     keys.chmod(0o600)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    os.environ["NORMISTRAL_TEST"] = mark = f"serve-{os.getpid()}"
     options = {"artifact": str(artifact), "replicas": 2, "threads": 1, "api_key_file": str(keys), "exact": True}
     options["batching"] = "off"  # openvino_genai does not tell what it had in its cache
-    with serving(options, port) as url:
-        yield url, mark
-    del os.environ["NORMISTRAL_TEST"]
+    with marked_replicas("serve", options) as replicas:
+        yield replicas
 
 
 def chat(question="blåbær", **more):

@@ -6,7 +6,6 @@ Run by `make test-cluster`, as run_on_ray.py is.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from run_on_ray import ROOT, chat, processes, request, wait_until
-from tiny_models import make_mistral
+from run_on_ray import ROOT, chat, export_tiny, marked_replicas, processes, request, wait_until
 
 QUEUE = 4
 _SERVE_PORT = 8000  # `serve run` takes no other
@@ -24,27 +22,16 @@ _SERVE_PORT = 8000  # `serve run` takes no other
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
-    from normistral import export_model
-
-    folder = tmp_path_factory.mktemp("scale")
-    checkpoint = make_mistral(folder / "checkpoint", hidden=256, positions=2048, chat=True)
-    export_model(str(checkpoint), folder / "tiny", weights="fp16", verify=False)
-    return folder / "tiny"
+    return export_tiny(tmp_path_factory.mktemp("scale"), hidden=256, positions=2048)
 
 
 @pytest.fixture(scope="module")
 def scaling(artifact):
     """The URL of one replica that may become two, and the mark of their processes."""
-    from normistral.cluster.serve import serving
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    os.environ["NORMISTRAL_TEST"] = mark = f"scale-{os.getpid()}"
     options = {"artifact": str(artifact), "replicas": 1, "max_replicas": 2, "threads": 1, "slots": 1}
     options |= {"max_queue": QUEUE, "no_api_key": True}
-    with serving(options, port) as url:
-        yield url, mark
-    del os.environ["NORMISTRAL_TEST"]
+    with marked_replicas("scale", options) as replicas:
+        yield replicas
 
 
 def ask(url, number, tokens=600):

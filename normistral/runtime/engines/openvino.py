@@ -258,10 +258,9 @@ def load_openvino(
     require_taken(given, in_force, device)
     in_force[PREFILL_CHUNK] = prefill_chunk
     numerics = settings_in_force(compiled, NUMERICS)
-    if packed is not None:
-        in_force[INT4_KERNEL] = numerics[INT4_KERNEL] = OUR_KERNEL
-    elif kernel is not None:
-        in_force[INT4_KERNEL] = ENGINES_KERNEL
+    reported, in_numerics = kernel_in_force(kernel, packed)
+    in_force |= reported
+    numerics |= in_numerics
     basis = settings_basis(exact=exact, tuned=tuned)
     logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
     capabilities = Capabilities(
@@ -338,6 +337,17 @@ def pack_for_our_kernel(model: ov.Model, model_file: Path, *, required: bool) ->
     if required and packed is None:
         raise UsageError(f"{INT4_KERNEL} cannot be {OUR_KERNEL}: no product in this artifact suits it", "leave it out")
     return packed
+
+
+def kernel_in_force(kernel: str | None, packed: PackedWeights | None) -> tuple[dict[str, str], dict[str, str]]:
+    """What became of the setting `int4_kernel`: as settings report it, and as numerics do, which name ours alone.
+
+    Args:
+        kernel: what was chosen; None where there is no such setting.
+    """
+    if packed is not None:
+        return {INT4_KERNEL: OUR_KERNEL}, {INT4_KERNEL: OUR_KERNEL}
+    return ({} if kernel is None else {INT4_KERNEL: ENGINES_KERNEL}), {}
 
 
 def require_device(device: str, available: Sequence[str]) -> None:

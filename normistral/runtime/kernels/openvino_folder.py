@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,17 +26,18 @@ def folder_with_kernel(model_file: Path, packed: PackedWeights) -> Iterator[Path
     """
     document = ElementTree.parse(model_file)
     _replace_products(document.getroot(), packed)
-    try:
-        with tempfile.TemporaryDirectory(prefix="normistral-") as scratch:
+    with ExitStack() as stack:
+        try:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="normistral-")))
             for path in model_file.parent.iterdir():
                 if path.name != model_file.name:
-                    Path(scratch, path.name).symlink_to(path.resolve())
-            document.write(Path(scratch, model_file.name))
-            yield Path(scratch)
-    except OSError as exc:
-        raise ResourceError(
-            f"cannot write temporary files: {exc.strerror}", "free some space, or name another folder in TMPDIR"
-        ) from exc
+                    (scratch / path.name).symlink_to(path.resolve())
+            document.write(scratch / model_file.name)
+        except OSError as exc:
+            raise ResourceError(
+                f"cannot write temporary files: {exc.strerror}", "free some space, or name another folder in TMPDIR"
+            ) from exc
+        yield scratch
 
 
 def _replace_products(net: ElementTree.Element, packed: PackedWeights) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from normistral.errors import EngineError, MissingExtraError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Capabilities, load_hint, settings_basis
-from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings, pack_for_our_kernel
+from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings, kernel_in_force, pack_for_our_kernel
 from normistral.runtime.engines.openvino_settings import (
     NUMERICS,
     REPORTED,
@@ -19,7 +19,7 @@ from normistral.runtime.engines.openvino_settings import (
     said_first,
     settings_in_force,
 )
-from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
+from normistral.runtime.engines.settings import INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
 from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.cache_plan import plan_cache
@@ -100,22 +100,19 @@ def open_openvino_batch(
         _warm_up(openvino_genai, pipeline)
     except RuntimeError as exc:
         raise _cannot_load(folder, exc) from exc
-    numerics = {name: in_force[name] for name in NUMERICS if name in in_force}
-    reported = {name: in_force[name] for name in (*settings, *REPORTED) if name in in_force}
-    if packed is not None:
-        reported[INT4_KERNEL] = numerics[INT4_KERNEL] = OUR_KERNEL
-    elif kernel is not None:
-        reported[INT4_KERNEL] = ENGINES_KERNEL
+    reported, in_numerics = kernel_in_force(kernel, packed)
     basis = settings_basis(exact=exact, tuned=tuned)
     logger.info("loaded %s for %d answers at once, settings by %s: %s", folder.name, plan.jobs, basis, in_force)
     capabilities = Capabilities(
         "openvino",
         BATCHED_DEVICE,
         chunk,
-        reported | {PREFILL_CHUNK: str(chunk)},
+        {name: in_force[name] for name in (*settings, *REPORTED) if name in in_force}
+        | reported
+        | {PREFILL_CHUNK: str(chunk)},
         basis,
         tuple(sorted(given)),
-        numerics,
+        {name: in_force[name] for name in NUMERICS if name in in_force} | in_numerics,
     )
     tokenizer = Tokenizer.from_folder(folder)
     opened = OpenVINOBatch(pipeline, manifest, tokenizer, plan, one_tenant=batch.one_tenant, packed=packed)
