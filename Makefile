@@ -10,6 +10,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := artifacts/demo-openvino-int4
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+# Processes that share the tests. Two: each loads PyTorch, and exports the demo model anew where its tests ask for it.
+TESTERS := 2
 SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 USABLE := $(shell [ ! -e $(VENV)/.unfinished ] && $(RUN) -c "" 2>/dev/null && echo yes)
 
@@ -40,7 +42,7 @@ chat: $(DEMO)/normistral.json
 	@$(VENV)/bin/normistral chat $(DEMO) $${NORMISTRAL_PROMPT+--prompt="$$NORMISTRAL_PROMPT"}
 
 test: $(VENV)/.ready-dev
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest --numprocesses=$(TESTERS) --dist=worksteal $(ARGS)
 
 # The page is tried against a scripted server, and against the real one with the demo model. The driver has an
 # environment of its own, which never downloads a browser.
