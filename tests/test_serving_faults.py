@@ -11,11 +11,15 @@ from serving_clients import ask, gauge, http, stream, wait_until
 
 from normistral.errors import EngineError
 from normistral.serving.auth import Keys
+from normistral.serving.backends.settings import BatchSettings
+from normistral.serving.frames import Load
 from normistral.serving.gate import Gate
 from normistral.serving.limits import ServerLimits
 from normistral.serving.metrics import Metrics
+from normistral.serving.worker_client import WorkerClient
 
 MESSAGES = [{"role": "user", "content": "Hei"}]
+LOAD = Load("m", "CPU", False, {}, BatchSettings("auto", 0, 0))
 QUICK = ServerLimits(grace_s=0.2)
 
 
@@ -116,6 +120,21 @@ def test_a_killed_worker_is_replaced_and_nobody_is_forgotten(tmp_path) -> None:
         wait_until(lambda: http.get(f"{url}/ready").status_code == 200)
         assert ask(url, max_tokens=1).status_code == 200
         assert gauge(url, "worker_restarts_total") == 1
+
+
+@pytest.mark.parametrize(("name", "told"), [("", "status 7"), ("SIGSEGV", "SIGSEGV")])
+def test_what_a_worker_died_of_is_its_own_end_and_not_ours(name, told, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("DYING_WORKER_SIGNAL", name)
+    died = asyncio.Event()
+
+    async def run() -> None:
+        client = WorkerClient("m", LOAD, "dying_worker", on_change=died.set)
+        client.start()
+        await asyncio.wait_for(died.wait(), 20)
+        await client.close()
+
+    asyncio.run(run())
+    assert caplog.messages == [f"m: its worker process ended ({told}); 0 answers are lost"]
 
 
 def test_while_nothing_is_loaded_requests_are_told_so(tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 WORKER_MODULE = "normistral.serving.worker"
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_DYING_S = 1.0  # from the end of its output until it is ended, so that what is told is what it died of
 _STEADY_S = 60.0  # a worker that lived so long did not die of its start
 
 Outcome = Chunk | NormistralError
@@ -127,6 +129,8 @@ class WorkerClient:
             self._send(self._load)
             while (payload := await receive_frame(process.stdout)) is not None:
                 self._take(payload)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _DYING_S)
         finally:
             self._process = None
             code = await _end(process)
@@ -169,9 +173,11 @@ class WorkerClient:
 
 
 async def _end(process: asyncio.subprocess.Process) -> int:
-    """The exit code of a process that closed its output, or has to end now."""
-    with suppress(ProcessLookupError):
-        process.kill()
+    """The exit code of a process that has ended, or has to now."""
+    if process.returncode is None:
+        # `process.kill()` looks first whether the process has ended, and takes its status from asyncio's watcher.
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
     return await process.wait()
 
 
