@@ -2,15 +2,20 @@
 
 import asyncio
 import json
+import os
+import signal
 
 import pytest
+from served_models import make_served, open_served
 
 from normistral.cluster.affinity import SHARED_CHARACTERS, routing_key
 from normistral.cluster.call import Call, Start
 from normistral.cluster.metrics import join_metrics
-from normistral.cluster.replica import run_application
+from normistral.cluster.replica import run_application, wait_until_loaded
 from normistral.cluster.serve import ServeOptions, plan_deployment, read_options, retry_after_s
-from normistral.errors import UsageError
+from normistral.errors import EngineError, UsageError
+from normistral.serving.app import create_app
+from normistral.serving.limits import ServerLimits
 
 
 def chat_key(*contents, tenant="kari", model="norsk", session=None):
@@ -208,3 +213,41 @@ def test_figures_of_all_replicas_come_in_one_text():
     assert 'normistral_tokens_total{model="a",replica="two"} 7.0' in joined
     assert 'normistral_wait_s_bucket{le="+Inf",replica="two"} 3.0' in joined
     assert joined.count("# TYPE normistral_tokens_total counter") == 1
+
+
+# a worker process that is started anew
+
+
+def test_requests_wait_for_a_worker_that_is_started_anew_but_not_for_ever(tmp_path):
+    folder = make_served(tmp_path / "m")
+
+    async def run():
+        limits = ServerLimits(grace_s=0.2)
+        app = create_app([open_served(folder, limits)], limits, worker_module="served_models")
+        service = app.state.service
+        async with app.router.lifespan_context(app):
+            await wait_until_loaded(service, 60)
+            os.kill(service.models["m"].worker.pid, signal.SIGKILL)
+            while service.ready:
+                await asyncio.sleep(0.01)
+            with pytest.raises(TimeoutError):
+                await wait_until_loaded(service, 0.01)
+            await wait_until_loaded(service, 60)
+            assert service.ready
+            service.stopping = True
+            await wait_until_loaded(service, 0.01)
+
+    asyncio.run(run())
+
+
+def test_a_model_that_cannot_be_loaded_is_not_waited_for(tmp_path):
+    folder = make_served(tmp_path / "m", fault="load")
+
+    async def run():
+        limits = ServerLimits(grace_s=0.2)
+        app = create_app([open_served(folder, limits)], limits, worker_module="served_models")
+        async with app.router.lifespan_context(app):
+            await wait_until_loaded(app.state.service, None)
+
+    with pytest.raises(EngineError, match="would not load"):
+        asyncio.run(asyncio.wait_for(run(), 60))

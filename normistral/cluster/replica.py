@@ -28,15 +28,16 @@ class Replica:
         self._service: Service = self._app.state.service
         self._lifespan = self._app.router.lifespan_context(self._app)
         await self._lifespan.__aenter__()
-        while not self._service.ready:
-            self._raise_failure()
-            await asyncio.sleep(_POLL_S)
+        await wait_until_loaded(self._service, None)
 
     async def answer(self, call: Call) -> AsyncIterator[Start | bytes]:
         """The answer's status and headers, then its body as it is written.
 
-        Whoever stops listening frees the slot: to the application that is a client who has left.
+        Whoever stops listening frees the slot: to the application that is a client who has left. A worker process that
+        is started anew is waited for, because Serve goes on sending requests here.
         """
+        with suppress(TimeoutError):  # the application refuses it
+            await wait_until_loaded(self._service, self._service.limits.queue_s)
         async for piece in run_application(self._app, call):
             yield piece
 
@@ -55,7 +56,7 @@ class Replica:
 
         Its worker process is started anew by itself; Serve replaces the replica after three failures in a row.
         """
-        self._raise_failure()
+        _raise_failure(self._service)
         if not self._service.ready:
             raise EngineError("the worker process is not ready", "Serve replaces this replica if that lasts")
 
@@ -63,10 +64,24 @@ class Replica:
         with suppress(AttributeError):  # it failed before it was made
             await self._lifespan.__aexit__(None, None, None)
 
-    def _raise_failure(self) -> None:
-        for model in self._service.models.values():
-            if model.worker.failure is not None:
-                raise model.worker.failure
+
+async def wait_until_loaded(service: Service, patience_s: float | None) -> None:
+    """Until all models can answer, or no more answers are begun.
+
+    Raises:
+        NormistralError: a model could not be loaded.
+        TimeoutError: it took longer.
+    """
+    async with asyncio.timeout(patience_s):
+        while not (service.ready or service.stopping):
+            _raise_failure(service)
+            await asyncio.sleep(_POLL_S)
+
+
+def _raise_failure(service: Service) -> None:
+    for model in service.models.values():
+        if model.worker.failure is not None:
+            raise model.worker.failure
 
 
 async def run_application(app: ASGIApp, call: Call) -> AsyncIterator[Start | bytes]:

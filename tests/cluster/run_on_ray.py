@@ -230,6 +230,15 @@ def test_figures_of_front_and_replicas_come_together(replicas):
     assert "front" in names
 
 
+def test_requests_wait_for_a_worker_process_that_is_started_anew(replicas):
+    url, mark = replicas
+    for worker in processes(b"normistral.serving.worker", mark):
+        os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: request(url, "/ready")[0] == 503)
+    status, _, body = request(url, "/v1/chat/completions", chat("etterpå"), KEY)
+    assert status == 200, body
+
+
 def test_a_killed_replica_is_replaced_and_nothing_is_lost_without_an_error(replicas):
     url, mark = replicas
     before = set(processes(b"ray::ServeReplica:normistral:models", mark))
