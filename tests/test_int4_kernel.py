@@ -17,12 +17,13 @@ from normistral.errors import EngineError, ResourceError, SessionError, UsageErr
 from normistral.hardware import INT8_DOT_PRODUCT, read_machine
 from normistral.manifest import read_manifest
 from normistral.runtime.engines.openvino import load_openvino
-from normistral.runtime.kernels.library import build_library, find_library, library_path
+from normistral.runtime.kernels.library import VARIANTS, build_for_others, build_library, find_library, library_path
 from normistral.runtime.kernels.openvino_int4 import pack_products, replace_products
 from normistral.terminal.doctor import doctor_lines, examine
 from normistral.tuning.quality import predict, settings_kl
 
 OURS = {"int4_kernel": "normistral"}
+RUNNABLE = [variant for variant in VARIANTS if read_machine().instruction_sets >= variant.needed]
 
 
 def rounded_product(rows, groups, group, *, kind="u4", transpose=True, seed=0):
@@ -56,15 +57,21 @@ def expected_product(x, values, scales):
     return (sums * scales[:, :, 0] * steps[:, None, :, 0]).sum(axis=2).reshape(*x.shape[:2], rows)
 
 
-@pytest.fixture
-def pack(int4_library, tmp_path):
-    """Weights of a model that no file holds."""
+@pytest.fixture(scope="module")
+def every_library(compiled_home, tmp_path_factory):
+    return dict(zip(VARIANTS, build_for_others(tmp_path_factory.mktemp("kernels")), strict=True))
+
+
+@pytest.fixture(params=RUNNABLE, ids=lambda variant: variant.name)
+def pack(every_library, tmp_path, request):
+    """Weights of a model that no file holds, for each version of the operator that can run here."""
+    library = every_library[request.param]
     numbers = itertools.count()
 
     def pack(model):
         file = tmp_path / f"{next(numbers)}.xml"
         file.with_suffix(".bin").touch()
-        return pack_products(model, file, int4_library)
+        return pack_products(model, file, library)
 
     return pack
 

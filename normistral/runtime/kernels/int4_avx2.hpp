@@ -1,5 +1,6 @@
-// Tiles and rounding with AVX2, FMA and F16C: vpmaddubsw adds two products of int8 to an int16. With codes up to 15 and
-// activations down to -128, eight of those sums fit one int16 (15 * 128 * 2 * 8 = 30,720); then they are widened.
+// Tiles and rounding with AVX2, FMA and F16C. vpmaddubsw adds two products of int8 to an int16; with codes up to 15 and
+// activations down to -128, eight of those sums fit one int16 (15 * 128 * 2 * 8 = 30,720), and are then widened. With
+// AVX-VNNI vpdpbusd adds four products to an int32, which holds a whole group.
 
 #pragma once
 
@@ -15,11 +16,25 @@ constexpr int kLanes = 8;     // rows in a vector
 constexpr int kRows = 2;      // vectors of rows in a tile of several tokens
 constexpr int kTokens = 4;    // tokens in a tile: 8 sums in int16, and 4 operands from codes, in 16 registers
 constexpr int kAloneRows = 4;  // vectors of rows in a tile of one token: what it takes to read as fast as memory gives
-constexpr int kWidened = 4 * kColumns;  // columns whose products fit an int16; groups are multiples of it
 
 inline __attribute__((always_inline)) __m256i broadcast_four(const int8_t* from) {
     return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(from)));
 }
+
+#ifdef __AVXVNNI__
+
+constexpr int fitting_columns(int group) { return group; }
+
+inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i codes, __m256i activations) {
+    sum = _mm256_dpbusd_avx_epi32(sum, codes, activations);
+}
+
+inline __attribute__((always_inline)) __m256i widen(__m256i sum) { return sum; }
+
+#else
+
+// Columns whose products fit the narrow sums; groups are multiples of it.
+constexpr int fitting_columns(int) { return 4 * kColumns; }
 
 // The empty assembly keeps sums in registers: left free to reorder, gcc 12 puts five of eight of them on the stack, and
 // the tile takes a third longer.
@@ -28,15 +43,19 @@ inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i co
     asm("" : "+x"(sum));
 }
 
+inline __attribute__((always_inline)) __m256i widen(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+
+#endif
+
 // Outputs of `tokens` tokens and `rows` vectors of rows.
 template <int tokens, int rows>
 inline __attribute__((always_inline)) void multiply_tile(const Weights& weights, const Activations& x, float* out, int row,
                                                          size_t token) {
-    const int groups = weights.groups(), columns = weights.columns;
+    const int groups = weights.groups(), columns = weights.columns, fitting = fitting_columns(weights.group);
     const size_t stride = size_t(kLanes) * columns / 2;  // bytes from one vector of rows to the next
     const size_t block = row / kLanes;
     const uint8_t* codes = weights.codes + block * stride;
-    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const __m256i nibble = _mm256_set1_epi8(15);
     __m256 totals[rows][tokens];
     UNROLL for (int r = 0; r < rows; r++) {
         UNROLL for (int t = 0; t < tokens; t++) totals[r][t] = _mm256_setzero_ps();
@@ -51,12 +70,12 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
             }
         }
         const int end = (g + 1) * weights.group;
-        for (int begin = g * weights.group; begin < end; begin += kWidened) {
+        for (int begin = g * weights.group; begin < end; begin += fitting) {
             __m256i narrow[rows][tokens];
             UNROLL for (int r = 0; r < rows; r++) {
                 UNROLL for (int t = 0; t < tokens; t++) narrow[r][t] = _mm256_setzero_si256();
             }
-            for (int column = begin; column < begin + kWidened; column += kColumns) {
+            for (int column = begin; column < begin + fitting; column += kColumns) {
                 __m256i low[rows], high[rows];
                 UNROLL for (int r = 0; r < rows; r++) {
                     const uint8_t* from = codes + r * stride + size_t(column) * kLanes / 2;
@@ -73,7 +92,7 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
             }
             UNROLL for (int r = 0; r < rows; r++) {
                 UNROLL for (int t = 0; t < tokens; t++) {
-                    sums[r][t] = _mm256_add_epi32(sums[r][t], _mm256_madd_epi16(narrow[r][t], ones));
+                    sums[r][t] = _mm256_add_epi32(sums[r][t], widen(narrow[r][t]));
                 }
             }
         }

@@ -6,7 +6,7 @@
 //              codes    uint8   [rows / L][columns / 8][L * 4]  unsigned codes of 4 bits, see below
 //              scales   float16 [rows / L][groups][L]
 //              zeros    uint8   [rows / L][groups][L]           the code that means 0
-//              where L rows (kLanes) are those of a vector of int32: 16, or 8 with AVX2
+//              where L rows (kLanes) are those of a vector of int32: 16 with AVX512, 8 without
 //   output     float32 [..., rows]
 //
 // Weights are no constants of the model, so that a model which names them is a file of a few megabytes, and several that
@@ -20,8 +20,8 @@
 // So one load gives two operands of a product of bytes, whose other operand is four activations broadcast to all rows.
 // Zero points enter through the start of the sum: -zero * sum of the group's activations.
 //
-// Written for AVX512 with VNNI, and for AVX2. Measured against the engines' own products: docs/decisions.md, "Our own int4
-// kernel".
+// Written for AVX512 with VNNI, for AVX-VNNI, and for AVX2. Measured against the engines' own products:
+// docs/decisions.md, "Our own int4 kernel".
 
 #include <tbb/parallel_for.h>
 #include <tbb/partitioner.h>
