@@ -17,9 +17,11 @@ struct Weights {
     int groups() const { return columns / group; }
 };
 
+// Codes of the tokens of one tile lie beside each other: what a tile reads is one stream, where rows of a power of two
+// would share the same few sets of the first cache.
 struct Activations {
     size_t tokens;
-    const int8_t* codes;   // [tokens][columns]
+    const int8_t* codes;   // [tokens / width, rounded up][columns / 4][width][4], width tokens to a tile
     const float* scales;   // [tokens][groups]
     const int32_t* sums;   // [tokens][groups], of codes
 };

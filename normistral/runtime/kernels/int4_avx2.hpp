@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -15,11 +16,16 @@
 constexpr int kLanes = 8;     // rows in a vector
 constexpr int kRows = 2;      // vectors of rows in a tile of several tokens
 constexpr int kTokens = 4;    // tokens in a tile: 8 sums in int16, and 4 operands from codes, in 16 registers
+constexpr int kFewRows = 1;    // vectors of rows in a tile of fewer tokens
 constexpr int kAloneRows = 4;  // vectors of rows in a tile of one token: what it takes to read as fast as memory gives
 
 inline __attribute__((always_inline)) __m256i broadcast_four(const int8_t* from) {
     return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(from)));
 }
+
+// Keeps a sum in its register: left free to reorder, gcc 12 puts five of eight of them on the stack, and
+// the tile takes a third longer.
+inline __attribute__((always_inline)) void keep(__m256i& sum) { asm("" : "+x"(sum)); }
 
 #ifdef __AVXVNNI__
 
@@ -27,6 +33,7 @@ constexpr int fitting_columns(int group) { return group; }
 
 inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i codes, __m256i activations) {
     sum = _mm256_dpbusd_avx_epi32(sum, codes, activations);
+    keep(sum);
 }
 
 inline __attribute__((always_inline)) __m256i widen(__m256i sum) { return sum; }
@@ -36,11 +43,9 @@ inline __attribute__((always_inline)) __m256i widen(__m256i sum) { return sum; }
 // Columns whose products fit the narrow sums; groups are multiples of it.
 constexpr int fitting_columns(int) { return 4 * kColumns; }
 
-// The empty assembly keeps sums in registers: left free to reorder, gcc 12 puts five of eight of them on the stack, and
-// the tile takes a third longer.
 inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i codes, __m256i activations) {
     sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, activations));
-    asm("" : "+x"(sum));
+    keep(sum);
 }
 
 inline __attribute__((always_inline)) __m256i widen(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
@@ -48,13 +53,14 @@ inline __attribute__((always_inline)) __m256i widen(__m256i sum) { return _mm256
 #endif
 
 // Outputs of `tokens` tokens and `rows` vectors of rows.
-template <int tokens, int rows>
+template <int tokens, int rows, int width>
 inline __attribute__((always_inline)) void multiply_tile(const Weights& weights, const Activations& x, float* out, int row,
                                                          size_t token) {
     const int groups = weights.groups(), columns = weights.columns, fitting = fitting_columns(weights.group);
     const size_t stride = size_t(kLanes) * columns / 2;  // bytes from one vector of rows to the next
     const size_t block = row / kLanes;
     const uint8_t* codes = weights.codes + block * stride;
+    const int8_t* activations = x.codes + token * columns;
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256 totals[rows][tokens];
     UNROLL for (int r = 0; r < rows; r++) {
@@ -84,8 +90,8 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
                     high[r] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
                 }
                 UNROLL for (int t = 0; t < tokens; t++) {
-                    const int8_t* eight = x.codes + (token + t) * columns + column;
-                    const __m256i first = broadcast_four(eight), second = broadcast_four(eight + 4);
+                    const int8_t* four = activations + (size_t(column) * width + t * 4);
+                    const __m256i first = broadcast_four(four), second = broadcast_four(four + 4 * width);
                     UNROLL for (int r = 0; r < rows; r++) add_products(narrow[r][t], low[r], first);
                     UNROLL for (int r = 0; r < rows; r++) add_products(narrow[r][t], high[r], second);
                 }
@@ -112,8 +118,10 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
     }
 }
 
-// One token's activations to int8, a scale for each group. Where one of a group is not finite, neither is its scale.
-inline void quantise(const float* x, int columns, int group, int8_t* codes, float* scales, int32_t* sums) {
+// One token's activations to int8, four side by side and `width` fours from the next; a scale for each group. Where one
+// of a group is not finite, neither is its scale.
+inline void quantise(const float* x, int columns, int group, int width, int8_t* codes, float* scales,
+                     int32_t* sums) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     for (int g = 0; g < columns / group; g++) {
         const float* from = x + g * group;
@@ -132,7 +140,10 @@ inline void quantise(const float* x, int columns, int group, int8_t* codes, floa
         for (int i = 0; i < group; i += kLanes) {
             const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i), inverse));
             const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-            _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + g * group + i), _mm_packs_epi16(words, words));
+            alignas(16) int32_t fours[4];
+            _mm_store_si128(reinterpret_cast<__m128i*>(fours), _mm_packs_epi16(words, words));
+            int8_t* to = codes + size_t(g * group + i) * width;
+            UNROLL for (int k = 0; k < 2; k++) std::memcpy(to + k * 4 * width, fours + k, 4);
             sum = _mm256_add_epi32(sum, code);
         }
         alignas(32) int32_t parts[kLanes];

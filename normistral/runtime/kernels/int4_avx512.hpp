@@ -12,18 +12,30 @@
 constexpr int kLanes = 16;     // rows in a vector
 constexpr int kRows = 2;       // vectors of rows in a tile of several tokens
 constexpr int kTokens = 5;     // tokens in a tile: 10 sums in int32 and as many in float32 fill the registers
+constexpr int kFewRows = 1;    // vectors of rows in a tile of fewer tokens
 constexpr int kAloneRows = 1;  // vectors of rows in a tile of one token
+
+inline __attribute__((always_inline)) __m512i broadcast_four(const int8_t* from) {
+    return _mm512_castps_si512(_mm512_broadcastss_ps(_mm_load_ss(reinterpret_cast<const float*>(from))));
+}
+
+// The empty assembly keeps sums in registers: left free to reorder, gcc 12 moves each to another and back.
+inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i codes, __m512i activations) {
+    sum = _mm512_dpbusd_epi32(sum, codes, activations);
+    asm("" : "+v"(sum));
+}
 
 // Outputs of `tokens` tokens and `rows` vectors of rows, kept in registers while the columns go by. Where these are few,
 // low and high nibbles have sums of their own, so that no product waits for the one before. One vector of rows is one
 // stream of memory, which the processor fetches ahead by itself: better than with _mm_prefetch, or with two streams.
-template <int tokens, int rows>
+template <int tokens, int rows, int width>
 inline __attribute__((always_inline)) void multiply_tile(const Weights& weights, const Activations& x, float* out, int row,
                                                          size_t token) {
     const int groups = weights.groups(), columns = weights.columns;
     const size_t stride = size_t(kLanes) * columns / 2;  // bytes from one vector of rows to the next
     const size_t block = row / kLanes;
     const uint8_t* codes = weights.codes + block * stride;
+    const int8_t* activations = x.codes + token * columns;
     const __m512i nibble = _mm512_set1_epi8(15);
     constexpr bool apart = tokens * rows <= 4;
     __m512 totals[rows][tokens];
@@ -48,13 +60,12 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
                 high[r] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
             }
             UNROLL for (int t = 0; t < tokens; t++) {
-                int32_t four[2];
-                std::memcpy(four, x.codes + (token + t) * columns + column, sizeof four);
-                const __m512i first = _mm512_set1_epi32(four[0]), second = _mm512_set1_epi32(four[1]);
+                const int8_t* four = activations + (size_t(column) * width + t * 4);
+                const __m512i first = broadcast_four(four), second = broadcast_four(four + 4 * width);
                 UNROLL for (int r = 0; r < rows; r++) {
                     __m512i& high_sum = apart ? high_sums[r][t] : sums[r][t];
-                    sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], low[r], first);
-                    high_sum = _mm512_dpbusd_epi32(high_sum, high[r], second);
+                    add_products(sums[r][t], low[r], first);
+                    add_products(high_sum, high[r], second);
                 }
             }
         }
@@ -75,8 +86,10 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
     }
 }
 
-// One token's activations to int8, a scale for each group. Where one of a group is not finite, neither is its scale.
-inline void quantise(const float* x, int columns, int group, int8_t* codes, float* scales, int32_t* sums) {
+// One token's activations to int8, four side by side and `width` fours from the next; a scale for each group. Where one
+// of a group is not finite, neither is its scale.
+inline void quantise(const float* x, int columns, int group, int width, int8_t* codes, float* scales,
+                     int32_t* sums) {
     for (int g = 0; g < columns / group; g++) {
         const float* from = x + g * group;
         __m512 most = _mm512_setzero_ps();
@@ -92,7 +105,10 @@ inline void quantise(const float* x, int columns, int group, int8_t* codes, floa
         for (int i = 0; i < group; i += kLanes) {
             const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), inverse));
             sum = _mm512_add_epi32(sum, code);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + g * group + i), _mm512_cvtsepi32_epi8(code));
+            alignas(16) int32_t fours[4];
+            _mm_store_si128(reinterpret_cast<__m128i*>(fours), _mm512_cvtsepi32_epi8(code));
+            int8_t* to = codes + size_t(g * group + i) * width;
+            UNROLL for (int k = 0; k < 4; k++) std::memcpy(to + k * 4 * width, fours + k, 4);
         }
         scales[g] = top / 127.0f;
         sums[g] = _mm512_reduce_add_epi32(sum);

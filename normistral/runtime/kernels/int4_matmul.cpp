@@ -27,6 +27,7 @@
 #include <tbb/partitioner.h>
 #include <tbb/task_arena.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -52,21 +53,29 @@ constexpr size_t kQuantisedAlone = 8;  // fewer tokens are rounded by one thread
 template <int tokens>
 void multiply_rest(const Weights& weights, const Activations& x, float* out, int row, size_t token) {
     if (x.tokens - token == tokens) {
-        multiply_tile<tokens, kRows>(weights, x, out, row, token);
+        multiply_tile<tokens, kRows, kTokens>(weights, x, out, row, token);
     } else if constexpr (tokens > 1) {
         multiply_rest<tokens - 1>(weights, x, out, row, token);
     }
 }
 
+// Fewer tokens than a tile has: weights are read as fast as memory gives them.
+template <int tokens>
+void multiply_few(const Weights& weights, const Activations& x, float* out, int begin, int end) {
+    constexpr int rows = tokens == 1 ? kAloneRows : kFewRows;
+    if (x.tokens == tokens) {
+        for (int row = begin; row < end; row += kLanes * rows) multiply_tile<tokens, rows, tokens>(weights, x, out, row, 0);
+    } else if constexpr (tokens > 1) {
+        multiply_few<tokens - 1>(weights, x, out, begin, end);
+    }
+}
+
 // The weights of a tile's rows stay in the cache while all tokens go by.
 void multiply_rows(const Weights& weights, const Activations& x, float* out, int begin, int end) {
-    if (x.tokens == 1) {
-        for (int row = begin; row < end; row += kLanes * kAloneRows) multiply_tile<1, kAloneRows>(weights, x, out, row, 0);
-        return;
-    }
+    if (x.tokens < kTokens) return multiply_few<kTokens - 1>(weights, x, out, begin, end);
     for (int row = begin; row < end; row += kLanes * kRows) {
         size_t token = 0;
-        for (; token + kTokens <= x.tokens; token += kTokens) multiply_tile<kTokens, kRows>(weights, x, out, row, token);
+        for (; token + kTokens <= x.tokens; token += kTokens) multiply_tile<kTokens, kRows, kTokens>(weights, x, out, row, token);
         multiply_rest<kTokens - 1>(weights, x, out, row, token);
     }
 }
@@ -76,12 +85,14 @@ void multiply(const Weights& weights, const float* x, size_t tokens, float* out)
     thread_local std::vector<int8_t> codes;
     thread_local std::vector<float> scales;
     thread_local std::vector<int32_t> sums;
-    codes.resize(tokens * columns);
+    const int width = int(std::min(tokens, size_t(kTokens)));
+    codes.resize((tokens + width - 1) / width * width * columns);
     scales.resize(tokens * groups);
     sums.resize(tokens * groups);
     const Activations rounded{tokens, codes.data(), scales.data(), sums.data()};
     const auto round = [&, c = codes.data(), s = scales.data(), z = sums.data()](size_t t) {
-        quantise(x + t * columns, columns, weights.group, c + t * columns, s + t * groups, z + t * groups);
+        int8_t* to = c + t / width * width * columns + t % width * 4;
+        quantise(x + t * columns, columns, weights.group, width, to, s + t * groups, z + t * groups);
     };
     if (tokens < kQuantisedAlone) {
         for (size_t t = 0; t < tokens; t++) round(t);
