@@ -1,5 +1,6 @@
 """Bodies, headers and senders that are too large, too deep or too slow."""
 
+import dataclasses
 import json
 import socket
 import time
@@ -9,7 +10,11 @@ import pytest
 from served_models import make_served, serving
 from serving_clients import error_of, http
 
-from normistral.serving.limits import ServerLimits
+from normistral.errors import UsageError
+from normistral.manifest import read_manifest, write_manifest
+from normistral.serving.backends.settings import cache_token_bytes
+from normistral.serving.limits import MIB, ServerLimits
+from normistral.serving.startup import EngineOptions, open_artifacts
 
 LIMITS = ServerLimits(body_bytes=64 * 1024, grace_s=0.2, body_s=0.5, header_s=0.5, json_values=3000)
 
@@ -102,3 +107,19 @@ def test_one_connection_too_many_is_told_so(tmp_path) -> None:
         deadline = time.monotonic() + 5
         while not raw(url, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200"):
             assert time.monotonic() < deadline
+
+
+def test_a_cache_too_small_for_one_context_is_refused_where_its_bytes_are_known(tmp_path) -> None:
+    """Answers in turns have caches of 32 bits a value; what is computed together has the engine's, mostly 8."""
+    folder = make_served(tmp_path / "m")
+    manifest = read_manifest(folder)
+    long = dataclasses.replace(manifest, context_length=2 * MIB // cache_token_bytes(manifest))
+
+    def open_one(format, **options):
+        write_manifest(folder, dataclasses.replace(long, format=format))
+        return open_artifacts([str(folder)], EngineOptions(cache_mib=1, **options), ServerLimits())
+
+    assert open_one("openvino")
+    for format, options in (("onnx", {}), ("openvino", {"batching": "off"}), ("openvino", {"device": "GPU"})):
+        with pytest.raises(UsageError, match=r"1 MiB does not hold one context of 4096 tokens \(2 MiB\)"):
+            open_one(format, **options)

@@ -18,6 +18,7 @@ from normistral.serving.backends.settings import (
     TOGETHER,
     Batching,
     BatchSettings,
+    is_computed_together,
     plan_cache_bytes,
     require_one_context,
 )
@@ -64,7 +65,8 @@ def open_artifacts(artifacts: Sequence[str], options: EngineOptions, limits: Ser
             else options.cache_mib * MIB
         )
         batch = BatchSettings(options.batching, cache_bytes, context, options.slots)
-        require_one_context(manifest, batch)
+        if not is_computed_together(manifest, options.batching, options.device):
+            require_one_context(manifest, batch)
         one = ServedArtifact.open(
             artifact,
             batch,

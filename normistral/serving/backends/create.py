@@ -13,8 +13,16 @@ from normistral.runtime.engines.base import Capabilities
 from normistral.serving.backends.base import Batch
 from normistral.serving.backends.fair_queue import FairQueue
 from normistral.serving.backends.openvino_options import find_unhonoured
-from normistral.serving.backends.openvino_pipeline import BATCHED_DEVICE, open_openvino_batch
-from normistral.serving.backends.settings import FAIR_SLOTS, IN_TURNS, TOGETHER, BatchSettings, cache_token_bytes
+from normistral.serving.backends.openvino_pipeline import open_openvino_batch
+from normistral.serving.backends.settings import (
+    BATCHED_DEVICE,
+    FAIR_SLOTS,
+    IN_TURNS,
+    TOGETHER,
+    BatchSettings,
+    cache_token_bytes,
+    is_computed_together,
+)
 from normistral.serving.backends.side_path import SidePath
 
 
@@ -44,7 +52,7 @@ def create_batch(
         NormistralError: as `normistral.load`.
     """
     manifest = read_manifest(folder)
-    if settings.batching == "auto" and manifest.format == "openvino" and device == BATCHED_DEVICE:
+    if is_computed_together(manifest, settings.batching, device):
         return _compute_together(folder, manifest, settings, exact, engine_settings)
     model = loading.load(folder, device, exact=exact, settings=engine_settings)
     fair = FairQueue(model, settings)

@@ -24,11 +24,10 @@ from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.cache_plan import plan_cache
 from normistral.serving.backends.openvino_batch import OpenVINOBatch
-from normistral.serving.backends.settings import BatchSettings
+from normistral.serving.backends.settings import BATCHED_DEVICE, BatchSettings
 
 logger = logging.getLogger(__name__)
 
-BATCHED_DEVICE = "CPU"  # elsewhere nothing was tried
 # Keys are rounded a token at a time, as in the library's cache. The paged cache's own choice is a channel at a time for
 # 32 tokens: its codes change as a block fills, and with them the answers.
 _LIKE_THE_LIBRARY = {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"}

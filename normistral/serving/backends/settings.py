@@ -12,6 +12,7 @@ from normistral.manifest import Manifest
 Batching = Literal["auto", "off"]
 
 TOGETHER, IN_TURNS = "together", "in turns"  # how an engine computes the answers under way
+BATCHED_DEVICE = "CPU"  # where answers are computed together; elsewhere nothing was tried
 FAIR_SLOTS = 8  # answers that take turns token by token; more would only be slower each
 _FLOAT_BYTES = 4
 _CACHE_SHARE = 4  # of the memory that the weights leave, the KV caches take one in so many
@@ -38,6 +39,11 @@ class BatchSettings:
     one_tenant: bool = False
 
 
+def is_computed_together(manifest: Manifest, batching: Batching, device: str) -> bool:
+    """Whether one step of the engine is one of all answers under way; otherwise they take turns."""
+    return batching == "auto" and manifest.format == "openvino" and device == BATCHED_DEVICE
+
+
 def cache_token_bytes(manifest: Manifest) -> int:
     """The most that one token takes in a KV cache: keys and values of all layers in float32."""
     shape = manifest.architecture
@@ -57,7 +63,10 @@ def plan_cache_bytes(manifest: Manifest, context: int, sharers: int) -> int:
 
 
 def require_one_context(manifest: Manifest, settings: BatchSettings) -> None:
-    """Raise UsageError unless the cache holds one job of the longest kind."""
+    """Raise UsageError unless the cache holds one job of the longest kind, where jobs take turns.
+
+    What is computed together has caches of the engine's precision, and tells when it is loaded (`cache_plan`).
+    """
     needed = settings.context * cache_token_bytes(manifest)
     if settings.cache_bytes < needed:
         raise UsageError(
