@@ -96,6 +96,11 @@ def test_the_operator_computes_what_its_file_says(pack, kind, rows, groups, grou
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+def test_no_tokens_give_none(pack):
+    found, _ = run(rounded_product(64, 2, 128)[0], pack, np.empty((1, 0, 256), np.float32))
+    assert found.shape == (1, 0, 64)
+
+
 def test_a_token_does_not_depend_on_how_many_come_with_it(pack):
     x = np.random.default_rng(1).standard_normal((1, 12, 256)).astype(np.float32)
     together, _ = run(rounded_product(64, 2, 128)[0], pack, x)

@@ -85,7 +85,7 @@ void multiply(const Weights& weights, const float* x, size_t tokens, float* out)
     thread_local std::vector<int8_t> codes;
     thread_local std::vector<float> scales;
     thread_local std::vector<int32_t> sums;
-    const int width = int(std::min(tokens, size_t(kTokens)));
+    const int width = std::clamp(int(tokens), 1, kTokens);
     codes.resize((tokens + width - 1) / width * width * columns);
     scales.resize(tokens * groups);
     sums.resize(tokens * groups);
