@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+from contextlib import asynccontextmanager
 
 import pytest
 from served_models import make_served, open_served
@@ -218,14 +219,20 @@ def test_figures_of_all_replicas_come_in_one_text():
 # a worker process that is started anew
 
 
+@asynccontextmanager
+async def loading_service(folder):
+    """The service of a server for this folder, whose worker has just been started."""
+    limits = ServerLimits(grace_s=0.2)
+    app = create_app([open_served(folder, limits)], limits, worker_module="served_models")
+    async with app.router.lifespan_context(app):
+        yield app.state.service
+
+
 def test_requests_wait_for_a_worker_that_is_started_anew_but_not_for_ever(tmp_path):
     folder = make_served(tmp_path / "m")
 
     async def run():
-        limits = ServerLimits(grace_s=0.2)
-        app = create_app([open_served(folder, limits)], limits, worker_module="served_models")
-        service = app.state.service
-        async with app.router.lifespan_context(app):
+        async with loading_service(folder) as service:
             await wait_until_loaded(service, 60)
             os.kill(service.models["m"].worker.pid, signal.SIGKILL)
             while service.ready:
@@ -244,10 +251,8 @@ def test_a_model_that_cannot_be_loaded_is_not_waited_for(tmp_path):
     folder = make_served(tmp_path / "m", fault="load")
 
     async def run():
-        limits = ServerLimits(grace_s=0.2)
-        app = create_app([open_served(folder, limits)], limits, worker_module="served_models")
-        async with app.router.lifespan_context(app):
-            await wait_until_loaded(app.state.service, None)
+        async with loading_service(folder) as service:
+            await wait_until_loaded(service, None)
 
     with pytest.raises(EngineError, match="would not load"):
         asyncio.run(asyncio.wait_for(run(), 60))

@@ -2,8 +2,11 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -25,3 +28,11 @@ struct Activations {
     const float* scales;   // [tokens][groups]
     const int32_t* sums;   // [tokens][groups], of codes
 };
+
+// The first bytes of a vector to their places among the activations: `count` fours, `width` fours apart.
+template <int count>
+inline void store_fours(__m128i bytes, int8_t* to, int width) {
+    alignas(16) int32_t fours[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(fours), bytes);
+    UNROLL for (int k = 0; k < count; k++) std::memcpy(to + k * 4 * width, fours + k, 4);
+}

@@ -7,7 +7,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -23,8 +22,8 @@ inline __attribute__((always_inline)) __m256i broadcast_four(const int8_t* from)
     return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(from)));
 }
 
-// Keeps a sum in its register: left free to reorder, gcc 12 puts five of eight of them on the stack, and
-// the tile takes a third longer.
+// Keeps a sum in its register: left free to reorder, gcc 12 puts five of eight of them on the stack, and the tile takes a
+// third longer.
 inline __attribute__((always_inline)) void keep(__m256i& sum) { asm("" : "+x"(sum)); }
 
 #ifdef __AVXVNNI__
@@ -140,10 +139,7 @@ inline void quantise(const float* x, int columns, int group, int width, int8_t* 
         for (int i = 0; i < group; i += kLanes) {
             const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i), inverse));
             const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-            alignas(16) int32_t fours[4];
-            _mm_store_si128(reinterpret_cast<__m128i*>(fours), _mm_packs_epi16(words, words));
-            int8_t* to = codes + size_t(g * group + i) * width;
-            UNROLL for (int k = 0; k < 2; k++) std::memcpy(to + k * 4 * width, fours + k, 4);
+            store_fours<2>(_mm_packs_epi16(words, words), codes + size_t(g * group + i) * width, width);
             sum = _mm256_add_epi32(sum, code);
         }
         alignas(32) int32_t parts[kLanes];

@@ -4,7 +4,6 @@
 
 #include <immintrin.h>
 
-#include <cstring>
 #include <limits>
 
 #include "int4_arrays.hpp"
@@ -105,10 +104,7 @@ inline void quantise(const float* x, int columns, int group, int width, int8_t* 
         for (int i = 0; i < group; i += kLanes) {
             const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), inverse));
             sum = _mm512_add_epi32(sum, code);
-            alignas(16) int32_t fours[4];
-            _mm_store_si128(reinterpret_cast<__m128i*>(fours), _mm512_cvtsepi32_epi8(code));
-            int8_t* to = codes + size_t(g * group + i) * width;
-            UNROLL for (int k = 0; k < 4; k++) std::memcpy(to + k * 4 * width, fours + k, 4);
+            store_fours<4>(_mm512_cvtsepi32_epi8(code), codes + size_t(g * group + i) * width, width);
         }
         scales[g] = top / 127.0f;
         sums[g] = _mm512_reduce_add_epi32(sum);

@@ -45,7 +45,7 @@
 namespace {
 
 constexpr int kStep = 32;  // rows: whole tiles of either kind
-static_assert(kStep % (kLanes * kRows) == 0 && kStep % (kLanes * kAloneRows) == 0);
+static_assert(kStep % (kLanes * kRows) == 0 && kStep % (kLanes * kFewRows) == 0 && kStep % (kLanes * kAloneRows) == 0);
 constexpr int kPartsPerThread = 8;  // of a prompt's product, so that a thread that is held up holds nobody up
 constexpr size_t kQuantisedAlone = 8;  // fewer tokens are rounded by one thread
 
