@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError
+from normistral.export.file_kinds import unreadable
 from normistral.export.tensor import shown
 
 _AGAIN = "download or copy the file again"
@@ -52,7 +53,7 @@ def read_gguf(path: Path) -> GgufFile:
         size = path.stat().st_size
         with path.open("rb") as file:
             if size < 24 or file.read(4) != b"GGUF":
-                raise CheckpointError(f"{path.name} is not a GGUF file", "give a .gguf file")
+                raise unreadable(path, f"{path.name} is not a GGUF file", "give a .gguf file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(path, data).read()
     except OSError as exc:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError
+from normistral.export.file_kinds import unreadable
 from normistral.export.tensor import Tensor, make_tensor, shown
 
 # The format allows 100 MB. NorMistral's headers have 40 kB, and parsed JSON takes up to 25 times its text.
@@ -27,13 +28,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(f"{path.name} is truncated or not a safetensors file ({size} bytes)", _AGAIN)
+                raise unreadable(path, f"{path.name} is truncated or not a safetensors file ({size} bytes)", _AGAIN)
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as exc:
         raise CheckpointError(f"cannot read {path}: {exc.strerror}", "check the file's permissions") from exc
     except (ValueError, RecursionError) as exc:
         reason = "nested too deeply" if isinstance(exc, RecursionError) else ascii(str(exc))[1:-1][:120]
-        raise CheckpointError(f"{path.name} is damaged: its header is not valid JSON: {reason}", _AGAIN) from exc
+        raise unreadable(path, f"{path.name} is damaged: its header is not valid JSON: {reason}", _AGAIN) from exc
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name} is damaged: its header is not an object", _AGAIN)
     header.pop("__metadata__", None)

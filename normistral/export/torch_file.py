@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from normistral.errors import CheckpointError
+from normistral.export.file_kinds import unreadable
 from normistral.export.tensor import Tensor, make_tensor, shown
 from normistral.export.zip_file import Entry, read_entries
 
@@ -84,7 +85,8 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
                 entries = read_entries(file, size)
             except (ValueError, struct.error) as exc:
                 reason = exc if isinstance(exc, ValueError) else "its table of contents is cut"
-                raise CheckpointError(
+                raise unreadable(
+                    path,
                     f"{path.name} is truncated, damaged, or in torch's format from before version 1.6: {reason}",
                     f"{_AGAIN}, or save it anew with a current torch",
                 ) from exc
