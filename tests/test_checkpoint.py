@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -158,7 +159,8 @@ def make_added_tokens(folder: Path, *, special: bool, keep: tuple[str, ...] = ("
 
 def test_the_end_of_the_reasoning_is_no_stop_token(tmp_path: Path) -> None:
     folder = make_mistral(tmp_path / "thinking", thinking=True)
-    text = "{{ '<think>' + m.reasoning_content + '</think>' + m.content + '<|im_end|>' }}"
+    turn = "{{ '<think>' + m.reasoning_content|default('') + '</think>' + m.content + '<|im_end|>' }}"
+    text = "{% for m in messages %}" + turn + "{% endfor %}"
     edit_json(folder / "tokenizer_config.json", chat_template=text)
     assert open_folder(folder, tmp_path / "workspace").stop_token_ids == (2, 4)
 
@@ -353,7 +355,7 @@ def test_truncated_and_flipped_torch_files(tmp_path: Path) -> None:
     rng = random.Random(5)
     for keep in (0, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:keep])
-        assert "pytorch_model.bin is truncated" in refusal(folder, tmp_path)
+        assert re.match("pytorch_model.bin is (empty: )?truncated", refusal(folder, tmp_path))
     refused = 0
     for trial in range(60):
         damaged = bytearray(whole)

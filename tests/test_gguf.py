@@ -74,7 +74,7 @@ def write_gguf(
     writer.add_unk_token_id(0)
     if "adds_bos" in vocabulary:
         writer.add_add_bos_token(vocabulary["adds_bos"])
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(vocabulary.get("template", TEMPLATE))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, values in load_file(folder / "model.safetensors").items():
         if ".q_proj." in name or ".k_proj." in name:

@@ -6,6 +6,8 @@ import pytest
 
 from normistral.presets import PRESETS, Preset, find_preset
 
+UNSEEN = ("11b-translate", "11b-long")  # nothing but their names is known
+
 
 def test_the_family_and_the_demo_model_are_there() -> None:
     assert [(preset.name, preset.role) for preset in PRESETS] == [
@@ -16,6 +18,8 @@ def test_the_family_and_the_demo_model_are_there() -> None:
         ("norbloom-7b-scratch", "base"),
         ("11b-warm", "base"),
         ("11b-thinking", "chat"),
+        ("11b-translate", None),
+        ("11b-long", None),
     ]
 
 
@@ -33,7 +37,8 @@ def test_a_preset_has_exactly_one_source_and_is_found_by_its_names(preset: Prese
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
 def test_facts_are_plausible(preset: Preset) -> None:
-    assert preset.licence == "Apache-2.0"
+    assert preset.licence == (None if preset.name in UNSEEN else "Apache-2.0")
+    assert (preset.role is None) == (preset.name in UNSEEN)
     assert preset.context_length is None or preset.context_length >= 2048
     assert preset.parameters is None or 10**8 < preset.parameters < 2 * 10**10
     assert preset.quirks

@@ -83,7 +83,7 @@ def _model(name: str, manifest: Manifest, files: dict[str, FileRecord]) -> dict[
     """The artifact. Its own hash is that of its manifest, which holds the hashes of all other files."""
     source, recipe = manifest.source, manifest.recipe
     preset = next((p for p in PRESETS if source.id in (p.repository, p.package)), None)
-    licences = [{"license": {"id": preset.licence}}] if preset is not None else []
+    licences = [{"license": {"id": preset.licence}}] if preset is not None and preset.licence is not None else []
     ancestor = {"type": "machine-learning-model", "name": source.id, "licenses": licences}
     if source.revision is not None:
         ancestor["version"] = source.revision

@@ -78,6 +78,14 @@ def export(
             f"{FUSED_CONTEXT}.",
         ),
     ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A chat template in jinja that takes the place of the checkpoint's; a base model becomes one that "
+            "chats. Stop tokens follow from it too.",
+        ),
+    ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not prove that it is still the same model; the manifest says so.")
     ] = False,
@@ -115,6 +123,7 @@ def export(
             weights,
             force=force,
             revision=revision,
+            chat_template=chat_template,
             verify=not no_verify,
             keep_failed=keep_failed,
             progress=progress,

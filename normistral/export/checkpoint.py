@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError
+from normistral.export.chat_templates import TemplateFile, override_template, try_template
 from normistral.export.config import architecture_of, context_of, expected_tensors, read_json, sanitise_config
 from normistral.export.families import find_family
 from normistral.export.families.base import Family
@@ -84,11 +85,14 @@ class Checkpoint:
     notes: tuple[str, ...]
 
 
-def open_checkpoint(located: Located, workspace: Path, *, progress: Progress) -> Checkpoint:
+def open_checkpoint(
+    located: Located, workspace: Path, *, progress: Progress, chat_template: TemplateFile | None = None
+) -> Checkpoint:
     """Check a model and lay out its view in `workspace`/checkpoint. No code of the checkpoint is run.
 
     Args:
         workspace: an existing folder on the disk of the artifact; a .gguf file is unpacked there to float32.
+        chat_template: takes the place of the checkpoint's own.
 
     Raises:
         CheckpointError: something is missing, damaged or inconsistent.
@@ -97,10 +101,10 @@ def open_checkpoint(located: Located, workspace: Path, *, progress: Progress) ->
     """
     try:
         if located.kind not in ("gguf", "package"):
-            return _open_folder(located, located.path, workspace, (), progress)
+            return _open_folder(located, located.path, workspace, (), progress, chat_template)
         unpacked = workspace / "unpacked"
         notes = convert_gguf(located.path, unpacked, progress=progress)
-        checkpoint = _open_folder(located, unpacked, workspace, notes, progress)
+        checkpoint = _open_folder(located, unpacked, workspace, notes, progress, chat_template)
         return replace(
             checkpoint, source=replace(checkpoint.source, files={}), unhashed=((located.path.name, located.path),)
         )
@@ -126,13 +130,20 @@ def hash_sources(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambd
 
 
 def _open_folder(
-    located: Located, folder: Path, workspace: Path, notes: tuple[str, ...], progress: Progress
+    located: Located,
+    folder: Path,
+    workspace: Path,
+    notes: tuple[str, ...],
+    progress: Progress,
+    chat_template: TemplateFile | None,
 ) -> Checkpoint:
     found = list(notes)
     with progress.stage("Checking the checkpoint"):
         config = _read_config(folder, located.preset, found)
         tensors = _check_weights(folder, config, found)
         view = _lay_out(folder, workspace / "checkpoint", config, found)
+        if chat_template is not None:
+            override_template(view, chat_template)
         vocabulary = read_vocabulary(view, config["bos_token_id"])
         if vocabulary.largest_id >= config["vocab_size"]:
             raise CheckpointError(
@@ -142,7 +153,10 @@ def _open_folder(
             )
         generation = read_json(view / "generation_config.json") if (view / "generation_config.json").exists() else {}
         stops = _stop_token_ids(config, generation, vocabulary)
-        template = _choose_template(vocabulary, located.preset, found)
+        template = _choose_template(vocabulary, located.preset, chat_template, found)
+        if template is not None:
+            file = None if chat_template is None else chat_template.name
+            try_template(template, view, vocabulary.reasoning, file)
         sampling = _sampling_defaults(generation)
         _write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
         weights, _ = weight_files(folder)
@@ -277,19 +291,25 @@ def _stop_token_ids(config: dict[str, Any], generation: dict[str, Any], vocabula
     return tuple(sorted(ids))
 
 
-def _choose_template(vocabulary: Vocabulary, preset: Preset | None, notes: list[str]) -> Template | None:
+def _choose_template(
+    vocabulary: Vocabulary, preset: Preset | None, given: TemplateFile | None, notes: list[str]
+) -> Template | None:
     from normistral.runtime.template import CHATML
 
     if vocabulary.template is None and (preset is None or preset.role != "chat"):
         return None
     if vocabulary.template is None:
         notes.append(
-            "the checkpoint has no chat template: the built-in ChatML is used, which may not be what it learnt"
+            "the checkpoint has no chat template: the built-in ChatML is used, which may not be what it learnt; "
+            "--chat-template FILE gives another"
         )
+    if given is not None:
+        notes.append(f"the chat template is that of {ascii(given.name)[1:-1]}, as asked; the checkpoint's is not used")
     specials = vocabulary.specials
     return Template(
         text=CHATML if vocabulary.template is None else vocabulary.template,
-        origin="built-in" if vocabulary.template is None else "checkpoint",
+        origin="built-in" if vocabulary.template is None else "checkpoint" if given is None else "file",
+        sha256=None if given is None else given.sha256,
         bos_token=specials.get("bos_token"),
         eos_token=specials.get("eos_token"),
         pad_token=specials.get("pad_token"),

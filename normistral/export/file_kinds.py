@@ -37,16 +37,19 @@ class ForeignFile:
     hint: str
 
 
-def recognise(path: Path) -> ForeignFile | None:
-    """What a file is, where that is not what its name says; None for all others, and for one that cannot be read."""
+def recognise(path: Path, *, text: bool | None = None) -> ForeignFile | None:
+    """What a file is, where that is not what its name says; None for all others, and for one that cannot be read.
+
+    Args:
+        text: whether it should be a text; None goes by the name's ending.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except OSError:
         return None
-    return _not_the_file(path, head) or (
-        _wrong_encoding(head) if path.suffix.lower() in _TEXT_SUFFIXES else _other_format(path, head)
-    )
+    text = path.suffix.lower() in _TEXT_SUFFIXES if text is None else text
+    return _not_the_file(path, head) or (_wrong_encoding(head) if text else _other_format(path, head))
 
 
 def unreadable(path: Path, reason: str, hint: str) -> CheckpointError:
@@ -69,7 +72,7 @@ def _not_the_file(path: Path, head: bytes) -> ForeignFile | None:
             "run in the checkpoint's folder: git lfs install && git lfs pull",
         )
     if not head:
-        return ForeignFile("empty", _FETCH)
+        return ForeignFile("empty: truncated, or never downloaded", _FETCH)
     if _PAGE.match(head):
         return ForeignFile(
             "a web page that was saved under this name", f"{_FETCH}; on the hub its address has /resolve/, not /blob/"

@@ -89,9 +89,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> tuple[str, ...]:
     settings |= {name: content for name, content in specials.items() if content is not None}
     template = metadata.get("tokenizer.chat_template")
     if template is not None:
-        if not isinstance(template, str):
-            raise CheckpointError("the .gguf file's chat template is no text", _ORIGINAL)
-        settings["chat_template"] = template
+        settings["chat_template"] = list(template) if isinstance(template, array) else template
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     return notes

@@ -18,6 +18,7 @@ from typing import Any
 
 from normistral.errors import ExportError, ResourceError
 from normistral.export import openvino
+from normistral.export.chat_templates import read_template_file
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.companions import copy_companions, folder_bytes
 from normistral.export.locate import locate
@@ -60,6 +61,7 @@ def export_model(
     *,
     force: bool = False,
     revision: str | None = None,
+    chat_template: str | Path | None = None,
     verify: bool = True,
     keep_failed: bool = False,
     progress: Progress | None = None,
@@ -74,6 +76,7 @@ def export_model(
         weights: "int4", "int8", "fp16", or for ONNX "fp32".
         force: replace an artifact that is there already, once the new one is whole.
         revision: branch, tag or commit of a hub model.
+        chat_template: a file of jinja that takes the place of the checkpoint's chat template.
         verify: prove that the artifact is still the model; without, the manifest says that nobody did.
         keep_failed: keep an artifact that fails this as OUTPUT.failed; otherwise nothing stays.
         progress: receives stages and notes; None shows nothing.
@@ -92,6 +95,7 @@ def export_model(
     progress = NoProgress() if progress is None else progress
     check_output(output, force=force)
     proving = choose_proving(output, verify=verify, keep_failed=keep_failed)
+    template = None if chat_template is None else read_template_file(Path(chat_template))
     silence_telemetry()
     with MemoryMeter() as meter, _translate_system_errors():
         find_export_tools(choice.format)
@@ -99,7 +103,7 @@ def export_model(
         with progress.stage("starting the export tools"):
             require_export_tools(choice.format)
         with stage(output, force=force) as staging, quiet_tools(choice.format):
-            checkpoint = open_checkpoint(located, staging.workspace, progress=progress)
+            checkpoint = open_checkpoint(located, staging.workspace, progress=progress, chat_template=template)
             with _beside(partial(hash_sources, checkpoint)) as source:
                 manifest = _make_artifact(checkpoint, source, choice, staging, output, proving, progress)
     peak = "" if meter.peak_bytes is None else f", peak memory {meter.peak_bytes / 2**30:.1f} GiB"

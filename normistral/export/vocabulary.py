@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, first_line
+from normistral.export.chat_templates import TEMPLATE_NAME, find_template
 from normistral.export.config import read_json
 from normistral.manifest import ReasoningMarkers
 
@@ -24,9 +25,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE_NAME,
 )
-_MAX_TEMPLATE_CHARACTERS = 256 * 2**10
 _OPEN, _CLOSE = "<think>", "</think>"  # the only pair that is looked for
 # The literal right after a message's content: {{ message['content'] + '<|im_end|>' }}, {{ message.content }}<|im_end|>
 _AFTER_CONTENT = re.compile(
@@ -89,7 +89,7 @@ def read_vocabulary(folder: Path, config_bos_id: int | None) -> Vocabulary:
             specials[name] = content
             if name == "eos_token":
                 eos_ids.add(token_id)
-    template = _template(folder, settings)
+    template = find_template(folder, settings)
     eos_ids |= set(_closing_tokens(template, tokenizer))
     bos_id = tokenizer.token_to_id(specials["bos_token"]) if "bos_token" in specials else config_bos_id
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -153,33 +153,6 @@ def _content(token: object, where: str) -> str | None:
     if not isinstance(content, str):
         raise CheckpointError(f"{where} is {ascii(token)[:60]}, not a token", "copy the file again")
     return content
-
-
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja, else tokenizer_config.json (there may be several; "default" is meant)."""
-    own_file = folder / "chat_template.jinja"
-    template: object = settings.get("chat_template")
-    if own_file.exists():
-        try:
-            template = own_file.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise CheckpointError(f"chat_template.jinja cannot be read: {exc}", "copy the file again") from exc
-    elif isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-        if template is None:
-            raise CheckpointError(
-                "tokenizer_config.json has several chat templates, but none is called default",
-                "put the one you want into chat_template.jinja",
-            )
-    if template is None or template == "":
-        return None
-    if not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARACTERS:
-        raise CheckpointError(
-            f"the chat template is {ascii(template)[:40]}, not a text of at most {_MAX_TEMPLATE_CHARACTERS} characters",
-            "copy tokenizer_config.json again",
-        )
-    return template
 
 
 def _closing_tokens(template: str | None, tokenizer: Any) -> Iterator[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from normistral.manifest import Manifest, ReasoningMarkers, RecipeRecord
+from normistral.manifest import Manifest, ReasoningMarkers, RecipeRecord, Template
 from normistral.presets import PRESETS
 from normistral.runtime.chunks import Completion, Timings
 from normistral.store import StoredArtifact
@@ -34,9 +34,9 @@ def models_lines(store: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
         (
             preset.name,
             preset.source,
-            preset.role,
+            preset.role or _UNKNOWN,
             _count(preset.context_length),
-            preset.licence,
+            preset.licence or _UNKNOWN,
             preset.weights,
         )
         for preset in PRESETS
@@ -89,7 +89,7 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
         ("context", f"{manifest.context_length:,} tokens"),
         ("stops at", f"token {', '.join(map(str, manifest.stop_token_ids))}"),
         ("begins with", _describe_bos(manifest)),
-        ("template", "none" if manifest.template is None else f"from the {manifest.template.origin}"),
+        ("template", _describe_template(manifest.template)),
         ("reasoning", _describe_reasoning(manifest.reasoning)),
         ("sampling", _describe_sampling(manifest)),
         *_certificate(manifest),
@@ -180,6 +180,14 @@ def _describe_bos(manifest: Manifest) -> str:
         return "nothing: the model has no beginning-of-sequence token"
     how = "put before plain text" if manifest.adds_bos else "not put before text by the tokenizer"
     return f"token {manifest.bos_token_id}, {how}"
+
+
+def _describe_template(template: Template | None) -> str:
+    if template is None:
+        return "none"
+    if template.sha256 is not None:
+        return f"from a file given at export, SHA-256 {template.sha256[:12]}"
+    return f"from the {template.origin}" if template.origin == "checkpoint" else template.origin
 
 
 def _describe_reasoning(markers: ReasoningMarkers | None) -> str:

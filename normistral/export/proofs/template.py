@@ -30,12 +30,12 @@ def check_template(folder: Path, manifest: Manifest, reference: Any) -> int:
         reference: the checkpoint's tokenizer in transformers.
 
     Returns:
-        how many conversations were compared; 0 where the checkpoint has no template of its own.
+        how many conversations were compared; 0 for the built-in one, which the checkpoint does not have.
 
     Raises:
         ExportError: quoting where they part.
     """
-    if manifest.template is None or manifest.template.origin != "checkpoint":
+    if manifest.template is None or manifest.template.origin == "built-in":
         return 0
     template = ChatTemplate(manifest.template, Tokenizer.from_folder(folder), manifest.reasoning)
     for messages in CONVERSATIONS:
