@@ -20,10 +20,10 @@ from normistral.bundling.wheels import Closure, collect_wheels, find_own_wheel
 from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.export.progress import NoProgress, Progress
 from normistral.export.staging import translate_full_disk
+from normistral.files import replacing
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
 from normistral.runtime.kernels.library import build_for_others
-from normistral.runtime.whole_file import replacing
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 
 from normistral.errors import NormistralError, UsageError
-from normistral.runtime.file_lock import locked
-from normistral.runtime.whole_file import replacing
+from normistral.files import locked, replacing
 
 JOB_NAME = "job.json"
 _RUN_NAME = "run"

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import ResourceError, UsageError
+from normistral.files import locked
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME
-from normistral.runtime.file_lock import locked
 
 _REPLACED = "replaced"
 _FULL_BELOW_BYTES = 2**20

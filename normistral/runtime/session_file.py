@@ -31,8 +31,8 @@ import msgspec
 import numpy as np
 
 from normistral.errors import SessionError, UsageError
+from normistral.files import saving
 from normistral.runtime.engines.base import CacheTensor
-from normistral.runtime.whole_file import saving
 
 MAGIC = b"normistral session\n"
 VERSION = 1

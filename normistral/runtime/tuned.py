@@ -18,9 +18,9 @@ import msgspec
 
 from normistral import store
 from normistral.errors import ResourceError
+from normistral.files import replacing
 from normistral.hardware import Machine, plan_threads
 from normistral.manifest import MANIFEST_NAME, Sha256, sha256_file
-from normistral.runtime.whole_file import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import NormistralError, UsageError
-from normistral.runtime.whole_file import saving
+from normistral.files import saving
 
 _FORMAT = "normistral-chat"
 _VERSION = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from normistral.runtime.whole_file import replacing
+from normistral.files import replacing
 
 
 def write_whole(path: Path, text: str) -> None:

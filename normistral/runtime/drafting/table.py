@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ArtifactError, UsageError
+from normistral.files import replacing
 from normistral.runtime.drafting.base import Draft
 from normistral.runtime.drafting.options import TableOptions
-from normistral.runtime.whole_file import replacing
 
 _FORMAT = "normistral draft table 1"
 _ALIGNMENT = 64
