@@ -28,6 +28,7 @@ from normistral.commands.serving import serve
 from normistral.commands.talking import chat, generate
 from normistral.commands.tuning import tune
 from normistral.errors import NormistralError
+from normistral.files import explain
 from normistral.terminal import console
 from normistral.terminal.arguments import DEFAULTS_NOTE, Debug
 
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno == errno.EPIPE:
             return _end_in_broken_pipe()
         where = f"{error.filename}: " if error.filename else ""
-        console.print_error(f"{where}{error.strerror or error}", "see that it is there and you may use it")
+        reason, hint = explain(error)
+        console.print_error(f"{where}{reason}", hint)
         return _end_in_error(1)
     except MemoryError:
         console.print_error("the memory is used up", "close other programs, or take smaller weights (int4)")

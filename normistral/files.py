@@ -1,16 +1,76 @@
-"""Files that are written whole or not at all, and a lock that the operating system lets go of when its holder dies."""
+"""Files on this machine: written whole or not at all, read only if they are files, locked.
+
+One rule for every name that something is written to: only a regular file, or nothing, is replaced. A symbolic link is
+refused and not followed, because in a folder that others may write it leads where they want; so are devices, FIFOs,
+sockets, folders and mount points. Nothing here waits for a FIFO.
+
+Errors are OSErrors, also for names that no file can have. `explain` says what one means and what to do about it.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
-from normistral.errors import NormistralError
+from normistral.errors import NormistralError, UsageError
+
+_ELSEWHERE = "choose another place"
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "free some space, or choose a place on another disk"),
+    errno.EDQUOT: ("the disk quota of this user is used up", "delete something, or choose a place on another disk"),
+    errno.EFBIG: ("no file may become that large here", "raise the limit (ulimit -f), or choose another file system"),
+    errno.EROFS: ("the file system is read-only", _ELSEWHERE),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.ELOOP: ("its links lead in a circle, or it is a link itself", "name the file itself"),
+    errno.EACCES: ("permission denied", "choose a place that you may use, or ask its owner"),
+    errno.EPERM: ("the system does not permit it", "choose a place that you may use, or ask its owner"),
+    errno.EMFILE: ("this process has too many files open", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("the system has too many files open", "close other programs"),
+    errno.EBUSY: ("it is in use by the system, such as a mount point", _ELSEWHERE),
+    errno.EIO: ("the disk reports an error", "look at the system's log, and choose another disk"),
+    errno.ENOMEM: ("the memory is used up", "close other programs, or raise the limit (ulimit -v)"),
+}
+
+
+class RefusedFileError(OSError):
+    """A name that is not written to or read from here; `strerror` says why."""
+
+    def __init__(self, path: Path, reason: str, hint: str = _ELSEWHERE) -> None:
+        super().__init__(errno.EINVAL, reason, str(path))
+        self.hint = hint
+
+
+def explain(exc: OSError) -> tuple[str, str]:
+    """What an error of the system means, and what to do about it."""
+    if isinstance(exc, RefusedFileError):
+        return exc.strerror or "", exc.hint
+    reason, hint = _REASONS.get(exc.errno or 0, (exc.strerror or str(exc), "see that it is there and you may use it"))
+    if exc.errno == errno.EFBIG and sys.platform != "win32":
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if most != resource.RLIM_INFINITY:
+            reason = f"a file may have {most:,} bytes at most here"
+    return reason, hint
+
+
+# Writing
 
 
 @contextmanager
@@ -20,21 +80,24 @@ def replacing(path: Path, *, private: bool = True) -> Iterator[BinaryIO]:
     Until then it is a neighbour, and `path` is as it was.
 
     Args:
-        private: with permissions 0600; otherwise with those of any new file.
+        private: with permissions 0600; otherwise with owner and permissions of the file that it replaces, or those of
+            any new file.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: it cannot be written, or `path` is no file that may be replaced; nothing is left of it.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")  # permissions 0600
+    path = checked(path).absolute()
+    require_replaceable(path)
+    prefix = os.fsdecode(os.fsencode(f".{path.name}")[:200])  # a name may be as long as the system allows
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{prefix}.")  # permissions 0600
     try:
         with os.fdopen(descriptor, "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        if not private:
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
+            if not private:
+                _take_over(path, temporary, stream.fileno())
+        require_replaceable(path)  # it may have become something else
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -52,7 +115,161 @@ def saving(path: Path) -> Iterator[BinaryIO]:
         with replacing(path) as stream:
             yield stream
     except OSError as exc:
-        raise NormistralError(f"cannot write {path}: {exc.strerror}", "save it elsewhere") from exc
+        reason, hint = explain(exc)
+        raise NormistralError(f"cannot write {path}: {reason}", hint) from exc
+
+
+def require_place(path: Path, what: str = "") -> None:
+    """Find out before long work whether `replacing` can write a file.
+
+    Args:
+        what: the option that names it, for the message.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    name = f"{what} {path}" if what else str(path)
+    try:
+        path = checked(path).absolute()
+        if not path.parent.is_dir():
+            raise UsageError(
+                f"cannot write {name}: there is no folder {path.parent}", "make it, or name a file elsewhere"
+            )
+        require_replaceable(path)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as exc:
+        reason, hint = explain(exc)
+        raise UsageError(f"cannot write {name}: {reason}", hint) from exc
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse a name that stands for anything but a regular file or nothing.
+
+    Raises:
+        OSError: it does, or the system would not let the file be replaced.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(status.st_mode):
+        raise RefusedFileError(path, "it is a symbolic link, which is not replaced", "name the file that it leads to")
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+        raise RefusedFileError(path, f"it is {kind}, and only a file is replaced", "name a file")
+    if Path(os.path.realpath(path)) in mount_points():
+        raise RefusedFileError(path, "it is a mount point, which cannot be replaced", "name a file elsewhere")
+    require_movable(path)
+
+
+def require_movable(path: Path) -> None:
+    """Refuse what a sticky folder such as /tmp lets only its owner move.
+
+    Raises:
+        RefusedFileError: it belongs to somebody else.
+    """
+    parent = path.parent.stat()
+    if os.name != "posix" or not parent.st_mode & stat.S_ISVTX:
+        return
+    if os.geteuid() not in (0, parent.st_uid, path.lstat().st_uid):
+        raise RefusedFileError(path, "it belongs to another user, who alone may replace it in this folder")
+
+
+def mount_points() -> frozenset[Path]:
+    """Where file systems are mounted, bind mounts of single files included; empty where the system does not say."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return frozenset()
+    fields = (line.split(" ")[4] for line in lines if line.count(" ") > 4)  # proc_pid_mountinfo(5)
+    return frozenset(Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), field)) for field in fields)
+
+
+def checked(path: Path) -> Path:
+    """`path`, if a file can have this name.
+
+    Raises:
+        RefusedFileError: it holds a NUL, or characters that no name can be encoded from.
+    """
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeError as exc:
+        raise RefusedFileError(path, "no file can have this name: it cannot be encoded", "name another") from exc
+    if b"\0" in encoded:
+        raise RefusedFileError(path, "no file can have a name with a NUL in it", "name another")
+    return path
+
+
+def _take_over(path: Path, temporary: str, descriptor: int) -> None:
+    """Give the new file permissions and owner of the old one."""
+    try:
+        old = path.lstat()
+    except FileNotFoundError:
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        return
+    if hasattr(os, "fchown"):
+        with suppress(OSError):  # a folder may hold files of others; the new one is then the writer's
+            os.fchown(descriptor, old.st_uid, old.st_gid)
+    Path(temporary).chmod(old.st_mode & 0o777)
+
+
+# Reading
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow: bool = True) -> int:
+    """The descriptor of a regular file; a FIFO or device is not waited for, nor left open.
+
+    Args:
+        flags: of os.open.
+        mode: of a file that `flags` create.
+        follow: whether a symbolic link is followed; not for names that something is written to.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY", *(() if follow else ("O_NOFOLLOW",))):
+        flags |= getattr(os, name, 0)
+    descriptor = -1
+    try:
+        with suppress(FileNotFoundError):  # a device may do something when it is opened: look first
+            _require_regular(path, path.stat() if follow else path.lstat())
+        descriptor = os.open(checked(path), flags, mode)
+        _require_regular(path, os.fstat(descriptor))
+        return descriptor
+    except BaseException:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger.
+    """
+    with os.fdopen(open_file(checked(path)), "rb") as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise RefusedFileError(path, f"it is larger than {most:,} bytes", "name another file")
+    return raw
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether a file belongs to whom this process acts for."""
+    return os.name != "posix" or status.st_uid == os.geteuid()
+
+
+def _require_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise RefusedFileError(path, f"it is {kind}, not a file", "name a file")
+
+
+# Locking
 
 
 @contextmanager
@@ -61,29 +278,33 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process or thread holds it.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made; or what is there is no file, or another user's.
     """
-    file = _take(path)
+    descriptor = _take(path)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.lstat(), os.fstat(descriptor)):
+                path.unlink()
+        os.close(descriptor)
 
 
-def _take(path: Path) -> IO[bytes]:
+def _take(path: Path) -> int:
     while True:
-        file = path.open("ab")
+        descriptor = open_file(path, os.O_RDWR | os.O_CREAT, follow=False)
         try:
-            _lock(file.fileno())
+            if not is_own(os.fstat(descriptor)):
+                raise RefusedFileError(path, f"{path.name} belongs to another user", f"remove it, or {_ELSEWHERE}")
+            _lock(descriptor)
             # The holder before us may have removed the name between our open and our lock: then this is nobody's lock.
             with suppress(FileNotFoundError):
-                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                    return file
+                if os.path.samestat(path.lstat(), os.fstat(descriptor)):
+                    return descriptor
         except BaseException:
-            file.close()
+            os.close(descriptor)
             raise
-        file.close()
+        os.close(descriptor)
 
 
 def _lock(descriptor: int) -> None:

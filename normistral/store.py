@@ -8,12 +8,14 @@ tuned, compiled kernels in kernels. It knows how an artifact is described (the m
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import platformdirs
 
-from normistral.errors import ArtifactError, ModelNotFoundError
+from normistral.errors import ArtifactError, ModelNotFoundError, UsageError
+from normistral.files import checked, explain
 from normistral.manifest import MANIFEST_NAME, Manifest, read_manifest
 from normistral.presets import find_preset
 
@@ -106,9 +108,26 @@ def default_output(model_name: str, weights: str, format: str) -> Path:
     return artifacts_dir() / f"{base.lstrip('.') or 'model'}-{format}-{weights}"
 
 
-def _home() -> Path:
-    home = os.environ.get("NORMISTRAL_HOME")
-    return Path(home).expanduser().absolute() if home else platformdirs.user_data_path("normistral", appauthor=False)
+def history_file() -> Path:
+    """Where earlier messages are kept: below NORMISTRAL_HOME, or where this system keeps an application's state."""
+    return _home(platformdirs.user_state_path) / "history"
+
+
+def _home(default: Callable[..., Path] = platformdirs.user_data_path) -> Path:
+    named = os.environ.get("NORMISTRAL_HOME")
+    try:
+        home = checked(Path(named)).expanduser().absolute() if named else default("normistral", appauthor=False)
+    except OSError as exc:  # such as: the current folder was deleted
+        raise UsageError(f"NORMISTRAL_HOME={named or ''} cannot be used: {explain(exc)[0]}", _HOME_HINT) from exc
+    except RuntimeError as exc:
+        what = f"NORMISTRAL_HOME={named}: there is no such user" if named else "this user has no home folder"
+        raise UsageError(what, _HOME_HINT) from exc
+    if not home.is_absolute():  # some versions of platformdirs leave "~" where this user has no home
+        raise UsageError("this user has no home folder", _HOME_HINT)
+    return home
+
+
+_HOME_HINT = "give NORMISTRAL_HOME a folder"
 
 
 def _describe(folder: Path) -> Manifest | str:

@@ -315,7 +315,7 @@ def require_error(capsys, code, message, artifact, *arguments):
         (["--window-tokens", "65"], 2, "a window of 65 tokens is not possible"),
         (["--max-tokens", "0"], 2, "--max-tokens 0 leaves nothing to score"),
         (["--reference-cache", "x"], 2, "--reference-cache means nothing without --reference"),
-        (["--json", "nowhere/out.json"], 2, "its folder does not exist"),
+        (["--json", "nowhere/out.json"], 2, "there is no folder"),
         (["--reference", "no-such-model"], 1, "no preset and no folder is called 'no-such-model'"),
         (["--device", "GPU.77"], 1, "GPU.77"),
     ],

@@ -245,7 +245,7 @@ def test_mistakes_are_explained_and_cost_nothing(start):
         ("/reset nå", "error: /reset takes nothing after it"),
         ("/save", "error: no file is named"),
         ("/load /nowhere/x.json", "error: cannot read /nowhere/x.json: No such file"),
-        ("/save /nowhere/x.json", "error: cannot write /nowhere/x.json: No such file"),
+        ("/save /nowhere/x.json", "error: cannot write /nowhere/x.json: there is no folder"),
     ):
         terminal.type(f"{typed}\r")
         terminal.expect(expected)

@@ -3,14 +3,18 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
 from normistral.errors import ResourceError, UsageError
 from normistral.export import staging
 from normistral.export.staging import check_output, stage
 from normistral.manifest import MANIFEST_NAME
+from normistral.own_folder import MARK, make_own_folder
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 
@@ -99,8 +103,10 @@ def test_an_output_without_a_usable_name_or_parent_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot make the folder"), stage(tmp_path / "file" / "out", force=False):
         pass
-    with pytest.raises(UsageError), stage(tmp_path / ("n" * 300), force=False):
-        pass
+    for name in ("n" * 300, "n/" * 2500 + "n", "a\0b", "\ud800"):
+        with pytest.raises(UsageError) as refused, stage(tmp_path / name, force=False):
+            pass
+        assert refused.value.hint
     with pytest.raises(UsageError, match="exists already"), stage(tmp_path, force=False):
         pass
     assert names(tmp_path) == ["file"]
@@ -138,7 +144,7 @@ def test_an_old_artifact_that_a_kill_left_moved_aside_is_put_back(tmp_path):
     output = tmp_path / "out"
     make_artifact(output, "old")
     partial = tmp_path / ".out.partial-12345678"
-    partial.mkdir()
+    make_own_folder(partial)
     output.rename(partial / "replaced")
     with pytest.raises(UsageError, match="exists already"), stage(output, force=False):
         pass
@@ -152,4 +158,141 @@ def test_a_full_disk_is_said_with_numbers_and_leaves_nothing(tmp_path):
         fail_while_staging(tmp_path / "out", full, force=False)
     assert error.value.message.startswith("the disk is full: ")
     assert "MB were left while writing out; what was written has been removed" in error.value.message
+    assert names(tmp_path) == []
+
+
+# What others planted beside OUTPUT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neighbours_that_are_not_ours_are_not_touched(tmp_path, kind):
+    """Whatever has the name of a partial folder; nor is an artifact in it taken for an old OUTPUT."""
+    plant(tmp_path / ".out.partial-0123abcd", kind)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    make_artifact(outside / "replaced", "of others")
+    (tmp_path / ".out.partial-deadbeef").symlink_to(outside)
+    for name in (".out.partial-x", ".out.partial-11111111"):  # no mark in them
+        (tmp_path / name).mkdir()
+        make_artifact(tmp_path / name / "replaced", "of others")
+    before = look(tmp_path)
+    with stage(tmp_path / "out", force=False) as staged:
+        fill(staged, "new")
+    after = look(tmp_path)
+    assert (tmp_path / "out" / "model.bin").read_text() == "new"
+    assert {name: after[name] for name in before} == before
+    assert {name for name in after if not name.startswith("out/")} - {"out"} == set(before)
+
+
+@AS_ROOT
+def test_a_marked_neighbour_of_another_user_is_not_adopted(tmp_path):
+    partial = tmp_path / ".out.partial-12345678"
+    make_own_folder(partial)
+    make_artifact(partial / "replaced", "of others")
+    for path in (partial / MARK, partial):
+        os.chown(path, NOBODY, NOBODY)
+    before = look(tmp_path)
+    with stage(tmp_path / "out", force=False) as staged:
+        fill(staged, "new")
+    assert (tmp_path / "out" / "model.bin").read_text() == "new"
+    assert {name: found for name, found in look(tmp_path).items() if name in before} == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_where_the_lock_would_be_is_refused_and_kept(tmp_path, kind):
+    plant(tmp_path / ".out.lock", kind)
+    before = look(tmp_path)
+    with pytest.raises(UsageError, match="it is a"), stage(tmp_path / "out", force=False):
+        pass
+    assert look(tmp_path) == before
+
+
+def test_nobody_else_can_look_into_what_is_being_made(tmp_path):
+    with stage(tmp_path / "out", force=False) as staged:
+        assert staged.artifact.parent.stat().st_mode & 0o777 == 0o700
+        fill(staged, "new")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert names(tmp_path / "out") == ["model.bin", MANIFEST_NAME]
+
+
+# What --force cannot replace is said before the work
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    make_artifact(tmp_path / "out", "old")
+    monkeypatch.chdir(tmp_path / "out")
+    (tmp_path / "via").symlink_to(tmp_path)
+    for output in (tmp_path / "out", tmp_path / "via" / "out", Path("../out")):
+        with pytest.raises(UsageError, match="current folder") as refused:
+            check_output(output, force=True)
+        assert refused.value.hint
+    make_artifact(tmp_path / "out" / "deep", "x")
+    monkeypatch.chdir(tmp_path / "out" / "deep")
+    with pytest.raises(UsageError, match="current folder"):
+        check_output(tmp_path / "out", force=True)
+
+
+MOUNT = """
+import os, subprocess, sys
+from pathlib import Path
+from normistral.errors import UsageError
+from normistral.export.staging import stage
+out = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "none", out / sys.argv[2]], check=True)
+try:
+    with stage(out, force=True):
+        print("started")
+except UsageError as error:
+    print(error.message)
+print(sorted(os.listdir(out.parent)))
+"""
+
+
+@AS_ROOT
+@pytest.mark.parametrize("place", [".", "below"])
+def test_a_mount_point_is_not_replaced(tmp_path, place):
+    (tmp_path / "out" / place).mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", MOUNT, tmp_path / "out", place],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "is a mount point" in done.stdout
+    assert "started" not in done.stdout
+    assert done.stdout.endswith("['out']\n")
+
+
+@AS_ROOT
+def test_an_output_that_its_user_may_not_move_is_refused_first(tmp_path):
+    """In a sticky folder, and where the parent cannot be written to."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(0o711)
+    for name, mode in (("sticky", 0o1777), ("closed", 0o755)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+        make_artifact(tmp_path / name / "out", "root's")
+        (tmp_path / name / "out").chmod(0o777)
+        child = os.fork()
+        if child == 0:
+            os.setuid(NOBODY)
+            try:
+                check_output(tmp_path / name / "out", force=True)
+            except UsageError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.EDQUOT, "quota"), (errno.EFBIG, "no file may become that large"), (errno.ENOSPC, "disk is full: ")],
+)
+def test_what_stops_the_writing_is_named(tmp_path, number, reason):
+    with pytest.raises(ResourceError, match=reason) as error:
+        fail_while_staging(tmp_path / "out", OSError(number, os.strerror(number)), force=False)
+    assert error.value.hint
     assert names(tmp_path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from normistral.bundling.wheels import Closure, collect_wheels, find_own_wheel
 from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.export.progress import NoProgress, Progress
 from normistral.export.staging import translate_full_disk
-from normistral.files import replacing
+from normistral.files import replacing, require_place
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
 from normistral.runtime.kernels.library import build_for_others
@@ -90,11 +91,10 @@ def _check_arguments(artifact: Path, file: Path, options: BundleOptions) -> None
     name = artifact.resolve().name
     if name.startswith(".") or not install.is_member_name(install.ARTIFACT + name):
         raise UsageError(f"an artifact of the name {name!r} could not be installed", "rename its folder")
-    if not file.absolute().parent.is_dir():
-        raise UsageError(f"there is no folder {file.absolute().parent}", "make it, or name another FILE")
-    if file.is_dir():
-        raise UsageError(f"{file} is a folder", "name a file, such as normistral.tar")
-    if file.exists() and not options.force:
+    signature_file = file.with_name(file.name + signature.SUFFIX)
+    for place in (file, signature_file):  # an old signature is removed even where no new one is written
+        require_place(place)
+    if os.path.lexists(file) and not options.force:
         raise UsageError(f"{file} exists already", "choose another FILE, or replace it with --force")
     if options.wheels is not None and not options.wheels.is_dir():
         raise UsageError(f"there is no folder {options.wheels}", "give the folder that holds the wheels")

@@ -23,6 +23,7 @@ from normistral.cluster.journal import begin_run, find_answers, join_answers, op
 from normistral.cluster.questions import check_instruction
 from normistral.errors import NormistralError, UsageError
 from normistral.export.progress import NoProgress, Progress
+from normistral.files import explain, require_place
 from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest, sha256_file
 from normistral.runtime.options import require_applicable, resolve_options
 
@@ -122,9 +123,8 @@ def run_batch(
         try:
             join_answers((places[row.number] for row in index.rows), output)
         except OSError as exc:
-            raise NormistralError(
-                f"cannot write {output}: {exc.strerror}", "make room, and run the same again"
-            ) from exc
+            reason, hint = explain(exc)
+            raise NormistralError(f"cannot write {output}: {reason}", f"{hint}; then run the same again") from exc
         remove_journal(parts)
     return Summary(
         output=str(output),
@@ -173,8 +173,7 @@ def _check(
         raise UsageError(f"a worker cannot have {workers.threads} threads", "take 1 or more")
     if workers.count is None and (workers.threads is not None or workers.address is not None):
         raise UsageError("without --workers there is no Ray", "add --workers N")
-    if output.is_dir() or not output.parent.is_dir():
-        raise UsageError(f"{output} cannot be the name of a file", "name a file in a folder that is there")
+    require_place(output)
     if os.path.lexists(output) and not force:
         raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
 

@@ -8,6 +8,8 @@ While OUTPUT is being made there are beside it
         run            which start of the job this is; workers that an earlier one left behind see that they are over
         RUN-PART-….jsonl   a line for every answer, and before it one that says it was begun
 
+A folder of that name which no job made is refused, and of ours only these files are deleted.
+
 Every worker writes files of its own, line by line, each on disk before the next begins. A kill can tear the last
 line of a file, and nothing else; a torn line counts as not written. PART is a piece of the rows; whoever takes up the
 part of a dead worker finds in that worker's files what it need not do again.
@@ -16,8 +18,9 @@ part of a dead worker finds in that worker's files what it need not do again.
 from __future__ import annotations
 
 import os
+import re
 import secrets
-import shutil
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,10 +32,12 @@ from typing import Any, NamedTuple, Self
 import msgspec
 
 from normistral.errors import NormistralError, UsageError
-from normistral.files import locked, replacing
+from normistral.files import explain, is_own, locked, open_file, read_file, replacing
 
 JOB_NAME = "job.json"
 _RUN_NAME = "run"
+_PART = re.compile(r"[0-9a-f]{8}-[0-9]{6,}-[a-z0-9_]+\.jsonl")
+_MAX_JOB_BYTES = 64 * 2**20  # it holds the instruction and the structure
 
 
 class Line(msgspec.Struct):
@@ -64,20 +69,21 @@ def open_journal(output: Path, job: dict[str, Any]) -> Iterator[Path]:
     """The folder of the job that makes OUTPUT, new or as an earlier run left it; nobody else has it.
 
     Raises:
-        UsageError: another process works on it, it holds another job, or it cannot be made.
+        UsageError: another process works on it, it holds another job or no job, is not this user's, or cannot be made.
     """
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(output.with_name(f".{output.name}.lock")))
             folder = parts_folder(output)
-            folder.mkdir(mode=0o700, exist_ok=True)
+            _make_folder(folder)
             _claim(folder, job)
         except BlockingIOError as exc:
             raise UsageError(
                 f"another job is writing {output}", "wait until it is done, or take another OUTPUT"
             ) from exc
         except OSError as exc:
-            raise UsageError(f"cannot write beside {output}: {exc.strerror}", "take another OUTPUT") from exc
+            reason, hint = explain(exc)
+            raise UsageError(f"cannot write beside {output}: {reason}", hint) from exc
         yield folder
 
 
@@ -93,7 +99,7 @@ def find_answers(folder: Path) -> tuple[dict[int, Place], dict[int, Line]]:
     """All whole answers so far, by row: where they are, and what they say about themselves."""
     places: dict[int, Place] = {}
     lines: dict[int, Line] = {}
-    for file in sorted(folder.glob("*.jsonl")):
+    for file in _part_files(folder):
         for start, length, line in _whole_lines(file):
             if line.row is not None and line.row not in places:
                 places[line.row] = Place(file, start, length)
@@ -115,8 +121,11 @@ def join_answers(places: Iterable[Place], output: Path) -> None:
 
 
 def remove_journal(folder: Path) -> None:
-    """Drop what is now in OUTPUT."""
-    shutil.rmtree(folder)
+    """Drop what is now in OUTPUT; the folder stays if somebody put something else into it."""
+    for file in [*_part_files(folder), folder / _RUN_NAME, folder / JOB_NAME]:
+        file.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class PartJournal:
@@ -177,12 +186,29 @@ class PartJournal:
 _MOST_OPEN = 256  # files at once; many systems allow 1,024
 
 
+def _make_folder(folder: Path) -> None:
+    """Make the folder, or see that it is one that a job of this user made."""
+    try:
+        folder.mkdir(mode=0o700)
+        return
+    except FileExistsError:
+        status = folder.lstat()
+    ours = stat.S_ISDIR(status.st_mode) and is_own(status) and not (os.name == "posix" and status.st_mode & 0o022)
+    if not ours or not ((folder / JOB_NAME).is_file() or not any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already, and no job of yours made it", "take another OUTPUT, or move it")
+
+
+def _part_files(folder: Path) -> list[Path]:
+    """The files of all workers, in the order of their names."""
+    return sorted(file for file in folder.glob("*.jsonl") if _PART.fullmatch(file.name) and not file.is_symlink())
+
+
 def _claim(folder: Path, job: dict[str, Any]) -> None:
     """Make the folder this job's, or see that it is."""
     described = msgspec.json.encode(job, order="sorted")
     file = folder / JOB_NAME
     try:
-        earlier = msgspec.json.decode(file.read_bytes(), type=dict)
+        earlier = msgspec.json.decode(read_file(file, _MAX_JOB_BYTES), type=dict)
     except FileNotFoundError:
         with replacing(file) as stream:
             stream.write(described)
@@ -201,7 +227,7 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
 def _whole_lines(file: Path) -> Iterator[tuple[int, int, Line]]:
     """(start, length, content) of every line that is whole."""
     start = 0
-    with file.open("rb") as stream:
+    with os.fdopen(open_file(file, follow=False), "rb") as stream:
         for raw in stream:
             if raw.endswith(b"\n"):
                 with suppress(msgspec.DecodeError):  # after a power cut a file may have its length, and hold zeros

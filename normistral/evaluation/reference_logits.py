@@ -31,9 +31,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normistral.errors import ArtifactError, ResourceError
+from normistral.errors import ArtifactError, ResourceError, UsageError
 from normistral.evaluation.metrics import Floats
 from normistral.evaluation.windows import Window, WindowSettings
+from normistral.files import checked, explain, open_file
 from normistral.hardware import free_disk_bytes
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.sampling import log_softmax
@@ -102,6 +103,7 @@ class ReferenceFile:
         windows: all windows of the text that will be asked for; later runs may ask for more.
 
     Raises:
+        UsageError: no file can be written there.
         ArtifactError: the file belongs to something else, or was changed.
         ResourceError: there is no room on the disk for the rows that are missing.
     """
@@ -111,8 +113,13 @@ class ReferenceFile:
         self._windows = windows
         self._rows = _row_type(key.vocabulary)
         self._header = key.header()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        try:
+            checked(path).parent.mkdir(parents=True, exist_ok=True)
+            descriptor = open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666, follow=False)
+        except OSError as exc:
+            reason, hint = explain(exc)
+            raise UsageError(f"the reference's predictions cannot be kept in {path}: {reason}", hint) from exc
+        self._file = os.fdopen(descriptor, "a+b")
         try:
             self.finished = self._find_finished(key)
             self._require_room()

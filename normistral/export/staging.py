@@ -3,11 +3,12 @@
 While OUTPUT is being made, its parent holds two hidden neighbours:
 
     .OUTPUT.lock              held (flock) by the running export; the system lets go of it when the process dies
-    .OUTPUT.partial-XXXXXXXX  `artifact`, which becomes OUTPUT, and `workspace`, which is thrown away
+    .OUTPUT.partial-XXXXXXXX  `artifact`, which becomes OUTPUT, and `workspace`, which is thrown away; marked as ours
 
 A new OUTPUT appears by one rename, an old one is exchanged for the new one by one rename: at every moment the name
 OUTPUT stands for nothing, the whole old artifact, or the whole new one. Whoever holds the lock knows that other
-partial folders were left by a killed export, and removes them.
+partial folders were left by a killed export, and removes them, if they carry our mark and are this user's: what else
+has such a name is not touched.
 
 It does not know what an artifact consists of, except that the manifest makes it whole.
 """
@@ -18,8 +19,8 @@ import ctypes
 import errno
 import json
 import os
+import re
 import secrets
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,13 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import ResourceError, UsageError
-from normistral.files import locked
+from normistral.files import checked, explain, locked, mount_points, require_movable
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME
+from normistral.own_folder import is_own_folder, make_own_folder, remove_own_folder
 
 _REPLACED = "replaced"
 _FULL_BELOW_BYTES = 2**20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_BY_HAND = "choose another OUTPUT, or remove this one yourself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +61,35 @@ def check_output(output: Path, *, force: bool) -> None:
     """
     if output.name in ("", ".."):
         raise UsageError(f"{output} cannot be the name of a new folder", "name a folder that does not exist yet")
-    if not os.path.lexists(output):
-        return
-    if not force:
-        raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
-    by_hand = "choose another OUTPUT, or remove this one yourself"
-    if output.is_symlink() or not output.is_dir():
-        raise UsageError(f"{output} is not a folder, so it is not replaced", by_hand)
+    try:
+        if not os.path.lexists(checked(output)):
+            return
+        if not force:
+            raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
+        if output.is_symlink() or not output.is_dir():
+            raise UsageError(f"{output} is not a folder, so it is not replaced", _BY_HAND)
+        _require_movable(output.absolute())
+        _require_exported(output)
+    except OSError as exc:
+        reason, hint = explain(exc)
+        raise UsageError(f"{output} cannot be replaced: {reason}", hint) from exc
+
+
+def _require_movable(output: Path) -> None:
+    """Refuse now what the rename at the end would fail at, or what somebody would miss in its place."""
+    real = Path(os.path.realpath(output))
+    for mounted in mount_points():
+        if mounted.is_relative_to(real):
+            raise UsageError(f"{mounted} is a mount point, so {output} is not replaced", _BY_HAND)
+    if Path.cwd().is_relative_to(real):
+        raise UsageError(f"{output} holds the current folder, so it is not replaced", "change to another folder first")
+    require_movable(output)
+    if not os.access(output, os.W_OK | os.X_OK) or not os.access(output.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{output} cannot be replaced: permission denied", _BY_HAND)
+
+
+def _require_exported(output: Path) -> None:
+    """Refuse a folder that holds anything but an artifact."""
     present = {
         path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir() or path.is_symlink()
     }
@@ -72,7 +97,7 @@ def check_output(output: Path, *, force: bool) -> None:
         return
     ours = _exported_files(output / MANIFEST_NAME)
     if ours is None:
-        raise UsageError(f"{output} is not an artifact of normistral, so it is not replaced", by_hand)
+        raise UsageError(f"{output} is not an artifact of normistral, so it is not replaced", _BY_HAND)
     foreign = sorted(present - ours)
     if foreign:
         raise UsageError(
@@ -102,7 +127,8 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
             folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
             staging = Staging(folder / "artifact", folder / "workspace")
             try:
-                staging.artifact.mkdir(parents=True)
+                make_own_folder(folder)
+                staging.artifact.mkdir()
                 staging.workspace.mkdir()
                 yield staging
                 _flush_to_disk(staging.artifact)
@@ -119,7 +145,7 @@ def translate_full_disk(path: Path) -> Iterator[None]:
     except OSError as exc:
         if exc.errno not in _NO_SPACE:
             raise
-        raise _full_disk(path) from exc
+        raise _full_disk(path, exc) from exc
 
 
 def require_free_disk(path: Path) -> None:
@@ -132,12 +158,11 @@ def require_free_disk(path: Path) -> None:
         raise _full_disk(path)
 
 
-def _full_disk(path: Path) -> ResourceError:
-    return ResourceError(
-        f"the disk is full: {free_disk_bytes(path) / 1e6:.1f} MB were left while writing {path.name}; "
-        "what was written has been removed",
-        "free some space, or choose an OUTPUT on another disk",
-    )
+def _full_disk(path: Path, exc: OSError | None = None) -> ResourceError:
+    reason, hint = explain(exc or OSError(errno.ENOSPC, ""))
+    if exc is None or exc.errno == errno.ENOSPC:
+        reason += f": {free_disk_bytes(path) / 1e6:.1f} MB were left"
+    return ResourceError(f"{reason} while writing {path.name}; what was written has been removed", hint)
 
 
 def _exported_files(manifest: Path) -> set[str] | None:
@@ -151,9 +176,12 @@ def _exported_files(manifest: Path) -> set[str] | None:
 
 def _make_parent(output: Path) -> None:
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as exc:
-        raise UsageError(f"cannot make the folder {output.parent}: {exc.strerror}", "choose another OUTPUT") from exc
+        checked(output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        if exc.errno in _NO_SPACE:
+            raise
+        reason, hint = explain(exc)
+        raise UsageError(f"cannot make the folder {output.parent}: {reason}", hint) from exc
 
 
 @contextmanager
@@ -169,29 +197,27 @@ def _lock(output: Path) -> Iterator[None]:
         except OSError as exc:
             if exc.errno in _NO_SPACE:
                 raise
-            raise UsageError(f"cannot write in {output.parent}: {exc.strerror}", "choose another OUTPUT") from exc
+            reason, hint = explain(exc)
+            raise UsageError(f"cannot write in {output.parent}: {reason}", hint) from exc
         yield
 
 
 def _leftovers(output: Path) -> list[Path]:
     """Folders of exports to this OUTPUT that were killed; to be asked only while holding the lock."""
-    prefix = f".{output.name}.partial-"
-    return [path for path in output.parent.iterdir() if path.name.startswith(prefix)]
+    name = re.compile(re.escape(f".{output.name}.partial-") + "[0-9a-f]{8}")
+    return [path for path in output.parent.iterdir() if name.fullmatch(path.name) and is_own_folder(path)]
 
 
 def _put_back(replaced: Path, output: Path) -> None:
     """Undo half an exchange: the old artifact was moved aside, and nothing took its place."""
-    if replaced.exists() and not os.path.lexists(output):
+    if not replaced.is_symlink() and replaced.is_dir() and not os.path.lexists(output):
         replaced.rename(output)
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder, the manifest first: what a kill in between leaves must not look whole."""
-    for part in (folder / "artifact", folder / _REPLACED):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            (part / MANIFEST_NAME).unlink()
+    """Delete a folder, the manifests first: what a kill in between leaves must not look whole."""
     with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        remove_own_folder(folder, [f"{part}/{MANIFEST_NAME}" for part in ("artifact", _REPLACED)])
 
 
 def _flush_to_disk(folder: Path) -> None:

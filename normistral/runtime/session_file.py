@@ -31,7 +31,7 @@ import msgspec
 import numpy as np
 
 from normistral.errors import SessionError, UsageError
-from normistral.files import saving
+from normistral.files import explain, open_file, require_place, saving
 from normistral.runtime.engines.base import CacheTensor
 
 MAGIC = b"normistral session\n"
@@ -113,11 +113,10 @@ def write_session(path: Path, header: SessionHeader, tensors: Iterable[CacheTens
         on_bytes: called with the number of bytes just written, for a progress bar.
 
     Raises:
-        UsageError: `path` is a folder.
+        UsageError: `path` is no name that a file can be written to.
         NormistralError: it cannot be written.
     """
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", "name a file")
+    require_place(path)
     with saving(path) as file:
         text = msgspec.json.encode(header)
         head = MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(8, "little") + text
@@ -218,12 +217,13 @@ def open_session(path: Path, on_bytes: OnBytes = lambda count: None) -> Iterator
         SessionError: it is damaged, or from a newer version; or it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_file(path), "rb") as file:
             yield _open(path, file, on_bytes)
     except FileNotFoundError as exc:
         raise UsageError(f"there is no session {path}", "a chat's or prefix's save() writes one") from exc
     except OSError as exc:
-        raise SessionError(f"cannot read {path}: {exc.strerror}", "name a file that you may read") from exc
+        reason, hint = explain(exc)
+        raise SessionError(f"cannot read {path}: {reason}", hint) from exc
 
 
 def _open(path: Path, file: BufferedReader, on_bytes: OnBytes) -> SessionReader:

@@ -19,7 +19,7 @@ from normistral.evaluation.bench.rounds import Watcher, run_benchmark
 from normistral.evaluation.bench.tables import configuration_table, machine_table, speed_tables
 from normistral.evaluation.speed import QUICK, SpeedPlan, cut_to_context
 from normistral.terminal.console import format_columns, print_json, print_lines
-from normistral.terminal.files import write_whole
+from normistral.terminal.files import require_result_place, write_result
 from normistral.terminal.progress import show_progress
 
 _FAILED_HINT = "`normistral info ARTIFACT --check` and `normistral doctor` may say what is wrong"
@@ -64,9 +64,9 @@ def run_bench(artifacts: Sequence[str], options: BenchOptions) -> None:
     else:
         print_lines(result_lines(result))
     if options.json not in (None, "-"):
-        write_whole(Path(options.json or ""), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+        write_result(Path(options.json or ""), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
     if options.report is not None:
-        write_whole(options.report, _REPORTS[options.report.suffix.lower()](result))
+        write_result(options.report, _REPORTS[options.report.suffix.lower()](result))
     if failed:
         raise EngineError(
             f"{len(failed)} of {len(result.configurations)} could not be measured: {failed[0].problem}", _FAILED_HINT
@@ -127,10 +127,8 @@ def _check_files(options: BenchOptions) -> None:
         raise UsageError(f"--report {options.report}: unknown kind of report", "the name ends in .html or .md")
     named = {"--report": options.report, "--json": None if options.json in (None, "-") else Path(options.json or "")}
     for option, path in named.items():
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{option} {path}: its folder does not exist", "make the folder, or take another")
-        if path is not None and path.is_dir():
-            raise UsageError(f"{option} {path} is a folder", "name a file")
+        if path is not None:
+            require_result_place(path, option)
     if options.report is not None and named["--json"] == options.report:
         raise UsageError(f"--json and --report both name {options.report}", "take two names")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import NormistralError, UsageError
-from normistral.files import saving
+from normistral.files import checked, explain, read_file, require_place, saving
 
 _FORMAT = "normistral-chat"
 _VERSION = 1
@@ -44,6 +44,7 @@ def save_conversation(
     }
     if os.path.lexists(path) and not overwrite:
         raise UsageError(f"{path} is there already", f"overwrite it with: /save! {file}")
+    require_place(path)
     text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
     with saving(path) as stream:
         stream.write(text.encode("utf-8", "surrogatepass"))
@@ -59,11 +60,9 @@ def load_conversation(file: str) -> Conversation:
     """
     path = _path(file, "/load FILE")
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise _not_saved(path, f"it is larger than {_MAX_BYTES} bytes")
-        document = json.loads(path.read_bytes().decode("utf-8"))
+        document = json.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
     except OSError as exc:
-        raise NormistralError(f"cannot read {path}: {exc.strerror}", "/load takes a file that /save wrote") from exc
+        raise NormistralError(f"cannot read {path}: {explain(exc)[0]}", "/load takes a file that /save wrote") from exc
     except (ValueError, RecursionError) as exc:
         raise _not_saved(path, "it is not JSON in UTF-8") from exc
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
@@ -86,9 +85,14 @@ def load_conversation(file: str) -> Conversation:
 def _path(file: str, usage: str) -> Path:
     if not file:
         raise UsageError("no file is named", f"use it like this: {usage}")
-    path = Path(file).expanduser()
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", f"name a file: {usage}")
+    try:
+        path = Path(file).expanduser()
+        if checked(path).is_dir():
+            raise UsageError(f"{path} is a folder", f"name a file: {usage}")
+    except RuntimeError as exc:
+        raise UsageError(f"{file}: there is no such user", f"name a file: {usage}") from exc
+    except OSError as exc:
+        raise UsageError(f"{file} cannot be used: {explain(exc)[0]}", f"name a file: {usage}") from exc
     return path
 
 

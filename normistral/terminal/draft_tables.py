@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from normistral import store
-from normistral.errors import UsageError
+from normistral.errors import NormistralError, UsageError
 from normistral.evaluation.text import read_text
+from normistral.files import explain, require_place
 from normistral.manifest import check_files, read_manifest, sha256_file
 from normistral.runtime.drafting.options import TableOptions
 from normistral.runtime.drafting.table import build_table
@@ -23,13 +24,13 @@ def make_table(artifact: str, output: Path, texts: Sequence[Path], options: Tabl
     """Tokenise the texts with the artifact's tokenizer, count, and write OUTPUT.
 
     Raises:
-        UsageError: OUTPUT exists and `force` is off, is a folder, or cannot be written; a text cannot be read, is
+        UsageError: OUTPUT exists and `force` is off, or no file can be written there; a text cannot be read, is
             empty or not UTF-8; or nothing in them comes often enough.
+        NormistralError: it cannot be written after all.
         ModelNotFoundError: no such artifact.
         ArtifactError: it is damaged.
     """
-    if output.is_dir() or not output.name:
-        raise UsageError(f"{output} is a folder", "name a file")
+    require_place(output)
     if os.path.lexists(output) and not force:
         raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
     folder = store.resolve_artifact(artifact)
@@ -45,7 +46,8 @@ def make_table(artifact: str, output: Path, texts: Sequence[Path], options: Tabl
     try:
         table.write(output)
     except OSError as exc:
-        raise UsageError(f"cannot write {output}: {exc.strerror}", "choose another OUTPUT") from exc
+        reason, hint = explain(exc)
+        raise NormistralError(f"cannot write {output}: {reason}", hint) from exc
     say(f"wrote {output}: {len(table):,} entries from {tokens:,} tokens, {format_bytes(output.stat().st_size)}")
 
 

@@ -30,7 +30,7 @@ from normistral.presets import PRESETS
 from normistral.runtime.engines.base import Capabilities
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.terminal.console import format_columns, print_json, print_lines, say
-from normistral.terminal.files import write_whole
+from normistral.terminal.files import require_result_place, write_result
 from normistral.terminal.interrupts import interrupts_win
 from normistral.terminal.progress import format_bytes, show_progress
 from normistral.terminal.tables import describe_weights
@@ -81,14 +81,14 @@ def run_eval(artifact: str, options: EvalOptions) -> None:
     if options.json == "-":
         print_json(document)
     elif options.json is not None:
-        write_whole(Path(options.json), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+        write_result(Path(options.json), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
 
 
 def _check_options(options: EvalOptions) -> None:
     if options.reference_cache is not None and options.reference is None:
         raise UsageError("--reference-cache means nothing without --reference", "leave it out, or add --reference")
-    if options.json not in (None, "-") and not Path(options.json or "").absolute().parent.is_dir():
-        raise UsageError(f"--json {options.json}: its folder does not exist", "make the folder, or take another")
+    if options.json not in (None, "-"):
+        require_result_place(Path(options.json or ""), "--json")
 
 
 def _predictions(

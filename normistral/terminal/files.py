@@ -1,17 +1,89 @@
-"""Text files of the command line that appear whole or not at all."""
+"""Results that the command line writes to a file: whole or not at all, or into what a shell gave for one.
+
+A result may go to a descriptor of this process by its name (/dev/stdout, and /dev/fd/N as a shell's `>(…)` is), to
+/dev/null, or to a FIFO of this user that somebody reads; those are written to as they are. Any other name is
+`normistral.files`' business.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import stat
 from pathlib import Path
 
-from normistral.files import replacing
+from normistral.errors import NormistralError
+from normistral.files import RefusedFileError, checked, explain, is_own, replacing, require_place
+
+_DESCRIPTOR = re.compile(r"/dev/(stdout|stderr)|(?:/dev/fd|/proc/self/fd)/(\d{1,9})")
+_STANDARD = {"stdout": 1, "stderr": 2}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in UTF-8, for anybody to read.
+def require_result_place(path: Path, option: str) -> None:
+    """Find out before long work whether `write_result` can write there.
+
+    Args:
+        option: that names it, for the message.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it, and a file of that name is as it was.
+        UsageError: it cannot.
     """
-    with replacing(path, private=False) as file:
-        file.write(text.encode())
+    if _descriptor(path) is None and not _is_stream(path):
+        require_place(path, option)
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a text in UTF-8, for anybody to read.
+
+    Raises:
+        NormistralError: it cannot be written. Nothing is left of it, and a file of that name is as it was.
+    """
+    try:
+        number = _descriptor(path)
+        if number is not None:
+            _write(os.dup(number), text)
+        elif _is_stream(path):
+            _write(_open_stream(path), text)
+        else:
+            with replacing(path, private=False) as file:
+                file.write(text.encode())
+    except BrokenPipeError:
+        raise  # nobody reads any more: the command line ends quietly
+    except OSError as exc:
+        reason, hint = explain(exc)
+        raise NormistralError(f"cannot write {path}: {reason}", hint) from exc
+
+
+def _descriptor(path: Path) -> int | None:
+    """The descriptor that a name such as /dev/fd/63 stands for."""
+    found = _DESCRIPTOR.fullmatch(str(path))
+    if found is None or os.name != "posix":
+        return None
+    return _STANDARD[found[1]] if found[1] else int(found[2])
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a FIFO of this user, or /dev/null."""
+    try:
+        status = checked(path).lstat()
+    except OSError:
+        return False
+    if stat.S_ISFIFO(status.st_mode):
+        return is_own(status)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == Path(os.devnull).stat().st_rdev
+
+
+def _open_stream(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as exc:
+        if not path.is_fifo():
+            raise
+        raise RefusedFileError(path, "it is a FIFO that nobody reads", "start its reader first") from exc
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def _write(descriptor: int, text: str) -> None:
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(text.encode())

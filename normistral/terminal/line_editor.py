@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
+from normistral import store
+from normistral.files import explain, open_file
 from normistral.terminal.console import one_line, warn
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class LineEditor:
         from prompt_toolkit.history import InMemoryHistory
 
         self._session: PromptSession[str] = PromptSession(
-            history=_open_history(history_file()) if keep_history else InMemoryHistory(),
+            history=_open_history(store.history_file()) if keep_history else InMemoryHistory(),
             multiline=True,
             key_bindings=_bindings(),
             enable_open_in_editor=False,
@@ -50,14 +50,6 @@ class LineEditor:
         line = one_line(status())
         text: str = self._session.prompt("> ", bottom_toolbar=line)
         return strip_text_block(text)
-
-
-def history_file() -> Path:
-    """Where earlier messages are kept: below NORMISTRAL_HOME, or where this system keeps an application's state."""
-    home = os.environ.get("NORMISTRAL_HOME")
-    if home:
-        return Path(home).expanduser().absolute() / "history"
-    return platformdirs.user_state_path("normistral", appauthor=False) / "history"
 
 
 def wants_more(text: str) -> bool:
@@ -89,10 +81,14 @@ def _open_history(path: Path) -> History:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
-        path.chmod(0o600)  # an older one may be open to others
+        descriptor = open_file(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, follow=False)
+        try:
+            if hasattr(os, "fchmod"):
+                os.fchmod(descriptor, 0o600)  # an older one may be open to others
+        finally:
+            os.close(descriptor)
     except OSError as exc:
-        warn(f"messages are not remembered: {path}: {exc.strerror}")
+        warn(f"messages are not remembered: {path}: {explain(exc)[0]}")
         return InMemoryHistory()
     return FileHistory(path)
 

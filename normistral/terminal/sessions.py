@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normistral.errors import UsageError
+from normistral.files import require_place
 from normistral.terminal.console import say
 from normistral.terminal.progress import show_progress
 
@@ -18,13 +19,10 @@ def check_session(path: Path, system: str | None) -> None:
     """Find mistakes before a model is loaded.
 
     Raises:
-        UsageError: the file is there and no session, or has a system message of its own; or its folder is not there.
+        UsageError: it cannot be written; or it is there and no session, or has a system message of its own.
         SessionError: it is damaged.
     """
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", "name a file: --session FILE")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {path.parent}", "make it, or name another file: --session FILE")
+    require_place(path, "--session")
     if not path.exists():
         return
     from normistral.runtime.session_file import open_session

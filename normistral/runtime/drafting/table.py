@@ -11,6 +11,7 @@ Two contexts with one hash cost a wrong draft and nothing else. A table belongs 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ArtifactError, UsageError
-from normistral.files import replacing
+from normistral.files import explain, open_file, replacing
 from normistral.runtime.drafting.base import Draft
 from normistral.runtime.drafting.options import TableOptions
 
@@ -65,11 +66,11 @@ class NgramTable:
         """
         again = "build it with: normistral draft-table ARTIFACT OUTPUT --text FILE"
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_file(path), "rb") as file:
                 line = file.readline(_LONGEST_HEADER)
-            size = path.stat().st_size
+                size = os.fstat(file.fileno()).st_size
         except OSError as exc:
-            raise UsageError(f"cannot read the draft table {path}: {exc.strerror}", again) from exc
+            raise UsageError(f"cannot read the draft table {path}: {explain(exc)[0]}", again) from exc
         header = _parse_header(line)
         if header is None:
             raise UsageError(f"{path} is no draft table", again)
