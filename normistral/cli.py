@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -52,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         exit code: 0 done, 1 it could not be done, 2 wrong usage, 130 interrupted, 141 nobody reads what it writes.
     """
+    console.reopen_closed_streams()
     console.use_utf8()
     _logger.setLevel(logging.WARNING)
     _logger.handlers[:] = [console.WarningLines()]
@@ -64,15 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print_error(_uncapitalised(error.format_message()), _usage_hint(error))
         return _end_in_error(error.exit_code)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        console.print_diagnostic("")
         return _INTERRUPTED
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            return _end_in_broken_pipe()
-        where = f"{error.filename}: " if error.filename else ""
-        reason, hint = explain(error)
-        console.print_error(f"{where}{reason}", hint)
-        return _end_in_error(1)
+        return _end_in_system_error(error)
     except MemoryError:
         console.print_error("the memory is used up", "close other programs, or take smaller weights (int4)")
         return _end_in_error(1)
@@ -153,11 +148,18 @@ def _end_in_error(code: int) -> int:
     return code
 
 
-def _end_in_broken_pipe() -> int:
-    """Let nothing more be written, or the interpreter complains when it ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    return _BROKEN_PIPE
+def _end_in_system_error(error: OSError) -> int:
+    if error.errno == errno.EPIPE:
+        console.drop_stdout()
+        return _BROKEN_PIPE
+    if error.errno == errno.EBADF and not console.is_writable(sys.stdout):
+        console.drop_stdout()
+        console.print_error(console.NO_STDOUT, console.STDOUT_HINT)
+        return _end_in_error(1)
+    where = f"{error.filename}: " if error.filename else ""
+    reason, hint = explain(error)
+    console.print_error(f"{where}{reason}", hint)
+    return _end_in_error(1)
 
 
 if __name__ == "__main__":

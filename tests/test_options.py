@@ -1,6 +1,6 @@
 """Generation options: ranges, unknown names, and who wins."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -36,16 +36,23 @@ def test_values_in_range_are_kept(name: str, values: list[Any]) -> None:
         assert getattr(resolve_options(NOTHING_PUBLISHED, {name: value}), name) == value
 
 
+def test_minus_one_is_any_seed_and_all_tokens() -> None:
+    """Clients of vLLM and llama.cpp send it."""
+    config = resolve_options(NOTHING_PUBLISHED, {"seed": -1, "top_k": -1})
+    assert (config.seed, config.top_k) == (None, 0)
+    assert replace(config, seed=-1).seed is None
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
         ("max_new_tokens", [0, -1, 2**31 + 1, 1.0, "10", None, True]),
         ("temperature", [-0.1, 100.1, float("nan"), float("inf"), "hot", None, True]),
-        ("top_k", [-1, 1.5, "40", None, False]),
+        ("top_k", [-2, -1.0, 1.5, "40", None, False]),
         ("top_p", [0, 0.0, -0.1, 1.01, float("nan"), None]),
         ("min_p", [-0.1, 1.1, float("nan"), None]),
         ("repetition_penalty", [0, 0.0, -1.0, 101, float("inf"), None]),
-        ("seed", [-1, 2**64, 1.0, "1", True]),
+        ("seed", [-2, -1.0, 2**64, 1.0, "1", True]),
         ("stop", [("",), ["a", ""], (1,), 7, {"a"}, b"a"]),
         ("ignore_eos", [1, 0, "yes", None]),
         ("logprobs", [-1, 101, 1.0, True]),

@@ -68,7 +68,7 @@ CHAT_REFUSALS = [
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, None, "only one form"),
     ({"store": True}, "store", "cannot be switched on"),
     ({"store": 0}, "store", "cannot be switched on"),
-    ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ({"seed": -2}, "seed", "greater than or equal to -1"),
 ]
 
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from normistral.errors import UsageError
+from normistral.text_input import decode_text
 
 TEXT_SUFFIXES = (".txt", ".md")
 _BLOCK_BYTES = 2**20
-_BOM = b"\xef\xbb\xbf"
 
 Document = dict[str, Any]
 
@@ -67,21 +67,21 @@ def read_document(source: Path, row: Row) -> Document:
     """
     try:
         if isinstance(row.place, str):
-            return {"id": row.place, "text": (source / row.place).read_text(encoding="utf-8-sig")}
+            raw = (source / row.place).read_bytes()
+            text = decode_text(raw, "the text").replace("\r\n", "\n").replace("\r", "\n")
+            return {"id": row.place, "text": text}
         with source.open("rb") as stream:
             stream.seek(row.place)
             line = stream.readline()
     except OSError as exc:
         raise UsageError(f"cannot read the document: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"the text is not UTF-8: byte 0x{exc.object[exc.start]:02x} at {exc.start}") from exc
-    return _parse(line.removeprefix(_BOM))
+    return _parse(decode_text(line, "the line"))
 
 
-def _parse(line: bytes) -> Document:
+def _parse(line: str) -> Document:
     try:
         document = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, RecursionError) as exc:
         raise UsageError(f"the line is no JSON: {exc}", "write one JSON object a line") from exc
     if not isinstance(document, dict):
         raise UsageError("the line is no JSON object", 'write it like {"id": 1, "text": "..."}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from normistral.runtime.engines.settings import parse_settings
+from normistral.terminal import console
 from normistral.terminal.arguments import (
     Artifacts,
     Debug,
@@ -38,6 +39,7 @@ def bench(
     Reading and writing at several lengths, time to first token, loading, memory, and which share of the machine's read
     bandwidth they reach. They take turns, so that a machine that gets slower does not decide.
     """
+    console.require_stdout()
     from normistral.terminal.benchmark import BenchOptions, run_bench
 
     options = BenchOptions(

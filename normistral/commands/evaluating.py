@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from normistral.runtime.engines.settings import parse_settings
+from normistral.terminal import console
 from normistral.terminal.arguments import (
     Artifact,
     Debug,
@@ -40,6 +41,7 @@ def evaluate(
     Perplexity; with --reference also KL divergence and top-1 agreement: how far it is from another artifact or from the
     checkpoint. A reference is computed once; a run that was stopped goes on where it was.
     """
+    console.require_stdout()
     from normistral.terminal.evaluation import EvalOptions, run_eval
 
     options = EvalOptions(

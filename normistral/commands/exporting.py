@@ -9,6 +9,7 @@ import typer
 
 from normistral import store
 from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Recipe
+from normistral.terminal import console
 from normistral.terminal.arguments import Debug, given
 
 _RECIPE = Recipe()
@@ -101,6 +102,7 @@ def export(
 
     Needs the extra "export": pip install "normistral[export]"; for ONNX also "onnx": "normistral[export,onnx]".
     """
+    console.require_stdout()
     from normistral.export.pipeline import export_model
     from normistral.terminal.progress import show_progress
 

@@ -95,6 +95,7 @@ def chat(
     A session holds what was said and what the model made of it, so that nothing is computed again. It is saved when the
     conversation or the single answer ends, and by /save without a file.
     """
+    console.require_stdout()
     structure = read_structure(json_schema, regex, choice, grammar)
     options = _options(
         greedy,
@@ -118,6 +119,8 @@ def chat(
         raise UsageError(
             "--json and --stats are for single answers", "add --prompt TEXT; in a conversation there is /stats"
         )
+    if message is None and not console.is_terminal(sys.stdin):
+        raise UsageError("stdin is closed: there is no message to read", "add --prompt TEXT, or pipe the message in")
     if message is None and not console.is_terminal(sys.stdout):
         raise UsageError("a conversation needs a terminal for its answers", "add --prompt TEXT for a single answer")
     if session is not None:
@@ -194,6 +197,7 @@ def generate(
 
     No chat template is used. The text itself is not repeated.
     """
+    console.require_stdout()
     structure = read_structure(json_schema, regex, choice, grammar)
     options = _options(
         greedy,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from normistral.errors import UsageError
 from normistral.runtime.tokenizer import Tokenizer
+from normistral.text_input import read_text_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +37,7 @@ def read_text(path: Path) -> str:
     Raises:
         UsageError: it cannot be read, is empty or not UTF-8.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as exc:
-        raise UsageError(f"cannot read {path}: {exc.strerror}", "give --text the path of a text file") from exc
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        raise UsageError(
-            f"{path} is not UTF-8: byte 0x{raw[exc.start]:02x} at position {exc.start}",
-            "convert it, such as with: iconv -f latin1 -t utf-8",
-        ) from exc
+    text = read_text_file(path, "give --text the path of a text file")
     if not text.strip():
         raise UsageError(f"{path} is empty", "give --text a file with some text")
     return text

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from normistral.export.fields import read_token_ids
 from normistral.export.gguf import convert_gguf
 from normistral.export.locate import Located
 from normistral.export.progress import Progress
+from normistral.export.sampling_defaults import read_sampling_defaults
 from normistral.export.tensor import Dtype, Tensor
 from normistral.export.vocabulary import TOKENIZER_FILES, Vocabulary, convert_sentencepiece, read_vocabulary
 from normistral.export.weights import (
@@ -38,13 +38,6 @@ from normistral.manifest import Architecture, ReasoningMarkers, SamplingDefaults
 from normistral.presets import Preset, Role
 
 _AGAIN = "download or copy the checkpoint again"
-# Bounds of the authors' sampling settings: those of GenerationConfig (runtime/options.py).
-_SAMPLING_RANGES = {
-    "temperature": (0.0, 100.0),
-    "top_p": (1e-6, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +150,7 @@ def _open_folder(
         if template is not None:
             file = None if chat_template is None else chat_template.name
             try_template(template, view, vocabulary.reasoning, file)
-        sampling = _sampling_defaults(generation)
+        sampling = read_sampling_defaults(generation, found.append)
         _write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
         weights, _ = weight_files(folder)
         source, unhashed = _origin(located, folder, weights)
@@ -315,42 +308,6 @@ def _choose_template(
         pad_token=specials.get("pad_token"),
         unk_token=specials.get("unk_token"),
     )
-
-
-def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
-    """The authors' settings of generation_config.json.
-
-    They count when it says "do_sample": true, or "sample": true as NorMistral's does; transformers knows only the
-    first, and then takes 1.0 and 50 for a temperature and a top_k that are not given. Otherwise decoding is greedy.
-    """
-    values: dict[str, Any] = {"max_new_tokens": _whole(generation, "max_new_tokens", 1)}
-    if generation.get("do_sample") is True or generation.get("sample") is True:
-        values["top_k"] = 50 if (top_k := _whole(generation, "top_k", 0)) is None else top_k
-        for name, (low, high) in _SAMPLING_RANGES.items():
-            value = generation.get(name)
-            if value is not None and (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not math.isfinite(value)
-                or not low <= value <= high
-            ):
-                raise CheckpointError(
-                    f"generation_config.json: {name} is {ascii(value)[:60]}, not a number from {low:g} to {high:g}",
-                    "correct generation_config.json",
-                )
-            values[name] = None if value is None else float(value)
-        values["temperature"] = 1.0 if values["temperature"] is None else values["temperature"]
-    return SamplingDefaults(**values)
-
-
-def _whole(generation: dict[str, Any], name: str, low: int) -> int | None:
-    value = generation.get(name)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31):
-        raise CheckpointError(
-            f"generation_config.json: {name} must be a whole number of at least {low}, not {ascii(value)[:60]}",
-            "correct generation_config.json",
-        )
-    return value
 
 
 def _generation_config(

@@ -59,7 +59,10 @@ class GenerationConfig:
     structure: Structure | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a value out of range."""
+        """Raises UsageError for a value out of range; -1 for `seed` and `top_k` becomes what it stands for."""
+        for name, neutral in (("seed", None), ("top_k", 0)):
+            if _is_minus_one(getattr(self, name)):
+                object.__setattr__(self, name, neutral)  # frozen for everybody else
         _require_int("max_new_tokens", self.max_new_tokens, 1, 2**31)
         _require_number("temperature", self.temperature, 0.0, 100.0)
         _require_int("top_k", self.top_k, 0, 2**31)
@@ -123,6 +126,10 @@ def require_applicable(config: GenerationConfig, manifest: Manifest, name: str) 
         raise UsageError(
             f"max_reasoning_tokens means nothing here: {name} is no model that marks its reasoning", "leave it out"
         )
+
+
+def _is_minus_one(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value == -1
 
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:

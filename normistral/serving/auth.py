@@ -12,11 +12,13 @@ from pathlib import Path
 
 from normistral.errors import UsageError
 from normistral.serving.errors import ApiError
+from normistral.text_input import read_text_file
 
 logger = logging.getLogger(__name__)
 
 KEYS_VARIABLE = "NORMISTRAL_API_KEYS"
 ANONYMOUS = "anonymous"  # the one tenant of a server without keys
+_KEY_FILE = "it is a text file with a key on each line"
 _SHORTEST = 16  # characters; what `openssl rand -hex 8` gives
 
 
@@ -96,9 +98,9 @@ def read_keys(file: Path | None, environ: Mapping[str, str] = os.environ) -> Key
 def _read_lines(file: Path) -> list[str]:
     try:
         mode = file.stat().st_mode
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise UsageError(f"cannot read the keys in {file}", "it is a text file with a key on each line") from exc
+    except OSError as exc:
+        raise UsageError(f"cannot read the keys in {file}: {exc.strerror}", _KEY_FILE) from exc
+    lines = read_text_file(file, _KEY_FILE).splitlines()
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         logger.warning("%s can be read by others: chmod 600 it", file)
     return lines

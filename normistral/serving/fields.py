@@ -108,13 +108,13 @@ class CommonRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: StopTexts = None
-    seed: int | None = Field(None, ge=0, le=2**63)
+    seed: int | None = Field(None, ge=-1, le=2**63, description="-1 is as good as none.")
     temperature: float | None = Field(None, ge=0, le=100, description="Default: the model's authors'.")
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     response_format: ResponseFormat | None = None
     # Extensions
-    top_k: int | None = Field(None, ge=0, le=2**31, description="Extension: 0 is all tokens.")
+    top_k: int | None = Field(None, ge=-1, le=2**31, description="Extension: 0 and -1 are all tokens.")
     min_p: float | None = Field(None, ge=0, le=1, description="Extension.")
     repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Extension.")
     max_reasoning_tokens: int | None = Field(

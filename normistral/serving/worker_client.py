@@ -147,7 +147,9 @@ class WorkerClient:
                     self.failure = error
                 logger.error("%s could not be loaded: %s", self.name, error.message)
             case _:
-                self._deliver(frame.job_id, frame.chunk or (frame.failure and frame.failure.as_error()))
+                self._deliver(
+                    frame.job_id, frame.chunk or (None if frame.failure is None else frame.failure.as_error())
+                )
 
     def _deliver(self, job_id: str, outcome: Outcome | None) -> None:
         deliver = self._jobs.get(job_id)

@@ -5,6 +5,7 @@ It knows nothing of models; and nothing heavy, so that errors and the help come 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -12,12 +13,16 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from normistral.errors import NormistralError, UsageError
+from normistral.text_input import BOM, decode_text
 
 DIM, RED, YELLOW, CYAN = "2", "1;31", "33", "36"  # SGR parameters (ECMA-48, 8.3.117)
 
+NO_STDOUT = "stdout is closed: there is nowhere to write the result"
+STDOUT_HINT = "send it somewhere, such as > FILE, or > /dev/null"
 _DEFAULT_HINT = "normistral --help, or --help after a command, says what is possible"
 _PICTURES = (
     {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}  # the block Control Pictures: ESC is ␛
@@ -32,6 +37,61 @@ def use_utf8() -> None:
         reconfigure = getattr(stream, "reconfigure", None)  # a stream may be replaced by something simpler
         if reconfigure is not None:
             reconfigure(encoding="utf-8", errors=errors)
+
+
+def reopen_closed_streams() -> None:
+    """Put something behind file descriptors 0 to 2 that the caller closed (`>&-`), or the next files opened get them.
+
+    stdin stays None. Writing to stdout fails as it does on a closed descriptor; what goes to stderr is dropped.
+    """
+    for number, stream, flags in (
+        (0, sys.stdin, os.O_RDONLY),
+        (1, sys.stdout, os.O_RDONLY),
+        (2, sys.stderr, os.O_WRONLY),
+    ):
+        if stream is None and not _is_open(number):
+            opened = os.open(os.devnull, flags)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def require_stdout() -> None:
+    """Refuse a closed stdout before long work whose result goes there.
+
+    Raises:
+        NormistralError: it is closed.
+    """
+    if not is_writable(sys.stdout):
+        raise NormistralError(NO_STDOUT, STDOUT_HINT)
+
+
+def is_writable(stream: TextIO) -> bool:
+    """Whether an empty write gets through; a stream without a descriptor takes everything."""
+    try:
+        os.write(stream.fileno(), b"")
+    except (OSError, ValueError) as exc:
+        return isinstance(exc, ValueError) or exc.errno != errno.EBADF
+    return True
+
+
+def drop_stdout() -> None:
+    """Let what is still to be written go nowhere, or the interpreter complains when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -57,18 +117,26 @@ def one_line(text: str) -> str:
 
 def say(text: str) -> None:
     """A line about what is going on, on stderr."""
-    print(colour(one_line(text), DIM, sys.stderr), file=sys.stderr, flush=True)
+    print_diagnostic(colour(one_line(text), DIM, sys.stderr))
 
 
 def warn(text: str) -> None:
     """One `warning:` line on stderr."""
-    print(colour("warning:", YELLOW, sys.stderr), one_line(text), file=sys.stderr, flush=True)
+    print_diagnostic(f"{colour('warning:', YELLOW, sys.stderr)} {one_line(text)}")
 
 
 def print_error(message: str, hint: str) -> None:
     """One `error:` line and one `hint:` line on stderr."""
-    print(colour("error:", RED, sys.stderr), one_line(message) or "unknown", file=sys.stderr)
-    print(colour("hint:", CYAN, sys.stderr), one_line(hint) or _DEFAULT_HINT, file=sys.stderr, flush=True)
+    print_diagnostic(
+        f"{colour('error:', RED, sys.stderr)} {one_line(message) or 'unknown'}\n"
+        f"{colour('hint:', CYAN, sys.stderr)} {one_line(hint) or _DEFAULT_HINT}"
+    )
+
+
+def print_diagnostic(line: str) -> None:
+    """Write a line to stderr. A full disk or a reader that left there is no reason to stop the work."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def show_error(error: NormistralError) -> None:
@@ -114,39 +182,33 @@ class AnswerWriter:
 
 
 def read_piped_prompt() -> str | None:
-    """What is piped into stdin, without the line end that `echo` adds; None if stdin is a terminal or closed.
+    """What is piped into stdin, without `echo`'s line end; None if stdin is a terminal or closed.
 
     Raises:
         UsageError: it is not UTF-8.
     """
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         return None
-    raw = sys.stdin.buffer.read()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        raise UsageError(
-            f"the input is not UTF-8: byte 0x{raw[exc.start]:02x} at position {exc.start}",
-            "convert it, such as with: iconv -f latin1 -t utf-8",
-        ) from exc
+    text = decode_text(sys.stdin.buffer.read(), "the input")
     return text.removesuffix("\n").removesuffix("\r")
 
 
 def decode_argument(text: str) -> str:
     """A text from the command line, which Python decoded as the locale says, as the UTF-8 that was typed.
 
+    A byte order mark at its start is left out: "$(cat FILE)" brings it along.
+
     Raises:
         UsageError: it is not UTF-8.
     """
     try:
         text.encode("utf-8")  # no bytes were left over: the locale's decoding holds
-        return text
     except UnicodeEncodeError:
-        pass
-    try:
-        return os.fsencode(text).decode("utf-8")
-    except UnicodeError as exc:
-        raise UsageError(f"{text!r} is not UTF-8 text", "pipe the text in as UTF-8") from exc
+        try:
+            text = os.fsencode(text).decode("utf-8")
+        except UnicodeError as exc:
+            raise UsageError(f"{text!r} is not UTF-8 text", "pipe the text in as UTF-8") from exc
+    return text.removeprefix(BOM)
 
 
 def format_columns(rows: Sequence[Sequence[str]], indent: int = 0) -> str:

@@ -60,7 +60,7 @@ def load_conversation(file: str) -> Conversation:
     """
     path = _path(file, "/load FILE")
     try:
-        document = json.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
+        document = json.loads(read_file(path, _MAX_BYTES).decode("utf-8-sig"))  # an editor may have put a mark there
     except OSError as exc:
         raise NormistralError(f"cannot read {path}: {explain(exc)[0]}", "/load takes a file that /save wrote") from exc
     except (ValueError, RecursionError) as exc:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from normistral.export.progress import Progress, Stage, Uncounted
-from normistral.terminal.console import colour, is_terminal, one_line
+from normistral.terminal.console import colour, is_terminal, one_line, print_diagnostic
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -50,15 +50,15 @@ class PlainProgress:
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Stage]:
         """Announce the stage; a log has no use for more."""
         size = f" ({_amount(total, unit)})" if total else ""
-        print(one_line(title + size), file=sys.stderr, flush=True)
+        print_diagnostic(one_line(title + size))
         started = time.perf_counter()
         yield Uncounted()
         if (took := time.perf_counter() - started) >= _WORTH_TELLING_S:
-            print(f"  done in {took:.1f} s", file=sys.stderr, flush=True)
+            print_diagnostic(f"  done in {took:.1f} s")
 
     def note(self, text: str) -> None:
         """Print it."""
-        print(f"  {one_line(text)}", file=sys.stderr, flush=True)
+        print_diagnostic(f"  {one_line(text)}")
 
 
 class BarProgress:

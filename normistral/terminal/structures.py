@@ -9,6 +9,7 @@ from normistral.runtime.chunks import Completion
 from normistral.runtime.structured.structure import MOST_BYTES, Structure
 from normistral.terminal.answers import WHY_IT_ENDED
 from normistral.terminal.console import decode_argument
+from normistral.text_input import decode_text
 
 
 def read_structure(
@@ -59,8 +60,6 @@ def _read(option: str, path: Path) -> str:
     try:
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)  # one more than may be, so that too much is noticed
-        return raw.decode("utf-8-sig")
     except OSError as exc:
         raise UsageError(f"cannot read {option} {path}: {exc.strerror}", "give a file that is there") from exc
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"{option} {path} is not UTF-8 at byte {exc.start}", "save it as UTF-8") from exc
+    return decode_text(raw, f"{option} {path}")
