@@ -26,15 +26,22 @@ class LoopbackHub:
         status: HTTP status for every request to the repository, with the hub's error code; None is the normal answer.
         cut: close the connection after this many bytes of a body, this many times; by file name.
         swapped: bytes that are sent instead of a file's own.
+        headers: of every answer about a file, over the right ones; a lie.
+        listed: fields of a file's entry in the listing, over the right ones, by file name; a lie.
+        redirect: where every request for a file is sent instead.
         requests: "METHOD path range" of everything that was asked.
     """
 
     repository: str
     files: dict[str, bytes]
     revisions: tuple[str, ...] = ("main", COMMIT)
+    commit: str = COMMIT
     status: tuple[int, str] | None = None
     cut: dict[str, list[int]] = field(default_factory=dict)
     swapped: dict[str, bytes] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    listed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    redirect: str | None = None
     requests: list[str] = field(default_factory=list)
     endpoint: str = ""
 
@@ -103,11 +110,17 @@ class _Handler(BaseHTTPRequestHandler):
             entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             if len(data) >= LARGE_BYTES:
                 entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-            siblings.append(entry)
-        return {"id": self.hub.repository, "modelId": self.hub.repository, "sha": COMMIT, "siblings": siblings}
+            siblings.append(entry | self.hub.listed.get(name, {}))
+        siblings += [
+            {"rfilename": name} | entry for name, entry in self.hub.listed.items() if name not in self.hub.files
+        ]
+        return {"id": self.hub.repository, "modelId": self.hub.repository, "sha": self.hub.commit, "siblings": siblings}
 
     def _send_file(self, name: str, body: bool) -> None:
         data = self.hub.files[name]
+        if self.hub.redirect is not None:
+            self._send(302, b"", {"Location": self.hub.redirect, "ETag": f'"{etag_of(data)}"'}, body)
+            return
         etag = f'"{etag_of(data)}"'
         headers = {"X-Repo-Commit": COMMIT, "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": str(len(data))}
         if len(data) >= LARGE_BYTES:  # the offer to use Xet instead, which leads nowhere here
@@ -119,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             status = 206
             headers["Content-Range"] = f"bytes {start[1]}-{len(sent) - 1}/{len(sent)}"
             sent = sent[int(start[1]) :]
-        self._send(status, sent, headers, body, self.hub.cut.get(name) if body else None)
+        self._send(status, sent, headers | self.hub.headers, body, self.hub.cut.get(name) if body else None)
 
     def _send(
         self, status: int, data: bytes, headers: dict[str, str], body: bool, cut: list[int] | None = None

@@ -25,6 +25,7 @@ from normistral.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
+from normistral.export import hub as hub_module
 from normistral.export import locate as locate_module
 from normistral.export.checkpoint import hash_sources, open_checkpoint
 from normistral.export.hub import Snapshot, download
@@ -49,7 +50,7 @@ def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackH
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what it has not filled is lost when a line breaks
+    monkeypatch.setattr(hub_module, "_BLOCK_BYTES", 10_000)  # what has not filled one is lost when a line breaks
     reset_sessions()
     with serve(checkpoint) as running:
         yield running
@@ -140,7 +141,7 @@ def test_interrupted_download_is_resumed_by_the_next_run(
     partial.parent.mkdir(parents=True)
     partial.write_bytes(hub.files[SHARD][:12_345])
     with monkeypatch.context() as patched:
-        patched.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(hub_module._Transport, "_receive_from", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fetch(hub, tmp_path / "cache")
     assert partial.stat().st_size == 12_345
@@ -264,7 +265,7 @@ def test_disk_that_fills_up(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytes
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    monkeypatch.setattr(hub_module._Transport, "_receive_from", full)
     assert "the disk filled up" in refusal(hub, tmp_path / "cache", ResourceError).message
 
 

@@ -1,36 +1,37 @@
 """Download a checkpoint from the Hugging Face hub, pinned to one commit, every file checked.
 
-huggingface_hub is the transport (its cache, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as users know them).
-It compares sizes only; here every file is also hashed and compared with what the hub says of it: the SHA-256 of a
-large file, the git blob id of a small one. A file with wrong bytes is deleted. What a broken connection or Ctrl-C
-leaves behind is picked up by the next run.
+huggingface_hub says what there is, and who may have it; its cache, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE
+work as users know them. The bytes are fetched here: its own download takes names of files from the server's headers, so
+that a lying server writes where it likes. No more bytes are taken than the file has, and every file is hashed and
+compared with what the hub says of it: the SHA-256 of a large file, the git blob id of a small one. A file with wrong
+bytes is deleted. What a broken connection or Ctrl-C leaves behind is picked up by the next run.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from normistral.errors import CheckpointError, DownloadError, ModelNotFoundError, ResourceError, UsageError
+from normistral.export.hub_cache import RepositoryCache, is_commit, is_hash, is_plain_name
 from normistral.export.progress import Progress, Stage
 from normistral.export.weights import weight_files
-from normistral.manifest import sha256_file
+from normistral.files import explain, open_file
 from normistral.quiet import silence_telemetry
 
 _ATTEMPTS = 5  # connections in a row that may break without a single new byte
-_POLL_S = 0.2
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_BLOCK_BYTES = 2**18
+_CONNECT_S, _SILENCE_S = 30, 60
+_MOST_BYTES = 2**50  # of one file; what says more is lying
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
-_SMALL = re.compile(r"[^/\\]+\.(json|jinja)|tokenizer\.model")
+_SMALL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,190}\.(json|jinja)|tokenizer\.model")
 _WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)")
 
 
@@ -45,7 +46,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class _RemoteFile:
-    """What the hub says of one file; `etag` is its name among the cache's blobs."""
+    """What the hub says of one file, checked: a plain name, bytes, and the hash that is its name among the blobs."""
 
     name: str
     size: int
@@ -80,16 +81,15 @@ def download(
 
     cache = Path(constants.HF_HUB_CACHE) if cache is None else cache
     transport = _Transport(repository, revision or "main", endpoint, cache)
-    with _plain_transport():
-        try:
-            commit, files = transport.list_files()
-        except _UnreachableError as exc:
-            return _open_cached(transport, before_weights, progress, exc)
-        small = [file for file in files if _SMALL.fullmatch(file.name)]
-        hashes = transport.fetch(small, commit, "Downloading configuration", progress)
-        folder = transport.folder(commit)
-        before_weights(folder)
-        hashes |= transport.fetch(_choose_weights(folder, files, repository), commit, "Downloading weights", progress)
+    try:
+        commit, files = transport.list_files()
+    except _UnreachableError as exc:
+        return _open_cached(transport, before_weights, progress, exc)
+    small = [file for file in files if _SMALL.fullmatch(file.name)]
+    hashes = transport.fetch(small, commit, "Downloading configuration", progress)
+    folder = transport.files.folder(commit)
+    before_weights(folder)
+    hashes |= transport.fetch(_choose_weights(folder, files, repository), commit, "Downloading weights", progress)
     transport.remember(commit)
     return Snapshot(folder, commit, hashes)
 
@@ -98,15 +98,16 @@ class _UnreachableError(Exception):
     """No answer from the hub; the cache may still help. Carries the reason in one line."""
 
 
+class _ConnectionBrokenError(Exception):
+    """A connection ended before all bytes came; the next may bring the rest."""
+
+
 class _Transport:
-    """huggingface_hub's calls for one repository, with its errors translated."""
+    """What is asked of the hub about one repository, with errors translated."""
 
     def __init__(self, repository: str, revision: str, endpoint: str | None, cache: Path) -> None:
         self.repository, self.revision, self.endpoint, self.cache = repository, revision, endpoint, cache
-        self.storage = cache / ("models--" + repository.replace("/", "--"))
-
-    def folder(self, commit: str) -> Path:
-        return self.storage / "snapshots" / commit
+        self.files = RepositoryCache(cache, repository)
 
     def list_files(self) -> tuple[str, list[_RemoteFile]]:
         """The commit that the revision stands for, and the files of its top folder."""
@@ -125,102 +126,130 @@ class _Transport:
         except Exception as exc:
             self._translate(exc)
         commit = info.sha
-        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        if not isinstance(commit, str) or not is_commit(commit):
             raise DownloadError(f"{self._host()} gave no commit for {self.repository}", "check HF_ENDPOINT")
-        files = []
-        for file in info.siblings or []:
+        return commit, self._read_listing(info.siblings or [])
+
+    def _read_listing(self, siblings: list[Any]) -> list[_RemoteFile]:
+        """The files that may be wanted; of others nothing is believed or refused."""
+        files: dict[str, _RemoteFile] = {}
+        for file in siblings:
+            name, size = file.rfilename, file.size
+            if not is_plain_name(name) or not (_SMALL.fullmatch(name) or _WEIGHTS.fullmatch(name)):
+                continue
             etag = file.lfs.sha256 if file.lfs is not None else file.blob_id
-            if "/" not in file.rfilename and "\\" not in file.rfilename and file.size is not None and etag:
-                files.append(_RemoteFile(file.rfilename, file.size, etag))
-        return commit, files
+            if not is_hash(etag) or type(size) is not int or not 0 <= size <= _MOST_BYTES:
+                raise self._lie(f"gives no hash or size of {name} that can be")
+            if files.setdefault(name.lower(), _RemoteFile(name, size, etag)).etag != etag:
+                raise self._lie(f"lists {name} twice, perhaps in another case")
+        return list(files.values())
 
     def fetch(self, files: list[_RemoteFile], commit: str, title: str, progress: Progress) -> dict[str, str]:
         """Download what is not in the cache, check everything, and return the SHA-256 by name."""
-        folder = self.folder(commit)
-        missing = [file for file in files if not (folder / file.name).exists()]
+        self._make_cache(commit)
+        missing = [file for file in files if not self.files.has(commit, file.name)]
         self._require_disk(missing)
         with progress.stage(title, sum(file.size for file in missing), "bytes") as stage:
             for file in missing:
-                with self._watched(file, stage):
-                    self._fetch_one(file, commit)
+                self._fetch_one(file, commit, stage)
         hashes = {}
         with progress.stage("Checking the download", sum(file.size for file in files), "bytes") as stage:
             for file in files:
-                hashes[file.name] = verify(folder / file.name, file.etag, file.size, stage.advance)
+                place = self.files.folder(commit) / file.name
+                hashes[file.name] = self.files.verify(place, file.etag, file.size, stage.advance)
         return hashes
 
     def remember(self, commit: str) -> None:
-        """Note in the cache which commit the branch or tag stood for, so that it is found without the hub."""
+        """Note in the cache which commit the branch or tag stood for."""
         if self.revision != commit:
-            reference = self.storage / "refs" / self.revision
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            reference.write_text(commit)
+            with suppress(OSError):  # the files are there; only the name is not found without the hub
+                self.files.remember(self.revision, commit)
 
-    def cached_commit(self) -> str | None:
-        """The commit that the cache knows for the revision."""
-        if _COMMIT.fullmatch(self.revision):
-            return self.revision
+    def _fetch_one(self, file: _RemoteFile, commit: str, stage: Stage) -> None:
+        from huggingface_hub.utils import WeakFileLock
+
+        blob, partial = self.files.blob(file.etag), self.files.partial(file.etag)
         try:
-            commit = (self.storage / "refs" / self.revision).read_text().strip()
-        except OSError:
-            return None
-        return commit if _COMMIT.fullmatch(commit) else None
+            with WeakFileLock(self.files.lock(file.etag)):
+                if _size(blob) != file.size:
+                    blob.unlink(missing_ok=True)
+                    with os.fdopen(open_file(partial, os.O_RDWR | os.O_CREAT, 0o666, follow=False), "r+b") as stream:
+                        self._receive(file, commit, stream, stage)
+                    partial.rename(blob)
+                else:
+                    stage.advance(file.size)
+                self.files.add(commit, file.name, file.etag)
+        except OSError as exc:  # of the disk; of the connection it is translated already
+            self._translate(exc, file)
 
-    def _fetch_one(self, file: _RemoteFile, commit: str) -> None:
-        import requests
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+    def _receive(self, file: _RemoteFile, commit: str, stream: BinaryIO, stage: Stage) -> None:
+        """Append what is missing of a file, over as many connections as it takes."""
+        failures = reached = 0
 
-        partial = self._partial(file)
-        failures = 0
+        def report(position: int) -> None:
+            nonlocal reached
+            stage.advance(max(0, position - reached))
+            reached = max(reached, position)
+
         while True:
-            before = _size(partial)
-            try:
-                hf_hub_download(
-                    self.repository, file.name, revision=commit, endpoint=self.endpoint, cache_dir=self.cache
-                )
+            start = stream.seek(0, os.SEEK_END)
+            if start > file.size:  # it can never become right
+                start = stream.truncate(0)
+            report(start)
+            if start == file.size:
                 return
-            except (requests.RequestException, LocalEntryNotFoundError, OSError) as exc:
-                if _size(partial) > file.size:  # it can never become right
-                    partial.unlink(missing_ok=True)
-                failures = 1 if _size(partial) > before else failures + 1
-                if not _is_transient(exc) or failures >= _ATTEMPTS:
-                    self._translate(exc, file)
-            except Exception as exc:
-                self._translate(exc, file)
+            try:
+                self._receive_from(start, file, commit, stream, report)
+                failures = 0
+            except _ConnectionBrokenError as exc:
+                failures = 1 if stream.tell() > start else failures + 1
+                if failures >= _ATTEMPTS:
+                    stream.flush()
+                    self._translate(exc.__cause__ if isinstance(exc.__cause__, Exception) else exc, file)
+            finally:
+                stream.flush()
 
-    def _partial(self, file: _RemoteFile) -> Path:
-        return self.storage / "blobs" / f"{file.etag}.incomplete"
+    def _receive_from(
+        self, start: int, file: _RemoteFile, commit: str, stream: BinaryIO, report: Callable[[int], None]
+    ) -> None:
+        """One request; ends with the answer, or with as many bytes as the file has."""
+        import requests
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    @contextmanager
-    def _watched(self, file: _RemoteFile, stage: Stage) -> Iterator[None]:
-        """Report the growth of the partial file: huggingface_hub offers no callback for bytes."""
-        done, ended = 0, threading.Event()
-
-        def report(size: int) -> None:
-            nonlocal done
-            stage.advance(max(0, size - done))
-            done = max(done, size)
-
-        def poll() -> None:
-            while not ended.wait(_POLL_S):
-                report(_size(self._partial(file)))
-
-        thread = threading.Thread(target=poll, daemon=True)
-        thread.start()
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        url = hf_hub_url(self.repository, file.name, revision=commit, endpoint=self.endpoint)
+        broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
         try:
-            yield
-        except BaseException:
-            ended.set()
-            thread.join()
-            raise
-        ended.set()
-        thread.join()
-        report(file.size)
+            with get_session().get(url, headers=headers, stream=True, timeout=(_CONNECT_S, _SILENCE_S)) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(
+                    f"bytes {start}-"
+                ):
+                    start = stream.seek(stream.truncate(0))  # it sends the whole file
+                left = file.size - start
+                for block in response.iter_content(_BLOCK_BYTES):
+                    stream.write(block[:left])
+                    left -= len(block)
+                    if left < 0:
+                        raise self._lie(f"sends more bytes of {file.name} than it has")
+                    report(file.size - left)
+                if left > 0:
+                    raise _ConnectionBrokenError from requests.ConnectionError()
+        except broken as exc:
+            raise _ConnectionBrokenError from exc
+        except requests.RequestException as exc:
+            self._translate(exc, file)
+        except ValueError as exc:  # from the depths of requests: an address that is none
+            raise self._lie(f"redirects {file.name} to no address") from exc
+
+    def _lie(self, what: str) -> DownloadError:
+        return DownloadError(f"{self._host()} {what}", "check HF_ENDPOINT: what answers there is not as the hub is")
 
     def _require_disk(self, missing: list[_RemoteFile]) -> None:
-        needed = sum(file.size - min(file.size, _size(self._partial(file))) for file in missing)
-        self._make_cache()
+        needed = sum(file.size - min(file.size, _size(self.files.partial(file.etag))) for file in missing)
         free = shutil.disk_usage(self.cache).free
         if needed > free:
             raise ResourceError(
@@ -229,12 +258,12 @@ class _Transport:
                 "free some space, or point HF_HOME at a larger disk",
             )
 
-    def _make_cache(self) -> None:
+    def _make_cache(self, commit: str) -> None:
         try:
-            self.cache.mkdir(parents=True, exist_ok=True)
+            self.files.make(commit)
         except OSError as exc:
             raise DownloadError(
-                f"cannot write to the cache {self.cache}: {exc.strerror}", "point HF_HOME at a folder you can write"
+                f"cannot write to the cache {self.cache}: {explain(exc)[0]}", "point HF_HOME at a folder you can write"
             ) from exc
 
     def _host(self) -> str:
@@ -244,6 +273,7 @@ class _Transport:
 
     def _translate(self, exc: Exception, file: _RemoteFile | None = None) -> NoReturn:
         """Raise the error of ours that says what to do about one of huggingface_hub's."""
+        import requests
         from huggingface_hub import errors
 
         if isinstance(exc, errors.LocalEntryNotFoundError) and isinstance(exc.__cause__, Exception):
@@ -277,43 +307,17 @@ class _Transport:
                 f"the disk filled up while downloading {what} to {self.cache}",
                 "free some space and run the same command again: it continues",
             ) from exc
-        if isinstance(exc, PermissionError):
+        if isinstance(exc, requests.exceptions.InvalidSchema | requests.exceptions.InvalidURL):
+            raise self._lie(f"redirects {what} to where nothing can be fetched") from exc
+        if isinstance(exc, OSError) and exc.errno and not isinstance(exc, requests.RequestException):
             raise DownloadError(
-                f"cannot write to the cache {self.cache}: {exc.strerror}", "point HF_HOME at a folder you can write"
+                f"cannot write to the cache {self.cache}: {explain(exc)[0]}", "point HF_HOME at a folder you can write"
             ) from exc
-        done = "" if file is None else f" after {_size(self._partial(file))} of {file.size} bytes"
+        done = "" if file is None else f" after {_size(self.files.partial(file.etag))} of {file.size} bytes"
         raise DownloadError(
             f"the download of {what} broke off{done} ({type(exc).__name__})",
             "check the connection and run the same command again: it continues",
         ) from exc
-
-
-def verify(path: Path, etag: str, size: int | None, on_bytes: Callable[[int], None]) -> str:
-    """Hash a file of the cache and compare it with its etag: 64 hex digits are a SHA-256, 40 a git blob id.
-
-    Returns:
-        its SHA-256.
-
-    Raises:
-        DownloadError: size or bytes are wrong; the file is deleted, so that the next run fetches it again.
-    """
-    actual = path.stat().st_size
-    if size is not None and actual != size:
-        _discard(path)
-        raise DownloadError(f"{path.name} has {actual} bytes instead of {size}; it was deleted", _FETCH_AGAIN)
-    sha256 = sha256_file(path, on_bytes)
-    found = sha256 if len(etag) == 64 else _git_blob_id(path) if len(etag) == 40 else etag
-    if found != etag:
-        _discard(path)
-        raise DownloadError(
-            f"{path.name} has the right size but wrong bytes (hash {found[:12]}…, the hub says {etag[:12]}…); "
-            "it was deleted",
-            _FETCH_AGAIN,
-        )
-    return sha256
-
-
-_FETCH_AGAIN = "run the same command again to fetch it anew; if it stays wrong, a proxy in between changes files"
 
 
 def _open_cached(
@@ -321,8 +325,8 @@ def _open_cached(
 ) -> Snapshot:
     """The copy in the cache, when the hub cannot be reached and the copy is whole."""
     hint = "connect to the internet once, or give a local folder; without HF_HUB_OFFLINE the hub is asked"
-    commit = transport.cached_commit()
-    folder = None if commit is None else transport.folder(commit)
+    commit = transport.files.recall(transport.revision)
+    folder = None if commit is None else transport.files.folder(commit)
     if commit is None or folder is None or not (folder / "config.json").exists():
         raise DownloadError(f"{transport.repository} is not in the cache, and {reason}", hint) from reason
     before_weights(folder)
@@ -338,10 +342,10 @@ def _open_cached(
     progress.note(f"{reason}: using the cached copy of {transport.repository} at commit {commit[:12]}")
     names = [path.name for path in folder.iterdir() if _SMALL.fullmatch(path.name) and path.exists()] + weights
     total = sum((folder / name).stat().st_size for name in names)
+    cached, hashes = transport.files, {}
     with progress.stage("Checking the cached copy", total, "bytes") as stage:
-        hashes = {
-            name: verify(folder / name, (folder / name).resolve().name, None, stage.advance) for name in sorted(names)
-        }
+        for name in sorted(names):
+            hashes[name] = cached.verify(folder / name, cached.recorded_hash(folder / name), None, stage.advance)
     return Snapshot(folder, commit, hashes)
 
 
@@ -369,49 +373,6 @@ def _choose_weights(folder: Path, files: list[_RemoteFile], repository: str) -> 
 def _require_revision(revision: str | None) -> None:
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise UsageError(f"{revision!r} is no revision", "give a branch, a tag or a commit")
-
-
-@contextmanager
-def _plain_transport() -> Iterator[None]:
-    """huggingface_hub without its progress bars (progress goes through ours) and without Xet.
-
-    Xet's transfers cannot be resumed from a partial file, and leave a cache and logs of their own in HF_HOME; plain
-    HTTP does both right. HF_HUB_DISABLE_XET=0 in the environment turns it on again.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    bars = "huggingface_hub.http_get"
-    had_bars, had_xet_off = not are_progress_bars_disabled(bars), constants.HF_HUB_DISABLE_XET
-    disable_progress_bars(bars)
-    if "HF_HUB_DISABLE_XET" not in os.environ:
-        constants.HF_HUB_DISABLE_XET = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = had_xet_off
-        if had_bars:
-            enable_progress_bars(bars)
-
-
-def _is_transient(exc: Exception) -> bool:
-    """Whether the connection broke, so that the same request may go on where it stopped."""
-    import requests
-
-    cause = exc.__cause__ if exc.__cause__ is not None else exc
-    kinds = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-    return isinstance(cause, kinds) or "Consistency check failed" in str(exc)
-
-
-def _git_blob_id(path: Path) -> str:
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def _discard(path: Path) -> None:
-    """Delete a cached file: the blob that the link points to, and the link."""
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
