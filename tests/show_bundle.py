@@ -66,8 +66,8 @@ ip -brief address 2>/dev/null || cat /proc/net/dev | tail -n +3
 {python} -c 'import socket; socket.create_connection(("192.0.2.1", 443), 3)' 2>&1 | tail -n 1
 ssh-keygen -Y verify -f allowed_signers -I release@example.no -n normistral-bundle -s {file.name}.sig < {file.name}
 tar -C $HOME -xf {file.name} install.py
-{python} $HOME/install.py {file.name} --signers allowed_signers
-{python} $HOME/install.py {file.name} --signers allowed_signers
+{python} -I $HOME/install.py {file.name} --signers allowed_signers
+{python} -I $HOME/install.py {file.name} --signers allowed_signers
 du -sh $HOME/.local/share/normistral/artifacts $HOME/.local/share/normistral/runtimes
 $HOME/.local/share/normistral/bin/normistral chat {file.stem} --prompt {shlex.quote(QUESTION)}
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from bundle_files import FAKE_NORMISTRAL, write_small_artifact, write_wheel, write_wheels
+from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
 import normistral
 from normistral.bundling import bundle as bundling
@@ -338,7 +339,7 @@ def bundle(signed_bundle):
 
 def test_a_runtime_that_does_not_work_leaves_nothing(bundle, tmp_path, monkeypatch):
     def make_broken_runtime(bundle, runtime):
-        (runtime / "bin").mkdir(parents=True)
+        (runtime / "bin").mkdir()
         (runtime / "bin" / "normistral").write_text("#!/bin/sh\necho 'error: no such engine' >&2\nexit 1\n")
         (runtime / "bin" / "normistral").chmod(0o755)
 
@@ -371,7 +372,7 @@ def test_interrupts_leave_the_place_as_it_was(bundle, tmp_path, monkeypatch):
         target.mkdir()
         raise KeyboardInterrupt
 
-    fast = {"_make_runtime": lambda bundle, runtime: runtime.mkdir(), "_run": lambda *arguments: None}
+    fast = {"_make_runtime": lambda *arguments: None, "_run": lambda *arguments: None}
     steps = {"_unpack": interrupt_unpacking, "_make_runtime": interrupt, "_run": interrupt, "_write_command": interrupt}
     for step, stop in steps.items():
         with monkeypatch.context() as patch:
@@ -418,3 +419,123 @@ def test_a_signature_in_another_spelling_is_refused(signed_bundle, tmp_path):
         (tmp_path / "bundle.tar.sig").write_text(text)
         found = refusal(signed_bundle.read_bytes(), tmp_path, signers=signed_bundle.parent / "signers")
         assert "not a signature" in found
+
+
+# Code and folders of others
+
+
+@pytest.mark.parametrize("options", [[], ["-I"]], ids=["plain", "isolated"])
+def test_nothing_that_lies_beside_the_installer_is_run(signed_bundle, tmp_path, options):
+    """Modules with the names of the standard library, hooks of site, a .pth file: in its folder and the current one."""
+    subprocess.run(["tar", "-xf", signed_bundle, "install.py"], cwd=tmp_path, check=True)
+    ran = tmp_path / "ran"
+    for name in {*sys.stdlib_module_names, "sitecustomize", "usercustomize"} - {"install"}:
+        (tmp_path / f"{name}.py").write_text(f"open({str(ran)!r}, 'a').write('{name} ')\nraise SystemExit(3)\n")
+    (tmp_path / "x.pth").write_text(f"import sys; open({str(ran)!r}, 'a').write('pth ')\n")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONSTARTUP": str(tmp_path / "base64.py")}
+    for arguments in (["--help"], [signed_bundle, "--check", "--signers", signed_bundle.parent / "signers"]):
+        done = subprocess.run(
+            [sys.executable, *options, "install.py", *arguments],
+            cwd=tmp_path,
+            env=environment | ({"PYTHONPATH": str(tmp_path)} if options else {}),
+            capture_output=True,
+            text=True,
+        )
+        assert not ran.exists(), ran.read_text()
+        assert done.returncode == 0, done.stderr
+    assert "signed by utgiver@example.no" in done.stdout
+
+
+def test_an_old_python_is_told_so():
+    """The check comes before anything that an old Python does not know; here it is read, as there is no old one."""
+    text = Path(install.__file__).read_text()
+    head = text[: text.index("import argparse")]
+    assert "from __future__" not in head
+    assert 'sys.exit("error: this needs Python 3.11' in head
+
+
+def crowd(prefix):
+    """What a user may have in PREFIX, and what others plant there."""
+    for name in ("artifacts", "kernels", "runtimes", "bin"):
+        folder = prefix / name
+        (folder / "thesis").mkdir(parents=True)
+        (folder / "thesis" / "chapter").write_text("years of work")
+        (folder / ".installing-mine").mkdir()
+        (folder / ".installing-mine" / "chapter").write_text("years of work")
+        (folder / ".installing-file").write_text("mine")
+        (folder / ".installing-link").symlink_to(folder / "thesis")
+        (folder / "marked by a link").mkdir()
+        (folder / "marked by a link" / install._MARK).symlink_to(folder / "thesis")
+        os.mkfifo(folder / "fifo")
+    (prefix / "runtimes" / "file").write_text("mine")
+
+
+def test_only_what_carries_our_mark_is_deleted(bundle, tmp_path, monkeypatch):
+    prefix = tmp_path / "p"
+    crowd(prefix)
+    half = prefix / "runtimes" / "0.0-half"
+    half.mkdir()
+    (half / install._MARK).touch()
+    before = {name: found for name, found in look(prefix).items() if "0.0-half" not in name}
+    with monkeypatch.context() as patch:
+        patch.setattr(install.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5}))
+        with pytest.raises(InstallError, match="too full"):
+            install.install(bundle, prefix, "liten")
+    assert {name: found for name, found in look(prefix).items() if name != ".install.lock"} == before
+    install.install(bundle, prefix, "liten")
+    after = look(prefix)
+    assert {name: after[name] for name in before} == before
+    assert not [name for name in after.keys() - before.keys() if ".installing" in name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [".install.lock", "bin/normistral", "runtimes/NAME", "artifacts/liten"])
+def test_what_is_in_the_way_is_refused_and_kept(bundle, tmp_path, monkeypatch, name, kind):
+    monkeypatch.setattr(install, "_make_runtime", lambda *arguments: None)
+    monkeypatch.setattr(install, "_run", lambda *arguments: None)
+    name = name.replace("NAME", install._runtime_name(bundle))
+    prefix = tmp_path / "p"
+    (prefix / name).parent.mkdir(parents=True)
+    plant(prefix / name, kind)
+    before = look(prefix)
+    with pytest.raises(InstallError) as refused:
+        install.install(bundle, prefix, "liten")
+    assert refused.value.hint
+    assert {path: found for path, found in look(prefix).items() if path in before} == before
+
+
+@AS_ROOT
+@pytest.mark.parametrize("name", ["", "runtimes", "artifacts", "bin"])
+def test_a_place_that_others_can_exchange_is_refused(bundle, tmp_path, name):
+    place = tmp_path / "p" / name
+    place.mkdir(parents=True)
+    for change in (lambda: os.chown(place, NOBODY, NOBODY), lambda: (os.chown(place, 0, 0), place.chmod(0o777))):
+        change()
+        with pytest.raises(InstallError, match=r"another user|by everybody"):
+            install.install(bundle, tmp_path / "p", "liten")
+    assert not list((tmp_path / "p").rglob(install._WHOLE))
+
+
+@AS_ROOT
+def test_a_runtime_of_somebody_else_is_not_run(bundle, tmp_path):
+    runtime = tmp_path / "p" / "runtimes" / install._runtime_name(bundle)
+    (runtime / "bin").mkdir(parents=True)
+    (runtime / install._WHOLE).touch()
+    (runtime / "bin" / "normistral").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (runtime / "bin" / "normistral").chmod(0o755)
+    os.chown(runtime, NOBODY, NOBODY)
+    with pytest.raises(InstallError, match="no installation made it"):
+        install.install(bundle, tmp_path / "p", "liten")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("bundle_name", ["fifo", "nothing", "."])
+def test_a_bundle_is_a_file(tmp_path, bundle_name):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InstallError, match="no file"):
+        check_bundle(tmp_path / bundle_name)
+
+
+def test_a_prefix_of_no_user_is_refused(bundle):
+    with pytest.raises(InstallError, match="names a user"):
+        install.install(bundle, Path("~nosuchuser/x"), "liten")

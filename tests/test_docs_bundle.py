@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from scripted_cli import TESTS
 
+from normistral.bundling import install
+
 DOCS = TESTS.parent / "docs"
 TEXT = (DOCS / "bundle.md").read_text(encoding="utf-8")
 
@@ -66,3 +68,11 @@ def test_options_that_the_recipes_name_exist(signed_bundle, tmp_path):
     installing = re.findall(r"(?<= )--[a-z0-9-]+", container.partition("install.py")[2].partition("\nFROM")[0])
     assert {"--sha256", "--prefix"} <= set(installing)
     assert all(option in shown for option in installing)
+
+
+def test_every_documented_command_keeps_foreign_modules_out():
+    """Without -I Python would import what lies beside install.py."""
+    places = [*DOCS.glob("*"), DOCS.parent / "README.md", Path(install.__file__)]
+    commands = [line for place in places for line in re.findall(r"python3?\b.*install\.py.*", place.read_text())]
+    assert len(commands) >= 4
+    assert [line for line in commands if not re.match(r"python3? -I ", line)] == []

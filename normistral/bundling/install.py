@@ -1,15 +1,25 @@
 """Installs a bundle of normistral where there is Python, and neither a network nor anything else.
 
-    python3 install.py BUNDLE --signers FILE [--prefix FOLDER]
+    python3 -I install.py BUNDLE --signers FILE [--prefix FOLDER]
 
 Nothing is unpacked before every byte of the bundle was checked: the signature over the whole file (by ssh-keygen), the
 form of the archive, and every file against the list SHA256SUMS. What is unpacked is compared with that list again.
 
 PREFIX is laid out as normistral's own store: artifacts/NAME, kernels/, runtimes/VERSION-HASH (a virtual environment),
-and bin/normistral, which is written last. A copy of this file is in every bundle; it needs the standard library alone.
+and bin/normistral, which is written last. Temporary folders and runtimes have a mark in them; nothing without it is
+ever deleted. A copy of this file is in every bundle; it needs the standard library alone.
 """
 
-from __future__ import annotations
+import sys
+
+# Without -I, Python looks for modules beside this file first, where anybody may have put a base64.py: nothing but sys,
+# which is built in, is imported before that is over. (Not even __future__, for which there would be a file, too.)
+if __name__ == "__main__" and not sys.flags.isolated and "posix" in sys.builtin_module_names:
+    import posix
+
+    posix.execv(sys.executable, [sys.executable, "-I", *sys.argv])
+if sys.version_info < (3, 11):  # noqa: UP036 - run by whatever Python there is
+    sys.exit("error: this needs Python 3.11 or newer\nhint: run it with the python3 that the bundle was made for")
 
 import argparse
 import base64
@@ -20,9 +30,10 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import subprocess
-import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +52,7 @@ _MAX_TEXT_BYTES = 4 * 2**20  # SHA256SUMS and bundle.json are read into memory
 _MAX_SIGNATURE_BYTES = 64 * 2**10
 _WHOLE = ".whole"  # the last file of a runtime to be written
 _STAGING = ".installing-"
+_MARK = ".made-by-normistral"  # the first file of whatever folder may be deleted again
 _FIELDS = {
     "schema": int,
     "artifact": str,
@@ -129,6 +141,8 @@ def check_bundle(path: Path, signers: Path | None = None, sha256: str | None = N
     Raises:
         InstallError: it is not whole, or not from whom it should be.
     """
+    if not path.is_file():
+        raise InstallError(f"there is no file {path}", "give the bundle's file")
     with path.open("rb") as stream:
         verifier = None if signers is None else _Verifier(path.with_name(path.name + ".sig"), signers)
         reader = _Reader(stream, verifier)
@@ -146,12 +160,12 @@ def check_bundle(path: Path, signers: Path | None = None, sha256: str | None = N
     return Bundle(path, reader.sha256(), signer, members, _parse_description(texts[DESCRIPTION]))
 
 
-def _require_sha256(reader: _Reader, path: Path, sha256: str) -> None:
+def _require_sha256(reader: "_Reader", path: Path, sha256: str) -> None:
     if reader.sha256() != sha256.lower():
         raise InstallError(f"{path} has the SHA-256 {reader.sha256()} instead of {sha256}", _GET_AGAIN)
 
 
-def _read_members(reader: _Reader) -> tuple[dict[str, Member], dict[str, bytes]]:
+def _read_members(reader: "_Reader") -> tuple[dict[str, Member], dict[str, bytes]]:
     """Every file of the archive, and the text of those that are read here.
 
     Every byte is accounted for: headers and padding have one possible form, and SHA256SUMS is exactly the list that
@@ -187,7 +201,7 @@ def _read_members(reader: _Reader) -> tuple[dict[str, Member], dict[str, bytes]]
     return members, texts
 
 
-def _read_name_and_size(reader: _Reader, header: bytes) -> tuple[str, int]:
+def _read_name_and_size(reader: "_Reader", header: bytes) -> tuple[str, int]:
     """Of the next file, whose header begins with this block and has to be the only one for them."""
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
@@ -228,7 +242,7 @@ def _damaged(what: str) -> InstallError:
 class _Reader:
     """Reads a file once from its beginning, hashes it, and hands on what it reads."""
 
-    def __init__(self, stream: BinaryIO, verifier: _Verifier | None) -> None:
+    def __init__(self, stream: BinaryIO, verifier: "_Verifier | None") -> None:
         self._stream, self._verifier, self._digest = stream, verifier, hashlib.sha256()
         self.position = 0
 
@@ -329,13 +343,13 @@ def install(bundle: Bundle, prefix: Path, name: str) -> Path:
 
     Raises:
         InstallError: this machine is another than the bundle is for, there is another artifact of this name, or too
-            little disk; or the runtime does not work.
+            little disk; PREFIX is or holds somebody else's; or the runtime does not work.
     """
     require_machine(bundle.description)
-    prefix = prefix.expanduser().absolute()
+    prefix = _absolute(prefix)
     artifact, runtime = prefix / "artifacts" / name, prefix / "runtimes" / _runtime_name(bundle)
-    for folder in (artifact.parent, runtime.parent, prefix / "bin"):
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (prefix, artifact.parent, runtime.parent, prefix / "bin"):
+        _make_folder(folder)
     with _locked(prefix):
         _remove_leftovers(prefix)
         there = _is_there(bundle, artifact)
@@ -345,20 +359,25 @@ def install(bundle: Bundle, prefix: Path, name: str) -> Path:
             raise InstallError(
                 f"the disk of {prefix} is too full: {needed}", "free some space, or give another --prefix"
             )
-        staged = artifact.with_name(_STAGING + name)
+        _require_usable(runtime)
         try:
-            if not there:
-                _unpack(bundle, ARTIFACT, staged)
-            if not (runtime / _WHOLE).exists():
-                _make_runtime(bundle, runtime)
-            _say("trying it")
-            _run([runtime / "bin" / "normistral", "doctor", artifact if there else staged], prefix, "does not run here")
-            _add_kernels(bundle, prefix, runtime)
-            os.sync()  # should the power fail, names come after contents
-            if not there:
-                staged.rename(artifact)
-            (runtime / _WHOLE).touch()
-            return _write_command(prefix, runtime)
+            with _staging(artifact.parent) as folder:
+                staged = folder / name
+                if not there:
+                    _unpack(bundle, ARTIFACT, staged)
+                if not (runtime / _WHOLE).exists():
+                    runtime.mkdir()
+                    (runtime / _MARK).touch()
+                    _make_runtime(bundle, runtime)
+                _say("trying it")
+                tried = artifact if there else staged
+                _run([runtime / "bin" / "normistral", "doctor", tried], prefix, "does not run here")
+                _add_kernels(bundle, prefix, runtime)
+                os.sync()  # should the power fail, names come after contents
+                if not there:
+                    staged.rename(artifact)
+                (runtime / _WHOLE).touch()
+                return _write_command(prefix, runtime)
         finally:
             _remove_leftovers(prefix)
 
@@ -447,15 +466,23 @@ def _make_runtime(bundle: Bundle, runtime: Path) -> None:
         raise InstallError(
             "this Python has no module venv", "install it; on Debian its package is python3-venv"
         ) from exc
-    wheels = runtime.parent / (_STAGING + "wheels")
-    _unpack(bundle, WHEELS, wheels)
-    _say("making the runtime")
-    venv.create(runtime, symlinks=True, with_pip=False)
-    (pip,) = wheels.glob("pip-*.whl")
-    options = ["--isolated", "--disable-pip-version-check", "--no-input", "--quiet", "--no-cache-dir"]
-    options += ["--no-index", "--find-links", str(wheels), "--only-binary", ":all:"]
-    command = [runtime / "bin" / "python", "-I", pip / "pip", "install", *options, bundle.description["requirement"]]
-    _run(command, runtime.parent, "could not be installed")
+    with _staging(runtime.parent) as folder:
+        wheels = folder / "wheels"
+        _unpack(bundle, WHEELS, wheels)
+        _say("making the runtime")
+        venv.create(runtime, symlinks=True, with_pip=False)
+        (pip,) = wheels.glob("pip-*.whl")
+        options = ["--isolated", "--disable-pip-version-check", "--no-input", "--quiet", "--no-cache-dir"]
+        options += ["--no-index", "--find-links", str(wheels), "--only-binary", ":all:"]
+        command = [
+            runtime / "bin" / "python",
+            "-I",
+            pip / "pip",
+            "install",
+            *options,
+            bundle.description["requirement"],
+        ]
+        _run(command, runtime.parent, "could not be installed")
 
 
 def _add_kernels(bundle: Bundle, prefix: Path, runtime: Path) -> None:
@@ -463,15 +490,16 @@ def _add_kernels(bundle: Bundle, prefix: Path, runtime: Path) -> None:
     if not any(name.startswith(KERNELS) for name in bundle.members):
         return
     kernels = prefix / "kernels"
-    kernels.mkdir(exist_ok=True)
-    staged = kernels / (_STAGING + "kernels")
-    _unpack(bundle, KERNELS, staged)
-    for kernel in sorted(staged.iterdir()):
-        attempt: list[str | Path] = [runtime / "bin" / "python", "-I", "-c", _LOAD, kernel]
-        if subprocess.run(attempt, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0:
-            kernel.replace(kernels / kernel.name)
-        else:
-            _say(f"left out, because it cannot be loaded here: {kernel.name}; the engine's own products will serve")
+    _make_folder(kernels)
+    with _staging(kernels) as folder:
+        staged = folder / "kernels"
+        _unpack(bundle, KERNELS, staged)
+        for kernel in sorted(staged.iterdir()):
+            attempt: list[str | Path] = [runtime / "bin" / "python", "-I", "-c", _LOAD, kernel]
+            if subprocess.run(attempt, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0:
+                _replace(kernel, kernels / kernel.name)
+            else:
+                _say(f"left out, because it cannot be loaded here: {kernel.name}; the engine's own products will serve")
 
 
 def _run(command: Sequence[str | Path], home: Path, failure: str) -> None:
@@ -485,43 +513,104 @@ def _run(command: Sequence[str | Path], home: Path, failure: str) -> None:
 
 def _write_command(prefix: Path, runtime: Path) -> Path:
     """PREFIX/bin/normistral, which knows the artifacts in PREFIX by their names; the old one works until then."""
-    command, new = prefix / "bin" / "normistral", prefix / "bin" / (_STAGING + "normistral")
-    new.write_text(
-        "#!/bin/sh\n"
-        f"NORMISTRAL_HOME=${{NORMISTRAL_HOME:-{shlex.quote(str(prefix))}}}\n"
-        "export NORMISTRAL_HOME\n"
-        f'exec {shlex.quote(str(runtime / "bin" / "normistral"))} "$@"\n',
-        encoding="utf-8",
-    )
-    new.chmod(new.stat().st_mode | (new.stat().st_mode & 0o444) >> 2)
-    new.replace(command)
+    command = prefix / "bin" / "normistral"
+    with _staging(command.parent) as folder:
+        new = folder / "normistral"
+        new.write_text(
+            "#!/bin/sh\n"
+            f"NORMISTRAL_HOME=${{NORMISTRAL_HOME:-{shlex.quote(str(prefix))}}}\n"
+            "export NORMISTRAL_HOME\n"
+            f'exec {shlex.quote(str(runtime / "bin" / "normistral"))} "$@"\n',
+            encoding="utf-8",
+        )
+        new.chmod(new.stat().st_mode | (new.stat().st_mode & 0o444) >> 2)
+        _replace(new, command)
     return command
+
+
+# Names in PREFIX: what is somebody else's is not used, and what has no mark of ours is not deleted
+
+
+def _absolute(prefix: Path) -> Path:
+    try:
+        return prefix.expanduser().absolute()
+    except RuntimeError as exc:
+        raise InstallError(f"{prefix} names a user that is not there", "give --prefix the path of a folder") from exc
+
+
+def _is_own(status: os.stat_result) -> bool:
+    return status.st_uid in (0, os.geteuid())
+
+
+def _make_folder(folder: Path) -> None:
+    """Make it, or see that nobody else can exchange what is put there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    status = folder.stat()
+    open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
+    if not _is_own(status) or open_to_all:
+        whose = "can be written by everybody" if open_to_all else "belongs to another user"
+        raise InstallError(f"{folder} {whose}: what is installed there could be exchanged", "give another --prefix")
+
+
+def _require_usable(runtime: Path) -> None:
+    """Raises InstallError if there is something under the name of the runtime that no installation made."""
+    if not os.path.lexists(runtime):
+        return
+    status = runtime.lstat()
+    if not stat.S_ISDIR(status.st_mode) or not _is_own(status) or not (runtime / _WHOLE).is_file():
+        raise InstallError(f"{runtime} is there already, and no installation made it", "move it elsewhere")
+
+
+@contextmanager
+def _staging(parent: Path) -> Iterator[Path]:
+    """A new folder that nobody else can write to, deleted in the end."""
+    folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
+    try:
+        (folder / _MARK).touch()
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Rename a file over another, or over nothing."""
+    if os.path.lexists(old) and not stat.S_ISREG(old.lstat().st_mode):
+        raise InstallError(f"{old} is not a file, so it is not replaced", "move it elsewhere")
+    new.replace(old)
 
 
 @contextmanager
 def _locked(prefix: Path) -> Iterator[None]:
     import fcntl  # not on Windows, which `require_machine` has refused
 
-    with (prefix / ".install.lock").open("ab") as lock:
+    path = prefix / ".install.lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise InstallError(f"cannot use {path}: {exc.strerror}", "remove it, or give another --prefix") from exc
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _is_own(os.fstat(descriptor)):
+            raise InstallError(f"{path} is not a file of yours", "remove it, or give another --prefix")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             raise InstallError(f"another installation is writing {prefix}", "wait until it is done") from exc
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_leftovers(prefix: Path) -> None:
-    """What did not become whole; to be asked only while holding the lock."""
-    staged = [
-        path
-        for folder in ("artifacts", "kernels", "runtimes", "bin")
-        for path in (prefix / folder).glob(_STAGING + "*")
-    ]
-    for path in [*staged, *(path for path in (prefix / "runtimes").iterdir() if not (path / _WHOLE).exists())]:
-        if path.is_dir():
+    """What did not become whole and carries our mark; to be asked only while holding the lock."""
+    places = [(name, _STAGING + "*") for name in ("artifacts", "kernels", "bin", "runtimes")]
+    for path in [path for name, pattern in (*places, ("runtimes", "*")) for path in (prefix / name).glob(pattern)]:
+        try:
+            status, mark = path.lstat(), (path / _MARK).lstat()
+        except OSError:
+            continue  # no folder, or none of ours
+        ours = stat.S_ISDIR(status.st_mode) and stat.S_ISREG(mark.st_mode) and _is_own(status) and _is_own(mark)
+        if ours and not (path / _WHOLE).exists():
             shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 # The command line
