@@ -227,6 +227,11 @@ class Manifest:
             raise ValueError(f"token ids {too_large} lie outside the vocabulary of {self.architecture.vocabulary}")
 
     @property
+    def sha256(self) -> str:
+        """Of all that it says, the digests of the artifact's files among it."""
+        return hashlib.sha256(serialise_manifest(self)).hexdigest()
+
+    @property
     def total_bytes(self) -> int:
         """Size of all files, without the manifest."""
         return sum(record.size for record in self.files.values())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from normistral.errors import MissingExtraError
+from normistral.errors import MissingExtraError, UsageError
 from normistral.runtime.engines.settings import parse_settings
 from normistral.serving.backends.settings import Batching
 from normistral.serving.limits import ServerLimits
@@ -62,7 +63,14 @@ def serve(
         int, typer.Option(metavar="N", min=1, help="Answers under way for one key.")
     ] = _LIMITS.tenant_jobs,
     max_body_kib: Annotated[int, typer.Option(metavar="N", min=1, help="Of a request.")] = _LIMITS.body_bytes // 2**10,
-    max_connections: Annotated[int, typer.Option(metavar="N", min=1, help="Open at once.")] = _LIMITS.connections,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help=f"Open at once. Default: {_LIMITS.connections}, or fewer where the limit of open files is low.",
+        ),
+    ] = None,
     queue_seconds: Annotated[
         float, typer.Option(metavar="S", min=0.1, help="Until an answer begins.")
     ] = _LIMITS.queue_s,
@@ -90,7 +98,7 @@ def serve(
         choices=max_choices,
         jobs=max_queue,
         tenant_jobs=min(max_queue_per_key, max_queue),
-        connections=max_connections,
+        connections=max_connections or _LIMITS.connections,
         queue_s=queue_seconds,
         request_s=request_seconds,
         grace_s=grace_seconds,
@@ -98,6 +106,7 @@ def serve(
     settings = parse_settings(engine_settings)
     _require_extra()
     from normistral.serving.app import create_app
+    from normistral.serving.descriptors import plan_connections
     from normistral.serving.server import ApiServer, bind
     from normistral.serving.startup import (
         EngineOptions,
@@ -109,6 +118,13 @@ def serve(
         open_artifacts,
     )
 
+    served_connections = plan_connections(limits.connections).served
+    if max_connections is not None and served_connections < max_connections:
+        raise UsageError(
+            f"the limit of open files allows {served_connections} connections, not {max_connections}",
+            f"raise it: ulimit -n {2 * max_connections + 256}",
+        )
+    limits = replace(limits, connections=served_connections)
     options = EngineOptions(device, exact, settings, batching, cache_mib, slots)
     served = open_artifacts(artifacts, options, limits)
     with bind(host, port) as listener:

@@ -72,6 +72,21 @@ def open_model(
         tuned: settings of an earlier `normistral tune`; none is looked for.
         given: settings over those.
     """
+    tokenizer = open_tokenizer(folder, manifest)
+    table = None
+    if draft_table is not None:
+        tokenizer_sha256 = sha256_file(folder / TOKENIZER_NAME)
+        table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
+    backend = load_backend(folder, manifest, device, exact, tuned, given)
+    return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
+
+
+def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of an artifact.
+
+    Raises:
+        ArtifactError: it is damaged, or has more tokens than the model.
+    """
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocabulary_size > manifest.architecture.vocabulary:
         raise ArtifactError(
@@ -79,12 +94,7 @@ def open_model(
             f"the model {manifest.architecture.vocabulary}",
             "export the model again",
         )
-    table = None
-    if draft_table is not None:
-        tokenizer_sha256 = sha256_file(folder / TOKENIZER_NAME)
-        table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
-    backend = load_backend(folder, manifest, device, exact, tuned, given)
-    return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
+    return tokenizer
 
 
 def find_tuned_settings(folder: Path, manifest: Manifest, device: str) -> Mapping[str, str] | None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_NAME = "tokenizer.json"
+# Characters. `tokenizers` holds the interpreter while it encodes one text, so that no other thread runs, and lets go of
+# it for a list of texts.
+_BRIEF_TEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,11 @@ class Tokenizer:
         Raises:
             UsageError: as `encode`.
         """
-        encoding = self._backend.encode(require_unicode(text), add_special_tokens=add_special_tokens)
+        require_unicode(text)
+        if len(text) <= _BRIEF_TEXT:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.offsets
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from normistral.errors import NormistralError
@@ -45,6 +46,7 @@ class Admission:
         self._share = _TENANT_SHARE if several else 1.0
         self._waiting: dict[str, deque[_Entry]] = {}  # by tenant, in the order in which they come next
         self._running: dict[str, _Entry] = {}
+        self._preparing: Counter[str] = Counter()  # answers whose prompts are being made into tokens, by tenant
         self._mean_s = 1.0
         self._refusal: ApiError | None = None
 
@@ -58,6 +60,21 @@ class Admission:
         """Jobs that the worker has."""
         return len(self._running)
 
+    @contextmanager
+    def preparing(self, tenant: str, answers: int) -> Iterator[None]:
+        """Count a request's answers before they are jobs.
+
+        Raises:
+            ApiError: as `submit`.
+        """
+        self._require_room(tenant, answers)
+        self._preparing[tenant] += answers
+        try:
+            yield
+        finally:
+            self._preparing[tenant] -= answers
+            self._preparing += Counter()  # without those that have none
+
     def submit(self, jobs: Sequence[Job], deliver: Callable[[str, Outcome], None]) -> None:
         """Take up the jobs of one request, or none of them.
 
@@ -67,16 +84,8 @@ class Admission:
         Raises:
             ApiError: 503 while no model is ready or the server stops, 429 when too many wait.
         """
-        if self._refusal is not None:
-            raise self._refusal
-        if self._worker.loaded is None:
-            raise unavailable(f"{self._worker.name} is not loaded yet", "ask again, or watch /ready", code="loading")
         tenant = jobs[0].tenant
-        of_tenant = len(self._waiting.get(tenant, ())) + sum(e.job.tenant == tenant for e in self._running.values())
-        if self.waiting + self.running + len(jobs) > self._limits.jobs:
-            raise self._too_many("the server has", self._limits.jobs, "queue_full")
-        if of_tenant + len(jobs) > self._limits.tenant_jobs:
-            raise self._too_many("this key has", self._limits.tenant_jobs, "tenant_queue_full")
+        self._require_room(tenant, len(jobs))
         loop = asyncio.get_running_loop()
         for job in jobs:
             entry = _Entry(job, deliver, loop.call_later(self._limits.queue_s, self._expire, job.job_id))
@@ -114,6 +123,17 @@ class Admission:
         for entry in entries:
             self.cancel(entry.job.job_id)
             entry.deliver(entry.job.job_id, error)
+
+    def _require_room(self, tenant: str, answers: int) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        if self._worker.loaded is None:
+            raise self._worker.explain_absence()
+        of_tenant = len(self._waiting.get(tenant, ())) + sum(e.job.tenant == tenant for e in self._running.values())
+        if self.waiting + self.running + self._preparing.total() + answers > self._limits.jobs:
+            raise self._too_many("the server has", self._limits.jobs, "queue_full")
+        if of_tenant + self._preparing[tenant] + answers > self._limits.tenant_jobs:
+            raise self._too_many("this key has", self._limits.tenant_jobs, "tenant_queue_full")
 
     def _next(self, most: int) -> _Entry | None:
         """The oldest job of the tenant whose turn it is."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -15,7 +17,7 @@ from starlette.exceptions import HTTPException
 import normistral
 from normistral.serving.auth import Keys
 from normistral.serving.description import describe_api
-from normistral.serving.errors import ApiError, unavailable
+from normistral.serving.errors import ApiError
 from normistral.serving.gate import Gate
 from normistral.serving.limits import ServerLimits
 from normistral.serving.metrics import Metrics
@@ -59,12 +61,14 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # both load scripts from elsewhere
         redoc_url=None,
+        openapi_url=None,  # it would be written anew for everybody who asks
         redirect_slashes=False,
     )
     app.state.service = service
     app.openapi = lambda: describe_api(app, service, keys)  # type: ignore[method-assign]
     app.include_router(router)
     _add_looking(app, service)
+    _add_description(app)
     app.add_middleware(Gate, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(HTTPException, _refuse_route)
@@ -83,7 +87,7 @@ def _add_looking(app: FastAPI, service: Service) -> None:
     async def ready() -> dict[str, str]:
         """All models can answer."""
         if not service.ready:
-            raise unavailable("stopping" if service.stopping else "not loaded yet", code="not_ready", retry_after_s=2)
+            raise service.explain_absence()
         return {"status": "ready"}
 
     @app.get(
@@ -109,6 +113,18 @@ def _add_looking(app: FastAPI, service: Service) -> None:
     async def page() -> Response:
         """A page to chat with."""
         return Response(chat_page.body, headers=chat_page.headers)
+
+
+def _add_description(app: FastAPI) -> None:
+    described: asyncio.Future[bytes] | None = None
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        """The description of the API, made once and beside the requests of others: it takes a fifth of a second."""
+        nonlocal described
+        if described is None:
+            described = asyncio.ensure_future(asyncio.to_thread(lambda: msgspec.json.encode(app.openapi())))
+        return Response(await asyncio.shield(described), media_type="application/json")
 
 
 def _card(served: ServedArtifact) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from normistral.errors import UsageError
 from normistral.serving.errors import ApiError
-from normistral.text_input import read_text_file
+from normistral.text_input import decode_text
 
 logger = logging.getLogger(__name__)
 
 KEYS_VARIABLE = "NORMISTRAL_API_KEYS"
 ANONYMOUS = "anonymous"  # the one tenant of a server without keys
-_KEY_FILE = "it is a text file with a key on each line"
+_MOST_BYTES = 2**20  # of a file with keys
 _SHORTEST = 16  # characters; what `openssl rand -hex 8` gives
 
 
@@ -67,8 +67,8 @@ class Keys:
 def read_keys(file: Path | None, environ: Mapping[str, str] = os.environ) -> Keys:
     """Keys of a file, or else those in NORMISTRAL_API_KEYS.
 
-    The file has a key on each line, and after a blank the name of whom it belongs to; # begins a comment. The variable
-    has such entries with commas between.
+    The file has a key on each line, and after a blank the name of whom it belongs to; a line that begins with # is a
+    comment. The variable has such entries with commas between, and no comments.
 
     Raises:
         UsageError: the file cannot be read, or a key is short, comes twice, or holds what no header can.
@@ -76,19 +76,21 @@ def read_keys(file: Path | None, environ: Mapping[str, str] = os.environ) -> Key
     if file is None:
         entries, where = environ.get(KEYS_VARIABLE, "").split(","), KEYS_VARIABLE
     else:
-        entries, where = _read_lines(file), str(file)
+        entries, where = [line for line in _read_lines(file) if not line.lstrip().startswith("#")], str(file)
     names: dict[str, str] = {}
     for entry in entries:
-        key, _, name = entry.partition("#")[0].strip().partition(" ")
+        key, _, name = entry.strip().partition(" ")
         if not key:
             continue
         if key in names:
             raise UsageError(f"{where} has one key twice", "leave one of them out")
-        if len(key) < _SHORTEST or not key.isascii() or not key.isprintable():
+        if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or key.startswith("#"):
             raise UsageError(
-                f"{where} has a key that is shorter than {_SHORTEST} characters or not plain ASCII",
+                f"{where} has a key that is shorter than {_SHORTEST} characters, not plain ASCII, or begins with #",
                 "make one with: openssl rand -hex 24",
             )
+        if name.lstrip().startswith("#"):
+            raise UsageError(f"{where} has a comment behind a key", "write it on a line of its own")
         names[key] = name.strip() or f"key-{_digest(key).hex()[:8]}"
     if file is not None and not names:
         raise UsageError(f"{where} has no keys", "write one on each line")
@@ -96,13 +98,28 @@ def read_keys(file: Path | None, environ: Mapping[str, str] = os.environ) -> Key
 
 
 def _read_lines(file: Path) -> list[str]:
+    """Lines of a regular file of modest size; nothing else is read from, or waited for."""
+    hint = "it is a text file with a key on each line"
     try:
-        mode = file.stat().st_mode
+        # A FIFO without a writer would keep us waiting.
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        with os.fdopen(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise UsageError(f"cannot read the keys in {file}: it is no regular file", hint)
+            raw = stream.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            raise UsageError(f"cannot read the keys in {file}: it has more than {_MOST_BYTES} bytes", hint)
+        lines = decode_text(raw, str(file)).splitlines()
     except OSError as exc:
-        raise UsageError(f"cannot read the keys in {file}: {exc.strerror}", _KEY_FILE) from exc
-    lines = read_text_file(file, _KEY_FILE).splitlines()
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        logger.warning("%s can be read by others: chmod 600 it", file)
+        raise UsageError(f"cannot read the keys in {file}: {exc.strerror}", hint) from exc
+    except ValueError as exc:
+        raise UsageError(f"cannot read the keys in {str(file)!r}: no file has that name", hint) from exc
+    if os.name == "posix":
+        if status.st_mode & stat.S_IWOTH:
+            raise UsageError(f"everybody may write keys into {file}", f"chmod 600 {file}")
+        if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            logger.warning("%s can be read by others: chmod 600 it", file)
     return lines
 
 

@@ -60,6 +60,11 @@ def header_too_large(limits: ServerLimits) -> ApiError:
     return ApiError(431, message, "send less", code="header_too_large")
 
 
+def too_many_connections() -> ApiError:
+    """503: of one connection too many."""
+    return unavailable("too many connections", "ask again later", code="connections")
+
+
 def as_api_error(error: NormistralError) -> ApiError:
     """An error of the package as an answer: the caller's fault is 400, the engine's 500."""
     if isinstance(error, ApiError):

@@ -18,13 +18,18 @@ _MOST_BYTES = 64 * 2**20
 
 
 class Load(msgspec.Struct, tag=True):
-    """The first frame: what to load; answered with `Loaded` or `LoadFailed`."""
+    """The first frame: what to load; answered with `Loaded` or `LoadFailed`.
+
+    Attributes:
+        manifest_sha256: of the artifact that the server opened; None takes what is there.
+    """
 
     folder: str
     device: str
     exact: bool
     settings: dict[str, str]
     batch: BatchSettings
+    manifest_sha256: str | None = None
 
 
 class Add(msgspec.Struct, tag=True):
@@ -93,7 +98,21 @@ class Step(msgspec.Struct, tag=True):
     failure: Failure | None = None
 
 
-FromWorker = Loaded | LoadFailed | Step
+class Beat(msgspec.Struct, tag=True):
+    """The process lives; sent twice a second from its start.
+
+    Attributes:
+        busy: it computes, rather than waits for jobs.
+        steps: of the batch that have ended.
+        cpu_s: processor time of all its threads.
+    """
+
+    busy: bool
+    steps: int
+    cpu_s: float
+
+
+FromWorker = Loaded | LoadFailed | Step | Beat
 
 _encoder = msgspec.msgpack.Encoder()
 to_worker = msgspec.msgpack.Decoder(ToWorker)

@@ -21,13 +21,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normistral.errors import NormistralError
 from normistral.serving.auth import ANONYMOUS, Keys
-from normistral.serving.errors import ApiError, as_api_error, header_too_large
-from normistral.serving.limits import ServerLimits
+from normistral.serving.errors import ApiError, as_api_error, header_too_large, too_many_connections
+from normistral.serving.limits import KIB, LINGER_S, ServerLimits
 from normistral.serving.metrics import Metrics
+from normistral.serving.turns import Turns
 
 logger = logging.getLogger(__name__)
 
-_LINGER_S = 2.0  # that a refused body is still taken, so that its sender reads the refusal and no reset
+_HEAVY_BYTES = 32 * KIB  # bodies that take milliseconds to decode and check, one after the other
+_FOR_MONITORS = ("/health", "/ready")
 _PROTECTED = ("/v1/", "/metrics")
 _JSON_PATHS = ("/v1/chat/completions", "/v1/completions")
 
@@ -44,46 +46,57 @@ class Gate:
         self, app: ASGIApp, keys: Keys, limits: ServerLimits, metrics: Metrics, hosts: Collection[str] | None
     ) -> None:
         self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
+        self._decoding = Turns(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["state"] = {**scope.get("state", {}), "request_id": uuid.uuid4().hex, "began": time.monotonic()}
-        answer = _Answer(scope, send)
+        state = {**scope.get("state", {}), "request_id": uuid.uuid4().hex, "began": time.monotonic()}
+        # A copy: the server goes on with its own, and sends no body where the method was HEAD.
+        scope = {**scope, "state": state, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+        answer = _Answer(scope, receive, send, self._limits.body_bytes)
         try:
-            inner = await self._check(scope, receive)
-            await self._app(scope, inner, answer.send)
+            body = await self._check(scope, receive, answer)
+            await self._app(scope, _replay(body, receive), answer.send)
         except NormistralError as error:
-            await self._refuse(as_api_error(error), scope, receive, answer)
+            await self._refuse(as_api_error(error), scope, answer)
         except Exception as bug:
             # Not its words: they could quote a prompt.
             logger.error("a bug: %s in %s", type(bug).__name__, scope["path"], exc_info=_without_words(bug))
             told = ApiError(500, "this is a bug in normistral", f"report {type(bug).__name__}", code="bug")
-            await self._refuse(told, scope, receive, answer)
+            await self._refuse(told, scope, answer)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(answer.status)).inc()
             seconds = time.monotonic() - scope["state"]["began"]
             logger.debug("%s: %s %d in %.3f s", scope["state"]["request_id"], route, answer.status, seconds)
 
-    async def _check(self, scope: Scope, receive: Receive) -> Receive:
-        """Raises ApiError for what is refused; otherwise reads the body."""
+    async def _check(self, scope: Scope, receive: Receive, answer: _Answer) -> bytes:
+        """The body; raises ApiError for what is refused."""
         headers = Headers(scope=scope)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
             raise header_too_large(self._limits)  # h11 looks at those only that did not come at once
+        if scope["state"].get("surplus", False) and scope["path"] not in _FOR_MONITORS:
+            raise too_many_connections()
         self._require_known_host(headers)
         scope["state"]["tenant"] = ANONYMOUS
         if scope["path"].startswith(_PROTECTED):
             scope["state"]["tenant"] = self._keys.tenant(headers.get("authorization"))
+        if scope["method"] != "POST" or scope["path"] not in _JSON_PATHS:
+            return b""
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._limits.body_bytes:
             raise self._too_large()
         body = await self._read(receive)
-        if scope["method"] == "POST" and scope["path"] in _JSON_PATHS:
+        answer.unread = False
+        if len(body) < _HEAVY_BYTES:
             self._require_json(headers, body)
-        return _replay(body, receive)
+        else:
+            async with self._decoding.turn(scope["state"]["tenant"]):
+                self._require_json(headers, body)
+        return body
 
     def _require_known_host(self, headers: Headers) -> None:
         if self._hosts is None:
@@ -130,45 +143,53 @@ class Gate:
                 408, f"the body did not arrive within {self._limits.body_s:g} s", code="body_timeout"
             ) from None
 
-    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _refuse(self, error: ApiError, scope: Scope, answer: _Answer) -> None:
         self._metrics.rejected.labels(error.code or str(error.status)).inc()
         if answer.status:  # it has begun, so it can only end; streams tell their errors themselves
             scope["state"].get("abort", lambda: None)()
             return
-        await answer.refuse(error, receive)
+        response = JSONResponse(error.document, error.status, error.headers)
+        await answer.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+        await answer.send({"type": "http.response.body", "body": response.body})
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._limits.body_bytes} bytes", "send less")
 
 
 class _Answer:
-    """The way out: adds the request's id, remembers the status (0: nothing was sent)."""
+    """The way out: adds the request's id, and ends the connection where the request's body is not read.
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    Attributes:
+        status: what was sent; 0 is nothing.
+        unread: there is more of the request.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, most_bytes: int) -> None:
         self._id = scope["state"]["request_id"].encode()
-        self._scope, self._send = scope, send
+        self._receive, self._send, self._most_bytes = receive, send, most_bytes
+        headers = Headers(scope=scope)
         self.status = 0
+        self.unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
     async def send(self, message: Message) -> None:
         """Pass a message on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id)]
+            closing = [(b"connection", b"close")] if self.unread else []
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id), *closing]
+        elif self.unread and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body", "body": b""}
         await self._send(message)
 
-    async def refuse(self, error: ApiError, receive: Receive) -> None:
-        """Answer with an error, and take the rest of the body until its sender has read that."""
-        unread = error.status in (401, 403, 413)
-        closing = {"Connection": "close"} if unread or error.status == 408 else {}
-        response = JSONResponse(error.document, error.status, error.headers | closing)
-        await self.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
-        await self.send({"type": "http.response.body", "body": response.body, "more_body": unread})
-        if unread:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_LINGER_S):
-                    while (await receive()).get("more_body", False):
-                        pass
-            await self.send({"type": "http.response.body", "body": b""})
+    async def _linger(self) -> None:
+        """Take the rest of the body until its sender has read the answer: a reset would take that away."""
+        taken = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while (message := await self._receive()).get("more_body", False) and taken < self._most_bytes:
+                    taken += len(message.get("body", b""))
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -187,12 +208,15 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 def _require_simple(document: Any, limits: ServerLimits) -> None:
     """Raise ApiError for a body that is deep, wide, or of very many values, before anything is made of it."""
-    level, values = [document], 0
+    level, values, seen = [document], 0, 0
     for _ in range(limits.json_depth + 1):
         containers = [value for value in level if isinstance(value, (dict, list))]
         if not containers:
             return
         values += sum(map(len, containers))
+        seen += len(containers)
+        if seen > limits.json_containers:
+            raise _too_many(f"more than {limits.json_containers} arrays and objects")
         if values > limits.json_values:
             raise _too_many(f"more than {limits.json_values} values")
         if any(isinstance(value, dict) and len(value) > limits.json_members for value in containers):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from normistral.errors import UsageError
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+LINGER_S = 2.0  # for the sender of a refused request to read that, before a reset takes it away
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +20,20 @@ class ServerLimits:
         json_depth: how deep arrays and objects of a body may nest.
         json_members: of one object of a body.
         json_values: of a whole body.
+        json_containers: arrays and objects of a whole body; each costs as much as a dozen plain values.
         choices: the most that `n` may be.
         context: tokens of prompt and answer together; None is the model's own context.
         new_tokens: of one answer; None is as many as fit.
         jobs: answers of all callers that wait or are being written; one more is refused with 429.
         tenant_jobs: of these, one caller's.
-        connections: open at once; one more is refused with 503.
+        connections: open at once. One more takes the place of that which has kept the server waiting longest, or is
+            refused with 503.
         header_s: for a request's headers to arrive.
         body_s: for its body.
         queue_s: until an answer begins to be computed; then 503.
         request_s: until it is whole; then 503, or an error event in a stream.
-        stall_s: that a reader of a stream may take nothing; then the connection is cut.
+        stall_s: that what was written may wait to be taken, and a second more for 16 KiB; then the connection is cut.
+        keep_alive_s: between two requests.
         backlog: steps that may wait for a reader, beyond what the system's buffers hold; then likewise.
         grace_s: for answers under way once the server is told to stop.
     """
@@ -39,6 +43,7 @@ class ServerLimits:
     json_depth: int = 64
     json_members: int = 1024
     json_values: int = 100_000
+    json_containers: int = 4096
     choices: int = 8
     context: int | None = None
     new_tokens: int | None = None
@@ -50,6 +55,7 @@ class ServerLimits:
     queue_s: float = 120.0
     request_s: float = 900.0
     stall_s: float = 30.0
+    keep_alive_s: float = 30.0
     backlog: int = 1024
     grace_s: float = 30.0
 

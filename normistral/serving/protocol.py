@@ -1,4 +1,7 @@
-"""uvicorn's HTTP/1.1 connection, with limits that it does not have: senders that dawdle, and too many of them.
+"""uvicorn's HTTP/1.1 connection, with a limit in force at every moment.
+
+uvicorn has one time limit, for a connection between two requests; it ends that by a close that waits for what was
+written to be taken. Here each phase of a connection has its own (`_Phase`), and what comes after it is a reset.
 
 What h11 cannot read is answered in OpenAI's shape too, and with the status that h11 proposes (431 for long headers).
 """
@@ -6,6 +9,7 @@ What h11 cannot read is answered in OpenAI's shape too, and with the status that
 from __future__ import annotations
 
 import asyncio
+import enum
 import json
 import sys
 from contextlib import suppress
@@ -14,59 +18,169 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from normistral.serving.errors import ApiError, header_too_large
-from normistral.serving.limits import ServerLimits
+from normistral.serving.crowd import Crowd
+from normistral.serving.errors import ApiError, header_too_large, too_many_connections
+from normistral.serving.limits import LINGER_S, ServerLimits
+from normistral.serving.strict_http import StrictConnection
 
-_LINGER_S = 2.0  # for the sender of a refused request to read that, before a reset takes it away
+_READ_BYTES = 64 * 1024  # at once; what is parsed in one go keeps the others waiting
+_SURPLUS_S = 1.0  # for the head of a request on a connection that is one too many
+_LEAST_BYTES_PER_S = 16 * 1024  # that a reader of a long answer takes
+_SPARE_S = 5.0  # for an answer that its own limits end
+
+
+class _Phase(enum.Enum):
+    """What a connection is doing; how long it may is said in `_seconds`."""
+
+    HEAD = enum.auto()  # waits for a request
+    IDLE = enum.auto()  # waits for a further request
+    BODY = enum.auto()  # waits for the rest of one
+    ANSWER = enum.auto()  # the client waits
+    WRITE = enum.auto()  # an answer waits to be taken
+    REFUSED = enum.auto()  # takes what still comes, so that the sender reads the refusal and no reset
 
 
 class LimitedProtocol(H11Protocol):
     """One connection."""
 
     limits: ClassVar[ServerLimits]
+    crowd: ClassVar[Crowd]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.app_state = {**self.app_state, "abort": self._abort}
-        self._header_timer: asyncio.TimerHandle | None = None
-        self._discarding = False
+        self.conn = StrictConnection(self.limits)
+        self._served = False
+        self._phase: _Phase | None = None
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._discarded = 0  # bytes behind a request that is being answered or was refused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Refuse one connection too many."""
+        """Serve it, or let it know that it is one too many."""
         super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
-            self._refuse(ApiError(503, "too many connections", "ask again later", code="connections", retry_after_s=5))
-        else:
-            self._await_header()
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that is not taken
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
+        self._served = self.crowd.admit(self, len(self.connections))
+        self.app_state = {**self.app_state, "abort": self.leave, "surplus": not self._served}
+        self._enter(_Phase.HEAD)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
-        self._header_arrived()
+        self.crowd.gone(self)
+        if self._timer is not None:
+            self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, unless the request was refused."""
-        if self._discarding:
+        """Read on, unless nothing more is wanted."""
+        if self._phase is _Phase.REFUSED or (self._answering and not self.cycle.more_body):
+            self._discard(len(data))
             return
-        if not self._answering and self._header_timer is None:
-            self._await_header()
+        if self._phase is _Phase.IDLE:
+            self._enter(_Phase.HEAD)
         super().data_received(data)
-        if self._answering:
-            self._header_arrived()
+        if self._answering and not self._served:
+            self.cycle.keep_alive = False
+        if self._answering and not self.cycle.more_body and self.conn.trailing_data[0]:
+            self._discard(len(data))
+        self._review()
+        if self._phase is _Phase.BODY:
+            self.crowd.wait(self)  # that was progress
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        self._review()
+
+    def pause_writing(self) -> None:
+        """What was written is not taken at once."""
+        super().pause_writing()
+        self._review()
+
+    def resume_writing(self) -> None:
+        """All that was written is taken."""
+        super().resume_writing()
+        self._review()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
-        exc = sys.exception()
-        status = getattr(exc, "error_status_hint", 400)
+        status = getattr(sys.exception(), "error_status_hint", 400)
         if status == 431:
             self._refuse(header_too_large(self.limits))
         else:
-            self._refuse(ApiError(status, "this is no HTTP/1.1 request", code="not_http"))
+            self._refuse(ApiError(status, "this is no HTTP/1.1 request that can be read", code="not_http"))
+
+    def leave(self) -> None:
+        """End at once, without waiting for a reader who does not read."""
+        self.transport.abort()
 
     @property
     def _answering(self) -> bool:
         """A request's headers are whole and its answer is not."""
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _review(self) -> None:
+        """Enter the phase that the connection's state asks for."""
+        if self._phase is _Phase.REFUSED or (self.transport.is_closing() and not self.flow.write_paused):
+            return
+        if self.flow.write_paused:
+            phase = _Phase.WRITE
+        elif self._answering:
+            phase = _Phase.BODY if self.cycle.more_body else _Phase.ANSWER
+        else:
+            begun = self.cycle is None or self.conn.trailing_data[0]
+            phase = _Phase.HEAD if begun else _Phase.IDLE
+        if phase is not self._phase:
+            self._enter(phase)
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase = phase
+        if phase is _Phase.ANSWER:
+            self.crowd.busy(self)
+        else:
+            self.crowd.wait(self)
+        self._deadline = self.loop.time() + self._seconds(phase)
+        if self._timer is None or self._timer.when() > self._deadline:
+            self._set_timer()
+
+    def _seconds(self, phase: _Phase) -> float:
+        limits = self.limits
+        match phase:
+            case _Phase.HEAD:
+                return limits.header_s if self._served else min(limits.header_s, _SURPLUS_S)
+            case _Phase.IDLE:
+                return limits.keep_alive_s + _SPARE_S  # uvicorn closes it before
+            case _Phase.BODY:
+                return limits.body_s + _SPARE_S
+            case _Phase.ANSWER:
+                return limits.queue_s + limits.request_s + _SPARE_S
+            case _Phase.WRITE:
+                return limits.stall_s + self.transport.get_write_buffer_size() / _LEAST_BYTES_PER_S
+            case _Phase.REFUSED:
+                return LINGER_S
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(self._deadline, self._expire)
+
+    def _expire(self) -> None:
+        """The deadline that was in force when the timer was set has come."""
+        if self.loop.time() < self._deadline:
+            self._set_timer()
+        elif self._phase is _Phase.HEAD and not self._served:
+            self._refuse(too_many_connections())
+        else:
+            self.leave()
+
+    def _discard(self, count: int) -> None:
+        """Drop what comes behind a request: no pipelining (RFC 9112, 9.3.2, lets a server close instead)."""
+        self._discarded += count
+        if self._answering:
+            self.cycle.keep_alive = False
+            self.flow.resume_reading()  # h11 has paused it, and nobody would see the client leave
+        if self._discarded > self.limits.body_bytes:
+            self.leave()
 
     def _refuse(self, error: ApiError) -> None:
         body = json.dumps(error.document).encode()
@@ -79,24 +193,14 @@ class LimitedProtocol(H11Protocol):
             )
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self._discarding = True
+        if self._answering:  # whoever reads the body learns that there is no more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._enter(_Phase.REFUSED)
         with suppress(OSError, NotImplementedError):
             self.transport.write_eof()
-        self.loop.call_later(_LINGER_S, self.transport.close)
-
-    def _await_header(self) -> None:
-        self._header_timer = self.loop.call_later(self.limits.header_s, self.transport.close)
-
-    def _header_arrived(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-
-    def _abort(self) -> None:
-        """Close without waiting for a reader who does not read."""
-        self.transport.abort()
 
 
-def limited_protocol(limits: ServerLimits) -> type[LimitedProtocol]:
+def limited_protocol(limits: ServerLimits, crowd: Crowd) -> type[LimitedProtocol]:
     """The protocol with these limits; uvicorn makes its connections itself."""
-    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "crowd": crowd})

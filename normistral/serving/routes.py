@@ -69,12 +69,12 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     service: Service = request.app.state.service
     model = service.find(body.model)
     each = _check(body, 1, service)
-    prompts = await service.prepare(_prepare_chat, model.served, body)
+    prompts = await service.prepare(model, each, request, _prepare_chat, model.served, body)
     envelope = Envelope(f"chatcmpl-{request.state.request_id}", model.served)
     logprobs, usage = bool(body.logprobs), _wants_usage(body)
     generation = service.generation(model, prompts, each, request.state)
     if body.stream:
-        return _stream(generation, lambda a: stream_chat(a, envelope, each, logprobs=logprobs, usage=usage), service)
+        return _stream(generation, lambda a: stream_chat(a, envelope, each, logprobs=logprobs, usage=usage))
     return await _whole(request, generation, lambda a: gather_chat(a, envelope, each, logprobs=logprobs))
 
 
@@ -89,14 +89,12 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     model = service.find(body.model)
     choices = _check(body, len(body.prompts), service)
     each = choices // len(body.prompts)
-    prompts = await service.prepare(_prepare_text, model.served, body)
+    prompts = await service.prepare(model, choices, request, _prepare_text, model.served, body)
     envelope = Envelope(f"cmpl-{request.state.request_id}", model.served)
     logprobs, usage = body.logprobs is not None, _wants_usage(body)
     generation = service.generation(model, prompts, each, request.state)
     if body.stream:
-        return _stream(
-            generation, lambda a: stream_text(a, envelope, choices, each, logprobs=logprobs, usage=usage), service
-        )
+        return _stream(generation, lambda a: stream_text(a, envelope, choices, each, logprobs=logprobs, usage=usage))
     return await _whole(request, generation, lambda a: gather_text(a, envelope, choices, each, logprobs=logprobs))
 
 
@@ -124,9 +122,9 @@ def _wants_usage(body: CommonRequest) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)
 
 
-def _stream(generation: Generation, make_events: Callable[[Arrivals], Events], service: Service) -> Response:
+def _stream(generation: Generation, make_events: Callable[[Arrivals], Events]) -> Response:
     generation.begin()
-    return EventStream(make_events(generation.arrivals()), service.limits.stall_s, generation.close)
+    return EventStream(make_events(generation.arrivals()), generation.close)
 
 
 async def _whole(request: Request, generation: Generation, gather: Callable[[Arrivals], Document]) -> Response:

@@ -21,7 +21,8 @@ from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.settings import BatchSettings
 from normistral.serving.frames import Load
 
-_PROBES = (2, 8, 32)  # characters for each token of the context; Norwegian and English have 3 to 5
+_PROBES = (2, 8)  # characters for each token of the context; Norwegian and English have 3 to 5
+_MOST_CHARACTERS = 32  # for each token of the context; runs of one character can have more
 _UNSETTLED = 256  # tokens at the end of a beginning that what follows may change
 
 
@@ -70,7 +71,7 @@ class ServedArtifact:
         template = None
         if manifest.template is not None:
             template = ChatTemplate(manifest.template, tokenizer, manifest.reasoning)
-        load = Load(str(folder.resolve()), device, exact, dict(settings or {}), batch)
+        load = Load(str(folder.resolve()), device, exact, dict(settings or {}), batch, manifest.sha256)
         context = min(batch.context, manifest.context_length)
         most = context - 1 if new_tokens is None else min(new_tokens, context - 1)
         return cls(name or folder.resolve().name, folder, manifest, tokenizer, context, most, load, template)
@@ -148,19 +149,25 @@ class ServedArtifact:
     def _require_possible(self, text: str) -> None:
         """Refuse what is far too long by a beginning of it, before all of it is rendered and tokenised.
 
-        A text goes on from the tokens of its beginning, but for the last few of those.
+        A text goes on from the tokens of its beginning, but for the last few of those. Tokenizers take half a second
+        to two seconds for a megabyte, whatever it holds, so there is an end to what they are given.
         """
+        too_long = ContextLengthError(
+            f"{len(text)} characters are more than the {self.context_length} tokens for which {self.name} has room, "
+            "answer included",
+            "shorten it",
+        )
+        if len(text) > _MOST_CHARACTERS * self.context_length:
+            raise too_long
         for factor in _PROBES:
             characters = factor * self.context_length
             if len(text) <= characters:
                 return
-            tokens = len(self.tokenizer.encode(text[:characters], add_special_tokens=False))
-            if tokens > self.context_length + _UNSETTLED:
-                raise ContextLengthError(
-                    f"{len(text)} characters are more than the {self.context_length} tokens for which {self.name} "
-                    "has room, answer included",
-                    "shorten it",
-                )
+            if (
+                len(self.tokenizer.encode(text[:characters], add_special_tokens=False))
+                > self.context_length + _UNSETTLED
+            ):
+                raise too_long
 
     def _fitting(self, prompt_ids: list[int]) -> list[int]:
         if len(prompt_ids) >= self.context_length:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import ipaddress
 import logging
 import socket
@@ -10,11 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from normistral.errors import NormistralError, UsageError
+from normistral.serving.crowd import Crowd
+from normistral.serving.descriptors import plan_connections
 from normistral.serving.limits import KIB
 from normistral.serving.protocol import limited_protocol
 from normistral.serving.service import Service
@@ -22,10 +27,11 @@ from normistral.serving.worker_client import load_error
 
 logger = logging.getLogger(__name__)
 
-_KEEP_ALIVE_S = 30
 _LAST_WORDS_S = 3  # for streams to send the error that ended them
 _POLL_S = 0.02
-_BACKLOG = 512
+_QUEUE = 4096  # connections that the system keeps until they are accepted; it may have a lower limit
+_QUIET_S = 60.0  # after a message about connections that cannot be accepted
+_ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _SEND_BUFFER = 128 * KIB  # some hundred events; Linux would let it grow to megabytes for a reader who takes nothing
 
 
@@ -50,17 +56,19 @@ class ApiServer(uvicorn.Server):
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.service: Service = app.state.service
+        limits = self.service.limits
+        plan = plan_connections(limits.connections)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=limited_protocol(self.service.limits),
+                http=limited_protocol(limits, Crowd(plan.served, plan.spare)),
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                h11_max_incomplete_event_size=self.service.limits.header_bytes,
-                timeout_keep_alive=_KEEP_ALIVE_S,
+                backlog=plan.backlog,
+                timeout_keep_alive=limits.keep_alive_s,
                 timeout_graceful_shutdown=_LAST_WORDS_S,
             )
         )
@@ -69,6 +77,7 @@ class ApiServer(uvicorn.Server):
         self._told_ready = False
         self._stop_asked = False
         self._deadline: float | None = None
+        self._quiet_until = 0.0
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # the gate says what there is to say, without texts
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -83,7 +92,10 @@ class ApiServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_QUEUE)  # asyncio made it as short as what it accepts at once
         self._on_started()
 
     async def on_tick(self, counter: int) -> bool:
@@ -99,6 +111,15 @@ class ApiServer(uvicorn.Server):
             self.failure = load_error(failed)
             return True
         return self._stop_asked and self._drained()
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """One line a minute where no connection can be accepted; asyncio would write a page for each that waits."""
+        exc = context.get("exception")
+        if not isinstance(exc, OSError) or exc.errno not in _ACCEPT_ERRORS:
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + _QUIET_S
+            logger.error("connections cannot be accepted: %s", exc.strerror)
 
     def _drained(self) -> bool:
         """Whether everything under way is done, or its time is over."""
@@ -126,7 +147,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_BACKLOG)
+        listener.listen()
     except (OSError, OverflowError) as exc:
         reason = getattr(exc, "strerror", None) or exc
         raise UsageError(f"cannot listen on {host} port {port}: {reason}", "take another --port or --host") from exc

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
+from fastapi import Request
 
 from normistral.runtime.options import GenerationConfig
 from normistral.serving.admission import Admission
@@ -18,6 +19,8 @@ from normistral.serving.generation import Generation
 from normistral.serving.limits import ServerLimits
 from normistral.serving.metrics import Metrics
 from normistral.serving.served import ServedArtifact
+from normistral.serving.streams import unless_gone
+from normistral.serving.turns import Turns
 from normistral.serving.worker_client import WORKER_MODULE, WorkerClient
 
 T = TypeVar("T")
@@ -76,6 +79,7 @@ class Service:
         self.models = {one.name: ServedModel(one, limits, metrics, worker_module, several=several) for one in served}
         self.stopping = False
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+        self._turns = Turns(_PREPARING_THREADS, _PREPARING_THREADS - several)
 
     @property
     def ready(self) -> bool:
@@ -86,6 +90,16 @@ class Service:
     def under_way(self) -> int:
         """Answers that wait or are being written."""
         return sum(model.admission.waiting + model.admission.running for model in self.models.values())
+
+    def explain_absence(self) -> ApiError:
+        """503: why not all models can answer."""
+        if self.stopping:
+            return unavailable("stopping", code="not_ready", retry_after_s=2)
+        absent = next((model.worker for model in self.models.values() if model.worker.loaded is None), None)
+        if absent is None:
+            return unavailable("ready again", code="not_ready", retry_after_s=1)
+        error = absent.explain_absence()
+        return unavailable(error.message, error.hint, code="not_ready", retry_after_s=2)
 
     def start(self) -> None:
         """Begin to load all models."""
@@ -119,9 +133,33 @@ class Service:
             )
         return self.models[name]
 
-    async def prepare(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Do what takes a processor for long, such as rendering a template, beside the requests of others."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+    async def prepare(
+        self, model: ServedModel, answers: int, request: Request, work: Callable[..., T], *arguments: Any
+    ) -> T:
+        """Do what takes a processor for long, such as rendering a template, beside the requests of others.
+
+        Tenants take turns, and none has all threads. What was not begun when the client leaves is not done.
+
+        Args:
+            answers: how many are asked for; they count as such from now on.
+
+        Raises:
+            ApiError: as `Admission.submit`; or it took too long, or the client left.
+        """
+        tenant: str = request.state.tenant
+        with model.admission.preparing(tenant, answers):
+            return await unless_gone(self._prepare(tenant, work, *arguments), request.receive)
+
+    async def _prepare(self, tenant: str, work: Callable[..., T], *arguments: Any) -> T:
+        try:
+            async with asyncio.timeout(self.limits.queue_s):
+                await self._turns.take(tenant)
+        except TimeoutError:
+            waited = f"the answer did not begin within {self.limits.queue_s:g} s"
+            raise unavailable(waited, "ask again later", code="queue_timeout") from None
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        running.add_done_callback(lambda _: self._turns.give_back(tenant))  # a thread that has begun goes on to its end
+        return await asyncio.shield(running)
 
     def generation(
         self, model: ServedModel, prompts: Sequence[tuple[list[int], GenerationConfig]], each: int, state: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -52,53 +52,40 @@ class EventStream(Response):
 
     Args:
         events: the first is waited for before anything is sent, so that what fails until then has its own status.
-        stall_s: a reader that takes nothing for so long is cut off.
         close: called when it is over, whatever happened.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events, stall_s: float, close: Callable[[], None]) -> None:
+    def __init__(self, events: Events, close: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._stall_s, self._close = events, stall_s, close
+        self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
+        """Send the events; the connection of a reader who takes none is ended, and then the client has left."""
         try:
-            await unless_gone(self._send(scope, send), receive)
+            await unless_gone(self._send(send), receive)
         except ClientLeftError:
             pass
         finally:
             self._close()
 
-    async def _send(self, scope: Scope, send: Send) -> None:
+    async def _send(self, send: Send) -> None:
         first = await anext(self._events)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        write = _Writer(send, self._stall_s)
+
+        async def write(piece: bytes) -> None:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+        await write(_event(first))
         try:
-            await write(_event(first))
-            try:
-                async for event in self._events:
-                    await write(_event(event))
-                await write(_DONE)
-            except NormistralError as error:
-                await write(_event(as_api_error(error).document))
-            await send({"type": "http.response.body", "body": b""})
-        except TimeoutError:  # closing would wait for a reader who does not read
-            scope["state"].get("abort", lambda: None)()
-
-
-class _Writer:
-    """Sends pieces of a body, none of which may take too long."""
-
-    def __init__(self, send: Callable[[Any], Awaitable[None]], stall_s: float) -> None:
-        self._send, self._stall_s = send, stall_s
-
-    async def __call__(self, piece: bytes) -> None:
-        """Send one piece; raises TimeoutError."""
-        async with asyncio.timeout(self._stall_s):
-            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            async for event in self._events:
+                await write(_event(event))
+            await write(_DONE)
+        except NormistralError as error:
+            await write(_event(as_api_error(error).document))
+        await send({"type": "http.response.body", "body": b""})
 
 
 def _event(document: dict[str, Any]) -> bytes:

@@ -35,6 +35,7 @@ from normistral.serving.frames import (
     read_frame,
     to_worker,
 )
+from normistral.serving.pulse import Pulse
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -64,21 +65,41 @@ class _Commands:
         os._exit(0)  # the server is gone; a forward may take seconds, and threads of the engine do not end by asking
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+class _Answers:
+    """Frames that go out, from two threads."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def send(self, frame: FromWorker) -> None:
+        """Send one."""
+        with self._lock:
+            self._stream.write(encode_frame(frame))
+            self._stream.flush()
+
+
+def serve(requests: BinaryIO, stream: BinaryIO) -> None:
     """Load what the first frame says, then compute what the others ask for."""
+    answers = _Answers(stream)
+    pulse = Pulse(answers.send)
     commands = _Commands(requests)
     load = commands.wait()
     assert isinstance(load, Load), "Load comes first"
     try:
         created = create_batch(
-            Path(load.folder), load.device, load.batch, exact=load.exact, engine_settings=load.settings
+            Path(load.folder),
+            load.device,
+            load.batch,
+            exact=load.exact,
+            engine_settings=load.settings,
+            manifest_sha256=load.manifest_sha256,
         )
     except NormistralError as error:
-        _send(answers, LoadFailed(Failure.of(error)))
+        answers.send(LoadFailed(Failure.of(error)))
         return
     capabilities = created.capabilities
-    _send(
-        answers,
+    answers.send(
         Loaded(
             created.slots,
             capabilities.name,
@@ -90,21 +111,24 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         ),
     )
     while True:
-        _follow(created.batch, commands, answers)
+        _follow(created.batch, commands, answers, pulse)
         for progress in created.batch.step():
-            _send(answers, _as_step(progress))
+            answers.send(_as_step(progress))
+        pulse.steps += 1
 
 
-def _follow(batch: Batch, commands: _Commands, answers: BinaryIO) -> None:
+def _follow(batch: Batch, commands: _Commands, answers: _Answers, pulse: Pulse) -> None:
     """Hand on what came in; wait for something while there is nothing to compute."""
-    command = commands.wait() if batch.idle else commands.take()
+    pulse.busy = not batch.idle
+    command = commands.take() if pulse.busy else commands.wait()
+    pulse.busy = True
     while command is not None:
         match command:
             case Add(job=job):
                 try:
                     batch.add(job)
                 except NormistralError as error:
-                    _send(answers, _as_step(Progress(job.job_id, error)))
+                    answers.send(_as_step(Progress(job.job_id, error)))
             case Cancel(job_id=job_id):
                 batch.cancel(job_id)
         command = commands.take()
@@ -115,11 +139,6 @@ def _as_step(progress: Progress) -> Step:
     if isinstance(outcome, Chunk):
         return Step(progress.job_id, outcome)
     return Step(progress.job_id, None, Failure.of(outcome))
-
-
-def _send(answers: BinaryIO, frame: FromWorker) -> None:
-    answers.write(encode_frame(frame))
-    answers.flush()
 
 
 def _die_with_parent() -> None:

@@ -14,19 +14,23 @@ from contextlib import suppress
 
 from normistral.errors import EngineError, NormistralError
 from normistral.runtime.chunks import Chunk
+from normistral.serving.auth import KEYS_VARIABLE
 from normistral.serving.backends.base import Job
-from normistral.serving.errors import unavailable
+from normistral.serving.errors import ApiError, unavailable
 from normistral.serving.frames import (
     Add,
+    Beat,
     Cancel,
     Load,
     Loaded,
     LoadFailed,
+    Step,
     ToWorker,
     encode_frame,
     from_worker,
     receive_frame,
 )
+from normistral.serving.pulse import BEAT_S, Vigil
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +73,20 @@ class WorkerClient:
         self._process: asyncio.subprocess.Process | None = None
         self._supervision: asyncio.Task[None] | None = None
         self._closing = False
+        self._ending: str | None = None  # why the server ended the process
+        self._trouble: NormistralError | None = None  # why the last process could not load
 
     def start(self) -> None:
         """Begin to load; `loaded` or `failure` says how it went."""
         self._supervision = asyncio.get_running_loop().create_task(self._supervise())
+
+    def explain_absence(self) -> ApiError:
+        """503: why no process is ready."""
+        if self._trouble is not None:
+            return unavailable(
+                f"{self.name} could not be loaded again: {self._trouble.message}", self._trouble.hint, code="not_loaded"
+            )
+        return unavailable(f"{self.name} is not loaded yet", "ask again, or watch /ready", code="loading")
 
     def add(self, job: Job, deliver: Deliver) -> None:
         """Hand over a job; only while `loaded`.
@@ -120,36 +134,57 @@ class WorkerClient:
             "-c",
             _START.format(module=self._module),
             json.dumps(sys.path),
+            env={name: value for name, value in os.environ.items() if name != KEYS_VARIABLE},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
-        self._process, self.pid = process, process.pid
+        self._process, self.pid, self._ending = process, process.pid, None
         assert process.stdout is not None
+        vigil = Vigil(process.pid)
+        watching = asyncio.create_task(self._watch(process, vigil))
         try:
             self._send(self._load)
             while (payload := await receive_frame(process.stdout)) is not None:
-                self._take(payload)
+                self._take(payload, vigil)
             with suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _DYING_S)
         finally:
+            watching.cancel()
             self._process = None
-            code = await _end(process)
-            self._fail_jobs(code)
+            if process.returncode is None:
+                self._end(process, "it had nothing more to say")
+            code = await process.wait()
+            self._fail_jobs(self._ending or _describe(code))
 
-    def _take(self, payload: bytes) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process, vigil: Vigil) -> None:
+        """End a process that stands still."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            reason = vigil.tick(loading=self.loaded is None)
+            if reason is not None:
+                self._end(process, reason)
+                return
+
+    def _end(self, process: asyncio.subprocess.Process, reason: str) -> None:
+        self._ending = f"by the server: {reason}"
+        # `process.kill()` looks first whether the process has ended, and takes its status from asyncio's watcher.
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+
+    def _take(self, payload: bytes, vigil: Vigil) -> None:
         match frame := from_worker.decode(payload):
+            case Beat():
+                vigil.hear(frame)
             case Loaded():
-                self.loaded = frame
+                self.loaded, self._trouble = frame, None
                 self._on_change()
             case LoadFailed(failure=failure):
-                error = failure.as_error()
+                self._trouble = error = failure.as_error()
                 if self.restarts == 0:
                     self.failure = error
                 logger.error("%s could not be loaded: %s", self.name, error.message)
-            case _:
-                self._deliver(
-                    frame.job_id, frame.chunk or (None if frame.failure is None else frame.failure.as_error())
-                )
+            case Step():
+                self._deliver(frame.job_id, frame.chunk if frame.failure is None else frame.failure.as_error())
 
     def _deliver(self, job_id: str, outcome: Outcome | None) -> None:
         deliver = self._jobs.get(job_id)
@@ -159,12 +194,10 @@ class WorkerClient:
             del self._jobs[job_id]
         deliver(outcome)
 
-    def _fail_jobs(self, code: int) -> None:
+    def _fail_jobs(self, cause: str) -> None:
         jobs, self._jobs = list(self._jobs.values()), {}
-        if self.failure is None and not self._closing:
-            logger.error(
-                "%s: its worker process ended (%s); %d answers are lost", self.name, _describe(code), len(jobs)
-            )
+        if self._trouble is None and not self._closing:
+            logger.error("%s: its worker process ended (%s); %d answers are lost", self.name, cause, len(jobs))
         for deliver in jobs:
             deliver(unavailable("the model's process ended while it wrote this answer", "ask again", retry_after_s=2))
 
@@ -172,15 +205,6 @@ class WorkerClient:
         if self._process is not None and self._process.stdin is not None:
             with suppress(ConnectionError, RuntimeError):  # its death is noticed where it is read
                 self._process.stdin.write(encode_frame(frame))
-
-
-async def _end(process: asyncio.subprocess.Process) -> int:
-    """The exit code of a process that has ended, or has to now."""
-    if process.returncode is None:
-        # `process.kill()` looks first whether the process has ended, and takes its status from asyncio's watcher.
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-    return await process.wait()
 
 
 def _describe(code: int) -> str:

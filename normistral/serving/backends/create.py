@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from normistral.manifest import Manifest, read_manifest
+from normistral.errors import ArtifactError
+from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime import loading
 from normistral.runtime.engines.base import Capabilities
 from normistral.serving.backends.base import Batch
@@ -44,14 +45,23 @@ class Created(NamedTuple):
 
 
 def create_batch(
-    folder: Path, device: str, settings: BatchSettings, *, exact: bool, engine_settings: Mapping[str, str]
+    folder: Path,
+    device: str,
+    settings: BatchSettings,
+    *,
+    exact: bool,
+    engine_settings: Mapping[str, str],
+    manifest_sha256: str | None = None,
 ) -> Created:
     """Load an artifact for many jobs at once.
 
+    Args:
+        manifest_sha256: of the artifact that it has to be; None takes what is there.
+
     Raises:
-        NormistralError: as `normistral.load`.
+        NormistralError: as `normistral.load`; or it is another artifact.
     """
-    manifest = read_manifest(folder)
+    manifest = _check(folder, manifest_sha256)
     if is_computed_together(manifest, settings.batching, device):
         return _compute_together(folder, manifest, settings, exact, engine_settings)
     model = loading.load(folder, device, exact=exact, settings=engine_settings)
@@ -64,13 +74,26 @@ def _compute_together(
     folder: Path, manifest: Manifest, settings: BatchSettings, exact: bool, given: Mapping[str, str]
 ) -> Created:
     """An OpenVINO model on openvino_genai, with the library beside it for what that does not honour."""
+    check_files(folder, manifest, thorough=False)
+    loading.open_tokenizer(folder, manifest)
     tuned = None if exact else loading.find_tuned_settings(folder, manifest, BATCHED_DEVICE)
     opened = open_openvino_batch(folder, manifest, settings, exact=exact, tuned=tuned, given=given)
 
     def open_side() -> FairQueue:
+        _check(folder, manifest.sha256)
         side = replace(settings, cache_bytes=0)  # one context
         return FairQueue(loading.load(folder, BATCHED_DEVICE, exact=exact, settings=given), side)
 
     batch = SidePath(opened.batch, open_side, find_unhonoured)
     plan = opened.batch.plan
     return Created(batch, opened.capabilities, plan.jobs, TOGETHER, plan.tokens, plan.bytes)
+
+
+def _check(folder: Path, manifest_sha256: str | None) -> Manifest:
+    """The manifest of an artifact, if it is the right one."""
+    manifest = read_manifest(folder)
+    if manifest_sha256 not in (None, manifest.sha256):
+        raise ArtifactError(
+            f"{folder.name} is another artifact than was opened at the start", "put that back, or start the server anew"
+        )
+    return manifest

@@ -31,6 +31,8 @@ from normistral.serving.backends.openvino_options import find_unhonoured, genai_
 if TYPE_CHECKING:
     import openvino_genai
 
+_NO_SUM = "m_full_vocab_log_sum_exp was not computed"
+
 
 @dataclass(slots=True)
 class _Request:
@@ -49,6 +51,8 @@ class OpenVINOBatch:
         packed: weights that the pipeline uses beside its own.
         one_tenant: only jobs of the tenant that comes first are taken. It has to be so where the pipeline keeps
             prefixes, because it reuses them without asking whose they are.
+        finite: whether the model's logits are, as a first answer showed. Where they are not, the pipeline draws from
+            all tokens alike and says nothing.
     """
 
     def __init__(
@@ -60,8 +64,10 @@ class OpenVINOBatch:
         *,
         one_tenant: bool,
         packed: PackedWeights | None = None,
+        finite: bool = True,
     ) -> None:
         self.plan = plan
+        self._finite = finite
         self._pipeline: openvino_genai.ContinuousBatchingPipeline | None = pipeline
         self._packed = packed
         self._manifest = manifest
@@ -116,7 +122,7 @@ class OpenVINOBatch:
             with translated("openvino_genai failed"):
                 self._open_pipeline().step()
         except EngineError as exc:
-            return [*progress, *self._give_up(exc)]
+            return [*progress, *self._give_up(not_finite() if says_not_finite(exc.message) else exc)]
         for request in list(self._running.values()):
             progress.extend(self._read(request))
         return progress
@@ -152,6 +158,8 @@ class OpenVINOBatch:
         return math.ceil(answer.tokens / self.plan.block_tokens)
 
     def _start(self, answer: Answer) -> Iterator[Progress]:
+        if not self._finite:
+            raise not_finite()
         answer.begin()
         while answer.must_force:
             chunk = answer.force()
@@ -176,7 +184,7 @@ class OpenVINOBatch:
         for token_id, logprob in _read_tokens(request.handle):
             if math.isnan(logprob):
                 self._end(job_id)
-                yield Progress(job_id, _not_finite())
+                yield Progress(job_id, not_finite())
                 return
             chunk = answer.push(token_id, logprob)
             yield Progress(job_id, chunk)
@@ -224,7 +232,13 @@ def _is_running(handle: Any) -> bool:
     return running
 
 
-def _not_finite() -> EngineError:
+def says_not_finite(message: str) -> bool:
+    """Whether openvino_genai failed because logits were not finite: its sampler takes such a sum for none."""
+    return _NO_SUM in message
+
+
+def not_finite() -> EngineError:
+    """The error of the library."""
     return EngineError(
         "the model returned logits that are not finite",
         "try --exact; if that helps, this device cannot run this artifact",

@@ -12,12 +12,15 @@ import secrets
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+
 from normistral.runtime.options import GenerationConfig
 
 _SEED_BITS = 32  # mt19937 takes no more
 # Logits are float32 of magnitude 10 to 30, with steps of about 2e-6: below this, the most likely token is all there is,
 # and openvino_genai, which divides in float32, would come to infinity.
 _GREEDY_BELOW = 1e-6
+_SINGLE_TOKEN_P = 1e-6  # below it, top_p is reached by the first token of any vocabulary
 
 
 def find_unhonoured(config: GenerationConfig) -> str | None:
@@ -50,11 +53,13 @@ def genai_config(config: GenerationConfig, room: int, stop_token_ids: Collection
         wanted.set_eos_token_id(min(stop_token_ids))
     wanted.repetition_penalty = config.repetition_penalty
     wanted.logprobs = 1  # 0 would leave nothing to tell logits that are not finite by
-    wanted.do_sample = config.temperature >= _GREEDY_BELOW and config.min_p < 1.0
+    # Both are rounded to float32 there, where 5e-324 is 0 and 1 - 1e-9 is 1; either leaves the most likely token alone.
+    top_p, min_p = np.float32(config.top_p), np.float32(config.min_p)
+    wanted.do_sample = config.temperature >= _GREEDY_BELOW and top_p >= _SINGLE_TOKEN_P and min_p < 1.0
     if wanted.do_sample:
         wanted.temperature = config.temperature
-        wanted.top_p = config.top_p
-        wanted.min_p = config.min_p
+        wanted.top_p = float(top_p)
+        wanted.min_p = float(min_p)
         if config.top_k:  # its own default is all, and 0 is none
             wanted.top_k = config.top_k
         wanted.rng_seed = _seed(config.seed, part)

@@ -23,7 +23,7 @@ from normistral.runtime.engines.settings import INT4_KERNEL, OUR_KERNEL, PREFILL
 from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.cache_plan import plan_cache
-from normistral.serving.backends.openvino_batch import OpenVINOBatch
+from normistral.serving.backends.openvino_batch import OpenVINOBatch, says_not_finite
 from normistral.serving.backends.settings import BATCHED_DEVICE, BatchSettings
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def open_openvino_batch(
     try:
         with folder_with_kernel(folder / MODEL_FILE, packed) if packed else nullcontext(folder) as readable:
             pipeline = openvino_genai.ContinuousBatchingPipeline(str(readable), scheduler, BATCHED_DEVICE, properties)
-        _warm_up(openvino_genai, pipeline)
+        finite = _warm_up(openvino_genai, pipeline)
     except RuntimeError as exc:
         raise _cannot_load(folder, exc) from exc
     reported, in_numerics = kernel_in_force(kernel, packed)
@@ -114,7 +114,9 @@ def open_openvino_batch(
         {name: in_force[name] for name in NUMERICS if name in in_force} | in_numerics,
     )
     tokenizer = Tokenizer.from_folder(folder)
-    opened = OpenVINOBatch(pipeline, manifest, tokenizer, plan, one_tenant=batch.one_tenant, packed=packed)
+    opened = OpenVINOBatch(
+        pipeline, manifest, tokenizer, plan, one_tenant=batch.one_tenant, packed=packed, finite=finite
+    )
     return OpenedBatch(opened, capabilities)
 
 
@@ -156,14 +158,24 @@ def _ask_plugin(core: Any, model: Any, settings: Mapping[str, str]) -> dict[str,
     return settings_in_force(compiled, (*settings, *REPORTED, *NUMERICS))
 
 
-def _warm_up(openvino_genai: Any, pipeline: Any) -> None:
-    """Answer once, so that the first one asked for does not pay for compiling kernels, and the cache is there."""
+def _warm_up(openvino_genai: Any, pipeline: Any) -> bool:
+    """Answer once, so that the first one asked for does not pay for compiling kernels, and the cache is there.
+
+    Returns:
+        Whether the logits were finite.
+    """
     import numpy as np
     import openvino as ov
 
     config = openvino_genai.GenerationConfig()
-    config.max_new_tokens, config.ignore_eos = 2, True
+    config.max_new_tokens, config.ignore_eos, config.logprobs = 2, True, 1
     handle = pipeline.add_request(0, ov.Tensor(np.zeros((1, 8), np.int64)), config)
-    while pipeline.has_non_finished_requests():
-        pipeline.step()
+    try:
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+    except RuntimeError as exc:
+        if not says_not_finite(str(exc)):
+            raise
+        return False
     handle.read_all()
+    return True
