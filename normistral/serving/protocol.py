@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import json
+import socket
 import sys
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -60,6 +61,7 @@ class LimitedProtocol(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that is not taken
         transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
+        _limit_system_buffer(transport, self.limits.stall_s)
         self._served = self.crowd.admit(self, len(self.connections))
         self.app_state = {**self.app_state, "abort": self.leave, "surplus": not self._served}
         self._enter(_Phase.HEAD)
@@ -191,14 +193,22 @@ class LimitedProtocol(H11Protocol):
                 headers=[*headers, *error.headers.items()],
                 reason=STATUS_PHRASES[error.status],
             )
-            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            events = (response, h11.Data(data=body), h11.EndOfMessage())
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         if self._answering:  # whoever reads the body learns that there is no more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._enter(_Phase.REFUSED)
         with suppress(OSError, NotImplementedError):
             self.transport.write_eof()
+
+
+def _limit_system_buffer(transport: asyncio.Transport, stall_s: float) -> None:
+    """Let the system end a connection that takes nothing of what it was given, also after we have closed it."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux: tcp(7)
+    if option is not None:
+        with suppress(OSError):
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, int(1000 * stall_s))
 
 
 def limited_protocol(limits: ServerLimits, crowd: Crowd) -> type[LimitedProtocol]:

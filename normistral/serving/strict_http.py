@@ -18,6 +18,7 @@ _CHUNKS = 1024  # of one body
 _WAITING_LINES = 4096  # of a chunked body, in one read: trailers are parsed line by line
 _HEAD_END = re.compile(rb"\n\r?\n")
 _LONE_LF = re.compile(rb"(?<!\r)\n")
+_LENGTH = re.compile(rb"\ncontent-length\s*:", re.IGNORECASE)
 _FOLDED = re.compile(rb"\n[ \t]")
 _VERSIONS = (b"1.0", b"1.1")
 _BODILESS = (b"GET", b"HEAD", b"OPTIONS", b"DELETE")
@@ -29,7 +30,8 @@ class StrictConnection(h11.Connection):
     def __init__(self, limits: ServerLimits) -> None:
         super().__init__(h11.SERVER, limits.header_bytes)
         self._chunked = False
-        self._chunks = self._lines = 0
+        self._chunks = 0
+        self._lines = 0  # of a chunked body, that were received and not read
 
     def receive_data(self, data: bytes) -> None:
         """Take bytes from the network."""
@@ -47,7 +49,7 @@ class StrictConnection(h11.Connection):
         if isinstance(event, h11.Request):
             self._check_request(event)
         elif isinstance(event, h11.Data):
-            self._lines = 0
+            self._lines -= event.data.count(b"\n") + 2 * event.chunk_start
             self._chunks += event.chunk_start
             if self._chunks > _CHUNKS:
                 raise _refusal("too many chunks", 413)
@@ -64,14 +66,17 @@ class StrictConnection(h11.Connection):
             raise _refusal(f"more than {_HEADER_LINES} headers", 431)
         if _LONE_LF.search(head) or _FOLDED.search(head):
             raise _refusal("lines that do not end as they have to")
+        if len(_LENGTH.findall(head)) > 1:  # h11 takes them for one where they are the same
+            raise _refusal("more than one length")
 
     def _check_request(self, request: h11.Request) -> None:
         names = [name for name, _ in request.headers]
-        self._chunked, self._chunks, self._lines = b"transfer-encoding" in names, 0, 0
+        self._chunked, self._chunks = b"transfer-encoding" in names, 0
+        self._lines = self.trailing_data[0].count(b"\n") if self._chunked else 0
         lengths = [value for name, value in request.headers if name == b"content-length"]
         if request.http_version not in _VERSIONS:
             raise _refusal("another version", 505)
-        if len(lengths) > 1 or (lengths and self._chunked) or (self._chunked and request.http_version == b"1.0"):
+        if (lengths and self._chunked) or (self._chunked and request.http_version == b"1.0"):
             raise _refusal("a body whose end can be read in two ways")
         if not request.target.startswith(b"/"):
             raise _refusal("a target that is no path here")

@@ -20,7 +20,9 @@ class Turns:
         self._free = places
         self._tenant_places = tenant_places or places
         self._taken: Counter[str] = Counter()
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by tenant, in the order in which they come next
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by tenant
+        self._latest: dict[str, int] = {}  # number of the place that a tenant was given last
+        self._given = 0
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
@@ -54,17 +56,20 @@ class Turns:
         self._grant()
 
     def _grant(self) -> None:
+        """Give what is free to those whose last turn is longest ago."""
         while self._free:
-            tenant = next((one for one in self._waiting if self._taken[one] < self._tenant_places), None)
-            if tenant is None:
+            entitled = [tenant for tenant in self._waiting if self._taken[tenant] < self._tenant_places]
+            if not entitled:
                 return
-            waiting = self._waiting.pop(tenant)
-            granted = waiting.popleft()
-            if waiting:
-                self._waiting[tenant] = waiting  # behind the others
+            tenant = min(entitled, key=lambda one: self._latest.get(one, 0))
+            granted = self._waiting[tenant].popleft()
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
             if not granted.cancelled():
                 self._free -= 1
+                self._given += 1
                 self._taken[tenant] += 1
+                self._latest[tenant] = self._given
                 granted.set_result(None)
 
     def _leave(self, tenant: str, granted: asyncio.Future[None]) -> None:

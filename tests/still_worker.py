@@ -1,0 +1,31 @@
+"""A worker that is loaded and then stands still in the way that STILL_WORKER says; the next process only waits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from normistral.serving.frames import Loaded, encode_frame
+from normistral.serving.pulse import Pulse
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    answers.write(encode_frame(Loaded(1, "still", "CPU", {}, "in turns", 1, 1)))
+    marker = Path(os.environ["STILL_WORKER_MARKER"])
+    how = "idle" if marker.exists() else os.environ["STILL_WORKER"]
+    marker.touch()
+    if how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "silent":
+        time.sleep(60)
+    pulse = Pulse(lambda beat: answers.write(encode_frame(beat)))
+    if how == "works":
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            sum(range(1000))
+    pulse.busy = how != "idle"
+    time.sleep(60)
