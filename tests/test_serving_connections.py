@@ -47,7 +47,10 @@ def connect(url: str, receive_buffer: int = 0) -> socket.socket:
 def is_cut(connection: socket.socket, wait_s: float) -> bool:
     """Whether the server, and its system, hold no end of a connection any more; nothing is read of it."""
     deadline = time.monotonic() + wait_s
-    ends = [f":{name[1]:04X}" for name in (connection.getpeername(), connection.getsockname())]
+    try:
+        ends = [f":{name[1]:04X}" for name in (connection.getpeername(), connection.getsockname())]
+    except OSError:  # it was reset
+        return True
     while time.monotonic() < deadline:
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         if not any(row[1].endswith(ends[0]) and row[2].endswith(ends[1]) and row[3] not in _NOBODYS for row in rows):

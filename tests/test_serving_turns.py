@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -71,18 +72,14 @@ def slow(monkeypatch):
 
 
 def test_another_key_does_not_wait_for_the_prompts_of_one_that_has_left(tmp_path, slow) -> None:
-    limits = ServerLimits(tenant_jobs=30, grace_s=0.2)
+    limits = ServerLimits(grace_s=0.2)
     with serving(make_served(tmp_path / "m"), limits, KEYS) as url:
         client = httpx.Client(timeout=0.4, limits=httpx.Limits(max_connections=None))
 
-        def ask_and_leave(i: int) -> int:
+        def ask_and_leave(i: int) -> None:
             body = {"model": "m", "prompt": f"x{i}", "max_tokens": 1}
-            try:
-                return client.post(
-                    f"{url}/v1/completions", json=body, headers={"authorization": f"Bearer {OLA}"}
-                ).status_code
-            except httpx.ReadTimeout:
-                return 0
+            with suppress(httpx.TimeoutException):
+                client.post(f"{url}/v1/completions", json=body, headers={"authorization": f"Bearer {OLA}"})
 
         with ThreadPoolExecutor(40) as pool:
             sent = [pool.submit(ask_and_leave, i) for i in range(40)]
@@ -95,10 +92,10 @@ def test_another_key_does_not_wait_for_the_prompts_of_one_that_has_left(tmp_path
                 timeout=30,
             )
             waited = time.monotonic() - began
-            statuses = [one.result() for one in sent]
+            for one in sent:
+                one.result()
         assert answer.status_code == 200
         assert waited < 2.0  # 40 prompts, one after the other, take 10 s
-        assert statuses.count(429) >= 10  # beyond 30 they are counted at once
         time.sleep(0.6)
         assert len(slow) < 15  # those whose senders had left were not begun
 
