@@ -79,16 +79,25 @@ def choose_torch(pinned: str, line: Line) -> tuple[str, list[str]]:
         return pinned, []
     if not asked and (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return pinned, []  # PyPI's builds are for CPUs there
-    index = asked or CPU_TORCH
-    try:
-        (torch,) = _plan(["--no-deps", "--index-url", index, *([] if asked else _PROBE), pinned], line)
-    except InstallationError:
+    if not asked and (found := _find_torch(["--no-index", pinned], line)):  # where pip is configured to find links
+        return found, []
+    index = ["--index-url", asked or CPU_TORCH, *([] if asked else _PROBE)]
+    if not (found := _find_torch([*index, pinned], line)):
         if asked:
-            raise
+            raise InstallationError(f"{asked} has no {pinned} for this machine")
         line.say("PyTorch's index of CPU builds cannot be reached: its build with CUDA comes instead, 3 GB more to")
         line.say("download. TORCH_INDEX=URL names an index that has the CPU build.")
         return pinned, []
-    return f"torch=={torch['metadata']['version']}", ["--extra-index-url", index]
+    return found, ["--extra-index-url", asked or CPU_TORCH]
+
+
+def _find_torch(arguments: Sequence[str], line: Line) -> str:
+    """The requirement of just the build that pip finds; "" if it finds none."""
+    try:
+        (torch,) = _plan(["--no-deps", *arguments], line)
+    except InstallationError:
+        return ""
+    return f"torch=={torch['metadata']['version']}"
 
 
 def plan(arguments: Sequence[str], line: Line) -> list[File]:

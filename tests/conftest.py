@@ -84,8 +84,14 @@ def compiled_home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def int4_library(compiled_home, monkeypatch) -> Path | None:
-    """The compiled kernel; what the test loads finds it too."""
+def no_packaged_kernel(tmp_path, monkeypatch) -> None:
+    """The package as it is installed where nothing was compiled into it."""
+    monkeypatch.setattr("normistral.runtime.kernels.library.PACKAGED", tmp_path / "not-compiled")
+
+
+@pytest.fixture
+def int4_library(compiled_home, no_packaged_kernel, monkeypatch) -> Path | None:
+    """The compiled kernel in a store; what the test loads finds it too."""
     monkeypatch.setenv("NORMISTRAL_HOME", str(compiled_home))
     return find_library(read_machine())
 

@@ -61,7 +61,7 @@ def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_l
     assert together == alone
 
 
-def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, monkeypatch):
+def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, monkeypatch, no_packaged_kernel):
     monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="int4_kernel cannot be normistral"):
         open_openvino_batch(demo_int4, read_manifest(demo_int4), SETTINGS, given=OURS)

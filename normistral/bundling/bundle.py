@@ -24,7 +24,7 @@ from normistral.export.staging import translate_full_disk
 from normistral.files import replacing, require_place
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
-from normistral.runtime.kernels.library import build_for_others
+from normistral.runtime.kernels.library import collect_for_others
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,8 @@ def _compile_kernels(
     compiled = folder / "kernels"
     compiled.mkdir()
     try:
-        with progress.stage("compiling the int4 kernel"):
-            libraries = build_for_others(compiled)
+        with progress.stage("collecting the int4 kernel"):
+            libraries = collect_for_others(compiled)
     except EngineError as exc:
         progress.note(f"no int4 kernel in it: {exc}")
         return []

@@ -7,13 +7,14 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata
 
 from normistral.errors import UsageError
 
 _OLDEST_GLIBC_MINOR = 5  # manylinux1
 _OLD_NAMES = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # PEP 600
 _GLIBC = re.compile(r"manylinux_2_(\d+)_\w+")
-_PYTHONS = ("3.11", "3.12")  # requires-python of pyproject.toml
+_MINORS = range(100)  # of Python 3, to ask requires-python about
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,8 @@ def choose_target(python: str | None = None, platform_tag: str | None = None) ->
         UsageError: another Python than normistral runs on, or no platform tag of Linux with glibc.
     """
     version = "{}.{}".format(*sys.version_info) if python is None else python
-    if version not in _PYTHONS:
-        raise UsageError(f"normistral does not run on Python {version}", f"choose one of {', '.join(_PYTHONS)}")
+    if version not in (pythons := supported_pythons()):
+        raise UsageError(f"normistral does not run on Python {version}", f"choose one of {', '.join(pythons)}")
     tag = _tag_of_this_machine() if platform_tag is None else platform_tag
     found = re.fullmatch(r"manylinux_2_(\d{1,3})_(x86_64|aarch64)", tag)
     if found is None or int(found[1]) < _OLDEST_GLIBC_MINOR:
@@ -78,6 +79,21 @@ def choose_target(python: str | None = None, platform_tag: str | None = None) ->
             "name the glibc and the processor, as in manylinux_2_34_x86_64 (ldd --version says which glibc)",
         )
     return Target(version, found[2], int(found[1]))
+
+
+def supported_pythons() -> tuple[str, ...]:
+    """The versions of Python that requires-python of pyproject.toml allows, as the installation has noted them.
+
+    Raises:
+        UsageError: the package was never installed.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        allowed = SpecifierSet(metadata("normistral")["Requires-Python"])
+    except PackageNotFoundError as exc:
+        raise UsageError("normistral is not installed here, so it is not known what it requires", REINSTALL) from exc
+    return tuple(python for python in (f"3.{minor}" for minor in _MINORS) if python in allowed)
 
 
 def needed_glibc_minor(platform_tags: Iterable[str]) -> int:

@@ -47,7 +47,7 @@ from normistral.runtime.engines.settings import (
     PREFILL_CHUNK,
     override,
 )
-from normistral.runtime.kernels.library import check_library, find_library, find_obstacle
+from normistral.runtime.kernels.library import BUILD, describe_absence, find_library, find_obstacle, open_library
 from normistral.runtime.kernels.openvino_int4 import PackedWeights, pack_products, replace_products
 
 if TYPE_CHECKING:
@@ -315,28 +315,38 @@ def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: 
 
 
 def pack_for_our_kernel(model: ov.Model, model_file: Path, *, required: bool) -> PackedWeights | None:
-    """The int4 weights of a model for our products; None if it has none that these suit.
+    """The int4 weights of a model for our products; None where these cannot serve, with a warning that says why.
 
     Args:
         model: as read from the file.
         required: None is an error.
 
     Raises:
-        UsageError: they are required and not to be had.
-        EngineError: the compiled kernel is damaged or cannot be loaded.
+        UsageError: they are required, and there is no kernel, or no product that suits it.
+        EngineError: they are required, and the kernel is damaged, of somebody else's making, or cannot be loaded.
     """
     machine = hardware.read_machine()
     library = find_library(machine)
-    if library is None:
-        raise UsageError(
-            f"{INT4_KERNEL} cannot be {OUR_KERNEL}: {find_obstacle(machine) or 'it is not compiled'}",
-            f"say {ENGINES_KERNEL}" if find_obstacle(machine) else "compile it: normistral build-kernel",
-        )
-    check_library(library)
-    packed = pack_products(model, model_file, library)
+    try:
+        if library is None:
+            raise _no_kernel(machine)
+        packed = pack_products(model, model_file, open_library(library))
+    except (EngineError, UsageError) as exc:
+        if required:
+            raise
+        logger.warning("the int4 kernel is not used: %s (%s)", exc, exc.hint)
+        return None
     if required and packed is None:
         raise UsageError(f"{INT4_KERNEL} cannot be {OUR_KERNEL}: no product in this artifact suits it", "leave it out")
     return packed
+
+
+def _no_kernel(machine: hardware.Machine) -> UsageError:
+    obstacle = find_obstacle(machine)
+    return UsageError(
+        f"{INT4_KERNEL} cannot be {OUR_KERNEL}: {obstacle or describe_absence(machine)}",
+        f"say {ENGINES_KERNEL}" if obstacle else f"compile it: {BUILD}",
+    )
 
 
 def kernel_in_force(kernel: str | None, packed: PackedWeights | None) -> tuple[dict[str, str], dict[str, str]]:

@@ -36,6 +36,8 @@
 #include <openvino/op/op.hpp>
 #include <vector>
 
+#include "old_runtime.hpp"
+
 #ifdef __AVX512VNNI__
 #include "int4_avx512.hpp"
 #else

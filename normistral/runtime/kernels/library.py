@@ -1,102 +1,123 @@
-"""The compiled int4 kernel: whether this machine can run it, where it lies, and how it is made.
+"""The compiled int4 kernel: whether this machine can run it, where it lies, and whether it may be loaded.
 
-It is compiled on the machine itself, in seconds, against the headers that OpenVINO's own wheel brings. One file for
-each version of OpenVINO, set of instructions and source, beside the local store. Its SHA-256 stands behind its last
-byte, where the loader does not look: loading a file that was cut short would end the process.
+The package may bring it (`compiled` beside this file: its wheels for Linux, and an installation from source where there
+was a compiler); else `normistral build-kernel` puts it beside the local store. One of the package is trusted as the
+package's Python is. One of the store is code that any program may have put there: it has to belong to this user or to
+root, in a folder that nobody else may write to. What was checked is what is loaded, because both go by a descriptor.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import platform
-import re
-import shutil
-import subprocess
+import stat
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 from normistral import store
 from normistral.errors import EngineError, ResourceError
 from normistral.hardware import Machine
-
-_SOURCE = Path(__file__).with_name("int4_matmul.cpp")
-_INCLUDED = ("int4_arrays.hpp", "int4_avx512.hpp", "int4_avx2.hpp")
-_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
-
-
-class Variant(NamedTuple):
-    """The kernel for one set of instructions: those of the processor, by their names in /proc/cpuinfo."""
-
-    name: str
-    needed: frozenset[str]
-    flags: tuple[str, ...]
-
-
-_AVX2 = Variant("avx2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"))
-_AVX_VNNI = Variant("avxvnni", _AVX2.needed | {"avx_vnni"}, (*_AVX2.flags, "-mavxvnni"))
-_AVX512 = Variant(
-    "avx512",
-    _AVX2.needed | {"avx512f", "avx512bw", "avx512_vnni"},
-    (*_AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512vnni"),
+from normistral.runtime.kernels.compiler import (
+    DIGEST_BYTES,
+    VARIANTS,
+    CompileError,
+    Variant,
+    compile_kernels,
+    file_name,
+    is_supported_platform,
 )
-VARIANTS = (_AVX512, _AVX_VNNI, _AVX2)  # the fastest first
-_COMPILE_S = 300
-_DIGEST_BYTES = hashlib.sha256().digest_size
-_HINT = "install a C++ compiler (g++ or clang++), or name one in CXX"
+
+PACKAGED = Path(__file__).with_name("compiled")
+BUILD = "normistral build-kernel"
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A compiled kernel that may be loaded.
+
+    Attributes:
+        path: where it was found.
+        loadable: the same file by the descriptor that it was checked through; it stays open with this process.
+    """
+
+    path: Path
+    loadable: str
+
+
+class UntrustedKernelError(EngineError):
+    """Somebody else may have written the kernel."""
 
 
 def find_obstacle(machine: Machine) -> str | None:
     """Why the kernel cannot run on this machine, in a few words; None where it can."""
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+    if not is_supported_platform():
         return "it is written for Linux on x86-64"
-    missing = sorted(_AVX2.needed - machine.instruction_sets)
+    missing = sorted(VARIANTS[-1].needed - machine.instruction_sets)
     return f"the processor lacks {', '.join(missing)}" if missing else None
 
 
 def library_path(machine: Machine) -> Path:
-    """Where the kernel for this machine and the installed OpenVINO belongs; it need not be there."""
-    return store.kernels_dir() / _file_name(_variant(machine))
-
-
-def _file_name(variant: Variant) -> str:
-    source = hashlib.sha256()
-    for name in (_SOURCE.name, *_INCLUDED):
-        source.update(_SOURCE.with_name(name).read_bytes())
-    return f"int4-openvino-{version('openvino')}-{variant.name}-{source.hexdigest()[:12]}.so"
-
-
-def _variant(machine: Machine) -> Variant:
-    return next(variant for variant in VARIANTS if machine.instruction_sets >= variant.needed)
+    """Where `build-kernel` puts the kernel for this machine and the installed OpenVINO; it need not be there."""
+    return store.kernels_dir() / _file_name(machine)
 
 
 def find_library(machine: Machine) -> Path | None:
-    """The compiled kernel, if it is there and can run here."""
+    """The compiled kernel, if it is there and can run here: the package's, or else the store's."""
     if find_obstacle(machine) is not None:
         return None
-    path = library_path(machine)
-    return path if path.is_file() else None
+    paths = (PACKAGED / _file_name(machine), library_path(machine))
+    return next((path for path in paths if path.is_file()), None)
 
 
-def check_library(path: Path) -> None:
-    """See that the file is as it was compiled.
+def describe_absence(machine: Machine) -> str:
+    """Why there is no kernel to use on a machine that could run one."""
+    others = [path.name.split("-")[2] for path in PACKAGED.glob("int4-openvino-*.so")]
+    if others and version("openvino") not in others:
+        return f"the package's int4 kernel is for OpenVINO {others[0]}, and {version('openvino')} is installed"
+    return "there is no compiled int4 kernel"
+
+
+def open_library(path: Path) -> Library:
+    """Check a kernel, and hold on to what was checked.
 
     Raises:
+        UntrustedKernelError: another user may have written it.
         EngineError: it is damaged, or cannot be read.
     """
+    return _open_library(path, _identity(path))
+
+
+@cache
+def _open_library(path: Path, identity: tuple[int, ...]) -> Library:
+    """Once for each file: its descriptor stays open, so that its number means no other file to the loader."""
+    with _translated(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        data = path.read_bytes()
-    except OSError as exc:
-        raise EngineError(f"cannot read {path}: {exc.strerror}", "check its permissions") from exc
-    if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
-        raise EngineError(f"{path} is damaged", "make it again: normistral build-kernel")
+        if path.parent != PACKAGED:
+            _require_ours(path, descriptor)
+        with _translated(path), os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read()
+        if hashlib.sha256(data[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
+            raise EngineError(f"{path} is damaged", f"make it again: {BUILD}")
+    except EngineError:
+        os.close(descriptor)
+        raise
+    by_descriptor = f"/proc/self/fd/{descriptor}"
+    if not Path(by_descriptor).exists():  # no /proc: only what is trusted by its place can be loaded by its name
+        os.close(descriptor)
+        if path.parent != PACKAGED:
+            raise UntrustedKernelError(f"{path} cannot be loaded as it was checked", "mount /proc")
+        by_descriptor = str(path)
+    return Library(path, by_descriptor)
 
 
 def build_library(machine: Machine) -> Path:
-    """Compile the kernel; one that is there already is replaced once the new one is whole.
+    """Compile the kernel into the store; one that is there already is replaced once the new one is whole.
 
     Raises:
         EngineError: it cannot run here, there is no compiler, or the compiler fails.
@@ -106,61 +127,62 @@ def build_library(machine: Machine) -> Path:
         raise EngineError(f"the int4 kernel is of no use here: {obstacle}", "OpenVINO's own products serve")
     path = library_path(machine)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
-            _compile_whole(_variant(machine), Path(scratch)).replace(path)
+            (made,) = _compile([_variant(machine)], Path(scratch))
+            made.chmod(0o755)  # whatever the umask: others' writing would make it untrusted
+            made.replace(path)
+        _require_ours(path, None)
     except OSError as exc:
         raise ResourceError(f"cannot write {path}: {exc.strerror}", "set NORMISTRAL_HOME to another folder") from exc
     return path
 
 
-def build_for_others(folder: Path) -> list[Path]:
-    """Compile the kernel for every processor that there is one for, into a folder.
+def collect_for_others(folder: Path) -> list[Path]:
+    """The kernel for every processor that there is one for: the package's own, or compiled into a folder.
 
     Raises:
         EngineError: there is no compiler, or it fails.
     """
-    return [_compile_whole(variant, folder) for variant in VARIANTS]
+    packaged = [PACKAGED / file_name(variant) for variant in VARIANTS]
+    return packaged if all(path.is_file() for path in packaged) else _compile(VARIANTS, folder)
 
 
-def _compile_whole(variant: Variant, folder: Path) -> Path:
-    """The library with its digest behind it; the same compiler makes the same bytes."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise EngineError("there is no C++ compiler", _HINT)
-    made = folder / _file_name(variant)
-    _compile(compiler, variant, made)
-    digest = hashlib.sha256(made.read_bytes()).digest()
-    with made.open("ab") as file:
-        file.write(digest)
-    return made
-
-
-def _compile(compiler: str, variant: Variant, output: Path) -> None:
-    found = importlib.util.find_spec("openvino")
-    assert found is not None
-    assert found.origin is not None
-    openvino = Path(found.origin).parent
-    libraries = [_newest(openvino / "libs", name) for name in ("libopenvino.so", "libtbb.so")]
-    include = openvino / "include"
-    if not include.is_dir() or not all(libraries):
-        raise EngineError("this OpenVINO came without headers", "install the one from PyPI: pip install openvino")
-    command = [compiler, *_FLAGS, *variant.flags, str(_SOURCE), f"-I{include}", f"-L{openvino / 'libs'}"]
-    command += [f"-fmacro-prefix-map={folder}/=" for folder in (_SOURCE.parent, include)]  # what assertions name
-    command += [f"-l:{name}" for name in libraries]
+def _compile(variants: Sequence[Variant], folder: Path) -> list[Path]:
     try:
-        done = subprocess.run(
-            [*command, "-o", str(output)], capture_output=True, encoding="utf-8", errors="replace", timeout=_COMPILE_S
-        )
-    except subprocess.TimeoutExpired as exc:
-        raise EngineError(
-            f"{compiler} did not finish in {_COMPILE_S} seconds", "try again on a quieter machine"
-        ) from exc
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if re.search(r"\berror\b", line)]
-        raise EngineError(f"{compiler} failed: {(errors or ['it says nothing'])[0]}", _HINT)
+        return compile_kernels(variants, folder)
+    except CompileError as exc:
+        raise EngineError(exc.message, exc.hint) from exc
 
 
-def _newest(folder: Path, name: str) -> str:
-    """The library with its version behind the name, as the loader wants it; "" if it is not there."""
-    return max((path.name for path in folder.glob(f"{name}.*")), default="")
+def _variant(machine: Machine) -> Variant:
+    return next(variant for variant in VARIANTS if machine.instruction_sets >= variant.needed)
+
+
+def _file_name(machine: Machine) -> str:
+    return file_name(_variant(machine))
+
+
+def _require_ours(path: Path, descriptor: int | None) -> None:
+    """Raises UntrustedKernelError unless only this user and root may write to the file and its folder."""
+    with _translated(path):
+        found = path.parent.stat(), path.stat() if descriptor is None else os.fstat(descriptor)
+    for place, status in zip((path.parent, path), found, strict=True):
+        if status.st_uid not in (os.geteuid(), 0):
+            raise UntrustedKernelError(f"{place} belongs to another user", f"remove it, then: {BUILD}")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise UntrustedKernelError(f"others may write to {place}", f"chmod go-w {place}, then: {BUILD}")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    with _translated(path):
+        status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise EngineError(f"cannot read {path}: {exc.strerror}", "check its permissions") from exc

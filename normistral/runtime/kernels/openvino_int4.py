@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import EngineError
+from normistral.runtime.kernels.library import BUILD, Library
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -29,6 +30,7 @@ OPERATOR, OPERATOR_SET, NUMBER = "Int4MatMul", "normistral", "weights"  # as int
 _STEP = 32  # as there: rows and groups are multiples of it
 _LARGEST_GROUP = 128
 _HUGE_PAGE = 2**21
+_AGAIN = f"make it again: {BUILD}"
 _SIGNED_TO_UNSIGNED = 0x88888888  # flips the upper bit of eight codes: i4 becomes u4 with the zero point 8
 
 Bytes = NDArray[np.uint8]
@@ -49,12 +51,12 @@ class PackedWeights:
     They have to live as long as anything compiled that uses them: an operator that no longer finds its weights fails.
 
     Attributes:
-        library: the kernel they are for.
+        library: the kernel they are for, as a loader finds it.
         numbers: by which operators find them, for each product by its name in the IR.
     """
 
-    def __init__(self, library: Path, kernel: ctypes.CDLL, products: Sequence[_Product]) -> None:
-        self.library = library
+    def __init__(self, library: Library, kernel: ctypes.CDLL, products: Sequence[_Product]) -> None:
+        self.library = library.loadable
         self.numbers: dict[str, int] = {}
         self._memory: list[Bytes] = [_allocate(sum(map(_code_bytes, products)))]
         start, lanes = 0, kernel.normistral_int4_lanes()
@@ -76,11 +78,11 @@ _shared: WeakValueDictionary[tuple[object, ...], PackedWeights] = WeakValueDicti
 _sharing = threading.Lock()
 
 
-def pack_products(model: ov.Model, model_file: Path, library: Path) -> PackedWeights | None:
+def pack_products(model: ov.Model, model_file: Path, library: Library) -> PackedWeights | None:
     """The weights of a model as read from this file; whoever loads it twice in one process holds them once.
 
     Args:
-        library: the kernel, compiled for the installed OpenVINO.
+        library: the kernel, compiled for the installed OpenVINO, as it was checked.
 
     Returns:
         None where the kernel can do none of the products.
@@ -113,10 +115,10 @@ def replace_products(core: ov.Core, model: ov.Model, packed: PackedWeights) -> N
 
     factory = NodeFactory()
     try:
-        core.add_extension(str(packed.library))
-        factory.add_extension(str(packed.library))
+        core.add_extension(packed.library)
+        factory.add_extension(packed.library)
     except RuntimeError as exc:
-        raise _cannot_load(packed.library, exc) from exc
+        raise EngineError(f"OpenVINO cannot load the int4 kernel: {exc}", _AGAIN) from exc
     for product in list(_find_products(model)):
         name = product.node.get_friendly_name()
         operator = factory.create(OPERATOR, [product.node.input_value(0)], {NUMBER: packed.numbers[name]})
@@ -125,22 +127,19 @@ def replace_products(core: ov.Core, model: ov.Model, packed: PackedWeights) -> N
     model.validate_nodes_and_infer_types()
 
 
-def _open_library(library: Path) -> ctypes.CDLL:
+def _open_library(library: Library) -> ctypes.CDLL:
     try:
-        kernel = ctypes.CDLL(str(library))
+        kernel = ctypes.CDLL(library.loadable)
         pack, hold, forget = kernel.normistral_pack_int4, kernel.normistral_hold_int4, kernel.normistral_forget_int4
     except (OSError, AttributeError) as exc:
-        raise _cannot_load(library, exc) from exc
+        reason = str(exc).removeprefix(f"{library.loadable}: ")
+        raise EngineError(f"cannot load {library.path.name}: {reason}", _AGAIN) from exc
     pack.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)
     hold.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3)
     forget.argtypes = (ctypes.c_int64,)
     pack.restype = forget.restype = None
     hold.restype = kernel.normistral_int4_lanes.restype = ctypes.c_int64
     return kernel
-
-
-def _cannot_load(library: Path, exc: Exception) -> EngineError:
-    return EngineError(f"cannot load {library.name}: {exc}", "make it again: normistral build-kernel")
 
 
 def _forget(kernel: ctypes.CDLL, numbers: Sequence[int]) -> None:

@@ -92,7 +92,7 @@ def open_openvino_batch(
     scheduler.enable_prefix_caching = batch.one_tenant
     properties: dict[str, Any] = {**settings, **_LIKE_THE_LIBRARY}
     if packed is not None:
-        properties[_EXTENSIONS] = [str(packed.library)]
+        properties[_EXTENSIONS] = [packed.library]
     try:
         with folder_with_kernel(folder / MODEL_FILE, packed) if packed else nullcontext(folder) as readable:
             pipeline = openvino_genai.ContinuousBatchingPipeline(str(readable), scheduler, BATCHED_DEVICE, properties)
