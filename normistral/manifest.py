@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from normistral.errors import ArtifactError
+from normistral.install_hint import UPGRADE
 
 MANIFEST_NAME = "normistral.json"
 # 2: ONNX. 3: ALiBi, reasoning. 4: calibration. 5: mixed precision by it. 6: chat template of a file. What an older one
@@ -269,7 +270,7 @@ def parse_manifest(raw: bytes, name: str = MANIFEST_NAME) -> Manifest:
     if version is not None and version > SCHEMA_VERSION:
         raise ArtifactError(
             f"{name} has schema {version}; this version of normistral reads up to {SCHEMA_VERSION}",
-            "upgrade with: pip install --upgrade normistral",
+            UPGRADE,
         )
     found = _CHECKSUM.search(raw)
     if found is None or found[2].decode() != _checksum(raw):

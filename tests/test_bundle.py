@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email.message import Message
 from importlib.metadata import Distribution, PathDistribution, version
@@ -24,7 +25,7 @@ from normistral.bundling import own_wheel
 from normistral.bundling.bundle import BundleOptions, make_bundle
 from normistral.bundling.install import check_bundle
 from normistral.bundling.own_wheel import pack_wheel
-from normistral.bundling.target import Target, choose_target, needed_glibc_minor
+from normistral.bundling.target import Target, choose_target, needed_glibc_minor, supported_pythons
 from normistral.bundling.wheels import Closure, Wheel, collect_wheels
 from normistral.errors import (
     ArtifactError,
@@ -114,7 +115,7 @@ class Notes(NoProgress):
         self.said.append(text)
 
 
-def test_an_int4_model_for_openvino_brings_its_kernels(tmp_path, monkeypatch):
+def test_an_int4_model_for_openvino_brings_its_kernels(tmp_path, monkeypatch, no_packaged_kernel):
     manifest = make_manifest(files={}, format="openvino")
     assert manifest.recipe.weights == "int4"
     closure = Closure({"openvino": wheel_of("openvino", version("openvino"))}, {})
@@ -256,7 +257,7 @@ def test_a_missing_wheel_is_named(artifact, tmp_path):
 def test_what_only_the_target_requires_is_collected_too(tmp_path):
     """pip evaluates markers for the Python that runs it."""
     folder = write_wheels(tmp_path / "wheels")
-    version, other = normistral.__version__, {"3.11": "3.12", "3.12": "3.11"}[HERE.python]
+    version, other = normistral.__version__, "3.11" if HERE.python == "3.12" else "3.12"
     code = "def main(): pass"
     marked = (f'leaf; python_version == "{other}"', f'unneeded; python_version == "{HERE.python}"')
     write_wheel(folder, "normistral", version, code, marked)
@@ -281,6 +282,19 @@ def test_platforms_are_named_by_glibc_and_processor():
             choose_target(None, tag)
     with pytest.raises(UsageError, match=r"Python 3\.9"):
         choose_target("3.9")
+
+
+def test_the_pythons_are_those_of_the_project_file():
+    """Which has the one range; the installation's metadata repeat it."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=3.11,<3.15"
+    assert supported_pythons() == ("3.11", "3.12", "3.13", "3.14")
+    for python in supported_pythons():
+        assert choose_target(python, "manylinux_2_34_x86_64").python == python
+        assert f"Programming Language :: Python :: {python}" in project["classifiers"]
+    with pytest.raises(UsageError, match="Python 3") as caught:
+        choose_target("3.15")
+    assert caught.value.hint == "choose one of 3.11, 3.12, 3.13, 3.14"
 
 
 @pytest.mark.parametrize(

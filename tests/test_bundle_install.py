@@ -29,7 +29,7 @@ DESCRIPTION = {
     "schema": 1,
     "artifact": "liten",
     "requirement": "normistral==0.1.0",
-    "python": "3.11",
+    "python": "{}.{}".format(*sys.version_info),
     "machine": "x86_64",
     "glibc": "2.17",
     "bytes": 100,

@@ -16,10 +16,12 @@ from normistral.errors import EngineError, UsageError
 from normistral.hardware import read_machine
 from normistral.manifest import read_manifest
 from normistral.runtime.kernels import library
+from normistral.runtime.kernels.advice import name_faster_way
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import UntrustedKernelError, find_library, open_library
 from normistral.serving.backends import openvino_pipeline
 from normistral.serving.backends.settings import BatchSettings
+from normistral.terminal import doctor
 
 OURS = {"int4_kernel": "normistral"}
 PLANTED = b"not the library that was hashed"
@@ -123,12 +125,42 @@ def test_a_descriptor_is_kept_for_each_file_and_not_for_each_load(stored):
 
 def test_another_openvino_than_the_packages_kernel_is_for(tiny_int4, stored, monkeypatch):
     monkeypatch.setattr(library, "PACKAGED", stored.parent)
-    for module in ("library", "compiler"):
+    for module in ("advice", "compiler", "library"):
         monkeypatch.setattr(f"normistral.runtime.kernels.{module}.version", lambda name: "2026.4.2")
     with normistral.load(tiny_int4) as model:
         assert model.capabilities.settings["int4_kernel"] == "openvino"
+    assert "pip install openvino==2026.4.1" in name_faster_way({"int4_kernel": "openvino"})
     with pytest.raises(UsageError, match=r"kernel is for OpenVINO 2026\.4\.1, and 2026\.4\.2 is installed"):
         normistral.load(tiny_int4, settings=OURS)
+
+
+@pytest.mark.parametrize(
+    ("cxx", "says"),
+    [
+        ("true", r"had: normistral build-kernel \(some seconds, once\)"),
+        ("no-such", r"apt install g\+\+\), then: normi"),
+    ],
+)
+def test_the_start_and_doctor_name_what_would_be_faster(stored, monkeypatch, cxx, says):
+    in_force = {"int4_kernel": "openvino"}
+    assert name_faster_way(in_force) is None  # it is there
+    assert "for avx" in doctor._describe_kernel(read_machine())
+    assert f"compiled here by build-kernel: {stored}" in doctor._describe_kernel(read_machine())
+    stored.unlink()
+    monkeypatch.setenv("CXX", cxx)
+    assert re.search(says, name_faster_way(in_force))
+    assert "OpenVINO's own products, because there is no compiled int4 kernel" in doctor._describe_kernel(
+        read_machine()
+    )
+    for settings, given in (({"int4_kernel": "normistral"}, {}), (in_force, in_force), ({}, {})):
+        assert name_faster_way(settings, given) is None
+
+
+def test_doctor_says_that_a_kernel_is_the_packages_or_why_it_is_not_used(stored, monkeypatch):
+    stored.chmod(0o777)
+    assert "others may write" in doctor._describe_kernel(read_machine())
+    monkeypatch.setattr(library, "PACKAGED", stored.parent)
+    assert f"came with the package: {stored}" in doctor._describe_kernel(read_machine())
 
 
 def test_a_kernel_that_cannot_be_loaded_is_left_out_and_said_so(tiny_int4, stored, caplog):

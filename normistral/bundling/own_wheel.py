@@ -17,13 +17,13 @@ from pathlib import Path
 
 import normistral
 from normistral.errors import UsageError
+from normistral.install_hint import REINSTALL
 
 _NAME = "normistral"
 _WHEEL = "Wheel-Version: 1.0\nGenerator: normistral bundle\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 _COPIED = ("METADATA", "entry_points.txt", "top_level.txt")
 _SOURCE_NAMES = {"METADATA": "PKG-INFO"}  # in the .egg-info that an editable installation leaves beside the source
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest time that a zip file knows
-_HINT = "install it again: pip install --force-reinstall --no-deps normistral, in its source pip install --editable ."
 
 
 def pack_own_wheel(into: Path) -> Path:
@@ -35,7 +35,7 @@ def pack_own_wheel(into: Path) -> Path:
     try:
         installed = distribution(_NAME)
     except PackageNotFoundError as exc:
-        raise UsageError("normistral is not installed here, so it is not known what it requires", _HINT) from exc
+        raise UsageError("normistral is not installed here, so it is not known what it requires", REINSTALL) from exc
     package = Path(normistral.__file__).parent
     _require_current(installed, package.parent / "pyproject.toml")
     return pack_wheel(package, installed, normistral.__version__, into)
@@ -66,9 +66,10 @@ def pack_wheel(package: Path, installed: Distribution, version: str, into: Path)
 
 
 def _code(package: Path) -> Iterator[Path]:
+    """Its files, but for what was compiled: the wheel is for any system, and kernels travel beside it."""
     for path in package.rglob("*"):
         hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(package).parts)
-        if path.is_file() and not hidden:
+        if path.is_file() and not hidden and path.suffix != ".so":
             yield path
 
 
@@ -79,14 +80,17 @@ def _record_hash(content: bytes) -> str:
 def _require_current(installed: Distribution, project_file: Path) -> None:
     """An editable installation keeps the requirements of the day it was made."""
     from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
 
     if installed.version != normistral.__version__:
-        raise UsageError(f"normistral {normistral.__version__} was installed as {installed.version}", _HINT)
+        raise UsageError(f"normistral {normistral.__version__} was installed as {installed.version}", REINSTALL)
     if not project_file.is_file():
         return
     project = tomllib.loads(project_file.read_text(encoding="utf-8"))["project"]
     declared = list(project["dependencies"])
     for extra, requirements in project["optional-dependencies"].items():
         declared += [f'{requirement}; extra == "{extra}"' for requirement in requirements]
-    if {str(Requirement(line)) for line in declared} != {str(Requirement(line)) for line in installed.requires or []}:
-        raise UsageError("normistral requires other packages now than when it was installed", _HINT)
+    same_python = SpecifierSet(project["requires-python"]) == SpecifierSet(installed.metadata["Requires-Python"] or "")
+    needed, noted = ({str(Requirement(line)) for line in lines} for lines in (declared, installed.requires or []))
+    if needed != noted or not same_python:
+        raise UsageError("normistral requires other packages now than when it was installed", REINSTALL)

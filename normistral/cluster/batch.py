@@ -24,6 +24,7 @@ from normistral.cluster.questions import check_instruction
 from normistral.errors import NormistralError, UsageError
 from normistral.export.progress import NoProgress, Progress
 from normistral.files import explain, require_place
+from normistral.install_hint import extra
 from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest, sha256_file
 from normistral.runtime.options import require_applicable, resolve_options
 
@@ -113,7 +114,7 @@ def run_batch(
             progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
         if missing:
             if fits_together(manifest, engine) and not has_genai():
-                progress.note('one after the other: pip install "normistral[serve]" lets it compute many together')
+                progress.note(f"one after the other: {extra('serve')} lets it compute many together")
             with progress.stage("answering", total=len(missing), unit="documents") as stage:
                 _answer(job, missing, manifest, engine, workers, stage.advance)
         places, lines = find_answers(parts)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from normistral.errors import MissingExtraError, NormistralError, first_line
+from normistral.install_hint import extra
 from normistral.quiet import silence_telemetry
 
 # Only places of rows and requests on their way go through it; Ray would take 30 % of the memory.
@@ -33,7 +34,7 @@ def import_ray(*, alone: bool) -> Any:
     try:
         import ray
     except ImportError as exc:
-        raise MissingExtraError("Ray is not installed", 'pip install "normistral[ray]"') from exc
+        raise MissingExtraError("Ray is not installed", extra("ray")) from exc
     return ray
 
 

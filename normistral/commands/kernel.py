@@ -8,9 +8,9 @@ from normistral.terminal.arguments import Debug
 def build_kernel(debug: Debug = False) -> None:
     """Compile this package's own int4 products for OpenVINO. Prints where they lie.
 
-    Takes seconds and a C++ compiler (g++ or clang++; CXX names another), for processors with AVX2, AVX-VNNI or
-    AVX512. From then on they serve int4 OpenVINO artifacts on the CPU, unless --set int4_kernel=openvino or --exact
-    is given.
+    Seldom needed: wheels for Linux on x86-64 bring them, and an installation from source compiles them where there is
+    a C++ compiler. It is for an installation without one, for a changed source, and for another OpenVINO than theirs.
+    Takes seconds and a compiler (g++ or clang++; CXX names another), for processors with AVX2, AVX-VNNI or AVX512.
     """
     from normistral.hardware import read_machine
     from normistral.runtime.kernels.library import build_library

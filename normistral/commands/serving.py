@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from normistral.errors import MissingExtraError, UsageError
+from normistral.install_hint import extra
 from normistral.runtime.engines.settings import parse_settings
 from normistral.serving.backends.settings import Batching
 from normistral.serving.limits import ServerLimits
@@ -105,6 +106,7 @@ def serve(
     )
     settings = parse_settings(engine_settings)
     _require_extra()
+    from normistral.runtime.kernels.advice import name_faster_way
     from normistral.serving.app import create_app
     from normistral.serving.descriptors import plan_connections
     from normistral.serving.server import ApiServer, bind
@@ -141,6 +143,8 @@ def serve(
             for name, model in server.service.models.items():
                 if model.worker.loaded is not None:
                     console.say(describe_model(name, model.worker.loaded))
+                    if faster := name_faster_way(model.worker.loaded.settings, settings):
+                        console.say(f"{name}: {faster}")
             console.say("ready")
 
         server = ApiServer(app, announce, announce_ready)
@@ -156,4 +160,4 @@ def _require_extra() -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as exc:
-        raise MissingExtraError(f"{exc.name} is not installed", 'pip install "normistral[serve]"') from exc
+        raise MissingExtraError(f"{exc.name} is not installed", extra("serve")) from exc

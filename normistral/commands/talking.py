@@ -127,6 +127,7 @@ def chat(
         from normistral.terminal.sessions import check_session
 
         check_session(session, system)
+    from normistral.runtime.kernels.advice import name_faster_way
     from normistral.runtime.loading import load
     from normistral.terminal.answers import print_answer
 
@@ -137,6 +138,8 @@ def chat(
     if message is None:
         console.say(f"loading {folder.name} ...")
     with load(folder, device=device, exact=exact, settings=settings, draft_table=draft_table) as model:
+        if faster := name_faster_way(model.capabilities.settings, settings):
+            console.say(faster)
         if session is None:
             conversation = model.chat(system=system, overflow=overflow)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 from normistral.errors import MissingExtraError, NormistralError
+from normistral.install_hint import extra
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def _run() -> None:
     except ModuleNotFoundError as exc:
         if (exc.name or "").partition(".")[0] != "lm_eval":
             raise
-        raise MissingExtraError("lm-evaluation-harness is not installed", 'pip install "normistral[lm-eval]"') from exc
+        raise MissingExtraError("lm-evaluation-harness is not installed", extra("lm-eval")) from exc
     register()
     cli_evaluate()
 

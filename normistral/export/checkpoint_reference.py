@@ -23,6 +23,7 @@ from normistral.export.locate import locate
 from normistral.export.progress import Progress
 from normistral.export.reference import Logits, fits_for_running, load_model
 from normistral.export.tools import quiet_tools
+from normistral.install_hint import extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def checkpoint_reference(model: str, scratch: Path, progress: Progress) -> Itera
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(
                 f"a checkpoint as reference needs the package {package}, which is not installed",
-                'install it with: pip install "normistral[export]"; or give an artifact as --reference',
+                f"install it with: {extra('export')}; or give an artifact as --reference",
             )
     located = locate(model, progress=progress)
     scratch.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 
 from normistral.errors import MissingExtraError
+from normistral.install_hint import extra
 from normistral.manifest import ArtifactFormat
 
 _MODULES: dict[ArtifactFormat, tuple[str, ...]] = {
@@ -22,7 +23,7 @@ _DISTRIBUTIONS: dict[ArtifactFormat, tuple[str, ...]] = {
     "openvino": ("optimum-intel", "nncf", "openvino", "openvino-tokenizers"),
     "onnx": ("optimum-onnx", "onnx"),
 }
-_EXTRAS: dict[ArtifactFormat, str] = {"openvino": "export", "onnx": "export,onnx"}
+_EXTRAS: dict[ArtifactFormat, tuple[str, ...]] = {"openvino": ("export",), "onnx": ("export", "onnx")}
 
 
 def find_export_tools(format: ArtifactFormat) -> None:
@@ -71,7 +72,7 @@ def _patient_threads() -> Iterator[None]:
 def _missing(package: str, format: ArtifactFormat) -> MissingExtraError:
     return MissingExtraError(
         f"exporting needs the package {package}, which is not installed",
-        f'install it with: pip install "normistral[{_EXTRAS[format]}]"',
+        f"install it with: {extra(*_EXTRAS[format])}",
     )
 
 

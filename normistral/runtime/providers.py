@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from normistral.errors import DeviceError, MissingExtraError
+from normistral.install_hint import extra
 
 _SHOWN_NODES = 3
 _MATRIX_OPERATORS = ("MatMul", "Gemm", "Attention")  # parts of operator names, such as FusedMatMul, MatMulNBits
@@ -46,9 +47,12 @@ class Provider:
 # Each package below is another build of onnxruntime and overwrites the others.
 _REPLACE = "pip uninstall onnxruntime, then pip install {}"
 PROVIDERS = {
-    "CPU": Provider("CPUExecutionProvider", 'pip install "normistral[onnx]"', member_option=""),
+    "CPU": Provider("CPUExecutionProvider", extra("onnx"), member_option=""),
     "CUDA": Provider(
-        "CUDAExecutionProvider", _REPLACE.format('"normistral[gpu]"'), memory="cuda", exact={"use_tf32": "0"}
+        "CUDAExecutionProvider",
+        f"pip uninstall onnxruntime, then {extra('gpu')}",
+        memory="cuda",
+        exact={"use_tf32": "0"},
     ),
     "ROCM": Provider("ROCMExecutionProvider", _REPLACE.format("onnxruntime-rocm"), memory="cuda"),  # HIP's name too
     "MIGRAPHX": Provider("MIGraphXExecutionProvider", _REPLACE.format("onnxruntime-migraphx"), memory="cuda"),
@@ -56,9 +60,7 @@ PROVIDERS = {
     "OPENVINO": Provider(
         "OpenVINOExecutionProvider", _REPLACE.format("onnxruntime-openvino"), "device_type", exact={"precision": "FP32"}
     ),
-    "COREML": Provider(
-        "CoreMLExecutionProvider", 'pip install "normistral[onnx]" on macOS: only its wheel has it', member_option=""
-    ),
+    "COREML": Provider("CoreMLExecutionProvider", f"{extra('onnx')} on macOS: only its wheel has it", member_option=""),
 }
 
 
@@ -94,9 +96,7 @@ def import_onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as exc:
-        raise MissingExtraError(
-            f"ONNX artifacts need the package onnxruntime ({exc})", 'pip install "normistral[onnx]"'
-        ) from exc
+        raise MissingExtraError(f"ONNX artifacts need the package onnxruntime ({exc})", extra("onnx")) from exc
     module: ModuleType = onnxruntime
     return module
 

@@ -32,6 +32,7 @@ import numpy as np
 
 from normistral.errors import SessionError, UsageError
 from normistral.files import explain, open_file, require_place, saving
+from normistral.install_hint import UPGRADE
 from normistral.runtime.engines.base import CacheTensor
 
 MAGIC = b"normistral session\n"
@@ -234,7 +235,7 @@ def _open(path: Path, file: BufferedReader, on_bytes: OnBytes) -> SessionReader:
     if version != VERSION:
         raise SessionError(
             f"{path} has version {version} of the format; this version of normistral reads {VERSION}",
-            "upgrade with: pip install --upgrade normistral",
+            UPGRADE,
         )
     if length > _MAX_HEADER_BYTES:
         raise _damaged(path, "its header is too long")

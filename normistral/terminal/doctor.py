@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral import store
+from normistral.errors import EngineError
 from normistral.hardware import (
     Machine,
     free_disk_bytes,
@@ -27,7 +28,16 @@ from normistral.hardware import (
     plan_threads,
     read_machine,
 )
-from normistral.runtime.kernels.library import find_library, find_obstacle
+from normistral.install_hint import extra
+from normistral.runtime.kernels.advice import how_to_build
+from normistral.runtime.kernels.library import (
+    describe_absence,
+    find_library,
+    find_obstacle,
+    is_packaged,
+    open_library,
+    variant_of,
+)
 from normistral.terminal.console import format_columns
 from normistral.terminal.progress import format_bytes
 from normistral.terminal.tuning import artifact_lines, describe_artifact, describe_tuned, tuned_table
@@ -38,7 +48,7 @@ _ONNX = (  # builds of one Python package
     *("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-migraphx"),
     "onnxruntime-rocm",
 )
-_NO_ONNX = 'not installed: pip install "normistral[onnx]"'
+_NO_ONNX = f"not installed: {extra('onnx')}"
 _ASKED_FOR_S = 60
 
 _ASK_OPENVINO = """
@@ -174,9 +184,15 @@ def _describe_engine(answer: dict[str, Any]) -> str:
 def _describe_kernel(machine: Machine) -> str:
     if obstacle := find_obstacle(machine):
         return f"OpenVINO's own products; ours cannot run here: {obstacle}"
-    if library := find_library(machine):
-        return f"our own products: {library}"
-    return "OpenVINO's own products; ours are faster, and compiled by: normistral build-kernel"
+    library = find_library(machine)
+    if library is None:
+        return f"OpenVINO's own products, because {describe_absence()}; ours are faster: {how_to_build()}"
+    try:
+        open_library(library)
+    except EngineError as exc:
+        return f"OpenVINO's own products, because {exc} ({exc.hint})"
+    origin = "came with the package" if is_packaged(library) else "compiled here by build-kernel"
+    return f"our own products for {variant_of(machine).name}, {origin}: {library}"
 
 
 def _why_threads(machine: Machine) -> str:
@@ -210,7 +226,7 @@ def _stale(loaded: dict[str, Any] | None) -> list[str]:
 
 def _describe_export(packages: dict[str, str | None]) -> str:
     missing = [name for name in _EXPORT if not packages[name]]
-    return f'not possible without {", ".join(missing)}: pip install "normistral[export]"' if missing else "possible"
+    return f"not possible without {', '.join(missing)}: {extra('export')}" if missing else "possible"
 
 
 def _version(distribution: str) -> str | None:

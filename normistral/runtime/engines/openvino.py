@@ -344,7 +344,7 @@ def pack_for_our_kernel(model: ov.Model, model_file: Path, *, required: bool) ->
 def _no_kernel(machine: hardware.Machine) -> UsageError:
     obstacle = find_obstacle(machine)
     return UsageError(
-        f"{INT4_KERNEL} cannot be {OUR_KERNEL}: {obstacle or describe_absence(machine)}",
+        f"{INT4_KERNEL} cannot be {OUR_KERNEL}: {obstacle or describe_absence()}",
         f"say {ENGINES_KERNEL}" if obstacle else f"compile it: {BUILD}",
     )
 

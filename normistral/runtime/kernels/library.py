@@ -74,11 +74,21 @@ def find_library(machine: Machine) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def describe_absence(machine: Machine) -> str:
+def is_packaged(path: Path) -> bool:
+    """Whether a kernel came with the package."""
+    return path.parent == PACKAGED
+
+
+def packaged_for() -> str | None:
+    """The version of OpenVINO that the package's kernels are for, if it is another than the installed one."""
+    found = {path.name.split("-")[2] for path in PACKAGED.glob("int4-openvino-*.so")}
+    return None if not found or version("openvino") in found else max(found)
+
+
+def describe_absence() -> str:
     """Why there is no kernel to use on a machine that could run one."""
-    others = [path.name.split("-")[2] for path in PACKAGED.glob("int4-openvino-*.so")]
-    if others and version("openvino") not in others:
-        return f"the package's int4 kernel is for OpenVINO {others[0]}, and {version('openvino')} is installed"
+    if others := packaged_for():
+        return f"the package's int4 kernel is for OpenVINO {others}, and {version('openvino')} is installed"
     return "there is no compiled int4 kernel"
 
 
@@ -98,7 +108,7 @@ def _open_library(path: Path, identity: tuple[int, ...]) -> Library:
     with _translated(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if path.parent != PACKAGED:
+        if not is_packaged(path):
             _require_ours(path, descriptor)
         with _translated(path), os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read()
@@ -110,7 +120,7 @@ def _open_library(path: Path, identity: tuple[int, ...]) -> Library:
     by_descriptor = f"/proc/self/fd/{descriptor}"
     if not Path(by_descriptor).exists():  # no /proc: only what is trusted by its place can be loaded by its name
         os.close(descriptor)
-        if path.parent != PACKAGED:
+        if not is_packaged(path):
             raise UntrustedKernelError(f"{path} cannot be loaded as it was checked", "mount /proc")
         by_descriptor = str(path)
     return Library(path, by_descriptor)
@@ -129,7 +139,7 @@ def build_library(machine: Machine) -> Path:
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
-            (made,) = _compile([_variant(machine)], Path(scratch))
+            (made,) = _compile([variant_of(machine)], Path(scratch))
             made.chmod(0o755)  # whatever the umask: others' writing would make it untrusted
             made.replace(path)
         _require_ours(path, None)
@@ -155,12 +165,13 @@ def _compile(variants: Sequence[Variant], folder: Path) -> list[Path]:
         raise EngineError(exc.message, exc.hint) from exc
 
 
-def _variant(machine: Machine) -> Variant:
+def variant_of(machine: Machine) -> Variant:
+    """The fastest that the processor can run; it has to run one."""
     return next(variant for variant in VARIANTS if machine.instruction_sets >= variant.needed)
 
 
 def _file_name(machine: Machine) -> str:
-    return file_name(_variant(machine))
+    return file_name(variant_of(machine))
 
 
 def _require_ours(path: Path, descriptor: int | None) -> None:
