@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import logging
+import os
 
 import pytest
+from planted import AS_ROOT, KINDS, NOBODY, look, plant
 from sample_artifacts import write_artifact
 
 from normistral import store
@@ -189,3 +191,103 @@ def test_a_store_that_cannot_be_written_is_told(artifact):
     with pytest.raises(ResourceError, match="the result cannot be kept") as caught:
         save_tuned(result(key_of(artifact)))
     assert "NORMISTRAL_HOME" in caught.value.hint
+
+
+# What would pass something on to the engine that no tuning comes to
+
+
+def saved_with(key, **changes):
+    """A result as somebody else may write it: its checksum is right."""
+    return save_tuned(result(key, **changes))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"CACHE_DIR": "/tmp/x"},
+        {"DEVICE_PROPERTIES": "{CPU:{CACHE_DIR:/tmp/x}}"},
+        {"INFERENCE_NUM_THREADS": "9"},  # of 8 logical processors
+        {"INFERENCE_NUM_THREADS": "0"},
+        {"INFERENCE_NUM_THREADS": "-1"},
+        {"INFERENCE_NUM_THREADS": "9" * 4000},
+        {"INFERENCE_NUM_THREADS": "4\n"},
+        {"NUM_STREAMS": "9999"},
+        {"INFERENCE_PRECISION_HINT": "f64"},
+        {"KV_CACHE_PRECISION": "x"},
+        {"prefill_chunk": "4096"},
+        {"prefill_chunk": "\u0661\u0662\u0668"},
+        {"int4_kernel": "/tmp/x.so"},
+        {"accuracy_level": "4"},  # of the other engine
+        {"": ""},
+    ],
+)
+def test_settings_that_no_tuning_comes_to_are_a_warning(artifact, settings, caplog):
+    key = key_of(artifact)
+    saved_with(key, settings=settings, changed=())
+    assert find_tuned(key) is None
+    assert "is no result of a tuning" in caplog.text
+    assert len(caplog.records) == 1
+    assert [type(stored.content) for stored in list_tuned()] == [str]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"changed": ("KV_CACHE_PRECISION",)},
+        {"key": {"engine": "another"}},
+        {"rule_s": 1e300},
+        {"tuned_s": 5e-324},
+    ],
+)
+def test_other_fields_that_cannot_be_are_refused(artifact, changes):
+    key = key_of(artifact)
+    if "key" in changes:
+        changes = {"key": dataclasses.replace(key, **changes["key"])}
+    path = saved_with(**{"key": key} | changes)
+    with pytest.raises(ValueError, match=r"no result of a tuning|damaged"):
+        read_tuned(path)
+
+
+def test_fields_that_no_result_has_are_refused(artifact):
+    path = saved_with(key_of(artifact))
+    document = json.loads(path.read_bytes())
+    for changed in (document | {"cache_dir": "/tmp"}, document | {"key": document["key"] | {"x": 1}}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="fields that no result has"):
+            read_tuned(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_is_a_warning(artifact, kind, caplog):
+    """A FIFO among others, which is not waited for; a result is not written through it."""
+    key = key_of(artifact)
+    path = tuned_path(key)
+    path.parent.mkdir(parents=True)
+    plant(path, kind)
+    before = look(path.parent)
+    assert find_tuned(key) is None
+    assert "cannot be used" in caplog.text
+    assert len(list(list_tuned())) == 1
+    with pytest.raises(ResourceError):
+        save_tuned(result(key))
+    assert look(path.parent) == before
+
+
+@AS_ROOT
+@pytest.mark.parametrize("change", ["owner", "mode"])
+def test_a_result_of_somebody_else_is_a_warning(artifact, change, caplog):
+    key = key_of(artifact)
+    path = save_tuned(result(key))
+    if change == "owner":
+        os.chown(path, NOBODY, NOBODY)
+    else:
+        path.chmod(0o666)
+    assert find_tuned(key) is None
+    assert ("another user" if change == "owner" else "written by others") in caplog.text
+
+
+def test_forgetting_leaves_folders_alone(artifact):
+    path = tuned_path(key_of(artifact))
+    path.mkdir(parents=True)
+    assert forget_tuned(key_of(artifact).manifest_sha256) == []
+    assert path.is_dir()

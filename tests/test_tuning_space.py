@@ -9,6 +9,7 @@ from normistral.errors import UsageError
 from normistral.hardware import Machine, exact_openvino, explain_openvino, limit_instruction_sets, plan_openvino
 from normistral.manifest import RecipeRecord
 from normistral.runtime.engines.settings import CHUNK, override
+from normistral.runtime.tuned import Tuned, find_strange_setting, make_key
 from normistral.tuning.quality import quality_bound, take_probe
 from normistral.tuning.space import Stage, exact_arithmetic, plan_search, rule_settings
 from normistral.tuning.work import WORK, Work, choose_work
@@ -215,3 +216,20 @@ def test_the_reasons_are_those_of_the_rule(instruction_sets, weights):
     assert ("f32: " in reasons) == (plan.get("INFERENCE_PRECISION_HINT") == "f32")
     assert ("\ndynamic quantisation: " in reasons) == (plan.get("DYNAMIC_QUANTIZATION_GROUP_SIZE", "0") != "0")
     assert ("no dynamic quantisation" in reasons) == (plan.get("DYNAMIC_QUANTIZATION_GROUP_SIZE") == "0")
+
+
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp16"])
+@pytest.mark.parametrize("sets", [frozenset(), AVX2, VNNI, AMX])
+def test_whatever_a_search_may_come_to_is_taken_when_it_is_loaded(format, weights, sets):
+    """Rule, exact arithmetic and every variant; `normistral.runtime.tuned` refuses all else."""
+    here = machine(sets, cores=4, logical=8)
+    made = manifest(weights, format, graph="fused" if format == "onnx" else None)
+    rule = rule_settings(here, made)
+    stages = [stage for work in WORK.values() for stage in plan_search(here, made, work, rule)]
+    variants = [variant for stage in stages for variant in stage.variants]
+    engine = "openvino" if format == "openvino" else "onnxruntime"
+    key = make_key(None, here, engine, "1", "CPU")
+    for settings in ({}, exact_arithmetic(here, made), *variants):
+        tuned = Tuned(key, "x", "2026-11-29", "chat", rule | settings, tuple(settings), 1.0, 1.0, 0.0, 0.0, True)
+        assert find_strange_setting(tuned) is None

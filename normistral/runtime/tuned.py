@@ -1,14 +1,16 @@
 """What `normistral tune` found, and how `load` finds it: one file for an artifact on a machine, beside the store.
 
 The file counts only where all of its key holds: the manifest of the artifact, the machine with its limits, the engine
-and its version. Anything else (another file of that name, a damaged one) is never an error at load: the rule for this
-kind of machine serves, and a warning says so.
+and its version. Anything else (another file of that name, a damaged one, another user's, settings that no tuning can
+come to) is never an error at load: the rule for this kind of machine serves, and a warning says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +20,10 @@ import msgspec
 
 from normistral import store
 from normistral.errors import ResourceError
-from normistral.files import replacing
+from normistral.files import explain, is_own, open_file, replacing
 from normistral.hardware import Machine, plan_threads
 from normistral.manifest import MANIFEST_NAME, Sha256, sha256_file
+from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +33,32 @@ _MAX_BYTES = 2**16
 _AGAIN = "tune it again, or drop it: normistral tune ARTIFACT --forget"
 
 Profile = Literal["chat", "documents", "batch"]
-Seconds = Annotated[float, msgspec.Meta(gt=0.0)]
-Nats = Annotated[float, msgspec.Meta(ge=0.0)]
+Seconds = Annotated[float, msgspec.Meta(ge=1e-9, le=1e9)]
+Nats = Annotated[float, msgspec.Meta(ge=0.0, le=1e3)]
+
+# All that a tuning comes to (`normistral.tuning.space`, and what an engine reports of itself), as regular expressions.
+# Much else is a setting of the engine, and would be passed on: a folder for its cache, a file to read properties from.
+_CHUNK = "64|128|256|512|1024"
+_PRODUCED = {
+    "openvino": {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32|bf16|f16",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0|32|64|128",
+        "KV_CACHE_PRECISION": "u8|f32|bf16|f16",
+        "ENABLE_CPU_PINNING": "YES|NO",
+        "ENABLE_HYPER_THREADING": "YES|NO",
+        INT4_KERNEL: f"{OUR_KERNEL}|{ENGINES_KERNEL}",
+        PREFILL_CHUNK: _CHUNK,
+    },
+    "onnxruntime": {
+        "inter_op_num_threads": "1",
+        "session.intra_op.allow_spinning": "0|1",
+        "session.use_device_allocator_for_initializers": "1",
+        "accuracy_level": "1|4",
+        PREFILL_CHUNK: _CHUNK,
+    },
+}
+_THREADS = {"openvino": "INFERENCE_NUM_THREADS", "onnxruntime": "intra_op_num_threads"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +148,8 @@ def find_tuned(key: TunedFor) -> Tuned | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as exc:
-        logger.warning("the settings that were tuned for this artifact cannot be used (%s): %s", exc, _AGAIN)
+        reason = f"{path}: {explain(exc)[0]}" if isinstance(exc, OSError) else exc
+        logger.warning("the settings that were tuned for this artifact cannot be used (%s): %s", reason, _AGAIN)
         return None
     if problem := find_mismatch(tuned.key, key):
         logger.warning(
@@ -156,7 +184,7 @@ def save_tuned(tuned: Tuned) -> Path:
             file.write(raw)
     except OSError as exc:
         raise ResourceError(
-            f"the result cannot be kept in {path.parent}: {exc.strerror or exc}",
+            f"the result cannot be kept in {path.parent}: {explain(exc)[0]}",
             "give NORMISTRAL_HOME a folder that can be written to",
         ) from exc
     return path
@@ -166,11 +194,16 @@ def read_tuned(path: Path) -> Tuned:
     """Read and check a result.
 
     Raises:
-        OSError: it is not there, or not to be read.
-        ValueError: it is damaged, or of another version.
+        OSError: it is not there, or not to be read, or no file.
+        ValueError: it is damaged, of another version, of another user, or no result of a tuning.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_file(path, follow=False), "rb") as file:
+        status = os.fstat(file.fileno())
         raw = file.read(_MAX_BYTES + 1)
+    if os.name == "posix" and not (is_own(status) or status.st_uid == 0):
+        raise ValueError(f"{path} belongs to another user")
+    if os.name == "posix" and status.st_mode & 0o022:
+        raise ValueError(f"{path} can be written by others")
     if len(raw) > _MAX_BYTES:
         raise ValueError(f"{path} is damaged: it is larger than {_MAX_BYTES} bytes")
     try:
@@ -182,7 +215,26 @@ def read_tuned(path: Path) -> Tuned:
         raise ValueError(f"{path} is damaged: {exc}") from exc
     if tuned.checksum != _checksum(tuned):
         raise ValueError(f"{path} was changed after it was written")
+    if msgspec.json.decode(msgspec.json.encode(tuned)) != document:
+        raise ValueError(f"{path} is damaged: it has fields that no result has")
+    if problem := find_strange_setting(tuned):
+        raise ValueError(f"{path} is no result of a tuning: {problem}")
     return tuned
+
+
+def find_strange_setting(tuned: Tuned) -> str | None:
+    """A setting that no tuning comes to on the machine of the key; None if there is none."""
+    engine = tuned.key.engine
+    if engine not in _PRODUCED:
+        return f"there is no engine {engine}"
+    for name, value in tuned.settings.items():
+        if name == _THREADS[engine]:
+            fits = bool(re.fullmatch("[1-9][0-9]{0,4}", value)) and int(value) <= tuned.key.logical_cpus
+        else:
+            fits = bool(re.fullmatch(_PRODUCED[engine].get(name, "(?!)"), value))
+        if not fits:
+            return f"{name}={value}"
+    return next((f"{name} changed, and is not set" for name in tuned.changed if name not in tuned.settings), None)
 
 
 def list_tuned(manifest_sha256: str | None = None) -> Iterator[StoredTuned]:
@@ -190,16 +242,19 @@ def list_tuned(manifest_sha256: str | None = None) -> Iterator[StoredTuned]:
     for path in sorted(store.tuned_dir().glob(f"{manifest_sha256[:16] if manifest_sha256 else ''}*.json")):
         try:
             yield StoredTuned(path, read_tuned(path))
-        except (OSError, ValueError) as exc:
+        except OSError as exc:
+            yield StoredTuned(path, explain(exc)[0])
+        except ValueError as exc:
             yield StoredTuned(path, str(exc))
 
 
 def forget_tuned(manifest_sha256: str) -> list[Path]:
     """Delete an artifact's results, those of other machines included; returns what was deleted."""
     paths = [stored.path for stored in list_tuned(manifest_sha256)]
-    for path in paths:
+    files = [path for path in paths if path.is_symlink() or not path.is_dir()]
+    for path in files:
         path.unlink(missing_ok=True)
-    return paths
+    return files
 
 
 def tuned_path(key: TunedFor) -> Path:
