@@ -24,6 +24,7 @@ from normistral.commands.exporting import export
 from normistral.commands.kernel import build_kernel
 from normistral.commands.looking import doctor, info, models
 from normistral.commands.serving import serve
+from normistral.commands.store import list_, rm, show
 from normistral.commands.talking import chat, generate
 from normistral.commands.tuning import tune
 from normistral.errors import NormistralError
@@ -122,6 +123,9 @@ app.command(epilog=DEFAULTS_NOTE)(chat)
 app.command(epilog=DEFAULTS_NOTE)(generate)
 app.command(epilog=DEFAULTS_NOTE)(batch)
 app.command()(serve)
+app.command("list")(list_)
+app.command()(show)
+app.command()(rm)
 app.command()(info)
 app.command()(bench)
 app.command("eval")(evaluate)

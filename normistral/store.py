@@ -15,9 +15,10 @@ from typing import NamedTuple
 import platformdirs
 
 from normistral.errors import ArtifactError, ModelNotFoundError, UsageError
-from normistral.files import checked, explain
-from normistral.manifest import MANIFEST_NAME, Manifest, read_manifest
-from normistral.presets import find_preset
+from normistral.files import checked, explain, mount_points
+from normistral.manifest import MANIFEST_NAME, Manifest, find_foreign_files, read_manifest
+from normistral.own_folder import remove_own_folder
+from normistral.presets import PRESETS, Preset, find_preset
 
 
 class StoredArtifact(NamedTuple):
@@ -49,10 +50,10 @@ def kernels_dir() -> Path:
 
 
 def resolve_artifact(name_or_path: str) -> Path:
-    """The folder that a user means: a path, or a name in the local store.
+    """The folder that a user means: a path, a name in the local store, or a preset that was exported here.
 
-    A folder here wins over one of the same name in the store, unless only the latter is an artifact. Whether the
-    artifact is whole is for `read_manifest` and `check_files` to say.
+    A folder here wins over one of the same name in the store, and both over a preset, unless only the latter is an
+    artifact. Whether the artifact is whole is for `read_manifest` and `check_files` to say.
 
     Raises:
         ModelNotFoundError: there is no such folder; the message lists what the store has.
@@ -65,16 +66,25 @@ def resolve_artifact(name_or_path: str) -> Path:
     for folder in folders:
         if (folder / MANIFEST_NAME).is_file():
             return folder
+    preset = find_preset(name_or_path)
+    if preset is not None and (exported := _find_exported(preset)) is not None:
+        return exported
     if folders:
         return folders[0]
     if name_or_path and _is_file(here):
         raise ModelNotFoundError(f"{here} is a file; an artifact is a folder", "give the folder that holds it")
-    raise ModelNotFoundError(f"there is no artifact {name_or_path!r}; {_describe_store()}", _export_hint(name_or_path))
+    raise ModelNotFoundError(
+        f"there is no artifact {name_or_path!r}; {_describe_store()}", _missing_hint(name_or_path, preset)
+    )
 
 
-def list_artifacts() -> list[StoredArtifact]:
-    """What the store holds, by name. Folders whose name starts with a dot are exports that are still being written."""
-    root = artifacts_dir()
+def list_artifacts(root: Path | None = None) -> list[StoredArtifact]:
+    """What the store holds, by name. Folders whose name starts with a dot are exports that are still being written.
+
+    Args:
+        root: another folder of artifacts.
+    """
+    root = artifacts_dir() if root is None else root
     if not _is_folder(root):
         return []
     folders = sorted(path for path in root.iterdir() if _is_folder(path) and not path.name.startswith("."))
@@ -82,18 +92,74 @@ def list_artifacts() -> list[StoredArtifact]:
 
 
 def default_artifact() -> Path:
-    """The artifact that is meant when none is named: the only one in the store.
+    """The artifact to chat with when none is named: the only one here, or the only chat model among several.
 
     Raises:
         ModelNotFoundError: there is none, or more than one.
     """
-    usable = [artifact for artifact in list_artifacts() if isinstance(artifact.content, Manifest)]
-    if len(usable) == 1:
-        return usable[0].path
+    usable = _usable_artifacts()
+    chatting = [(path, manifest) for path, manifest in usable if manifest.template is not None]
+    for candidates in (usable, chatting):
+        if len(candidates) == 1:
+            return candidates[0][0]
     if usable:
-        names = ", ".join(artifact.name for artifact in usable)
-        raise ModelNotFoundError(f"which artifact? the local store has {names}", f"name one, such as {usable[0].name}")
-    raise ModelNotFoundError(_describe_store(), _export_hint("demo"))
+        named = chatting or usable
+        names = ", ".join(path.name for path, _ in named)
+        raise ModelNotFoundError(f"which artifact? There are {names}", f"name one, such as {named[0][0].name}")
+    raise ModelNotFoundError(_describe_store(), _missing_hint("demo", find_preset("demo")))
+
+
+def find_stored(name: str) -> Path:
+    """The folder of this name in the store, artifact or not; never a path, and never a preset's name.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    if _is_name(name) and os.path.lexists(folder := artifacts_dir() / name):
+        return folder
+    raise ModelNotFoundError(f"there is no artifact {name!r} in the store; {_describe_store()}", _close_hint(name))
+
+
+def check_removable(folder: Path) -> None:
+    """Refuse to remove a folder of the store that holds anything an export did not write.
+
+    Raises:
+        UsageError: it is a link, no artifact, or holds other files.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise UsageError(f"{folder} is no folder but a link or a file, so it is not removed", "remove it yourself")
+    if any(mounted.is_relative_to(folder.resolve()) for mounted in mount_points()):
+        raise UsageError(f"a mount point is in {folder}, so it is not removed", "unmount it, then try again")
+    foreign = find_foreign_files(folder)
+    if foreign is None:
+        raise UsageError(
+            f"{folder} is not an artifact of normistral, so it is not removed", "remove the folder yourself"
+        )
+    if foreign:
+        raise UsageError(
+            f"{folder} holds {foreign[0]}, which no export wrote, so it is not removed",
+            "move that file elsewhere, then try again",
+        )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; links are not followed."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+
+
+def remove_artifact(folder: Path) -> None:
+    """Remove an artifact from the store. Links in it are removed, what they lead to is not.
+
+    It is renamed first: what a kill leaves is hidden, and never half an artifact under its name.
+
+    Raises:
+        UsageError: as `check_removable`.
+        OSError: it cannot be removed.
+    """
+    check_removable(folder)
+    hidden = folder.with_name(f".{folder.name}.removed-{os.urandom(4).hex()}")
+    folder.rename(hidden)
+    remove_own_folder(hidden, first=(MANIFEST_NAME,))
 
 
 def default_output(model_name: str, weights: str, format: str) -> Path:
@@ -142,9 +208,35 @@ def _describe_store() -> str:
     return f"the local store {artifacts_dir()} has {', '.join(names)}" if names else "the local store has no artifacts"
 
 
-def _export_hint(name: str) -> str:
-    preset = find_preset(name)
-    return f"make it with: normistral export {preset.name if preset else 'demo'}"
+def _missing_hint(name: str, preset: Preset | None) -> str:
+    if preset is not None:
+        return f"make it with: {preset.export_command}"
+    return _close_hint(name) or f"make one with: {PRESETS[0].export_command}"
+
+
+def _close_hint(name: str) -> str:
+    """A name of the store that is spelled almost like this one; empty without one."""
+    import difflib
+
+    known = [artifact.name for artifact in list_artifacts()]
+    close = difflib.get_close_matches(name, known, n=1) or [one for one in known if name and one.startswith(name)][:1]
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _usable_artifacts() -> list[tuple[Path, Manifest]]:
+    """Whole artifacts of the store; if it has none, of the folder `artifacts` here, which `make chat` fills."""
+    for root in (artifacts_dir(), Path("artifacts")):
+        found = [(path, content) for _, path, content in list_artifacts(root) if isinstance(content, Manifest)]
+        if found:
+            return found
+    return []
+
+
+def _find_exported(preset: Preset) -> Path | None:
+    """An artifact made from a preset: as `export` names it by default, or the newest."""
+    exported = [(path, one) for path, one in _usable_artifacts() if preset.is_source(one.source.kind, one.source.id)]
+    usual = default_output(preset.name, preset.weights, "openvino").name
+    return max(exported, key=lambda found: (found[0].name == usual, found[1].created), default=(None, None))[0]
 
 
 def _is_name(text: str) -> bool:

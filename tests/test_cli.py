@@ -106,7 +106,7 @@ def test_an_answer_that_is_cut_off_is_said_to_be(tmp_path, artifact):
     assert done.stdout.decode() == ANSWER[:2] + "\n"  # this tokenizer's tokens are bytes
     warning, stats = done.stderr.decode().splitlines()
     assert warning == "warning: the answer is cut off: --max-new-tokens was reached"
-    assert stats.startswith("2 tokens, ")
+    assert stats.startswith("2 tokens at ")
 
 
 def test_options_reach_the_model(tmp_path, artifact):

@@ -230,7 +230,7 @@ def test_a_seed_gives_the_same_text_every_time_so_nothing_is_drafted_where_round
 
 def test_the_line_on_an_answer_counts_drafts_if_there_were_any(model):
     plain, drafted = generate(model, max_new_tokens=20, ignore_eos=True)
-    counts = f"{drafted.timings.accepted_tokens} of {drafted.timings.drafted_tokens} drafted tokens right"
+    counts = f"{drafted.timings.accepted_tokens} of {drafted.timings.drafted_tokens} guessed tokens were right"
     assert describe_timings(drafted.timings).endswith(counts)
     assert "draft" not in describe_timings(plain.timings)
 

@@ -174,7 +174,7 @@ def test_reasoning_is_dimmed_on_a_terminal_unless_colour_is_not_wanted(tmp_path,
     assert out == ANSWER + "\n"
     assert err.replace("\x1b[2m", "").replace("\x1b[0m", "") == REASONING + "\n"
     assert err.startswith("\x1b[2mB")
-    assert err.count("\x1b[2m") == err.count("\x1b[0m") > 5
+    assert err.count("\x1b[2m") == err.count("\x1b[0m") > 1  # word by word
     assert on_terminal(tmp_path, thinker, env={"NO_COLOR": "1"}) == (ANSWER + "\n", REASONING + "\n")
     assert on_terminal(tmp_path, thinker, "--hide-reasoning") == (ANSWER + "\n", "")
 

@@ -1,92 +1,22 @@
 """The conversation at a real pseudo-terminal, and the files it saves."""
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import stat
-import struct
-import subprocess
-import termios
 import time
 
 import pytest
-from scripted_cli import TESTS, command, make_artifact
+from pseudo_terminal import WIDE, Terminal
+from scripted_cli import command, make_artifact
 from scripted_models import TAG_TOKENS
 
 from normistral.errors import NormistralError, UsageError
 from normistral.terminal.conversations import load_conversation, save_conversation
 from normistral.terminal.line_editor import strip_text_block, wants_more
 
-PATIENCE_S = 30
 PROMPT = r"(\A|\n)>"
 CTRL_C, CTRL_D, ALT_ENTER, ENTER = "\x03", "\x04", "\x1b\r", "\r"
-
-
-class Terminal:
-    """A process on a pseudo-terminal of 100 columns, as somebody in front of it sees it."""
-
-    def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
-        self._leader, follower = pty.openpty()
-        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-        self.process = subprocess.Popen(
-            arguments,
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            cwd=TESTS,
-            env=os.environ | {"TERM": "xterm"} | env,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C becomes a signal
-        )
-        os.close(follower)
-        self.raw = b""
-        self._seen = 0
-
-    def type(self, text: str) -> None:
-        os.write(self._leader, text.encode())
-
-    def expect(self, pattern: str) -> str:
-        """Wait for `pattern` (a regular expression) after what was expected before; what came up to its end."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            new = self.text[self._seen :]
-            if found := re.search(pattern, new):
-                self._seen += found.end()
-                return new[: found.end()]
-            if time.monotonic() > deadline or not self._read():
-                raise AssertionError(f"no {pattern!r} in {new!r}")
-
-    def end(self) -> int:
-        """Wait for the end of the process; its exit code."""
-        while self._read():
-            pass
-        return self.process.wait(timeout=PATIENCE_S)
-
-    @property
-    def text(self) -> str:
-        """Everything so far without escape sequences."""
-        whole = self.raw.decode("utf-8", "ignore")
-        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]", "", whole).replace("\r", "")
-
-    def _read(self) -> bool:
-        """Read what is there; False at the end."""
-        ready, _, _ = select.select([self._leader], [], [], PATIENCE_S)
-        try:
-            block = os.read(self._leader, 65536) if ready else b""
-        except OSError:  # Linux says EIO when the last process has gone
-            block = b""
-        self.raw += block
-        if b"\x1b[6n" in block:  # where is the cursor? (a terminal answers that)
-            os.write(self._leader, b"\x1b[1;1R")
-        return bool(block)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._leader)
 
 
 @pytest.fixture
@@ -94,13 +24,14 @@ def start(tmp_path):
     """Start a conversation with these answers and command line options."""
     started = []
 
-    def start(answers, *options, env=None, reasoning=None, **settings):
+    def start(answers, *options, env=None, reasoning=None, columns=WIDE, **settings):
         artifact = tmp_path / "mitt"
         if not artifact.exists():
             make_artifact(artifact, reasoning=reasoning)
         terminal = Terminal(
             command(tmp_path, "chat", str(artifact), *options, answers=answers, **settings),
             {"NORMISTRAL_HOME": str(tmp_path / "home"), **(env or {})},
+            columns,
         )
         started.append(terminal)
         terminal.expect(PROMPT)
@@ -133,9 +64,9 @@ def test_a_conversation_from_greeting_to_goodbye(start):
 
 
 def test_ctrl_c_stops_an_answer_within_a_token_and_the_session_goes_on(start, tmp_path):
-    terminal = start(["a" * 200, "ferdig"], pause_s=0.05)
+    terminal = start(["a " * 100, "ferdig"], pause_s=0.05)
     terminal.type("Skriv langt\r")
-    terminal.expect("aaa")
+    terminal.expect("a a a")
     pressed = time.monotonic()
     terminal.type(CTRL_C)
     terminal.expect(r"\(stopped")
@@ -146,7 +77,7 @@ def test_ctrl_c_stops_an_answer_within_a_token_and_the_session_goes_on(start, tm
     terminal.expect(PROMPT)
     messages = save(terminal, tmp_path / "lagret.json")
     assert [role for role, _ in messages] == ["user", "assistant", "user", "assistant"]
-    assert re.fullmatch("a{3,40}", messages[1][1])
+    assert re.fullmatch("(a ?){3,40}", messages[1][1])
 
 
 def test_ctrl_c_while_the_prompt_is_read_stops_too(start):
@@ -171,7 +102,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line(start):
     terminal.expect("svar\n")
     terminal.expect(PROMPT)
     terminal.type("/stats\r")
-    terminal.expect(r"messages +2,")
+    terminal.expect(r"messages +2 in")
 
 
 def test_messages_of_several_lines(start, tmp_path):
@@ -241,6 +172,8 @@ def test_mistakes_are_explained_and_cost_nothing(start):
     terminal = start(["svar"])
     for typed, expected in (
         ("/tull", "error: no command /tull\nhint: /help"),
+        ("/hlep", r"error: no command /hlep\nhint: did you mean /help\?"),
+        ("/SAVE x", r"hint: did you mean /save\?"),
         ("/", "error: no command /\n"),
         ("/reset nå", "error: /reset takes nothing after it"),
         ("/save", "error: no file is named"),
@@ -252,10 +185,102 @@ def test_mistakes_are_explained_and_cost_nothing(start):
         terminal.expect(PROMPT)
     terminal.type("/help\r")
     listed = terminal.expect("Ctrl-R")
+    assert "/quit" not in listed  # the same as /exit
     for name in ("help", "reset", "system", "undo", "save", "load", "stats", "exit"):
         assert f"/{name}" in listed
     terminal.type("//tull\r")  # a message
     terminal.expect("svar\n")
+
+
+@pytest.mark.parametrize("typed", ["exit", " Quit ", "/quit"])
+def test_words_for_leaving_leave(start, typed):
+    terminal = start(["svar"])
+    terminal.type(f"{typed}\r")
+    assert terminal.end() == 0
+    assert "svar" not in terminal.text
+
+
+def test_a_message_about_leaving_is_a_message(start):
+    terminal = start(["svar"])
+    terminal.type("exit code 1?\r")
+    terminal.expect("svar\n")
+
+
+def test_stats_are_in_words(start):
+    terminal = start(["Ja, på Østlandet."])
+    terminal.type("hei\r")
+    terminal.expect("Østlandet.\n")
+    terminal.type("/stats\r")
+    shown = terminal.expect(r"(?s)read +\d+ tokens, 0 of them known from before\n")
+    assert re.search(r"messages +2 in this conversation\n", shown)
+    assert re.search(r"room +\d+ of 400 tokens are left; a token is ", shown)
+    assert re.search(
+        r"last answer +\d+ tokens at [\d.]+ tokens/s, the first after [\d.]+ s; prompt of \d+ tokens", shown
+    )
+    assert "=" not in shown  # settings of the engine
+
+
+# Widths
+
+TEXT = (
+    "Menneskerettighetsorganisasjonene på Østlandet spiser blåbærsyltetøy på brød, og 日本語のテキスト er "
+    "bredere 😀 👨‍👩‍👧‍👦 enn e\u0301n skulle tro.\n\n    - innrykk på en lang linje som må brytes et sted\nslutt"
+)
+
+
+def pieces(text: str) -> list[str]:
+    """What may stand alone on a line: words, and ideographs with the punctuation after them."""
+    return re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\s\u3040-\u30ff\u4e00-\u9fff]+", text)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_an_answer_breaks_between_words(start, columns):
+    from wcwidth import wcswidth
+
+    terminal = start([TEXT], columns=columns)
+    terminal.type("hei\r")
+    shown = terminal.expect(r"(?s)Mennesker.*slutt\n")
+    lines = shown[shown.index("Mennesker") :].splitlines()
+    assert max(wcswidth(line) for line in lines) < columns
+    assert [piece for line in lines for piece in pieces(line)] == pieces(TEXT)
+    assert "    - innrykk" in shown
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_help_stats_and_errors_break_between_words(start, columns):
+    wide = start(["svar"], columns=WIDE)
+    narrow = start(["svar"], columns=columns)
+    for typed, body in (
+        ("/help", r"  /help +this list(?s:.*)Ctrl-R\s+searches\s+them"),
+        ("/stats", r"model\s+scripted,(?s:.*)part\s+of\s+one"),
+        ("/hlep", r"error: no(?s:.*)sends\s+a\s+/"),
+    ):
+        shown = []
+        for terminal in (wide, narrow):
+            terminal.type(f"{typed}\r")
+            shown.append(re.search(body, terminal.expect(body))[0])
+        assert shown[0].split() == shown[1].split(), typed
+        assert max(map(len, shown[1].splitlines())) <= columns
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_the_status_line_fits(start, columns):
+    terminal = start(["svar"], columns=columns)
+    terminal.type("hei\r")
+    terminal.expect("svar\n")
+    status = terminal.expect(r"tokens(?: of context)? left").splitlines()[-1]
+    assert len(status) < columns
+    assert re.search(r"\d of 400 tokens|\d tokens", status)
+
+
+def test_a_window_that_changes_its_size_is_followed(start):
+    terminal = start(["ord " * 30], columns=120)
+    for columns in (120, 40):
+        terminal.resize(columns)
+        terminal.type("hei\r")
+        lines = re.findall(r"(?m)^(?:ord ?)+$", terminal.expect(r"(?s)(?:(?:ord\s+){30}){1}"))
+        assert columns - 5 < max(map(len, lines)) < columns
+        terminal.expect(PROMPT)
 
 
 def test_a_full_context_warns_then_explains(start):
@@ -355,9 +380,9 @@ def test_hidden_reasoning_is_one_line(start):
 
 
 def test_an_answer_that_is_missing_is_said_to_be(start, tmp_path):
-    terminal = start(["<think>" + "a" * 150, "Oslo."], "--max-new-tokens", "100", reasoning=TAG_TOKENS, pause_s=0.02)
+    terminal = start(["<think>" + "a " * 75, "Oslo."], "--max-new-tokens", "100", reasoning=TAG_TOKENS, pause_s=0.02)
     terminal.type("Hovedstad?\r")
-    terminal.expect("aaa")
+    terminal.expect("a a a")
     terminal.type(CTRL_C)
     terminal.expect(r"warning: there is no answer: the reasoning did not end \(it was stopped\)")
     terminal.expect("--max-reasoning-tokens N")

@@ -114,7 +114,7 @@ def test_a_conversation_is_saved_when_it_ends_and_goes_on(start, tmp_path):  # n
     again.type("/undo\r")
     again.expect(PROMPT)
     again.type("/stats\r")
-    again.expect("messages +2,")
+    again.expect("messages +2 in")
     again.type("/exit\r")
     assert again.end() == 0
     assert read_messages(tmp_path / "s") == ["Hva?", ANSWER]

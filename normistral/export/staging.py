@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import re
 import secrets
@@ -26,12 +25,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from normistral.errors import ResourceError, UsageError
 from normistral.files import checked, explain, locked, mount_points, require_movable
 from normistral.hardware import free_disk_bytes
-from normistral.manifest import MANIFEST_NAME
+from normistral.manifest import MANIFEST_NAME, find_foreign_files
 from normistral.own_folder import is_own_folder, make_own_folder, remove_own_folder
 
 _REPLACED = "replaced"
@@ -90,15 +88,11 @@ def _require_movable(output: Path) -> None:
 
 def _require_exported(output: Path) -> None:
     """Refuse a folder that holds anything but an artifact."""
-    present = {
-        path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir() or path.is_symlink()
-    }
-    if not present:
+    if not any(path.is_symlink() or not path.is_dir() for path in output.rglob("*")):
         return
-    ours = _exported_files(output / MANIFEST_NAME)
-    if ours is None:
+    foreign = find_foreign_files(output)
+    if foreign is None:
         raise UsageError(f"{output} is not an artifact of normistral, so it is not replaced", _BY_HAND)
-    foreign = sorted(present - ours)
     if foreign:
         raise UsageError(
             f"{output} holds {foreign[0]}, which no export wrote, so it is not replaced",
@@ -163,15 +157,6 @@ def _full_disk(path: Path, exc: OSError | None = None) -> ResourceError:
     if exc is None or exc.errno == errno.ENOSPC:
         reason += f": {free_disk_bytes(path) / 1e6:.1f} MB were left"
     return ResourceError(f"{reason} while writing {path.name}; what was written has been removed", hint)
-
-
-def _exported_files(manifest: Path) -> set[str] | None:
-    """Names that the manifest lists, itself included; None without one. A damaged manifest may still be replaced."""
-    try:
-        document: Any = json.loads(manifest.read_bytes()) if not manifest.is_symlink() else None
-        return {MANIFEST_NAME, *document["files"]}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
 
 
 def _make_parent(output: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from normistral import store
+from normistral.presets import PRESETS
 from normistral.runtime.options import DraftMode, GenerationConfig
 
 _OURS = GenerationConfig()
@@ -19,10 +22,39 @@ def _remember_debug(on: bool) -> bool:
     return on
 
 
+def _remember_verbose(on: bool) -> bool:
+    logger = logging.getLogger("normistral")
+    if on and not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    return on
+
+
+def complete_stored(incomplete: str) -> list[str]:
+    """Names in the store, for the shell; it sees no errors."""
+    with suppress(OSError):
+        root = store.artifacts_dir()
+        names = (path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(name for name in names if name.startswith(incomplete))
+    return []
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Presets' names, for the shell. Where none fits it completes files."""
+    return [preset.name for preset in PRESETS if preset.name.startswith(incomplete)]
+
+
+def complete_artifact(incomplete: str) -> list[str]:
+    """Names in the store and presets, for the shell. Where none fits it completes files."""
+    return [*complete_stored(incomplete), *complete_preset(incomplete)]
+
+
 Artifact = Annotated[
     str,
     typer.Argument(
-        metavar="ARTIFACT", help="Folder of an exported model, or its name in the store.", show_default=False
+        metavar="ARTIFACT",
+        help="Folder of an exported model, its name in the store, or a preset.",
+        show_default=False,
+        autocompletion=complete_artifact,
     ),
 ]
 Prompt = Annotated[
@@ -110,6 +142,11 @@ Debug = Annotated[
     typer.Option(
         "--debug", help="Show what is logged, and a traceback after an error.", callback=_remember_debug, is_eager=True
     ),
+]
+
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", help="Show the details as well.", callback=_remember_verbose, is_eager=True),
 ]
 
 DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."

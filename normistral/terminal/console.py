@@ -11,18 +11,21 @@ import logging
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
 from normistral.errors import NormistralError, UsageError
+from normistral.terminal.wrapping import WordWrapper, cell_width, terminal_columns, wrap_text
 from normistral.text_input import BOM, decode_text
 
 DIM, RED, YELLOW, CYAN = "2", "1;31", "33", "36"  # SGR parameters (ECMA-48, 8.3.117)
 
 NO_STDOUT = "stdout is closed: there is nowhere to write the result"
 STDOUT_HINT = "send it somewhere, such as > FILE, or > /dev/null"
+_GAP = 2  # blanks between columns
+_LEAST_LAST_COLUMN = 24  # cells; narrower ones are hard to read
+
 _DEFAULT_HINT = "normistral --help, or --help after a command, says what is possible"
 _PICTURES = (
     {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}  # the block Control Pictures: ESC is ␛
@@ -117,20 +120,33 @@ def one_line(text: str) -> str:
 
 def say(text: str) -> None:
     """A line about what is going on, on stderr."""
-    print_diagnostic(colour(one_line(text), DIM, sys.stderr))
+    print_diagnostic(colour(_fitted(one_line(text), sys.stderr), DIM, sys.stderr))
 
 
 def warn(text: str) -> None:
     """One `warning:` line on stderr."""
-    print_diagnostic(f"{colour('warning:', YELLOW, sys.stderr)} {one_line(text)}")
+    _print_labelled("warning:", YELLOW, text)
+
+
+def confirm(question: str, *, default: bool) -> bool:
+    """A yes or no typed at the terminal; English and Norwegian answers count, Enter and Ctrl-D are the default and no.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+    print(f"{question} [{'Y/n' if default else 'y/N'}] ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        print(file=sys.stderr)
+        return False
+    answer = line.strip().lower()
+    return default if not answer else answer in ("y", "yes", "j", "ja")
 
 
 def print_error(message: str, hint: str) -> None:
     """One `error:` line and one `hint:` line on stderr."""
-    print_diagnostic(
-        f"{colour('error:', RED, sys.stderr)} {one_line(message) or 'unknown'}\n"
-        f"{colour('hint:', CYAN, sys.stderr)} {one_line(hint) or _DEFAULT_HINT}"
-    )
+    _print_labelled("error:", RED, message or "unknown")
+    _print_labelled("hint:", CYAN, hint or _DEFAULT_HINT)
 
 
 def print_diagnostic(line: str) -> None:
@@ -145,40 +161,69 @@ def show_error(error: NormistralError) -> None:
 
 
 class AnswerWriter:
-    """Writes an answer to stdout piece by piece, harmless if stdout is a terminal and byte for byte if it is not.
+    """Writes an answer to stdout piece by piece: to a terminal harmless and in whole words, elsewhere byte for byte.
 
     Args:
         reasoning: the stream for what the model thinks before it answers, dimmed and always harmless; None hides it.
     """
 
     def __init__(self, reasoning: TextIO | None = None) -> None:
-        self._terminal = is_terminal(sys.stdout)
         self._reasoning = reasoning
+        self._answer_words = _word_wrapper(sys.stdout)
+        self._reasoning_words = _word_wrapper(reasoning)
         self._at_line_start = self._reasoning_at_line_start = True
 
     def write(self, text: str, reasoning: str = "") -> None:
-        """Write a piece, at once: first what was thought, then what is said."""
+        """Write a piece, at once or when its last word is whole: first what was thought, then what is said."""
         if reasoning and self._reasoning is not None:
-            if self._terminal and not self._at_line_start:  # it thinks again in the midst of the answer
-                self.write("\n")
+            if self._answer_words is not None and not self._at_line_start:  # it thinks again in the midst of the answer
+                self._end_answer()
             self._reasoning_at_line_start = reasoning.endswith("\n")
-            print(colour(harmless(reasoning), DIM, self._reasoning), end="", file=self._reasoning, flush=True)
+            harmlessly = harmless(reasoning)
+            words = self._reasoning_words
+            self._write_reasoning(harmlessly if words is None else words.feed(harmlessly))
         if text:
             self._end_reasoning()
             self._at_line_start = text.endswith("\n")  # first, because Ctrl-C may come right after the writing
-            sys.stdout.write(harmless(text) if self._terminal else text)
-            sys.stdout.flush()
+            self._write_answer(text if self._answer_words is None else self._answer_words.feed(harmless(text)))
 
     def end(self) -> None:
         """Finish the last line, if it is not."""
         self._end_reasoning()
+        self._end_answer()
+
+    def _end_answer(self) -> None:
         if not self._at_line_start:
-            self.write("\n")
+            self._at_line_start = True
+            self._write_answer(_last_word(self._answer_words) + "\n")
 
     def _end_reasoning(self) -> None:
         if not self._reasoning_at_line_start:
             self._reasoning_at_line_start = True
+            self._write_reasoning(_last_word(self._reasoning_words))
             print(file=self._reasoning, flush=True)
+
+    def _write_answer(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def _write_reasoning(self, text: str) -> None:
+        if self._reasoning is not None and text:
+            print(colour(text, DIM, self._reasoning), end="", file=self._reasoning, flush=True)
+
+
+def _word_wrapper(stream: TextIO | None) -> WordWrapper | None:
+    """None where nobody looks."""
+    return WordWrapper(lambda: terminal_columns(stream)) if stream is not None and is_terminal(stream) else None
+
+
+def _last_word(words: WordWrapper | None) -> str:
+    """What waits for the end of its word; afterwards the wrapper is at the start of a line."""
+    if words is None:
+        return ""
+    rest = words.finish()
+    words.feed("\n")
+    return rest
 
 
 def read_piped_prompt() -> str | None:
@@ -212,24 +257,70 @@ def decode_argument(text: str) -> str:
 
 
 def format_columns(rows: Sequence[Sequence[str]], indent: int = 0) -> str:
-    """Rows in aligned columns; nothing is cut, so that a pipe gets whole names."""
-    widths = [max(_width(cell) for cell in column) for column in zip(*rows, strict=True)]
+    """Rows in aligned columns. Nothing is cut: in a pipe lines are as long as they are.
+
+    On a terminal that is too narrow the last column wraps; with too little room even for that, a row takes its own
+    lines below its first cell.
+    """
+    columns = terminal_columns(sys.stdout) if is_terminal(sys.stdout) else None
+    widths = [max(cell_width(cell) for cell in column) for column in zip(*rows, strict=True)]
+    begin = indent + sum(width + _GAP for width in widths[:-1])
+    if columns is not None and begin + widths[-1] >= columns:
+        if columns - begin < _LEAST_LAST_COLUMN:
+            return "\n".join(line for row in rows for line in _stack(row, indent, columns))
+        rows = [(*row[:-1], _hang(row[-1], columns, begin)) for row in rows]
     lines = []
     for row in rows:
-        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
-        lines.append((" " * indent + "  ".join(padded)).rstrip())
+        padded = (cell + " " * (width - cell_width(cell)) for cell, width in zip(row[:-1], widths, strict=False))
+        lines.append((" " * indent + (" " * _GAP).join([*padded, row[-1]])).rstrip())
     return "\n".join(lines)
 
 
+def _stack(row: Sequence[str], indent: int, columns: int) -> list[str]:
+    """A row of a table for which the terminal is too narrow."""
+    first, *others = (cell for cell in row if cell) if any(row) else ("",)
+    room = " " * (indent + _GAP)
+    below = wrap_text(room + " · ".join(others), columns, room) if others else None
+    return [wrap_text(" " * indent + first, columns, room), *([] if below is None else [below])]
+
+
+def _hang(text: str, columns: int, begin: int) -> str:
+    """A cell that begins in column `begin`, its further lines below its first."""
+    return wrap_text(text, columns - begin).replace("\n", "\n" + " " * begin)
+
+
 def print_lines(lines: Iterable[str]) -> None:
-    """Lines of a result, on stdout; harmless if that is a terminal."""
+    """Lines of a result, on stdout; on a terminal harmless, and long ones broken between words."""
     text = "\n".join(lines)
-    print(harmless(text) if is_terminal(sys.stdout) else text, flush=True)
+    if is_terminal(sys.stdout):
+        columns = terminal_columns(sys.stdout)
+        text = "\n".join(wrap_text(line, columns, _own_indent(line)) for line in harmless(text).split("\n"))
+    print(text, flush=True)
 
 
 def print_json(document: dict[str, Any]) -> None:
     """A result for programs, on stdout; harmless if that is a terminal."""
-    print_lines([json.dumps(document, ensure_ascii=False, indent=2)])
+    text = json.dumps(document, ensure_ascii=False, indent=2)
+    print(harmless(text) if is_terminal(sys.stdout) else text, flush=True)
+
+
+def _own_indent(line: str) -> str:
+    return " " * (len(line) - len(line.lstrip(" ")))
+
+
+def _fitted(line: str, stream: TextIO, indent: str = "  ") -> str:
+    """A line as it is; for a terminal, broken between words."""
+    return wrap_text(line, terminal_columns(stream), indent) if is_terminal(stream) else line
+
+
+def _print_labelled(label: str, sgr: str, text: str) -> None:
+    line = _fitted(f"{label} {one_line(text)}", sys.stderr)
+    print_diagnostic(colour(label, sgr, sys.stderr) + line.removeprefix(label))
+
+
+def is_verbose() -> bool:
+    """Whether details are wanted: --verbose, or --debug."""
+    return logging.getLogger("normistral").isEnabledFor(logging.INFO)
 
 
 class WarningLines(logging.Handler):
@@ -239,12 +330,7 @@ class WarningLines(logging.Handler):
         """Print one record."""
         if record.levelno >= logging.WARNING:
             warn(record.getMessage())
+        elif record.levelno == logging.INFO:
+            say(record.getMessage())
         else:
             say(f"{record.name}: {record.getMessage()}")
-
-
-def _width(text: str) -> int:
-    """Terminal cells that `text` takes."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    marks = sum(unicodedata.combining(character) != 0 for character in text)
-    return len(text) + wide - marks

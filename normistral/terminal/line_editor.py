@@ -41,14 +41,13 @@ class LineEditor:
         """The next message.
 
         Args:
-            status: gives the text of the status line.
+            status: gives the text of the status line; asked again whenever it is drawn, as when the window changes.
 
         Raises:
             EOFError: Ctrl-D.
             KeyboardInterrupt: Ctrl-C; what was typed is gone.
         """
-        line = one_line(status())
-        text: str = self._session.prompt("> ", bottom_toolbar=line)
+        text: str = self._session.prompt("> ", bottom_toolbar=lambda: one_line(status()))
         return strip_text_block(text)
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -14,16 +15,26 @@ from typing import TYPE_CHECKING, Any
 from normistral.errors import ContextLengthError, NormistralError, UsageError
 from normistral.runtime.chunks import FinishReason, Timings
 from normistral.terminal.answers import describe_missing_answer
-from normistral.terminal.console import AnswerWriter, format_columns, print_lines, say, show_error, warn
+from normistral.terminal.console import (
+    AnswerWriter,
+    format_columns,
+    is_verbose,
+    print_lines,
+    say,
+    show_error,
+    warn,
+)
 from normistral.terminal.conversations import load_conversation, save_conversation
 from normistral.terminal.line_editor import TEXT_BLOCK, LineEditor
 from normistral.terminal.sessions import save_session
 from normistral.terminal.tables import describe_timings
+from normistral.terminal.wrapping import cell_width, terminal_columns
 
 if TYPE_CHECKING:
     from normistral.runtime.chat import Chat
     from normistral.runtime.model import Model
 
+_LEAVING_WORDS = ("exit", "quit")  # alone in a message; nobody means the model
 _LITTLE_CONTEXT_SHARE = 10  # warn when less than a tenth of the context is left
 
 
@@ -82,8 +93,9 @@ class Repl:
             "save": ("FILE", "save the conversation; /save! FILE overwrites; alone: the --session", self._save),
             "save!": ("FILE", "", lambda argument: self._save(argument, overwrite=True)),
             "load": ("FILE", "continue a saved conversation", self._load),
-            "stats": ("", "speed, and what the context holds", self._stats),
-            "exit": ("", "leave (so does Ctrl-D)", self._exit),
+            "stats": ("", "speed, and how much room is left", self._stats),
+            "exit": ("", "leave (so do Ctrl-D, exit and quit)", self._exit),
+            "quit": ("", "", self._exit),
         }
         self._leaving = self._cannot_save = False
 
@@ -115,7 +127,9 @@ class Repl:
         """Obey a command, or answer a message; an empty one is nothing."""
         if not text.strip():
             return
-        if text.startswith("//"):
+        if text.strip().lower() in _LEAVING_WORDS:
+            self._exit("")
+        elif text.startswith("//"):
             self._answer(text[1:])
         elif text.startswith("/"):
             self._obey(text[1:])
@@ -123,12 +137,19 @@ class Repl:
             self._answer(text)
 
     def status(self) -> str:
-        """The status line."""
-        parts = [self._model.name]
-        if (last := self._totals.last) is not None:
-            parts += [f"{last.tokens_per_s:.1f} tokens/s", f"first token after {last.ttft_s:.2f} s"]
-        parts.append(f"{self._context_left:,} of {self._model.context_length:,} tokens of context left")
-        return " · ".join(parts)
+        """The status line: as much of it as the terminal has room for."""
+        name, last = self._model.name, self._totals.last
+        speed = [] if last is None else [f"{last.tokens_per_s:.1f} tokens/s"]
+        first = [] if last is None else [f"first token after {last.ttft_s:.2f} s"]
+        left = f"{self._context_left:,} of {self._model.context_length:,} tokens"
+        candidates = (
+            [name, *speed, *first, f"{left} of context left"],
+            [name, *speed, f"{left} left"],
+            [*speed, f"{self._context_left:,} tokens left"],
+        )
+        lines = [" · ".join(parts) for parts in candidates]
+        columns = terminal_columns(sys.stdout)
+        return next((line for line in lines if cell_width(line) < columns), lines[-1])
 
     def _answer(self, message: str) -> None:
         writer = AnswerWriter(None if self._hide_reasoning else sys.stdout)
@@ -181,24 +202,28 @@ class Repl:
         name = line[: next((i for i, character in enumerate(line) if character.isspace()), len(line))]
         argument = line[len(name) :].strip()
         if name not in self._commands:
-            raise UsageError(f"no command /{name}", "/help lists them; // at the beginning sends a /")
+            raise UsageError(f"no command /{name}", self._suggest(name))
         takes, _, action = self._commands[name]
         if argument and not takes:
             raise UsageError(f"/{name} takes nothing after it, not {argument!r}", "/help lists the commands")
         action(argument)
         self._context_left = self._chat.context_left
 
+    def _suggest(self, name: str) -> str:
+        close = get_close_matches(name.lower(), self._commands, n=1)
+        suggestion = f"did you mean /{close[0]}? " if close else ""
+        return suggestion + "/help lists the commands; // at the beginning sends a /"
+
     def _help(self, _: str) -> None:
         rows = [(f"/{name} {takes}".rstrip(), what) for name, (takes, what, _) in self._commands.items() if what]
-        print_lines(
-            [
-                format_columns([*rows, ("//TEXT", "send a message that begins with a slash")], indent=2),
-                "",
-                "  A message ends with Enter. For more lines: Alt-Enter (or Esc, Enter), or a backslash at the end of",
-                f"  the line, or everything between {TEXT_BLOCK} and {TEXT_BLOCK}; pasted text keeps its lines.",
-                "  Ctrl-C stops an answer and clears a message; arrow up brings back earlier ones, Ctrl-R finds them.",
-            ]
-        )
+        keys = [
+            ("Enter", "send the message"),
+            ("Alt-Enter", "another line; so does a backslash at the end of a line"),
+            (TEXT_BLOCK, f"begins a text of several lines; {TEXT_BLOCK} ends it. Pasted text keeps its lines."),
+            ("Ctrl-C", "stop the answer, or clear the message"),
+            ("Arrow up", "an earlier message; Ctrl-R searches them"),
+        ]
+        print_lines([format_columns([*rows, ("//TEXT", "send a message that begins with a slash"), *keys], indent=2)])
 
     def _reset(self, _: str) -> None:
         self._chat.reset(system=self._system_message())
@@ -236,19 +261,24 @@ class Repl:
 
     def _stats(self, _: str) -> None:
         totals, last, capabilities = self._totals, self._totals.last, self._model.capabilities
+        left, length = self._chat.context_left, self._model.context_length
+        left_out = f", the oldest {self._chat.dropped} left out for lack of room" if self._chat.dropped else ""
         rows = [
             ("model", f"{self._model.name}, {capabilities.name} on {capabilities.device}"),
-            ("settings", ", ".join(f"{key}={value}" for key, value in capabilities.settings.items()) or "none"),
-            ("options", ", ".join(f"{key} {value}" for key, value in self._options.items()) or "the defaults"),
-            ("context", f"{self._chat.context_left:,} of {self._model.context_length:,} tokens left"),
-            ("messages", f"{len(self._chat.messages)}, the oldest {self._chat.dropped} left out"),
+            ("messages", f"{len(self._chat.messages)} in this conversation{left_out}"),
+            ("room", f"{left:,} of {length:,} tokens are left; a token is a short word or a part of one"),
         ]
+        if self._options:
+            rows.append(("options", ", ".join(f"{key} {value}" for key, value in self._options.items())))
         if last is not None:
             rows += [
                 ("last answer", describe_timings(last)),
-                ("all answers", f"{totals.answers}, {totals.new_tokens:,} tokens in {totals.decode_s:.1f} s"),
-                ("read", f"{totals.prompt_tokens:,} tokens, of these {totals.cached_tokens:,} from the cache"),
+                ("all answers", f"{totals.answers} with {totals.new_tokens:,} tokens in {totals.decode_s:.1f} s"),
+                ("read", f"{totals.prompt_tokens:,} tokens, {totals.cached_tokens:,} of them known from before"),
             ]
+        if is_verbose():
+            settings = ", ".join(f"{key}={value}" for key, value in capabilities.settings.items())
+            rows.append(("settings", settings or "none"))
         print_lines([format_columns(rows, indent=2)])
 
     def _exit(self, _: str) -> None:

@@ -57,6 +57,61 @@ def models_lines(store: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
             yield f"  {artifact.name}: {artifact.content}"
 
 
+def list_document(store: Path, artifacts: list[StoredArtifact]) -> dict[str, Any]:
+    """The store for programs."""
+    return {"store": str(store), "artifacts": [_artifact_document(artifact) for artifact in artifacts]}
+
+
+def list_lines(store: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
+    """The store for people."""
+    if not artifacts:
+        yield f"There are no models yet in {store}."
+        yield f"Make one with: {PRESETS[0].export_command}"
+        return
+    rows = []
+    for name, _, content in artifacts:
+        if isinstance(content, Manifest):
+            rows.append((name, format_bytes(content.total_bytes), _describe_use(content), content.source.id))
+        else:
+            rows.append((name, "?", "damaged", content))
+    yield format_columns([("name", "size", "for", "made from"), *rows])
+
+
+def show_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """An artifact in a few words."""
+    shape, source = manifest.architecture, manifest.source
+    engine = {"openvino": "OpenVINO", "onnx": "onnxruntime"}[manifest.format]
+    command = "chat" if manifest.template is not None else "generate"
+    yield format_columns(
+        [
+            ("name", folder.name),
+            ("folder", str(folder.absolute())),
+            ("size", format_bytes(manifest.total_bytes)),
+            ("made from", source.id + (f" at {source.revision}" if source.revision else "")),
+            ("made on", manifest.created[:10]),
+            ("model", f"{shape.parameters / 1e6:,.0f} million parameters, {manifest.recipe.weights} weights"),
+            ("runs with", engine),
+            ("for", _describe_use(manifest)),
+            ("reads at most", f"{manifest.context_length:,} tokens, prompt and answer together"),
+            ("quality check", _QUALITY_CHECK[manifest.verified]),
+            ("try it", f"normistral {command} {folder.name}"),
+        ]
+    )
+
+
+def _describe_use(manifest: Manifest) -> str:
+    return "completing text" if manifest.template is None else "chat"
+
+
+_QUALITY_CHECK = {
+    "run": "passed: it was run, and compared with the original",
+    "read": "passed in part: its files were compared with the original; it was not run",
+    "no": "left out when it was made (--no-verify)",
+    "failed": "FAILED, and it was kept all the same (--keep-failed)",
+    None: "not recorded",
+}
+
+
 def info_document(folder: Path, manifest: Manifest, problems: list[str] | None) -> dict[str, Any]:
     """The manifest for programs, with its folder, and with what `--check` found if it was asked for."""
     document: dict[str, Any] = {"path": str(folder), "total_bytes": manifest.total_bytes}
@@ -115,11 +170,11 @@ def completion_document(completion: Completion) -> dict[str, Any]:
 
 def describe_timings(timings: Timings) -> str:
     """One line on a generation."""
-    drafts = f", {timings.accepted_tokens} of {timings.drafted_tokens} drafted tokens right"
+    guessed = f"; {timings.accepted_tokens} of {timings.drafted_tokens} guessed tokens were right"
     return (
-        f"{timings.new_tokens} tokens, {timings.tokens_per_s:.1f} tokens/s, first token after {timings.ttft_s:.2f} s, "
-        f"prompt {timings.prompt_tokens} tokens ({timings.cached_tokens} from the cache)"
-        f"{drafts if timings.drafted_tokens else ''}"
+        f"{timings.new_tokens} tokens at {timings.tokens_per_s:.1f} tokens/s, the first after {timings.ttft_s:.2f} s; "
+        f"prompt of {timings.prompt_tokens} tokens, {timings.cached_tokens} of them known from before"
+        f"{guessed if timings.drafted_tokens else ''}"
     )
 
 

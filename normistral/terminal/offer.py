@@ -1,0 +1,59 @@
+"""Finds the artifact that is meant; on a terminal it offers to make a preset's that is not there yet."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from normistral import store
+from normistral.errors import MissingExtraError, ModelNotFoundError
+from normistral.presets import Preset, find_preset
+from normistral.terminal.console import confirm, is_terminal, say
+from normistral.terminal.progress import format_bytes, show_progress
+
+_STORED_BYTES = 2  # of a parameter in a published checkpoint: bfloat16
+
+
+def find_or_make(name: str | None) -> Path:
+    """The artifact of this name, path or preset; without a name the only one, or else the demo's.
+
+    Raises:
+        ModelNotFoundError: there is none, and nobody is there to be asked, or the offer was declined.
+        NormistralError: as `export_model`.
+    """
+    try:
+        return store.default_artifact() if name is None else store.resolve_artifact(name)
+    except ModelNotFoundError as missing:
+        preset = find_preset("demo" if name is None else name)
+        if preset is None or (name is None and store.list_artifacts()):
+            raise
+        if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+            raise
+        return _offer(preset, missing)
+
+
+def _offer(preset: Preset, missing: ModelNotFoundError) -> Path:
+    """Make the preset's artifact if the user agrees."""
+    from normistral.export.tools import find_export_tools
+
+    try:
+        find_export_tools("openvino")
+    except MissingExtraError as exc:
+        raise MissingExtraError(f"{missing.message}, and making one needs more: {exc.message}", exc.hint) from exc
+    say(f"{preset.name} is not on this machine yet. {_describe_cost(preset)}")
+    if not confirm("Make it now?", default=True):
+        raise ModelNotFoundError(missing.message, f"make it later with: {preset.export_command}") from missing
+    from normistral.export.pipeline import export_model
+
+    folder = store.default_output(preset.name, preset.weights, "openvino")
+    with show_progress() as progress:
+        export_model(preset.name, folder, "openvino", preset.weights, progress=progress, recipe=preset.recipe)
+    return folder
+
+
+def _describe_cost(preset: Preset) -> str:
+    """What making an artifact takes, in words."""
+    if preset.repository is None:
+        return f"It can be made from the package {preset.package}, which takes about a minute."
+    size = "" if preset.parameters is None else f" {format_bytes(_STORED_BYTES * preset.parameters)}"
+    return f"Making it downloads{size} from {preset.repository} and takes up to an hour; then it starts in seconds."
