@@ -24,8 +24,8 @@ from normistral.errors import ArtifactError
 from normistral.install_hint import UPGRADE
 
 MANIFEST_NAME = "normistral.json"
-# 2: ONNX. 3: ALiBi, reasoning. 4: calibration. 5: mixed precision by it. 6: chat template of a file. What an older one
-# described reads the same.
+# 2: ONNX. 3: ALiBi, reasoning. 4: calibration. 5: mixed precision by it. 6: chat template of a file, ignored fields.
+# What an older one described reads the same.
 SCHEMA_VERSION = 6
 HASHED_AT_LOAD_BYTES = 16 * 2**20  # smaller files are hashed at every load; of larger ones only the size is checked
 _MAX_MANIFEST_BYTES = 4 * 2**20
@@ -39,6 +39,7 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
 ArtifactFormat = Literal["openvino", "onnx"]
 GraphKind = Literal["fused", "plain"]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+FieldName = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 TagText = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Verified = Literal["run", "read", "no", "failed"]
 Probability = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
@@ -197,6 +198,8 @@ class Manifest:
             the user asked; "failed", and kept all the same. None: made before this was recorded.
         notes: what the exporter decided or found that the user should see.
         reasoning: how a thinking model marks its reasoning; None for other models.
+        ignored_fields: fields of the checkpoint's files that may change what the model computes, and were ignored as
+            the user asked.
     """
 
     format: ArtifactFormat
@@ -217,6 +220,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     verified: Verified | None = None
     reasoning: ReasoningMarkers | None = None
+    ignored_fields: tuple[FieldName, ...] = ()
     schema_version: PositiveInt = field(default=SCHEMA_VERSION, kw_only=True)
 
     def __post_init__(self) -> None:

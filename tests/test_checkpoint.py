@@ -209,13 +209,12 @@ def test_greedy_unless_the_authors_sample(model: Path, tmp_path: Path) -> None:
 
 def test_code_in_the_config_is_dropped(model: Path, tmp_path: Path) -> None:
     evil = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    edit_json(model / "config.json", auto_map=evil, _attn_implementation_internal="evil/kernel", secret=1)
+    edit_json(model / "config.json", auto_map=evil, _attn_implementation_internal="evil/kernel")
     edit_json(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
     (model / "evil.py").write_text("raise SystemExit('ran')")
     checkpoint = open_folder(model, tmp_path / "workspace")
     seen = (checkpoint.folder / "config.json").read_text() + (checkpoint.folder / "tokenizer_config.json").read_text()
     assert "evil" not in seen
-    assert "secret" not in seen
     assert not (checkpoint.folder / "evil.py").exists()
     assert sum("auto_map" in note for note in checkpoint.notes) == 2
 
@@ -299,12 +298,11 @@ def test_missing_output_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("safetensors", [True, False])
-def test_separate_output_layer_wins_over_a_config_that_ties(tmp_path: Path, safetensors: bool) -> None:
+def test_separate_output_layer_against_a_config_that_ties(tmp_path: Path, safetensors: bool) -> None:
+    """transformers 4 ties then, transformers 5 does not: neither is certain to be meant."""
     folder = make_mistral(tmp_path / "model", safetensors=safetensors)
     edit_json(folder / "config.json", tie_word_embeddings=True)
-    checkpoint = open_folder(folder, tmp_path / "workspace")
-    assert not checkpoint.architecture.tied_embeddings
-    assert not read_json(checkpoint.folder / "config.json")["tie_word_embeddings"]
+    assert "ties the output layer to the embedding, but the weights hold one that differs" in refusal(folder, tmp_path)
 
 
 def test_copied_output_layer_stays_tied(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from normistral.errors import CheckpointError, NormistralError, ResourceError, U
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.config import read_json
 from normistral.export.gguf import convert_gguf
+from normistral.export.known_fields import IgnoredFields
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress
 from normistral.manifest import sha256_file
@@ -211,7 +212,7 @@ def test_weights_are_unpacked_one_tensor_at_a_time(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(gguf, "dequantize", counting)
     tracemalloc.start()
     try:
-        convert_gguf(path, tmp_path / "unpacked", progress=NoProgress())
+        convert_gguf(path, tmp_path / "unpacked", IgnoredFields(), progress=NoProgress())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -202,14 +202,14 @@ def test_the_output_layer_of_another_checkpoint_is_named(checkpoint, stranger, t
 
 @pytest.mark.parametrize("options", [{"weights": "fp32", "graph": "fused", "group_size": None}, {"weights": "int4"}])
 def test_wrong_logits_over_right_files_are_refused_with_the_figures(checkpoint, tmp_path, monkeypatch, options):
-    """A window that the graph does not have is in no file that could be compared."""
+    """A scale of the scores that the graph does not have is in no file that could be compared."""
 
-    def drop_window(folder, manifest):
+    def flatten_scores(folder, manifest):
         model = onnx.load(folder / "model.onnx", load_external_data=False)
         for node in model.graph.node:
             for entry in node.attribute:
-                if entry.name == "local_window_size":
-                    entry.i = -1
+                if node.op_type == "GroupQueryAttention" and entry.name == "scale":
+                    entry.f = 0.01
         (folder / "model.onnx").write_bytes(model.SerializeToString())
 
     with pytest.raises(
@@ -219,10 +219,23 @@ def test_wrong_logits_over_right_files_are_refused_with_the_figures(checkpoint, 
             checkpoint,
             tmp_path / "out",
             "onnx",
-            drop_window,
+            flatten_scores,
             monkeypatch,
             **options,
         )
+
+
+def test_another_window_is_refused(checkpoint, tmp_path, monkeypatch):
+    def drop_window(folder, manifest):
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        for node in model.graph.node:
+            for entry in node.attribute:
+                if entry.name == "local_window_size":
+                    entry.i = -1
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+    with pytest.raises(ExportError, match="attention reaches None tokens back, config.json says 16"):
+        export(checkpoint, tmp_path / "out", "onnx", drop_window, monkeypatch)
 
 
 @pytest.mark.parametrize("format", FORMATS)

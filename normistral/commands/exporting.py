@@ -87,6 +87,14 @@ def export(
             "chats. Stop tokens follow from it too.",
         ),
     ] = None,
+    ignore_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Take a field of config.json or generation_config.json, or a key of a .gguf file, for one without "
+            "effect; may be repeated. The manifest names it.",
+        ),
+    ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not prove that it is still the same model; the manifest says so.")
     ] = False,
@@ -126,6 +134,7 @@ def export(
             force=force,
             revision=revision,
             chat_template=chat_template,
+            ignore_fields=tuple(ignore_field or ()),
             verify=not no_verify,
             keep_failed=keep_failed,
             progress=progress,

@@ -10,18 +10,27 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError
 from normistral.export.chat_templates import TemplateFile, override_template, try_template
-from normistral.export.config import architecture_of, context_of, expected_tensors, read_json, sanitise_config
+from normistral.export.config import (
+    architecture_of,
+    context_of,
+    drop_ignored,
+    expected_tensors,
+    read_json,
+    sanitise_config,
+)
 from normistral.export.families import find_family
 from normistral.export.families.base import Family
 from normistral.export.fields import read_token_ids
+from normistral.export.generation_fields import GENERATION_FIELDS
 from normistral.export.gguf import convert_gguf
+from normistral.export.known_fields import IgnoredFields, check_fields
 from normistral.export.locate import Located
 from normistral.export.progress import Progress
 from normistral.export.sampling_defaults import read_sampling_defaults
@@ -49,6 +58,8 @@ class Checkpoint:
         source: origin; `files` has the small files, and what was hashed on the way. `hash_sources` completes it.
         unhashed: weight files that are not in `source.files` yet, by the name they get there.
         family: of the architecture; `config`: sanitised config.json.
+        raw_config: config.json as it was given, less what `ignored_fields` names: what the proof measures by.
+        ignored_fields: accepted knowingly, although they may change what the model computes.
         dtype: type of the stored weights; `weight_bytes` is their size.
         tokenizer_files: to be shipped byte for byte.
         context_length: positions in tokens; None where no file gives any (ALiBi needs none).
@@ -63,6 +74,8 @@ class Checkpoint:
     unhashed: tuple[tuple[str, Path], ...]
     family: Family
     config: dict[str, Any]
+    raw_config: dict[str, Any]
+    ignored_fields: tuple[str, ...]
     architecture: Architecture
     role: Role
     dtype: Dtype
@@ -79,25 +92,33 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    located: Located, workspace: Path, *, progress: Progress, chat_template: TemplateFile | None = None
+    located: Located,
+    workspace: Path,
+    *,
+    progress: Progress,
+    chat_template: TemplateFile | None = None,
+    ignore_fields: Sequence[str] = (),
 ) -> Checkpoint:
     """Check a model and lay out its view in `workspace`/checkpoint. No code of the checkpoint is run.
 
     Args:
         workspace: an existing folder on the disk of the artifact; a .gguf file is unpacked there to float32.
         chat_template: takes the place of the checkpoint's own.
+        ignore_fields: fields of config.json and generation_config.json, or keys of a .gguf file, that would be refused.
 
     Raises:
+        UsageError: a field to ignore is not there, or is read.
         CheckpointError: something is missing, damaged or inconsistent.
         UnsupportedArchitectureError: not a model that can be exported.
         ResourceError: the disk is full, or a .gguf file's float copy fits neither memory nor disk.
     """
+    ignored = IgnoredFields(tuple(dict.fromkeys(ignore_fields)))
     try:
         if located.kind not in ("gguf", "package"):
-            return _open_folder(located, located.path, workspace, (), progress, chat_template)
+            return _open_folder(located, located.path, workspace, (), ignored, progress, chat_template)
         unpacked = workspace / "unpacked"
-        notes = convert_gguf(located.path, unpacked, progress=progress)
-        checkpoint = _open_folder(located, unpacked, workspace, notes, progress, chat_template)
+        notes = convert_gguf(located.path, unpacked, ignored, progress=progress)
+        checkpoint = _open_folder(located, unpacked, workspace, notes, ignored, progress, chat_template)
         return replace(
             checkpoint, source=replace(checkpoint.source, files={}), unhashed=((located.path.name, located.path),)
         )
@@ -127,13 +148,19 @@ def _open_folder(
     folder: Path,
     workspace: Path,
     notes: tuple[str, ...],
+    ignored: IgnoredFields,
     progress: Progress,
     chat_template: TemplateFile | None,
 ) -> Checkpoint:
     found = list(notes)
     with progress.stage("Checking the checkpoint"):
-        config = _read_config(folder, located.preset, found)
-        tensors = _check_weights(folder, config, found)
+        raw_config, config = _read_config(folder, located.preset, ignored, found)
+        generation = _read_generation(folder, raw_config, ignored)
+        ignored.require_found()
+        found += [
+            f"the field {name} is ignored, as asked: it may change what the model computes" for name in ignored.names
+        ]
+        tensors = _check_weights(folder, config, raw_config.get("tie_word_embeddings"), found)
         view = _lay_out(folder, workspace / "checkpoint", config, found)
         if chat_template is not None:
             override_template(view, chat_template)
@@ -144,7 +171,6 @@ def _open_folder(
                 f"but config.json has vocab_size {config['vocab_size']}",
                 "the tokenizer and the weights belong to different models",
             )
-        generation = read_json(view / "generation_config.json") if (view / "generation_config.json").exists() else {}
         stops = _stop_token_ids(config, generation, vocabulary)
         template = _choose_template(vocabulary, located.preset, chat_template, found)
         if template is not None:
@@ -162,6 +188,8 @@ def _open_folder(
         unhashed=unhashed,
         family=find_family(config),
         config=config,
+        raw_config=raw_config,
+        ignored_fields=ignored.names,
         architecture=architecture_of(config),
         role="chat" if template is not None else "base",
         dtype=stored_dtype(tensors),
@@ -178,22 +206,46 @@ def _open_folder(
     )
 
 
-def _read_config(folder: Path, preset: Preset | None, notes: list[str]) -> dict[str, Any]:
+def _read_config(
+    folder: Path, preset: Preset | None, ignored: IgnoredFields, notes: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json as it was given, less what is ignored, and sanitised."""
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
     _require_inside(folder, "config.json")
-    raw = read_json(folder / "config.json")
+    raw = drop_ignored(read_json(folder / "config.json"), ignored)
     context = find_family(raw).context_field
     if raw.get(context) is None and preset is not None and preset.context_length is not None:
         raw[context] = preset.context_length
         notes.append(f"config.json gives no context length; the preset's is used: {preset.context_length} tokens")
     if raw.get("auto_map") is not None:
         notes.append("the checkpoint comes with code of its own (auto_map), which is never run")
-    return sanitise_config(raw)
+    config = sanitise_config(raw)
+    rope = config.get("rope_scaling") or {}
+    if rope.get("rope_type") == "dynamic":
+        notes.append("rope_scaling dynamic changes nothing up to max_position_embeddings, and the context ends there")
+    return raw, config
 
 
-def _check_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> dict[str, Tensor]:
-    """Headers against config.json; sets the stored type, and unties an output layer that the weights hold apart."""
+def _read_generation(folder: Path, raw_config: dict[str, Any], ignored: IgnoredFields) -> dict[str, Any]:
+    """generation_config.json; without one the settings that stand in config.json, as transformers 4 takes them."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        settings = {name: raw_config[name] for name in GENERATION_FIELDS if raw_config.get(name) is not None}
+        check_fields(settings, GENERATION_FIELDS, "config.json")
+        return settings
+    _require_inside(folder, path.name)
+    generation = ignored.take_from(read_json(path), GENERATION_FIELDS, path.name)
+    check_fields(generation, GENERATION_FIELDS, path.name)
+    return generation
+
+
+def _check_weights(folder: Path, config: dict[str, Any], tied: bool | None, notes: list[str]) -> dict[str, Tensor]:
+    """Headers against config.json; sets the stored type, and unties an output layer that the weights hold apart.
+
+    Args:
+        tied: what the file says of the output layer; None where it says nothing.
+    """
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         _require_inside(folder, index)
     files, _ = weight_files(folder)
@@ -201,10 +253,14 @@ def _check_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> di
         _require_inside(folder, name)
     tensors, family = read_tensors(folder), find_family(config)
     if config["tie_word_embeddings"] and has_separate_output(tensors, family):
+        if tied is True:
+            raise CheckpointError(
+                "config.json ties the output layer to the embedding, but the weights hold one that differs: "
+                "transformers 4 takes the embedding, transformers 5 the other",
+                "set tie_word_embeddings to what is meant",
+            )
         config["tie_word_embeddings"] = False
-        notes.append(
-            "the weights hold an output layer of their own: it is used, although config.json ties it or says nothing"
-        )
+        notes.append("the weights hold an output layer of their own: it is used, although config.json says nothing")
     check_tensors(tensors, expected_tensors(config), family)
     config["torch_dtype"] = stored_dtype(tensors)
     return tensors

@@ -21,7 +21,7 @@ from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoi
 from normistral.export.layerwise import LayeredModel
 from normistral.export.locate import locate
 from normistral.export.progress import Progress
-from normistral.export.reference import Logits, fits_for_running, load_model
+from normistral.export.reference import Logits, fits_for_running, load_reference
 from normistral.export.tools import quiet_tools
 from normistral.install_hint import extra
 
@@ -72,7 +72,7 @@ def checkpoint_reference(model: str, scratch: Path, progress: Progress) -> Itera
 def _open(checkpoint: Checkpoint, progress: Progress) -> Iterator[Predictor]:
     with quiet_tools(None):
         if fits_for_running(checkpoint.architecture):
-            yield WholeModel(load_model(checkpoint.folder, "float32"))
+            yield WholeModel(load_reference(checkpoint))
         else:
             yield LayeredModel(checkpoint, progress)
 

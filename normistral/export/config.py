@@ -2,7 +2,8 @@
 
 Whitelist, not blacklist: whatever is not listed here or in a family's file (`auto_map`,
 `_attn_implementation_internal`, anything that a later version of transformers might act on) never reaches the libraries
-that load the model.
+that load the model. And nothing is dropped in silence: config_fields.py says of every field whether it is used or
+without effect, and what it does not know is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError
+from normistral.export.config_fields import known_fields
 from normistral.export.families import find_family
 from normistral.export.families.base import OUTPUT_LAYER
 from normistral.export.fields import (
@@ -23,6 +25,7 @@ from normistral.export.fields import (
     read_token_ids,
     shorten,
 )
+from normistral.export.known_fields import IgnoredFields, check_fields
 from normistral.manifest import Architecture
 
 _MAX_JSON_BYTES = 256 * 2**20
@@ -58,7 +61,7 @@ def sanitise_config(config: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UnsupportedArchitectureError: not a model this package exports.
-        CheckpointError: a field is missing, of the wrong type, out of range, or contradicts another.
+        CheckpointError: a field is missing, unknown, of the wrong type, out of range, or contradicts another.
     """
     family = find_family(config)
     if config.get("quantization_config") is not None:
@@ -68,6 +71,7 @@ def sanitise_config(config: dict[str, Any]) -> dict[str, Any]:
             f"the checkpoint is already quantised ({shorten(method)})",
             "export the original checkpoint with its floating-point weights",
         )
+    check_fields(config, known_fields(family.fields, config), "config.json")
     vocabulary = read_integer(config, "vocab_size", 1, _MAX_VOCABULARY)
     clean: dict[str, Any] = {"architectures": [family.causal_class], "model_type": family.model_type}
     clean |= {"vocab_size": vocabulary} | family.read_fields(config)
@@ -79,6 +83,11 @@ def sanitise_config(config: dict[str, Any]) -> dict[str, Any]:
     if count_parameters(clean) > _MAX_PARAMETERS:
         raise CheckpointError(f"config.json describes {count_parameters(clean):.3g} parameters", AS_PUBLISHED)
     return clean
+
+
+def drop_ignored(config: dict[str, Any], ignored: IgnoredFields) -> dict[str, Any]:
+    """config.json less the fields that were accepted knowingly; UsageError for one that is used."""
+    return ignored.take_from(config, find_family(config).fields, "config.json")
 
 
 def architecture_of(config: dict[str, Any]) -> Architecture:

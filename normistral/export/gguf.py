@@ -16,13 +16,16 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError, UnsupportedArchitectureError
 from normistral.export.config import count_parameters, expected_tensors, sanitise_config
+from normistral.export.gguf_fields import GGUF_FIELDS, is_of_the_model, known_keys
 from normistral.export.gguf_file import GgufFile, GgufTensor, read_gguf
 from normistral.export.gguf_tokenizer import write_tokenizer
+from normistral.export.known_fields import IgnoredFields, check_fields
 from normistral.export.progress import Progress
 from normistral.hardware import available_memory_bytes
 
@@ -48,8 +51,11 @@ _NAMES = {
 _LAYER = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
 
 
-def convert_gguf(path: Path, folder: Path, *, progress: Progress) -> tuple[str, ...]:
-    """Write config.json, generation_config.json, model.safetensors and tokenizer files into `folder`.
+def convert_gguf(path: Path, folder: Path, ignored: IgnoredFields, *, progress: Progress) -> tuple[str, ...]:
+    """Write config.json, model.safetensors and tokenizer files into `folder`.
+
+    Args:
+        ignored: keys that were accepted knowingly, although they may change what the model computes.
 
     Returns:
         notes for the user.
@@ -60,12 +66,16 @@ def convert_gguf(path: Path, folder: Path, *, progress: Progress) -> tuple[str, 
         ResourceError: its float copy does not fit in memory or on the disk.
     """
     gguf = read_gguf(path)
-    config = sanitise_config(_config(gguf))
+    gguf = replace(gguf, metadata=ignored.take_from(gguf.metadata, GGUF_FIELDS, path.name))
+    described = _config(gguf)
+    of_the_model = {name: value for name, value in gguf.metadata.items() if is_of_the_model(name)}
+    check_fields(of_the_model, known_keys(of_the_model), path.name)
+    config = sanitise_config(described)
     sources = _match_tensors(gguf, config)
     _require_room(path, folder, 4 * count_parameters(config))
     folder.mkdir(parents=True, exist_ok=True)
     notes = write_tokenizer(gguf.metadata, folder)
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(described | {"torch_dtype": "float32"}, indent=2), encoding="utf-8")
     with progress.stage("Unpacking the GGUF weights", path.stat().st_size, "bytes") as stage:
         _write_weights(gguf, config, sources, folder / "model.safetensors", stage.advance)
     return notes
@@ -84,9 +94,9 @@ def _config(gguf: GgufFile) -> dict[str, Any]:
     def get(name: str) -> Any:
         return metadata.get(f"llama.{name}")
 
-    if get("expert_count") or "rope_freqs.weight" in gguf.tensors or get("rope.scaling.type") not in (None, "none"):
+    if "rope_freqs.weight" in gguf.tensors or get("rope.scaling.type") not in (None, "none", "linear"):
         raise UnsupportedArchitectureError(
-            f"{gguf.path.name} has experts or scaled rotary positions, which are not read from GGUF", _ORIGINAL
+            f"{gguf.path.name} has scaled rotary positions, which are not read from GGUF", _ORIGINAL
         )
     named = [get("rope.dimension_count"), get("attention.key_length"), get("attention.value_length")]
     widths = [width for width in named if width is not None]
@@ -108,6 +118,7 @@ def _config(gguf: GgufFile) -> dict[str, Any]:
         "vocab_size": None if embedding is None else embedding.shape[0],
         "max_position_embeddings": get("context_length"),
         "rope_theta": get("rope.freq_base"),
+        "rope_scaling": _linear_scaling(gguf.path.name, metadata),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "sliding_window": window,
         "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
@@ -116,11 +127,23 @@ def _config(gguf: GgufFile) -> dict[str, Any]:
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": [
             metadata[f"tokenizer.ggml.{name}_token_id"]
-            for name in ("eos", "eot")
+            for name in ("eos", "eot", "eom")
             if f"tokenizer.ggml.{name}_token_id" in metadata
         ],
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
+
+
+def _linear_scaling(file: str, metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """Positions divided by a factor. llama.cpp takes it as linear where no type is given, and 0 as none."""
+    if metadata.get("llama.rope.scaling.type") == "none":
+        return None
+    named = ("llama.rope.scaling.factor", "llama.rope.scale_linear")  # the new name and the old one
+    factors = {metadata[name] for name in named if metadata.get(name)}
+    if len(factors) > 1:
+        raise CheckpointError(f"{file} contradicts itself: {named[0]} and {named[1]} differ", _ORIGINAL)
+    factor = factors.pop() if factors else 1.0
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
 
 
 def _match_tensors(gguf: GgufFile, config: dict[str, Any]) -> dict[str, GgufTensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -22,7 +21,7 @@ from normistral.evaluation.windows import Window
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.families.base import OUTPUT_LAYER
 from normistral.export.progress import Progress
-from normistral.export.reference import Logits
+from normistral.export.reference import Logits, read_reference_config
 from normistral.export.tensor import Tensor, map_tensor
 from normistral.export.weights import read_tensors, with_prefix
 
@@ -78,9 +77,10 @@ class LayeredModel:
         import torch
 
         self._family, self._progress, self._group_tokens = checkpoint.family, progress, group_tokens
-        self._matrices, self._tied = matrices, checkpoint.config["tie_word_embeddings"]
+        self._matrices = matrices
         self._tensors: dict[str, Tensor] = with_prefix(read_tensors(checkpoint.folder), self._family)
-        self._model = _empty_model(checkpoint.folder)
+        self._model = empty_model(checkpoint)
+        self._tied = self._model.config.tie_word_embeddings
         parent, _, name = self._family.layer_prefix.rstrip(".").rpartition(".")
         self._layers = self._model.get_submodule(parent).get_submodule(name)
         self._probe = _make_probe()
@@ -248,14 +248,14 @@ def _set_parameter(module: torch.nn.Module, name: str, values: torch.Tensor) -> 
     setattr(module.get_submodule(parent), leaf, torch.nn.Parameter(values, requires_grad=False))
 
 
-def _empty_model(folder: Path) -> PreTrainedModel:
-    """The model without weights; buffers are computed as always."""
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The reference without weights; buffers are computed as always."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_reference_config(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:

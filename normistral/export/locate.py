@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
-from normistral.export.config import read_json, sanitise_config
+from normistral.export.config import drop_ignored, read_json, sanitise_config
 from normistral.export.hub import download
+from normistral.export.known_fields import IgnoredFields
 from normistral.export.progress import Progress
 from normistral.manifest import MANIFEST_NAME
 from normistral.presets import PRESETS, Preset, find_preset
@@ -44,12 +46,15 @@ class Located:
     hashes: dict[str, str] = field(default_factory=dict)
 
 
-def locate(model: str, *, revision: str | None = None, progress: Progress) -> Located:
+def locate(
+    model: str, *, revision: str | None = None, ignore_fields: Sequence[str] = (), progress: Progress
+) -> Located:
     """Find a model, and download it if it is on the hub.
 
     Args:
         model: a preset, a hub id, a folder or a .gguf file.
         revision: branch, tag or commit on the hub; None is its main branch.
+        ignore_fields: of config.json, which is checked before the weights of a hub model are downloaded.
 
     Raises:
         ModelNotFoundError: there is no such preset, path, repository or revision.
@@ -67,9 +72,9 @@ def locate(model: str, *, revision: str | None = None, progress: Progress) -> Lo
     elif preset is not None and preset.package is not None:
         located = _in_package(preset, preset.package)
     elif preset is not None and preset.repository is not None:
-        return _on_hub(preset.repository, revision, progress)
+        return _on_hub(preset.repository, revision, ignore_fields, progress)
     elif _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
-        return _on_hub(model, revision, progress)
+        return _on_hub(model, revision, ignore_fields, progress)
     elif "/" in model or "\\" in model or model.endswith(".gguf"):
         raise ModelNotFoundError(f"no such file or folder: {model}", _what_to_give())
     else:
@@ -81,14 +86,14 @@ def locate(model: str, *, revision: str | None = None, progress: Progress) -> Lo
     return located
 
 
-def _on_hub(repository: str, revision: str | None, progress: Progress) -> Located:
+def _on_hub(repository: str, revision: str | None, ignore_fields: Sequence[str], progress: Progress) -> Located:
     def refuse_unsupported(folder: Path) -> None:
         if not (folder / "config.json").exists():
             raise ModelNotFoundError(
                 f"{repository} is no transformers checkpoint: it has no config.json",
                 "for a GGUF repository, download the .gguf file and give its path",
             )
-        sanitise_config(read_json(folder / "config.json"))
+        sanitise_config(drop_ignored(read_json(folder / "config.json"), IgnoredFields(tuple(ignore_fields))))
 
     snapshot = download(repository, revision, before_weights=refuse_unsupported, progress=progress)
     return Located("hub", snapshot.folder, repository, snapshot.revision, find_preset(repository), snapshot.hashes)

@@ -22,7 +22,7 @@ from normistral.export.checkpoint import Checkpoint
 from normistral.export.openvino_weights import replace_weights
 from normistral.export.progress import Progress, Stage
 from normistral.export.recipe import Recipe
-from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model
+from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model, load_reference
 from normistral.export.rounding.grid import Grid
 from normistral.export.rounding.nearest import round_rest
 from normistral.export.rounding.tables import RoundedTables
@@ -56,9 +56,12 @@ def write_model(
     Returns:
         what the model itself computes for `token_ids`, or None when it is too large to run.
     """
+    reference = None
+    if fits_for_running(checkpoint.architecture):
+        with progress.stage("running the model for comparison"):
+            reference = compute_reference(load_reference(checkpoint), token_ids)
     with progress.stage("loading the model"):
         model = load_model(checkpoint.folder, checkpoint.dtype)
-        reference = compute_reference(model, token_ids) if fits_for_running(checkpoint.architecture) else None
     if recipe.weights == "fp16":
         with progress.stage("rounding to float16"):
             round_to_float16(model, staging.workspace / "float16")

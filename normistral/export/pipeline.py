@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,6 +62,7 @@ def export_model(
     force: bool = False,
     revision: str | None = None,
     chat_template: str | Path | None = None,
+    ignore_fields: Sequence[str] = (),
     verify: bool = True,
     keep_failed: bool = False,
     progress: Progress | None = None,
@@ -77,6 +78,8 @@ def export_model(
         force: replace an artifact that is there already, once the new one is whole.
         revision: branch, tag or commit of a hub model.
         chat_template: a file of jinja that takes the place of the checkpoint's chat template.
+        ignore_fields: fields of config.json or generation_config.json, or keys of a .gguf file, that would be refused
+            because they may change what the model computes; the manifest names them.
         verify: prove that the artifact is still the model; without, the manifest says that nobody did.
         keep_failed: keep an artifact that fails this as OUTPUT.failed; otherwise nothing stays.
         progress: receives stages and notes; None shows nothing.
@@ -99,11 +102,17 @@ def export_model(
     silence_telemetry()
     with MemoryMeter() as meter, _translate_system_errors():
         find_export_tools(choice.format)
-        located = locate(model, revision=revision, progress=progress)
+        located = locate(model, revision=revision, ignore_fields=ignore_fields, progress=progress)
         with progress.stage("starting the export tools"):
             require_export_tools(choice.format)
         with stage(output, force=force) as staging, quiet_tools(choice.format):
-            checkpoint = open_checkpoint(located, staging.workspace, progress=progress, chat_template=template)
+            checkpoint = open_checkpoint(
+                located,
+                staging.workspace,
+                progress=progress,
+                chat_template=template,
+                ignore_fields=ignore_fields,
+            )
             with _beside(partial(hash_sources, checkpoint)) as source:
                 manifest = _make_artifact(checkpoint, source, choice, staging, output, proving, progress)
     peak = "" if meter.peak_bytes is None else f", peak memory {meter.peak_bytes / 2**30:.1f} GiB"
@@ -155,6 +164,7 @@ def _make_artifact(
         files=files,
         tools=tool_versions(recipe.format),
         reasoning=checkpoint.reasoning,
+        ignored_fields=checkpoint.ignored_fields,
         notes=(*checkpoint.notes, *made, *found),
     )
     for note in found:

@@ -10,15 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ExportError, first_line
+from normistral.export.checkpoint import Checkpoint
 from normistral.export.config import read_json
 from normistral.export.families import find_family
+from normistral.export.reference_config import reference_config
 from normistral.export.tensor import map_tensor, shown
-from normistral.export.weights import read_tensors, with_prefix
+from normistral.export.weights import has_separate_output, read_tensors, with_prefix
 from normistral.hardware import available_memory_bytes
 from normistral.manifest import Architecture
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Logits = NDArray[np.float32]
 
@@ -45,7 +47,25 @@ def fits_for_running(architecture: Architecture) -> bool:
     return float32_bytes <= _RUN_LIMIT_BYTES and 2 * float32_bytes <= available_memory_bytes()
 
 
-def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+def load_reference(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model as config.json describes it, in float32, by a reader that shares nothing with the exporter's.
+
+    Raises:
+        CheckpointError, ExportError: as `load_model`.
+    """
+    return load_model(checkpoint.folder, "float32", read_reference_config(checkpoint))
+
+
+def read_reference_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The reference's configuration; raises ExportError where transformers does not take it."""
+    has_output = has_separate_output(read_tensors(checkpoint.folder), checkpoint.family)
+    try:
+        return reference_config(checkpoint.raw_config, has_output=has_output)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
+
+
+def load_model(folder: Path, dtype: str, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """The checkpoint as a transformers model whose parameters are the mapped file when `dtype` is their own.
 
     Nothing is read before it is used, and a page that was read can be dropped again: the model takes address space and
@@ -55,6 +75,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     Args:
         folder: config.json and weights, as `open_checkpoint` prepared them.
         dtype: "float32", "float16" or "bfloat16".
+        config: describes the model; None takes config.json of the folder.
 
     Raises:
         CheckpointError: as `read_tensors`.
@@ -68,7 +89,8 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     family = find_family(read_json(folder / "config.json"))
     stored = with_prefix(read_tensors(folder), family)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if config is None:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=kind)
         values = {name: map_tensor(tensor).to(kind) for name, tensor in stored.items() if not family.is_computed(name)}

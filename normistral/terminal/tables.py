@@ -209,6 +209,8 @@ _VERIFIED = {
 def _certificate(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """What was proved at export."""
     yield "verified", _VERIFIED[manifest.verified]
+    if manifest.ignored_fields:
+        yield "", f"but for these fields of the checkpoint, ignored as asked: {', '.join(manifest.ignored_fields)}"
     quality = dict(manifest.quality or {})
     if "matrices" in quality:
         counts = [

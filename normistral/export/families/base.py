@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from normistral.export.known_fields import KnownField
 from normistral.manifest import Architecture
 
 Config = dict[str, Any]
@@ -26,6 +27,7 @@ class Family:
         prefix: what the names of a checkpoint of `causal_class` begin with, output layer excepted.
         embedding: name of the token embedding.
         context_field: field of config.json that gives the context.
+        fields: everything that may stand in config.json.
         read_fields: checks config.json's fields beyond those that all families have (config.py).
         describe: the shape, from sanitised fields and the number of parameters.
         outer_tensors: shapes of what is there once, without the output layer.
@@ -40,6 +42,7 @@ class Family:
     prefix: str
     embedding: str
     context_field: str
+    fields: Mapping[str, KnownField]
     read_fields: Callable[[Config], Config]
     describe: Callable[[Config, int], Architecture]
     outer_tensors: Callable[[Config], Shapes]

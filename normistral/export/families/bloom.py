@@ -1,12 +1,12 @@
 """BLOOM: ALiBi instead of position embeddings, layer norms with biases, one key-value head for every query head.
 
-Fields that are missing take the default of transformers' BloomConfig. Two fields are dropped on purpose:
-`pretraining_tp` and `slow_but_exact` only choose the order of a sum.
+Fields that are missing take the default of transformers' BloomConfig.
 """
 
 from __future__ import annotations
 
 from normistral.errors import CheckpointError
+from normistral.export.config_fields import BLOOM_FIELDS
 from normistral.export.families.base import Config, Family, Shapes
 from normistral.export.fields import AS_PUBLISHED, MAX_POSITIONS, read_flag, read_integer, read_number, shorten
 from normistral.manifest import Architecture
@@ -104,6 +104,7 @@ BLOOM = Family(
     prefix="transformer.",
     embedding="transformer.word_embeddings.weight",
     context_field="seq_length",
+    fields=BLOOM_FIELDS,
     read_fields=read_bloom,
     describe=describe,
     outer_tensors=outer_tensors,

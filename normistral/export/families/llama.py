@@ -10,7 +10,9 @@ import re
 from dataclasses import replace
 
 from normistral.errors import CheckpointError
+from normistral.export.config_fields import LLAMA_FIELDS, MISTRAL_FIELDS
 from normistral.export.families.base import Config, Family, Shapes
+from normistral.export.families.rope import read_rope
 from normistral.export.fields import (
     AS_PUBLISHED,
     MAX_POSITIONS,
@@ -18,15 +20,10 @@ from normistral.export.fields import (
     read_flag,
     read_integer,
     read_number,
-    shorten,
 )
 from normistral.manifest import Architecture
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-_ROPE_SCALING = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
 def read_llama(config: Config) -> Config:
@@ -102,8 +99,7 @@ def _read_shared(config: Config, default_positions: int) -> Config:
         "num_hidden_layers": read_integer(config, "num_hidden_layers", 1, 2**12),
         "num_attention_heads": read_integer(config, "num_attention_heads", 1, 2**12),
         "max_position_embeddings": read_integer(config, "max_position_embeddings", 1, MAX_POSITIONS, default_positions),
-        "rope_theta": read_number(config, "rope_theta", 1.0, 1e12, 10000.0),
-        "rope_scaling": _read_rope_scaling(config),
+        **read_rope(config),
         "rms_norm_eps": read_number(config, "rms_norm_eps", 1e-12, 0.1, 1e-6),
         "hidden_act": read_choice(config, "hidden_act", _ACTIVATIONS, "silu"),
         "tie_word_embeddings": read_flag(config, "tie_word_embeddings", False),
@@ -112,6 +108,8 @@ def _read_shared(config: Config, default_positions: int) -> Config:
 
 def _read_heads(config: Config, hidden: int, heads: int, default_kv_heads: int) -> Config:
     """Heads and their width. NorMistral-11b has head_dim 128 where hidden/heads is 160."""
+    if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
+        default_kv_heads = heads  # transformers tells null from a field that is not there
     kv_heads = read_integer(config, "num_key_value_heads", 1, heads, default_kv_heads)
     if heads % kv_heads:
         raise CheckpointError(
@@ -128,31 +126,6 @@ def _read_heads(config: Config, hidden: int, heads: int, default_kv_heads: int) 
     return {"num_key_value_heads": kv_heads, "head_dim": head_dim, "attention_dropout": dropout}
 
 
-def _read_rope_scaling(config: Config) -> Config | None:
-    scaling = config.get("rope_scaling")
-    if scaling is None:
-        return None
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"config.json: rope_scaling is {shorten(scaling)}, not an object", AS_PUBLISHED)
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
-        return None
-    if not isinstance(kind, str) or kind not in _ROPE_SCALING:
-        raise CheckpointError(
-            f"config.json: rope_scaling of type {shorten(kind)} is not supported",
-            f"supported are: {', '.join(_ROPE_SCALING)}",
-        )
-    clean: Config = {"rope_type": kind}
-    for name in _ROPE_SCALING[kind]:
-        if name == "original_max_position_embeddings":
-            clean[name] = read_integer(scaling, name, 1, MAX_POSITIONS)
-        else:
-            clean[name] = read_number(scaling, name, 1e-3, 1e6)
-    if clean.get("low_freq_factor", 0.0) >= clean.get("high_freq_factor", 1e9):
-        raise CheckpointError("config.json: rope_scaling needs low_freq_factor below high_freq_factor", AS_PUBLISHED)
-    return clean
-
-
 _ROPE_BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
 
 LLAMA = Family(
@@ -162,6 +135,7 @@ LLAMA = Family(
     prefix="model.",
     embedding="model.embed_tokens.weight",
     context_field="max_position_embeddings",
+    fields=LLAMA_FIELDS,
     read_fields=read_llama,
     describe=describe,
     outer_tensors=outer_tensors,
@@ -174,5 +148,6 @@ MISTRAL = replace(
     model_type="mistral",
     causal_class="MistralForCausalLM",
     headless_class="MistralModel",
+    fields=MISTRAL_FIELDS,
     read_fields=read_mistral,
 )

@@ -21,7 +21,7 @@ from normistral.export.onnx.reader import WeightReader
 from normistral.export.onnx.signature import read_signature
 from normistral.export.progress import Progress, Stage
 from normistral.export.recipe import Recipe
-from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model
+from normistral.export.reference import Reference, compute_reference, fits_for_running, load_reference
 from normistral.export.rounding.grid import Grid
 from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging
@@ -52,7 +52,7 @@ def write_model(
     reference = None
     if fits_for_running(checkpoint.architecture):
         with progress.stage("running the model for comparison"):
-            reference = compute_reference(load_model(checkpoint.folder, "float32"), token_ids)
+            reference = compute_reference(load_reference(checkpoint), token_ids)
     with progress.stage(f"writing the {recipe.graph_kind} graph", checkpoint.weight_bytes, "bytes") as writing:
         if recipe.graph_kind == "fused":
             write_fused(

@@ -27,6 +27,23 @@ class StoredMatrix:
     read: Callable[[Sequence[int]], Values]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPositions:
+    """How positions enter an artifact's attention; None for what cannot be found.
+
+    Attributes:
+        frequencies: radians a position, [head_dim/2].
+        factor: what cosines and sines are multiplied by.
+        window: tokens that attention reaches back; None is all.
+        dtype: "float16" where the two first were stored so.
+    """
+
+    frequencies: NDArray[np.float64] | None
+    factor: float | None
+    window: int | None
+    dtype: str = "float32"
+
+
 def unpack(codes: NDArray[np.uint8], bits: int) -> Values:
     """Unsigned codes [rows, bytes] as numbers [rows, codes]; at 4 bits two to a byte, the first in the low half."""
     if bits == 8:

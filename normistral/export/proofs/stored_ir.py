@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from normistral.export.openvino import IR_NAME
-from normistral.export.proofs.stored import StoredMatrix, Values, dequantise, unpack
+from normistral.export.proofs.stored import StoredMatrix, StoredPositions, Values, dequantise, unpack
 
 _MATRIX = re.compile(r"self\.(.+)\.(?:weight|_openvino_orig_weight)")  # the second where it was 16 bits wide
 _BITS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8, "f16": 16, "bf16": 16, "f32": 32}
@@ -37,11 +37,27 @@ class IRWeights:
             if match and len(node.output(0).get_shape()) >= 2:
                 yield self._matrix(f"{match[1]}.weight", name, node)
 
-    def rotary_frequencies(self) -> Values | None:
-        """The frequencies that positions are multiplied with: [head_dim/2]."""
-        found = [node for name, node in self._constants.items() if "rotary_emb" in name and node.get_output_size() == 1]
-        floats = [node for node in found if _kind(node) == "f32" and len(node.output(0).get_shape()) == 3]
-        return np.array(floats[0].data, np.float32).reshape(-1) if floats else None
+    def positions(self) -> StoredPositions:
+        """The constants of rotary positions, and of the mask's sliding window."""
+        named = [node for name, node in self._constants.items() if "rotary_emb" in name]
+        tables = [node for node in named if _kind(node) == "f32" and len(node.output(0).get_shape()) == 3]
+        frequencies = np.array(tables[0].data, np.float64).reshape(-1) if len(tables) == 1 else None
+        factors = self._scalars("rotary_emb/aten::mul/")
+        windows = {-window for window in self._scalars("model/aten::sub/")}  # the query's position minus the window
+        return StoredPositions(
+            frequencies,
+            factor=_only(factors, absent=1.0),
+            window=None if not windows else int(_only(windows, absent=0.0) or 0),
+        )
+
+    def _scalars(self, consumer: str) -> set[float]:
+        """Constants of one element that a node reads whose name holds `consumer`."""
+        found = set()
+        for node in self._constants.values():
+            readers = [target.get_node().get_friendly_name() for target in node.output(0).get_target_inputs()]
+            if np.prod(node.output(0).get_shape()) == 1 and any(consumer in name for name in readers):
+                found.add(float(node.data.reshape(-1)[0]))
+        return found
 
     def _matrix(self, name: str, constant: str, node: Any) -> StoredMatrix:
         shape, bits = list(node.output(0).get_shape()), _BITS[_kind(node)]
@@ -63,6 +79,11 @@ class IRWeights:
             return dequantise(codes, steps, _codes(zeros, shape[0], groups, bits, rows))
 
         return StoredMatrix(name, bits, columns // groups, read)
+
+
+def _only(values: set[float], absent: float) -> float | None:
+    """The one value; None where they differ."""
+    return absent if not values else values.pop() if len(values) == 1 else None
 
 
 def _codes(node: Any, rows: int, columns: int, bits: int, wanted: Sequence[int]) -> Values:

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
-from normistral.export.proofs.stored import StoredMatrix, Values, dequantise, unpack
+from normistral.export.proofs.stored import StoredMatrix, StoredPositions, Values, dequantise, unpack
 
 
 class OnnxWeights:
@@ -38,12 +38,45 @@ class OnnxWeights:
             if tensor.data_location != onnx.TensorProto.EXTERNAL and len(tensor.dims) == 1
         }
 
-    def rotary_tables(self, positions: int) -> tuple[Values, Values] | None:
-        """Cosines and sines of the first positions, where the graph has tables."""
+    def positions(self) -> StoredPositions:
+        """The fused graph's tables and windows, or the constants of the plain one, by the names Optimum gives them."""
         if "rotary.cos" not in self._tensors:
-            return None
+            return self._plain_positions()
+        (cosines, sines), windows = self.rotary_tables(2), set()
+        for node in self._nodes:
+            if node.op_type == "GroupQueryAttention":
+                windows |= {entry.i for entry in node.attribute if entry.name == "local_window_size"}
+        window = windows.pop() if len(windows) == 1 else 0
+        return StoredPositions(
+            frequencies=np.arctan2(sines[1], cosines[1]),
+            factor=float(np.mean(np.hypot(cosines, sines))),
+            window=None if window == -1 else window,
+            dtype=str(_dtype(self._tensors["rotary.cos"])),
+        )
+
+    def rotary_tables(self, positions: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Cosines and sines of the first positions."""
         rows = range(positions)
-        return self._rows("rotary.cos", rows).astype(np.float32), self._rows("rotary.sin", rows).astype(np.float32)
+        return self._rows("rotary.cos", rows).astype(np.float64), self._rows("rotary.sin", rows).astype(np.float64)
+
+    def _plain_positions(self) -> StoredPositions:
+        made = {node.output[0]: node for node in self._nodes}
+
+        def constants(*names: str) -> list[NDArray[Any]]:
+            """What nodes of these names read of constants."""
+            read = [made.get(name) for node in self._nodes if node.name in names for name in node.input]
+            return [
+                onnx.numpy_helper.to_array(node.attribute[0].t) for node in read if node and node.op_type == "Constant"
+            ]
+
+        frequencies = constants("/model/rotary_emb/Expand")
+        scales = {float(value) for value in constants("/model/rotary_emb/Mul_1", "/model/rotary_emb/Mul_2")}
+        windows = {int(value) for value in constants("/model/Sub")}  # the query's position minus the window
+        return StoredPositions(
+            frequencies=frequencies[0].astype(np.float64).reshape(-1) if frequencies else None,
+            factor=1.0 if not scales else scales.pop() if len(scales) == 1 else None,
+            window=None if not windows else windows.pop(),
+        )
 
     def matrices(self) -> Iterator[StoredMatrix]:
         """Every matrix of the graph; one that packs several comes under its packed name."""

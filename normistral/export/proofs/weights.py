@@ -18,9 +18,9 @@ from normistral.errors import ExportError
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.config import expected_tensors
 from normistral.export.onnx.bloom import split_heads
-from normistral.export.onnx.llama import rotary_tables
 from normistral.export.onnx.reader import Rows, WeightReader
 from normistral.export.proofs import CAUSE
+from normistral.export.proofs.positions import check_positions
 from normistral.export.proofs.stored import StoredMatrix
 from normistral.export.proofs.stored_ir import IRWeights
 from normistral.export.proofs.stored_onnx import OnnxWeights
@@ -29,7 +29,6 @@ from normistral.manifest import Manifest
 _BLOCK_ROWS = 1024  # read at once: 60 MB of float32 at the 7B's widest
 _ROWS = 16  # of every matrix; every file's bytes are hashed, so this looks for wrong matrices and not for wrong bits
 _PACKED = re.compile(r"(.+\.)([qkv]{2,3})_proj")  # queries, keys and values, as far as they have one grid
-_POSITIONS = 64  # of the rotary tables
 # Least cosine between a group and its rounding that is taken for the same group, as a median; 4 bits leave 0.99,
 # another matrix 0.1. And the groups' factors, root mean square of their distance from 1: plain rounding of a normal
 # distribution leaves 0.02 at 4 bits in groups of 128 and 0.0005 at 8 bits; GPTQ, which moves a weight's error on to
@@ -82,7 +81,8 @@ class ArtifactMatrices:
         """
         if isinstance(self._stored, OnnxWeights):
             _check_vectors(self._stored, self._reader, self._manifest, self._checkpoint)
-        _check_rotation(self._stored, self._checkpoint, self._manifest.context_length)
+        if self._checkpoint.architecture.positions == "rotary":
+            check_positions(self._stored.positions(), self._checkpoint, self._manifest.context_length)
         for matrix, name, offset in self._held:
             _compare(matrix, name, offset, self._reader)
         absent = sorted(self._shapes.keys() - self._parts.keys())
@@ -160,24 +160,3 @@ def _check_vectors(stored: OnnxWeights, reader: WeightReader, manifest: Manifest
             original = np.concatenate([reader.read(part) for part in parts])
             if not np.allclose(values, original, rtol=1e-3, atol=1e-6):
                 raise ExportError(f"{name} is not the checkpoint's", CAUSE)
-
-
-def _check_rotation(stored: OnnxWeights | IRWeights, checkpoint: Checkpoint, context: int) -> None:
-    """The angles that positions are turned by."""
-    architecture, config = checkpoint.architecture, checkpoint.config
-    if architecture.positions != "rotary":
-        return
-    positions = min(_POSITIONS, context)
-    cosines, sines = rotary_tables(config, architecture.head_dim, positions)
-    if isinstance(stored, OnnxWeights):
-        tables = stored.rotary_tables(positions)
-        agree = tables is None or (
-            np.allclose(tables[0], cosines, atol=2e-3) and np.allclose(tables[1], sines, atol=2e-3)
-        )
-    else:
-        frequencies = stored.rotary_frequencies()
-        agree = frequencies is None or np.allclose(np.cos(frequencies), cosines[1] / max(cosines[0]), atol=1e-3)
-    if not agree:
-        raise ExportError(
-            f"positions are turned by other angles than the checkpoint's (rope_theta {config['rope_theta']:g})", CAUSE
-        )
