@@ -28,7 +28,7 @@ export NORMISTRAL_PROMPT
 endif
 unexport PROMPT
 
-.PHONY: help chat test test-browser test-clients test-faults test-fuzz test-lm-eval compare-lm-eval test-cluster run-on-ray dist check format clean
+.PHONY: help chat test test-browser test-clients test-faults test-fuzz test-lm-eval compare-lm-eval test-transformers5 test-mutations test-cluster run-on-ray dist check format clean
 .SUFFIXES:
 
 help:
@@ -39,6 +39,8 @@ help:
 	@echo 'make test-faults           do to the server what nobody should'
 	@echo 'make test-fuzz             requests made up from the description of the API (schemathesis)'
 	@echo 'make test-lm-eval          compare with lm-evaluation-harness, in an environment of its own (2 GB)'
+	@echo 'make test-transformers5    compare with checkpoints of transformers 5, in an environment of its own (1 GB)'
+	@echo 'make test-mutations        200 changed fields of config files: the same model, or a refusal'
 	@echo 'make test-cluster          batch jobs and replicas on a real Ray, in an environment of its own (3 GB)'
 	@echo 'make check                 formatting, lint, types, import directions'
 	@echo 'make format                format, and mend what the linter can'
@@ -79,6 +81,13 @@ test-lm-eval:
 compare-lm-eval: $(VENV)/.ready-lm-eval
 	@$(RUN) -m pytest tests/lm_eval_tasks/compare_with_hf.py $(ARGS)
 
+# transformers 5 does not go with the export tools.
+test-transformers5: $(VENV)/.ready-dev
+	@$(RUN) tests/compare_transformers5.py .venv-transformers5 $(ARGS)
+
+test-mutations: $(VENV)/.ready-dev
+	@$(RUN) tests/mutate_configs.py $(ARGS)
+
 # Ray brings 600 MB that nothing else here needs.
 test-cluster:
 	@$(MAKE) --no-print-directory VENV=.venv-cluster run-on-ray
@@ -107,7 +116,7 @@ format: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) .venv-browser .venv-lm-eval .venv-cluster .venv-dist artifacts build dist *.egg-info .*_cache .hypothesis
+	@rm -rf $(VENV) .venv-browser .venv-lm-eval .venv-cluster .venv-dist .venv-transformers5 artifacts build dist *.egg-info .*_cache .hypothesis
 
 $(DEMO)/normistral.json: | $(VENV)/.ready-export
 	@echo "converting the demo model (half a minute, once)" >&2

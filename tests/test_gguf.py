@@ -43,7 +43,13 @@ def byte_level_vocabulary(folder: Path) -> dict[str, Any]:
 
 
 def write_gguf(
-    path: Path, folder: Path, vocabulary: dict[str, Any], *, architecture: str = "llama", packed: bool = False
+    path: Path,
+    folder: Path,
+    vocabulary: dict[str, Any],
+    *,
+    architecture: str = "llama",
+    packed: bool = False,
+    extra: dict[str, Any] | None = None,
 ) -> Path:
     from safetensors.numpy import load_file
 
@@ -76,6 +82,9 @@ def write_gguf(
     if "adds_bos" in vocabulary:
         writer.add_add_bos_token(vocabulary["adds_bos"])
     writer.add_chat_template(vocabulary.get("template", TEMPLATE))
+    for key, value in (extra or {}).items():
+        kind = {str: gguf.GGUFValueType.STRING, bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32}
+        writer.add_key_value(key, value, kind.get(type(value), gguf.GGUFValueType.FLOAT32))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, values in load_file(folder / "model.safetensors").items():
         if ".q_proj." in name or ".k_proj." in name:

@@ -159,7 +159,7 @@ def special_token_made_plain(folder, manifest):
 
 SABOTAGES = {
     "scales": (swap_scales, r"the scales of model\.layers\.[01]\.mlp\.down_proj\.weight are not those of its weights"),
-    "angles": (other_angles, r"positions are turned by other angles than the checkpoint's \(rope_theta 10000\)"),
+    "angles": (other_angles, r"the artifact turns positions by other angles than config\.json says: frequency \d is"),
     "theta": (
         config_of_another_theta,
         r"config\.json: the artifact's rope_theta is 1000000\.0, the checkpoint's 10000",
@@ -234,7 +234,7 @@ def test_another_window_is_refused(checkpoint, tmp_path, monkeypatch):
                     entry.i = -1
         (folder / "model.onnx").write_bytes(model.SerializeToString())
 
-    with pytest.raises(ExportError, match="attention reaches None tokens back, config.json says 16"):
+    with pytest.raises(ExportError, match=r"attention reaches None tokens back, config\.json says 16"):
         export(checkpoint, tmp_path / "out", "onnx", drop_window, monkeypatch)
 
 
