@@ -295,7 +295,7 @@ def test_a_marked_folder_of_another_user_is_no_own_folder(tmp_path):
 
 
 def test_nothing_else_writes_files_whole():
-    """One way to do it: others would not know what may be replaced. Renames in folders of our own are something else."""
+    """One way to do it: others would not know what may be replaced. Renames in folders of ours are something else."""
     package = Path(files.__file__).parent
     sources = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
     assert {name for name, text in sources.items() if "mkstemp(" in text} == {"files.py", "cluster/journal.py"}
