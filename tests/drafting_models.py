@@ -17,8 +17,9 @@ class FixedLength(StepCosts):
 
 
 def draft_always(model, length=4):
-    """Let this model feed drafts of `length` tokens, pay or not."""
+    """Let this model feed drafts of `length` tokens, pay or not; also under a seed, so that runs can be compared."""
     model._drafting.costs = FixedLength(length)
+    model._drafts = lambda config: config.draft != "off"
     return model
 
 

@@ -290,8 +290,8 @@ def test_writing_and_reading_take_the_memory_of_one_tensor(tmp_path, model):
 def test_a_newer_version_asks_for_an_upgrade(model, saved):
     whole = saved.read_bytes()
     start = len(session_file.MAGIC)
-    saved.write_bytes(whole[:start] + (2).to_bytes(4, "little") + whole[start + 4 :])
-    with pytest.raises(SessionError, match="has version 2 of the format") as caught:
+    saved.write_bytes(whole[:start] + (3).to_bytes(4, "little") + whole[start + 4 :])
+    with pytest.raises(SessionError, match="has version 3 of the format") as caught:
         model.restore_chat(saved)
     assert "upgrade" in caught.value.hint
 

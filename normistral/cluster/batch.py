@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from normistral.export.progress import NoProgress, Progress
 from normistral.files import explain, require_place
 from normistral.install_hint import extra
 from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest, sha256_file
-from normistral.runtime.options import require_applicable, resolve_options
+from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,9 @@ def run_batch(
     manifest = read_manifest(folder)
     check_files(folder, manifest, thorough=False)
     _check(manifest, folder.name, output, instruction, system, workers, options, force=force)
+    if GenerationConfig(seed=options.get("seed")).reproducible and engine.batching == "auto":
+        engine = replace(engine, batching="off")
+        progress.note("with a seed, answers are written one after the other: together they are not reproducible")
     with progress.stage(f"looking through {source.name}"):
         index = index_documents(source)
     asked = _identity(folder, index.sha256, instruction, system, engine, options)

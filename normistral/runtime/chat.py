@@ -32,9 +32,9 @@ _ANSWER_SHARE = 4  # "drop-oldest" keeps at least a quarter of the context for t
 class Chat:
     """One conversation with a model; made by `Model.chat`.
 
-    The whole conversation is rendered and tokenised for every turn, so an answer never depends on how it came about;
-    the KV cache then keeps the common beginning, so only what is new is computed. Of a thinking model only the answers
-    are kept: later turns do not see old reasoning. An answer that ended inside its reasoning is kept as "".
+    The whole conversation is rendered and tokenised for every turn, so what the model reads never depends on how it
+    came about; the KV cache then keeps the common beginning, so only what is new is computed. Of a thinking model only
+    the answers are kept: later turns do not see old reasoning. An answer that ended inside its reasoning is kept as "".
 
     Attributes:
         messages: the conversation so far, as {"role": ..., "content": ...}; read it, and change it with the methods.

@@ -63,9 +63,9 @@ def generate_tokens(
     it is complete, a step without a token says so.
     """
     clock = _Clock(len(prompt_ids), decoder)
-    clock.reused(sequence.reuse(prompt_ids))
+    clock.reused(sequence.reuse(prompt_ids, reproducible=config.reproducible))
     sampler = Sampler(config, prompt_ids)
-    logits = sequence.prefill(prompt_ids, limits.cancelled)
+    logits = sequence.prefill(prompt_ids, limits.cancelled, reproducible=config.reproducible)
     clock.prefilled()
     certain: deque[int] = deque(constraint.certain() if constraint is not None else ())
     room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))

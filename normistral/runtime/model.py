@@ -329,11 +329,13 @@ class Model:
         config: GenerationConfig,
         constraint: Constraint | None,
     ) -> Decoder:
-        # Measured times decide how many tokens are drafted, and rounding may let that be seen: not under a seed.
-        plain = config.draft == "off" or (config.seed is not None and not self.capabilities.exact)
-        if plain:
+        if not self._drafts(config):
             return PlainDecoder(sequence)
         return self._drafting.decoder(sequence, prompt_ids, None if constraint is None else constraint.accepts)
+
+    def _drafts(self, config: GenerationConfig) -> bool:
+        """Whether to draft: measured times decide how much, and the last bits of the logits show it."""
+        return config.draft != "off" and not config.reproducible
 
     def _require_token_ids(self, token_ids: Sequence[int]) -> None:
         vocabulary = self.manifest.architecture.vocabulary

@@ -29,7 +29,11 @@ class GenerationConfig:
         min_p: leave out tokens less likely than min_p times the most likely one; 0 is none.
         repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens seen before, prompt
             included (Keskar et al. 2019, as in transformers); 1 is off.
-        seed: same seed, same input and same settings give the same text; None draws a new one.
+        seed: the same seed, input and options give the same text on the same artifact, settings, versions and machine,
+            whatever was asked before or beside it. For that, the beginning of a prompt is reused only in whole chunks
+            computed from position 0, and nothing is drafted: a chat computes its last answer anew at each turn
+            (docs/sessions.md). None, and -1, draw a new seed and promise nothing; neither does temperature 0 without a
+            seed, where two tokens about as likely may come out either way.
         stop: texts that end the answer; they are not part of it, and mean nothing in the reasoning of a thinking model.
         ignore_eos: go on past stop tokens (for benchmarks).
         logprobs: report log-probabilities (nats, of the model's own distribution before any of the above): None not
@@ -39,7 +43,7 @@ class GenerationConfig:
             `max_new_tokens` too.
         draft: "auto" guesses tokens from the text so far where that makes it faster, and lets the model check them;
             "off" does not. What is written is the same, but for the rounding of the arithmetic (docs/drafting.md); so
-            with a seed "auto" drafts only in exact mode.
+            with a seed nothing is drafted.
         structure: what the answer has to look like (docs/structured.md). It is of that form, or `finish_reason` says
             that it was cut off; it begins when the reasoning of a thinking model is closed.
     """
@@ -57,6 +61,11 @@ class GenerationConfig:
     max_reasoning_tokens: int | None = None
     draft: DraftMode = "auto"
     structure: Structure | None = None
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether the text has to be the same every time."""
+        return self.seed is not None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range; -1 for `seed` and `top_k` becomes what it stands for."""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Prefix:
     """A text (or token ids) whose KV cache is kept; made by `Model.prefill` and `Model.restore_prefix`.
 
-    Every completion is that of prefix and continuation together, tokenised as one text, whatever was asked before.
+    Every completion is that of prefix and continuation together, tokenised as one text, whatever was asked before; to
+    the last bit with a seed, and else but for the rounding of the arithmetic.
 
     Attributes:
         prompt: the text or token ids.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 from normistral.errors import ClosedError
 from normistral.runtime.drafting.pacing import Acceptance
@@ -15,10 +16,30 @@ WORTH_COPYING = 128  # tokens; computing so many takes seconds at 7B, copying th
 # And fewer is what unrelated conversations have in common: BOS, a short system message, a template's own words.
 
 
+class SavedTokens(NamedTuple):
+    """The KV cache of a sequence.
+
+    Attributes:
+        token_ids: what it holds.
+        canonical: of these, the canonical beginning.
+        tensors: each is read when it is asked for.
+    """
+
+    token_ids: list[int]
+    canonical: int
+    tensors: Iterator[CacheTensor]
+
+
 class CachedSequence:
     """An engine together with the token ids in its KV cache, so that a common beginning is computed once.
 
     An interrupted forward (Ctrl-C, engine failure) leaves the cache unknown; it is then rebuilt at the next prefill.
+
+    What a token leaves in the cache depends, in its last bits, on how many tokens were fed with it; and those decide
+    near ties, more so where activations are rounded to 8 bits. So there are two kinds of common beginnings. Any saves
+    time. A *canonical* one holds the very bits that a prefill of an empty cache gives: whole chunks of `prefill_chunk`
+    tokens, one after the other from position 0, nothing generated, drafted or masked between them. Only that is used
+    where a text has to be reproducible.
 
     Args:
         neighbours: the living sequences on the same weights; their caches may be copied.
@@ -40,6 +61,7 @@ class CachedSequence:
         self._lock = lock  # engines of one backend take turns
         self._neighbours = neighbours
         self._token_ids: list[int] | None = []  # the engine may hold more behind them, until its next forward
+        self._canonical = 0  # of these, a multiple of the chunk
         self.acceptance = Acceptance()
         self.forward_s = 0.0
         self.trim_s: float | None = None
@@ -49,67 +71,96 @@ class CachedSequence:
         """Tokens that are known to be in the KV cache."""
         return len(self._token_ids or ())
 
-    def common_prefix(self, token_ids: Sequence[int]) -> int:
-        """How many of these tokens need not be computed again; at least one always is, for its logits."""
+    def common_prefix(self, token_ids: Sequence[int], *, reproducible: bool = False) -> int:
+        """How many of these tokens need not be computed again; at least one always is, for its logits.
+
+        Args:
+            reproducible: count only the canonical beginning of the cache.
+        """
         cached = self._token_ids or []
         limit = min(len(cached), len(token_ids) - 1)
-        return next((i for i in range(limit) if cached[i] != token_ids[i]), limit)
+        if reproducible:
+            limit = min(limit, self._canonical, self._engine.intact)
+        common = next((i for i in range(limit) if cached[i] != token_ids[i]), limit)
+        return self._whole_chunks(common) if reproducible else common
 
-    def reuse(self, token_ids: Sequence[int]) -> int:
+    def reuse(self, token_ids: Sequence[int], *, reproducible: bool = False) -> int:
         """Take over the beginning of these tokens from a neighbour, if it holds so much more that a copy is worth it.
+
+        Args:
+            reproducible: only a canonical one.
 
         Returns:
             how many of the tokens need not be computed now.
         """
-        own, neighbours = self.common_prefix(token_ids), list(self._neighbours())
+        own = self.common_prefix(token_ids, reproducible=reproducible)
+        neighbours = list(self._neighbours())
         with self._lock:  # nobody's engine moves; a cache that is about to change, or just has, is unknown until then
             found, donor = max(
-                ((other.common_prefix(token_ids), other) for other in neighbours),
+                ((other.common_prefix(token_ids, reproducible=reproducible), other) for other in neighbours),
                 key=lambda pair: pair[0],
                 default=(0, self),
             )
             if found - own < WORTH_COPYING:
                 return own
-            try:
-                self._copy(donor, found)
-            except ClosedError:  # by another thread, just now
-                return self.common_prefix(token_ids)
-        return found
+            with suppress(ClosedError):  # by another thread, just now
+                self._copy(donor, token_ids[:found])
+        return self.common_prefix(token_ids, reproducible=reproducible)
 
     def continue_from(self, other: CachedSequence) -> None:
         """Hold what another sequence holds."""
         with self._lock:
             if known := other._token_ids:
-                self._copy(other, len(known))
+                self._copy(other, known)
 
     @contextmanager
-    def saving(self) -> Iterator[tuple[list[int], Iterator[CacheTensor]]]:
+    def saving(self) -> Iterator[SavedTokens]:
         """Token ids in the cache and its tensors; no sequence computes while the context is open."""
         with self._lock:
             known = list(self._token_ids or [])
-            yield known, self._engine.save(len(known)) if known else iter(())
+            if not known:
+                yield SavedTokens([], 0, iter(()))
+                return
+            self._engine.trim(len(known), exactly=True)
+            canonical = min(self._canonical, self._engine.intact)
+            yield SavedTokens(known, canonical, self._engine.save(len(known)))
 
-    def restore(self, token_ids: Sequence[int], tensors: Iterable[CacheTensor]) -> None:
-        """Hold what `saving` gave."""
-        self._token_ids = None
+    def restore(self, token_ids: Sequence[int], tensors: Iterable[CacheTensor], canonical: int = 0) -> None:
+        """Hold what `saving` gave.
+
+        Args:
+            canonical: tokens of the canonical beginning, if it was computed with these very settings.
+        """
+        self._forget()
         with self._lock:
             self._engine.restore(len(token_ids), tensors)
+        self._canonical = self._whole_chunks(min(canonical, len(token_ids)))
         self._token_ids = list(token_ids)
 
-    def prefill(self, token_ids: Sequence[int], cancelled: Callable[[], bool]) -> Logits | None:
+    def prefill(
+        self, token_ids: Sequence[int], cancelled: Callable[[], bool], *, reproducible: bool = False
+    ) -> Logits | None:
         """Make the cache hold exactly these tokens, computing only those it does not hold yet.
+
+        Args:
+            reproducible: compute all but a canonical beginning, so that cache and logits are those of an empty start.
 
         Returns:
             logits [vocabulary] after the last token, or None if `cancelled` became true between two chunks.
         """
-        start = self.common_prefix(token_ids)
-        self._truncate(start)
+        start = self.common_prefix(token_ids, reproducible=reproducible)
+        self._truncate(start, exactly=reproducible)
+        if reproducible and self._engine.intact < start:  # cutting it quantised what was left anew
+            start = 0
+            self._truncate(0)
         logits = None
         while start < len(token_ids):
             if cancelled():
                 return None
             chunk = token_ids[start : start + self._prefill_chunk]
             logits = self.append(chunk)
+            if start == self._canonical and self._engine.intact == start + self._prefill_chunk:
+                self._canonical += self._prefill_chunk
             start += len(chunk)
         return logits
 
@@ -125,7 +176,7 @@ class CachedSequence:
     def drop_last(self, count: int) -> None:
         """Forget the last `count` tokens; the engine does so at its next forward."""
         if count and self._token_ids is not None:
-            del self._token_ids[-count:]
+            self._hold(self._token_ids[:-count])
 
     def logits_of_last(self, token_ids: Sequence[int], last: int, *, from_scratch: bool = False) -> Iterator[Logits]:
         """Make the cache hold exactly these tokens; logits after each of the last `last` of them.
@@ -151,7 +202,7 @@ class CachedSequence:
 
     def close(self) -> None:
         """Free the KV cache."""
-        self._token_ids = None
+        self._forget()
         self._engine.close()
 
     def _forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
@@ -171,16 +222,32 @@ class CachedSequence:
         self._token_ids = known
         return logits
 
-    def _copy(self, donor: CachedSequence, length: int) -> None:
-        known = donor._token_ids
-        assert known is not None
-        self._token_ids = None
-        self._engine.restore(length, donor._engine.save(length))
-        self._token_ids = known[:length]
+    def _copy(self, donor: CachedSequence, token_ids: Sequence[int]) -> None:
+        """Hold what the donor's cache begins with: these tokens."""
+        self._forget()
+        self._engine.restore(len(token_ids), donor._engine.save(len(token_ids)))
+        self._canonical = self._whole_chunks(min(donor._canonical, donor._engine.intact, len(token_ids)))
+        self._token_ids = list(token_ids)
 
-    def _truncate(self, length: int) -> None:
+    def _truncate(self, length: int, *, exactly: bool = False) -> None:
         known, self._token_ids = self._token_ids, None
         if known is None or length == 0:
             with self._lock:
                 self._engine.reset()
-        self._token_ids = known[:length] if known else []
+        elif exactly:
+            with self._lock:
+                self._engine.trim(length, exactly=True)
+        self._hold(known[:length] if known else [])
+
+    def _hold(self, token_ids: list[int]) -> None:
+        """The cache counts for these tokens alone."""
+        self._canonical = self._whole_chunks(min(self._canonical, len(token_ids)))
+        self._token_ids = token_ids
+
+    def _forget(self) -> None:
+        """Nothing is known of the cache."""
+        self._token_ids = None
+        self._canonical = 0
+
+    def _whole_chunks(self, length: int) -> int:
+        return length - length % self._prefill_chunk

@@ -36,7 +36,8 @@ from normistral.install_hint import UPGRADE
 from normistral.runtime.engines.base import CacheTensor
 
 MAGIC = b"normistral session\n"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)
 OnBytes = Callable[[int], None]
 
 _MAX_HEADER_BYTES = 64 * 2**20
@@ -81,6 +82,8 @@ class SessionHeader(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         kind: a conversation, or the beginning of many prompts.
         artifact: its name, for messages.
         token_ids: what the KV cache holds.
+        canonical: of these, the beginning that a seeded request may use (`CachedSequence`), where `computed_by` is the
+            same. Version 1 of the format has neither.
         messages, dropped: as in `Chat`.
         prefix: text or token ids that a prefix was made of.
     """
@@ -89,6 +92,8 @@ class SessionHeader(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     key: SessionKey
     artifact: str
     token_ids: list[Count]
+    canonical: Count = 0
+    computed_by: str = ""
     messages: list[SavedMessage] = []
     dropped: Count = 0
     prefix: str | list[Count] | None = None
@@ -232,9 +237,9 @@ def _open(path: Path, file: BufferedReader, on_bytes: OnBytes) -> SessionReader:
         raise UsageError(f"{path} is no saved session", "name a file that a session was saved to")
     numbers = _read_exactly(file, 12, path)
     version, length = int.from_bytes(numbers[:4], "little"), int.from_bytes(numbers[4:], "little")
-    if version != VERSION:
+    if version not in _READABLE:
         raise SessionError(
-            f"{path} has version {version} of the format; this version of normistral reads {VERSION}",
+            f"{path} has version {version} of the format; this version of normistral reads up to {VERSION}",
             UPGRADE,
         )
     if length > _MAX_HEADER_BYTES:

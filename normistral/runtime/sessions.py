@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from normistral.errors import SessionError
 from normistral.manifest import serialise_manifest
+from normistral.runtime.arithmetic import describe_arithmetic
 from normistral.runtime.session_file import OnBytes, SessionHeader, SessionKey, open_session, write_session
 
 if TYPE_CHECKING:
@@ -46,9 +47,17 @@ def save_sequence(
     """
     model.require_open()
     key = session_key(model)
-    with sequence.saving() as (token_ids, tensors):
-        header = SessionHeader(kind=kind, key=key, artifact=model.name, token_ids=token_ids, **content)
-        write_session(Path(path), header, tensors, on_bytes)
+    with sequence.saving() as saved:
+        header = SessionHeader(
+            kind=kind,
+            key=key,
+            artifact=model.name,
+            token_ids=saved.token_ids,
+            canonical=saved.canonical,
+            computed_by=describe_arithmetic(model.capabilities),
+            **content,
+        )
+        write_session(Path(path), header, saved.tensors, on_bytes)
 
 
 def restore_sequence(
@@ -71,7 +80,8 @@ def restore_sequence(
         sequence = model.create_sequence()
         try:
             if header.token_ids:
-                sequence.restore(header.token_ids, session.tensors())
+                same = header.computed_by == describe_arithmetic(model.capabilities)
+                sequence.restore(header.token_ids, session.tensors(), header.canonical if same else 0)
             else:
                 for _ in session.tensors():  # there are none; the file's end is checked all the same
                     raise SessionError(f"{path} is damaged: a cache without tokens", "begin a new one in another file")

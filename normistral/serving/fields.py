@@ -108,7 +108,12 @@ class CommonRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: StopTexts = None
-    seed: int | None = Field(None, ge=-1, le=2**63, description="-1 is as good as none.")
+    seed: int | None = Field(
+        None,
+        ge=-1,
+        le=2**63,
+        description="The same text again, while system_fingerprint is the same and not null; -1 is none.",
+    )
     temperature: float | None = Field(None, ge=0, le=100, description="Default: the model's authors'.")
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)

@@ -55,6 +55,7 @@ class Loaded(msgspec.Struct, tag=True):
         engine, device, settings: as its capabilities say.
         batching: how its jobs share it.
         cache_tokens, cache_bytes: what the KV caches of all its jobs hold at most, and take for it.
+        arithmetic: as `describe_arithmetic` names it.
     """
 
     slots: int
@@ -64,6 +65,7 @@ class Loaded(msgspec.Struct, tag=True):
     batching: str
     cache_tokens: int
     cache_bytes: int
+    arithmetic: str = ""
 
 
 class Failure(msgspec.Struct, tag=True):

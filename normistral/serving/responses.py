@@ -90,7 +90,7 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
-    system_fingerprint: str
+    system_fingerprint: str | None
     choices: list[ChatChoice]
     usage: Usage
 
@@ -121,7 +121,7 @@ class TextCompletion(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
-    system_fingerprint: str
+    system_fingerprint: str | None
     choices: list[TextChoice]
     usage: Usage
 

@@ -70,7 +70,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     model = service.find(body.model)
     each = _check(body, 1, service)
     prompts = await service.prepare(model, each, request, _prepare_chat, model.served, body)
-    envelope = Envelope(f"chatcmpl-{request.state.request_id}", model.served)
+    envelope = Envelope(f"chatcmpl-{request.state.request_id}", model.served, lambda: model.fingerprint(prompts[0][1]))
     logprobs, usage = bool(body.logprobs), _wants_usage(body)
     generation = service.generation(model, prompts, each, request.state)
     if body.stream:
@@ -90,7 +90,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     choices = _check(body, len(body.prompts), service)
     each = choices // len(body.prompts)
     prompts = await service.prepare(model, choices, request, _prepare_text, model.served, body)
-    envelope = Envelope(f"cmpl-{request.state.request_id}", model.served)
+    envelope = Envelope(f"cmpl-{request.state.request_id}", model.served, lambda: model.fingerprint(prompts[0][1]))
     logprobs, usage = body.logprobs is not None, _wants_usage(body)
     generation = service.generation(model, prompts, each, request.state)
     if body.stream:

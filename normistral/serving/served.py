@@ -76,11 +76,10 @@ class ServedArtifact:
         most = context - 1 if new_tokens is None else min(new_tokens, context - 1)
         return cls(name or folder.resolve().name, folder, manifest, tokenizer, context, most, load, template)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Names these very weights and settings: with it, the same seed gives the same text."""
+    def fingerprint(self, arithmetic: str) -> str:
+        """Names these very weights, and the arithmetic of the process that computes with them."""
         files = sorted((name, record.sha256) for name, record in self.manifest.files.items())
-        text = repr((files, self.load.device, self.load.exact, sorted(self.load.settings.items())))
+        text = repr((files, self.load.exact, arithmetic))
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property

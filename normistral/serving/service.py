@@ -14,6 +14,8 @@ from fastapi import Request
 from normistral.runtime.options import GenerationConfig
 from normistral.serving.admission import Admission
 from normistral.serving.backends.base import Job
+from normistral.serving.backends.openvino_options import find_unhonoured
+from normistral.serving.backends.settings import TOGETHER
 from normistral.serving.errors import ApiError, unavailable
 from normistral.serving.generation import Generation
 from normistral.serving.limits import ServerLimits
@@ -48,6 +50,16 @@ class ServedModel:
             lambda: self.admission.running,
             lambda: int(self.worker.loaded is not None),
         )
+
+    def fingerprint(self, config: GenerationConfig) -> str | None:
+        """Names weights and arithmetic: while it is the same, a seed gives the same text again.
+
+        None for an answer that is computed together with others: their number changes the last bits of its logits.
+        """
+        loaded = self.worker.loaded
+        if loaded is None or (loaded.batching == TOGETHER and find_unhonoured(config) is None):
+            return None
+        return self.served.fingerprint(loaded.arithmetic)
 
     def _on_change(self) -> None:
         self._restarts.inc(self.worker.restarts - self._counted)

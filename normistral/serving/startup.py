@@ -27,7 +27,10 @@ from normistral.serving.limits import GIB, MIB, ServerLimits
 from normistral.serving.served import ServedArtifact
 from normistral.serving.server import is_loopback, url_of
 
-_SIDE_PATH = "; the first structured answer, or one with top_logprobs, loads the weights a second time"
+_SIDE_PATH = (
+    "; the first structured answer, or one with top_logprobs, loads the weights a second time; "
+    "a seed promises the same text only with --batching off"
+)
 _SHARED = " (those of the int4 kernel are shared)"
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 

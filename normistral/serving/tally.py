@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,10 +51,15 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What every answer and event of a request begins with."""
+    """What every answer and event of a request begins with.
+
+    Attributes:
+        fingerprint: gives the `system_fingerprint`, once the model has begun to answer.
+    """
 
     id: str
     served: ServedArtifact
+    fingerprint: Callable[[], str | None]
     created: int = field(default_factory=lambda: int(time.time()))
 
     def wrap(self, kind: str, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -64,7 +69,7 @@ class Envelope:
             "object": kind,
             "created": self.created,
             "model": self.served.name,
-            "system_fingerprint": self.served.fingerprint,
+            "system_fingerprint": self.fingerprint(),
             "choices": list(choices),
             **more,
         }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from normistral.errors import NormistralError
+from normistral.runtime.arithmetic import describe_arithmetic
 from normistral.runtime.chunks import Chunk
 from normistral.serving.backends.base import Batch, Progress
 from normistral.serving.backends.create import create_batch
@@ -108,6 +109,7 @@ def serve(requests: BinaryIO, stream: BinaryIO) -> None:
             created.batching,
             created.cache_tokens,
             created.cache_bytes,
+            describe_arithmetic(capabilities),
         ),
     )
     while True:

@@ -95,7 +95,7 @@ RepetitionPenalty = Annotated[
     typer.Option(metavar="R", help=f"Above 1 makes repeated tokens less likely. (*) {_OURS.repetition_penalty:g}"),
 ]
 Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="Same seed and input, same text. Default: a new one every time.")
+    int | None, typer.Option(metavar="N", help="Same seed and input, same text. Default, and -1: a new one every time.")
 ]
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")

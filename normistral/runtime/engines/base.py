@@ -88,6 +88,11 @@ class Engine(Protocol):
         """Tokens in the KV cache."""
         ...
 
+    @property
+    def intact(self) -> int:
+        """Leading tokens whose cache entries are the very bits that were computed, with nothing masked between them."""
+        ...
+
     def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
         """Append `token_ids` to the sequence.
 
@@ -99,8 +104,13 @@ class Engine(Protocol):
         """
         ...
 
-    def trim(self, length: int) -> None:
-        """Forget everything after the first `length` tokens."""
+    def trim(self, length: int, *, exactly: bool = False) -> None:
+        """Forget everything after the first `length` tokens.
+
+        Args:
+            exactly: leave nothing behind. Otherwise an engine may keep the others behind a mask: that costs nothing
+                now, and changes the order of sums in later steps.
+        """
         ...
 
     def reset(self) -> None:

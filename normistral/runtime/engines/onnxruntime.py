@@ -140,7 +140,12 @@ class OnnxEngine:
         result: Logits = logits[0].astype(np.float32, copy=False)
         return result
 
-    def trim(self, length: int) -> None:
+    @property
+    def intact(self) -> int:
+        """All of them: nothing is ever masked, and the cache is kept in its own precision."""
+        return self._length
+
+    def trim(self, length: int, *, exactly: bool = False) -> None:
         """Forget everything after the first `length` tokens."""
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot trim {self._length} tokens to {length}")

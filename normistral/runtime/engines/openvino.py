@@ -27,7 +27,7 @@ from normistral.runtime.engines.base import (
     load_hint,
     settings_basis,
 )
-from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
+from normistral.runtime.engines.openvino_cache import is_lossless, pack, packed_kinds, unpack
 from normistral.runtime.engines.openvino_settings import (
     NUMERICS,
     REPORTED,
@@ -116,6 +116,7 @@ class OpenVINOEngine:
         self._slots = slots
         self._cache_precision = cache_precision
         self._beam = np.zeros(1, np.int32)
+        self._requantised = False  # by a restore: what was shown did not fit the plugin's formula (openvino_cache.py)
 
     @property
     def length(self) -> int:
@@ -148,21 +149,27 @@ class OpenVINOEngine:
         slots.append(count)
         return np.array(logits[0], dtype=np.float32)  # a copy: the request overwrites its tensor at the next step
 
-    def trim(self, length: int) -> None:
-        """Forget everything after the first `length` tokens; what is dropped stays in the cache, masked, if it may."""
+    @property
+    def intact(self) -> int:
+        """Those before the first masked slot; none after a restore that had to quantise values anew."""
+        return 0 if self._requantised else self._slots.intact
+
+    def trim(self, length: int, *, exactly: bool = False) -> None:
+        """Forget everything after the first `length` tokens; unless `exactly`, they may stay in the cache, masked."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot trim {self.length} tokens to {length}")
         if length == 0:
             self.reset()
         else:
             self._slots.trim(length)
-            if self._slots.must_compact(1):
+            if self._slots.must_compact(1) or (exactly and self._slots.dead):
                 self._compact()
 
     def reset(self) -> None:
         """Forget everything."""
         self._open_request().reset_state()
         self._slots.compacted(0)
+        self._requantised = False
 
     def save(self, length: int) -> Iterator[CacheTensor]:
         """The first `length` tokens of the KV cache, packed as openvino_cache.py says.
@@ -181,11 +188,14 @@ class OpenVINOEngine:
         states = {state.name: state for state in self._query_states()}
         empty = {name: state.state for name, state in states.items()}  # [0, kv_heads, 0, head_dim]
         kinds = {name: packed_kinds((1, tensor.shape[1], length, tensor.shape[3])) for name, tensor in empty.items()}
+        requantised = False
         for name, packed in check_cache_tensors(tensors, kinds):
+            requantised = requantised or not is_lossless(packed, self._cache_precision)
             values = unpack(packed).astype(empty[name].element_type.to_dtype(), copy=False)
             with translated("OpenVINO could not write the KV cache"):
                 states[name].state = ov.Tensor(values, shared_memory=True)  # the state makes the one copy
         self._slots.compacted(length)
+        self._requantised = requantised
 
     def close(self) -> None:
         """Free the KV cache."""

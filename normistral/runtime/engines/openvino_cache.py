@@ -56,6 +56,11 @@ def pack(values: NDArray[Any], precision: str) -> NDArray[Any]:
     return values if narrow is None or not np.array_equal(unpack(narrow), values) else narrow
 
 
+def is_lossless(packed: NDArray[Any], precision: str) -> bool:
+    """Whether the plugin stores what it stored when `pack` gave this; see there for `precision`."""
+    return packed.dtype != np.float32 or precision in ("f32", "f16", "bf16")
+
+
 def unpack(packed: NDArray[Any]) -> Logits:
     """Float32 values that make the plugin store what it stored when `pack` was given them."""
     if packed.dtype == np.uint8:

@@ -59,6 +59,11 @@ class Slots:
         """Slots that hold rejected tokens."""
         return len(self._mask) - self.length
 
+    @property
+    def intact(self) -> int:
+        """Tokens before the first dead slot."""
+        return int(self._mask.argmin()) if self.dead else self.length
+
     def must_compact(self, count: int) -> bool:
         """Whether the dead slots have to go before `count` tokens are appended."""
         dead = self.dead

@@ -59,7 +59,12 @@ class ScriptedEngine:
         ends = range(len(self.token_ids) - last + 1, len(self.token_ids) + 1)
         return np.stack([self._backend.next_logits(self.token_ids[:end]) for end in ends])
 
-    def trim(self, length: int) -> None:
+    @property
+    def intact(self) -> int:
+        """All of them."""
+        return self.length
+
+    def trim(self, length: int, *, exactly: bool = False) -> None:
         """Keep the first `length` tokens."""
         del self.token_ids[length:]
 

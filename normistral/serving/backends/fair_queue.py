@@ -108,7 +108,7 @@ class FairQueue:
             self._waiting.popleft()
             try:
                 sequence = self._take_sequence(job)
-                cached = sequence.reuse(job.prompt_ids)
+                cached = sequence.reuse(job.prompt_ids, reproducible=job.config.reproducible)
             except NormistralError as error:
                 return [Progress(job.job_id, error)]
             self._running[job.job_id] = _Running(job, sequence, cost, cached, prefilled=cached)
@@ -161,7 +161,9 @@ class FairQueue:
         if running.chunks is None:
             if len(prompt_ids) - running.prefilled > slice_tokens:
                 running.prefilled += slice_tokens
-                running.sequence.prefill(prompt_ids[: running.prefilled], _never)
+                running.sequence.prefill(
+                    prompt_ids[: running.prefilled], _never, reproducible=running.job.config.reproducible
+                )
                 return None
             running.generating_since = time.perf_counter()
             running.chunks = self._model.run(running.sequence, prompt_ids, running.job.config, _never)

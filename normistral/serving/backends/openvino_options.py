@@ -3,7 +3,8 @@
 Read in the sources of version 2026.4.1 (`LogitProcessor`, `Sampler`). As in `runtime/sampling.py` are: the repetition
 penalty (prompt included, each token once), top_k, temperature, and what top_p and min_p leave, which does not depend on
 their order. Log-probabilities are of the model's bare distribution. Random numbers are others (mt19937, seeded per
-request), so a seed gives another text than the library's, but always the same one.
+request), so a seed gives another text than the library's; and the same one again only as far as other requests leave
+the last bits of its logits alone, which is no promise (docs/serving.md).
 """
 
 from __future__ import annotations
