@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from normistral import store
+from normistral.advisory import find_advice
 from normistral.errors import ArtifactError
 from normistral.hardware import read_machine
 from normistral.manifest import Manifest, check_files, read_manifest, sha256_file
@@ -15,6 +17,8 @@ from normistral.runtime.model import Model
 from normistral.runtime.providers import import_onnxruntime
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.runtime.tuned import find_tuned, make_key
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -52,8 +56,16 @@ def load(
     folder = store.resolve_artifact(str(artifact))
     manifest = read_manifest(folder)
     check_files(folder, manifest, thorough=False)
+    warn_of_advice(folder, manifest)
     tuned = None if exact else find_tuned_settings(folder, manifest, device)
     return open_model(folder, manifest, device, exact=exact, tuned=tuned, given=settings, draft_table=draft_table)
+
+
+def warn_of_advice(folder: Path, manifest: Manifest) -> None:
+    """Say in the log if an earlier version may have made this artifact wrong."""
+    advice = find_advice(folder, manifest)
+    if advice is not None:
+        logger.warning("%s: %s", folder.name, advice)
 
 
 def open_model(

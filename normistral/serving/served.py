@@ -13,6 +13,7 @@ from normistral import store
 from normistral.errors import ContextLengthError, UsageError
 from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.detokenizer import spell_vocabulary
+from normistral.runtime.loading import warn_of_advice
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.structured.cache import Structures
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
@@ -67,6 +68,7 @@ class ServedArtifact:
         folder = store.resolve_artifact(str(artifact))
         manifest = read_manifest(folder)
         check_files(folder, manifest, thorough=False)
+        warn_of_advice(folder, manifest)
         tokenizer = Tokenizer.from_folder(folder)
         template = None
         if manifest.template is not None:

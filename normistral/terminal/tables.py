@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from normistral.advisory import find_advice
 from normistral.manifest import Manifest, ReasoningMarkers, RecipeRecord, Template
 from normistral.presets import PRESETS
 from normistral.runtime.chunks import Completion, Timings
@@ -115,6 +116,9 @@ _QUALITY_CHECK = {
 def info_document(folder: Path, manifest: Manifest, problems: list[str] | None) -> dict[str, Any]:
     """The manifest for programs, with its folder, and with what `--check` found if it was asked for."""
     document: dict[str, Any] = {"path": str(folder), "total_bytes": manifest.total_bytes}
+    advice = find_advice(folder, manifest)
+    if advice is not None:
+        document["advice"] = advice
     if problems is not None:
         document["problems"] = problems
     described: dict[str, Any] = msgspec.to_builtins(manifest)
@@ -128,8 +132,10 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
     heads += ", ALiBi" if shape.positions == "alibi" else ""
     heads += "" if shape.sliding_window is None else f", sliding window {shape.sliding_window:,}"
     revision = "" if source.revision is None else f" at {source.revision}"
+    advice = find_advice(folder, manifest)
     rows = [
         ("artifact", str(folder)),
+        *(() if advice is None else (("WARNING", advice),)),
         ("made from", f"{source.id}{revision} ({source.kind})"),
         ("made", f"{manifest.created} with {_listed(manifest.tools)}"),
         ("format", manifest.format),
