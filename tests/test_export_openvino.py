@@ -261,7 +261,9 @@ def test_weights_beyond_float16_are_refused_and_leave_nothing(tmp_path):
     write_weights(checkpoint, tensors, shards=1, safetensors=True)
     with pytest.raises(ExportError) as error:
         normistral.export_model(str(checkpoint), tmp_path / "out", weights="fp16")
-    assert error.value.message == ("model.layers.1.mlp.up_proj.weight has values up to 70000, beyond float16's 65504")
+    assert error.value.message.startswith(
+        "model.layers.1.mlp.up_proj.weight has values up to 70000, beyond the range of float16"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 

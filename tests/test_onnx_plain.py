@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import QUIRKS, edit_json, make_llama, make_mistral
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from normistral.errors import ExportError
 from normistral.export.config import architecture_of, read_json, sanitise_config
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
 from normistral.export.onnx.plain import write_plain
@@ -250,20 +249,3 @@ for dtype in ("float32", "float16"):
         assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()} == files
         for name in files:
             assert (here / name).read_bytes() == (there / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("model.layers.1.mlp.up_proj.weight", 70000.0),
-        ("model.norm.weight", -70000.0),
-        ("model.embed_tokens.weight", float("nan")),
-    ],
-)
-def test_float16_refuses_what_it_cannot_hold(tmp_path, name, value):
-    checkpoint = make_mistral(tmp_path / "checkpoint", **QUIRKS)
-    tensors = load_file(checkpoint / "model.safetensors")
-    tensors[name].view(-1)[5] = value
-    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=rf"{name} has values up to (70000|nan), beyond float16's 65504"):
-        write(checkpoint, tmp_path / "artifact", "float16")

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 IR_NAME = "openvino_model.xml"
 _TASK = "text-generation-with-past"
-_LARGEST_FLOAT16 = 65504.0
 
 
 def write_model(
@@ -72,7 +71,7 @@ def write_model(
             graph = compress(graph, recipe, group_size, compressing)
             if recipe.weights == "int8" and group_size is not None:
                 tables = RoundedTables.make(staging.workspace) if tables is None else tables
-                round_rest(checkpoint, Grid(8, group_size, recipe.is_symmetric), tables)
+                round_rest(checkpoint, Grid(8, group_size, recipe.is_symmetric, float16_scales=True), tables)
             if tables is not None:
                 replace_weights(graph, tables)
     with progress.stage("saving"):
@@ -84,24 +83,15 @@ def round_to_float16(model: PreTrainedModel, file: Path) -> None:
     """Replace the matrices of `model` by their float16 rounding, kept in a memory-mapped `file`.
 
     Takes 2 bytes of disk per weight and next to no memory. Vectors (norms) stay as they are.
-
-    Raises:
-        ExportError: a weight lies outside float16's range.
     """
     import torch
 
-    matrices = {name: tensor for name, tensor in model.named_parameters() if tensor.ndim >= 2}
-    total = sum(tensor.numel() for tensor in matrices.values())
+    matrices = [tensor for tensor in model.parameters() if tensor.ndim >= 2]
+    total = sum(tensor.numel() for tensor in matrices)
     rounded = torch.from_file(str(file), shared=True, size=total, dtype=torch.float16)
     start = 0
     with torch.no_grad():
-        for name, parameter in matrices.items():
-            low, high = torch.aminmax(parameter)
-            if not max(-low.item(), high.item()) <= _LARGEST_FLOAT16:
-                raise ExportError(
-                    f"{name} has values up to {max(-low.item(), high.item()):g}, beyond float16's {_LARGEST_FLOAT16:g}",
-                    "use int8 or int4 weights",
-                )
+        for parameter in matrices:
             view = rounded[start : start + parameter.numel()].view(parameter.shape)
             parameter.data = view.copy_(parameter)
             start += parameter.numel()

@@ -21,6 +21,7 @@ from normistral.export import openvino
 from normistral.export.chat_templates import read_template_file
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.companions import copy_companions, folder_bytes
+from normistral.export.float16_range import require_range
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress, Progress
 from normistral.export.proving import Proving, choose_proving, prove
@@ -47,6 +48,7 @@ from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tokenizer_ir import load_tokenizer, save_tokenizer_ir, tokenizer_ir_differs
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
+from normistral.export.values import read_magnitudes
 from normistral.hardware import plan_threads, read_machine
 from normistral.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
 from normistral.quiet import silence_telemetry
@@ -142,6 +144,8 @@ def _make_artifact(
 
     tokenizer = load_tokenizer(checkpoint.folder)
     token_ids = list(tokenizer(PROBE_TEXT)["input_ids"])[:context]
+    with progress.stage("reading the weights", checkpoint.weight_bytes, "bytes") as reading:
+        require_range(read_magnitudes(checkpoint, reading.advance), checkpoint, recipe)
     tables, record = _calibrate(checkpoint, recipe, group_size, tokenizer, context, staging, progress)
     reference = _write_model(checkpoint, recipe, group_size, context, staging, token_ids, tables, progress)
     with progress.stage("writing tokenizer and configuration"):

@@ -94,7 +94,7 @@ def write_fused(
         stage: advanced by the stored bytes of each tensor that was read.
 
     Raises:
-        ExportError: the graph cannot hold this model, or a weight lies outside float16's range.
+        ExportError: the graph cannot hold this model.
         CheckpointError: the weights cannot be read.
     """
     from transformers import AutoConfig

@@ -15,7 +15,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from normistral.errors import ExportError
 from normistral.export.onnx.external import ExternalData, point_to
 from normistral.export.onnx.reader import Rows, WeightReader
 from normistral.export.onnx.signature import Signature
@@ -28,7 +27,6 @@ GRAPH_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 
 _IR_VERSION = 10  # what onnx 1.16 wrote: old enough for every runtime that knows the operators used here
-_LARGEST_FLOAT16 = 65504.0
 _AHEAD = 3  # blocks being rounded while one is written
 
 
@@ -81,7 +79,7 @@ class Graph:
 
     def store(self, name: str, values: NDArray[Any]) -> str:
         """Floats of our own making in the data file: model.onnx stays so small that every load can hash it."""
-        return self.use(self.data.write(name, self.float_type, values.shape, [self._to_floats(name, values)]))
+        return self.use(self.data.write(name, self.float_type, values.shape, [self._as_floats(values)]))
 
     def vector(self, name: str) -> str:
         """A checkpoint's vector, as floats inside model.onnx."""
@@ -90,7 +88,7 @@ class Graph:
     def vectors(self, name: str, parts: Sequence[str]) -> str:
         """Vectors of a checkpoint one after another, as `vector`."""
         self.stage.advance(self.reader.nbytes(parts))
-        return self.constant(name, np.concatenate([self._to_floats(part, self.reader.read(part)) for part in parts]))
+        return self.constant(name, np.concatenate([self._as_floats(self.reader.read(part)) for part in parts]))
 
     def table(self, name: str, parts: Sequence[str], grid: Grid) -> Table:
         """Matrices [out, in] below each other, rounded on the way into the data file.
@@ -105,9 +103,7 @@ class Graph:
 
         def codes() -> Iterator[NDArray[np.uint8]]:
             for rounded in self._round(parts, grid):
-                if not np.isfinite(rounded.scales).all():
-                    raise ExportError(f"{name} has values that are not numbers", "the checkpoint may be damaged")
-                scales.append(self._to_floats(name, rounded.scales))
+                scales.append(self._as_floats(rounded.scales))
                 if rounded.zero_points is not None:
                     zero_points.append(rounded.zero_points)
                 yield rounded.codes
@@ -125,7 +121,7 @@ class Graph:
         """Matrices [out, in] below each other, as floats in the data file; transposed they are [in, out]."""
         columns = self.reader.shape(parts[0])[1]
         rows = sum(self.reader.shape(part)[0] for part in parts)
-        blocks: Iterable[NDArray[Any]] = (self._to_floats(name, block) for block in self._read(parts))
+        blocks: Iterable[NDArray[Any]] = map(self._as_floats, self._read(parts))
         shape = (rows, columns)
         if transposed:
             whole = np.empty((columns, rows), self.float_dtype)
@@ -172,15 +168,7 @@ class Graph:
         )
         (folder / GRAPH_NAME).write_bytes(model.SerializeToString(deterministic=True))
 
-    def _to_floats(self, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
-        """Values in the graph's float type; ExportError for one that float16 cannot hold."""
-        if self.float_type == TensorProto.FLOAT16 and values.size:
-            largest = max(-values.min(), values.max())
-            if not largest <= _LARGEST_FLOAT16:  # NaN is not either
-                raise ExportError(
-                    f"{name} has values up to {largest:g}, beyond float16's {_LARGEST_FLOAT16:g}",
-                    "use fp32, int8 or int4 weights",
-                )
+    def _as_floats(self, values: NDArray[np.float32]) -> NDArray[Any]:
         return values.astype(self.float_dtype, copy=False)
 
     def grid_of(self, part: str, grid: Grid) -> Grid:

@@ -51,7 +51,7 @@ def write_plain(
         stage: advanced by the stored bytes of each tensor that was read.
 
     Raises:
-        ExportError: the model cannot be traced, or a weight lies outside float16's range.
+        ExportError: the model cannot be traced.
         CheckpointError: the weights cannot be read.
     """
     from transformers import AutoConfig

@@ -18,12 +18,15 @@ class StoredMatrix:
     Attributes:
         bits: of a weight: 4, 8, 16 or 32.
         group_size: weights of a row that share one scale; of floats the whole row.
+        smallest: least magnitude that a group's largest weight needs to be stored to its own precision; what is below
+            counts as zero.
         read: rows by their numbers, as float32 [n, in].
     """
 
     name: str
     bits: int
     group_size: int
+    smallest: float
     read: Callable[[Sequence[int]], Values]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from normistral.export.openvino import IR_NAME
 from normistral.export.proofs.stored import StoredMatrix, StoredPositions, Values, dequantise, unpack
+from normistral.export.rounding.grid import smallest_held
 
 _MATRIX = re.compile(r"self\.(.+)\.(?:weight|_openvino_orig_weight)")  # the second where it was 16 bits wide
 _BITS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8, "f16": 16, "bf16": 16, "f32": 32}
@@ -63,7 +64,8 @@ class IRWeights:
         shape, bits = list(node.output(0).get_shape()), _BITS[_kind(node)]
         columns = int(np.prod(shape[1:]))
         if bits >= 16:
-            return StoredMatrix(name, bits, columns, lambda rows: _floats(node, shape, rows))
+            smallest = smallest_held(bits, float16=_kind(node) == "f16")
+            return StoredMatrix(name, bits, columns, smallest, lambda rows: _floats(node, shape, rows))
         groups = shape[1] if len(shape) == 3 else 1
         signed = _kind(node).startswith("i")
         scales = self._constants[f"{constant}/scale"]
@@ -78,7 +80,8 @@ class IRWeights:
                 return dequantise(codes, steps, 0.0)
             return dequantise(codes, steps, _codes(zeros, shape[0], groups, bits, rows))
 
-        return StoredMatrix(name, bits, columns // groups, read)
+        smallest = smallest_held(bits, float16=_kind(scales) == "f16")
+        return StoredMatrix(name, bits, columns // groups, smallest, read)
 
 
 def _only(values: set[float], absent: float) -> float | None:

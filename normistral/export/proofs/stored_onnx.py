@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
 from normistral.export.proofs.stored import StoredMatrix, StoredPositions, Values, dequantise, unpack
+from normistral.export.rounding.grid import smallest_held
 
 
 class OnnxWeights:
@@ -109,13 +110,14 @@ class OnnxWeights:
                 return dequantise(values, steps, float(2 ** (bits - 1)))
             return dequantise(values, steps, unpack(self._rows(zeros, rows), bits)[:, : steps.shape[1]])
 
-        return StoredMatrix(name, bits, group_size, read)
+        return StoredMatrix(name, bits, group_size, smallest_held(bits, float16=False), read)
 
     def _floats(self, name: str, tensor: onnx.TensorProto) -> StoredMatrix:
         bits = 16 if tensor.data_type == onnx.TensorProto.FLOAT16 else 32
+        smallest = smallest_held(bits, float16=bits == 16)
         if name == self._embedding:
-            return StoredMatrix(name, bits, tensor.dims[1], lambda rows: self._rows(name, rows).astype(np.float32))
-        return StoredMatrix(name, bits, tensor.dims[0], partial(self._columns, tensor))
+            return StoredMatrix(name, bits, tensor.dims[1], smallest, lambda rows: self._rows(name, rows).astype("f4"))
+        return StoredMatrix(name, bits, tensor.dims[0], smallest, partial(self._columns, tensor))
 
     def _columns(self, tensor: onnx.TensorProto, columns: Sequence[int]) -> Values:
         mapped = np.memmap(self._data, _dtype(tensor), "r", int(_place(tensor)["offset"]), tuple(tensor.dims))

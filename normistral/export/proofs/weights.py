@@ -2,7 +2,8 @@
 
 Rounding moves a weight by a part of its group's scale: a row stays near, and the best factor between the two rows of a
 group stays near 1. Rows of another layer or checkpoint are far away. Scales of another layer leave codes that still fit
-in direction, but each group's factor is the ratio of two scales: that is what the second figure sees.
+in direction, but each group's factor is the ratio of two scales: that is what the second figure sees. Neither says
+anything of a group that is too small for the stored type to hold: it has to be as small in the artifact, and no more.
 """
 
 from __future__ import annotations
@@ -110,6 +111,12 @@ def _compare(matrix: StoredMatrix, name: str, offset: int, reader: WeightReader)
     original = reader.read_rows(name, rows)
     found = matrix.read([offset + row for row in rows])
     factors, cosines = compare_groups(original, found, matrix.group_size)
+    held = _largest_of_groups(original, matrix.group_size) >= matrix.smallest
+    if np.any(_largest_of_groups(found - original, matrix.group_size)[~held] > matrix.smallest):
+        raise ExportError(f"{name} is not the checkpoint's: weights near zero have become large", CAUSE)
+    if not held.any():
+        return
+    factors, cosines = factors[held], cosines[held]
     if np.median(np.abs(cosines)) < _ALIGNED:
         distance = float(np.linalg.norm(found - original) / max(float(np.linalg.norm(original)), 1e-30))
         raise ExportError(
@@ -141,6 +148,11 @@ def compare_groups(original: Rows, found: Rows, group_size: int) -> tuple[NDArra
     factors = np.divide(products, lengths**2, out=both_zero.copy(), where=lengths > 0)
     cosines = np.divide(products, lengths * wanted_lengths, out=both_zero, where=lengths * wanted_lengths > 0)
     return factors, cosines
+
+
+def _largest_of_groups(rows: Rows, group_size: int) -> Rows:
+    """Largest magnitude of every group: [rows, groups]."""
+    return np.asarray(np.abs(rows).reshape(len(rows), -1, group_size).max(axis=-1))
 
 
 def parts_of(name: str, reader: WeightReader, checkpoint: Checkpoint) -> list[str]:

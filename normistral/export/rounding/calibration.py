@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normistral.errors import ExportError
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.layerwise import LayeredModel
 from normistral.export.progress import NoProgress, Stage
@@ -78,8 +77,6 @@ def _round(
     rows = weight.numpy()
     importance = moment.diagonal() if method == "gptq" else moment
     steps = search_steps(rows, grid, np.ascontiguousarray(importance.numpy()))
-    if not (np.isfinite(steps.scales).all() and np.isfinite(rows).all()):
-        raise ExportError(f"{name} has values that are not numbers", "the checkpoint may be damaged")
     codes = round_with_hessian(rows, moment, steps, grid) if method == "gptq" else nearest_codes(rows, steps, grid)
     tables.write(name, codes, steps, grid)
     return torch.from_numpy(restore(codes, steps, grid))

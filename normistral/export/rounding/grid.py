@@ -14,15 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SMALLEST_SCALE = np.finfo(np.float32).tiny  # below it 1/scale overflows; such weights are zeros
+# Float16 counts in steps of 2^-24 below 2^-14: a scale of 2^-19 is right to a 64th, as fine as 4 bits need it to be.
+_SMALLEST_FLOAT16, _SMALLEST_FLOAT16_SCALE = 2.0**-14, 2.0**-19
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How a matrix is stored: 4 or 8 `bits`, a scale for every `group_size` weights of a row, zero points or none."""
+    """How a matrix is stored: 4 or 8 `bits`, a scale for every `group_size` weights of a row, zero points or none.
+
+    Scales are float16 in OpenVINO, and float32 in ONNX.
+    """
 
     bits: int
     group_size: int
     symmetric: bool
+    float16_scales: bool = False
 
     @property
     def top(self) -> int:
@@ -91,10 +97,26 @@ def span(rows: NDArray[np.float32], grid: Grid) -> Steps:
     return Steps(scales.astype(np.float32, copy=False), zeros)
 
 
-@np.errstate(over="ignore")  # beyond float16 they become infinite: whoever stores them looks
-def storable(steps: Steps) -> Steps:
-    """The same with scales rounded to float16, which both formats hold."""
-    return Steps(steps.scales.astype(np.float16).astype(np.float32), steps.zero_points)
+def smallest_held(bits: int, *, float16: bool) -> float:
+    """The least magnitude that the largest weight of a group needs for the group to be stored to its own precision.
+
+    Args:
+        bits: of the codes; 16 or 32 for weights that are stored themselves.
+        float16: whether scales, or the weights themselves, are float16; otherwise they have float32's exponents.
+    """
+    if bits >= 16:
+        return _SMALLEST_FLOAT16 if float16 else float(_SMALLEST_SCALE)
+    return float(2 ** (bits - 1) * (_SMALLEST_FLOAT16_SCALE if float16 else _SMALLEST_SCALE))
+
+
+@np.errstate(over="ignore")  # beyond float16; float16_range.py lets none pass where that matters
+def storable(steps: Steps, grid: Grid) -> Steps:
+    """The same with scales rounded to float16, which both formats hold; in float32 those beyond its range stay."""
+    rounded = steps.scales.astype(np.float16).astype(np.float32)
+    if not grid.float16_scales:
+        size = np.abs(steps.scales)
+        rounded = np.where((size >= _SMALLEST_FLOAT16) & np.isfinite(rounded), rounded, steps.scales)
+    return Steps(rounded, steps.zero_points)
 
 
 @np.errstate(invalid="ignore")

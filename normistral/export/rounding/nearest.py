@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from normistral.errors import ExportError
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.config import expected_tensors
 from normistral.export.onnx.reader import WeightReader
@@ -16,7 +15,6 @@ def round_rest(checkpoint: Checkpoint, grid: Grid, tables: RoundedTables) -> Non
     """Round every matrix of the checkpoint that is not in `tables`, embedding and output layer too.
 
     Raises:
-        ExportError: a weight is no number, or a scale lies outside float16's range.
         CheckpointError: the weights cannot be read.
     """
     reader = WeightReader(checkpoint.folder, checkpoint.family)
@@ -25,10 +23,8 @@ def round_rest(checkpoint: Checkpoint, grid: Grid, tables: RoundedTables) -> Non
             continue
         codes, steps = [], []
         for rows in reader.blocks([name]):
-            steps.append(storable(span(rows, grid)))
+            steps.append(storable(span(rows, grid), grid))
             codes.append(nearest_codes(rows, steps[-1], grid))
         scales = np.concatenate([some.scales for some in steps])
-        if not np.isfinite(scales).all():
-            raise ExportError(f"{name} has values that are not numbers, or too large", "the checkpoint may be damaged")
         zeros = np.concatenate([some.zero_points for some in steps])
         tables.write(name, np.concatenate(codes), Steps(scales, zeros), grid)

@@ -28,6 +28,7 @@ class Plan:
         method: "search" chooses scales and rounds to nearest; "gptq" chooses scales and lets GPTQ choose the codes.
         bits, symmetric: of the grid.
         group_size: weights that share a scale; None is a whole row.
+        float16_scales: of the grid.
         ratio: share of the weights on that grid; the others take `finer_grid`.
     """
 
@@ -35,15 +36,16 @@ class Plan:
     bits: int
     group_size: int | None
     symmetric: bool
+    float16_scales: bool = False
     ratio: float = 1.0
 
     def grid(self, columns: int) -> Grid:
         """The grid of a matrix."""
-        return Grid(self.bits, columns if self.group_size is None else self.group_size, self.symmetric)
+        return Grid(self.bits, self.group_size or columns, self.symmetric, self.float16_scales)
 
     def finer_grid(self, columns: int) -> Grid:
         """Of a matrix that 4 bits would harm most; without zero points, which would take a byte each."""
-        return Grid(8, columns if self.group_size is None else self.group_size, symmetric=True)
+        return Grid(8, self.group_size or columns, symmetric=True, float16_scales=self.float16_scales)
 
 
 def choose_plan(recipe: Recipe, group_size: int | None) -> Plan | None:
@@ -52,7 +54,8 @@ def choose_plan(recipe: Recipe, group_size: int | None) -> Plan | None:
     if method is None:
         return None
     groups = None if group_size in (None, PER_CHANNEL) else group_size
-    return Plan(method, 4 if recipe.weights == "int4" else 8, groups, recipe.is_symmetric, recipe.ratio)
+    bits, float16_scales = 4 if recipe.weights == "int4" else 8, recipe.format == "openvino"
+    return Plan(method, bits, groups, recipe.is_symmetric, float16_scales, recipe.ratio)
 
 
 def calibration_windows(encode: Callable[[str], list[int]], context: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ _CHUNK_VALUES = 2**17  # of float32: what a core's cache holds with a few tempor
 
 
 def search_steps(rows: Floats, grid: Grid, importance: Floats) -> Steps:
-    """The best steps found, scales rounded to float16: both formats hold them exactly.
+    """The best steps found, with scales that the format holds exactly.
 
     Args:
         rows: float32 [rows, columns].
@@ -44,13 +44,12 @@ def weighted_error(rows: Floats, steps: Steps, grid: Grid, importance: Floats) -
     return _error(rows, nearest_codes(rows, steps, grid), steps, grid, importance)
 
 
-@np.errstate(invalid="ignore", over="ignore")  # of values that are no numbers: the scales say so
 def _search(rows: Floats, grid: Grid, importance: Floats) -> Steps:
     widest = span(rows, grid)
-    best = storable(widest)
+    best = storable(widest, grid)
     least = weighted_error(rows, best, grid, importance)
     for steps in _candidates(widest, grid):
-        steps = storable(_refit(rows, nearest_codes(rows, steps, grid), steps, grid, importance))
+        steps = storable(_refit(rows, nearest_codes(rows, steps, grid), steps, grid, importance), grid)
         error = weighted_error(rows, steps, grid, importance)
         better = error < least
         best = Steps(np.where(better, steps.scales, best.scales), np.where(better, steps.zero_points, best.zero_points))
