@@ -50,12 +50,13 @@ def write_gguf(
     architecture: str = "llama",
     packed: bool = False,
     extra: dict[str, Any] | None = None,
+    split: int = 0,
 ) -> Path:
     from safetensors.numpy import load_file
 
     config = read_json(folder / "config.json")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])

@@ -28,8 +28,10 @@ from normistral.export.config import (
 from normistral.export.families import find_family
 from normistral.export.families.base import Family
 from normistral.export.fields import read_token_ids
+from normistral.export.folder_kinds import refuse_other_models
 from normistral.export.generation_fields import GENERATION_FIELDS
 from normistral.export.gguf import convert_gguf
+from normistral.export.gguf_file import gguf_parts
 from normistral.export.known_fields import IgnoredFields, check_fields
 from normistral.export.locate import Located
 from normistral.export.progress import Progress
@@ -119,9 +121,8 @@ def open_checkpoint(
         unpacked = workspace / "unpacked"
         notes = convert_gguf(located.path, unpacked, ignored, progress=progress)
         checkpoint = _open_folder(located, unpacked, workspace, notes, ignored, progress, chat_template)
-        return replace(
-            checkpoint, source=replace(checkpoint.source, files={}), unhashed=((located.path.name, located.path),)
-        )
+        parts = tuple((part.name, part) for part in gguf_parts(located.path))
+        return replace(checkpoint, source=replace(checkpoint.source, files={}), unhashed=parts)
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"the disk of {workspace} is full", "free some space, or write elsewhere") from exc
@@ -213,7 +214,9 @@ def _read_config(
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
     _require_inside(folder, "config.json")
-    raw = drop_ignored(read_json(folder / "config.json"), ignored)
+    raw = read_json(folder / "config.json")
+    refuse_other_models(folder, raw)
+    raw = drop_ignored(raw, ignored)
     context = find_family(raw).context_field
     if raw.get(context) is None and preset is not None and preset.context_length is not None:
         raw[context] = preset.context_length

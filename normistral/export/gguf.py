@@ -76,7 +76,7 @@ def convert_gguf(path: Path, folder: Path, ignored: IgnoredFields, *, progress: 
     folder.mkdir(parents=True, exist_ok=True)
     notes = write_tokenizer(gguf.metadata, folder)
     (folder / "config.json").write_text(json.dumps(described | {"torch_dtype": "float32"}, indent=2), encoding="utf-8")
-    with progress.stage("Unpacking the GGUF weights", path.stat().st_size, "bytes") as stage:
+    with progress.stage("Unpacking the GGUF weights", sum(item.nbytes for item in sources.values()), "bytes") as stage:
         _write_weights(gguf, config, sources, folder / "model.safetensors", stage.advance)
     return notes
 
@@ -208,11 +208,12 @@ def _write_weights(
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    source = np.memmap(gguf.path, dtype=np.uint8, mode="r")
+    mapped = {tensor.file: np.memmap(tensor.file, dtype=np.uint8, mode="r") for tensor in sources.values()}
     with output.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in sources.items():
-            packed = source[tensor.start : tensor.start + tensor.nbytes].reshape(*tensor.shape[:-1], -1)
+            stored = mapped[tensor.file][tensor.start : tensor.start + tensor.nbytes]
+            packed = stored.reshape(*tensor.shape[:-1], -1)
             try:
                 values = dequantize(packed, GGMLQuantizationType(tensor.ggml_type)).astype(np.float32, copy=False)
             except NotImplementedError as exc:

@@ -1,5 +1,7 @@
 """Read the header of a .gguf file: metadata, and where each tensor lies. It does not know what they mean.
 
+A model may be split into several files, NAME-00001-of-00003.gguf and so on: the first has the metadata.
+
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -7,6 +9,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
+import shlex
 import struct
 from array import array
 from dataclasses import dataclass
@@ -19,15 +23,22 @@ from normistral.export.file_kinds import unreadable
 from normistral.export.tensor import shown
 
 _AGAIN = "download or copy the file again"
+_ORIGINAL = "export the original checkpoint instead of the .gguf file"
+_PROSE = ("general.", "quantize.", "split.")
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 2**24
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
+# Numbers of ggml.h that llama.cpp no longer reads: layouts for single processors, now made when a file is loaded.
+_REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
+_REMOVED |= {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor: shape [out, in] as torch writes it, ggml's type number, and its bytes' place in the file."""
+    """One tensor: shape [out, in] as torch writes it, ggml's type number, and its bytes' place in its file."""
 
+    file: Path
     shape: tuple[int, ...]
     ggml_type: int
     start: int
@@ -36,19 +47,65 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """The header of a .gguf file."""
+    """The header of a .gguf file, or of all files of a split one; `path` is the one that was asked for."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
 
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """The files of a split model, in order, when the name says that it is one of them; else the file alone."""
+    match = _PART.fullmatch(path.name)
+    count = int(match[3]) if match else 0
+    if match is None or not 1 <= int(match[2]) <= count:
+        return (path,)
+    return tuple(path.with_name(f"{match[1]}-{part:05}-of-{match[3]}{match[4]}") for part in range(1, count + 1))
+
+
 def read_gguf(path: Path) -> GgufFile:
-    """Read metadata and tensor table; every length is checked against the file's size.
+    """Read metadata and tensor table, of all files of a split model; every length is checked against the file's size.
 
     Raises:
-        CheckpointError: not a whole little-endian GGUF file of version 2 or 3.
+        CheckpointError: not a whole little-endian GGUF file of version 2 or 3; or other parts of it are missing.
     """
+    parts = gguf_parts(path)
+    missing = [part.name for part in parts if not part.is_file()] if len(parts) > 1 else []
+    if missing:
+        raise CheckpointError(
+            f"{path.name} is one of {len(parts)} parts of a model; {_some(missing)} missing from {path.parent}",
+            "put all parts into one folder",
+        )
+    first, *others = [_read_one(part) for part in parts]
+    count = first.metadata.get("split.count")
+    if isinstance(count, int) and count > 1 and count != len(parts):
+        raise CheckpointError(
+            f"{path.name} is one of {count} parts of a model, which its name does not say",
+            f"give every part its name back, ending in -00001-of-{count:05}.gguf; or join them with llama.cpp's "
+            "llama-gguf-split --merge",
+        )
+    tensors = dict(first.tensors)
+    for part in others:
+        twice = tensors.keys() & part.tensors.keys()
+        if twice:
+            raise CheckpointError(f"{part.path.name} holds {shown(min(twice))}, which another part holds too", _AGAIN)
+        tensors |= part.tensors
+    total = first.metadata.get("split.tensors.count")
+    if len(parts) > 1 and isinstance(total, int) and total != len(tensors):
+        raise CheckpointError(
+            f"the {len(parts)} parts of {path.name} hold {len(tensors)} tensors, but the first one says {total}",
+            "the parts belong to different models: download all of them again",
+        )
+    return GgufFile(path, first.metadata, tensors)
+
+
+def _some(names: list[str]) -> str:
+    shown_names = ", ".join(ascii(name)[1:-1][:80] for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{shown_names}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def _read_one(path: Path) -> GgufFile:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -67,18 +124,21 @@ class _Reader:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position = path, data, 4
+        self._errors = "strict"  # of texts that are not UTF-8
 
     def read(self) -> GgufFile:
         version = self._scalar("<I")
-        if version not in (2, 3):
-            raise ValueError(f"GGUF version {version}, but 2 and 3 are known")
+        self._require_version(version)
         tensor_count, entry_count = self._count(), self._count()
         metadata: dict[str, Any] = {}
         for _ in range(entry_count):
             key = self._string()
             if key in metadata:
                 raise ValueError(f"two values of the name {shown(key)}")
+            # A description in another encoding does no harm; a token or a name would be another one.
+            self._errors = "replace" if key.startswith(_PROSE) and key != "general.architecture" else "strict"
             metadata[key] = self._value(self._scalar("<I"))
+        self._errors = "strict"
         table = [self._tensor_entry() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment <= 0 or alignment % 8:
@@ -96,16 +156,42 @@ class _Reader:
                 raise ValueError("tensors overlap")
         return GgufFile(self.path, metadata, tensors)
 
+    def _require_version(self, version: int) -> None:
+        if version & 0xFFFF == 0 and version:
+            raise CheckpointError(
+                f"{self.path.name} is a big-endian GGUF file, for machines like IBM's z",
+                f"convert it with: gguf-convert-endian {shlex.quote(self.path.name)} little",
+            )
+        if version == 1:
+            raise CheckpointError(
+                f"{self.path.name} is a GGUF file of version 1, of August 2023; 2 and 3 are read", _ORIGINAL
+            )
+        if version not in (2, 3):
+            raise CheckpointError(
+                f"{self.path.name} is a GGUF file of version {version}; 2 and 3 are known here",
+                f"upgrade normistral, or {_ORIGINAL}",
+            )
+
     def _place(self, name: str, shape: tuple[int, ...], ggml_type: int, start: int) -> GgufTensor:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+        if ggml_type in _REMOVED:
+            raise CheckpointError(
+                f"{self.path.name}: {shown(name)} is packed as {_REMOVED[ggml_type]}, which llama.cpp removed",
+                "download the same model as Q4_0 or Q4_K_M, or export the original checkpoint",
+            )
+        if ggml_type not in iter(GGMLQuantizationType):
+            raise CheckpointError(
+                f"{self.path.name}: {shown(name)} is packed as ggml's type {ggml_type}, which is not known here",
+                "export the original checkpoint, or the same model as Q8_0; a newer gguf package may know the type",
+            )
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
         if not shape or shape[-1] % block or math.prod(shape) > 2**40:
             raise ValueError(f"{shown(name)} has the impossible shape {list(shape)}")
         nbytes = math.prod(shape) // block * block_bytes
         if start + nbytes > len(self.data):
             raise ValueError(f"{shown(name)} ends at byte {start + nbytes} of {len(self.data)}")
-        return GgufTensor(shape, ggml_type, start, nbytes)
+        return GgufTensor(self.path, shape, ggml_type, start, nbytes)
 
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
@@ -148,7 +234,7 @@ class _Reader:
         end = self.position + length
         if end > len(self.data):
             raise ValueError(f"a string of {length} bytes at byte {self.position} of {len(self.data)}")
-        text = self.data[self.position : end].decode("utf-8")
+        text = self.data[self.position : end].decode("utf-8", self._errors)
         self.position = end
         return text
 

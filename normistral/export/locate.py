@@ -15,6 +15,7 @@ from typing import Literal
 
 from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
 from normistral.export.config import drop_ignored, read_json, sanitise_config
+from normistral.export.folder_kinds import recognise_folder, refuse_other_models
 from normistral.export.hub import download
 from normistral.export.known_fields import IgnoredFields
 from normistral.export.progress import Progress
@@ -89,11 +90,15 @@ def locate(
 def _on_hub(repository: str, revision: str | None, ignore_fields: Sequence[str], progress: Progress) -> Located:
     def refuse_unsupported(folder: Path) -> None:
         if not (folder / "config.json").exists():
+            if (found := recognise_folder(folder)) is not None:
+                raise ModelNotFoundError(f"{repository} is {found.what}", found.hint)
             raise ModelNotFoundError(
                 f"{repository} is no transformers checkpoint: it has no config.json",
                 "for a GGUF repository, download the .gguf file and give its path",
             )
-        sanitise_config(drop_ignored(read_json(folder / "config.json"), IgnoredFields(tuple(ignore_fields))))
+        config = read_json(folder / "config.json")
+        refuse_other_models(folder, config, repository)
+        sanitise_config(drop_ignored(config, IgnoredFields(tuple(ignore_fields))))
 
     snapshot = download(repository, revision, before_weights=refuse_unsupported, progress=progress)
     return Located("hub", snapshot.folder, repository, snapshot.revision, find_preset(repository), snapshot.hashes)
@@ -103,6 +108,12 @@ def _local(path: Path) -> Located:
     name = path.resolve().name
     if path.is_file():
         if path.suffix.lower() != ".gguf":
+            if ".gguf" in name.lower():
+                pieces = f"{name[: name.lower().index('.gguf')]}*"
+                raise UsageError(
+                    f"{path} is a piece of a .gguf file",
+                    f"join all pieces in order: cat {pieces} > whole.gguf",
+                )
             raise UsageError(f"{path} is a file, but not a .gguf one", "give the folder that holds config.json")
         return Located("gguf", path, name, None, None)
     if not path.is_dir():
@@ -112,9 +123,10 @@ def _local(path: Path) -> Located:
             f"{path} is an exported artifact already", "export the original checkpoint, or chat with this one"
         )
     if not (path / "config.json").exists():
-        found = sorted(file.name for file in path.glob("*.gguf"))
-        hint = f"give the file itself: {path / found[0]}" if found else "give the folder of a transformers checkpoint"
-        raise ModelNotFoundError(f"{path} has no config.json", hint)
+        found = recognise_folder(path)
+        if found is not None:
+            raise ModelNotFoundError(f"{path} has no config.json: it is {found.what}", found.hint)
+        raise ModelNotFoundError(f"{path} has no config.json", "give the folder of a transformers checkpoint")
     return Located("folder", path, name, None, None)
 
 

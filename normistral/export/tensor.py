@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from normistral.errors import CheckpointError
+from normistral.export.tensor_names import recognise_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,8 @@ def make_tensor(file: Path, name: str, dtype: object, shape: object, start: int)
     ):
         raise CheckpointError(f"{file.name} is damaged: the shape of {shown(name)} is wrong", _AGAIN)
     if not isinstance(dtype, str) or dtype not in _DTYPES:
+        if (other := recognise_tensors([name])) is not None:
+            raise CheckpointError(f"the weights of {file.name} are {other.what}: they hold {shown(name)}", other.hint)
         raise CheckpointError(
             f"{file.name}: {shown(name)} is stored as {ascii(dtype)[:20]}, not as bfloat16, float16 or float32",
             "export the original checkpoint with its floating-point weights",

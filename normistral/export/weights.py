@@ -13,8 +13,10 @@ from typing import TypeVar
 from normistral.errors import CheckpointError
 from normistral.export.config import read_json
 from normistral.export.families.base import OUTPUT_LAYER, Family
+from normistral.export.folder_kinds import recognise_folder
 from normistral.export.safetensors_file import read_safetensors
 from normistral.export.tensor import Dtype, Tensor
+from normistral.export.tensor_names import recognise_tensors
 from normistral.export.torch_file import read_torch_file
 
 T = TypeVar("T")
@@ -39,6 +41,9 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         if index.is_symlink() or index.exists():
             weight_map = _weight_map(index)
             return sorted(set(weight_map.values())), weight_map
+    found = recognise_folder(folder)
+    if found is not None:
+        raise CheckpointError(f"{folder} has no weights that can be read: it is {found.what}", found.hint)
     raise CheckpointError(
         f"{folder} has no weights: neither {' nor '.join(_INDEXED)}, nor an index of shards",
         "give the folder of a whole checkpoint",
@@ -52,18 +57,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         CheckpointError: a file is missing, truncated or damaged, or does not hold what the index says.
     """
     files, weight_map = weight_files(folder)
-    for file in files:
-        if not (folder / file).is_file():
-            kind = "weight file" if weight_map is None else "shard"
-            raise CheckpointError(f"{kind} {file} is missing from {folder}", "download or copy the checkpoint again")
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise _missing_files(folder, absent, len(files))
     tensors: dict[str, Tensor] = {}
     for file in files:
         path = folder / file
         found = read_safetensors(path) if file.endswith(".safetensors") else read_torch_file(path)
         if weight_map is not None:
-            absent = [name for name, where in weight_map.items() if where == file and name not in found]
-            if absent:
-                raise CheckpointError(f"{file} does not hold {_some(absent)}, which the index says", _AGAIN)
+            lacking = [name for name, where in weight_map.items() if where == file and name not in found]
+            if lacking:
+                raise CheckpointError(f"{file} does not hold {_some(lacking)}, which the index says", _AGAIN)
         twice = sorted(tensors.keys() & found.keys())
         if twice:
             raise CheckpointError(f"{file} holds {_some(twice)}, which another shard holds too", _AGAIN)
@@ -79,6 +83,9 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
     """
     found = with_prefix(tensors, family)
     missing = [name for name in expected if name not in found]
+    other = recognise_tensors(name for name in tensors if name not in expected) if missing else None
+    if other is not None:
+        raise CheckpointError(f"the weights are {other.what}", other.hint)
     if missing:
         hint = "give the folder of a whole checkpoint"
         if missing == [OUTPUT_LAYER]:
@@ -92,6 +99,8 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
             )
     extra = [name for name in found if name not in expected and not family.is_computed(name)]
     if extra and extra != [OUTPUT_LAYER]:
+        if (other := recognise_tensors(extra)) is not None:
+            raise CheckpointError(f"the weights are {other.what}: they hold {_some(extra)}", other.hint)
         raise CheckpointError(
             f"the weights hold {_some(extra)}, which config.json does not describe",
             "config.json and weights belong to different models",
@@ -147,7 +156,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _some(names: list[str]) -> str:
+def _missing_files(folder: Path, absent: list[str], count: int) -> CheckpointError:
+    """The error that names them all, and the download that did not finish where it shows."""
+    kind = "weight file" if count == 1 else "shard"
+    names = _some(absent, f"{kind}s")
+    found = recognise_folder(folder)
+    reason = f"{kind} {names} is missing from {folder}"
+    if len(absent) > 1:
+        reason = f"{len(absent)} of {count} shards are missing from {folder}: {names}"
+    if found is not None and "did not finish" in found.what:
+        return CheckpointError(f"{reason}; it holds {found.what}", found.hint)
+    return CheckpointError(reason, "download or copy the checkpoint again")
+
+
+def _some(names: list[str], kind: str = "tensors") -> str:
     """Up to three names, and how many more."""
     shown = ", ".join(ascii(name)[1:-1][:80] for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}"
