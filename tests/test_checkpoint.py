@@ -229,7 +229,7 @@ def test_unsupported_architecture_is_named(model: Path, tmp_path: Path) -> None:
 
 def test_already_quantised(model: Path, tmp_path: Path) -> None:
     edit_json(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "already quantised ('gptq')" in refusal(model, tmp_path)
+    assert "quantised already, by gptq" in refusal(model, tmp_path)
 
 
 def test_missing_shard_is_named(model: Path, tmp_path: Path) -> None:

@@ -19,12 +19,17 @@ from normistral.export.progress import NoProgress, Uncounted
 from normistral.export.reference import load_model
 from normistral.export.rounding.calibration import round_layers
 from normistral.export.rounding.gptq import round_with_hessian
-from normistral.export.rounding.grid import Grid, Steps, nearest_codes, restore, span, unpack
+from normistral.export.rounding.grid import Grid, Steps, nearest_codes, restore, span, storable, unpack
 from normistral.export.rounding.plan import Plan, calibration_windows
 from normistral.export.rounding.scale_search import search_steps, weighted_error
 from normistral.export.rounding.tables import RoundedTables
 
-GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (16, 32) for symmetric in (True, False)]
+GRIDS = [
+    Grid(bits, group, symmetric, float16_scales=True)
+    for bits in (4, 8)
+    for group in (16, 32)
+    for symmetric in (True, False)
+]
 ROWS = arrays.arrays(np.float32, (3, 64), elements=st.floats(-100, 100, width=32))
 IMPORTANCE = arrays.arrays(np.float32, (64,), elements=st.floats(0, 100, width=32))
 
@@ -55,6 +60,16 @@ def test_the_search_is_never_worse_than_the_span_in_any_block(grid, rows, import
     np.testing.assert_array_equal(found.scales, half(found).scales)
     plain = weighted_error(rows, half(span(rows, grid)), grid, importance)
     assert (weighted_error(rows, found, grid, importance) <= plain).all()
+
+
+@np.errstate(over="ignore")
+def test_float32_scales_differ_from_float16_ones_only_beyond_its_range():
+    scales = np.float32([[1e-20, 1e-6, -3e-5, 0, 1e-3, -0.3, 60000, 1e6, 3e30]])
+    steps = Steps(scales, np.zeros_like(scales))
+    np.testing.assert_array_equal(storable(steps, Grid(4, 32, True, float16_scales=True)).scales, half(steps).scales)
+    found = storable(steps, Grid(4, 32, True)).scales
+    held = (np.abs(scales) >= 2.0**-14) & (np.abs(scales) <= 65504)
+    np.testing.assert_array_equal(found, np.where(held, half(steps).scales, scales))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -40,15 +40,16 @@ def require_range(largest: Mapping[str, float], checkpoint: Checkpoint, recipe: 
         bits = _stored_bits(name, len(shape), checkpoint, recipe)
         if bits is None or value == 0:
             continue
-        part = "its weights" if bits == 16 else "the scales of its weights"
+        part = "stores its weights" if bits == 16 else "unpacks its weights"  # code × scale
         if value > LARGEST_FLOAT16:
             problem = f"has values up to {value:.6g}, beyond the range of float16"
         elif value < smallest_held(bits, float16=True) and not name.endswith(".bias"):
             problem = f"has no value above {value:.3g}, which is below the range of float16"
+            part = part if bits == 16 else "stores the scales of its weights"
         else:
             continue
         raise ExportError(
-            f"{name} {problem}, in which {recipe.format} {recipe.weights} stores {part} ({_RANGE})", _hint(recipe)
+            f"{name} {problem}, in which {recipe.format} {recipe.weights} {part} ({_RANGE})", _hint(recipe)
         )
 
 
