@@ -2,7 +2,7 @@
 
 It is the only place that looks for values that are no finite numbers: writers, calibration and proofs rely on it,
 whatever the format. Floats of a sign, an exponent and a fraction are ordered as the integers of their bits are, so that
-it takes no arithmetic (7 GB/s of one core, where SHA-256 runs at 0.3 to 2).
+it takes no arithmetic (6 to 12 GB/s of one core, where SHA-256 runs at 0.9).
 """
 
 from __future__ import annotations
