@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -102,7 +102,7 @@ def generate_tokens(
         logits = None if limits.cancelled() else decoder.step(token_id, most, together)
 
 
-def stream_text(steps: Iterator[TokenStep], text: TextStream) -> Iterator[Chunk]:
+def stream_text(steps: Iterator[TokenStep], text: TextStream) -> Generator[Chunk, None, None]:
     """Turn token steps into chunks, up to a stop text or the last step."""
     for step in steps:
         chunk = text.push(step)

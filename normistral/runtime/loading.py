@@ -13,6 +13,7 @@ from normistral.hardware import read_machine
 from normistral.manifest import Manifest, check_files, read_manifest, sha256_file
 from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend
+from normistral.runtime.interpreter_exit import computing
 from normistral.runtime.model import Model
 from normistral.runtime.providers import import_onnxruntime
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -89,7 +90,8 @@ def open_model(
     if draft_table is not None:
         tokenizer_sha256 = sha256_file(folder / TOKENIZER_NAME)
         table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
-    backend = load_backend(folder, manifest, device, exact, tuned, given)
+    with computing():
+        backend = load_backend(folder, manifest, device, exact, tuned, given)
     return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
 
 

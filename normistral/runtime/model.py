@@ -20,6 +20,7 @@ from normistral.runtime.drafting.decoder import Decoder, Drafting, PlainDecoder
 from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
+from normistral.runtime.interpreter_exit import close_at_exit, computing, computing_each
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.prefix import Prefix
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
@@ -70,6 +71,7 @@ class Model:
         self._template: ChatTemplate | None = None
         if manifest.template is not None:
             self._template = ChatTemplate(manifest.template, tokenizer, manifest.reasoning)
+        close_at_exit(self)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -190,7 +192,7 @@ class Model:
                 f"{len(token_ids)} tokens cannot be scored at once; {self.name} has room for {self.context_length}",
                 "score them in windows",
             )
-        with self._borrow_sequence() as sequence:
+        with computing(), self._borrow_sequence() as sequence:
             return score_tokens(sequence.logits_of_last(token_ids[:-1], count), token_ids[-count:])
 
     def cancel(self) -> None:
@@ -202,7 +204,10 @@ class Model:
         """Stop what is running and free engine, weights and caches. Closing twice is fine."""
         self._closed = True
         self.cancel()
-        with self._forward_lock:  # whoever is in a forward finishes it; their next one finds the engine closed
+        with (
+            computing(),
+            self._forward_lock,
+        ):  # whoever is in a forward finishes it; their next one finds the engine closed
             for sequence in self._living_sequences():
                 sequence.close()
             self._backend.close()
@@ -233,9 +238,9 @@ class Model:
         """
         self.require_open()
         chunk = self.capabilities.prefill_chunk
-        sequence = CachedSequence(
-            self._backend.create_engine(), chunk, self._forward_lock, neighbours or self._living_sequences
-        )
+        with computing():
+            engine = self._backend.create_engine()
+        sequence = CachedSequence(engine, chunk, self._forward_lock, neighbours or self._living_sequences)
         with self._list_lock:
             self._sequences.add(sequence)
         return sequence
@@ -276,7 +281,8 @@ class Model:
             ),
             forced,
         )
-        return stream_text(generate_tokens(sequence, prompt_ids, config, limits, forced, decoder, constraint), text)
+        tokens = generate_tokens(sequence, prompt_ids, config, limits, forced, decoder, constraint)
+        return computing_each(stream_text(tokens, text))
 
     def require_open(self) -> None:
         """Raise ClosedError after `close`."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from normistral.errors import ClosedError
 from normistral.runtime.drafting.pacing import Acceptance
 from normistral.runtime.engines.base import CacheTensor, Engine, Logits
+from normistral.runtime.interpreter_exit import computing
 
 WORTH_COPYING = 128  # tokens; computing so many takes seconds at 7B, copying the longest cache a second at most.
 # And fewer is what unrelated conversations have in common: BOS, a short system message, a template's own words.
@@ -203,7 +204,8 @@ class CachedSequence:
     def close(self) -> None:
         """Free the KV cache."""
         self._forget()
-        self._engine.close()
+        with computing():  # freeing a cache is native code too
+            self._engine.close()
 
     def _forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
         known = self._token_ids

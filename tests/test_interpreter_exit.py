@@ -1,0 +1,68 @@
+"""The interpreter ends, or is interrupted, while threads compute."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = """
+import sys, threading, time
+import normistral
+
+model = normistral.load(sys.argv[1])
+begun = threading.Semaphore(0)
+
+def run():
+    for number, _ in enumerate(model.stream([5, 6, 7], max_new_tokens=200, ignore_eos=True, draft="off")):
+        if number == 2:
+            begun.release()
+
+def run_again():
+    while True:
+        try:
+            run()
+        except normistral.errors.ClosedError:
+            return
+
+for _ in range(3):
+    threading.Thread(target=run_again, daemon=True).start()
+for _ in range(3):
+    begun.acquire()
+print("begun", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_fp16, tiny_onnx):
+    return {"openvino": tiny_fp16, "onnx": tiny_onnx("onnx-fp32-plain")}
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+def test_the_end_of_the_program_stops_threads_that_compute(folders, engine) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SCRIPT, str(folders[engine])], stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for process in processes:
+        _, stderr = process.communicate(timeout=120)
+        assert (process.returncode, stderr) == (0, "")
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+def test_an_interrupt_ends_a_program_as_it_ends_others(folders, engine) -> None:
+    script = SCRIPT + "\nfor _ in iter(int, 1): run()\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(folders[engine])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
