@@ -25,6 +25,7 @@ class _End:
 _END = _End()
 
 _POLL_S = 0.002
+_CANCEL_S = 2.0
 _MOST_S = 60.0  # a forward, or compiling a model
 _lock = threading.Lock()
 _computing = 0
@@ -32,6 +33,10 @@ _computing = 0
 
 class Closable(Protocol):
     """Whatever computes until it is closed."""
+
+    def cancel(self) -> None:
+        """Let what is running end by itself, soon."""
+        ...
 
     def close(self) -> None:
         """Stop what is running."""
@@ -77,7 +82,14 @@ def computing_each(items: Generator[T, None, None]) -> Iterator[T]:
 
 def _close_all() -> None:
     for closable in list(_open):
+        closable.cancel()
+    _wait_until_idle(_CANCEL_S)  # whoever waits for its turn would meet a closed model, and tell its user of it
+    for closable in list(_open):
         closable.close()
-    deadline = time.monotonic() + _MOST_S
+    _wait_until_idle(_MOST_S)
+
+
+def _wait_until_idle(most_s: float) -> None:
+    deadline = time.monotonic() + most_s
     while _computing and time.monotonic() < deadline:
         time.sleep(_POLL_S)
