@@ -1,33 +1,34 @@
-"""The README's code runs as it stands, and its commands exist."""
+"""The code of both READMEs and of docs/library.md runs as it stands."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
 
 
-def test_the_python_example_runs(demo_int4, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def python_block(name: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    return code
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/library.md"])
+def test_the_python_example_runs(name, demo_int4, monkeypatch, capsys):
     monkeypatch.chdir(demo_int4.parent.parent)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(python_block(name), name, "exec"), {})
     printed = capsys.readouterr().out
     assert "Oslo" in printed
-    assert "tokens left" in printed
+    assert ("tokens left" in printed) == (name == "docs/library.md")
 
 
-def test_the_make_targets_are_there():
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
-    assert {"chat", "test", "check"} <= set(targets)
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+def test_both_readmes_show_the_same_code():
+    assert python_block("README.nb.md") == python_block("README.md")
 
 
 @pytest.mark.parametrize("name", ["GenerationConfig", "NormistralError", "load"])
-def test_public_names_of_the_readme_exist(name):
+def test_public_names_of_the_documents_exist(name):
     import normistral
 
-    assert f"normistral.{name}" in README
+    assert f"normistral.{name}" in (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     assert getattr(normistral, name)
