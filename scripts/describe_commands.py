@@ -1,6 +1,6 @@
 """Write docs/commands.md from the command line's own help: every command with its arguments and options.
 
-    python scripts/describe_commands.py > docs/commands.md        make docs
+python scripts/describe_commands.py > docs/commands.md        make docs
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Take the picture of a conversation for the READMEs: a real one, in tmux, drawn as SVG.
 
-    python scripts/picture_chat.py ARTIFACT docs/images/chat.svg
+python scripts/picture_chat.py ARTIFACT docs/images/chat.svg
 """
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def main() -> None:
         screen = tmux("capture-pane", "-p", "-e")
     finally:
         tmux("kill-server")
-    console = Console(record=True, width=WIDTH, file=Path("/dev/null").open("w"), force_terminal=True)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(screen.rstrip()))
     picture = console.export_svg(title="normistral chat")
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # rich names fonts on a server
