@@ -61,7 +61,9 @@ class KernelWheel(bdist_wheel):
     def run(self) -> None:
         """As setuptools runs it; the package is built first, because its place and tag depend on that."""
         self.run_command("build")
-        self.root_is_pure = not BuildPy.compiled
+        if BuildPy.compiled:
+            self.root_is_pure = False
+            self.distribution.has_ext_modules = lambda: True  # else setuptools puts all of it under purelib
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

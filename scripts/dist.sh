@@ -17,8 +17,9 @@ rm -rf dist
 NORMISTRAL_KERNELS=require "$TOOLS/python" -m build --outdir "$work/linux" .
 
 say "its tag, by the symbols that the kernels need beside OpenVINO's and oneTBB's libraries"
-"$TOOLS/python" -m auditwheel repair --wheel-dir dist --exclude "libopenvino.so.*" --exclude "libtbb.so.*" \
-	"$work"/linux/*.whl
+# OpenVINO's own tag, though the kernels' symbols would allow an older one.
+PATH="$PWD/$TOOLS:$PATH" "$TOOLS/python" -m auditwheel repair --wheel-dir dist --plat manylinux_2_28_x86_64 --only-plat \
+	--exclude "libopenvino.so.*" --exclude "libtbb.so.*" "$work"/linux/*.whl
 mv "$work"/linux/*.tar.gz dist/
 
 say "the wheel without kernels, from the same sdist"
