@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from normistral.errors import ResourceError, UsageError
-from normistral.export import resources
+from normistral.export import pipeline, resources
 from normistral.export.recipe import (
     PER_CHANNEL,
     UNSTATED_CONTEXT,
@@ -246,6 +246,15 @@ def test_a_shortage_is_said_with_numbers(monkeypatch, tmp_path):
     with pytest.raises(ResourceError) as error:
         resources.check_resources(tmp_path / "out", resources.Needs(disk=GB, memory=3 * GB))
     assert error.value.message == "this export needs about 3.00 GB of memory; 2.00 GB are available"
+
+
+def test_memory_for_the_tools_alone_is_judged_before_they_are_loaded(tmp_path, monkeypatch):
+    """A container with 250 MB would end the process while it imports PyTorch."""
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 250_000_000)
+    monkeypatch.setattr(pipeline, "require_export_tools", lambda format: pytest.fail("the tools were loaded"))
+    with pytest.raises(ResourceError, match=r"0\.35 GB of memory for its tools alone; 0\.25 GB are available"):
+        pipeline.export_model("demo", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_meter_sees_memory_that_came_and_went():

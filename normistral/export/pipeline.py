@@ -35,7 +35,13 @@ from normistral.export.recipe import (
     record_recipe,
 )
 from normistral.export.reference import PROBE_TEXT, Reference
-from normistral.export.resources import MemoryMeter, check_resources, estimate_calibration_s, estimate_needs
+from normistral.export.resources import (
+    MemoryMeter,
+    check_resources,
+    check_tools_memory,
+    estimate_calibration_s,
+    estimate_needs,
+)
 from normistral.export.rounding.plan import (
     SENSITIVITY_TOKENS,
     Plan,
@@ -104,6 +110,7 @@ def export_model(
     silence_telemetry()
     with MemoryMeter() as meter, _translate_system_errors():
         find_export_tools(choice.format)
+        check_tools_memory()
         located = locate(model, revision=revision, ignore_fields=ignore_fields, progress=progress)
         with progress.stage("starting the export tools"):
             require_export_tools(choice.format)

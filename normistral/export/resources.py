@@ -118,6 +118,21 @@ def estimate_calibration_s(architecture: Architecture, plan: Plan, cores: int) -
     return operations / (_CORE_OPERATIONS_PER_S * cores)
 
 
+def check_tools_memory() -> None:
+    """Refuse to start the tools where loading them alone would use the memory up, and the system end the process.
+
+    Raises:
+        ResourceError: too little memory, with the numbers.
+    """
+    available = available_memory_bytes()
+    if available < _PROGRAM_BYTES:
+        raise ResourceError(
+            f"an export takes {_PROGRAM_BYTES / 1e9:.2f} GB of memory for its tools alone; "
+            f"{available / 1e9:.2f} GB are available",
+            "close other programs, raise the container's limit, or export on a larger machine",
+        )
+
+
 def check_resources(output: Path, needs: Needs, if_fast: Needs | None = None) -> None:
     """Refuse before the start what cannot end well.
 
