@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
+from normistral.export.tools import with_plain_partials
+
 SCRIPT = """
+import functools
 import os
 from normistral.export.tools import require_export_tools
 require_export_tools("openvino")
@@ -26,3 +31,26 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(given, in_force):
     )
     assert f"OMP_WAIT_POLICY = '{in_force}'" in done.stderr
     assert done.stdout.splitlines()[-1] == str(given)  # the environment is as it was
+
+
+class PartialOfPython314(functools.partial):
+    """Binds to the instance, as functools.partial does there."""
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else types.MethodType(self, instance)
+
+
+class OptimumsConfiguration:
+    NORMALIZED_CONFIG_CLASS = PartialOfPython314(dict, allow_new=True)
+
+    def __init__(self, config):
+        self.normalized = self.NORMALIZED_CONFIG_CLASS(config)
+
+
+def test_optimums_configurations_are_made_of_the_model_alone_on_any_python():
+    with pytest.raises(TypeError):
+        OptimumsConfiguration([("heads", 8)])
+    made = with_plain_partials(OptimumsConfiguration)([("heads", 8)])
+    assert made.normalized == {"heads": 8, "allow_new": True}
+    assert isinstance(made, OptimumsConfiguration)
+    assert type(made).__name__ == "OptimumsConfiguration"

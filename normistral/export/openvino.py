@@ -27,6 +27,7 @@ from normistral.export.rounding.grid import Grid
 from normistral.export.rounding.nearest import round_rest
 from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, require_free_disk
+from normistral.export.tools import with_plain_partials
 from normistral.manifest import Architecture
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def _export_config(model: PreTrainedModel) -> Any:
     constructor = TasksManager.get_exporter_config_constructor(
         model=model, exporter="openvino", task=_TASK, library_name="transformers"
     )
-    kind = constructor.func  # a partial that knows only the task
+    kind = with_plain_partials(constructor.func)  # the constructor is a partial that knows only the task
     return kind(model.config, task="text-generation", use_past=True, use_past_in_inputs=True)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from normistral.errors import MissingExtraError
 from normistral.install_hint import extra
@@ -74,6 +77,17 @@ def _missing(package: str, format: ArtifactFormat) -> MissingExtraError:
         f"exporting needs the package {package}, which is not installed",
         f"install it with: {extra(*_EXTRAS[format])}",
     )
+
+
+def with_plain_partials(kind: type[Any]) -> type[Any]:
+    """One of Optimum's configurations whose attributes that are partials are called without an instance.
+
+    functools.partial is a method from Python 3.14 on (3.13 warns): what Optimum 2.1 keeps as a class's attribute to be
+    called with a model's configuration would get itself as well.
+    """
+    attributes = {name: inspect.getattr_static(kind, name) for name in dir(kind)}
+    partials = {name: staticmethod(value) for name, value in attributes.items() if isinstance(value, partial)}
+    return type(kind.__name__, (kind,), {**partials, "__module__": kind.__module__})
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 
+from normistral.export.tools import with_plain_partials
 from normistral.manifest import Architecture
 
 TASK = "text-generation-with-past"
@@ -50,7 +51,8 @@ def export_config(config: Any) -> Any:
     constructor = TasksManager.get_exporter_config_constructor(
         exporter="onnx", model_type=config.model_type, task=TASK, library_name="transformers"
     )
-    return constructor.func(config, task="text-generation", use_past=True, use_past_in_inputs=True)
+    kind = with_plain_partials(constructor.func)
+    return kind(config, task="text-generation", use_past=True, use_past_in_inputs=True)
 
 
 def _is_past(name: str) -> bool:
