@@ -1,0 +1,157 @@
+"""Every command that takes a path, with every kind of path that cannot be: one error and one hint that fit, no wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted import AS_ROOT, plant
+from sample_artifacts import write_artifact
+
+from normistral.cli import main
+
+# Where PATH stands; ARTIFACT is a folder with a manifest, TEXT a text.
+COMMANDS = {
+    "export MODEL": ["export", "PATH", "OUT"],
+    "export OUTPUT": ["export", "MODEL", "PATH"],
+    "export --force": ["export", "MODEL", "PATH", "--force"],
+    "export --chat-template": ["export", "MODEL", "OUT", "--chat-template", "PATH"],
+    "chat ARTIFACT": ["chat", "PATH", "--prompt", "hei"],
+    "chat --session": ["chat", "ARTIFACT", "--prompt", "hei", "--session", "PATH"],
+    "chat --json-schema": ["chat", "ARTIFACT", "--prompt", "hei", "--json-schema", "PATH"],
+    "chat --grammar": ["chat", "ARTIFACT", "--prompt", "hei", "--grammar", "PATH"],
+    "chat --draft-table": ["chat", "ARTIFACT", "--prompt", "hei", "--draft-table", "PATH"],
+    "generate ARTIFACT": ["generate", "PATH", "--prompt", "hei"],
+    "batch ARTIFACT": ["batch", "PATH", "TEXT", "OUT", "--instruction", "{text}"],
+    "batch INPUT": ["batch", "ARTIFACT", "PATH", "OUT", "--instruction", "{text}"],
+    "batch OUTPUT": ["batch", "ARTIFACT", "TEXT", "PATH", "--instruction", "{text}", "--force"],
+    "serve ARTIFACT": ["serve", "PATH"],
+    "serve --api-key-file": ["serve", "ARTIFACT", "--api-key-file", "PATH"],
+    "info": ["info", "PATH"],
+    "info --check": ["info", "PATH", "--check"],
+    "bench ARTIFACT": ["bench", "PATH"],
+    "bench --report": ["bench", "ARTIFACT", "--report", "PATH.md"],
+    "bench --json": ["bench", "ARTIFACT", "--json", "PATH"],
+    "eval ARTIFACT": ["eval", "PATH", "--text", "TEXT"],
+    "eval --text": ["eval", "ARTIFACT", "--text", "PATH"],
+    "eval --reference": ["eval", "ARTIFACT", "--text", "TEXT", "--reference", "PATH"],
+    "eval --json": ["eval", "ARTIFACT", "--text", "TEXT", "--json", "PATH"],
+    "draft-table ARTIFACT": ["draft-table", "PATH", "OUT", "--text", "TEXT"],
+    "draft-table OUTPUT": ["draft-table", "ARTIFACT", "PATH", "--text", "TEXT"],
+    "draft-table --text": ["draft-table", "ARTIFACT", "OUT", "--text", "PATH"],
+    "tune": ["tune", "PATH"],
+    "tune --forget": ["tune", "PATH", "--forget"],
+    "bundle ARTIFACT": ["bundle", "PATH", "OUT"],
+    "bundle FILE": ["bundle", "ARTIFACT", "PATH", "--force"],
+    "bundle --sign-with": ["bundle", "ARTIFACT", "OUT", "--sign-with", "PATH"],
+    "bundle --wheels": ["bundle", "ARTIFACT", "OUT", "--wheels", "PATH"],
+    "doctor": ["doctor", "PATH"],
+}
+NAMES = {
+    "NUL": "a\0b",
+    "long": "x" * 5000,
+    "long part": "x" * 300,
+    "deep": "x/" * 2500 + "x",
+    "surrogate": "a\udcff\udc80",
+    "no character": "a\ud800",
+    "newline": "none\nsuch/a\nb",
+    "escape": "none/\x1b[31m",
+    "missing": "none/such/name",
+    "below a file": "file/x",
+    "user": "~nosuchuser/x",
+}
+KINDS = ["circle", "dangling link", "fifo", "socket", pytest.param("device", marks=AS_ROOT)]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: what the commands name is in it."""
+    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    write_artifact(tmp_path / "ARTIFACT")
+    (tmp_path / "TEXT").write_text("tekst")
+    (tmp_path / "file").write_text("fil")
+    (tmp_path / "MODEL").mkdir()
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_waiting() -> Iterator[None]:
+    """A command that waits for a FIFO fails instead."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise AssertionError("it waits")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints that cannot be done: two lines."""
+    code = main(arguments)
+    printed = capsys.readouterr()
+    assert code in (1, 2), printed
+    lines = [line for line in printed.err.splitlines() if not line.startswith("warning:")]
+    assert [line.partition(" ")[0] for line in lines] == ["error:", "hint:"], printed.err
+    assert "bug in normistral" not in printed.err
+    assert "\x1b" not in printed.err
+    assert printed.out == ""
+    return printed.err
+
+
+def named(arguments: list[str], name: str) -> list[str]:
+    return [argument.replace("PATH", name) for argument in arguments]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS.keys())
+def test_names_that_cannot_be(
+    place: Path, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(path.name for path in place.iterdir())
+    for kind, name in NAMES.items():
+        said = refusal(named(arguments, name), capsys)
+        assert len(said) < 12_000, kind
+        for wrong in ("permissions", "disk is full", "Traceback"):
+            assert wrong not in said, (kind, said[-300:])
+    assert [name for name in sorted(os.listdir(place)) if name != "home"] == [name for name in before if name != "home"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS.keys())
+def test_what_is_no_file_or_folder(
+    place: Path, arguments: list[str], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(place / "odd", kind)
+    plant(place / "odd.md", kind)
+    status = (place / "odd").lstat()
+    refusal(named(arguments, "odd"), capsys)
+    assert (place / "odd").lstat() == status
+
+
+@pytest.mark.parametrize("value", ["~nosuchuser", "x" * 5000, "file/x", "circle/x"])
+@pytest.mark.parametrize(
+    "arguments", [["models"], ["info", "x"], ["chat", "--prompt", "x"], ["tune", "x"], ["build-kernel"], ["doctor"]]
+)
+def test_a_home_that_cannot_be(
+    place: Path,
+    value: str,
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plant(place / "circle", "circle")
+    monkeypatch.setenv("NORMISTRAL_HOME", value)
+    code = main(arguments)
+    printed = capsys.readouterr().err
+    assert "bug in normistral" not in printed
+    assert code != 0 or value in ("file/x", "circle/x", "x" * 5000)  # a store that is not there is empty
+    if value.startswith("~"):
+        assert "no such user" in printed
