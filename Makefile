@@ -71,6 +71,7 @@ test-clients: $(VENV)/.ready-clients $(DEMO)/normistral.json
 
 test-faults: $(VENV)/.ready-dev $(DEMO)/normistral.json
 	@$(RUN) tests/show_faults.py $(DEMO)
+	@PYTHONPATH=. $(RUN) tests/show_planted.py
 
 test-fuzz: $(VENV)/.ready-clients
 	@$(RUN) tests/fuzz_api.py $(ARGS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from normistral.commands.serving import serve
 from normistral.commands.store import list_, rm, show
 from normistral.commands.talking import chat, generate
 from normistral.commands.tuning import tune
-from normistral.errors import NormistralError
+from normistral.errors import NormistralError, UsageError
 from normistral.files import explain
 from normistral.terminal import console
 from normistral.terminal.arguments import DEFAULTS_NOTE, Debug
@@ -57,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _logger.setLevel(logging.WARNING)
     _logger.handlers[:] = [console.WarningLines()]
     try:
-        return _invoke(sys.argv[1:] if arguments is None else arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        _require_arguments(given)
+        return _invoke(given)
     except NormistralError as error:
         console.show_error(error)
         return _end_in_error(error.exit_code)
@@ -91,6 +94,17 @@ def _invoke(arguments: Sequence[str]) -> int:
         code = exit_.exit_code
     sys.stdout.flush()  # here, where a closed pipe is still noticed
     return code
+
+
+def _require_arguments(arguments: Sequence[str]) -> None:
+    """Refuse what no system can hand over, and a name of nothing: they come from a caller in Python."""
+    for argument in arguments:
+        try:
+            fits = b"\0" not in os.fsencode(argument)
+        except UnicodeError:
+            fits = False
+        if not fits:
+            raise UsageError("an argument has a NUL in it, or is no text", "leave that out")
 
 
 def _print_version(on: bool) -> None:

@@ -23,6 +23,8 @@ from typing import BinaryIO
 from normistral.errors import NormistralError, UsageError
 
 _ELSEWHERE = "choose another place"
+_DESCRIPTOR = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev/fd|/proc/self/fd)/([0-9]{1,9})")
+_STANDARD = {"stdin": 0, "stdout": 1, "stderr": 2}
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
@@ -256,6 +258,32 @@ def read_file(path: Path, most: int) -> bytes:
     if len(raw) > most:
         raise RefusedFileError(path, f"it is larger than {most:,} bytes", "name another file")
     return raw
+
+
+def read_input(path: Path, most: int) -> bytes:
+    """`read_file` for what a user names to be read once, which may also be a pipe: /dev/stdin, or `<(…)` of a shell.
+
+    Raises:
+        OSError: as `read_file`.
+    """
+    number = descriptor_number(path)
+    if number is None or stat.S_ISREG(os.fstat(number).st_mode):
+        return read_file(path, most)
+    if not stat.S_ISFIFO(os.fstat(number).st_mode):
+        raise RefusedFileError(path, "it is neither a file nor a pipe", "name a file")
+    with os.fdopen(os.dup(number), "rb") as pipe:
+        raw = pipe.read(most + 1)
+    if len(raw) > most:
+        raise RefusedFileError(path, f"it has more than {most:,} bytes", "name another file")
+    return raw
+
+
+def descriptor_number(path: Path) -> int | None:
+    """Of this process's descriptor that a name such as /dev/stdout or /dev/fd/63 stands for; None for other names."""
+    found = _DESCRIPTOR.fullmatch(str(path))
+    if found is None or os.name != "posix":
+        return None
+    return _STANDARD[found[1]] if found[1] else int(found[2])
 
 
 def is_own(status: os.stat_result) -> bool:

@@ -6,6 +6,7 @@ import codecs
 from pathlib import Path
 
 from normistral.errors import UsageError
+from normistral.files import explain, read_input
 
 BOM = "\ufeff"
 _FOREIGN_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
@@ -14,6 +15,7 @@ _FOREIGN_MARKS = {  # UTF-32 first: its little-endian mark begins with that of U
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+_MOST_BYTES = 2**32
 _SHORTEST_GUESS = 4  # bytes; fewer say nothing of an encoding
 
 
@@ -47,9 +49,9 @@ def read_text_file(path: Path, hint: str) -> str:
         UsageError: it cannot be read, or is not UTF-8.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_input(path, _MOST_BYTES)
     except OSError as exc:
-        raise UsageError(f"cannot read {path}: {exc.strerror}", hint) from exc
+        raise UsageError(f"cannot read {path}: {explain(exc)[0]}", hint) from exc
     return decode_text(raw, str(path))
 
 

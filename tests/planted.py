@@ -29,7 +29,7 @@ def plant(path: Path, kind: str) -> Path:
     elif kind == "socket":
         os.mknod(path, stat.S_IFSOCK | 0o600)
     else:
-        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # as /dev/zero
     return path
 
 

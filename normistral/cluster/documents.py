@@ -6,6 +6,7 @@ They are read where they are needed, and stay on disk until then: what goes to a
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from normistral.errors import UsageError
+from normistral.files import explain, open_file
 from normistral.text_input import decode_text
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -51,7 +53,7 @@ def index_documents(source: Path) -> Index:
         rows = list(_files(source, digest) if source.is_dir() else _lines(source, digest))
     except OSError as exc:
         raise UsageError(
-            f"cannot read {exc.filename or source}: {exc.strerror}", "give a JSONL file or a folder"
+            f"cannot read {exc.filename or source}: {explain(exc)[0]}", "give a JSONL file or a folder"
         ) from exc
     if not rows:
         wanted = f"texts ({', '.join(TEXT_SUFFIXES)})" if source.is_dir() else "lines"
@@ -90,7 +92,7 @@ def _parse(line: str) -> Document:
 
 def _lines(source: Path, digest: hashlib._Hash) -> Iterator[Row]:
     place = 0
-    with source.open("rb", buffering=_BLOCK_BYTES) as stream:
+    with os.fdopen(open_file(source), "rb", buffering=_BLOCK_BYTES) as stream:
         for number, line in enumerate(stream, 1):
             digest.update(line)
             if line.strip():

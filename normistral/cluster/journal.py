@@ -194,7 +194,7 @@ def _make_folder(folder: Path) -> None:
     except FileExistsError:
         status = folder.lstat()
     ours = stat.S_ISDIR(status.st_mode) and is_own(status) and not (os.name == "posix" and status.st_mode & 0o022)
-    if not ours or not ((folder / JOB_NAME).is_file() or not any(folder.iterdir())):
+    if not ours or not (folder / JOB_NAME).is_file():
         raise UsageError(f"{folder} is there already, and no job of yours made it", "take another OUTPUT, or move it")
 
 

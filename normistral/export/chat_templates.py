@@ -16,6 +16,7 @@ from typing import Any
 from normistral.errors import CheckpointError, TemplateError, UsageError
 from normistral.export.config import read_json
 from normistral.export.file_kinds import recognise
+from normistral.files import explain, read_input
 from normistral.manifest import ReasoningMarkers, Template
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -42,10 +43,9 @@ def read_template_file(path: Path) -> TemplateFile:
         UsageError: it cannot be read, is no text in UTF-8, too large, or is not a template in jinja.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(4 * _MAX_CHARACTERS + 1)
+        raw = read_input(path, 4 * _MAX_CHARACTERS)
     except OSError as exc:
-        raise UsageError(f"cannot read --chat-template {path}: {exc.strerror}", "give a file that is there") from exc
+        raise UsageError(f"cannot read --chat-template {path}: {explain(exc)[0]}", "give a file that is there") from exc
     found = recognise(path, text=True)
     if found is not None:
         raise UsageError(f"--chat-template {path} is {found.what}", found.hint)

@@ -67,7 +67,10 @@ def locate(
     if not model or "\x00" in model:
         raise UsageError("no model was given", _what_to_give())
     preset = next((known for known in PRESETS if known.name == model), None)
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as exc:
+        raise ModelNotFoundError(f"no such file or folder: {model}", _what_to_give()) from exc
     if preset is None and _exists(path):
         located = _local(path)
     elif preset is not None and preset.package is not None:

@@ -8,15 +8,11 @@ A result may go to a descriptor of this process by its name (/dev/stdout, and /d
 from __future__ import annotations
 
 import os
-import re
 import stat
 from pathlib import Path
 
 from normistral.errors import NormistralError
-from normistral.files import RefusedFileError, checked, explain, is_own, replacing, require_place
-
-_DESCRIPTOR = re.compile(r"/dev/(stdout|stderr)|(?:/dev/fd|/proc/self/fd)/(\d{1,9})")
-_STANDARD = {"stdout": 1, "stderr": 2}
+from normistral.files import RefusedFileError, checked, descriptor_number, explain, is_own, replacing, require_place
 
 
 def require_result_place(path: Path, option: str) -> None:
@@ -28,7 +24,7 @@ def require_result_place(path: Path, option: str) -> None:
     Raises:
         UsageError: it cannot.
     """
-    if _descriptor(path) is None and not _is_stream(path):
+    if descriptor_number(path) is None and not _is_stream(path):
         require_place(path, option)
 
 
@@ -39,7 +35,7 @@ def write_result(path: Path, text: str) -> None:
         NormistralError: it cannot be written. Nothing is left of it, and a file of that name is as it was.
     """
     try:
-        number = _descriptor(path)
+        number = descriptor_number(path)
         if number is not None:
             _write(os.dup(number), text)
         elif _is_stream(path):
@@ -52,14 +48,6 @@ def write_result(path: Path, text: str) -> None:
     except OSError as exc:
         reason, hint = explain(exc)
         raise NormistralError(f"cannot write {path}: {reason}", hint) from exc
-
-
-def _descriptor(path: Path) -> int | None:
-    """The descriptor that a name such as /dev/fd/63 stands for."""
-    found = _DESCRIPTOR.fullmatch(str(path))
-    if found is None or os.name != "posix":
-        return None
-    return _STANDARD[found[1]] if found[1] else int(found[2])
 
 
 def _is_stream(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from normistral.errors import NormistralError, UsageError
+from normistral.files import explain, read_input
 from normistral.runtime.chunks import Completion
 from normistral.runtime.structured.structure import MOST_BYTES, Structure
 from normistral.terminal.answers import WHY_IT_ENDED
@@ -58,8 +59,7 @@ def _make(json_schema: Path | None, regex: str | None, choice: list[str] | None,
 
 def _read(option: str, path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)  # one more than may be, so that too much is noticed
+        raw = read_input(path, MOST_BYTES)
     except OSError as exc:
-        raise UsageError(f"cannot read {option} {path}: {exc.strerror}", "give a file that is there") from exc
+        raise UsageError(f"cannot read {option} {path}: {explain(exc)[0]}", "give a file that is there") from exc
     return decode_text(raw, f"{option} {path}")
