@@ -28,12 +28,18 @@ from normistral.commands.serving import serve
 from normistral.commands.store import list_, rm, show
 from normistral.commands.talking import chat, generate
 from normistral.commands.tuning import tune
-from normistral.errors import NormistralError, UsageError
+from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.files import explain
 from normistral.terminal import console
 from normistral.terminal.arguments import DEFAULTS_NOTE, Debug
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
+_SIGNS_OF_NO_MEMORY = (  # in other packages' exceptions: of the loader, C++, and threads
+    "failed to map segment",
+    "annot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+)
 _logger = logging.getLogger("normistral")
 
 app = typer.Typer(
@@ -62,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _require_arguments(given)
         return _invoke(given)
     except NormistralError as error:
-        console.show_error(error)
+        limited = _memory_hint() if isinstance(error, EngineError) else None  # engines do not say that they got none
+        console.print_error(error.message, limited or error.hint)
         return _end_in_error(error.exit_code)
     except typer.TyperException as error:  # the parser's own: unknown options, missing arguments
         console.print_error(_uncapitalised(error.format_message()), _usage_hint(error))
@@ -76,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print_error("the memory is used up", "close other programs, or take smaller weights (int4)")
         return _end_in_error(1)
     except Exception as error:
+        if any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY):
+            console.print_error("the memory is used up", _memory_hint() or "close other programs")
+            return _end_in_error(1)
         console.print_error(
             f"this is a bug in normistral: {type(error).__name__}: {error}",
             "run it again with --debug, and report what that prints",
@@ -94,6 +104,18 @@ def _invoke(arguments: Sequence[str]) -> int:
         code = exit_.exit_code
     sys.stdout.flush()  # here, where a closed pipe is still noticed
     return code
+
+
+def _memory_hint() -> str | None:
+    """What to do where a limit of this process may be to blame; None where there is none."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return None
+    return f"this process may have {most / 1e6:,.0f} MB of memory at most (ulimit -v): raise that first"
 
 
 def _require_arguments(arguments: Sequence[str]) -> None:

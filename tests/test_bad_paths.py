@@ -12,6 +12,7 @@ from planted import AS_ROOT, plant
 from sample_artifacts import write_artifact
 
 from normistral.cli import main
+from normistral.errors import EngineError
 
 # Where PATH stands; ARTIFACT is a folder with a manifest, TEXT a text.
 COMMANDS = {
@@ -156,3 +157,27 @@ def test_a_home_that_cannot_be(
     assert code != 0 or value in ("file/x", "circle/x", "x" * 5000)  # a store that is not there is empty
     if value.startswith("~"):
         assert "no such user" in printed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("/x/tokenizers.abi3.so: failed to map segment from shared object"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("std::bad_alloc"),
+        EngineError("OpenVINO could not load x on CPU: Loading input model", "check the artifact"),
+    ],
+)
+def test_a_limit_of_memory_is_named(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ulimit -v`: neither a bug nor a damaged artifact."""
+
+    def fail(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr("normistral.cli._invoke", fail)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (400_000_000, 400_000_000))
+    assert "400 MB of memory at most (ulimit -v)" in refusal(["models"], capsys)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (-1, -1))
+    assert "ulimit" not in refusal(["models"], capsys)

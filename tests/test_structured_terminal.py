@@ -58,7 +58,7 @@ def test_an_answer_that_is_not_whole_ends_with_1(tmp_path, artifact, schema):
         (["--regex", ""], "the regex is empty"),
         (["--choice", ""], "a choice needs texts that are not empty"),
         (["--json-schema", "nei.json"], "cannot read --json-schema nei.json: No such file or directory"),
-        (["--grammar", "."], "cannot read --grammar .: Is a directory"),
+        (["--grammar", "."], "cannot read --grammar .: it is a folder, not a file"),
     ],
 )
 def test_wrong_structures_are_refused_before_a_model_is_looked_for(monkeypatch, tmp_path, capsys, options, message):
