@@ -75,6 +75,6 @@ def test_files_are_utf8_and_of_a_size(tmp_path):
     with pytest.raises(Exception, match="is not UTF-8: byte 0xe5 at position 10"):
         read_structure(None, None, None, path)
     path.write_text("#" * 100_000)
-    with pytest.raises(Exception, match="may have 65,536"):
+    with pytest.raises(Exception, match="larger than 65,536 bytes"):
         read_structure(None, None, None, path)
     assert read_structure(None, None, None, None) is None
