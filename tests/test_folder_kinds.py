@@ -182,8 +182,7 @@ def test_all_missing_shards_are_named_and_the_unfinished_download(tmp_path: Path
     for path in sorted(folder.glob("model-0000[2-5]*")):
         path.unlink()
     error = refusal(folder, tmp_path / "b")
-    assert error.message.startswith(f"5 of 6 shards are missing from {folder}: {first}, model-00002-of")
-    assert error.message.endswith("model-00003-of-00006.safetensors and 2 more shards")
+    assert error.message == f"5 of 6 shards are missing from {folder}: 1, 2, 3, 4, 5"
     (folder / f"{first}.incomplete").touch()
     error = refusal(folder, tmp_path / "c")
     assert error.message.endswith(f"it holds a download that did not finish: {first}.incomplete")

@@ -22,6 +22,7 @@ from normistral.export.float16_range import require_range
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress
 from normistral.export.recipe import choose_recipe
+from normistral.export.rotary_buffers import check_rotary_buffers
 from normistral.export.values import read_magnitudes
 
 EMBEDDING, QUERIES, NORM = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
@@ -119,6 +120,30 @@ def test_no_export_is_made_of_it(tmp_path: Path, format: str, weights: str) -> N
     with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight in model\.safetensors holds a value"):
         normistral.export_model(str(folder), tmp_path / "out", format=format, weights=weights)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# Old rotary buffers
+
+
+@pytest.mark.parametrize(
+    ("theta", "dtype", "fits"), [(1e4, "float32", True), (1e4, "bfloat16", True), (5e5, "float32", False)]
+)
+def test_stored_rotary_frequencies_have_to_be_those_of_the_config(
+    tmp_path: Path, theta: float, dtype: str, fits: bool
+) -> None:
+    folder = make_mistral(tmp_path / "model", dtype=dtype)
+    tensors = load_file(folder / "model.safetensors")
+    frequencies = theta ** -(torch.arange(0, 24, 2) / 24)
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = frequencies.to(getattr(torch, dtype))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = opened(folder, tmp_path / "workspace")
+    if fits:
+        check_rotary_buffers(checkpoint)
+        return
+    with pytest.raises(
+        CheckpointError, match=r"rotary_emb\.inv_freq' holds other rotary frequencies than config\.json"
+    ):
+        check_rotary_buffers(checkpoint)
 
 
 # Float16

@@ -42,6 +42,7 @@ from normistral.export.resources import (
     estimate_calibration_s,
     estimate_needs,
 )
+from normistral.export.rotary_buffers import check_rotary_buffers
 from normistral.export.rounding.plan import (
     SENSITIVITY_TOKENS,
     Plan,
@@ -151,6 +152,7 @@ def _make_artifact(
 
     tokenizer = load_tokenizer(checkpoint.folder)
     token_ids = list(tokenizer(PROBE_TEXT)["input_ids"])[:context]
+    check_rotary_buffers(checkpoint)
     with progress.stage("reading the weights", checkpoint.weight_bytes, "bytes") as reading:
         require_range(read_magnitudes(checkpoint, reading.advance), checkpoint, recipe)
     tables, record = _calibrate(checkpoint, recipe, group_size, tokenizer, context, staging, progress)

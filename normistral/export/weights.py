@@ -158,12 +158,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _missing_files(folder: Path, absent: list[str], count: int) -> CheckpointError:
     """The error that names them all, and the download that did not finish where it shows."""
-    kind = "weight file" if count == 1 else "shard"
-    names = _some(absent, f"{kind}s")
-    found = recognise_folder(folder)
-    reason = f"{kind} {names} is missing from {folder}"
+    reason = f"{'weight file' if count == 1 else 'shard'} {absent[0]} is missing from {folder}"
     if len(absent) > 1:
-        reason = f"{len(absent)} of {count} shards are missing from {folder}: {names}"
+        numbers = [match[1].lstrip("0") for name in absent if (match := re.search(r"-(\d+)-of-\d+\.", name))]
+        which = ", ".join(numbers) if len(numbers) == len(absent) else _some(absent, "files")
+        reason = f"{len(absent)} of {count} shards are missing from {folder}: {which}"
+    found = recognise_folder(folder)
     if found is not None and "did not finish" in found.what:
         return CheckpointError(f"{reason}; it holds {found.what}", found.hint)
     return CheckpointError(reason, "download or copy the checkpoint again")
