@@ -1,8 +1,8 @@
 """Whether the types that an artifact stores can hold a checkpoint's values; float16 cannot hold all of bfloat16's.
 
 OpenVINO's rounded weights are codes times scales in float16. A group of weights far below its matrix's others becomes
-zeros, which is as near as the type comes; a whole matrix that would, or that reaches beyond the range, is refused here,
-before the first weight is rounded.
+zeros, which is as near as the type comes; a whole matrix that would, or a scale beyond the range, is refused here, before
+the first weight is rounded.
 """
 
 from __future__ import annotations
@@ -40,16 +40,15 @@ def require_range(largest: Mapping[str, float], checkpoint: Checkpoint, recipe: 
         bits = _stored_bits(name, len(shape), checkpoint, recipe)
         if bits is None or value == 0:
             continue
-        part = "stores its weights" if bits == 16 else "unpacks its weights"  # code × scale
-        if value > LARGEST_FLOAT16:
+        part = "its weights" if bits == 16 else "the scales of its weights"
+        if value > LARGEST_FLOAT16 * (1 if bits == 16 else 2 ** (bits - 1) - 1):
             problem = f"has values up to {value:.6g}, beyond the range of float16"
         elif value < smallest_held(bits, float16=True) and not name.endswith(".bias"):
             problem = f"has no value above {value:.3g}, which is below the range of float16"
-            part = part if bits == 16 else "stores the scales of its weights"
         else:
             continue
         raise ExportError(
-            f"{name} {problem}, in which {recipe.format} {recipe.weights} {part} ({_RANGE})", _hint(recipe)
+            f"{name} {problem}, in which {recipe.format} {recipe.weights} stores {part} ({_RANGE})", _hint(recipe)
         )
 
 

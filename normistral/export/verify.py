@@ -213,10 +213,15 @@ def run(backend: Backend, token_ids: list[int], tolerance: float, answer: int = 
     apart = float(np.max(np.abs(np.concatenate(steps) - at_once)))
     scale = float(np.max(np.abs(at_once)))
     if not np.isfinite(scale):
-        raise ExportError("the written model computes logits that are not numbers", "the checkpoint may be damaged")
+        raise ExportError(
+            "the written model computes logits that are not numbers, from weights that are",
+            "its layers reach beyond the type that computes them, float16 for fp16 in ONNX: use int8, int4 or fp32",
+        )
     if not apart <= tolerance * scale:
         raise ExportError(
-            f"the written model computes step by step other logits than at once: {apart:.3g} of {scale:.3g}"
+            f"the written model computes step by step other logits than at once: {apart:.3g} of {scale:.3g}",
+            "weights far larger than usual make sums depend on their order: look for such in the checkpoint; if there "
+            "are none, the exporter has a bug: report it",
         )
     return at_once
 
