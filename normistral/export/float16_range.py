@@ -1,8 +1,8 @@
 """Whether the types that an artifact stores can hold a checkpoint's values; float16 cannot hold all of bfloat16's.
 
 OpenVINO's rounded weights are codes times scales in float16. A group of weights far below its matrix's others becomes
-zeros, which is as near as the type comes; a whole matrix that would, or a scale beyond the range, is refused here, before
-the first weight is rounded.
+zeros, which is as near as the type comes; a whole matrix that would, or a scale beyond the range, is refused here,
+before the first weight is rounded.
 """
 
 from __future__ import annotations
