@@ -24,6 +24,7 @@ TEXTS = [
     "👩‍👩‍👧 og ❤️‍🔥!",
     " blank først",
     "日本語\n\n",
+    "en\n to\n \n  tre\n",
     "\ufffd",
     "x\ufffdy\ufffd",
 ]
@@ -45,7 +46,16 @@ def demo_like() -> tokenizers.Tokenizer:
     return backend
 
 
-DECODERS = BACKENDS | {"metaspace decoder": unigram_like, "from GGUF": demo_like}
+@functools.cache
+def eleven_b_like() -> tokenizers.Tokenizer:
+    """NorMistral-11B's: what is replaced may begin in one token and end in the next."""
+    backend = copy(byte_level())
+    steps = [decoders.ByteLevel(), decoders.Strip(" ", 1, 0), decoders.Replace("\n ", "\n")]
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+DECODERS = BACKENDS | {"metaspace decoder": unigram_like, "from GGUF": demo_like, "11B": eleven_b_like}
 
 
 def stream(tokenizer, ids, prompt=(), **options) -> list[str]:

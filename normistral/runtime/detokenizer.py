@@ -50,7 +50,7 @@ class StreamDetokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._stages = [_make_stage(description) for description in tokenizer.decoder_stages]
+        self._stages = _make_stages(tokenizer)
         if not self._stages:
             raise ArtifactError("the tokenizer has no decoder", "add one to tokenizer.json and export the model again")
         for token_id in prompt_tail:
@@ -81,7 +81,7 @@ def spell_vocabulary(tokenizer: Tokenizer, size: int) -> list[bytes]:
     Raises:
         ArtifactError: as `StreamDetokenizer`.
     """
-    stages = [_make_stage(description) for description in tokenizer.decoder_stages]
+    stages = _make_stages(tokenizer)
     for stage in stages:
         stage.push("a")  # the beginning is treated otherwise
     return [_spell(piece, stages) if (piece := tokenizer.token_text(i)) is not None else b"" for i in range(size)]
@@ -205,6 +205,49 @@ class _StripStart:
 
     def forget(self) -> list[str]:
         return []
+
+
+class _ReplaceInText:
+    """Replaces a text that may begin in one piece and end in a later one: what could be its beginning is held."""
+
+    def __init__(self, pattern: str, content: str) -> None:
+        self._pattern, self._content = pattern, content
+        self._held = ""
+        self._said = 0  # characters of what comes next that were given out with the prompt
+
+    def push(self, piece: str) -> list[str]:
+        *parts, rest = (self._held + piece).split(self._pattern)
+        sizes = range(min(len(rest), len(self._pattern) - 1), 0, -1)
+        size = next((size for size in sizes if self._pattern.startswith(rest[-size:])), 0)
+        self._held = rest[len(rest) - size :]
+        return self._say(self._content.join([*parts, rest[: len(rest) - size]]))
+
+    def flush(self) -> list[str]:
+        held, self._held = self._held, ""
+        return self._say(held)
+
+    def forget(self) -> list[str]:
+        self._said = len(self._held)
+        return [self._held]
+
+    def _say(self, text: str) -> list[str]:
+        if text:
+            text, self._said = text[self._said :], 0
+        return [text]
+
+
+def _make_stages(tokenizer: Tokenizer) -> list[_Stage]:
+    """The incremental twins of a decoder's steps; behind `ByteLevel` or `Fuse` the text is one piece for tokenizers."""
+    stages: list[_Stage] = []
+    is_joined = False
+    for description in tokenizer.decoder_stages:
+        match description:
+            case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if is_joined:
+                stages.append(_ReplaceInText(pattern, content))
+            case _:
+                stages.append(_make_stage(description))
+        is_joined = is_joined or description["type"] in ("ByteLevel", "Fuse")
+    return stages
 
 
 def _make_stage(description: dict[str, Any]) -> _Stage:
