@@ -135,9 +135,13 @@ $(VENV)/.ready-export: pyproject.toml $(VENV)/.created
 	@rm $(VENV)/.unfinished
 	@touch $@
 
+# mistral-common carries the tokenizers of the family's parents. It lies in a folder of its own, because transformers
+# behaves differently where it can be imported; its dependencies are not needed.
+$(VENV)/.ready-dev: MISTRAL = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tokenizers_of_mistral
 $(VENV)/.ready-dev: $(VENV)/.ready-export
 	@touch $(VENV)/.unfinished
 	@$(INSTALL) dev
+	@$(RUN) -m pip install --quiet --no-deps --upgrade --target "$(MISTRAL)" mistral-common==1.13.0 >&2
 	@rm $(VENV)/.unfinished
 	@touch $@
 

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 from normistral.export.checkpoint import open_checkpoint
+from normistral.export.complete_tokenizer import load_tokenizer
 from normistral.export.locate import locate
 from normistral.export.progress import NoProgress
 from normistral.export.reference import load_model
-from normistral.export.tokenizer_ir import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

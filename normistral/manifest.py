@@ -135,6 +135,8 @@ class Template:
         origin: "checkpoint", "file" when the user gave one, or "built-in" when a chat model shipped none.
         bos_token, eos_token, pad_token, unk_token: what the template sees under these names.
         sha256: of the user's file.
+        other_tokens: further special tokens that it sees, by the names of transformers' special_tokens_map: sep_token,
+            additional_special_tokens, image_token and so on.
     """
 
     text: str
@@ -144,6 +146,7 @@ class Template:
     pad_token: str | None = None
     unk_token: str | None = None
     sha256: Sha256 | None = None
+    other_tokens: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,7 @@ class Manifest:
         reasoning: how a thinking model marks its reasoning; None for other models.
         ignored_fields: fields of the checkpoint's files that may change what the model computes, and were ignored as
             the user asked.
+        added_tokens: tokens that were added to the checkpoint's tokenizer.json, because they stood in other files only.
     """
 
     format: ArtifactFormat
@@ -221,6 +225,7 @@ class Manifest:
     verified: Verified | None = None
     reasoning: ReasoningMarkers | None = None
     ignored_fields: tuple[FieldName, ...] = ()
+    added_tokens: tuple[str, ...] = ()
     schema_version: PositiveInt = field(default=SCHEMA_VERSION, kw_only=True)
 
     def __post_init__(self) -> None:

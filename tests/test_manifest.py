@@ -147,7 +147,13 @@ def parent_of(document: Any, path: tuple[Any, ...]) -> Any:
     return document
 
 
-MAPPINGS = {("files",), ("tools",), ("quality",), ("source", "files")}  # any key is a field there
+MAPPINGS = {
+    ("files",),
+    ("tools",),
+    ("quality",),
+    ("source", "files"),
+    ("template", "other_tokens"),
+}  # any key is a field there
 WRONG: dict[type, list[Any]] = {
     str: [3, True, ["a"], {"a": "b"}],
     int: ["3", 1.5, [1], {"a": 1}, -1, 2**70],

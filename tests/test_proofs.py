@@ -164,7 +164,10 @@ SABOTAGES = {
         config_of_another_theta,
         r"config\.json: the artifact's rope_theta is 1000000\.0, the checkpoint's 10000",
     ),
-    "template": (template_without_its_blank, r"chat template writes another text .*'<\|im_start\|>user.* instead of "),
+    "template": (
+        template_without_its_blank,
+        r"artifact's chat template is not the checkpoint's: .* instead of .*im_start",
+    ),
     "merge": (merge_removed, r"tokenizer\.json: the artifact's merges lacks \('e', 'r'\) \(1 entries, .* has 2\)"),
     "vocabulary": (token_renamed, r"tokenizer\.json: the artifact's vocab lacks 'er'"),
     "added token": (special_token_made_plain, r"tokenizer\.json: the artifact's added_tokens is "),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError
 from normistral.export.chat_templates import TemplateFile, override_template, try_template
+from normistral.export.complete_tokenizer import complete_tokenizer, load_tokenizer
 from normistral.export.config import (
     architecture_of,
     context_of,
@@ -35,9 +35,12 @@ from normistral.export.gguf_file import gguf_parts
 from normistral.export.known_fields import IgnoredFields, check_fields
 from normistral.export.locate import Located
 from normistral.export.progress import Progress
+from normistral.export.proofs.template import prove_template
+from normistral.export.proofs.tokenizer import prove_tokenizer
 from normistral.export.sampling_defaults import read_sampling_defaults
 from normistral.export.tensor import Dtype, Tensor
-from normistral.export.vocabulary import TOKENIZER_FILES, Vocabulary, convert_sentencepiece, read_vocabulary
+from normistral.export.tokenizer_files import TOKENIZER_FILES, lay_out_tokenizer, link_or_copy
+from normistral.export.vocabulary import Vocabulary, read_vocabulary
 from normistral.export.weights import (
     check_tensors,
     has_separate_output,
@@ -63,11 +66,13 @@ class Checkpoint:
         raw_config: config.json as it was given, less what `ignored_fields` names: what the proof measures by.
         ignored_fields: accepted knowingly, although they may change what the model computes.
         dtype: type of the stored weights; `weight_bytes` is their size.
-        tokenizer_files: to be shipped byte for byte.
+        tokenizer: the checkpoint's in transformers, from all its files; `tokenizer_files` are to be shipped.
+        added_tokens: what was added to tokenizer.json, because it stood only in other files.
         context_length: positions in tokens; None where no file gives any (ALiBi needs none).
         stop_token_ids: every id that a file calls end of sequence, sorted.
         adds_bos: measured: whether encoding plain text puts `bos_token_id` in front.
         reasoning: the tags of a thinking model, or None.
+        proof: figures of the comparison of tokenizer and template with transformers.
         notes: what the user should see.
     """
 
@@ -82,7 +87,9 @@ class Checkpoint:
     role: Role
     dtype: Dtype
     weight_bytes: int
+    tokenizer: Any
     tokenizer_files: tuple[Path, ...]
+    added_tokens: tuple[str, ...]
     context_length: int | None
     stop_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -90,6 +97,7 @@ class Checkpoint:
     template: Template | None
     sampling: SamplingDefaults
     reasoning: ReasoningMarkers | None
+    proof: dict[str, float]
     notes: tuple[str, ...]
 
 
@@ -117,10 +125,15 @@ def open_checkpoint(
     ignored = IgnoredFields(tuple(dict.fromkeys(ignore_fields)))
     try:
         if located.kind not in ("gguf", "package"):
-            return _open_folder(located, located.path, workspace, (), ignored, progress, chat_template)
-        unpacked = workspace / "unpacked"
-        notes = convert_gguf(located.path, unpacked, ignored, progress=progress)
-        checkpoint = _open_folder(located, unpacked, workspace, notes, ignored, progress, chat_template)
+            text = _open_text(located, located.path, workspace, ignored, chat_template, progress)
+            return _open_weights(located, located.path, text, progress)
+        unpacked, texts = workspace / "unpacked", []
+
+        def open_text(folder: Path) -> None:
+            texts.append(_open_text(located, folder, workspace, ignored, chat_template, progress))
+
+        notes = convert_gguf(located.path, unpacked, ignored, before_weights=open_text, progress=progress)
+        checkpoint = _open_weights(located, unpacked, replace(texts[0], notes=[*notes, *texts[0].notes]), progress)
         parts = tuple((part.name, part) for part in gguf_parts(located.path))
         return replace(checkpoint, source=replace(checkpoint.source, files={}), unhashed=parts)
     except OSError as exc:
@@ -144,41 +157,91 @@ def hash_sources(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambd
     return replace(checkpoint.source, files=dict(sorted({**checkpoint.source.files, **hashes}.items())))
 
 
-def _open_folder(
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A checkpoint without its weights: everything that turns text into tokens and ends an answer, proved.
+
+    Attributes:
+        view: folder with all files but the weights.
+        tokenizer: in transformers.
+        proof: figures of the comparison with transformers.
+    """
+
+    view: Path
+    config: dict[str, Any]
+    raw_config: dict[str, Any]
+    ignored_fields: tuple[str, ...]
+    tokenizer: Any
+    added_tokens: tuple[str, ...]
+    vocabulary: Vocabulary
+    template: Template | None
+    stop_token_ids: tuple[int, ...]
+    sampling: SamplingDefaults
+    proof: dict[str, float]
+    notes: list[str]
+
+
+def _open_text(
     located: Located,
     folder: Path,
     workspace: Path,
-    notes: tuple[str, ...],
     ignored: IgnoredFields,
+    given: TemplateFile | None,
     progress: Progress,
-    chat_template: TemplateFile | None,
-) -> Checkpoint:
-    found = list(notes)
-    with progress.stage("Checking the checkpoint"):
-        raw_config, config = _read_config(folder, located.preset, ignored, found)
+) -> _Text:
+    """Read and prove what needs no weights; the tensors' names and shapes are not looked at either."""
+    notes: list[str] = []
+    with progress.stage("Checking tokenizer and template"):
+        raw_config, config = _read_config(folder, located.preset, ignored, notes)
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            _require_inside(folder, name)
         generation = _read_generation(folder, raw_config, ignored)
         ignored.require_found()
-        found += [
+        notes += [
             f"the field {name} is ignored, as asked: it may change what the model computes" for name in ignored.names
         ]
-        tensors = _check_weights(folder, config, raw_config.get("tie_word_embeddings"), found)
-        view = _lay_out(folder, workspace / "checkpoint", config, found)
-        if chat_template is not None:
-            override_template(view, chat_template)
-        vocabulary = read_vocabulary(view, config["bos_token_id"])
-        if vocabulary.largest_id >= config["vocab_size"]:
-            raise CheckpointError(
-                f"the tokenizer does not fit the model: its ids run to {vocabulary.largest_id}, "
-                f"but config.json has vocab_size {config['vocab_size']}",
-                "the tokenizer and the weights belong to different models",
-            )
+        if located.kind not in ("gguf", "package"):
+            weight_files(folder)  # by name only: without any, nothing else matters
+        view = workspace / "checkpoint"
+        view.mkdir(parents=True)
+        lay_out_tokenizer(folder, view, raw_config, notes)
+        if given is not None:
+            override_template(view, given)
+        tokenizer = load_tokenizer(view)
+        added = complete_tokenizer(view, tokenizer, notes)
+        vocabulary = read_vocabulary(view, tokenizer, config["bos_token_id"], config["vocab_size"])
         stops = _stop_token_ids(config, generation, vocabulary)
-        template = _choose_template(vocabulary, located.preset, chat_template, found)
-        if template is not None:
-            file = None if chat_template is None else chat_template.name
-            try_template(template, view, vocabulary.reasoning, file)
-        sampling = read_sampling_defaults(generation, found.append)
+        template = _choose_template(vocabulary, located.preset, given, notes)
+        sampling = read_sampling_defaults(generation, notes.append)
         _write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
+        proof = {"tokenizer_tokens": float(prove_tokenizer(view, tokenizer)), "template_conversations": 0.0}
+        if template is not None:
+            file = None if given is None else given.name
+            try_template(template, view, vocabulary.reasoning, file)
+            proof["template_conversations"] = float(prove_template(template, view, vocabulary.reasoning, tokenizer))
+    return _Text(
+        view=view,
+        config=config,
+        raw_config=raw_config,
+        ignored_fields=ignored.names,
+        tokenizer=tokenizer,
+        added_tokens=added,
+        vocabulary=vocabulary,
+        template=template,
+        stop_token_ids=stops,
+        sampling=sampling,
+        proof=proof,
+        notes=notes,
+    )
+
+
+def _open_weights(located: Located, folder: Path, text: _Text, progress: Progress) -> Checkpoint:
+    """Check the weights' headers against config.json, and complete the view."""
+    found, config, view = list(text.notes), text.config, text.view
+    with progress.stage("Checking the checkpoint"):
+        tensors = _check_weights(folder, config, text.raw_config.get("tie_word_embeddings"), found)
+        _link_weights(folder, view)
+        _write_json(view / "config.json", config)
         weights, _ = weight_files(folder)
         source, unhashed = _origin(located, folder, weights)
     for note in found:
@@ -189,20 +252,23 @@ def _open_folder(
         unhashed=unhashed,
         family=find_family(config),
         config=config,
-        raw_config=raw_config,
-        ignored_fields=ignored.names,
+        raw_config=text.raw_config,
+        ignored_fields=text.ignored_fields,
         architecture=architecture_of(config),
-        role="chat" if template is not None else "base",
+        role="chat" if text.template is not None else "base",
         dtype=stored_dtype(tensors),
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        tokenizer=text.tokenizer,
         tokenizer_files=tuple(view / name for name in TOKENIZER_FILES if (view / name).exists()),
+        added_tokens=text.added_tokens,
         context_length=context_of(config),
-        stop_token_ids=stops,
-        bos_token_id=vocabulary.bos_id,
-        adds_bos=vocabulary.adds_bos,
-        template=template,
-        sampling=sampling,
-        reasoning=vocabulary.reasoning,
+        stop_token_ids=text.stop_token_ids,
+        bos_token_id=text.vocabulary.bos_id,
+        adds_bos=text.vocabulary.adds_bos,
+        template=text.template,
+        sampling=text.sampling,
+        reasoning=text.vocabulary.reasoning,
+        proof=text.proof,
         notes=tuple(found),
     )
 
@@ -269,49 +335,14 @@ def _check_weights(folder: Path, config: dict[str, Any], tied: bool | None, note
     return tensors
 
 
-def _lay_out(folder: Path, view: Path, config: dict[str, Any], notes: list[str]) -> Path:
-    view.mkdir(parents=True)
-    _write_json(view / "config.json", config)
+def _link_weights(folder: Path, view: Path) -> None:
     files, weight_map = weight_files(folder)
-    names = [*files, *TOKENIZER_FILES, "generation_config.json"]
+    names = list(files)
     if weight_map is not None:
         suffix = files[0].rpartition(".")[2]
         names.append("model.safetensors.index.json" if suffix == "safetensors" else "pytorch_model.bin.index.json")
     for name in names:
-        _require_inside(folder, name)
-        if not (folder / name).exists():
-            continue
-        if name == "generation_config.json":  # read here, and replaced by a checked one
-            shutil.copyfile(folder / name, view / name)
-        else:
-            _link(folder / name, view / name)
-    _drop_tokenizer_code(view, notes)
-    if not (view / "tokenizer.json").exists():
-        if not (view / "tokenizer.model").exists():
-            raise CheckpointError(
-                f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model",
-                "copy the tokenizer's files beside config.json",
-            )
-        convert_sentencepiece(view)
-        notes.append("tokenizer.json was made from tokenizer.model")
-    return view
-
-
-def _link(source: Path, target: Path) -> None:
-    """A symbolic link, or a copy where the file system has none."""
-    try:
-        target.symlink_to(source.resolve())
-    except (OSError, NotImplementedError):
-        shutil.copyfile(source, target)
-
-
-def _drop_tokenizer_code(view: Path, notes: list[str]) -> None:
-    path = view / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
-    if "auto_map" in settings:
-        path.unlink()
-        _write_json(path, {key: value for key, value in settings.items() if key != "auto_map"})
-        notes.append("the tokenizer comes with code of its own (auto_map), which is never run")
+        link_or_copy(folder / name, view / name)
 
 
 def _require_inside(folder: Path, name: str) -> None:
@@ -357,15 +388,13 @@ def _choose_template(
         )
     if given is not None:
         notes.append(f"the chat template is that of {ascii(given.name)[1:-1]}, as asked; the checkpoint's is not used")
-    specials = vocabulary.specials
+    specials: dict[str, Any] = dict(vocabulary.specials)
     return Template(
         text=CHATML if vocabulary.template is None else vocabulary.template,
         origin="built-in" if vocabulary.template is None else "checkpoint" if given is None else "file",
         sha256=None if given is None else given.sha256,
-        bos_token=specials.get("bos_token"),
-        eos_token=specials.get("eos_token"),
-        pad_token=specials.get("pad_token"),
-        unk_token=specials.get("unk_token"),
+        **{name: specials.pop(name, None) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+        other_tokens=specials,
     )
 
 

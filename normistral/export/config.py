@@ -25,6 +25,7 @@ from normistral.export.fields import (
     read_token_ids,
     shorten,
 )
+from normistral.export.file_kinds import unreadable
 from normistral.export.known_fields import IgnoredFields, check_fields
 from normistral.manifest import Architecture
 
@@ -49,11 +50,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as exc:
         raise CheckpointError(f"cannot read {path}: {exc.strerror}", "check the folder's permissions") from exc
     except (ValueError, RecursionError) as exc:
-        reason = "nested too deeply" if isinstance(exc, RecursionError) else exc
-        raise CheckpointError(f"{path.name} is not valid JSON: {reason}", "download or copy the file again") from exc
+        raise unreadable(path, f"{path.name} {_why_no_json(exc)}", "download or copy the file again") from exc
     if not isinstance(document, dict):
         raise CheckpointError(f"{path.name} holds a {type(document).__name__}, not an object", AS_PUBLISHED)
     return document
+
+
+def _why_no_json(exc: ValueError | RecursionError) -> str:
+    if isinstance(exc, UnicodeDecodeError):
+        return f"is not UTF-8 at byte {exc.start}"
+    if isinstance(exc, json.JSONDecodeError) and (
+        exc.msg.startswith("Unterminated") or exc.pos >= len(exc.doc.rstrip()) - len("null")
+    ):
+        return f"is not valid JSON: it is cut off after {len(exc.doc)} characters ({exc})"
+    return f"is not valid JSON: {'nested too deeply' if isinstance(exc, RecursionError) else exc}"
 
 
 def sanitise_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -51,11 +51,19 @@ _NAMES = {
 _LAYER = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
 
 
-def convert_gguf(path: Path, folder: Path, ignored: IgnoredFields, *, progress: Progress) -> tuple[str, ...]:
+def convert_gguf(
+    path: Path,
+    folder: Path,
+    ignored: IgnoredFields,
+    *,
+    progress: Progress,
+    before_weights: Callable[[Path], None] = lambda folder: None,
+) -> tuple[str, ...]:
     """Write config.json, model.safetensors and tokenizer files into `folder`.
 
     Args:
         ignored: keys that were accepted knowingly, although they may change what the model computes.
+        before_weights: called with the folder once all but the weights is there; what it raises stops the conversion.
 
     Returns:
         notes for the user.
@@ -76,6 +84,7 @@ def convert_gguf(path: Path, folder: Path, ignored: IgnoredFields, *, progress: 
     folder.mkdir(parents=True, exist_ok=True)
     notes = write_tokenizer(gguf.metadata, folder)
     (folder / "config.json").write_text(json.dumps(described | {"torch_dtype": "float32"}, indent=2), encoding="utf-8")
+    before_weights(folder)
     with progress.stage("Unpacking the GGUF weights", sum(item.nbytes for item in sources.values()), "bytes") as stage:
         _write_weights(gguf, config, sources, folder / "model.safetensors", stage.advance)
     return notes

@@ -1,4 +1,6 @@
-"""An export as a story: locate → open → model → companions → hash → verify → manifest → move into place.
+"""An export as a story: locate → open → companions → model → hash → verify → manifest → move into place.
+
+Tokenizer and template are opened, compared with transformers and written before the first weight is read.
 
 Each step lives in a file of its own; this one only puts them in order.
 """
@@ -53,7 +55,7 @@ from normistral.export.rounding.plan import (
 )
 from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, check_output, stage
-from normistral.export.tokenizer_ir import load_tokenizer, save_tokenizer_ir, tokenizer_ir_differs
+from normistral.export.tokenizer_ir import save_tokenizer_ir, tokenizer_ir_differs
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
 from normistral.export.values import read_magnitudes
 from normistral.hardware import plan_threads, read_machine
@@ -123,8 +125,7 @@ def export_model(
                 chat_template=template,
                 ignore_fields=ignore_fields,
             )
-            with _beside(partial(hash_sources, checkpoint)) as source:
-                manifest = _make_artifact(checkpoint, source, choice, staging, output, proving, progress)
+            manifest = _make_artifact(checkpoint, choice, staging, output, proving, progress)
     peak = "" if meter.peak_bytes is None else f", peak memory {meter.peak_bytes / 2**30:.1f} GiB"
     progress.note(f"{output}: {manifest.total_bytes / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s{peak}")
     return manifest
@@ -132,7 +133,6 @@ def export_model(
 
 def _make_artifact(
     checkpoint: Checkpoint,
-    source: Future[Source],
     recipe: Recipe,
     staging: Staging,
     output: Path,
@@ -150,21 +150,22 @@ def _make_artifact(
     for note in made:
         progress.note(note)
 
-    tokenizer = load_tokenizer(checkpoint.folder)
-    token_ids = list(tokenizer(PROBE_TEXT)["input_ids"])[:context]
-    check_rotary_buffers(checkpoint)
-    with progress.stage("reading the weights", checkpoint.weight_bytes, "bytes") as reading:
-        require_range(read_magnitudes(checkpoint, reading.advance), checkpoint, recipe)
-    tables, record = _calibrate(checkpoint, recipe, group_size, tokenizer, context, staging, progress)
-    reference = _write_model(checkpoint, recipe, group_size, context, staging, token_ids, tables, progress)
     with progress.stage("writing tokenizer and configuration"):
-        found = _write_companions(checkpoint, recipe, tokenizer, context, staging.artifact)
-    with progress.stage("hashing", total=folder_bytes(staging.artifact), unit="bytes") as hashing:
-        files = hash_files(staging.artifact, hashing.advance)
+        found = _write_companions(checkpoint, recipe, context, staging.artifact)
+    token_ids = list(checkpoint.tokenizer(PROBE_TEXT)["input_ids"])[:context]
+    check_rotary_buffers(checkpoint)
+    with _beside(partial(hash_sources, checkpoint)) as hashed:
+        with progress.stage("reading the weights", checkpoint.weight_bytes, "bytes") as reading:
+            require_range(read_magnitudes(checkpoint, reading.advance), checkpoint, recipe)
+        tables, record = _calibrate(checkpoint, recipe, group_size, context, staging, progress)
+        reference = _write_model(checkpoint, recipe, group_size, context, staging, token_ids, tables, progress)
+        with progress.stage("hashing", total=folder_bytes(staging.artifact), unit="bytes") as hashing:
+            files = hash_files(staging.artifact, hashing.advance)
+        source = hashed.result()
     manifest = Manifest(
         format=recipe.format,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        source=source.result(),
+        source=source,
         role=checkpoint.role,
         architecture=checkpoint.architecture,
         context_length=context,
@@ -178,11 +179,12 @@ def _make_artifact(
         tools=tool_versions(recipe.format),
         reasoning=checkpoint.reasoning,
         ignored_fields=checkpoint.ignored_fields,
+        added_tokens=checkpoint.added_tokens,
         notes=(*checkpoint.notes, *made, *found),
     )
     for note in found:
         progress.note(note)
-    manifest = prove(manifest, checkpoint, tokenizer, token_ids, reference, staging, proving, progress)
+    manifest = prove(manifest, checkpoint, token_ids, reference, staging, proving, progress)
     write_manifest(staging.artifact, manifest)
     return manifest
 
@@ -191,7 +193,6 @@ def _calibrate(
     checkpoint: Checkpoint,
     recipe: Recipe,
     group_size: int | None,
-    tokenizer: Any,
     context: int,
     staging: Staging,
     progress: Progress,
@@ -208,7 +209,7 @@ def _calibrate(
     from normistral.export.rounding.arithmetic import fast_products
     from normistral.export.rounding.calibration import round_layers
 
-    windows = calibration_windows(lambda text: list(tokenizer(text)["input_ids"]), context)
+    windows = calibration_windows(lambda text: list(checkpoint.tokenizer(text)["input_ids"]), context)
     tables = RoundedTables.make(staging.workspace)
     seconds = estimate_calibration_s(checkpoint.architecture, plan, plan_threads(read_machine()))
     progress.note(
@@ -262,7 +263,7 @@ def _write_model(
     return openvino.write_model(checkpoint, recipe, group_size, staging, token_ids, tables, progress)
 
 
-def _write_companions(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Any, context: int, folder: Path) -> list[str]:
+def _write_companions(checkpoint: Checkpoint, recipe: Recipe, context: int, folder: Path) -> list[str]:
     """Write tokenizer and configuration. Returns notes."""
     copy_companions(checkpoint, folder)
     if recipe.format == "onnx":
@@ -271,8 +272,8 @@ def _write_companions(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Any, co
         write_genai_config(checkpoint, recipe, context, folder)
         return []
     template = None if checkpoint.template is None else checkpoint.template.text
-    save_tokenizer_ir(tokenizer, folder, template)
-    if tokenizer_ir_differs(tokenizer, folder, PROBE_TEXT):
+    save_tokenizer_ir(checkpoint.tokenizer, folder, template)
+    if tokenizer_ir_differs(checkpoint.tokenizer, folder, PROBE_TEXT):
         return ["the OpenVINO tokenizer splits text differently than the checkpoint's; this package's own does not"]
     return []
 

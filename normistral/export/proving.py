@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from normistral.errors import ExportError, UsageError
 from normistral.export.checkpoint import Checkpoint
@@ -43,7 +42,6 @@ def choose_proving(output: Path, *, verify: bool, keep_failed: bool) -> Proving:
 def prove(
     manifest: Manifest,
     checkpoint: Checkpoint,
-    tokenizer: Any,
     token_ids: list[int],
     reference: Reference | None,
     staging: Staging,
@@ -55,7 +53,7 @@ def prove(
         progress.note("not verified: --no-verify")
         return replace(manifest, verified="no", notes=(*manifest.notes, "not verified, as asked"))
     try:
-        proof = verify(staging.artifact, manifest, checkpoint, tokenizer, token_ids, reference, progress)
+        proof = verify(staging.artifact, manifest, checkpoint, token_ids, reference, progress)
     except ExportError as failure:
         if proving.keep_failed is not None:
             notes = (*manifest.notes, f"failed its verification: {failure.message}")

@@ -8,27 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from normistral.errors import CheckpointError, ExportError
+from normistral.errors import ExportError
 from normistral.export.openvino import write_ir
 
 TOKENIZER_NAME = "openvino_tokenizer.xml"
 DETOKENIZER_NAME = "openvino_detokenizer.xml"
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer as transformers loads it; runs no code of the checkpoint and asks no network.
-
-    Raises:
-        CheckpointError: transformers cannot load it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as exc:  # the tokenizers package raises bare Exception for a damaged file
-        raise CheckpointError(
-            f"transformers cannot load the tokenizer: {exc}".splitlines()[0], "download or copy the tokenizer again"
-        ) from exc
 
 
 def save_tokenizer_ir(tokenizer: Any, folder: Path, template: str | None) -> None:

@@ -1,16 +1,16 @@
 """The proof before an artifact gets its name: it opens, holds what the checkpoint holds, and computes the same.
 
 The cheap parts come first, and name what differs: inputs and outputs, configuration, tokenizer, template, some rows of
-every matrix. Then the model is run by this package's own engine, step by step against all at once, and against
-transformers in float32: with the artifact's matrices, which has to agree, and with the checkpoint's, which says what
-rounding costs. A large model goes through transformers layer by layer, and is never in memory with the artifact.
+every matrix. (That tokenizer and template give transformers' ids was proved before the export began.) Then the model is
+run by this package's own engine, step by step against all at once, and against transformers in float32: with the
+artifact's matrices, which has to agree, and with the checkpoint's, which says what rounding costs. A large model goes
+through transformers layer by layer, and is never in memory with the artifact.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,8 +20,7 @@ from normistral.evaluation.windows import Window
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.layerwise import LayeredModel, Matrices
 from normistral.export.progress import Progress
-from normistral.export.proofs.files import check_config, check_tokenizer
-from normistral.export.proofs.template import check_template
+from normistral.export.proofs.files import check_config, check_template, check_tokenizer
 from normistral.export.reference import PROBE_TOKENS, Logits, Reference, fits_for_running
 from normistral.export.resources import estimate_running_bytes
 from normistral.hardware import available_memory_bytes
@@ -59,7 +58,6 @@ def verify(
     folder: Path,
     manifest: Manifest,
     checkpoint: Checkpoint,
-    tokenizer: Any,
     token_ids: list[int],
     reference: Reference | None,
     progress: Progress,
@@ -68,7 +66,6 @@ def verify(
 
     Args:
         folder: all files but the manifest.
-        tokenizer: the checkpoint's, in transformers.
         token_ids: of the probe text.
         reference: the model's own logits, where they are known already.
 
@@ -81,10 +78,11 @@ def verify(
     with progress.stage("verifying the files"):
         check_structure(folder, manifest)
         check_config(folder, checkpoint.folder)
+        check_tokenizer(folder, checkpoint)
+        check_template(manifest, checkpoint)
         matrices = ArtifactMatrices(folder, manifest, checkpoint)
         quality = {
-            "tokenizer_tokens": float(check_tokenizer(folder, checkpoint.folder, tokenizer)),
-            "template_conversations": float(check_template(folder, manifest, tokenizer)),
+            **checkpoint.proof,
             "matrices": float(matrices.check()),
         }
     read = "the same tokenizer, template and matrices"

@@ -1,7 +1,7 @@
 """What a checkpoint's tokenizer files say: the vocabulary, the special tokens, the chat template, the reasoning's tags.
 
-The `tokenizers` library is the measure, because it is what the runtime uses; transformers is asked only for the one
-thing that it alone can do, to convert a sentencepiece model.
+The `tokenizers` library is the measure, because it is what the runtime uses; transformers is asked for the names of the
+special tokens, which a chat template sees.
 """
 
 from __future__ import annotations
@@ -13,20 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, first_line
-from normistral.export.chat_templates import TEMPLATE_NAME, find_template
+from normistral.export.chat_templates import find_template
+from normistral.export.complete_tokenizer import load_backend
 from normistral.export.config import read_json
 from normistral.manifest import ReasoningMarkers
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    TEMPLATE_NAME,
-)
 _OPEN, _CLOSE = "<think>", "</think>"  # the only pair that is looked for
 # The literal right after a message's content: {{ message['content'] + '<|im_end|>' }}, {{ message.content }}<|im_end|>
 _AFTER_CONTENT = re.compile(
@@ -39,8 +30,7 @@ class Vocabulary:
     """What the tokenizer says.
 
     Attributes:
-        largest_id: the largest token id it can produce.
-        specials: content of bos_token, eos_token, pad_token and unk_token, where a file names them.
+        specials: transformers' special_tokens_map: bos_token, eos_token, additional_special_tokens and so on.
         eos_ids: ids of every token that a tokenizer file calls end of sequence, and of the token with which the chat
             template closes a message; sorted.
         bos_id: id of bos_token, else config.json's.
@@ -49,8 +39,7 @@ class Vocabulary:
         reasoning: the tags of a thinking model, or None.
     """
 
-    largest_id: int
-    specials: dict[str, str]
+    specials: dict[str, str | tuple[str, ...]]
     eos_ids: tuple[int, ...]
     bos_id: int | None
     adds_bos: bool
@@ -58,45 +47,36 @@ class Vocabulary:
     reasoning: ReasoningMarkers | None
 
 
-def read_vocabulary(folder: Path, config_bos_id: int | None) -> Vocabulary:
+def read_vocabulary(folder: Path, reference: Any, config_bos_id: int | None, vocab_size: int) -> Vocabulary:
     """Read tokenizer.json and the files beside it.
 
     Args:
+        folder: with a tokenizer.json that has all tokens.
+        reference: the tokenizer in transformers.
         config_bos_id: bos_token_id of config.json, for when no tokenizer file names the token.
+        vocab_size: how many tokens the model has.
 
     Raises:
-        CheckpointError: a file is damaged, or names a token that the tokenizer does not have.
+        CheckpointError: a file is damaged, or names a token that tokenizer or model do not have.
     """
-    tokenizer = _load(folder / "tokenizer.json")
-    settings = _optional_json(folder / "tokenizer_config.json")
-    special_map = _optional_json(folder / "special_tokens_map.json")
-    specials: dict[str, str] = {}
-    eos_ids: set[int] = set()
-    files = [("special_tokens_map.json", special_map), ("tokenizer_config.json", settings)]
-    if "added_tokens_decoder" not in settings:
-        files.reverse()  # transformers lets special_tokens_map.json overrule a tokenizer_config.json of the older kind
-    for file, document in files:
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            content = _content(document.get(name), f"{file}: {name}")
-            if content is None:
-                continue
-            token_id = tokenizer.token_to_id(content)
-            if token_id is None:
-                raise CheckpointError(
-                    f"{file} names {content[:60]!r} as {name}, but the tokenizer has no such token",
-                    "the tokenizer files belong to different models; copy them again",
-                )
-            specials[name] = content
-            if name == "eos_token":
-                eos_ids.add(token_id)
-    template = find_template(folder, settings)
-    eos_ids |= set(_closing_tokens(template, tokenizer))
-    bos_id = tokenizer.token_to_id(specials["bos_token"]) if "bos_token" in specials else config_bos_id
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    tokenizer = load_backend(folder / "tokenizer.json")
+    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise CheckpointError("tokenizer.json has an empty vocabulary", "copy the file again")
+    settings = _optional_json(folder / "tokenizer_config.json")
+    files = {"tokenizer_config.json": settings}
+    files["special_tokens_map.json"] = _optional_json(folder / "special_tokens_map.json")
+    _require_room(vocabulary, files, vocab_size)
+    eos_ids = set(_eos_ids(tokenizer, files))
+    template = find_template(folder, settings)
+    eos_ids |= set(_closing_tokens(template, tokenizer))
+    specials = {
+        name: value if isinstance(value, str) else tuple(map(str, value))
+        for name, value in reference.special_tokens_map.items()
+    }
+    bos = specials.get("bos_token")
+    bos_id = vocabulary.get(bos) if isinstance(bos, str) else config_bos_id
     return Vocabulary(
-        largest_id=max(vocabulary.values()),
         specials=specials,
         eos_ids=tuple(sorted(eos_ids)),
         bos_id=bos_id,
@@ -106,39 +86,40 @@ def read_vocabulary(folder: Path, config_bos_id: int | None) -> Vocabulary:
     )
 
 
-def convert_sentencepiece(folder: Path) -> None:
-    """Write tokenizer.json beside a tokenizer.model, through transformers' own converter.
+def _eos_ids(tokenizer: Any, files: dict[str, dict[str, Any]]) -> Iterator[int]:
+    """The ids of what the files call eos_token; NorMistral's name different ones."""
+    for file, document in files.items():
+        content = _content(document.get("eos_token"), f"{file}: eos_token")
+        if content is None:
+            continue
+        token_id = tokenizer.token_to_id(content)
+        if token_id is None:
+            raise CheckpointError(
+                f"{file} names {content[:60]!r} as eos_token, but the tokenizer has no such token",
+                "the tokenizer files belong to different models; copy them again",
+            )
+        yield token_id
 
-    Raises:
-        CheckpointError: the model cannot be read.
-    """
-    from transformers import LlamaTokenizerFast
 
-    settings = _optional_json(folder / "tokenizer_config.json")
-    options = {"add_prefix_space": True}  # sentencepiece's own default; the fast class takes silence for False
-    options |= {key: settings[key] for key in (*options, "add_bos_token", "add_eos_token", "legacy") if key in settings}
-    try:
-        fast = LlamaTokenizerFast(vocab_file=str(folder / "tokenizer.model"), **options)
-        fast.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    except Exception as exc:  # sentencepiece and protobuf raise types of their own
+def _require_room(vocabulary: dict[str, int], files: dict[str, dict[str, Any]], vocab_size: int) -> None:
+    """Refuse ids that the model does not have, and name the file that asks for the token."""
+    for file, document in files.items():
+        for name, value in document.items():
+            token = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(token, str) and vocabulary.get(token, 0) >= vocab_size:
+                raise CheckpointError(
+                    f"{file} names {token[:60]!r} as {name}, but the tokenizer has no such token: it would be "
+                    f"{vocabulary[token]}, and the model's ids run to {vocab_size - 1}",
+                    f"correct {file}: name a token that the model knows",
+                )
+    largest = max(vocabulary.values())
+    if largest >= vocab_size:
+        token = next(token for token, token_id in vocabulary.items() if token_id == largest)
         raise CheckpointError(
-            f"tokenizer.model cannot be converted: {first_line(exc)[:160]}",
-            "use a checkpoint that has a tokenizer.json",
-        ) from exc
-
-
-def _load(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    read_json(path)  # for its size limit and its clear messages
-    try:
-        return Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as exc:  # a panic in its Rust code is no Exception
-        raise CheckpointError(
-            f"tokenizer.json cannot be read: {first_line(exc)[:160]}", "download or copy the file again"
-        ) from exc
+            f"the tokenizer does not fit the model: its ids run to {largest}, but config.json has vocab_size "
+            f"{vocab_size}; the last token is {ascii(token)[:60]}",
+            "the tokenizer and the weights belong to different models, or tokens were added without training them",
+        )
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

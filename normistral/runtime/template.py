@@ -117,7 +117,9 @@ class ChatTemplate:
         from normistral.runtime.sandbox import own
 
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        values = {name: own(getattr(self._template, name)) for name in names}
+        values: dict[str, Any] = {name: own(getattr(self._template, name)) for name in names}
+        for name, value in self._template.other_tokens.items():
+            values[name] = own(value) if isinstance(value, str) else [own(token) for token in value]
         return {name: value for name, value in values.items() if value is not None}
 
 

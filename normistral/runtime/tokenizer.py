@@ -130,6 +130,11 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(text)
         return token_id
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as the vocabulary spells it, added ones included, and its id."""
+        tokens: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return tokens
+
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` leaves this token out."""
         return token_id in self._special_ids

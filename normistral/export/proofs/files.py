@@ -1,4 +1,4 @@
-"""Configuration and tokenizer of an artifact: section by section what the checkpoint has, and the same ids for text."""
+"""Configuration, tokenizer and template of an artifact: section by section what the checkpoint has."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from normistral.errors import ArtifactError, ExportError
+from normistral.errors import ExportError
+from normistral.export.checkpoint import Checkpoint
 from normistral.export.config import read_json
 from normistral.export.fields import shorten
 from normistral.export.proofs import CAUSE
-from normistral.export.texts import load_texts
-from normistral.runtime.tokenizer import Tokenizer
+from normistral.export.proofs.template import where_they_part
+from normistral.manifest import Manifest
 
 # Compared by its two long lists apart: those are where something goes missing unnoticed.
 _MODEL_LISTS = ("vocab", "merges")
@@ -26,42 +27,34 @@ def check_config(folder: Path, checkpoint: Path) -> None:
     _compare("config.json", read_json(checkpoint / "config.json"), read_json(folder / "config.json"))
 
 
-def check_tokenizer(folder: Path, checkpoint: Path, reference: Any) -> int:
-    """tokenizer.json, section by section; then the ids of our texts, line by line, with transformers' own.
+def check_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+    """The artifact has the tokenizer's files whose ids were compared with transformers', unchanged.
 
     Args:
         folder: of the artifact.
-        checkpoint: folder of the opened checkpoint.
-        reference: its tokenizer in transformers.
-
-    Returns:
-        how many tokens were compared.
 
     Raises:
-        ExportError: naming what differs.
+        ExportError: naming the part of tokenizer.json or the file that differs.
     """
-    expected, found = read_json(checkpoint / "tokenizer.json"), read_json(folder / "tokenizer.json")
+    expected, found = read_json(checkpoint.folder / "tokenizer.json"), read_json(folder / "tokenizer.json")
     for name in _MODEL_LISTS:
         _compare_list(name, expected.get("model", {}).get(name), found.get("model", {}).get(name))
     _compare("tokenizer.json", expected, found)
-    try:
-        tokenizer = Tokenizer.from_folder(folder)
-    except ArtifactError as exc:
-        raise ExportError(f"the artifact's tokenizer cannot be opened: {exc.message}", CAUSE) from exc
-    compared = 0
-    for name, text in load_texts().items():
-        for number, line in enumerate(text.splitlines(keepends=True), start=1):
-            ours, theirs = tokenizer.encode(line), list(reference(line)["input_ids"])
-            if ours != theirs:
-                at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-                at = min(len(ours), len(theirs)) if at is None else at
-                raise ExportError(
-                    f"the artifact's tokenizer gives other ids than the checkpoint's for line {number} of our text "
-                    f"{name}, from token {at} on: {ours[at : at + 4]} instead of {theirs[at : at + 4]}",
-                    CAUSE,
-                )
-            compared += len(ours)
-    return compared
+    for file in checkpoint.tokenizer_files:
+        if file.read_bytes() != (folder / file.name).read_bytes():
+            raise ExportError(f"the artifact's {file.name} is not the checkpoint's", CAUSE)
+
+
+def check_template(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """The manifest has the template that was compared with transformers'.
+
+    Raises:
+        ExportError: quoting where they part.
+    """
+    if manifest.template == checkpoint.template:
+        return
+    ours, theirs = ("" if one is None else one.text for one in (manifest.template, checkpoint.template))
+    raise ExportError(f"the artifact's chat template is not the checkpoint's: {where_they_part(ours, theirs)}", CAUSE)
 
 
 def _compare_list(name: str, expected: Any, found: Any) -> None:
