@@ -285,3 +285,11 @@ def test_linear_scaling_of_gguf_is_read_also_where_only_the_factor_is_given(tmp_
         path = write_gguf(tmp_path / f"{len(extra)}.gguf", folder, vocabulary, extra=extra)
         config = read_json(open_model(path, tmp_path).folder / "config.json")
         assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_a_repetition_penalty_counts_in_greedy_decoding_too(tmp_path):
+    """transformers' generate applies it whether it samples or not."""
+    folder = make_llama(tmp_path / "model")
+    edit_json(folder / "generation_config.json", sample=..., repetition_penalty=1.3)
+    sampling = open_model(folder, tmp_path).sampling
+    assert (sampling.temperature, sampling.repetition_penalty) == (None, 1.3)

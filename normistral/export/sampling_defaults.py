@@ -23,7 +23,7 @@ def read_sampling_defaults(generation: dict[str, Any], note: Callable[[str], Non
 
     Temperature and filters count when it says "do_sample": true, or "sample": true as NorMistral's does; transformers
     knows only the first, and then takes 1.0 and 50 for a temperature and a top_k that are not given. Otherwise decoding
-    is greedy.
+    is greedy, and the penalty counts there too.
 
     Args:
         note: told, in one line, of each value that is translated or left out.
@@ -36,9 +36,11 @@ def read_sampling_defaults(generation: dict[str, Any], note: Callable[[str], Non
             "temperature": 1.0 if temperature is None else temperature,
             "top_k": _read_top_k(fields),
             "min_p": fields.number("min_p", 0.0, 1.0),
-            "repetition_penalty": fields.number("repetition_penalty", 0.01, 100.0),
         }
         values |= _read_top_p(fields)
+    penalty = fields.number("repetition_penalty", 0.01, 100.0)
+    if penalty != 1.0 or "temperature" in values:
+        values["repetition_penalty"] = penalty
     return SamplingDefaults(**values)
 
 
