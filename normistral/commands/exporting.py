@@ -8,25 +8,33 @@ from typing import Annotated
 import typer
 
 from normistral import store
-from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Recipe
+from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Backup, Recipe, RecipeName
+from normistral.manifest import ArtifactFormat, GraphKind
+from normistral.presets import WeightFormat
 from normistral.terminal import console
-from normistral.terminal.arguments import Debug, given
+from normistral.terminal.arguments import Debug, Verbose, complete_preset, given
 
 _RECIPE = Recipe()
 
 
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A preset, a hub id, a folder, or a .gguf file.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A preset, a hub id, a folder, or a .gguf file.",
+            show_default=False,
+            autocompletion=complete_preset,
+        ),
     ],
     output: Annotated[
         Path | None,
         typer.Argument(metavar="[OUTPUT]", help="The folder to make; default: named after MODEL, in the local store."),
     ] = None,
-    format: Annotated[str, typer.Option(help="Format of the artifact: openvino or onnx.")] = _RECIPE.format,
-    weights: Annotated[str, typer.Option(help="Weights: int4, int8 or fp16; for ONNX also fp32.")] = _RECIPE.weights,
+    format: Annotated[ArtifactFormat, typer.Option(help="Format of the artifact.")] = _RECIPE.format,
+    weights: Annotated[WeightFormat, typer.Option(help="Weights; fp32 is for ONNX only.")] = _RECIPE.weights,
     recipe: Annotated[
-        str | None,
+        RecipeName | None,
         typer.Option(
             help="How int4 and int8 are rounded: fast (to nearest), balanced (scales searched on our texts) or best "
             "(GPTQ as well, and zero points at int4; takes longest). Default: best for int4, fast for int8."
@@ -57,7 +65,7 @@ def export(
         ),
     ] = None,
     backup: Annotated[
-        str | None,
+        Backup | None,
         typer.Option(help=f"Layers that are not int4: int8_asym, int8_sym or fp. Default: {_RECIPE.backup}."),
     ] = None,
     output_layer_bits: Annotated[
@@ -65,7 +73,7 @@ def export(
         typer.Option(help=f"Output layer in 8 bits (--backup) or in 4. Default: {_RECIPE.output_layer_bits}."),
     ] = None,
     graph: Annotated[
-        str | None,
+        GraphKind | None,
         typer.Option(
             help="ONNX graph: fused (onnxruntime's own operators) or plain (the standard's, for fp16 and fp32). "
             "Default: fused for int4 and int8, else plain."
@@ -104,9 +112,10 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUTPUT if it is an artifact, once the new one is whole.")
     ] = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Turn a checkpoint into an artifact. Prints the artifact's folder on stdout.
+    """Make a model ready to run here, from its published files. Prints the artifact's folder on stdout.
 
     Needs the extra "export": pip install "normistral[export]"; for ONNX also "onnx": "normistral[export,onnx]".
     """

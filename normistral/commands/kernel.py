@@ -6,7 +6,7 @@ from normistral.terminal.arguments import Debug
 
 
 def build_kernel(debug: Debug = False) -> None:
-    """Compile this package's own int4 products for OpenVINO. Prints where they lie.
+    """Compile the faster int4 kernel for OpenVINO. Prints where they lie.
 
     Seldom needed: wheels for Linux on x86-64 bring them, and an installation from source compiles them where there is
     a C++ compiler. It is for an installation without one, for a changed source, and for another OpenVINO than theirs.

@@ -10,14 +10,15 @@ from normistral import store
 from normistral.errors import ArtifactError
 from normistral.manifest import find_problems, read_manifest
 from normistral.terminal import console
-from normistral.terminal.arguments import Artifact, Debug
+from normistral.terminal.arguments import Artifact, Debug, Verbose
 
 
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with each preset's quirks.")] = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """List the presets, and the artifacts in the local store."""
+    """List the models that can be made (presets), and those on this machine."""
     from normistral.terminal.tables import models_document, models_lines
 
     folder, artifacts = store.artifacts_dir(), store.list_artifacts()
@@ -31,9 +32,10 @@ def info(
     artifact: Artifact,
     check: Annotated[bool, typer.Option("--check", help="Hash every file again; exit code 1 if one differs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Show what an artifact is made of."""
+    """Show everything that a model on this machine is made of; --check looks for damage."""
     from normistral.terminal.tables import info_document, info_lines
 
     folder = store.resolve_artifact(artifact)
@@ -61,6 +63,7 @@ def doctor(
         str | None, typer.Argument(metavar="[ARTIFACT]", help="Also say what will be used for this artifact.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Show this machine, and what will be used and why."""

@@ -16,7 +16,17 @@ from normistral.runtime.engines.settings import parse_settings
 from normistral.serving.backends.settings import Batching
 from normistral.serving.limits import ServerLimits
 from normistral.terminal import console
-from normistral.terminal.arguments import AsJson, Debug, Device, EngineSettings, Exact, given
+from normistral.terminal.arguments import (
+    AsJson,
+    Debug,
+    Device,
+    EngineSettings,
+    Exact,
+    Verbose,
+    complete_artifact,
+    given,
+)
+from normistral.terminal.offer import find_or_make
 
 _LIMITS = ServerLimits()
 
@@ -24,7 +34,11 @@ _LIMITS = ServerLimits()
 def serve(
     artifacts: Annotated[
         list[str],
-        typer.Argument(metavar="ARTIFACT...", help="Folders of exported models, or their names in the store."),
+        typer.Argument(
+            metavar="ARTIFACT...",
+            help="Folders of exported models, their names in the store, or presets.",
+            autocompletion=complete_artifact,
+        ),
     ],
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Listen here.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0 takes any that is free.")] = 8000,
@@ -85,9 +99,10 @@ def serve(
     device: Device = "CPU",
     engine_settings: EngineSettings = None,
     as_json: AsJson = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Answer over HTTP, as OpenAI's API does.
+    """Answer programs and browsers over HTTP, as OpenAI's API does.
 
     /v1/chat/completions, /v1/completions and /v1/models; also /health, /ready, /metrics, and a page to chat with at /.
     Ends on Ctrl-C or SIGTERM when the answers under way are written; a second one ends at once. With --json one line on
@@ -106,6 +121,7 @@ def serve(
     )
     settings = parse_settings(engine_settings)
     _require_extra()
+    artifacts = [str(find_or_make(artifact)) for artifact in artifacts]
     from normistral.runtime.kernels.advice import name_faster_way
     from normistral.serving.app import create_app
     from normistral.serving.descriptors import plan_connections

@@ -203,7 +203,7 @@ def generate(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Complete a text; for base models.
+    """Complete a text; for base models, which do not chat.
 
     No chat template is used. The text itself is not repeated.
     """

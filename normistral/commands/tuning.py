@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from normistral.errors import UsageError
-from normistral.runtime.tuned import BUDGET_MINUTES
-from normistral.terminal.arguments import Artifact, Debug, given
+from normistral.runtime.tuned import BUDGET_MINUTES, Profile
+from normistral.terminal.arguments import Artifact, Debug, Verbose, given
 
 
 def tune(
     artifact: Artifact,
     profile: Annotated[
-        str | None,
+        Profile | None,
         typer.Option(
             metavar="NAME",
             help="The work: chat (question and answer; the default), documents (long text, short answer) or batch "
@@ -28,16 +28,17 @@ def tune(
     quality: Annotated[
         float | None,
         typer.Option(
-            metavar="NATS",
-            help="Most that settings may cost: mean KL divergence from exact arithmetic. Default: half of what "
-            "rounding the weights cost, within 0.001 to 0.02.",
+            metavar="KL",
+            help="Most that settings may change answers: mean KL divergence from exact arithmetic, in nats. "
+            "Default: half of what quantizing the weights cost, within 0.001 to 0.02.",
         ),
     ] = None,
     forget: Annotated[bool, typer.Option("--forget", help="Drop what was tuned for this artifact, and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Find an artifact's best settings on this machine.
+    """Find the fastest settings for a model on this machine.
 
     Compares settings of its engine on the processor for a few minutes, while nothing else should use it. Those that
     are faster by more than the noise and cost little quality are kept, and used whenever the artifact is loaded here.

@@ -214,6 +214,8 @@ def _open_text(
         template = _choose_template(vocabulary, located.preset, given, notes)
         sampling = read_sampling_defaults(generation, notes.append)
         _write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
+        if sampling.max_new_tokens is None and located.preset is not None:
+            sampling = replace(sampling, max_new_tokens=located.preset.max_new_tokens)
         proof = {"tokenizer_tokens": float(prove_tokenizer(view, tokenizer)), "template_conversations": 0.0}
         if template is not None:
             file = None if given is None else given.name

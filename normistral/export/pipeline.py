@@ -7,6 +7,7 @@ Each step lives in a file of its own; this one only puts them in order.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ from normistral.export.resources import (
     check_tools_memory,
     estimate_calibration_s,
     estimate_needs,
+    measure_products,
 )
 from normistral.export.rotary_buffers import check_rotary_buffers
 from normistral.export.rounding.plan import (
@@ -62,6 +64,8 @@ from normistral.hardware import plan_threads, read_machine
 from normistral.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
 from normistral.quiet import silence_telemetry
 from normistral.store import default_output
+
+logger = logging.getLogger(__name__)
 
 
 def export_model(
@@ -126,8 +130,10 @@ def export_model(
                 ignore_fields=ignore_fields,
             )
             manifest = _make_artifact(checkpoint, choice, staging, output, proving, progress)
+    took, size = _in_words(time.perf_counter() - started), manifest.total_bytes
+    written = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
     peak = "" if meter.peak_bytes is None else f", peak memory {meter.peak_bytes / 2**30:.1f} GiB"
-    progress.note(f"{output}: {manifest.total_bytes / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s{peak}")
+    progress.note(f"{output} is ready: {written}, in {took}{peak}")
     return manifest
 
 
@@ -147,7 +153,9 @@ def _make_artifact(
         if_fast = estimate_needs(checkpoint.architecture, replace(recipe, recipe="fast"), group_size)
     check_resources(output, needs, if_fast)
     made = [*describe_choices(checkpoint.architecture, checkpoint.context_length, recipe, group_size, context)]
-    for note in made:
+    made_plain, *made_special = made
+    logger.info(made_plain)
+    for note in made_special:
         progress.note(note)
 
     with progress.stage("writing tokenizer and configuration"):
@@ -211,14 +219,17 @@ def _calibrate(
 
     windows = calibration_windows(lambda text: list(checkpoint.tokenizer(text)["input_ids"]), context)
     tables = RoundedTables.make(staging.workspace)
-    seconds = estimate_calibration_s(checkpoint.architecture, plan, plan_threads(read_machine()))
+    cores = plan_threads(read_machine())
+    with fast_products():
+        seconds = estimate_calibration_s(checkpoint.architecture, plan, cores, measure_products(cores))
     progress.note(
-        f"the recipe {recipe.rounding} calibrates: very roughly {max(1, round(seconds / 60))} min on this machine"
+        f"the recipe {recipe.rounding} tries its rounding on sample texts: very roughly {_in_words(seconds)} on this "
+        "machine; --recipe fast goes without"
     )
     tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
     with fast_products():
         finer = _choose_finer(checkpoint, plan, windows, progress) if recipe.is_mixed else frozenset()
-        with progress.stage(f"rounding on {tokens} tokens of calibration text", weights) as rounding:
+        with progress.stage(f"rounding on sample texts ({tokens:,} tokens)", weights, "weights") as rounding:
             round_layers(checkpoint, plan, windows, tables, rounding, finer)
     return tables, replace(
         record,
@@ -234,7 +245,7 @@ def _choose_finer(checkpoint: Checkpoint, plan: Plan, windows: list[list[int]], 
 
     some = windows[: max(1, SENSITIVITY_TOKENS // len(windows[0]))]
     tokens, passes = sum(map(len, some)), 2 * checkpoint.architecture.layers
-    with progress.stage(f"measuring what 4 bits cost, on {tokens} tokens", passes, "layers") as measuring:
+    with progress.stage(f"finding which weights need 8 bits, on {tokens:,} tokens", passes, "layers") as measuring:
         return choose_finer(measure_sensitivity(checkpoint, plan, some, measuring), plan.ratio)
 
 
@@ -292,6 +303,10 @@ def _beside(work: Callable[[Callable[[int], None]], Source]) -> Iterator[Future[
             yield executor.submit(work, stop_if_asked)
         finally:
             stopping.set()
+
+
+def _in_words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 @contextmanager

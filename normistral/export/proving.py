@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from normistral.export.reference import Reference
 from normistral.export.staging import Staging
 from normistral.export.verify import verify
 from normistral.manifest import Manifest, Verified, write_manifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ def prove(
             staging.artifact.rename(proving.keep_failed)
             failure.hint = f"what was written is kept as {proving.keep_failed}; {failure.hint}"
         raise
-    progress.note(proof.note)
+    progress.note(proof.summary)
+    logger.info(proof.note)
     verified: Verified = "run" if proof.has_run else "read"
     return replace(manifest, verified=verified, quality=proof.quality, notes=(*manifest.notes, proof.note))

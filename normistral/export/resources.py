@@ -5,7 +5,9 @@ It knows bytes, not models' names: the coefficients below say on what they were 
 
 from __future__ import annotations
 
+import statistics
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,7 @@ _SAMPLES_PER_S = 20
 # Float32 operations a second of one core with AVX512 (EPYC): what a calibration comes to in all, its searches included
 # (demo model: 28 s of two cores; layers of the 7B's widths: 134 s of one core each).
 _CORE_OPERATIONS_PER_S = 110e9
+_REFERENCE_PRODUCTS_PER_S = 237e9  # of `measure_products` there: a slower or busier core takes longer in proportion
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +104,27 @@ def estimate_calibration_bytes(architecture: Architecture, plan: Plan) -> int:
     return max(rounding, waiting + 2 * layer + matrices + window)
 
 
-def estimate_calibration_s(architecture: Architecture, plan: Plan, cores: int) -> float:
-    """Roughly how long a calibration takes, in seconds: two passes, GPTQ's share, and that of the choice of 8 bits."""
+def measure_products(cores: int) -> float:
+    """Operations a second of one core in products of float32 matrices, now and with what else runs; takes 0.2 s."""
+    import torch
+
+    width = 2048
+    matrix, times = torch.ones(width, width), []
+    for _ in range(6):
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        times.append(time.perf_counter() - started)
+    return 2 * width**3 / statistics.median(times[1:]) / cores  # the first one warms up
+
+
+def estimate_calibration_s(
+    architecture: Architecture, plan: Plan, cores: int, products_per_s: float = _REFERENCE_PRODUCTS_PER_S
+) -> float:
+    """Roughly how long a calibration takes, in seconds: two passes, GPTQ's share, and that of the choice of 8 bits.
+
+    Args:
+        products_per_s: of one core, as `measure_products` gives it.
+    """
     hidden, wide = architecture.hidden_size, architecture.feed_forward
     operations = 4.0 * CALIBRATION_TOKENS * inner_weights(architecture)
     if plan.ratio != 1.0:  # forward, once more forward, back, and each matrix's error
@@ -115,7 +137,7 @@ def estimate_calibration_s(architecture: Architecture, plan: Plan, cores: int) -
         moved = inner_weights(architecture) / architecture.layers * 2 * max(hidden, attention)
         moved += 2 * hidden * wide * (wide - hidden)  # the last matrix has the wide inputs
         operations += architecture.layers * (moments + factors + moved)
-    return operations / (_CORE_OPERATIONS_PER_S * cores)
+    return operations / (_CORE_OPERATIONS_PER_S * cores * products_per_s / _REFERENCE_PRODUCTS_PER_S)
 
 
 def check_tools_memory() -> None:

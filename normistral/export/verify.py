@@ -41,14 +41,21 @@ _GRAPH_TOLERANCE = {"float32": 5e-3, "float16": 3e-2}
 _FLOAT_KL_LIMIT = 1e-3
 _DEAR_SHARE = 0.5  # of what a model that knows nothing would lose: worth a word
 
+_DEAR = "; this rounding costs the model a great deal: think of --weights int8, or --recipe best"
+
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was found: a line for the user, and figures for the manifest.
+    """What was found.
 
-    `has_run` is False for a model that is too large to run on this machine.
+    Attributes:
+        summary: a line for everybody.
+        note: the same with figures, for the manifest.
+        quality: the figures.
+        has_run: False for a model that is too large to run on this machine.
     """
 
+    summary: str
     note: str
     quality: dict[str, float]
     has_run: bool
@@ -87,7 +94,8 @@ def verify(
         }
     read = "the same tokenizer, template and matrices"
     if estimate_running_bytes(manifest) > available_memory_bytes():
-        return Proof(f"verified: {read}; too large to run here", quality, has_run=False)
+        summary = f"quality check passed in part: {read} as the original; too large to run here"
+        return Proof(summary, f"verified: {read}; too large to run here", quality, has_run=False)
     if reference is None:
         reference = run_checkpoint(checkpoint, token_ids, progress)
     expected = run_checkpoint(checkpoint, token_ids, progress, matrices)
@@ -100,8 +108,15 @@ def verify(
         f"choice at {quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
     )
     if quality["probe_kl_nats"] > _DEAR_SHARE * uniform_kl(reference):
-        note += "; this rounding costs the model a great deal: think of --weights int8, or --recipe best"
-    return Proof(note, quality, has_run=True)
+        note += _DEAR
+    return Proof(
+        f"quality check passed: {read} as the original, and the same first choice for "
+        f"{quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
+        + (_DEAR if note.endswith(_DEAR) else ""),
+        note,
+        quality,
+        has_run=True,
+    )
 
 
 def run_checkpoint(

@@ -139,7 +139,7 @@ def describe_model(name: str, loaded: Loaded) -> str:
         second += _SHARED
     return (
         f"{name}: {loaded.slots} answers at once, computed {loaded.batching}; "
-        f"KV caches of {loaded.cache_tokens:,} tokens in {loaded.cache_bytes:,} bytes at most{second}"
+        f"they may hold {loaded.cache_tokens:,} tokens, in {loaded.cache_bytes / GIB:.1f} GiB of memory{second}"
     )
 
 

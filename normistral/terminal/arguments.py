@@ -15,6 +15,9 @@ from normistral.runtime.options import DraftMode, GenerationConfig
 
 _OURS = GenerationConfig()
 
+# Groups of options in the help.
+SAMPLING, FORM, ENGINE, OUTPUT = "How to write", "Form of the answer", "Engine", "What is shown"
+
 
 def _remember_debug(on: bool) -> bool:
     if on:
@@ -60,93 +63,155 @@ Artifact = Annotated[
 Prompt = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Answer this on stdout and end. Input from a pipe does the same.")
 ]
-Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the most likely token; same as --temperature 0.")]
-Exact = Annotated[
-    bool, typer.Option("--exact", help="Reference arithmetic (float32, nothing quantised while running); slower.")
+Greedy = Annotated[
+    bool,
+    typer.Option(
+        "--greedy", help="Always take the most likely token; same as --temperature 0.", rich_help_panel=SAMPLING
+    ),
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="CPU, or another that `normistral doctor` lists.")]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Reference arithmetic (float32, nothing quantised while running); slower.",
+        rich_help_panel=ENGINE,
+    ),
+]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help="CPU, or another that `normistral doctor` lists.", rich_help_panel=ENGINE)
+]
 EngineSettings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
         help="A setting of the engine, over the plan for this machine; may be given several times.",
+        rich_help_panel=ENGINE,
     ),
 ]
 MaxNewTokens = Annotated[
-    int | None, typer.Option(metavar="N", help=f"Most tokens to write. (*) {_OURS.max_new_tokens}")
+    int | None,
+    typer.Option(metavar="N", help=f"Most tokens to write. (*) {_OURS.max_new_tokens}", rich_help_panel=SAMPLING),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(metavar="T", help=f"Above 0 answers vary; 0 is greedy. (*) {_OURS.temperature:g}")
+    float | None,
+    typer.Option(
+        metavar="T", help=f"Above 0 answers vary; 0 is greedy. (*) {_OURS.temperature:g}", rich_help_panel=SAMPLING
+    ),
 ]
 TopK = Annotated[
-    int | None, typer.Option(metavar="K", help=f"Sample among the K likeliest tokens; 0 is all. (*) {_OURS.top_k}")
+    int | None,
+    typer.Option(
+        metavar="K", help=f"Sample among the K likeliest tokens; 0 is all. (*) {_OURS.top_k}", rich_help_panel=SAMPLING
+    ),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(metavar="P", help=f"Sample among the likeliest that reach probability P. (*) {_OURS.top_p:g}"),
+    typer.Option(
+        metavar="P",
+        help=f"Sample among the likeliest that reach probability P. (*) {_OURS.top_p:g}",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(metavar="P", help=f"Leave out tokens below P times the likeliest one. (*) {_OURS.min_p:g}"),
+    typer.Option(
+        metavar="P",
+        help=f"Leave out tokens below P times the likeliest one. (*) {_OURS.min_p:g}",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 RepetitionPenalty = Annotated[
     float | None,
-    typer.Option(metavar="R", help=f"Above 1 makes repeated tokens less likely. (*) {_OURS.repetition_penalty:g}"),
+    typer.Option(
+        metavar="R",
+        help=f"Above 1 makes repeated tokens less likely. (*) {_OURS.repetition_penalty:g}",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="Same seed and input, same text. Default, and -1: a new one every time.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Same seed and input, same text. Default, and -1: a new one every time.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 Stop = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End before this text; may be given several times.", rich_help_panel=SAMPLING),
 ]
 JsonSchema = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Answer in JSON of this schema. (docs/structured.md)")
+    Path | None,
+    typer.Option(metavar="FILE", help="Answer in JSON of this schema. (docs/structured.md)", rich_help_panel=FORM),
 ]
 Regex = Annotated[
-    str | None, typer.Option(metavar="PATTERN", help="Answer with a text that this regular expression matches.")
+    str | None,
+    typer.Option(
+        metavar="PATTERN", help="Answer with a text that this regular expression matches.", rich_help_panel=FORM
+    ),
 ]
 Choice = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="Answer with one of these texts; given several times.")
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Answer with one of these texts; given several times.", rich_help_panel=FORM),
 ]
-Grammar = Annotated[Path | None, typer.Option(metavar="FILE", help="Answer with a text of this grammar (Lark).")]
+Grammar = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Answer with a text of this grammar (Lark).", rich_help_panel=FORM)
+]
 MaxReasoningTokens = Annotated[
     int | None,
     typer.Option(
-        metavar="N", help="Of a thinking model: end its reasoning after N tokens; 0 is none. Default: no limit."
+        metavar="N",
+        help="Of a thinking model: end its reasoning after N tokens; 0 is none. Default: no limit.",
+        rich_help_panel=SAMPLING,
     ),
 ]
 Draft = Annotated[
     DraftMode | None,
     typer.Option(
         help="auto guesses tokens from the text so far where that is faster, and the model checks them; off does not. "
-        f"Default: {_OURS.draft}."
+        f"Default: {_OURS.draft}.",
+        rich_help_panel=ENGINE,
     ),
 ]
 DraftTable = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Guess from these n-grams too; made by `normistral draft-table`."),
+    typer.Option(
+        metavar="FILE", help="Guess from these n-grams too; made by `normistral draft-table`.", rich_help_panel=ENGINE
+    ),
 ]
-HideReasoning = Annotated[bool, typer.Option("--hide-reasoning", help="Do not show the reasoning of a thinking model.")]
+HideReasoning = Annotated[
+    bool,
+    typer.Option("--hide-reasoning", help="Do not show the reasoning of a thinking model.", rich_help_panel=OUTPUT),
+]
 Session = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", help="Go on with the conversation that this file holds, if it is there, and save it there."
     ),
 ]
-Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON: text, reasoning, timings.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.", rich_help_panel=OUTPUT)]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print the whole answer as JSON: text, reasoning, timings.", rich_help_panel=OUTPUT),
+]
 
 Debug = Annotated[
     bool,
     typer.Option(
-        "--debug", help="Show what is logged, and a traceback after an error.", callback=_remember_debug, is_eager=True
+        "--debug",
+        help="Show what is logged, and a traceback after an error.",
+        callback=_remember_debug,
+        is_eager=True,
+        rich_help_panel=OUTPUT,
     ),
 ]
 
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", help="Show the details as well.", callback=_remember_verbose, is_eager=True),
+    typer.Option(
+        "--verbose", help="Show the details as well.", callback=_remember_verbose, is_eager=True, rich_help_panel=OUTPUT
+    ),
 ]
 
 DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."

@@ -233,7 +233,7 @@ def _lines(
         rows += [
             ("reference's perplexity", *_figure(compared.reference_perplexity, "{:.2f}")),
             ("ratio of perplexities", *_figure(compared.perplexity_ratio, "{:.4f}")),
-            ("KL, mean (nats)", *_figure(compared.kl_mean, "{:#.3g}")),
+            ("KL, mean", *_figure(compared.kl_mean, "{:#.3g}")),
             ("KL, median", *_figure(compared.kl_median, "{:#.3g}")),
             ("KL, 99 % below", *_figure(compared.kl_p99, "{:#.3g}")),
             ("KL, largest", f"{compared.kl_max:#.3g}", ""),

@@ -6,15 +6,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from normistral.export.progress import Progress, Stage, Uncounted
 from normistral.terminal.console import colour, is_terminal, one_line, print_diagnostic
+from normistral.terminal.wrapping import cell_width, crop, wrap_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
-    from rich.progress import TaskID
+    from rich.progress import Task, TaskID
 
+_SPINNER_CELLS = 2  # it and the blank after it
+_SPINNER_CELLS = 2  # it and the blank after it
+_BAR_CELLS = 24  # at most; with room for less than a third of that there is none
 _DONE = "32"
 _WORTH_TELLING_S = 1.0  # stages shorter than this get no line about their time in a log
 
@@ -26,21 +31,86 @@ def show_progress() -> Iterator[Progress]:
         yield PlainProgress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
+    from rich.progress import ProgressColumn, SpinnerColumn
+    from rich.table import Column
+    from rich.text import Text
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[amount]}", markup=False),
-        TimeElapsedColumn(),
-    )
+    class Row(ProgressColumn):
+        """What fits of a stage."""
+
+        max_refresh = None
+
+        def render(self, task: Task) -> Text:
+            running = Running(
+                task.description,
+                task.fields["unit"],
+                task.completed,
+                task.total,
+                task.speed,
+                task.time_remaining,
+                task.elapsed or 0.0,
+            )
+            return Text(fit_row(running, bars.console.width - _SPINNER_CELLS), no_wrap=True)
+
     # Only lines of ours may move the bars: what tools print on stdout goes where it always goes.
     with Bars(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+        SpinnerColumn(),
+        Row(table_column=Column(no_wrap=True)),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
     ) as bars:
         yield BarProgress(bars)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How far a stage is; None where that is not known."""
+
+    title: str
+    unit: str
+    done: float
+    total: float | None
+    per_s: float | None
+    remaining_s: float | None
+    elapsed_s: float
+
+
+def fit_row(stage: Running, cells: int) -> str:
+    """A running stage in at most so many cells: title, share, remaining time, rate, amount, a bar, as many as fit.
+
+    A title that is too long beside share and time loses words at its end.
+    """
+    facts = _facts(stage)  # the most important first
+    for count in range(len(facts), 0, -1):
+        row = "  ".join([stage.title, *facts[:count]])
+        if cell_width(row) <= cells:
+            return row + (_bar(stage, cells - cell_width(row)) if count == len(facts) else "")
+    first = "".join(f"  {fact}" for fact in facts[:2])
+    return crop(stage.title, max(1, cells - cell_width(first))) + first
+
+
+def _facts(stage: Running) -> list[str]:
+    if not stage.total:
+        counted = [_amount(stage.done, stage.unit)] if stage.done else []
+        return [format_duration(stage.elapsed_s), *counted]
+    facts = [f"{min(1.0, stage.done / stage.total):.0%}"]
+    if stage.remaining_s is not None:
+        facts.append(f"{format_duration(stage.remaining_s)} left")
+    if stage.done and stage.per_s:
+        facts.append(f"{_amount(stage.per_s, stage.unit)}/s")
+    done = _amount(stage.done, stage.unit).removesuffix(stage.unit if stage.unit != "bytes" else "").rstrip()
+    return [*facts, f"{done} of {_amount(stage.total, stage.unit)}"]
+
+
+def _bar(stage: Running, cells: int) -> str:
+    width = min(_BAR_CELLS, cells - 2)
+    if not stage.total or width < _BAR_CELLS // 3:
+        return ""
+    done = round(width * min(1.0, stage.done / stage.total))
+    return "  " + "━" * done + "─" * (width - done)
 
 
 class PlainProgress:
@@ -54,7 +124,7 @@ class PlainProgress:
         started = time.perf_counter()
         yield Uncounted()
         if (took := time.perf_counter() - started) >= _WORTH_TELLING_S:
-            print_diagnostic(f"  done in {took:.1f} s")
+            print_diagnostic(f"  done in {format_duration(took)}")
 
     def note(self, text: str) -> None:
         """Print it."""
@@ -70,41 +140,48 @@ class BarProgress:
     @contextmanager
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Stage]:
         """Draw the stage until it is done."""
-        task = self._bars.add_task(one_line(title), total=total, amount="")
+        task = self._bars.add_task(one_line(title), total=total, unit=unit)
         started = time.perf_counter()
         try:
-            yield _Bar(self._bars, task, unit)
+            yield _Bar(self._bars, task)
         finally:
             self._bars.remove_task(task)
-        took = time.perf_counter() - started
-        self._print(f"{colour('✓', _DONE, sys.stderr)} {one_line(title)}  {took:.1f} s")
+        took = format_duration(time.perf_counter() - started)
+        self._print(f"✓ {one_line(title)}  {took}", mark=True)
 
     def note(self, text: str) -> None:
         """Print it above the bars."""
         self._print(f"  {one_line(text)}")
 
-    def _print(self, line: str) -> None:
+    def _print(self, line: str, *, mark: bool = False) -> None:
         from rich.text import Text
 
-        self._bars.console.print(Text.from_ansi(line), soft_wrap=True)
+        shown = wrap_text(line, self._bars.console.width, "  ")
+        if mark:
+            shown = colour(shown[:1], _DONE, sys.stderr) + shown[1:]
+        self._bars.console.print(Text.from_ansi(shown), soft_wrap=True)
 
 
 class _Bar:
-    def __init__(self, bars: Bars, task: TaskID, unit: str) -> None:
-        self._bars, self._task, self._unit = bars, task, unit
-        self._done, self._total = 0, bars.tasks[bars.task_ids.index(task)].total
+    def __init__(self, bars: Bars, task: TaskID) -> None:
+        self._bars, self._task = bars, task
 
     def advance(self, amount: int) -> None:
-        self._done += amount
-        self._bars.update(self._task, completed=self._done, amount=self._text())
+        self._bars.advance(self._task, amount)
 
     def set_total(self, total: int | None) -> None:
-        self._total = total
-        self._bars.update(self._task, total=total, amount=self._text())
+        self._bars.update(self._task, total=total)
 
-    def _text(self) -> str:
-        done = _amount(self._done, self._unit)
-        return f"{done} of {_amount(int(self._total), self._unit)}" if self._total else done
+
+def format_duration(seconds: float) -> str:
+    """A time in the two largest of seconds, minutes and hours."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, hours = whole // 60, whole // 3600
+    return f"{minutes} min {whole % 60:02} s" if whole < 3600 else f"{hours} h {minutes % 60:02} min"
 
 
 def format_bytes(count: int) -> str:
@@ -117,5 +194,8 @@ def format_bytes(count: int) -> str:
     return f"{count} bytes" if unit == "bytes" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
 
 
-def _amount(count: int, unit: str) -> str:
-    return format_bytes(count) if unit == "bytes" else f"{count:,} {unit}".rstrip()
+def _amount(count: float, unit: str) -> str:
+    if unit == "bytes":
+        return format_bytes(round(count))
+    number = f"{count / 1e6:,.1f} million" if count >= 1e6 else f"{count:,.0f}" if count >= 10 else f"{count:.2g}"
+    return f"{number} {unit}".rstrip()

@@ -188,7 +188,7 @@ class Repl:
         if finish_reason == "cancelled":
             say("(stopped; the text so far is part of the conversation, /undo takes it back)")
         elif finish_reason == "length":
-            say("(cut off: --max-new-tokens was reached)")
+            say("(cut off: this is the most tokens of an answer; --max-new-tokens N allows others)")
         elif finish_reason == "context":
             warn("cut off: the context is full; /undo or /reset makes room")
         if finish_reason != "context":

@@ -14,7 +14,7 @@ from normistral.manifest import Manifest, ReasoningMarkers, RecipeRecord, Templa
 from normistral.presets import PRESETS
 from normistral.runtime.chunks import Completion, Timings
 from normistral.store import StoredArtifact
-from normistral.terminal.console import format_columns
+from normistral.terminal.console import format_columns, is_verbose
 from normistral.terminal.progress import format_bytes
 
 _UNKNOWN = "?"  # not published; read from the checkpoint
@@ -154,7 +154,7 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
         ("reasoning", _describe_reasoning(manifest.reasoning)),
         ("sampling", _describe_sampling(manifest)),
         *_certificate(manifest),
-        *((("note" if i == 0 else ""), note) for i, note in enumerate(manifest.notes)),
+        *((("note" if i == 0 else ""), note) for i, note in enumerate(_notes(manifest))),
         ("size", format_bytes(manifest.total_bytes)),
     ]
     yield format_columns(rows)
@@ -212,6 +212,11 @@ _VERIFIED = {
 }
 
 
+def _notes(manifest: Manifest) -> list[str]:
+    """Without those that say in figures what stands above."""
+    return [note for note in manifest.notes if is_verbose() or not note.startswith(("verified: ", "weights: "))]
+
+
 def _certificate(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """What was proved at export."""
     yield "verified", _VERIFIED[manifest.verified]
@@ -227,13 +232,14 @@ def _certificate(manifest: Manifest) -> Iterator[tuple[str, str]]:
             counts.append(f"{conversations:.0f} conversations")
         yield "", f"as the checkpoint: {', '.join(counts)}"
     if "graph_error" in quality:
-        yield "", f"logits as transformers' with these weights, to {quality.pop('graph_error'):.1g} of their spread"
+        error = quality.pop("graph_error")
+        figure = f", to {error:.1g} of the logits' spread" if is_verbose() else ""
+        yield "", f"computes what transformers computes with these weights{figure}"
     if "probe_kl_nats" in quality:
-        yield (
-            "",
-            f"from the checkpoint: KL divergence {quality.pop('probe_kl_nats'):.2g} nats, same first choice at "
-            f"{quality.pop('probe_top1_agreement'):.0%} of {quality.pop('probe_tokens'):.0f} tokens",
-        )
+        kl, same = quality.pop("probe_kl_nats"), quality.pop("probe_top1_agreement")
+        figure = f"; KL divergence {kl:.2g} nats" if is_verbose() else ""
+        tokens = f"{quality.pop('probe_tokens'):.0f} tokens"
+        yield "", f"chooses the same next token as the checkpoint at {same:.0%} of {tokens}{figure}"
     if quality:
         yield "quality", _listed(quality)
 
@@ -262,7 +268,7 @@ def _describe_reasoning(markers: ReasoningMarkers | None) -> str:
 
 def _describe_sampling(manifest: Manifest) -> str:
     published = {key: value for key, value in asdict(manifest.sampling).items() if value is not None}
-    return f"published: {_listed(published)}" if published else "nothing published: greedy unless you say otherwise"
+    return f"by default {_listed(published)}" if published else "the most likely token each time (greedy)"
 
 
 def _artifact_document(artifact: StoredArtifact) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from normistral.runtime.tuned import (
     read_tuned,
     tuned_path,
 )
-from normistral.terminal.console import format_columns, print_json, print_lines, say
+from normistral.terminal.console import format_columns, is_verbose, print_json, print_lines, say
 from normistral.terminal.progress import show_progress
 
 
@@ -51,7 +51,7 @@ def forget_artifact(artifact: str) -> None:
     """Drop an artifact's results; says how many there were."""
     folder = store.resolve_artifact(artifact)
     deleted = forget_tuned(sha256_file(folder / MANIFEST_NAME))
-    say(f"{len(deleted)} result{'s' if len(deleted) != 1 else ''} dropped; the rule for this kind of machine serves")
+    say(f"{len(deleted)} result{'s' if len(deleted) != 1 else ''} dropped; the usual settings serve")
 
 
 def describe_tuned(machine: Machine, versions: dict[str, str]) -> list[dict[str, Any]]:
@@ -95,7 +95,8 @@ def describe_artifact(folder: Path, machine: Machine, versions: dict[str, str]) 
 
 def artifact_lines(described: dict[str, Any]) -> Iterator[str]:
     """`describe_artifact` for people."""
-    yield f"What will be used for {described['name']}, by {described['basis']}"
+    origin = {"rule": "settings chosen for this kind of machine", "tuned": "settings tuned on this machine"}
+    yield f"What will be used for {described['name']}: {origin[described['basis']]}"
     yield format_columns(list(described["settings"].items()), indent=2)
     yield from (f"  {reason}" for reason in described["why"])
 
@@ -136,9 +137,10 @@ def tuned_lines(tuned: Tuned) -> Iterator[str]:
     yield format_columns(
         [
             ("artifact", f"{tuned.artifact}, {tuned.key.engine} on {tuned.key.cpu}, {tuned.key.threads} threads"),
-            ("changed", changed or "nothing: the rule's settings were not beaten"),
+            ("changed", changed or "nothing: the usual settings for this machine are the fastest that were found"),
             ("gain", describe_gain(tuned)),
-            ("quality", f"{tuned.kl:.2g} nats from exact arithmetic; {tuned.kl_bound:.2g} were allowed"),
+            ("quality", "as checked: close enough to exact arithmetic"),
+            *([("", f"KL divergence {tuned.kl:.2g} nats, {tuned.kl_bound:.2g} allowed")] if is_verbose() else []),
         ]
     )
     if not tuned.complete:

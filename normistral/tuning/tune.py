@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from normistral.tuning.space import Settings, exact_arithmetic, plan_search, rul
 from normistral.tuning.work import choose_work
 from normistral.tuning.workbench import Workbench
 
+logger = logging.getLogger(__name__)
+
 _SEARCH_SHARE = 0.8  # of the budget; the rest is for the last duel with the rule
 _TEXT = "bokmaal"
 
@@ -45,7 +48,7 @@ class TuneOptions:
         if not 0 < self.budget_minutes <= 24 * 60:
             raise UsageError(f"a budget of {self.budget_minutes:g} minutes is none", "give up to a day, such as 5")
         if self.quality is not None and not 0 <= self.quality < float("inf"):
-            raise UsageError(f"a quality bound of {self.quality:g} nats is none", "give 0 or more, such as 0.005")
+            raise UsageError(f"--quality {self.quality:g} is no bound", "give 0 or more, such as 0.005")
 
 
 def tune(
@@ -82,7 +85,7 @@ def _tune(bench: Workbench, options: TuneOptions, bound: float, progress: Progre
     if not _is_within(bench, bound, rule, rule, progress):
         if options.quality is None:  # exact arithmetic may be many times slower: that is for the user to choose
             bound = bench.kl(rule)
-            progress.note("nothing that costs more than the rule is taken; --quality NATS would leave the rule")
+            progress.note("only settings that keep the quality of the usual ones are taken; --quality allows others")
         else:
             progress.note("the search begins with exact arithmetic")
             found.best = bench.settings_in_force({**rule, **exact_arithmetic(machine, bench.manifest)})
@@ -116,8 +119,9 @@ def _is_within(bench: Workbench, bound: float, settings: Settings, beside: Setti
     """Whether settings keep the quality; says what they cost, by what they change."""
     kl = bench.kl(settings)
     changes = {name: value for name, value in settings.items() if beside.get(name) != value}
-    verdict = "" if kl <= bound else ": too much"
-    progress.note(f"{describe(changes) or 'the rule'} costs {kl:.2g} nats of at most {bound:.2g}{verdict}")
+    verdict = "passes" if kl <= bound else "fails"
+    progress.note(f"{describe(changes) or 'the usual settings'}: {verdict} the quality check")
+    logger.info("its KL divergence from exact arithmetic: %.2g nats, at most %.2g allowed", kl, bound)
     return kl <= bound
 
 

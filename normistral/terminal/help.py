@@ -1,0 +1,128 @@
+"""How --help looks: commands and options in groups; framed and coloured on a wide terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from normistral.terminal.console import is_terminal
+from normistral.terminal.wrapping import terminal_columns, wrap_text
+
+_LEAST_FRAMED = 100  # columns; in narrower frames options and choices would be broken in the midst of words
+_GAP = 2
+_LEAST_TEXT = 20  # cells beside the names; with fewer the text goes below them
+
+
+def _is_framed() -> bool:
+    return is_terminal(sys.stdout) and terminal_columns(sys.stdout) >= _LEAST_FRAMED
+
+
+def _fit(formatter: Any) -> None:
+    """Give a plain formatter the terminal's real width: click's own has at least 50 columns."""
+    if is_terminal(sys.stdout):
+        formatter.width = max(_LEAST_TEXT, min(terminal_columns(sys.stdout), 80) - 1)
+
+
+def _escape_markup(command: Any) -> None:
+    """Keep brackets in texts, as in "normistral[export]", from being taken for rich's markup."""
+    from rich.markup import escape
+
+    for item in (command, *command.params, *getattr(command, "commands", {}).values()):
+        for name in ("help", "epilog"):
+            if text := getattr(item, name, None):
+                setattr(item, name, escape(text))
+
+
+def _write_rows(formatter: Any, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """A group of names with their texts, these below where there is little room beside."""
+    columns = formatter.width + 1
+    with formatter.section(title):
+        indent = " " * formatter.current_indent
+        begin = len(indent) + max(len(name) for name, _ in rows) + _GAP
+        beside = columns - begin >= _LEAST_TEXT
+        further = " " * (begin if beside else len(indent) + _GAP)
+        for name, text in rows:
+            first = indent + name
+            lines = wrap_text(further + text, columns, further)
+            formatter.write(first + lines[len(first) :] + "\n" if beside else f"{first}\n{lines}\n")
+
+
+def _write_paragraphs(formatter: Any, text: str) -> None:
+    indent = " " * (formatter.current_indent + _GAP)
+    for paragraph in text.split("\n\n"):
+        formatter.write_paragraph()
+        formatter.write(wrap_text(indent + " ".join(paragraph.split()), formatter.width + 1, indent) + "\n")
+
+
+def _grouped(items: Iterable[Any], default: str) -> dict[str, list[Any]]:
+    """Items by their `rich_help_panel`, in their order."""
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(getattr(item, "rich_help_panel", None) or default, []).append(item)
+    return groups
+
+
+class HelpCommand(TyperCommand):
+    """A command whose help has groups in both looks."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """As a frame, or plain."""
+        if _is_framed():
+            self.rich_markup_mode = "rich"
+            _escape_markup(self)
+        _fit(formatter)
+        super().format_help(ctx, formatter)
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """What it does; lines break between words, and not at hyphens as click's do."""
+        _write_paragraphs(formatter, self.help or "")
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Examples and notes."""
+        if self.epilog:
+            _write_paragraphs(formatter, self.epilog)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then options by group."""
+        _write_parameters(self.get_params(ctx), ctx, formatter)
+
+
+class HelpGroup(TyperGroup):
+    """The list of commands, in groups in both looks."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """As a frame, or plain."""
+        if _is_framed():
+            self.rich_markup_mode = "rich"
+            _escape_markup(self)
+        _fit(formatter)
+        super().format_help(ctx, formatter)
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """What it does."""
+        _write_paragraphs(formatter, self.help or "")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Options, then commands by group."""
+        _write_parameters(self.get_params(ctx), ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Commands by group, each with its first line."""
+        commands = [command for command in self.commands.values() if not command.hidden]
+        for title, group in _grouped(commands, "Commands").items():
+            _write_rows(formatter, title, [(one.name or "", one.get_short_help_str(200)) for one in group])
+
+
+def _write_parameters(parameters: Iterable[Any], ctx: Any, formatter: Any) -> None:
+    described = [(one, one.get_help_record(ctx)) for one in parameters]
+    arguments = [record for one, record in described if record and one.param_type_name == "argument"]
+    if arguments:
+        _write_rows(formatter, "Arguments", arguments)
+    options = [one for one, record in described if record and one.param_type_name == "option"]
+    records = {id(one): record for one, record in described}
+    for title, group in _grouped(options, "Options").items():
+        _write_rows(formatter, title, [records[id(one)] for one in group])
