@@ -58,7 +58,7 @@ def capture(columns: int, artifact: str, checkpoint: Path, scratch: Path) -> dic
     """Screens by name."""
     normistral = [sys.executable, "-m", "normistral"]
     chat = Window([*normistral, "chat", artifact, "--no-history", "--max-new-tokens", "80"], columns)
-    chat.expect("(?m)^> ")
+    chat.expect("(?m)^>")
     chat.type("Tell me about Norwegian constitutional history and international organisations.")
     answer = chat.expect(r"tokens/s")[-1:]
     chat.type("/help")

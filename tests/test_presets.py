@@ -58,3 +58,11 @@ def test_other_names_are_no_preset(name: str) -> None:
 def test_presets_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         PRESETS[0].licence = "other"  # type: ignore[misc]
+
+
+def test_only_the_demo_has_defaults_of_ours() -> None:
+    """NorMistral's published settings are never changed."""
+    assert [(preset.name, preset.max_new_tokens) for preset in PRESETS if preset.max_new_tokens is not None] == [
+        ("demo", 256)
+    ]
+    assert [preset.name for preset in PRESETS if preset.recipe is not None] == ["demo"]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from normistral.manifest import read_manifest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -20,6 +22,10 @@ def test_the_python_example_runs(name, demo_int4, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Oslo" in printed
     assert ("tokens left" in printed) == (name == "docs/library.md")
+
+
+def test_the_demos_answers_end_by_themselves(demo_int4):
+    assert read_manifest(demo_int4).sampling.max_new_tokens == 256
 
 
 def test_both_readmes_show_the_same_code():

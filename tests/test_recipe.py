@@ -236,6 +236,14 @@ def test_a_calibration_takes_as_long_as_it_did_when_it_was_measured():
     assert 10 * 60 < light < whole / 2
 
 
+def test_a_slower_or_busier_machine_takes_longer():
+    plan = choose_plan(Recipe(recipe="best"), 64)
+    usual = resources.estimate_calibration_s(DEMO, plan, cores=2)
+    assert resources.estimate_calibration_s(DEMO, plan, 2, 237e9 / 3) == pytest.approx(3 * usual)
+    measured = resources.measure_products(cores=2)
+    assert 1e8 < measured < 1e13
+
+
 def test_a_shortage_is_said_with_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(resources, "free_disk_bytes", lambda path: 5 * GB)
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: 2 * GB)
