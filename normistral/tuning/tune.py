@@ -48,7 +48,7 @@ class TuneOptions:
         if not 0 < self.budget_minutes <= 24 * 60:
             raise UsageError(f"a budget of {self.budget_minutes:g} minutes is none", "give up to a day, such as 5")
         if self.quality is not None and not 0 <= self.quality < float("inf"):
-            raise UsageError(f"--quality {self.quality:g} is no bound", "give 0 or more, such as 0.005")
+            raise UsageError(f"a quality bound of {self.quality:g} is none", "give 0 or more, such as 0.005")
 
 
 def tune(
