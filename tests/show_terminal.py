@@ -58,7 +58,7 @@ class Window:
 def capture(columns: int, artifact: str, checkpoint: Path, scratch: Path) -> dict[str, list[str]]:
     """Screens by name."""
     normistral = [sys.executable, "-m", "normistral"]
-    chat = Window([*normistral, "chat", artifact, "--no-history", "--max-new-tokens", "80"], columns)
+    chat = Window([*normistral, "chat", artifact, "--no-history", "--max-new-tokens", "80", "--draft", "off"], columns)
     chat.expect("(?m)^>")
     chat.type("Who were the Vikings?")
     answer = chat.expect(r"tokens/s")[-1:]

@@ -252,7 +252,7 @@ def test_an_engine_is_tuned_and_load_finds_it(format, tiny_fp16, tiny_onnx, monk
 
     assert main(["doctor", str(folder)]) == 0
     shown = capsys.readouterr().out
-    assert f"What will be used for {folder.name}, by tuned" in shown
+    assert f"What will be used for {folder.name}: settings tuned on this machine" in shown
     assert "tuned for batch on " in shown
     assert "holds here" in shown
 
