@@ -87,6 +87,7 @@ def words(screens: list[str]) -> set[str]:
 
 def main(artifact: str, folder: str | None = None) -> int:
     broken = 0
+    subprocess.run([*SERVER, "new-session", "-d", "-s", "keeper", "sleep 3600"], check=True)  # keeps the server alive
     with tempfile.TemporaryDirectory(dir=None if folder is None else folder) as scratch:
         checkpoint = make_mistral(Path(scratch) / "tiny", **QUIRKS)
         whole = capture(WIDE, artifact, checkpoint, Path(scratch))
