@@ -318,7 +318,7 @@ def test_what_the_operating_system_refuses_is_no_bug(monkeypatch, capsys):
 
     monkeypatch.setattr("normistral.store.list_artifacts", fail)
     assert main(["models"]) == 1
-    assert require_two_lines(capsys.readouterr().err)[0] == "/store: Permission denied"
+    assert require_two_lines(capsys.readouterr().err)[0] == "/store: permission denied"
 
 
 # Help
