@@ -26,6 +26,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+from connection_faults import (
+    ambiguous_requests,
+    blanks_of_one_key,
+    copied,
+    crowd,
+    exchanged_files,
+    head_requests,
+    silent_readers,
+    stopped_worker,
+)
 
 MOST_S, MOST_BYTES = 0.1, 50 * 2**20
 HEALTH_P99_S = 0.1
@@ -395,17 +405,21 @@ def sigterm(server: Server, report: Report) -> None:
     report.line("SIGTERM under load", f"{statuses}, exit code {code}", right, time.perf_counter() - start)
 
 
-def do_everything(server: Server, count: int) -> int:
+def do_everything(server: Server, count: int, folder: Path) -> int:
     """Every fault in turn; 1 if something was not as it should be."""
     report = Report(server)
     server.ask(max_tokens=8, structured_outputs={"regex": "a+"})  # tables that are made once
     first = server.memory(), server.memory(server.workers()[0])
     health = Health(server.url)
-    for act in (refusals, many_refusals, leavers, slow_reader, busy_key):
+    for act in (refusals, ambiguous_requests, head_requests, many_refusals, leavers, slow_reader, silent_readers):
         act(server, report)
+    busy_key(server, report)
+    blanks_of_one_key(server, report)
     canaries(server, report, count)
     last = server.memory(), server.memory(server.workers()[0])
     killed_worker(server, report)
+    stopped_worker(server, report)
+    exchanged_files(server, report, folder)
     sigterm(server, report)
     asked = sorted(health.end())
     p99 = asked[int(0.99 * len(asked))]
@@ -417,6 +431,7 @@ def do_everything(server: Server, count: int) -> int:
     )
     for name, before, after in zip(("HTTP process", "worker"), first, last, strict=True):
         report.line(f"memory of the {name}", f"{before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after", True)
+    crowd(str(folder), report)
     return 1 if report.wrong else 0
 
 
@@ -425,11 +440,12 @@ def main() -> int:
     parser.add_argument("artifact")
     parser.add_argument("--canaries", type=int, default=30)
     arguments = parser.parse_args()
-    server = Server(arguments.artifact)
-    try:
-        return do_everything(server, arguments.canaries)
-    finally:
-        server.process.kill()
+    with copied(arguments.artifact) as folder:
+        server = Server(str(folder))
+        try:
+            return do_everything(server, arguments.canaries, folder)
+        finally:
+            server.process.kill()
 
 
 if __name__ == "__main__":

@@ -131,14 +131,15 @@ def vanish(port: int, seconds: float) -> None:
 GENERATORS = ("read_nothing", "flood", "send_much", "vanish")
 
 
+def step_back() -> None:
+    """Take the least weight that the scheduler gives."""
+    os.nice(19)
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def start_generators(port: int, seconds: float) -> list[subprocess.Popen[bytes]]:
     """Each in a process of least weight."""
-
-    def step_back() -> None:
-        os.nice(19)
-        with contextlib.suppress(AttributeError, OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
     here = str(Path(__file__).parent)
     return [
         subprocess.Popen(
@@ -279,41 +280,49 @@ def attack(artifact: str, seconds: float) -> dict[str, Any]:
         server.end()
 
 
-def crowd(artifact: str, count: int, files: int, seconds: float) -> dict[str, Any]:
-    """So many connections, each made anew when it is ended."""
+def hold(port: int, seconds: float, count: int) -> None:
+    """So many connections that say nothing, each made anew when it is ended; tells how many were made."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    held: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + seconds
+    made = 0
+    while time.monotonic() < deadline:
+        for number in range(count):
+            if number in held and not is_ended(held[number]):
+                continue
+            if number in held:
+                held.pop(number).close()
+            connection = socket.socket()
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                connection.connect(("127.0.0.1", port))
+            held[number] = connection
+            made += 1
+    print(made)
+
+
+def crowd(artifact: str, count: int, files: int, seconds: float) -> dict[str, Any]:
+    """What /health meets beside such a crowd, and what is left afterwards."""
     server = Server(artifact, files)
     try:
         before = server.descriptors
-        held: dict[int, socket.socket] = {}
-        statuses: dict[str, int] = {}
+        code = LIBRARY.format(here=str(Path(__file__).parent), name="hold", port=server.port, seconds=seconds)
+        command = [sys.executable, "-c", f"{code[:-1]}, {count})"]
+        holding = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=step_back)
         times: list[float] = []
-        deadline = time.monotonic() + seconds
-        made, peak, asked = 0, 0, 0.0
-        while time.monotonic() < deadline:
-            for number in range(count):
-                if number in held and not is_ended(held[number]):
-                    continue
-                if number in held:
-                    held.pop(number).close()
-                connection = socket.socket()
-                connection.setblocking(False)
-                with contextlib.suppress(BlockingIOError):
-                    connection.connect(("127.0.0.1", server.port))
-                held[number] = connection
-                made += 1
-                if time.monotonic() - asked > 1.0:
-                    asked = time.monotonic()
-                    peak = max(peak, server.descriptors)
-                    try:
-                        status = str(httpx.get(f"{server.url}/health", timeout=10).status_code)
-                    except httpx.HTTPError as exc:
-                        status = type(exc).__name__
-                    statuses[status] = statuses.get(status, 0) + 1
-                    times.append(time.monotonic() - asked)
+        statuses: dict[str, int] = {}
+        peak = 0
+        while holding.poll() is None:
+            peak = max(peak, server.descriptors)
+            begun = time.monotonic()
+            try:
+                status = str(httpx.get(f"{server.url}/health", timeout=10).status_code)
+            except httpx.HTTPError as exc:
+                status = type(exc).__name__
+            statuses[status] = statuses.get(status, 0) + 1
+            times.append(time.monotonic() - begun)
+            time.sleep(0.2)
         log_bytes = Path(server.log.name).stat().st_size
-        for connection in held.values():
-            connection.close()
         time.sleep(15)
         body = {"model": server.model, "prompt": "x", "max_tokens": 2}
         answer = httpx.post(
@@ -321,7 +330,7 @@ def crowd(artifact: str, count: int, files: int, seconds: float) -> dict[str, An
         )
         return {
             "load_before": os.getloadavg()[0],
-            "connections_made": made,
+            "connections_made": int(holding.communicate()[0]),
             "health": statuses,
             "health_ms": spread(times),
             "log_bytes": log_bytes,

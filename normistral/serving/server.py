@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 3  # for streams to send the error that ended them
 _POLL_S = 0.02
-_QUEUE = 4096  # connections that the system keeps until they are accepted; it may have a lower limit
+_QUEUE = 256  # connections that the system keeps until they are accepted: whoever comes last waits for all of them
 _QUIET_S = 60.0  # after a message about connections that cannot be accepted
 _ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _SEND_BUFFER = 128 * KIB  # some hundred events; Linux would let it grow to megabytes for a reader who takes nothing
