@@ -8,6 +8,7 @@
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := artifacts/demo-openvino-int4
+DEMO_ONNX := artifacts/demo-onnx-int4
 # Processes that share the tests. Two: each loads PyTorch, and exports the demo model anew where its tests ask for it.
 TESTERS := 2
 # The Pythons that it runs on, as requires-python says: the minor versions of the oldest, and of the first too new.
@@ -28,7 +29,7 @@ export NORMISTRAL_PROMPT
 endif
 unexport PROMPT
 
-.PHONY: help chat test test-browser test-clients test-faults test-fuzz test-lm-eval compare-lm-eval test-transformers5 test-mutations test-cluster run-on-ray dist docs check format clean
+.PHONY: help chat test test-browser test-clients test-faults test-cycles test-fuzz test-lm-eval compare-lm-eval test-transformers5 test-mutations test-cluster run-on-ray dist docs check format clean
 .SUFFIXES:
 
 help:
@@ -37,6 +38,7 @@ help:
 	@echo 'make test-browser          try the chat page in a real browser (needs a Chromium; CHROMIUM=PATH names it)'
 	@echo 'make test-clients          talk to the server with openai, langchain-openai and llm'
 	@echo 'make test-faults           do to the server what nobody should'
+	@echo 'make test-cycles           load, answer and close again and again: what stays of it (20 minutes)'
 	@echo 'make test-fuzz             requests made up from the description of the API (schemathesis)'
 	@echo 'make test-lm-eval          compare with lm-evaluation-harness, in an environment of its own (2 GB)'
 	@echo 'make test-transformers5    compare with checkpoints of transformers 5, in an environment of its own (1 GB)'
@@ -72,6 +74,9 @@ test-clients: $(VENV)/.ready-clients $(DEMO)/normistral.json
 test-faults: $(VENV)/.ready-dev $(DEMO)/normistral.json
 	@$(RUN) tests/show_faults.py $(DEMO)
 	@PYTHONPATH=. $(RUN) tests/show_planted.py
+
+test-cycles: $(VENV)/.ready-dev $(DEMO)/normistral.json $(DEMO_ONNX)/normistral.json
+	@$(RUN) tests/show_cycles.py $(DEMO) $(DEMO_ONNX) $(ARGS)
 
 test-fuzz: $(VENV)/.ready-clients
 	@$(RUN) tests/fuzz_api.py $(ARGS)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import resource
@@ -210,16 +211,22 @@ def watch(server: Server, seconds: float) -> dict[str, Any]:
     answers: list[float] = []
     failures: list[str] = []
 
-    def ask_health(client: httpx.Client | None, times: list[float]) -> None:
+    def ask_health(times: list[float], anew: bool) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         while time.monotonic() < deadline:
             begun = time.perf_counter()
             try:
-                answer = (client or httpx).get(f"{server.url}/health", timeout=30)
-                if answer.status_code != 200:
-                    failures.append(f"/health {answer.status_code}")
-            except httpx.HTTPError as exc:
+                connection.request("GET", "/health")
+                answer = connection.getresponse()
+                answer.read()
+                if answer.status != 200:
+                    failures.append(f"/health {answer.status}")
+            except (OSError, http.client.HTTPException) as exc:
                 failures.append(f"/health {type(exc).__name__}")
+                connection.close()
             times.append(time.perf_counter() - begun)
+            if anew:
+                connection.close()
             time.sleep(0.02)
 
     def ask_answers() -> None:
@@ -235,16 +242,15 @@ def watch(server: Server, seconds: float) -> dict[str, Any]:
                     failures.append(f"answer {type(exc).__name__}")
                 answers.append(time.perf_counter() - begun)
 
-    with httpx.Client() as client:
-        threads = [
-            threading.Thread(target=ask_health, args=(client, health)),
-            threading.Thread(target=ask_health, args=(None, fresh)),
-            threading.Thread(target=ask_answers),
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    threads = [
+        threading.Thread(target=ask_health, args=(health, False)),
+        threading.Thread(target=ask_health, args=(fresh, True)),
+        threading.Thread(target=ask_answers),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return {
         "health_ms": spread(health),
         "health_on_a_new_connection_ms": spread(fresh),
