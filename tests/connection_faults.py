@@ -61,7 +61,7 @@ def ambiguous_requests(server: Server, report: Report) -> None:
         ("a folded header", 400, b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n"),
         ("lines without CR", 400, b"GET / HTTP/1.1\nHost: x\n\n"),
         ("3,000 short headers", 431, b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a:b\r\n" * 3000 + b"\r\n"),
-        ("chunks of one byte", 413, post + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 5000),
+        ("chunks of one byte", 413, post + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 1500),
         (
             "5,000 trailers",
             400,

@@ -1,6 +1,7 @@
 """Prompts are prepared by tenant, counted, and not at all for those who have left."""
 
 import asyncio
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,17 @@ def test_another_key_does_not_wait_for_the_prompts_of_one_that_has_left(tmp_path
         assert waited < 2.0  # 40 prompts, one after the other, take 10 s
         time.sleep(0.6)
         assert len(slow) < 15  # those whose senders had left were not begun
+
+
+def test_nothing_is_printed_of_a_prompt_that_failed_after_its_sender_had_left(tmp_path, slow, capfd, caplog) -> None:
+    with serving(make_served(tmp_path / "m"), ServerLimits(grace_s=0.2)) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post(f"{url}/v1/completions", json={"model": "m", "prompt": "x" * 20_000}, timeout=0.15)
+        wait_until(lambda: slow)
+        time.sleep(0.5)
+        gc.collect()
+    assert caplog.text == ""
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_preparing_ends_in_time_and_frees_what_it_had(tmp_path, slow, monkeypatch) -> None:

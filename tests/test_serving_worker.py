@@ -105,7 +105,7 @@ def test_a_stopped_worker_of_a_server_answers_again_within_seconds(tmp_path) -> 
 
 
 @pytest.mark.parametrize("change", ["other", "gone", "damaged"])
-def test_what_is_loaded_again_is_what_was_opened(tmp_path, change, caplog, monkeypatch) -> None:
+def test_what_is_loaded_again_is_what_was_opened(tmp_path, change, caplog, monkeypatch, capfd) -> None:
     monkeypatch.setattr(worker_client, "_LONGEST_PAUSE_S", 0.5)
     folder = make_served(tmp_path / "m")
     with serving(folder, QUICK) as url:
@@ -129,6 +129,7 @@ def test_what_is_loaded_again_is_what_was_opened(tmp_path, change, caplog, monke
         wait_until(lambda: http.get(f"{url}/ready").status_code == 200, 30)
         assert ask(url, max_tokens=1).status_code == 200
         assert "memory" not in caplog.text
+        assert "Fatal" not in capfd.readouterr().err
 
 
 def test_keys_are_not_in_the_environment_of_the_worker(tmp_path, monkeypatch) -> None:

@@ -170,8 +170,14 @@ class Service:
             waited = f"the answer did not begin within {self.limits.queue_s:g} s"
             raise unavailable(waited, "ask again later", code="queue_timeout") from None
         running = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
-        running.add_done_callback(lambda _: self._turns.give_back(tenant))  # a thread that has begun goes on to its end
-        return await asyncio.shield(running)
+
+        def ended(future: asyncio.Future[T]) -> None:
+            self._turns.give_back(tenant)
+            if not future.cancelled():
+                future.exception()  # nobody else may be there to take it, and asyncio would print it
+
+        running.add_done_callback(ended)
+        return await asyncio.shield(running)  # a thread that has begun goes on to its end
 
     def generation(
         self, model: ServedModel, prompts: Sequence[tuple[list[int], GenerationConfig]], each: int, state: Any

@@ -165,6 +165,7 @@ def main() -> None:
         where = "".join(traceback.format_tb(bug.__traceback__))
         print(f"{where}worker: this is a bug in normistral: {type(bug).__name__}", file=sys.stderr, flush=True)
         os._exit(_BUG)
+    os._exit(0)  # it could not load; the thread that reads commands would be in the way of an orderly end
 
 
 if __name__ == "__main__":
