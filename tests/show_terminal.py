@@ -69,7 +69,7 @@ def capture(columns: int, artifact: str, checkpoint: Path, scratch: Path) -> dic
     chat.close()
     output = scratch / f"tiny-{columns}"
     export = Window(
-        [*normistral, "export", str(checkpoint), output.name, "--recipe", "fast", "--group-size", "32"], columns
+        [*normistral, "export", str(checkpoint), str(output), "--recipe", "fast", "--group-size", "32"], columns
     )
     exported = export.expect("(?m)^DONE")
     export.close()
