@@ -24,9 +24,9 @@ SERVER = ["tmux", "-L", "normistral-captures"]
 class Window:
     """A command in a tmux window of its own."""
 
-    def __init__(self, command: list[str], columns: int) -> None:
+    def __init__(self, command: list[str], columns: int, folder: Path = Path()) -> None:
         self._name = f"capture{columns}"
-        shell = f"{shlex.join(command)}; echo DONE; exec sleep 600"
+        shell = f"cd {shlex.quote(str(folder))}; {shlex.join(command)}; echo DONE; exec sleep 600"
         self._tmux("new-session", "-d", "-s", self._name, "-x", str(columns), "-y", "120", shell)
 
     def type(self, text: str) -> None:
@@ -69,7 +69,9 @@ def capture(columns: int, artifact: str, checkpoint: Path, scratch: Path) -> dic
     chat.close()
     output = scratch / f"tiny-{columns}"
     export = Window(
-        [*normistral, "export", str(checkpoint), str(output), "--recipe", "fast", "--group-size", "32"], columns
+        [*normistral, "export", str(checkpoint), output.name, "--recipe", "fast", "--group-size", "32"],
+        columns,
+        scratch,
     )
     exported = export.expect("(?m)^DONE")
     export.close()
