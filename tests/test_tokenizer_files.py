@@ -233,6 +233,17 @@ def test_a_class_without_a_tokenizer_json_is_named(model: Path) -> None:
     assert "tokenizer.json itself can be read" in error.hint
 
 
+def test_a_token_of_any_length_is_not_looked_for(model: Path) -> None:
+    for file, changes in (
+        ("tokenizer_config.json", {"bos_token": "x" * 100_000}),
+        ("special_tokens_map.json", {"additional_special_tokens": [added("y" * 100_000)]}),
+    ):
+        raw = (model / file).read_bytes()
+        edit_json(model / file, **changes)
+        assert f"{file} has a token of 100000 characters" in refusal(model).message
+        (model / file).write_bytes(raw)
+
+
 def test_paths_in_the_settings_are_not_followed(model: Path, tmp_path: Path) -> None:
     other = make_mistral(tmp_path / "other", layers=1, thinking=True)
     edit_json(model / "tokenizer_config.json", tokenizer_file=str(other / "tokenizer.json"), name_or_path=str(other))

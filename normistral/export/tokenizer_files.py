@@ -37,6 +37,7 @@ _CLASSES_OF_5 = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 _READ_AS_IT_IS = (*_CLASSES_OF_5, "PreTrainedTokenizer", "BloomTokenizer")
 # What sets a tokenizer up for training or names files of the machine that saved it; a path is never followed.
 _DROPPED = ("auto_map", "name_or_path", "init_inputs", "from_slow", "slow_tokenizer_class", "device_map")
+_MAX_TOKEN_CHARACTERS = 1024
 _AS_IT_IS = 'set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json to have tokenizer.json read as it is'
 
 
@@ -64,6 +65,11 @@ def lay_out_tokenizer(folder: Path, view: Path, config: dict[str, Any], notes: l
     settings = {key: value for key, value in given.items() if key not in _DROPPED and not key.endswith("_file")}
     tokenizer = read_json(view / "tokenizer.json") if (view / "tokenizer.json").exists() else None
     _check_files_of_versions(given)
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if (view / name).exists():
+            _require_short_tokens(read_json(view / name), name)
+    _require_short_tokens({key: value for key, value in settings.items() if "_token" in key}, _SETTINGS)
+    _require_short_tokens({"added_tokens": (tokenizer or {}).get("added_tokens")}, "tokenizer.json")
     if is_saved_by_5(config, settings):
         settings = _translate_from_5(settings, config, tokenizer)
         _rename_extra_tokens(view / "special_tokens_map.json")
@@ -144,6 +150,18 @@ def _lay_out_file(source: Path, target: Path) -> None:
         except UnicodeDecodeError as exc:
             raise unreadable(source, f"{source.name} is not UTF-8 at byte {exc.start}", "save it as UTF-8") from exc
     link_or_copy(source, target)
+
+
+def _require_short_tokens(value: Any, file: str) -> None:
+    """Refuse an added token that the `tokenizers` library would take minutes and more to look for."""
+    texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    for text in texts:
+        if isinstance(text, str) and len(text) > _MAX_TOKEN_CHARACTERS:
+            raise CheckpointError(
+                f"{file} has a token of {len(text)} characters, more than {_MAX_TOKEN_CHARACTERS}: {text[:20]!r}...",
+                f"correct {file}",
+            )
+        _require_short_tokens(text, file)
 
 
 def _check_files_of_versions(settings: dict[str, Any]) -> None:
