@@ -127,7 +127,7 @@ REFUSED = {
         "contradicts itself about the scaling",
     ),
     "two types": ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "of type linear and yarn"),
-    "longrope": ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor is unknown"),
+    "longrope": ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "of type 'longrope' is not"),
     "su": ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling of type 'su' is not supported"),
     "a part, inside": (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},

@@ -82,19 +82,21 @@ def _as_object(config: Config, name: str) -> Config:
 
 def _read_scaling(form: Config, where: str, config: Config) -> Config | None:
     """One form's scaling; None where positions are not scaled."""
-    check_fields(form, ROPE_FIELDS, "config.json", inside=where)
     kinds = {form[key] for key in ("rope_type", "type") if isinstance(form.get(key), str)}
     if len(kinds) > 1:
         raise CheckpointError(
             f"config.json contradicts itself: {where} is of type {' and '.join(sorted(kinds))}", AS_PUBLISHED
         )
     kind = kinds.pop() if kinds else form.get("rope_type", form.get("type"))
-    if kind == "default" or (kind is None and form.keys() <= {"rope_type", "rope_theta", "partial_rotary_factor"}):
-        return None
-    if not isinstance(kind, str) or kind not in SCALINGS:
+    if kind not in (None, "default") and (not isinstance(kind, str) or kind not in SCALINGS):
         raise CheckpointError(
             f"config.json: {where} of type {shorten(kind)} is not supported", f"supported are: {', '.join(SCALINGS)}"
         )
+    check_fields(form, ROPE_FIELDS, "config.json", inside=where)
+    if kind == "default" or (kind is None and form.keys() <= {"rope_type", "rope_theta", "partial_rotary_factor"}):
+        return None
+    if kind is None:
+        raise CheckpointError(f"config.json: {where} has no rope_type", f"supported are: {', '.join(SCALINGS)}")
     clean: Config = {"rope_type": kind}
     for name, required in SCALINGS[kind].items():
         if required or form.get(name) is not None:
