@@ -137,7 +137,7 @@ REFUSED = {
         {"rope_theta": ..., "rope_parameters": YARN, "original_max_position_embeddings": 32},
         "original_max_position_embeddings is 32",
     ),
-    "a text model inside": ({"text_config": {"rope_theta": 5.0}}, "text_config is"),
+    "a text model inside": ({"text_config": {"rope_theta": 5.0}}, "is a model of text and images"),
     "forced tokens in config.json": ({"forced_eos_token_id": 7}, "config.json: forced_eos_token_id is 7"),
 }
 
