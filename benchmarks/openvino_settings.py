@@ -22,7 +22,8 @@ import openvino as ov
 from normistral import hardware
 from normistral.manifest import read_manifest
 from normistral.runtime.engines.base import Capabilities
-from normistral.runtime.engines.openvino import MODEL_FILE, OpenVINOBackend, keep_last_logits, warm_up
+from normistral.runtime.engines.openvino import MODEL_FILE, OpenVINOBackend, warm_up
+from normistral.runtime.engines.openvino_graph import keep_last_logits
 
 PREFILL_CHUNKS = (64, 128, 256, 512)
 

@@ -22,6 +22,7 @@ from normistral.manifest import Manifest, read_manifest
 from normistral.runtime.engines import onnxruntime as onnx
 from normistral.runtime.engines import openvino as ir
 from normistral.runtime.engines.base import Engine
+from normistral.runtime.engines.openvino_graph import keep_last_logits
 from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK, override
 from normistral.runtime.kernels.openvino_int4 import replace_products
 from normistral.runtime.providers import find_target, import_onnxruntime
@@ -94,7 +95,7 @@ def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
     chunk = int(settings.pop(PREFILL_CHUNK))
     kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
     model = core.read_model(folder / ir.MODEL_FILE)
-    ir.keep_last_logits(model)
+    keep_last_logits(model)
     packed = ir.pack_for_our_kernel(model, folder / ir.MODEL_FILE, required=False) if kernel == OUR_KERNEL else None
     if packed is not None:
         replace_products(core, model, packed)

@@ -30,13 +30,25 @@ FORMATS = {
     "openvino": {"format": "openvino", "weights": "fp16"},
     "fused": {"format": "onnx", "weights": "fp32", "graph": "fused"},
     "plain": {"format": "onnx", "weights": "fp32", "graph": "plain"},
+    "stateful": {"format": "openvino", "weights": "fp16"},
 }
-CASES = [(name, "openvino") for name in CHECKPOINTS] + [("window", "fused"), ("window", "plain")]
+CASES = [(name, kind) for name in CHECKPOINTS for kind in ("openvino", "stateful")]
+CASES += [("window", "fused"), ("window", "plain")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
-def artifact(request, tmp_path_factory):
-    name, kind = request.param
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def settings(case):
+    return {"attention": "stateful"} if case[1] == "stateful" else {}
+
+
+@pytest.fixture(scope="module")
+def artifact(case, tmp_path_factory):
+    name, kind = case
     folder = tmp_path_factory.mktemp("drafting")
     CHECKPOINTS[name](folder / "checkpoint")
     normistral.export_model(str(folder / "checkpoint"), folder / "artifact", verify=False, **FORMATS[kind])
@@ -44,8 +56,8 @@ def artifact(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def backend(artifact):
-    return load_backend(artifact, read_manifest(artifact), "CPU", exact=True)
+def backend(artifact, settings):
+    return load_backend(artifact, read_manifest(artifact), "CPU", exact=True, given=settings)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +119,8 @@ def test_trimming_trimmed_sequences_counts_living_tokens(backend, clean):
     assert np.abs(found - clean[9:]).max() <= TOLERANCE * np.ptp(clean)
 
 
-def test_greedy_and_sampled_texts_are_those_of_plain_decoding(artifact):
-    with normistral.load(artifact, exact=True) as model:
+def test_greedy_and_sampled_texts_are_those_of_plain_decoding(artifact, settings):
+    with normistral.load(artifact, exact=True, settings=settings) as model:
         drafted = 0
         for options in ({"temperature": 0}, {"temperature": 0.3, "seed": 1}, {"temperature": 0.3, "seed": 2}):
             options |= {"max_new_tokens": 60, "ignore_eos": True}

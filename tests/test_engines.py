@@ -17,7 +17,9 @@ from normistral.runtime.engines.base import load_hint
 from normistral.runtime.loading import load_backend
 
 TOLERANCES = {"openvino": 2e-4, "onnx": 5e-6}
-EXPORTS = ("openvino-fp16", "onnx-fp32-plain", "onnx-fp32-fused", "onnx-int8", "onnx-int4", "onnx-int4-asymmetric")
+STATEFUL = "openvino-fp16-stateful"  # the attention that other devices than the CPU take
+ONNX_EXPORTS = ("onnx-fp32-plain", "onnx-fp32-fused", "onnx-int8", "onnx-int4", "onnx-int4-asymmetric")
+EXPORTS = ("openvino-fp16", STATEFUL, *ONNX_EXPORTS)
 TOKENS = np.random.default_rng(0).integers(5, 261, 48).tolist()  # three windows long
 
 
@@ -28,14 +30,19 @@ def export(request):
 
 @pytest.fixture(scope="module")
 def artifact(export, request):
-    if export == "openvino-fp16":
+    if export.startswith("openvino"):
         return request.getfixturevalue("tiny_fp16")
     return request.getfixturevalue("tiny_onnx")(export)
 
 
 @pytest.fixture(scope="module")
-def backend(artifact):
-    return load_backend(artifact, read_manifest(artifact), "CPU", exact=True)
+def settings(export):
+    return {"attention": "stateful"} if export == STATEFUL else {}
+
+
+@pytest.fixture(scope="module")
+def backend(artifact, settings):
+    return load_backend(artifact, read_manifest(artifact), "CPU", exact=True, given=settings)
 
 
 @pytest.fixture
@@ -50,13 +57,13 @@ def reference(tiny_checkpoint, export, artifact):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32, attn_implementation="eager")
-    rounded = {} if export == "openvino-fp16" else dequantised(artifact)
+    rounded = {} if export.startswith("openvino") else dequantised(artifact)
     assert len(rounded) == (16 if "int" in export else 0)  # 2 layers of 7 matrices, embedding and output layer
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in rounded:
                 parameter.copy_(torch.from_numpy(rounded.pop(name)))
-            elif parameter.ndim >= 2 and export == "openvino-fp16":
+            elif parameter.ndim >= 2 and export.startswith("openvino"):
                 parameter.copy_(parameter.half().float())
         assert not rounded
         return model(torch.tensor([TOKENS])).logits[0].numpy()
@@ -122,9 +129,9 @@ def test_engines_of_one_backend_have_caches_of_their_own(backend, engine, refere
     assert_close(engine.forward(TOKENS[47:]), reference[47:])
 
 
-def test_a_second_turn_gives_the_tokens_of_a_fresh_run(artifact):
+def test_a_second_turn_gives_the_tokens_of_a_fresh_run(artifact, settings):
     options = {"max_new_tokens": 5, "ignore_eos": True, "temperature": 0}
-    with normistral.load(artifact, exact=True) as model:
+    with normistral.load(artifact, exact=True, settings=settings) as model:
         chat = model.chat()
         chat.send("A", **options)
         before = list(chat.messages)
@@ -135,15 +142,18 @@ def test_a_second_turn_gives_the_tokens_of_a_fresh_run(artifact):
         assert answer.timings.cached_tokens > 0
 
 
-def test_two_models_live_in_one_process(artifact):
-    with normistral.load(artifact) as one, normistral.load(artifact, exact=True) as other:
+def test_two_models_live_in_one_process(artifact, settings):
+    with (
+        normistral.load(artifact, settings=settings) as one,
+        normistral.load(artifact, exact=True, settings=settings) as other,
+    ):
         options = {"max_new_tokens": 4, "temperature": 0}
         assert one.generate("Hei", **options).token_ids == one.generate("Hei", **options).token_ids
         assert other.generate("Hei", **options).token_ids
 
 
-def test_close_frees_engine_and_chats(artifact):
-    model = normistral.load(artifact)
+def test_close_frees_engine_and_chats(artifact, settings):
+    model = normistral.load(artifact, settings=settings)
     chat = model.chat()
     chat.send("Hei", max_new_tokens=2)
     backend, engine = model._backend, chat._sequence._engine

@@ -16,22 +16,33 @@ from normistral.manifest import read_manifest
 from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
 from normistral.runtime.loading import load_backend
 
-EXPORTS = ("openvino-fp16", "onnx-fp16-plain", "onnx-fp32-fused", "onnx-int4")
+STATEFUL = "openvino-fp16-stateful"
+EXPORTS = ("openvino-fp16", STATEFUL, "onnx-fp16-plain", "onnx-fp32-fused", "onnx-int4")
 TOKENS = np.random.default_rng(0).integers(5, 261, 48).tolist()
 OPTIONS = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
 SHORT = OPTIONS | {"max_new_tokens": 2}  # the context has 64 tokens
 
 
 @pytest.fixture(params=EXPORTS)
-def artifact(request):
-    if request.param == "openvino-fp16":
+def export(request):
+    return request.param
+
+
+@pytest.fixture
+def artifact(export, request):
+    if export.startswith("openvino"):
         return request.getfixturevalue("tiny_fp16")
-    return request.getfixturevalue("tiny_onnx")(request.param)
+    return request.getfixturevalue("tiny_onnx")(export)
+
+
+@pytest.fixture
+def settings(export):
+    return {"attention": "stateful"} if export == STATEFUL else {}
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_restored_cache_is_the_saved_one_bit_by_bit(artifact, exact):
-    backend = load_backend(artifact, read_manifest(artifact), "CPU", exact=exact)
+def test_a_restored_cache_is_the_saved_one_bit_by_bit(artifact, settings, exact):
+    backend = load_backend(artifact, read_manifest(artifact), "CPU", exact=exact, given=settings)
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
     engine.forward(TOKENS[20:30])
@@ -45,8 +56,8 @@ def test_a_restored_cache_is_the_saved_one_bit_by_bit(artifact, exact):
     assert np.array_equal(engine.forward(TOKENS[30:], last=18), other.forward(TOKENS[30:], last=18))
 
 
-def test_the_beginning_of_a_cache_is_that_of_a_shorter_sequence(artifact):
-    backend = load_backend(artifact, read_manifest(artifact), "CPU", exact=False)
+def test_the_beginning_of_a_cache_is_that_of_a_shorter_sequence(artifact, settings):
+    backend = load_backend(artifact, read_manifest(artifact), "CPU", exact=False, given=settings)
     engine, other, shorter = (backend.create_engine() for _ in range(3))
     engine.forward(TOKENS[:20])
     shorter.forward(TOKENS[:20])
@@ -56,14 +67,14 @@ def test_the_beginning_of_a_cache_is_that_of_a_shorter_sequence(artifact):
 
 
 @pytest.mark.parametrize("name", ["other", "past"])
-def test_tensors_of_another_shape_never_reach_the_engine(artifact, name):
-    engine = load_backend(artifact, read_manifest(artifact), "CPU", exact=False).create_engine()
+def test_tensors_of_another_shape_never_reach_the_engine(artifact, settings, name):
+    engine = load_backend(artifact, read_manifest(artifact), "CPU", exact=False, given=settings).create_engine()
     engine.forward(TOKENS[:20])
     saved = list(engine.save(20))
     wrong = saved[0]._replace(name="x") if name == "other" else saved[0]._replace(array=saved[0].array[:, :1])
     with pytest.raises(EngineError, match="is not this model's"):
         engine.restore(20, [wrong, *saved[1:]])
-    with pytest.raises(EngineError, match="has no past_key_values"):
+    with pytest.raises(EngineError, match=r"has no (past_key_values|value_cache)"):
         engine.restore(20, saved[:-1])
     engine.reset()
     assert np.isfinite(engine.forward(TOKENS)).all()
@@ -200,7 +211,7 @@ def test_what_openvino_shows_is_what_packing_expects(tiny_fp16, precision, monke
     monkeypatch.setattr(
         "normistral.hardware.plan_openvino", lambda *given: {**plan(*given), "KV_CACHE_PRECISION": precision}
     )
-    backend = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False)
+    backend = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False, given={"attention": "stateful"})
     assert backend.capabilities.numerics["KV_CACHE_PRECISION"] == precision
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
@@ -212,7 +223,7 @@ def test_what_openvino_shows_is_what_packing_expects(tiny_fp16, precision, monke
 
 
 def test_the_shortened_cache_is_the_old_one_bit_by_bit(tiny_fp16):
-    backend = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False)
+    backend = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False, given={"attention": "stateful"})
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
     other.forward(TOKENS[:20])

@@ -34,6 +34,7 @@ from normistral.errors import SessionError, UsageError
 from normistral.files import explain, open_file, require_place, saving
 from normistral.install_hint import UPGRADE
 from normistral.runtime.engines.base import CacheTensor
+from normistral.runtime.engines.settings import ATTENTION, STATEFUL
 
 MAGIC = b"normistral session\n"
 VERSION = 2
@@ -166,9 +167,11 @@ class SessionReader:
         if self.header.kind != kind:
             raise UsageError(f"{self._path} is a saved {self.header.kind}, not a {kind}", "name another file")
         if different := list(_differences(self.header.key, key)):
+            old = _attention(self.header.key)
+            setting = "" if old == _attention(key) else f" (--set {ATTENTION}={old})"
             raise SessionError(
                 f"{self._path} was saved with {' and '.join(different)} ({self.header.artifact})",
-                "run it with what it was saved with, or begin a new session in another file",
+                f"run it with what it was saved with{setting}, or begin a new session in another file",
             )
 
     def tensors(self) -> Iterator[CacheTensor]:
@@ -281,8 +284,15 @@ def _differences(saved: SessionKey, here: SessionKey) -> Iterator[str]:
             yield f"{name} {getattr(saved, name)} instead of {getattr(here, name)}"
     for name in sorted(saved.numerics.keys() | here.numerics.keys()):
         old, new = saved.numerics.get(name), here.numerics.get(name)
+        if name == ATTENTION:
+            old, new = _attention(saved), _attention(here)
         if old != new:
             yield f"{name} {old} instead of {new}"
+
+
+def _attention(key: SessionKey) -> str:
+    """Which of OpenVINO's attentions a cache is of; the first, the stateful one, has no entry."""
+    return key.numerics.get(ATTENTION, STATEFUL)
 
 
 def _damaged(path: Path, why: str) -> SessionError:

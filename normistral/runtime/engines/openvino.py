@@ -20,6 +20,7 @@ from normistral import hardware
 from normistral.errors import ClosedError, DeviceError, EngineError, UsageError
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import (
+    Backend,
     CacheTensor,
     Capabilities,
     Logits,
@@ -28,6 +29,8 @@ from normistral.runtime.engines.base import (
     settings_basis,
 )
 from normistral.runtime.engines.openvino_cache import is_lossless, pack, packed_kinds, unpack
+from normistral.runtime.engines.openvino_graph import LAST, keep_last_logits, page_attention
+from normistral.runtime.engines.openvino_paged import KEYS_BY_TOKEN, PAGED_PRECISIONS, PagedBackend, can_page
 from normistral.runtime.engines.openvino_settings import (
     NUMERICS,
     REPORTED,
@@ -40,11 +43,15 @@ from normistral.runtime.engines.openvino_settings import (
 )
 from normistral.runtime.engines.openvino_slots import Slots
 from normistral.runtime.engines.settings import (
+    ATTENTION,
+    ATTENTION_SETTING,
     ENGINES_KERNEL,
     INT4_KERNEL,
     KERNEL,
     OUR_KERNEL,
+    PAGED,
     PREFILL_CHUNK,
+    STATEFUL,
     override,
 )
 from normistral.runtime.kernels.library import BUILD, describe_absence, find_library, find_obstacle, open_library
@@ -137,7 +144,7 @@ class OpenVINOEngine:
             "input_ids": np.array([token_ids], np.int64),
             "attention_mask": slots.extended_mask(count),
             "beam_idx": self._beam,
-            _LAST: np.array([last], np.int64),
+            LAST: np.array([last], np.int64),
         }
         if self._takes_positions:
             inputs["position_ids"] = np.arange(slots.length, total, dtype=np.int64)[None]
@@ -231,7 +238,7 @@ def load_openvino(
     exact: bool = False,
     tuned: Mapping[str, str] | None = None,
     given: Mapping[str, str] | None = None,
-) -> OpenVINOBackend:
+) -> Backend:
     """Compile an artifact's IR for a device and warm it up.
 
     Args:
@@ -253,9 +260,13 @@ def load_openvino(
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     kernel = settings.pop(INT4_KERNEL, None)
     packed = None
+    attention = settings.pop(ATTENTION, STATEFUL)
     try:
         model = core.read_model(folder / MODEL_FILE)
-        keep_last_logits(model)
+        if attention == PAGED:
+            page_attention(model)
+            settings |= KEYS_BY_TOKEN
+        keep_last_logits(model, axis=0 if attention == PAGED else 1)
         if kernel == OUR_KERNEL:
             packed = pack_for_our_kernel(model, folder / MODEL_FILE, required=INT4_KERNEL in given)
         if packed is not None:
@@ -268,6 +279,8 @@ def load_openvino(
     require_taken(given, in_force, device)
     in_force[PREFILL_CHUNK] = prefill_chunk
     numerics = settings_in_force(compiled, NUMERICS)
+    if attention == PAGED:
+        in_force[ATTENTION] = numerics[ATTENTION] = PAGED
     reported, in_numerics = kernel_in_force(kernel, packed)
     in_force |= reported
     numerics |= in_numerics
@@ -282,7 +295,11 @@ def load_openvino(
         tuple(sorted(given)),
         numerics,
     )
-    backend = OpenVINOBackend(compiled, manifest, capabilities, packed)
+    backend: Backend
+    if attention == PAGED:
+        backend = PagedBackend(compiled, capabilities, packed)
+    else:
+        backend = OpenVINOBackend(compiled, manifest, capabilities, packed)
     warm_up(backend)
     return backend
 
@@ -305,10 +322,14 @@ def choose_settings(
     require_device(device, list(core.available_devices))
     plan = _plan(hardware.read_machine(), manifest, device, exact=exact)
     known = known_settings(core, device)
+    if can_page(device):
+        known[ATTENTION] = ATTENTION_SETTING
     if device == "CPU" and manifest.recipe.weights == "int4":
         known[INT4_KERNEL] = KERNEL
     settings = override({**plan, **(tuned or {})}, given, known, engine="OpenVINO", exact=exact)
-    for name in given.keys() - {PREFILL_CHUNK, INT4_KERNEL}:
+    if ATTENTION not in given and settings.get("KV_CACHE_PRECISION", "u8") not in PAGED_PRECISIONS:
+        settings.pop(ATTENTION, None)
+    for name in given.keys() - {PREFILL_CHUNK, INT4_KERNEL, ATTENTION}:
         require_accepted(core, device, name, settings[name])
     return settings
 
@@ -316,6 +337,8 @@ def choose_settings(
 def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: bool) -> dict[str, str]:
     settings = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
     if device == "CPU":
+        if can_page(device):
+            settings[ATTENTION] = PAGED
         if manifest.recipe.weights == "int4" and not exact:
             settings[INT4_KERNEL] = ENGINES_KERNEL if find_library(machine) is None else OUR_KERNEL
         return settings
@@ -392,34 +415,7 @@ def require_device(device: str, available: Sequence[str]) -> None:
         )
 
 
-_LAST = "last_positions"  # name of the input that `keep_last_logits` adds
-
-
-def keep_last_logits(model: ov.Model) -> None:
-    """Compute the output layer for the last positions only, as many as the new input `last_positions` [1] says.
-
-    The exported IR computes logits of every position, as other loaders expect: for a prompt of 1,500 tokens that is
-    a large product and 200 MB nobody reads. Changed in memory; the file stays as it is.
-    """
-    import openvino as ov
-    from openvino import opset13 as ops
-
-    output_layer: Any = model.output("logits").get_node().input_value(0).get_node()
-    while output_layer.get_type_name() in ("Convert", "Add"):
-        output_layer = output_layer.input_value(0).get_node()
-    if output_layer.get_type_name() != "MatMul":
-        raise EngineError(f"the model's logits come from {output_layer.get_type_name()}, not from a matrix product")
-    last = ops.parameter([1], ov.Type.i64, name=_LAST)
-    last.output(0).get_tensor().set_names({_LAST})
-    start, stop = ops.negative(last), ops.constant(np.array([2**31 - 1], np.int64))
-    step, axis = ops.constant(np.array([1], np.int64)), ops.constant(np.array([1], np.int64))
-    hidden = output_layer.input_value(0)  # [1, n, hidden]
-    output_layer.input(0).replace_source_output(ops.slice(hidden, start, stop, step, axis).output(0))
-    model.add_parameters([last])
-    model.validate_nodes_and_infer_types()
-
-
-def warm_up(backend: OpenVINOBackend) -> None:
+def warm_up(backend: Backend) -> None:
     """Run a short prompt and one token, so that the first answer does not pay for compiling kernels."""
     engine = backend.create_engine()
     for length in _WARM_UP_LENGTHS:
