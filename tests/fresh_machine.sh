@@ -11,7 +11,7 @@
 # is in reach when the folder is removed: at the end, also after Ctrl-C. KEEP=FOLDER keeps it there.
 set -euo pipefail
 
-received() { awk -F'[: ]+' 'NR > 2 && $2 != "lo" { sum += $3 } END { printf "%d", sum }' /proc/net/dev; }
+received() { awk -F'[: ]+' 'NR > 2 && $2 != "lo" { sum += $3 } END { printf "%.0f", sum }' /proc/net/dev; }
 
 within() { # a command in the root's checkout, and what it cost
 	local began=$SECONDS bytes disk status=0 pip

@@ -141,7 +141,7 @@ def test_a_model_uses_it_where_it_is_compiled_and_says_so(demo_int4, int4_librar
         answers = [model.chat().send(question, temperature=0.0).text for model in (ours, theirs)]
     assert all("Oslo" in answer for answer in answers)
     lines = "\n".join(doctor_lines(examine()))
-    assert f"our own products: {int4_library}" in lines
+    assert f"from the store: {int4_library}" in lines
 
 
 def test_its_loss_is_that_of_activations_rounded_to_8_bits(demo_int4, int4_library):

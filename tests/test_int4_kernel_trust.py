@@ -145,7 +145,7 @@ def test_the_start_and_doctor_name_what_would_be_faster(stored, monkeypatch, cxx
     in_force = {"int4_kernel": "openvino"}
     assert name_faster_way(in_force) is None  # it is there
     assert "for avx" in doctor._describe_kernel(read_machine())
-    assert f"compiled here by build-kernel: {stored}" in doctor._describe_kernel(read_machine())
+    assert f"from the store: {stored}" in doctor._describe_kernel(read_machine())
     stored.unlink()
     monkeypatch.setenv("CXX", cxx)
     assert re.search(says, name_faster_way(in_force))

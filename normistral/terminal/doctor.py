@@ -191,7 +191,7 @@ def _describe_kernel(machine: Machine) -> str:
         open_library(library)
     except EngineError as exc:
         return f"OpenVINO's own products, because {exc} ({exc.hint})"
-    origin = "came with the package" if is_packaged(library) else "compiled here by build-kernel"
+    origin = "came with the package" if is_packaged(library) else "from the store"
     return f"our own products for {variant_of(machine).name}, {origin}: {library}"
 
 
