@@ -4,6 +4,7 @@ import base64
 import ensurepip
 import hashlib
 import shutil
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -62,9 +63,14 @@ def write_wheels(folder: Path) -> Path:
     write_wheel(folder, "leaf", "1.2", "NAME = 'blåbær'", (), "License: MIT")
     write_wheel(folder, "onnxruntime", "1.0", "", (), "Classifier: License :: OSI Approved :: MIT License")
     write_wheel(folder, "unneeded", "1.0", "")
-    (pip,) = (Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl")
-    shutil.copy(pip, folder)
+    shutil.copy(find_pip(), folder)
     return folder
+
+
+def find_pip() -> Path:
+    """The wheel that `python -m venv` installs; Debian keeps it elsewhere than in ensurepip."""
+    folders = [Path(ensurepip.__file__).parent / "_bundled", Path(sysconfig.get_config_var("WHEEL_PKG_DIR") or "")]
+    return next(wheel for folder in folders for wheel in folder.glob("pip-*.whl"))
 
 
 def write_small_artifact(folder: Path, **changes) -> Path:

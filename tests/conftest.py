@@ -103,6 +103,8 @@ def bundle_wheels(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def signing_key(tmp_path_factory) -> Path:
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("needs ssh-keygen, of OpenSSH's client")
     key = tmp_path_factory.mktemp("keys") / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     return key

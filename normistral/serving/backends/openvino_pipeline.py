@@ -20,7 +20,7 @@ from normistral.runtime.engines.openvino_settings import (
     said_first,
     settings_in_force,
 )
-from normistral.runtime.engines.settings import INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
+from normistral.runtime.engines.settings import ATTENTION, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
 from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.cache_plan import plan_cache
@@ -73,6 +73,7 @@ def open_openvino_batch(
     settings = choose_settings(core, manifest, BATCHED_DEVICE, exact=exact, tuned=tuned, given=given)
     chunk = int(settings.pop(PREFILL_CHUNK))
     kernel = settings.pop(INT4_KERNEL, None)
+    settings.pop(ATTENTION, None)  # openvino_genai pages by itself
     if PREFILL_CHUNK not in given:
         chunk = min(chunk, _LONGEST_PIECE)
     packed = None
