@@ -3,8 +3,8 @@
     python tests/show_cycles.py OPENVINO_ARTIFACT ONNX_ARTIFACT [--openvino 100] [--onnx 300] [--turns 3000]
 
 Each series runs in a process of its own. OpenVINO alone is shown beside the library, because it keeps a thread and some
-memory for every model that it compiled. Exits with 1 if the library keeps a thread, a descriptor or 2.5 MiB a cycle
-more than its engine does.
+memory for every model that it compiled. Exits with 1 if the library keeps a thread, a descriptor or much more memory
+than its engine does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-MOST_BYTES = 2.5 * 2**20  # our settings and two lengths of prompt, against one run as OpenVINO comes
+# Bytes of each cycle: of the library over OpenVINO alone, which compiles fewer kernels with its own settings and one
+# length of prompt; and of everything else.
+MOST_OVER_OPENVINO, MOST = 2.5 * 2**20, 0.1 * 2**20
 
 
 def read_state() -> dict[str, int]:
@@ -108,16 +110,16 @@ def main() -> int:
     none = {"threads": 0.0, "descriptors": 0.0, "bytes": 0.0}
     alone = measure("alone", arguments.openvino_artifact, arguments.openvino)
     series = [
-        (measure("library", arguments.openvino_artifact, arguments.openvino), alone),
-        (measure("library", arguments.onnx_artifact, arguments.onnx), none),
-        (measure("turns", arguments.openvino_artifact, arguments.turns), none),
-        (measure("turns", arguments.onnx_artifact, arguments.turns), none),
+        (measure("library", arguments.openvino_artifact, arguments.openvino), alone, MOST_OVER_OPENVINO),
+        (measure("library", arguments.onnx_artifact, arguments.onnx), none, MOST),
+        (measure("turns", arguments.openvino_artifact, arguments.turns), none, MOST),
+        (measure("turns", arguments.onnx_artifact, arguments.turns), none, MOST),
     ]
     kept = [
         grown["threads"] > engine["threads"] + 0.01
         or grown["descriptors"] > engine["descriptors"] + 0.01
-        or grown["bytes"] > engine["bytes"] + MOST_BYTES
-        for grown, engine in series
+        or grown["bytes"] > engine["bytes"] + most
+        for grown, engine, most in series
     ]
     return int(any(kept))
 

@@ -4,7 +4,7 @@
 
 Links, FIFOs, folders, sockets, devices and files of another user (the last two as root), under the names that are used
 beside an OUTPUT, and at random. Each OUTPUT is exported to (without a model), saved to as a session is, a result, a
-table, a batch's answers, or a tuned result; a third of them with something that is no file in OUTPUT's own place.
+table, or a batch's answers; a third of them with something that is no file in OUTPUT's own place.
 Exits with 1 if anything else changed, or one took longer than 10 seconds. Takes half a minute.
 """
 
