@@ -40,7 +40,7 @@ PAGE = b'\n<!DOCTYPE html>\n<html class=""><head></head></html>'
         ("chat_template.jinja", "{{ x }}".encode("utf-16"), "a text in UTF-16", "UTF-8"),
         ("model.safetensors", bytes(5000), "filled with zeros", "again"),
         ("config.json", bytes(500), "filled with zeros", "again"),
-        ("tokenizer.json", gzip.compress(b"{}"), "compressed with gzip", "unpack"),
+        ("tokenizer.json", gzip.compress(b"{}", mtime=0), "compressed with gzip", "unpack"),
         ("model.safetensors", GOOD_GGUF, "a GGUF file", ".gguf"),
         ("model.gguf", b"tjgg" + bytes(range(200)), "a GGML file", "original"),
         ("model.safetensors", b"PK\x03\x04" + bytes(range(200)), "a zip file", "pytorch_model.bin"),
