@@ -372,3 +372,15 @@ def test_the_metadata_that_an_editable_installation_leaves_beside_the_source_ser
     wheel = pack_wheel(Path(normistral.__file__).parent, PathDistribution(egg), "0.1.0", tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         assert b"Version: 0.1.0" in archive.read("normistral-0.1.0.dist-info/METADATA")
+
+
+def test_kernels_are_not_in_the_wheel_for_any_system(tmp_path):
+    """They travel beside it, and are left out where they cannot be loaded."""
+    package = tmp_path / "normistral"
+    (package / "compiled").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "compiled" / "int4-openvino-1.0-avx2-0.so").write_bytes(b"ELF")
+    installed = Installed({"METADATA": METADATA.format(version="0.1.0", requires="")})
+    with zipfile.ZipFile(pack_wheel(package, installed, "0.1.0", tmp_path)) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert "normistral/__init__.py" in archive.namelist()
