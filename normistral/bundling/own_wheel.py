@@ -90,7 +90,9 @@ def _require_current(installed: Distribution, project_file: Path) -> None:
     declared = list(project["dependencies"])
     for extra, requirements in project["optional-dependencies"].items():
         declared += [f'{requirement}; extra == "{extra}"' for requirement in requirements]
-    same_python = SpecifierSet(project["requires-python"]) == SpecifierSet(installed.metadata["Requires-Python"] or "")
+    same_python = SpecifierSet(project["requires-python"]) == SpecifierSet(
+        next(iter(installed.metadata.get_all("Requires-Python") or ()), "")
+    )
     needed, noted = ({str(Requirement(line)) for line in lines} for lines in (declared, installed.requires or []))
     if needed != noted or not same_python:
         raise UsageError("normistral requires other packages now than when it was installed", REINSTALL)
