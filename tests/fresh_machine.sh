@@ -49,6 +49,7 @@ fi
 
 root=$2
 source=$(cd "$(dirname "$0")/.." && pwd)
+mount --bind "$root" "$root" # a mount point, as / is anywhere: tests make namespaces of their own
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
 mount -t sysfs sys "$root/sys"

@@ -136,9 +136,9 @@ def test_wrong_options_are_refused_before_anything_is_loaded(folder, arguments, 
 def test_the_worker_dies_with_a_server_that_is_killed(folder) -> None:
     command = Command(folder)
     command.url()
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(command.process.pid)], capture_output=True, text=True, check=False
-    ).stdout.split()
+    stats = {path.parent.name: path.read_text() for path in Path("/proc").glob("[0-9]*/stat")}
+    parents = {pid: stat.rpartition(")")[2].split()[1] for pid, stat in stats.items()}
+    children = [pid for pid, parent in parents.items() if parent == str(command.process.pid)]
     assert children
     command.process.kill()
     command.end()

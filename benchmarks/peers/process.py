@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,6 +64,9 @@ class Process:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._process.kill()  # a stopped process cannot say goodbye
         self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # a request that it no longer read
+            self._process.stdin.close()
         self._errors.close()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
