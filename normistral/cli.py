@@ -98,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "run it again with --debug, and report what that prints",
         )
         return _end_in_error(1)
+    finally:
+        console.drop_unwritable()
 
 
 def _invoke(arguments: Sequence[str]) -> int:
@@ -218,10 +220,6 @@ def _end_in_system_error(error: OSError) -> int:
         console.drop_stdout()
         console.print_error(console.NO_STDOUT, console.STDOUT_HINT)
         return _end_in_error(1)
-    try:
-        sys.stdout.flush()
-    except OSError:  # it was stdout; from Python 3.13 on the interpreter complains of what is left in it
-        console.drop_stdout()
     where = f"{error.filename}: " if error.filename else ""
     reason, hint = explain(error)
     console.print_error(f"{where}{reason}", hint)

@@ -84,8 +84,21 @@ def is_writable(stream: TextIO) -> bool:
 
 def drop_stdout() -> None:
     """Let what is still to be written go nowhere, or the interpreter complains when it ends."""
+    _drop(1)
+
+
+def drop_unwritable() -> None:
+    """The same for stdout and stderr, if they cannot take what is left: from Python 3.13 on the exit code would be 120."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _drop(number)
+
+
+def _drop(number: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    os.dup2(nowhere, number)
     os.close(nowhere)
 
 
