@@ -88,7 +88,7 @@ def drop_stdout() -> None:
 
 
 def drop_unwritable() -> None:
-    """The same for stdout and stderr, if they cannot take what is left: from Python 3.13 on the exit code would be 120."""
+    """The same for stdout and stderr where they cannot take what is left: Python 3.13 would end with exit code 120."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
