@@ -8,8 +8,10 @@ import time
 import pytest
 
 SCRIPT = """
-import sys, threading, time
+import signal, sys, threading, time
 import normistral
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 
 model = normistral.load(sys.argv[1])
 begun = threading.Semaphore(0)
@@ -60,9 +62,12 @@ def test_an_interrupt_ends_a_program_as_it_ends_others(folders, engine) -> None:
         text=True,
     )
     assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        process.stdout.readline()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == -signal.SIGINT
     assert stderr.rstrip().endswith("KeyboardInterrupt")
