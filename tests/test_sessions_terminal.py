@@ -102,7 +102,7 @@ def test_a_conversation_is_saved_when_it_ends_and_goes_on(start, tmp_path):  # n
     terminal.expect(PROMPT)
     assert not (tmp_path / "s").exists()
     terminal.type("/save\r")
-    terminal.expect(r"✓ saving .*\n")
+    terminal.expect(r"✓ saving\s")
     assert read_messages(tmp_path / "s") == ["Hva?", ANSWER]
     terminal.type("Og?\r")
     terminal.expect(ANSWER)

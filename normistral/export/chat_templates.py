@@ -104,6 +104,16 @@ def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
     return template
 
 
+def require_template(folder: Path) -> None:
+    """Blame a template of a form that nobody reads before transformers stops at it with words of its own.
+
+    Raises:
+        CheckpointError: as `find_template`.
+    """
+    settings = folder / "tokenizer_config.json"
+    find_template(folder, read_json(settings) if settings.exists() else {})
+
+
 def is_go_template(text: str) -> bool:
     """Whether a text is a template of Go's text/template, which Ollama uses."""
     return _GO.search(text) is not None

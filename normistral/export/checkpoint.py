@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError
-from normistral.export.chat_templates import TemplateFile, override_template, try_template
+from normistral.export.chat_templates import TemplateFile, override_template, require_template, try_template
 from normistral.export.complete_tokenizer import complete_tokenizer, load_tokenizer
 from normistral.export.config import (
     architecture_of,
@@ -207,6 +207,7 @@ def _open_text(
         lay_out_tokenizer(folder, view, raw_config, notes)
         if given is not None:
             override_template(view, given)
+        require_template(view)
         tokenizer = load_tokenizer(view)
         added = complete_tokenizer(view, tokenizer, notes)
         vocabulary = read_vocabulary(view, tokenizer, config["bos_token_id"], config["vocab_size"])

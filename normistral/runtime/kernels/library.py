@@ -42,7 +42,7 @@ class Library:
 
     Attributes:
         path: where it was found.
-        loadable: the same file by the descriptor that it was checked through; it stays open with this process.
+        loadable: the same bytes by the descriptor that they were checked through; it stays open with this process.
     """
 
     path: Path
@@ -102,9 +102,16 @@ def open_library(path: Path) -> Library:
     return _open_library(path, _identity(path))
 
 
+_loadable: dict[bytes, str] = {}  # by the SHA-256 of its content, as loaded into this process
+
+
 @cache
 def _open_library(path: Path, identity: tuple[int, ...]) -> Library:
-    """Once for each file: its descriptor stays open, so that its number means no other file to the loader."""
+    """Once for each file: its descriptor stays open, so that its number means no other file to the loader.
+
+    Copies are loaded once: openvino_genai has one core for the process, which would take the operator of the one and
+    the weights of the other.
+    """
     with _translated(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -117,13 +124,17 @@ def _open_library(path: Path, identity: tuple[int, ...]) -> Library:
     except EngineError:
         os.close(descriptor)
         raise
+    content = hashlib.sha256(data).digest()
+    if content in _loadable:
+        os.close(descriptor)
+        return Library(path, _loadable[content])
     by_descriptor = f"/proc/self/fd/{descriptor}"
     if not Path(by_descriptor).exists():  # no /proc: only what is trusted by its place can be loaded by its name
         os.close(descriptor)
         if not is_packaged(path):
             raise UntrustedKernelError(f"{path} cannot be loaded as it was checked", "mount /proc")
         by_descriptor = str(path)
-    return Library(path, by_descriptor)
+    return Library(path, _loadable.setdefault(content, by_descriptor))
 
 
 def build_library(machine: Machine) -> Path:
