@@ -20,6 +20,8 @@ class Terminal:
     """A process on a pseudo-terminal, as somebody in front of it sees it."""
 
     def __init__(self, arguments: list[str], env: dict[str, str], columns: int = WIDE) -> None:
+        widths = {"COLUMNS", "LINES"}  # pytest-xdist sets them, and programs believe them more than the terminal
+        kept = {name: value for name, value in os.environ.items() if name not in widths}
         self._leader, follower = pty.openpty()
         self.resize(columns)
         self.process = subprocess.Popen(
@@ -28,7 +30,7 @@ class Terminal:
             stdout=follower,
             stderr=follower,
             cwd=TESTS,
-            env=os.environ | {"TERM": "xterm"} | env,
+            env=kept | {"TERM": "xterm"} | env,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C becomes a signal
         )
