@@ -14,8 +14,8 @@ stateful graph.
 
 from __future__ import annotations
 
-import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -54,8 +54,9 @@ class BlockPool:
         self._ports = {  # key_cache.0, value_cache.0, key_cache.1, ...
             port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()
         }
-        self._lock = threading.Lock()  # sequences are closed from any thread
-        self._free: list[int] = []
+        # Blocks come back from any thread, and from the garbage collector in the midst of anything: no lock can be
+        # taken then, and a deque needs none. All else runs while nobody else computes.
+        self._free: deque[int] = deque()
         self._capacity = 0
         self._bytes: dict[str, NDArray[np.uint8]] = {}  # [blocks, kv_heads, 32, row bytes]
         self._resize(_FIRST_BLOCKS)
@@ -66,23 +67,22 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int]:
         """So many blocks; their content is finite but undefined. Not while another thread is in a forward."""
-        with self._lock:
-            if count > len(self._free):
-                used = self._capacity - len(self._free)
-                self._resize(max(used + count, self._capacity + self._capacity // 2))
-            return [self._free.pop() for _ in range(count)]
+        if count > len(self._free):
+            used = self._capacity - len(self._free)
+            self._resize(max(used + count, self._capacity + self._capacity // 2))
+        return [self._free.pop() for _ in range(count)]
 
     def release(self, blocks: list[int]) -> None:
         """Give blocks back; the list is empty afterwards."""
-        with self._lock:
-            self._free += blocks
-            blocks.clear()
+        self._free.extend(blocks)
+        blocks.clear()
 
     def shrink(self) -> None:
         """Give memory back if nobody has a block. Not while another thread is in a forward."""
-        with self._lock:
-            if len(self._free) == self._capacity > _FIRST_BLOCKS:
-                self._resize(_FIRST_BLOCKS)
+        if len(self._free) == self._capacity > _FIRST_BLOCKS:
+            self._free.clear()
+            self._capacity = 0
+            self._resize(_FIRST_BLOCKS)
 
     def read(self, name: str, blocks: Sequence[int], length: int) -> NDArray[np.uint8]:
         """The first `length` rows of a sequence: [kv_heads, length, row bytes], a copy."""
@@ -100,9 +100,7 @@ class BlockPool:
     def _resize(self, capacity: int) -> None:
         import openvino as ov
 
-        kept = min(capacity, self._capacity)
-        if capacity < self._capacity:  # nothing is in use
-            kept = 0
+        kept = self._capacity
         for name, port in self._ports.items():
             shape = [dimension.get_length() for dimension in list(port.get_partial_shape())[1:]]  # [kv_heads, 32, row]
             kind = port.get_element_type()
@@ -114,8 +112,7 @@ class BlockPool:
             tensor = ov.Tensor(array.reshape(-1), ov.Shape([capacity, *shape]), kind)
             self.request.set_tensor(port, tensor)
             self._bytes[name] = array
-        self._free = [block for block in self._free if block < kept]
-        self._free += range(capacity - 1, kept - 1, -1)
+        self._free.extend(range(capacity - 1, kept - 1, -1))
         self._capacity = capacity
 
 
