@@ -29,7 +29,7 @@ export NORMISTRAL_PROMPT
 endif
 unexport PROMPT
 
-.PHONY: help chat test test-browser test-clients test-faults test-cycles test-fuzz test-lm-eval compare-lm-eval test-transformers5 test-mutations test-cluster run-on-ray dist docs check format clean
+.PHONY: help chat test test-browser test-clients test-faults test-cycles test-fuzz test-lm-eval compare-lm-eval test-transformers5 test-mutations test-cluster run-on-ray dist docs house check format clean
 .SUFFIXES:
 
 help:
@@ -45,6 +45,7 @@ help:
 	@echo 'make test-mutations        200 changed fields of config files: the same model, or a refusal'
 	@echo 'make test-cluster          batch jobs and replicas on a real Ray, in an environment of its own (3 GB)'
 	@echo 'make docs                  write anew the documents that are made from the code'
+	@echo 'make house                 count files, lines, import circles and repeated class names of the package'
 	@echo 'make check                 formatting, lint, types, import directions'
 	@echo 'make format                format, and mend what the linter can'
 	@echo 'make dist                  build sdist and wheels into dist/, check them, install them and chat'
@@ -121,6 +122,9 @@ check: $(VENV)/.ready-dev
 docs: $(VENV)/.ready-dev
 	@$(RUN) scripts/describe_commands.py > docs/.page && mv docs/.page docs/commands.md
 	@$(RUN) tests/fields_page.py > docs/.page && mv docs/.page docs/fields.md
+
+house: $(VENV)/.created
+	@$(RUN) scripts/house.py $(ARGS)
 
 format: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff format .
