@@ -20,7 +20,7 @@ import numpy as np
 import normistral
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
+from normistral.progress import NoProgress
 
 # Chosen before anything was run with them.
 PROMPTS = (

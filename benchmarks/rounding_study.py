@@ -29,8 +29,8 @@ import torch
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.complete_tokenizer import load_tokenizer
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
 from normistral.export.reference import load_model
+from normistral.progress import NoProgress
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

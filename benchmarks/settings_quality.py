@@ -34,8 +34,8 @@ import normistral
 from normistral import hardware
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
 from normistral.manifest import Manifest, read_manifest
+from normistral.progress import NoProgress
 from normistral.runtime.engines.base import Backend, Engine
 from normistral.runtime.engines.openvino import OpenVINOBackend
 

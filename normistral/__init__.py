@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from normistral.quiet import silence_telemetry
+from normistral.telemetry import silence_telemetry
 
 if TYPE_CHECKING:
     from normistral.errors import NormistralError

@@ -29,7 +29,7 @@ from pathlib import Path
 from normistral.export.pipeline import export_model
 from normistral.export.tools import require_export_tools
 from normistral.manifest import MANIFEST_NAME, check_files, read_manifest
-from normistral.quiet import silence_telemetry
+from normistral.telemetry import silence_telemetry
 
 
 def main() -> int:

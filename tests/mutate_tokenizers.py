@@ -26,8 +26,8 @@ from tiny_models import TEMPLATE, make_mistral, write_json
 from normistral.errors import NormistralError
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import Located
-from normistral.export.progress import NoProgress
 from normistral.export.proofs.tokenizer import surround
+from normistral.progress import NoProgress
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import Tokenizer
 

@@ -35,12 +35,12 @@ def main(work: str, folder: Path) -> None:
 
     from normistral.export.checkpoint import open_checkpoint
     from normistral.export.locate import locate
-    from normistral.export.progress import NoProgress, Uncounted
     from normistral.export.resources import MemoryMeter
     from normistral.export.rounding.calibration import round_layers
     from normistral.export.rounding.plan import Plan
     from normistral.export.rounding.sensitivity import measure_sensitivity
     from normistral.export.rounding.tables import RoundedTables
+    from normistral.progress import NoProgress, Uncounted
 
     peaks = {}
     for run, layers in enumerate((2, 2, 14)):  # the first run imports and warms up

@@ -35,8 +35,8 @@ from normistral.errors import (
     ResourceError,
     UsageError,
 )
-from normistral.export.progress import NoProgress
 from normistral.hardware import read_machine
+from normistral.progress import NoProgress
 from normistral.runtime.kernels.library import find_obstacle
 
 HERE = choose_target()

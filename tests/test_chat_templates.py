@@ -15,8 +15,8 @@ from normistral.export.chat_templates import is_go_template, read_template_file
 from normistral.export.checkpoint import Checkpoint, open_checkpoint
 from normistral.export.config import read_json
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
 from normistral.manifest import read_manifest
+from normistral.progress import NoProgress
 
 # After Ollama's published templates: what they have in common.
 GO = """{{- if .System }}<system_prompt> {{ .System }}</system_prompt>{{ end }}

@@ -21,9 +21,9 @@ from normistral.errors import CheckpointError, NormistralError, UnsupportedArchi
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.config import count_parameters, read_json, sanitise_config
 from normistral.export.locate import Located
-from normistral.export.progress import NoProgress
 from normistral.manifest import ReasoningMarkers, SamplingDefaults, sha256_file
 from normistral.presets import Preset, find_preset
+from normistral.progress import NoProgress
 
 
 def open_folder(folder: Path, workspace: Path, preset: Preset | None = None) -> Checkpoint:
@@ -373,7 +373,7 @@ def test_reading_config_and_tensor_names_imports_no_torch(tmp_path: Path, safete
     code = (
         "import sys\n"
         "from normistral.export.config import expected_tensors, read_json, sanitise_config\n"
-        "from normistral.export.locate import locate; from normistral.export.progress import NoProgress\n"
+        "from normistral.export.locate import locate; from normistral.progress import NoProgress\n"
         "from normistral.export.weights import read_tensors\n"
         f"folder = locate({str(model)!r}, progress=NoProgress()).path\n"
         "config = sanitise_config(read_json(folder / 'config.json'))\n"

@@ -33,7 +33,7 @@ from normistral.cluster.one_by_one import OneByOne
 from normistral.cluster.questions import check_instruction, fill, find_prompt
 from normistral.cluster.together import Together
 from normistral.errors import EngineError, NormistralError, UsageError
-from normistral.export.progress import NoProgress
+from normistral.progress import NoProgress
 from normistral.runtime.chunks import Chunk, Timings
 from normistral.runtime.structured.structure import Structure
 from normistral.serving.backends.base import Progress

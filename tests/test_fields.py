@@ -25,8 +25,8 @@ from normistral.export.generation_fields import GENERATION_FIELDS
 from normistral.export.gguf_fields import GGUF_FIELDS, known_keys
 from normistral.export.known_fields import check_fields
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
 from normistral.manifest import read_manifest
+from normistral.progress import NoProgress
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
 FAST = {"format": "onnx", "weights": "fp32", "graph": "fused"}

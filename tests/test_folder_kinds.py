@@ -14,7 +14,7 @@ from tiny_models import edit_json, make_mistral
 from normistral.errors import NormistralError
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
+from normistral.progress import NoProgress
 
 Edit = Callable[[Path], object]
 BASE = {"base_model_name_or_path": "norallm/normistral-7b-warm", "peft_type": "LORA"}

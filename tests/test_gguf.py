@@ -20,8 +20,8 @@ from normistral.export.config import read_json
 from normistral.export.gguf import convert_gguf
 from normistral.export.known_fields import IgnoredFields
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
 from normistral.manifest import sha256_file
+from normistral.progress import NoProgress
 
 TYPES = gguf.TokenType
 

@@ -45,10 +45,10 @@ from normistral.errors import CheckpointError
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.gguf_file import read_gguf
 from normistral.export.locate import Located
-from normistral.export.progress import NoProgress
 from normistral.export.safetensors_file import read_safetensors
 from normistral.export.torch_file import read_torch_file
 from normistral.export.weights import read_tensors
+from normistral.progress import NoProgress
 
 # What the interpreter itself takes while reading a file of a few hundred bytes: compiled patterns, the traceback, a
 # buffer of the file, Python objects of 50 bytes for what is one byte in the file. Every promise of the broken files

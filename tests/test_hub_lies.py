@@ -15,7 +15,7 @@ from tiny_models import make_mistral
 
 from normistral.errors import DownloadError, NormistralError
 from normistral.export.hub import Snapshot, download
-from normistral.export.progress import NoProgress
+from normistral.progress import NoProgress
 
 SHARD = "model.safetensors"
 

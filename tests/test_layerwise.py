@@ -14,8 +14,8 @@ from normistral.export.checkpoint import open_checkpoint
 from normistral.export.checkpoint_reference import WholeModel, checkpoint_reference
 from normistral.export.layerwise import LayeredModel
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
 from normistral.export.reference import load_model
+from normistral.progress import NoProgress
 
 TOKENS = np.random.default_rng(0).integers(5, 261, 150).tolist()
 WINDOWS = cut(TOKENS, choose_windows("sliding", 48, 20, context_length=64, bos_id=1))  # three attention windows long

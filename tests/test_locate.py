@@ -12,8 +12,8 @@ from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
 from normistral.export import locate as locate_module
 from normistral.export.hub import Snapshot
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
 from normistral.presets import PRESETS, find_preset
+from normistral.progress import NoProgress
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ import normistral
 from normistral.errors import ArtifactError, ExportError
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress, Uncounted
 from normistral.export.reference import load_model
 from normistral.export.rounding import plan
 from normistral.export.rounding.grid import nearest_codes, restore
@@ -32,6 +31,7 @@ from normistral.export.rounding.plan import Plan, list_by_kind
 from normistral.export.rounding.scale_search import search_steps
 from normistral.export.rounding.sensitivity import Sensitivity, choose_finer, measure_sensitivity
 from normistral.manifest import RecipeRecord, parse_manifest, serialise_manifest
+from normistral.progress import NoProgress, Uncounted
 from normistral.terminal.tables import describe_weights
 
 WINDOWS = [np.random.default_rng(seed).integers(5, 200, 48).tolist() for seed in range(4)]

@@ -19,7 +19,7 @@ from normistral.export.config import architecture_of, read_json, sanitise_config
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
 from normistral.export.onnx.plain import write_plain
 from normistral.export.onnx.signature import read_signature
-from normistral.export.progress import Uncounted
+from normistral.progress import Uncounted
 
 # Of the logits' spread (about 15). The same float32 weights and arithmetic: what is left is the order of sums, 3e-7 as
 # measured. A window that is dropped or off by one costs more than 0.01 (test_the_window_matters).
@@ -229,7 +229,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(quirky, quirky_float16, tmp_pa
 from pathlib import Path
 from normistral.export.config import architecture_of, read_json, sanitise_config
 from normistral.export.onnx.plain import write_plain
-from normistral.export.progress import Uncounted
+from normistral.progress import Uncounted
 checkpoint = Path({str(checkpoint)!r})
 config = sanitise_config(read_json(checkpoint / "config.json"))
 for dtype in ("float32", "float16"):

@@ -19,8 +19,8 @@ from normistral.errors import CheckpointError
 from normistral.export.checkpoint import Checkpoint, open_checkpoint
 from normistral.export.config import read_json
 from normistral.export.locate import Located
-from normistral.export.progress import NoProgress
 from normistral.export.texts import load_texts
+from normistral.progress import NoProgress
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.tokenizer import Tokenizer
 

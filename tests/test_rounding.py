@@ -15,7 +15,6 @@ from tiny_models import make_llama, make_mistral
 from normistral.errors import ExportError
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress, Uncounted
 from normistral.export.reference import load_model
 from normistral.export.rounding.calibration import round_layers
 from normistral.export.rounding.gptq import round_with_hessian
@@ -23,6 +22,7 @@ from normistral.export.rounding.grid import Grid, Steps, nearest_codes, restore,
 from normistral.export.rounding.plan import Plan, calibration_windows
 from normistral.export.rounding.scale_search import search_steps, weighted_error
 from normistral.export.rounding.tables import RoundedTables
+from normistral.progress import NoProgress, Uncounted
 
 GRIDS = [
     Grid(bits, group, symmetric, float16_scales=True)

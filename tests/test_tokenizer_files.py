@@ -19,8 +19,8 @@ from normistral.export import checkpoint as checkpoints
 from normistral.export.checkpoint import Checkpoint, open_checkpoint
 from normistral.export.config import read_json
 from normistral.export.locate import Located
-from normistral.export.progress import NoProgress
 from normistral.export.proofs.tokenizer import surround
+from normistral.progress import NoProgress
 from normistral.runtime.template import ChatTemplate
 from normistral.runtime.tokenizer import Tokenizer
 

@@ -20,10 +20,10 @@ from normistral.errors import CheckpointError, ExportError
 from normistral.export.checkpoint import Checkpoint, open_checkpoint
 from normistral.export.float16_range import require_range
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
 from normistral.export.recipe import choose_recipe
 from normistral.export.rotary_buffers import check_rotary_buffers
 from normistral.export.values import read_magnitudes
+from normistral.progress import NoProgress
 
 EMBEDDING, QUERIES, NORM = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 KINDS = ["float32", "float16", "bfloat16"]

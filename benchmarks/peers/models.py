@@ -12,8 +12,8 @@ from pathlib import Path
 
 from normistral.evaluation.bench.configuration import Configuration
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress
 from normistral.manifest import read_manifest
+from normistral.progress import NoProgress
 
 BENCHMARKS = Path(__file__).parents[1]
 SHAPES = ("demo", "half", "7b", "tiny")

@@ -19,11 +19,11 @@ from normistral.bundling.sbom import write_sbom
 from normistral.bundling.target import Target, needed_glibc_minor
 from normistral.bundling.wheels import Closure, collect_wheels, find_own_wheel
 from normistral.errors import EngineError, ResourceError, UsageError
-from normistral.export.progress import NoProgress, Progress
 from normistral.export.staging import translate_full_disk
 from normistral.files import replacing, require_place
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
+from normistral.progress import NoProgress, Progress
 from normistral.runtime.kernels.library import collect_for_others
 
 

@@ -22,10 +22,10 @@ from normistral.cluster.job import Engine, Job, OnRow, Part, answer_part, cut_pa
 from normistral.cluster.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
 from normistral.cluster.questions import check_instruction
 from normistral.errors import NormistralError, UsageError
-from normistral.export.progress import NoProgress, Progress
 from normistral.files import explain, require_place
 from normistral.install_hint import extra
 from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest, sha256_file
+from normistral.progress import NoProgress, Progress
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 
 

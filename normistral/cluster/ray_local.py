@@ -10,7 +10,7 @@ from typing import Any
 
 from normistral.errors import MissingExtraError, NormistralError, first_line
 from normistral.install_hint import extra
-from normistral.quiet import silence_telemetry
+from normistral.telemetry import silence_telemetry
 
 # Only places of rows and requests on their way go through it; Ray would take 30 % of the memory.
 OBJECT_STORE_BYTES = 200 * 2**20

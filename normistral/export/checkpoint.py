@@ -34,7 +34,6 @@ from normistral.export.gguf import convert_gguf
 from normistral.export.gguf_file import gguf_parts
 from normistral.export.known_fields import IgnoredFields, check_fields
 from normistral.export.locate import Located
-from normistral.export.progress import Progress
 from normistral.export.proofs.template import prove_template
 from normistral.export.proofs.tokenizer import prove_tokenizer
 from normistral.export.sampling_defaults import read_sampling_defaults
@@ -50,6 +49,7 @@ from normistral.export.weights import (
 )
 from normistral.manifest import Architecture, ReasoningMarkers, SamplingDefaults, Source, Template, sha256_file
 from normistral.presets import Preset, Role
+from normistral.progress import Progress
 
 _AGAIN = "download or copy the checkpoint again"
 

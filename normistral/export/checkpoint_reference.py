@@ -20,10 +20,10 @@ from normistral.evaluation.windows import Window
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.layerwise import LayeredModel
 from normistral.export.locate import locate
-from normistral.export.progress import Progress
 from normistral.export.reference import Logits, fits_for_running, load_reference
 from normistral.export.tools import quiet_tools
 from normistral.install_hint import extra
+from normistral.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,8 +26,8 @@ from normistral.export.gguf_fields import GGUF_FIELDS, is_of_the_model, known_ke
 from normistral.export.gguf_file import GgufFile, GgufTensor, read_gguf
 from normistral.export.gguf_tokenizer import write_tokenizer
 from normistral.export.known_fields import IgnoredFields, check_fields
-from normistral.export.progress import Progress
 from normistral.hardware import available_memory_bytes
+from normistral.progress import Progress
 
 _AGAIN = "download or copy the file again"
 _ORIGINAL = "export the original checkpoint instead of the .gguf file"

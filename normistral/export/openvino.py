@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from normistral.errors import ExportError, first_line
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.openvino_weights import replace_weights
-from normistral.export.progress import Progress, Stage
 from normistral.export.recipe import Recipe
 from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model, load_reference
 from normistral.export.rounding.grid import Grid
@@ -29,6 +28,7 @@ from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, require_free_disk
 from normistral.export.tools import with_plain_partials
 from normistral.manifest import Architecture
+from normistral.progress import Progress, Stage
 
 if TYPE_CHECKING:
     import openvino

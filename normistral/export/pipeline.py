@@ -26,7 +26,6 @@ from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoi
 from normistral.export.companions import copy_companions, folder_bytes
 from normistral.export.float16_range import require_range
 from normistral.export.locate import locate
-from normistral.export.progress import NoProgress, Progress
 from normistral.export.proving import Proving, choose_proving, prove
 from normistral.export.recipe import (
     Recipe,
@@ -62,8 +61,9 @@ from normistral.export.tools import find_export_tools, quiet_tools, require_expo
 from normistral.export.values import read_magnitudes
 from normistral.hardware import plan_threads, read_machine
 from normistral.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
-from normistral.quiet import silence_telemetry
+from normistral.progress import NoProgress, Progress
 from normistral.store import default_output
+from normistral.telemetry import silence_telemetry
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from normistral.evaluation.metrics import compare_logits
 from normistral.evaluation.windows import Window
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.layerwise import LayeredModel, Matrices
-from normistral.export.progress import Progress
 from normistral.export.proofs.files import check_config, check_template, check_tokenizer
 from normistral.export.reference import PROBE_TOKENS, Logits, Reference, fits_for_running
 from normistral.export.resources import estimate_running_bytes
 from normistral.hardware import available_memory_bytes
 from normistral.manifest import Manifest
+from normistral.progress import Progress
 from normistral.runtime.engines.base import Backend
 
 # Largest difference between logits step by step and at once, as a share of the largest logit. Both are float32 sums of

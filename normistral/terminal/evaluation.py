@@ -24,9 +24,9 @@ from normistral.evaluation.score import (
 )
 from normistral.evaluation.text import Text, read_text, tokenise
 from normistral.evaluation.windows import Window, WindowSettings, choose_windows, cut
-from normistral.export.progress import Progress
 from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
 from normistral.presets import PRESETS
+from normistral.progress import Progress
 from normistral.runtime.engines.base import Capabilities
 from normistral.runtime.tokenizer import Tokenizer
 from normistral.terminal.console import format_columns, print_json, print_lines, say

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from normistral.export.progress import Progress, Stage, Uncounted
+from normistral.progress import Progress, Stage, Uncounted
 from normistral.terminal.console import colour, is_terminal, one_line, print_diagnostic
 from normistral.terminal.wrapping import cell_width, crop, wrap_text
 

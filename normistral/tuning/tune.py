@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from normistral.errors import ResourceError, UsageError
-from normistral.export.progress import NoProgress, Progress
 from normistral.export.resources import estimate_running_bytes
 from normistral.export.texts import load_texts
 from normistral.hardware import available_memory_bytes, read_machine
 from normistral.manifest import Manifest, check_files, read_manifest
+from normistral.progress import NoProgress, Progress
 from normistral.runtime.engines.settings import INT4_KERNEL
 from normistral.runtime.loading import find_engine
 from normistral.runtime.tokenizer import Tokenizer

@@ -19,13 +19,13 @@ from normistral.export.onnx.graph import DATA_NAME, Graph
 from normistral.export.onnx.plain import write_plain
 from normistral.export.onnx.reader import WeightReader
 from normistral.export.onnx.signature import read_signature
-from normistral.export.progress import Progress, Stage
 from normistral.export.recipe import Recipe
 from normistral.export.reference import Reference, compute_reference, fits_for_running, load_reference
 from normistral.export.rounding.grid import Grid
 from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging
 from normistral.presets import WeightFormat
+from normistral.progress import Progress, Stage
 
 _WRITERS = {"llama": llama.write_decoder, "mistral": llama.write_decoder, "bloom": bloom.write_decoder}  # by model_type
 

@@ -18,9 +18,9 @@ from onnx import TensorProto
 from normistral.export.onnx.external import ExternalData, point_to
 from normistral.export.onnx.reader import Rows, WeightReader
 from normistral.export.onnx.signature import Signature
-from normistral.export.progress import Stage
 from normistral.export.rounding.grid import Grid, Rounded, round_rows
 from normistral.export.rounding.tables import RoundedTables
+from normistral.progress import Stage
 
 MICROSOFT = "com.microsoft"  # operators that onnxruntime adds to the standard ones
 GRAPH_NAME = "model.onnx"

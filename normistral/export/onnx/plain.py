@@ -24,8 +24,8 @@ from normistral.export.onnx.external import ExternalData
 from normistral.export.onnx.graph import DATA_NAME, Graph
 from normistral.export.onnx.reader import WeightReader
 from normistral.export.onnx.signature import read_signature
-from normistral.export.progress import Stage
 from normistral.manifest import Architecture
+from normistral.progress import Stage
 
 _TYPES = {"float32": (torch.float32, TensorProto.FLOAT), "float16": (torch.float16, TensorProto.FLOAT16)}
 

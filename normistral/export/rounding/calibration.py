@@ -17,13 +17,13 @@ import numpy as np
 
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.layerwise import LayeredModel
-from normistral.export.progress import NoProgress, Stage
 from normistral.export.rounding.gptq import round_with_hessian
 from normistral.export.rounding.grid import Grid, nearest_codes, restore
 from normistral.export.rounding.moments import collect_moments
 from normistral.export.rounding.plan import Method, Plan
 from normistral.export.rounding.scale_search import search_steps
 from normistral.export.rounding.tables import RoundedTables
+from normistral.progress import NoProgress, Stage
 
 if TYPE_CHECKING:
     import torch

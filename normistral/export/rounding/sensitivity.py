@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from normistral.errors import ExportError
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.layerwise import LayeredModel, Passage
-from normistral.export.progress import NoProgress, Stage
 from normistral.export.rounding.grid import nearest_codes, restore
 from normistral.export.rounding.moments import collect_moments, linear_modules
 from normistral.export.rounding.plan import Plan
 from normistral.export.rounding.scale_search import search_steps
+from normistral.progress import NoProgress, Stage
 
 if TYPE_CHECKING:
     import torch
