@@ -19,23 +19,23 @@ from typing import Annotated
 import typer
 
 import normistral
-from normistral.commands.batching import batch
+from normistral.commands import console
+from normistral.commands.batch import batch
 from normistral.commands.benchmarking import bench
-from normistral.commands.bundling import bundle
+from normistral.commands.build_kernel import build_kernel
+from normistral.commands.bundle import bundle
+from normistral.commands.chat import chat, generate
 from normistral.commands.drafting import draft_table
 from normistral.commands.evaluating import evaluate
-from normistral.commands.exporting import export
-from normistral.commands.kernel import build_kernel
-from normistral.commands.looking import doctor, info, models
-from normistral.commands.serving import serve
-from normistral.commands.store import list_, rm, show
-from normistral.commands.talking import chat, generate
+from normistral.commands.export import export
+from normistral.commands.help import HelpCommand, HelpGroup
+from normistral.commands.models import doctor, info, models
+from normistral.commands.options import DEFAULTS_NOTE, Debug
+from normistral.commands.rm import list_, rm, show
+from normistral.commands.serve import serve
 from normistral.commands.tuning import tune
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.files import explain
-from normistral.terminal import console
-from normistral.terminal.arguments import DEFAULTS_NOTE, Debug
-from normistral.terminal.help import HelpCommand, HelpGroup
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
 _SIGNS_OF_NO_MEMORY = (  # in other packages' exceptions: of the loader, C++, and threads

@@ -25,14 +25,14 @@ import numpy as np
 from planted import NOBODY, look, plant
 
 from normistral.cluster.journal import begin_run, join_answers, open_journal, remove_journal
+from normistral.commands.conversations import save_conversation
+from normistral.commands.result_files import require_result_place, write_result
 from normistral.errors import NormistralError
 from normistral.export.staging import stage
 from normistral.files import replacing, require_place
 from normistral.manifest import MANIFEST_NAME
 from normistral.own_folder import MARK
 from normistral.runtime.drafting.table import NgramTable
-from normistral.terminal.conversations import save_conversation
-from normistral.terminal.files import require_result_place, write_result
 
 OUTPUTS, NEIGHBOURS, MOST_S = 200, 1000, 10
 KINDS = ["link", "dangling link", "circle", "fifo", "folder", "socket"] + ["device"] * (os.geteuid() == 0)

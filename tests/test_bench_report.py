@@ -11,6 +11,7 @@ from bench_results import CEILING, make_configuration, make_figures, make_result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from normistral.commands.bench import result_lines
 from normistral.evaluation.bench.advice import describe_bound, judge_bound, summarise
 from normistral.evaluation.bench.charts import Scale, Series, choose_ticks, line_chart
 from normistral.evaluation.bench.markdown import render_markdown
@@ -19,7 +20,6 @@ from normistral.evaluation.bench.page import render_page
 from normistral.evaluation.bench.plots import character_bars, draw_plots
 from normistral.evaluation.bench.results import BenchResult, Spread
 from normistral.evaluation.bench.tables import describe_method, machine_table, speed_tables
-from normistral.terminal.benchmark import result_lines
 
 # Numbers
 

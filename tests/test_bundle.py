@@ -20,13 +20,13 @@ from sample_artifacts import make_manifest
 
 import normistral
 from normistral import cli
-from normistral.bundling import bundle as bundling
-from normistral.bundling import own_wheel
-from normistral.bundling.bundle import BundleOptions, make_bundle
-from normistral.bundling.install import check_bundle
-from normistral.bundling.own_wheel import pack_wheel
-from normistral.bundling.target import Target, choose_target, needed_glibc_minor, supported_pythons
-from normistral.bundling.wheels import Closure, Wheel, collect_wheels
+from normistral.bundle import bundle as bundling
+from normistral.bundle import own_wheel
+from normistral.bundle.bundle import BundleOptions, make_bundle
+from normistral.bundle.install import check_bundle
+from normistral.bundle.own_wheel import pack_wheel
+from normistral.bundle.target import Target, choose_target, needed_glibc_minor, supported_pythons
+from normistral.bundle.wheels import Closure, Wheel, collect_wheels
 from normistral.errors import (
     ArtifactError,
     DownloadError,

@@ -17,12 +17,12 @@ from bundle_files import FAKE_NORMISTRAL, write_small_artifact, write_wheel, wri
 from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
 import normistral
-from normistral.bundling import bundle as bundling
-from normistral.bundling import install
-from normistral.bundling.archive import Entry, with_sums, write_archive
-from normistral.bundling.bundle import BundleOptions, make_bundle
-from normistral.bundling.install import InstallError, check_bundle, is_member_name, member_header
-from normistral.bundling.target import choose_target
+from normistral.bundle import bundle as bundling
+from normistral.bundle import install
+from normistral.bundle.archive import Entry, with_sums, write_archive
+from normistral.bundle.bundle import BundleOptions, make_bundle
+from normistral.bundle.install import InstallError, check_bundle, is_member_name, member_header
+from normistral.bundle.target import choose_target
 from normistral.errors import UsageError
 
 DESCRIPTION = {

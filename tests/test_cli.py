@@ -15,13 +15,13 @@ from scripted_cli import TESTS, command, make_artifact
 
 from normistral import errors
 from normistral.cli import main
+from normistral.commands import console
+from normistral.commands.info import describe_weights
+from normistral.commands.progress import Running, fit_row, format_duration
 from normistral.export.recipe import Recipe
 from normistral.manifest import Manifest, RecipeRecord, read_manifest, write_manifest
 from normistral.presets import PRESETS
 from normistral.runtime.options import GenerationConfig
-from normistral.terminal import console
-from normistral.terminal.progress import Running, fit_row, format_duration
-from normistral.terminal.tables import describe_weights
 
 ANSWER = "Blåbærsyltetøy på brød, 😀."
 
@@ -488,7 +488,7 @@ def test_doctor_reports_machine_and_engines(capsys):
     ],
 )
 def test_doctor_works_when_an_engine_does_not(monkeypatch, capsys, code, expected):
-    from normistral.terminal import doctor
+    from normistral.commands import doctor
 
     monkeypatch.setattr(doctor, "_ASK_OPENVINO", code)
     monkeypatch.setattr(doctor, "_ASK_ONNXRUNTIME", code)
@@ -508,7 +508,7 @@ def test_doctor_works_when_an_engine_does_not(monkeypatch, capsys, code, expecte
     ],
 )
 def test_doctor_knows_how_many_builds_of_onnxruntime_there_are(monkeypatch, capsys, installed, expected):
-    from normistral.terminal import doctor
+    from normistral.commands import doctor
 
     version = doctor._version
     builds = {**dict.fromkeys(doctor._ONNX), **dict.fromkeys(installed, "1.32.0")}
@@ -549,7 +549,7 @@ def test_colours_only_where_they_are_wanted(monkeypatch):
 
 
 def test_progress_is_lines_in_a_log_and_bars_at_a_terminal(monkeypatch, capsys):
-    from normistral.terminal.progress import show_progress
+    from normistral.commands.progress import show_progress
 
     def work():
         with show_progress() as progress:
@@ -561,7 +561,7 @@ def test_progress_is_lines_in_a_log_and_bars_at_a_terminal(monkeypatch, capsys):
 
     work()
     assert capsys.readouterr().err == "hashing [b] (5 MB)\n  gruppe␛ 64\n"
-    monkeypatch.setattr("normistral.terminal.progress.is_terminal", lambda stream: True)
+    monkeypatch.setattr("normistral.commands.progress.is_terminal", lambda stream: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     work()

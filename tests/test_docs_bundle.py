@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from scripted_cli import TESTS
 
-from normistral.bundling import install
+from normistral.bundle import install
 
 DOCS = TESTS.parent / "docs"
 TEXT = (DOCS / "bundle.md").read_text(encoding="utf-8")

@@ -8,9 +8,9 @@ from drafting_models import FixedLength, draft_always, repetitive_logits
 from scripted_models import ANSWER_MARKER, END_OF_TURN, TAG_TOKENS, make_model
 from tiny_models import THINKING_VOCABULARY, VOCABULARY
 
+from normistral.commands.info import describe_timings
 from normistral.errors import EngineError
 from normistral.runtime.options import GenerationConfig
-from normistral.terminal.tables import describe_timings
 
 PROMPT = [10, 11, 12, 13, 14, 15, 16, 10, 11, 12]
 LOGITS = repetitive_logits(VOCABULARY)

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import normistral
 from normistral.cli import main
+from normistral.commands.interrupts import interrupts_win
 from normistral.evaluation.score import ModelPredictor, score
 from normistral.evaluation.text import tokenise
 from normistral.evaluation.windows import choose_windows, cut
 from normistral.export import reference
 from normistral.runtime.tokenizer import Tokenizer
-from normistral.terminal.interrupts import interrupts_win
 
 TEXT = "Blåbærsyltetøy på brød er godt, sa Åse. 😀 The quick brown fox jumps over the lazy dog, and that is that. " * 3
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # torch's threads wait for each other longer than they compute here
@@ -189,7 +189,7 @@ def test_the_reference_is_computed_once_and_kept_in_the_store(capsys, text, tiny
     def never(*args):
         raise AssertionError("it was computed again")
 
-    monkeypatch.setattr("normistral.terminal.evaluation.write_reference", never)
+    monkeypatch.setattr("normistral.commands.eval.write_reference", never)
     assert evaluate(capsys, tiny_onnx("onnx-int4"), *arguments) == first
     assert kept.read_bytes() == content
 

@@ -15,10 +15,10 @@ import pytest
 from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
 from normistral import files
+from normistral.commands.result_files import require_result_place, write_result
 from normistral.errors import NormistralError, UsageError
 from normistral.files import locked, open_file, read_file, replacing, require_place, saving
 from normistral.own_folder import MARK, is_own_folder, make_own_folder, remove_own_folder
-from normistral.terminal.files import require_result_place, write_result
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +176,7 @@ def test_results_go_to_a_descriptor_a_fifo_or_nowhere(tmp_path):
     os.mkfifo(fifo)
     code = (
         "import sys; from pathlib import Path\n"
-        "from normistral.terminal.files import require_result_place, write_result\n"
+        "from normistral.commands.result_files import require_result_place, write_result\n"
         "for name in sys.argv[1:]:\n"
         "    require_result_place(Path(name), '--json'); write_result(Path(name), 'bær')"
     )

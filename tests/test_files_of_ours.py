@@ -12,11 +12,11 @@ from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
 from normistral import store
 from normistral.cluster.journal import begin_run, open_journal, parts_folder, remove_journal
+from normistral.commands.conversations import load_conversation, save_conversation
+from normistral.commands.line_editor import _open_history
 from normistral.errors import NormistralError, UsageError
 from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.session_file import open_session
-from normistral.terminal.conversations import load_conversation, save_conversation
-from normistral.terminal.line_editor import _open_history
 
 JOB = {"a": 1}
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sample_artifacts import make_manifest
 from test_manifest import places, seal
 
+from normistral.commands.info import info_document, info_lines
 from normistral.errors import ArtifactError, NormistralError
 from normistral.manifest import (
     MANIFEST_NAME,
@@ -26,7 +27,6 @@ from normistral.manifest import (
 )
 from normistral.runtime.options import resolve_options
 from normistral.runtime.template import ChatTemplate
-from normistral.terminal.tables import info_document, info_lines
 
 FULL = make_manifest(reasoning=ReasoningMarkers("<think>", "</think>", 7, 8), verified="run")
 DOCUMENT = json.loads(serialise_manifest(FULL))

@@ -13,6 +13,7 @@ import pytest
 from openvino import opset13 as ops
 
 import normistral
+from normistral.commands.doctor import doctor_lines, examine
 from normistral.errors import EngineError, ResourceError, SessionError, UsageError
 from normistral.hardware import INT8_DOT_PRODUCT, read_machine
 from normistral.manifest import read_manifest
@@ -20,7 +21,6 @@ from normistral.runtime.engines.openvino import load_openvino
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import build_library, find_library, library_path, open_library
 from normistral.runtime.kernels.openvino_int4 import pack_products, replace_products
-from normistral.terminal.doctor import doctor_lines, examine
 from normistral.tuning.quality import predict, settings_kl
 
 OURS = {"int4_kernel": "normistral"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import normistral
+from normistral.commands import doctor
 from normistral.errors import EngineError, UsageError
 from normistral.hardware import read_machine
 from normistral.manifest import read_manifest
@@ -21,7 +22,6 @@ from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import UntrustedKernelError, find_library, open_library
 from normistral.serving.backends import openvino_pipeline
 from normistral.serving.backends.settings import BatchSettings
-from normistral.terminal import doctor
 
 OURS = {"int4_kernel": "normistral"}
 PLANTED = b"not the library that was hashed"

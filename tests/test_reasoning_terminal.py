@@ -13,7 +13,7 @@ from scripted_models import TAG_TEXTS, TAG_TOKENS
 from test_cli import require_two_lines, run
 
 from normistral.cli import main
-from normistral.terminal.console import AnswerWriter
+from normistral.commands.console import AnswerWriter
 
 WRITTEN = " <think> Blåbær?\nHm.</think> Oslo, på Østlandet 😀."
 REASONING, ANSWER = "Blåbær?\nHm.", "Oslo, på Østlandet 😀."

@@ -11,9 +11,9 @@ from pseudo_terminal import WIDE, Terminal
 from scripted_cli import command, make_artifact
 from scripted_models import TAG_TOKENS
 
+from normistral.commands.conversations import load_conversation, save_conversation
+from normistral.commands.line_editor import strip_text_block, wants_more
 from normistral.errors import NormistralError, UsageError
-from normistral.terminal.conversations import load_conversation, save_conversation
-from normistral.terminal.line_editor import strip_text_block, wants_more
 
 PROMPT = r"(\A|\n)>"
 CTRL_C, CTRL_D, ALT_ENTER, ENTER = "\x03", "\x04", "\x1b\r", "\r"

@@ -8,12 +8,12 @@ from scripted_cli import TESTS, command, make_artifact
 from test_cli import ANSWER, require_two_lines
 
 from normistral.cluster.documents import Row, read_document
+from normistral.commands.console import decode_argument
+from normistral.commands.conversations import load_conversation, save_conversation
+from normistral.commands.structures import read_structure
 from normistral.errors import UsageError
 from normistral.evaluation.text import read_text
 from normistral.serving.auth import read_keys
-from normistral.terminal.console import decode_argument
-from normistral.terminal.conversations import load_conversation, save_conversation
-from normistral.terminal.structures import read_structure
 from normistral.text_input import decode_text
 
 MARK = b"\xef\xbb\xbf"

@@ -8,7 +8,7 @@ from scripted_cli import make_artifact
 from test_cli import require_two_lines, run
 
 from normistral.cli import main
-from normistral.terminal.structures import read_structure
+from normistral.commands.structures import read_structure
 
 SCHEMA = {
     "type": "object",

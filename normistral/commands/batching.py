@@ -1,125 +1,54 @@
-"""The command that answers about many documents."""
+"""The command `batch`: runs the job with a bar, and says how it went."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from normistral.runtime.engines.settings import parse_settings
-from normistral.serving.backends.settings import Batching
-from normistral.terminal.arguments import (
-    Artifact,
-    Choice,
-    Debug,
-    Device,
-    EngineSettings,
-    Exact,
-    Grammar,
-    JsonSchema,
-    MaxNewTokens,
-    MaxReasoningTokens,
-    MinP,
-    Regex,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    given,
-)
-from normistral.terminal.structures import read_structure
+from normistral.cluster.batch import Summary, Workers, run_batch
+from normistral.cluster.job import Engine
+from normistral.commands.console import print_json, say, warn
+from normistral.commands.progress import show_progress
 
 
-def batch(
-    artifact: Artifact,
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="INPUT", help="A JSONL file, or a folder with .txt and .md files.", show_default=False),
-    ],
-    output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="The JSONL file to make, a line a document.", show_default=False)
-    ],
-    instruction: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help='What to ask, with {fields} of the document: "Summarise: {text}". Default: its own "prompt" or '
-            '"messages".',
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="N models side by side under Ray. Default: one, in this process, without Ray."),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Of each worker. Default: the processors that there are, divided."),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="A Ray cluster that is running. Default: one on this machine, for now."),
-    ] = None,
-    batching: Annotated[
-        Batching,
-        typer.Option(help="auto computes many answers together where the engine can; off writes one after the other."),
-    ] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
-    exact: Exact = False,
-    device: Device = "CPU",
-    engine_settings: EngineSettings = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = None,
-    choice: Choice = None,
-    grammar: Grammar = None,
-    max_reasoning_tokens: MaxReasoningTokens = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what became of it as JSON.")] = False,
-    debug: Debug = False,
+def answer_documents(
+    artifact: str,
+    source: Path,
+    output: Path,
+    *,
+    instruction: str | None,
+    system: str | None,
+    engine: Engine,
+    workers: Workers,
+    force: bool,
+    options: dict[str, Any],
+    as_json: bool,
 ) -> None:
-    """Answer about many documents, from a file or a folder.
+    """Run a batch job; arguments and errors as `run_batch`."""
+    with show_progress() as progress, redirect_stdout(sys.stderr):  # Ray prints that a worker died
+        summary = run_batch(
+            artifact,
+            source,
+            output,
+            instruction=instruction,
+            system=system,
+            engine=engine,
+            workers=workers,
+            force=force,
+            progress=progress,
+            **options,
+        )
+    if as_json:
+        print_json(asdict(summary))
+    _tell(summary)
 
-    OUTPUT has a line of JSON for each, in their order: its answer, or the error that it met. Until all are done, the
-    answers are kept beside it in OUTPUT.parts: after a kill or a crash, the same command goes on from there.
-    """
-    from normistral.cluster.batch import Workers
-    from normistral.cluster.job import Engine
-    from normistral.terminal import console
-    from normistral.terminal.batching import answer_documents
 
-    def decoded(text: str | None) -> str | None:
-        return None if text is None else console.decode_argument(text)
-
-    answer_documents(
-        artifact,
-        source,
-        output,
-        instruction=decoded(instruction),
-        system=decoded(system),
-        engine=Engine(device, exact, parse_settings(engine_settings), batching),
-        workers=Workers(workers, threads, ray),
-        force=force,
-        options=given(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=None if stop is None else [console.decode_argument(text) for text in stop],
-            structure=read_structure(json_schema, regex, choice, grammar),
-            max_reasoning_tokens=max_reasoning_tokens,
-        ),
-        as_json=as_json,
-    )
+def _tell(summary: Summary) -> None:
+    say(f"wrote {summary.output}: {summary.rows:,} documents, {summary.new_tokens:,} tokens, {summary.seconds:.1f} s")
+    if summary.failed:
+        warn(f'{summary.failed:,} documents have no answer: their lines have "error" in its place')
+    if summary.cut_off:
+        warn(f"{summary.cut_off:,} answers are cut off: --max-new-tokens or the context was reached")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from normistral.runtime.engines.settings import parse_settings
-from normistral.terminal import console
-from normistral.terminal.arguments import (
+from normistral.commands import console
+from normistral.commands.options import (
     Artifacts,
     Debug,
     DecodeContexts,
@@ -18,6 +17,7 @@ from normistral.terminal.arguments import (
     Repeats,
     Report,
 )
+from normistral.runtime.engines.settings import parse_settings
 
 
 def bench(
@@ -40,7 +40,7 @@ def bench(
     bandwidth they reach. They take turns, so that a machine that gets slower does not decide.
     """
     console.require_stdout()
-    from normistral.terminal.benchmark import BenchOptions, run_bench
+    from normistral.commands.bench import BenchOptions, run_bench
 
     options = BenchOptions(
         report=report,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from normistral.commands.options import Artifact, Debug
 from normistral.runtime.drafting.options import TableOptions
-from normistral.terminal.arguments import Artifact, Debug
 
 _OURS = TableOptions()
 
@@ -29,6 +29,6 @@ def draft_table(
     Of what often follows what in these texts; it makes answers faster that are worded like them. It belongs to the
     artifact's tokenizer. The texts' frequent phrases can be read back from it: keep it as you keep the texts.
     """
-    from normistral.terminal.draft_tables import make_table
+    from normistral.commands.draft_tables import make_table
 
     make_table(artifact, output, text, TableOptions(min_count=min_count), force=force)

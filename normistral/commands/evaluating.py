@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from normistral.runtime.engines.settings import parse_settings
-from normistral.terminal import console
-from normistral.terminal.arguments import (
+from normistral.commands import console
+from normistral.commands.options import (
     Artifact,
     Debug,
     Device,
@@ -19,6 +18,7 @@ from normistral.terminal.arguments import (
     Windows,
     WindowTokens,
 )
+from normistral.runtime.engines.settings import parse_settings
 
 
 def evaluate(
@@ -42,7 +42,7 @@ def evaluate(
     checkpoint. A reference is computed once; a run that was stopped goes on where it was.
     """
     console.require_stdout()
-    from normistral.terminal.evaluation import EvalOptions, run_eval
+    from normistral.commands.eval import EvalOptions, run_eval
 
     options = EvalOptions(
         text=text,

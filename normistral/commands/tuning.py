@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from normistral.commands.options import Artifact, Debug, Verbose, given
 from normistral.errors import UsageError
 from normistral.runtime.tuned import BUDGET_MINUTES, Profile
-from normistral.terminal.arguments import Artifact, Debug, Verbose, given
 
 
 def tune(
@@ -44,7 +44,7 @@ def tune(
     are faster by more than the noise and cost little quality are kept, and used whenever the artifact is loaded here.
     The artifact stays as it is.
     """
-    from normistral.terminal.tuning import forget_artifact, run_tune
+    from normistral.commands.tune import forget_artifact, run_tune
 
     options = given(profile=profile, budget_minutes=budget, quality=quality)
     if not forget:

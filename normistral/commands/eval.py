@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from normistral import store
+from normistral.commands.console import format_columns, print_json, print_lines, say
+from normistral.commands.info import describe_weights
+from normistral.commands.interrupts import interrupts_win
+from normistral.commands.progress import format_bytes, show_progress
+from normistral.commands.result_files import require_result_place, write_result
 from normistral.errors import UsageError
 from normistral.evaluation.metrics import Estimate, Quality, summarise
 from normistral.evaluation.reference_logits import ReferenceFile, ReferenceKey
@@ -29,11 +34,6 @@ from normistral.presets import PRESETS
 from normistral.progress import Progress
 from normistral.runtime.engines.base import Capabilities
 from normistral.runtime.tokenizer import Tokenizer
-from normistral.terminal.console import format_columns, print_json, print_lines, say
-from normistral.terminal.files import require_result_place, write_result
-from normistral.terminal.interrupts import interrupts_win
-from normistral.terminal.progress import format_bytes, show_progress
-from normistral.terminal.tables import describe_weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,9 @@ from typing import Annotated
 
 import typer
 
-from normistral.errors import MissingExtraError, UsageError
-from normistral.install_hint import extra
-from normistral.runtime.engines.settings import parse_settings
-from normistral.serving.backends.settings import Batching
-from normistral.serving.limits import ServerLimits
-from normistral.terminal import console
-from normistral.terminal.arguments import (
+from normistral.commands import console
+from normistral.commands.offer import find_or_make
+from normistral.commands.options import (
     AsJson,
     Debug,
     Device,
@@ -26,7 +22,11 @@ from normistral.terminal.arguments import (
     complete_artifact,
     given,
 )
-from normistral.terminal.offer import find_or_make
+from normistral.errors import MissingExtraError, UsageError
+from normistral.install_hint import extra
+from normistral.runtime.engines.settings import parse_settings
+from normistral.serving.backends.settings import Batching
+from normistral.serving.limits import ServerLimits
 
 _LIMITS = ServerLimits()
 

@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 import normistral
-from normistral.bundling.archive import Entry
-from normistral.bundling.wheels import Closure, Wheel
+from normistral.bundle.archive import Entry
+from normistral.bundle.wheels import Closure, Wheel
 from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest
 from normistral.presets import PRESETS
 

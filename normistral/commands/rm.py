@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from normistral import store
+from normistral.commands import console
+from normistral.commands.options import Artifact, Debug, complete_stored
 from normistral.errors import UsageError
 from normistral.manifest import MANIFEST_NAME, read_manifest, sha256_file
-from normistral.terminal import console
-from normistral.terminal.arguments import Artifact, Debug, complete_stored
 
 
 def list_(
@@ -19,7 +19,7 @@ def list_(
     debug: Debug = False,
 ) -> None:
     """List the models on this machine that are ready to use."""
-    from normistral.terminal.tables import list_document, list_lines
+    from normistral.commands.info import list_document, list_lines
 
     folder, artifacts = store.artifacts_dir(), store.list_artifacts()
     if as_json:
@@ -34,7 +34,7 @@ def show(
     debug: Debug = False,
 ) -> None:
     """Describe one model in a few words; `info` tells everything."""
-    from normistral.terminal.tables import info_document, show_lines
+    from normistral.commands.info import info_document, show_lines
 
     folder = store.resolve_artifact(artifact)
     manifest = read_manifest(folder)
@@ -61,8 +61,8 @@ def rm(
 
     Only artifacts of the store are removed, by their names; folders with other files in them, and links, are refused.
     """
+    from normistral.commands.progress import format_bytes
     from normistral.runtime.tuned import forget_tuned
-    from normistral.terminal.progress import format_bytes
 
     folders = [store.find_stored(name) for name in dict.fromkeys(names)]
     for folder in folders:

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from normistral.bundling.install import BLOCK, END, SUMS, is_member_name, member_header, sums_line
+from normistral.bundle.install import BLOCK, END, SUMS, is_member_name, member_header, sums_line
 from normistral.errors import ArtifactError, UsageError
 
 _READ_BYTES = 4 * 2**20

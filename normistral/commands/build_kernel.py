@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from normistral.terminal.arguments import Debug
+from normistral.commands.options import Debug
 
 
 def build_kernel(debug: Debug = False) -> None:

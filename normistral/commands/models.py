@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from normistral import store
+from normistral.commands import console
+from normistral.commands.options import Artifact, Debug, Verbose
 from normistral.errors import ArtifactError
 from normistral.manifest import find_problems, read_manifest
-from normistral.terminal import console
-from normistral.terminal.arguments import Artifact, Debug, Verbose
 
 
 def models(
@@ -19,7 +19,7 @@ def models(
     debug: Debug = False,
 ) -> None:
     """List the models that can be made (presets), and those on this machine."""
-    from normistral.terminal.tables import models_document, models_lines
+    from normistral.commands.info import models_document, models_lines
 
     folder, artifacts = store.artifacts_dir(), store.list_artifacts()
     if as_json:
@@ -36,13 +36,13 @@ def info(
     debug: Debug = False,
 ) -> None:
     """Show everything that a model on this machine is made of; --check looks for damage."""
-    from normistral.terminal.tables import info_document, info_lines
+    from normistral.commands.info import info_document, info_lines
 
     folder = store.resolve_artifact(artifact)
     manifest = read_manifest(folder)
     problems = None
     if check:
-        from normistral.terminal.progress import show_progress
+        from normistral.commands.progress import show_progress
 
         with show_progress() as progress, progress.stage("hashing", manifest.total_bytes, "bytes") as hashing:
             problems = list(find_problems(folder, manifest, thorough=True, on_bytes=hashing.advance))
@@ -67,7 +67,7 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Show this machine, and what will be used and why."""
-    from normistral.terminal.doctor import doctor_lines, examine
+    from normistral.commands.doctor import doctor_lines, examine
 
     report = examine(None if artifact is None else store.resolve_artifact(artifact))
     if as_json:

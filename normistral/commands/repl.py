@@ -12,10 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from normistral.errors import ContextLengthError, NormistralError, UsageError
-from normistral.runtime.chunks import FinishReason, Timings
-from normistral.terminal.answers import describe_missing_answer
-from normistral.terminal.console import (
+from normistral.commands.answer import describe_missing_answer
+from normistral.commands.console import (
     AnswerWriter,
     format_columns,
     is_verbose,
@@ -24,11 +22,13 @@ from normistral.terminal.console import (
     show_error,
     warn,
 )
-from normistral.terminal.conversations import load_conversation, save_conversation
-from normistral.terminal.line_editor import TEXT_BLOCK, LineEditor
-from normistral.terminal.sessions import save_session
-from normistral.terminal.tables import describe_timings
-from normistral.terminal.wrapping import cell_width, terminal_columns
+from normistral.commands.conversations import load_conversation, save_conversation
+from normistral.commands.info import describe_timings
+from normistral.commands.line_editor import TEXT_BLOCK, LineEditor
+from normistral.commands.sessions import save_session
+from normistral.commands.wrapping import cell_width, terminal_columns
+from normistral.errors import ContextLengthError, NormistralError, UsageError
+from normistral.runtime.chunks import FinishReason, Timings
 
 if TYPE_CHECKING:
     from normistral.runtime.chat import Chat

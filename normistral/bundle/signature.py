@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import BinaryIO
 
-from normistral.bundling.install import NAMESPACE
+from normistral.bundle.install import NAMESPACE
 from normistral.errors import MissingExtraError, NormistralError, UsageError, first_line
 
 SUFFIX = ".sig"

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 
 from normistral.advisory import find_advice
+from normistral.commands.console import format_columns, is_verbose
+from normistral.commands.progress import format_bytes
 from normistral.manifest import Manifest, ReasoningMarkers, RecipeRecord, Template
 from normistral.presets import PRESETS
 from normistral.runtime.chunks import Completion, Timings
 from normistral.store import StoredArtifact
-from normistral.terminal.console import format_columns, is_verbose
-from normistral.terminal.progress import format_bytes
 
 _UNKNOWN = "?"  # not published; read from the checkpoint
 

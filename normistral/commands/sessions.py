@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from normistral.commands.console import say
+from normistral.commands.progress import show_progress
 from normistral.errors import UsageError
 from normistral.files import require_place
-from normistral.terminal.console import say
-from normistral.terminal.progress import show_progress
 
 if TYPE_CHECKING:
     from normistral.runtime.chat import Chat, Overflow

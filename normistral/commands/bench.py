@@ -9,6 +9,9 @@ from pathlib import Path
 
 import msgspec
 
+from normistral.commands.console import format_columns, print_json, print_lines
+from normistral.commands.progress import show_progress
+from normistral.commands.result_files import require_result_place, write_result
 from normistral.errors import ContextLengthError, EngineError, UsageError
 from normistral.evaluation.bench.advice import summarise
 from normistral.evaluation.bench.configuration import Configuration, read_configurations
@@ -18,9 +21,6 @@ from normistral.evaluation.bench.results import BenchResult
 from normistral.evaluation.bench.rounds import Watcher, run_benchmark
 from normistral.evaluation.bench.tables import configuration_table, machine_table, speed_tables
 from normistral.evaluation.speed import QUICK, SpeedPlan, cut_to_context
-from normistral.terminal.console import format_columns, print_json, print_lines
-from normistral.terminal.files import require_result_place, write_result
-from normistral.terminal.progress import show_progress
 
 _FAILED_HINT = "`normistral info ARTIFACT --check` and `normistral doctor` may say what is wrong"
 _REPORTS = {".html": render_page, ".htm": render_page, ".md": render_markdown}

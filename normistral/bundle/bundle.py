@@ -12,12 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import normistral
-from normistral.bundling import install, signature
-from normistral.bundling.archive import Entry, archive_bytes, with_sums, write_archive
-from normistral.bundling.own_wheel import pack_own_wheel
-from normistral.bundling.sbom import write_sbom
-from normistral.bundling.target import Target, needed_glibc_minor
-from normistral.bundling.wheels import Closure, collect_wheels, find_own_wheel
+from normistral.bundle import install, signature
+from normistral.bundle.archive import Entry, archive_bytes, with_sums, write_archive
+from normistral.bundle.own_wheel import pack_own_wheel
+from normistral.bundle.sbom import write_sbom
+from normistral.bundle.target import Target, needed_glibc_minor
+from normistral.bundle.wheels import Closure, collect_wheels, find_own_wheel
 from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.export.staging import translate_full_disk
 from normistral.files import replacing, require_place

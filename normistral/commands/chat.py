@@ -8,12 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from normistral.errors import UsageError
-from normistral.manifest import Manifest, read_manifest
-from normistral.runtime.engines.settings import parse_settings
-from normistral.runtime.options import GenerationConfig, require_applicable
-from normistral.terminal import console
-from normistral.terminal.arguments import (
+from normistral.commands import console
+from normistral.commands.offer import find_or_make
+from normistral.commands.options import (
     Artifact,
     AsJson,
     Choice,
@@ -44,8 +41,11 @@ from normistral.terminal.arguments import (
     complete_artifact,
     given,
 )
-from normistral.terminal.offer import find_or_make
-from normistral.terminal.structures import read_structure, require_whole
+from normistral.commands.structures import read_structure, require_whole
+from normistral.errors import UsageError
+from normistral.manifest import Manifest, read_manifest
+from normistral.runtime.engines.settings import parse_settings
+from normistral.runtime.options import GenerationConfig, require_applicable
 
 
 def chat(
@@ -121,7 +121,7 @@ def chat(
     message = None if prompt is None else _require_text(console.decode_argument(prompt))
     system = None if system is None else console.decode_argument(system)
     if session is not None:
-        from normistral.terminal.sessions import check_session
+        from normistral.commands.sessions import check_session
 
         check_session(session, system)
     folder = find_or_make(artifact)  # before the pipe is read: a wrong name is told first
@@ -137,9 +137,9 @@ def chat(
         raise UsageError("stdin is closed: there is no message to read", "add --prompt TEXT, or pipe the message in")
     if message is None and not console.is_terminal(sys.stdout):
         raise UsageError("a conversation needs a terminal for its answers", "add --prompt TEXT for a single answer")
+    from normistral.commands.answer import print_answer
     from normistral.runtime.kernels.advice import name_faster_way
     from normistral.runtime.loading import load
-    from normistral.terminal.answers import print_answer
 
     if message is None:
         console.say(f"loading {folder.name} ...")
@@ -149,7 +149,7 @@ def chat(
         if session is None:
             conversation = model.chat(system=system, overflow=overflow)
         else:
-            from normistral.terminal.sessions import open_conversation, save_session
+            from normistral.commands.sessions import open_conversation, save_session
 
             conversation = open_conversation(model, session, system, overflow)
         if message is not None:
@@ -164,8 +164,8 @@ def chat(
                 save_session(conversation, session)
             require_whole(completion, structure)
             return
-        from normistral.terminal.line_editor import LineEditor
-        from normistral.terminal.repl import Repl
+        from normistral.commands.line_editor import LineEditor
+        from normistral.commands.repl import Repl
 
         editor = LineEditor(keep_history=not no_history)
         Repl(model, conversation, options, editor, hide_reasoning=hide_reasoning, session=session).run()
@@ -231,8 +231,8 @@ def generate(
     text = _read_pipe() if text is None else text
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
+    from normistral.commands.answer import print_answer
     from normistral.runtime.loading import load
-    from normistral.terminal.answers import print_answer
 
     with load(folder, device=device, exact=exact, settings=settings, draft_table=draft_table) as model:
         completion = print_answer(

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from normistral import store
+from normistral.commands.console import confirm, is_terminal, say
+from normistral.commands.progress import format_bytes, show_progress
 from normistral.errors import MissingExtraError, ModelNotFoundError
 from normistral.presets import Preset, find_preset
-from normistral.terminal.console import confirm, is_terminal, say
-from normistral.terminal.progress import format_bytes, show_progress
 
 _STORED_BYTES = 2  # of a parameter in a published checkpoint: bfloat16
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from normistral import store
-from normistral.terminal import console
-from normistral.terminal.arguments import Artifact, Debug
+from normistral.commands import console
+from normistral.commands.options import Artifact, Debug
 
 
 def bundle(
@@ -45,10 +45,10 @@ def bundle(
     bill of materials and a list of SHA-256 sums. pip collects the wheels, from its index as it is configured here.
     Prints the file's SHA-256 and name. docs/bundle.md says more.
     """
-    from normistral.bundling.bundle import BundleOptions, make_bundle
-    from normistral.bundling.install import sums_line
-    from normistral.bundling.target import choose_target
-    from normistral.terminal.progress import show_progress
+    from normistral.bundle.bundle import BundleOptions, make_bundle
+    from normistral.bundle.install import sums_line
+    from normistral.bundle.target import choose_target
+    from normistral.commands.progress import show_progress
 
     options = BundleOptions(
         choose_target(python_version, platform), with_server=with_server, key=sign_with, wheels=wheels, force=force

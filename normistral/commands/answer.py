@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
+from normistral.commands.console import AnswerWriter, print_json, say, warn
+from normistral.commands.info import completion_document, describe_timings
 from normistral.runtime.chunks import Chunk, Completion, FinishReason
-from normistral.terminal.console import AnswerWriter, print_json, say, warn
-from normistral.terminal.tables import completion_document, describe_timings
 
 WHY_IT_ENDED: dict[FinishReason, str] = {
     "stop": "the model stopped",

@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 
 from normistral import store
+from normistral.commands.console import format_columns, is_verbose, print_json, print_lines, say
+from normistral.commands.progress import show_progress
 from normistral.hardware import Machine, explain_openvino, plan_onnxruntime, plan_openvino
 from normistral.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
 from normistral.runtime.engines.settings import DEFAULT_CHUNK, PREFILL_CHUNK
@@ -22,8 +24,6 @@ from normistral.runtime.tuned import (
     read_tuned,
     tuned_path,
 )
-from normistral.terminal.console import format_columns, is_verbose, print_json, print_lines, say
-from normistral.terminal.progress import show_progress
 
 
 def run_tune(artifact: str, options: dict[str, Any], *, as_json: bool) -> None:

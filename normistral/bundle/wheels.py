@@ -12,7 +12,7 @@ from email.message import Message
 from importlib.util import find_spec
 from pathlib import Path
 
-from normistral.bundling.target import Target
+from normistral.bundle.target import Target
 from normistral.errors import ArtifactError, DownloadError, MissingExtraError
 from normistral.manifest import sha256_file
 

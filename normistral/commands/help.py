@@ -8,8 +8,8 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from normistral.terminal.console import is_terminal
-from normistral.terminal.wrapping import terminal_columns, wrap_text
+from normistral.commands.console import is_terminal
+from normistral.commands.wrapping import terminal_columns, wrap_text
 
 _LEAST_FRAMED = 100  # columns; in narrower frames options and choices would be broken in the midst of words
 _GAP = 2

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from normistral import store
+from normistral.commands import console
+from normistral.commands.options import Debug, Verbose, complete_preset, given
 from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Backup, Recipe, RecipeName
 from normistral.manifest import ArtifactFormat, GraphKind
 from normistral.presets import WeightFormat
-from normistral.terminal import console
-from normistral.terminal.arguments import Debug, Verbose, complete_preset, given
 
 _RECIPE = Recipe()
 
@@ -120,8 +120,8 @@ def export(
     Needs the extra "export": pip install "normistral[export]"; for ONNX also "onnx": "normistral[export,onnx]".
     """
     console.require_stdout()
+    from normistral.commands.progress import show_progress
     from normistral.export.pipeline import export_model
-    from normistral.terminal.progress import show_progress
 
     options = given(
         recipe=recipe,

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from normistral import store
+from normistral.commands.console import say
+from normistral.commands.progress import format_bytes
 from normistral.errors import NormistralError, UsageError
 from normistral.evaluation.text import read_text
 from normistral.files import explain, require_place
@@ -14,8 +16,6 @@ from normistral.manifest import check_files, read_manifest, sha256_file
 from normistral.runtime.drafting.options import TableOptions
 from normistral.runtime.drafting.table import build_table
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
-from normistral.terminal.console import say
-from normistral.terminal.progress import format_bytes
 
 _PIECE_CHARACTERS = 2**20  # given to the tokenizer at once; a border costs a few n-grams
 

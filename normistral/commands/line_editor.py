@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normistral import store
+from normistral.commands.console import one_line, warn
 from normistral.files import explain, open_file
-from normistral.terminal.console import one_line, warn
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History

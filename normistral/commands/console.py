@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
+from normistral.commands.wrapping import WordWrapper, cell_width, terminal_columns, wrap_text
 from normistral.errors import NormistralError, UsageError
-from normistral.terminal.wrapping import WordWrapper, cell_width, terminal_columns, wrap_text
 from normistral.text_input import BOM, decode_text
 
 DIM, RED, YELLOW, CYAN = "2", "1;31", "33", "36"  # SGR parameters (ECMA-48, 8.3.117)

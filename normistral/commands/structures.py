@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from normistral.commands.answer import WHY_IT_ENDED
+from normistral.commands.console import decode_argument
 from normistral.errors import NormistralError, UsageError
 from normistral.files import explain, read_input
 from normistral.runtime.chunks import Completion
 from normistral.runtime.structured.structure import MOST_BYTES, Structure
-from normistral.terminal.answers import WHY_IT_ENDED
-from normistral.terminal.console import decode_argument
 from normistral.text_input import decode_text
 
 

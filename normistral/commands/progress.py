@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from normistral.commands.console import colour, is_terminal, one_line, print_diagnostic
+from normistral.commands.wrapping import cell_width, crop, wrap_text
 from normistral.progress import Progress, Stage, Uncounted
-from normistral.terminal.console import colour, is_terminal, one_line, print_diagnostic
-from normistral.terminal.wrapping import cell_width, crop, wrap_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

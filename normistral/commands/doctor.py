@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from normistral import store
+from normistral.commands.console import format_columns
+from normistral.commands.progress import format_bytes
+from normistral.commands.tune import artifact_lines, describe_artifact, describe_tuned, tuned_table
 from normistral.errors import EngineError
 from normistral.hardware import (
     Machine,
@@ -38,9 +41,6 @@ from normistral.runtime.kernels.library import (
     open_library,
     variant_of,
 )
-from normistral.terminal.console import format_columns
-from normistral.terminal.progress import format_bytes
-from normistral.terminal.tuning import artifact_lines, describe_artifact, describe_tuned, tuned_table
 
 _RUNTIME = ("openvino", "tokenizers", "jinja2", "numpy", "msgspec", "typer", "rich", "prompt_toolkit")
 _EXPORT = ("torch", "transformers", "optimum", "optimum-intel", "optimum-onnx", "nncf", "openvino-tokenizers")

@@ -1,1 +1,0 @@
-"""What a person at a terminal sees. The command line calls it; nothing else does."""
