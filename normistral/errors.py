@@ -113,3 +113,16 @@ class BusyError(NormistralError):
 
 class ClosedError(NormistralError):
     """The model was closed."""
+
+
+# Hints that say how this package is installed. It is on no package index yet: a release is a wheel file, or a checkout.
+# pip adds an extra to an installed package by the package's name all the same.
+
+SOURCE = "a wheel's file, or . in a checkout"
+UPGRADE = f"install a newer normistral: pip install --upgrade SOURCE, which is {SOURCE}"
+REINSTALL = f"install it again: pip install --force-reinstall --no-deps SOURCE, which is {SOURCE}"
+
+
+def install_extra(*names: str) -> str:
+    """The command that adds extras to an installed normistral."""
+    return f'pip install "normistral[{",".join(names)}]"'

@@ -10,20 +10,24 @@ Errors are OSErrors, also for names that no file can have. `explain` says what o
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from normistral.errors import NormistralError, UsageError
 
+FOLDER_MARK = ".made-by-normistral"  # in folders of ours
 _ELSEWHERE = "choose another place"
 _DESCRIPTOR = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev/fd|/proc/self/fd)/([0-9]{1,9})")
+_READ_BYTES = 4 * 2**20
 _STANDARD = {"stdin": 0, "stdout": 1, "stderr": 2}
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -76,7 +80,7 @@ def explain(exc: OSError) -> tuple[str, str]:
 
 
 @contextmanager
-def replacing(path: Path, *, private: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, private: bool = True) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the context ends without an error.
 
     Until then it is a neighbour, and `path` is as it was.
@@ -107,14 +111,14 @@ def replacing(path: Path, *, private: bool = True) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def saving(path: Path) -> Iterator[BinaryIO]:
-    """`replacing` for what somebody wrote and named a place for: readable by its owner only.
+def atomic_save(path: Path) -> Iterator[BinaryIO]:
+    """`atomic_write` for what somebody wrote and named a place for: readable by its owner only.
 
     Raises:
         NormistralError: it cannot be written.
     """
     try:
-        with replacing(path) as stream:
+        with atomic_write(path) as stream:
             yield stream
     except OSError as exc:
         reason, hint = explain(exc)
@@ -122,7 +126,7 @@ def saving(path: Path) -> Iterator[BinaryIO]:
 
 
 def require_place(path: Path, what: str = "") -> None:
-    """Find out before long work whether `replacing` can write a file.
+    """Find out before long work whether `atomic_write` can write a file.
 
     Args:
         what: the option that names it, for the message.
@@ -297,6 +301,16 @@ def _require_regular(path: Path, status: os.stat_result) -> None:
         raise RefusedFileError(path, f"it is {kind}, not a file", "name a file")
 
 
+def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file in lower-case hex, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            on_bytes(len(block))
+    return digest.hexdigest()
+
+
 # Locking
 
 
@@ -347,3 +361,51 @@ def _lock(descriptor: int) -> None:
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# Temporary folders that are recognised after a kill: by their owner, and by a mark in them. A folder of this name
+# without a mark, of another user, or behind a link is never touched.
+
+
+def make_own_folder(path: Path) -> None:
+    """Make and mark a folder with permissions 0700: nobody else can put anything into it. Raises OSError."""
+    path.mkdir(0o700)
+    (path / FOLDER_MARK).touch(0o600)
+
+
+def is_own_folder(path: Path) -> bool:
+    """Whether this is a folder that `make_own_folder` made for this user."""
+    try:
+        status, mark = path.lstat(), (path / FOLDER_MARK).lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and stat.S_ISREG(mark.st_mode) and is_own(status) and is_own(mark)
+
+
+def remove_own_folder(path: Path, first: Sequence[str] = ()) -> None:
+    """Delete such a folder with all that it holds. What takes its name meanwhile is left alone.
+
+    Args:
+        first: files that are deleted before anything else, as paths in it. The mark is deleted last.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    if not shutil.rmtree.avoids_symlink_attacks:  # Windows, where nothing can be deleted through a descriptor
+        shutil.rmtree(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        for name in first:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(name, dir_fd=descriptor)
+        with os.scandir(descriptor) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name == FOLDER_MARK):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.name, dir_fd=descriptor)
+                else:
+                    os.unlink(entry.name, dir_fd=descriptor)
+        if os.path.samestat(path.lstat(), os.fstat(descriptor)):
+            path.rmdir()
+    finally:
+        os.close(descriptor)

@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from normistral.errors import ArtifactError
-from normistral.install_hint import UPGRADE
+from normistral.errors import UPGRADE, ArtifactError
+from normistral.files import sha256_file
 
 MANIFEST_NAME = "normistral.json"
 # 2: ONNX. 3: ALiBi, reasoning. 4: calibration. 5: mixed precision by it. 6: chat template of a file, ignored fields.
@@ -29,7 +29,6 @@ MANIFEST_NAME = "normistral.json"
 SCHEMA_VERSION = 6
 HASHED_AT_LOAD_BYTES = 16 * 2**20  # smaller files are hashed at every load; of larger ones only the size is checked
 _MAX_MANIFEST_BYTES = 4 * 2**20
-_READ_BYTES = 4 * 2**20
 _CHECKSUM = re.compile(rb'("checksum": ")([0-9a-f]{64})(")')
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
@@ -316,16 +315,6 @@ def hash_files(folder: Path, on_bytes: Callable[[int], None] = lambda count: Non
     """
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST_NAME)
     return {path.name: FileRecord(path.stat().st_size, sha256_file(path, on_bytes)) for path in files}
-
-
-def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file in lower-case hex, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            on_bytes(len(block))
-    return digest.hexdigest()
 
 
 def check_files(folder: Path, manifest: Manifest, *, thorough: bool) -> None:

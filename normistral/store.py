@@ -15,9 +15,8 @@ from typing import NamedTuple
 import platformdirs
 
 from normistral.errors import ArtifactError, ModelNotFoundError, UsageError
-from normistral.files import checked, explain, mount_points
+from normistral.files import checked, explain, mount_points, remove_own_folder
 from normistral.manifest import MANIFEST_NAME, Manifest, find_foreign_files, read_manifest
-from normistral.own_folder import remove_own_folder
 from normistral.presets import PRESETS, Preset, find_preset
 
 

@@ -29,9 +29,8 @@ from normistral.commands.conversations import save_conversation
 from normistral.commands.result_files import require_result_place, write_result
 from normistral.errors import NormistralError
 from normistral.export.staging import stage
-from normistral.files import replacing, require_place
+from normistral.files import FOLDER_MARK, atomic_write, require_place
 from normistral.manifest import MANIFEST_NAME
-from normistral.own_folder import MARK
 from normistral.runtime.drafting.table import NgramTable
 
 OUTPUTS, NEIGHBOURS, MOST_S = 200, 1000, 10
@@ -46,7 +45,7 @@ def export(path: Path) -> None:
 
 def save(path: Path) -> None:
     require_place(path)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
 
 
@@ -96,8 +95,8 @@ def plant_folder(path: Path, chance: random.Random) -> None:
         (path / name / MANIFEST_NAME).write_text('{"files": {}}')
         (path / name / "thesis").write_text("years of work")
     if os.geteuid() == 0 and chance.random() < 0.5:
-        (path / MARK).touch()
-        os.chown(path / MARK, NOBODY, NOBODY)
+        (path / FOLDER_MARK).touch()
+        os.chown(path / FOLDER_MARK, NOBODY, NOBODY)
         os.chown(path, NOBODY, NOBODY)
 
 

@@ -21,7 +21,8 @@ from normistral.errors import CheckpointError, NormistralError, UnsupportedArchi
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.config import count_parameters, read_json, sanitise_config
 from normistral.export.locate import Located
-from normistral.manifest import ReasoningMarkers, SamplingDefaults, sha256_file
+from normistral.files import sha256_file
+from normistral.manifest import ReasoningMarkers, SamplingDefaults
 from normistral.presets import Preset, find_preset
 from normistral.progress import NoProgress
 

@@ -17,8 +17,18 @@ from planted import AS_ROOT, KINDS, NOBODY, look, plant
 from normistral import files
 from normistral.commands.result_files import require_result_place, write_result
 from normistral.errors import NormistralError, UsageError
-from normistral.files import locked, open_file, read_file, replacing, require_place, saving
-from normistral.own_folder import MARK, is_own_folder, make_own_folder, remove_own_folder
+from normistral.files import (
+    FOLDER_MARK,
+    atomic_save,
+    atomic_write,
+    is_own_folder,
+    locked,
+    make_own_folder,
+    open_file,
+    read_file,
+    remove_own_folder,
+    require_place,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,9 +36,9 @@ from normistral.own_folder import MARK, is_own_folder, make_own_folder, remove_o
 def test_only_a_file_is_replaced(tmp_path, kind, private):
     path = plant(tmp_path / "out", kind)
     before = look(tmp_path)
-    with pytest.raises(OSError, match="it is a"), replacing(path, private=private) as file:
+    with pytest.raises(OSError, match="it is a"), atomic_write(path, private=private) as file:
         file.write(b"new")
-    with pytest.raises(NormistralError), saving(path) as file:
+    with pytest.raises(NormistralError), atomic_save(path) as file:
         file.write(b"new")
     with pytest.raises(UsageError) as refused:
         require_place(path, "--session")
@@ -38,7 +48,7 @@ def test_only_a_file_is_replaced(tmp_path, kind, private):
 
 def test_what_becomes_a_link_meanwhile_is_not_replaced(tmp_path):
     def write_and_plant():
-        with replacing(tmp_path / "out") as file:
+        with atomic_write(tmp_path / "out") as file:
             file.write(b"new")
             (tmp_path / "out").symlink_to("elsewhere")
 
@@ -57,7 +67,7 @@ def test_a_result_is_replaced_whole_and_others_may_read_it(tmp_path):
     path.chmod(0o640)
     write_result(path, "bringebær\n")
     assert path.stat().st_mode & 0o777 == 0o640
-    with saving(path) as file:
+    with atomic_save(path) as file:
         file.write(b"secret")
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -69,7 +79,7 @@ def test_a_replaced_result_stays_its_owners(tmp_path):
     os.chown(path, NOBODY, NOBODY)
     write_result(path, "ny")
     assert (path.stat().st_uid, path.stat().st_gid) == (NOBODY, NOBODY)
-    with saving(path) as file:
+    with atomic_save(path) as file:
         file.write(b"secret")
     assert path.stat().st_uid == 0  # what is private is not given to somebody else
 
@@ -111,7 +121,7 @@ def test_names_that_no_file_can_have_are_refused_with_the_reason(tmp_path, name,
     with pytest.raises(UsageError, match=reason) as refused:
         require_place(tmp_path / name)
     assert refused.value.hint
-    with pytest.raises(OSError), replacing(tmp_path / name):  # noqa: PT011 - many kinds
+    with pytest.raises(OSError), atomic_write(tmp_path / name):  # noqa: PT011 - many kinds
         pass
     with pytest.raises(OSError):  # noqa: PT011
         read_file(tmp_path / name, 10)
@@ -120,9 +130,9 @@ def test_names_that_no_file_can_have_are_refused_with_the_reason(tmp_path, name,
 def test_a_limit_of_file_sizes_is_named(tmp_path):
     """`ulimit -f`: not "the disk is full"."""
     code = (
-        "import sys; from pathlib import Path; from normistral.files import saving\n"
+        "import sys; from pathlib import Path; from normistral.files import atomic_save\n"
         "from normistral.errors import NormistralError\n"
-        "try:\n with saving(Path(sys.argv[1])) as file: file.write(b'x' * 100_000)\n"
+        "try:\n with atomic_save(Path(sys.argv[1])) as file: file.write(b'x' * 100_000)\n"
         "except NormistralError as error: print(error.message, error.hint)"
     )
     limit = (4096, 4096)
@@ -276,8 +286,8 @@ def test_what_is_not_ours_is_no_own_folder(tmp_path):
     (tmp_path / "link").symlink_to("own")
     (tmp_path / "unmarked").mkdir()
     (tmp_path / "link marked").mkdir()
-    (tmp_path / "link marked" / MARK).symlink_to(tmp_path / "own" / MARK)
-    for name in ("link", "unmarked", "link marked", "nothing", "own/" + MARK):
+    (tmp_path / "link marked" / FOLDER_MARK).symlink_to(tmp_path / "own" / FOLDER_MARK)
+    for name in ("link", "unmarked", "link marked", "nothing", "own/" + FOLDER_MARK):
         assert not is_own_folder(tmp_path / name)
     with pytest.raises(OSError):  # noqa: PT011 - ELOOP or ENOTDIR
         remove_own_folder(tmp_path / "link")
@@ -289,7 +299,7 @@ def test_a_marked_folder_of_another_user_is_no_own_folder(tmp_path):
     for name in ("folder", "mark"):
         make_own_folder(tmp_path / name)
     os.chown(tmp_path / "folder", NOBODY, NOBODY)
-    os.chown(tmp_path / "mark" / MARK, NOBODY, NOBODY)
+    os.chown(tmp_path / "mark" / FOLDER_MARK, NOBODY, NOBODY)
     assert not is_own_folder(tmp_path / "folder")
     assert not is_own_folder(tmp_path / "mark")
 

@@ -20,7 +20,7 @@ from normistral.export.config import read_json
 from normistral.export.gguf import convert_gguf
 from normistral.export.known_fields import IgnoredFields
 from normistral.export.locate import locate
-from normistral.manifest import sha256_file
+from normistral.files import sha256_file
 from normistral.progress import NoProgress
 
 TYPES = gguf.TokenType

@@ -16,7 +16,7 @@ from normistral.errors import CheckpointError, UsageError
 from normistral.export.checkpoint import hash_sources
 from normistral.export.gguf_file import gguf_parts, read_gguf
 from normistral.export.locate import locate
-from normistral.manifest import sha256_file
+from normistral.files import sha256_file
 from normistral.progress import NoProgress
 
 

@@ -30,7 +30,7 @@ from normistral.export import locate as locate_module
 from normistral.export.checkpoint import hash_sources, open_checkpoint
 from normistral.export.hub import Snapshot, download
 from normistral.export.locate import locate
-from normistral.manifest import sha256_file
+from normistral.files import sha256_file
 from normistral.progress import NoProgress
 
 

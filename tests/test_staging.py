@@ -13,8 +13,8 @@ from planted import AS_ROOT, KINDS, NOBODY, look, plant
 from normistral.errors import ResourceError, UsageError
 from normistral.export import staging
 from normistral.export.staging import check_output, stage
+from normistral.files import FOLDER_MARK, make_own_folder
 from normistral.manifest import MANIFEST_NAME
-from normistral.own_folder import MARK, make_own_folder
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 
@@ -189,7 +189,7 @@ def test_a_marked_neighbour_of_another_user_is_not_adopted(tmp_path):
     partial = tmp_path / ".out.partial-12345678"
     make_own_folder(partial)
     make_artifact(partial / "replaced", "of others")
-    for path in (partial / MARK, partial):
+    for path in (partial / FOLDER_MARK, partial):
         os.chown(path, NOBODY, NOBODY)
     before = look(tmp_path)
     with stage(tmp_path / "out", force=False) as staged:

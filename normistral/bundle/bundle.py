@@ -20,7 +20,7 @@ from normistral.bundle.target import Target, needed_glibc_minor
 from normistral.bundle.wheels import Closure, collect_wheels, find_own_wheel
 from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.export.staging import translate_full_disk
-from normistral.files import replacing, require_place
+from normistral.files import atomic_write, require_place
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
 from normistral.progress import NoProgress, Progress
@@ -74,7 +74,7 @@ def make_bundle(artifact: Path, file: Path, options: BundleOptions, progress: Pr
         _require_disk(file, archive_bytes(entries))
         progress.note(f"{len(closure.wheels)} wheels for Python {options.target.python}, {options.target.machine}")
         signature_file = file.with_name(file.name + signature.SUFFIX)
-        with replacing(file, private=False) as stream:
+        with atomic_write(file, private=False) as stream:
             size = sum(entry.size for entry in entries)
             with progress.stage(f"writing {file.name}", size, "bytes") as writing:
                 sha256 = write_archive(stream, entries, writing.advance)
@@ -82,7 +82,7 @@ def make_bundle(artifact: Path, file: Path, options: BundleOptions, progress: Pr
             # An old signature is none of the new file: it goes first, so that no moment has the wrong pair.
             signature_file.unlink(missing_ok=True)
         if signed is not None:
-            with replacing(signature_file, private=False) as stream:
+            with atomic_write(signature_file, private=False) as stream:
                 stream.write(signed)
     return sha256
 

@@ -16,8 +16,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import normistral
-from normistral.errors import UsageError
-from normistral.install_hint import REINSTALL
+from normistral.errors import REINSTALL, UsageError
 
 _NAME = "normistral"
 _WHEEL = "Wheel-Version: 1.0\nGenerator: normistral bundle\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata
 
-from normistral.errors import UsageError
-from normistral.install_hint import REINSTALL
+from normistral.errors import REINSTALL, UsageError
 
 _OLDEST_GLIBC_MINOR = 5  # manylinux1
 _OLD_NAMES = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # PEP 600

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from normistral.bundle.target import Target
 from normistral.errors import ArtifactError, DownloadError, MissingExtraError
-from normistral.manifest import sha256_file
+from normistral.files import sha256_file
 
 _ROUNDS = 5  # of requirements that only the target has; one has always been enough
 _ASK = "see what pip says; --wheels FOLDER takes wheels that are there already"

@@ -21,10 +21,9 @@ from normistral.cluster.documents import Row, index_documents
 from normistral.cluster.job import Engine, Job, OnRow, Part, answer_part, cut_parts
 from normistral.cluster.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
 from normistral.cluster.questions import check_instruction
-from normistral.errors import NormistralError, UsageError
-from normistral.files import explain, require_place
-from normistral.install_hint import extra
-from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest, sha256_file
+from normistral.errors import NormistralError, UsageError, install_extra
+from normistral.files import explain, require_place, sha256_file
+from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
 from normistral.progress import NoProgress, Progress
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 
@@ -117,7 +116,7 @@ def run_batch(
             progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
         if missing:
             if fits_together(manifest, engine) and not has_genai():
-                progress.note(f"one after the other: {extra('serve')} lets it compute many together")
+                progress.note(f"one after the other: {install_extra('serve')} lets it compute many together")
             with progress.stage("answering", total=len(missing), unit="documents") as stage:
                 _answer(job, missing, manifest, engine, workers, stage.advance)
         places, lines = find_answers(parts)

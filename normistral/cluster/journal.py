@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 
 from normistral.errors import NormistralError, UsageError
-from normistral.files import explain, is_own, locked, open_file, read_file, replacing
+from normistral.files import atomic_write, explain, is_own, locked, open_file, read_file
 
 JOB_NAME = "job.json"
 _RUN_NAME = "run"
@@ -90,7 +90,7 @@ def open_journal(output: Path, job: dict[str, Any]) -> Iterator[Path]:
 def begin_run(folder: Path) -> str:
     """Start anew on this job: gives the run its name. Whoever works for an earlier one writes no more answers."""
     run = secrets.token_hex(4)
-    with replacing(folder / _RUN_NAME) as stream:
+    with atomic_write(folder / _RUN_NAME) as stream:
         stream.write(run.encode())
     return run
 
@@ -110,7 +110,7 @@ def find_answers(folder: Path) -> tuple[dict[int, Place], dict[int, Line]]:
 def join_answers(places: Iterable[Place], output: Path) -> None:
     """Write the answers to OUTPUT in this order, whole or not at all; permissions 0600."""
     opened: dict[Path, Any] = {}
-    with ExitStack() as stack, replacing(output) as stream:
+    with ExitStack() as stack, atomic_write(output) as stream:
         for place in places:
             if place.file not in opened:
                 if len(opened) >= _MOST_OPEN:
@@ -210,7 +210,7 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
     try:
         earlier = msgspec.json.decode(read_file(file, _MAX_JOB_BYTES), type=dict)
     except FileNotFoundError:
-        with replacing(file) as stream:
+        with atomic_write(file) as stream:
             stream.write(described)
         return
     except msgspec.DecodeError:

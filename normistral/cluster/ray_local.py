@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from normistral.errors import MissingExtraError, NormistralError, first_line
-from normistral.install_hint import extra
+from normistral.errors import MissingExtraError, NormistralError, first_line, install_extra
 from normistral.telemetry import silence_telemetry
 
 # Only places of rows and requests on their way go through it; Ray would take 30 % of the memory.
@@ -34,7 +33,7 @@ def import_ray(*, alone: bool) -> Any:
     try:
         import ray
     except ImportError as exc:
-        raise MissingExtraError("Ray is not installed", extra("ray")) from exc
+        raise MissingExtraError("Ray is not installed", install_extra("ray")) from exc
     return ray
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import NormistralError, UsageError
-from normistral.files import checked, explain, read_file, require_place, saving
+from normistral.files import atomic_save, checked, explain, read_file, require_place
 
 _FORMAT = "normistral-chat"
 _VERSION = 1
@@ -46,7 +46,7 @@ def save_conversation(
         raise UsageError(f"{path} is there already", f"overwrite it with: /save! {file}")
     require_place(path)
     text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
-    with saving(path) as stream:
+    with atomic_save(path) as stream:
         stream.write(text.encode("utf-8", "surrogatepass"))
     return path
 

@@ -21,7 +21,7 @@ from normistral import store
 from normistral.commands.console import format_columns
 from normistral.commands.progress import format_bytes
 from normistral.commands.tune import artifact_lines, describe_artifact, describe_tuned, tuned_table
-from normistral.errors import EngineError
+from normistral.errors import EngineError, install_extra
 from normistral.hardware import (
     Machine,
     free_disk_bytes,
@@ -31,7 +31,6 @@ from normistral.hardware import (
     plan_threads,
     read_machine,
 )
-from normistral.install_hint import extra
 from normistral.runtime.kernels.advice import how_to_build
 from normistral.runtime.kernels.library import (
     describe_absence,
@@ -48,7 +47,7 @@ _ONNX = (  # builds of one Python package
     *("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-migraphx"),
     "onnxruntime-rocm",
 )
-_NO_ONNX = f"not installed: {extra('onnx')}"
+_NO_ONNX = f"not installed: {install_extra('onnx')}"
 _ASKED_FOR_S = 60
 
 _ASK_OPENVINO = """
@@ -226,7 +225,7 @@ def _stale(loaded: dict[str, Any] | None) -> list[str]:
 
 def _describe_export(packages: dict[str, str | None]) -> str:
     missing = [name for name in _EXPORT if not packages[name]]
-    return f"not possible without {', '.join(missing)}: {extra('export')}" if missing else "possible"
+    return f"not possible without {', '.join(missing)}: {install_extra('export')}" if missing else "possible"
 
 
 def _version(distribution: str) -> str | None:

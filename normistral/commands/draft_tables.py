@@ -11,8 +11,8 @@ from normistral.commands.console import say
 from normistral.commands.progress import format_bytes
 from normistral.errors import NormistralError, UsageError
 from normistral.evaluation.text import read_text
-from normistral.files import explain, require_place
-from normistral.manifest import check_files, read_manifest, sha256_file
+from normistral.files import explain, require_place, sha256_file
+from normistral.manifest import check_files, read_manifest
 from normistral.runtime.drafting.options import TableOptions
 from normistral.runtime.drafting.table import build_table
 from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from normistral.errors import NormistralError
-from normistral.files import RefusedFileError, checked, descriptor_number, explain, is_own, replacing, require_place
+from normistral.files import RefusedFileError, atomic_write, checked, descriptor_number, explain, is_own, require_place
 
 
 def require_result_place(path: Path, option: str) -> None:
@@ -41,7 +41,7 @@ def write_result(path: Path, text: str) -> None:
         elif _is_stream(path):
             _write(_open_stream(path), text)
         else:
-            with replacing(path, private=False) as file:
+            with atomic_write(path, private=False) as file:
                 file.write(text.encode())
     except BrokenPipeError:
         raise  # nobody reads any more: the command line ends quietly

@@ -11,7 +11,8 @@ from normistral import store
 from normistral.commands import console
 from normistral.commands.options import Artifact, Debug, complete_stored
 from normistral.errors import UsageError
-from normistral.manifest import MANIFEST_NAME, read_manifest, sha256_file
+from normistral.files import sha256_file
+from normistral.manifest import MANIFEST_NAME, read_manifest
 
 
 def list_(

@@ -22,8 +22,7 @@ from normistral.commands.options import (
     complete_artifact,
     given,
 )
-from normistral.errors import MissingExtraError, UsageError
-from normistral.install_hint import extra
+from normistral.errors import MissingExtraError, UsageError, install_extra
 from normistral.runtime.engines.settings import parse_settings
 from normistral.serving.backends.settings import Batching
 from normistral.serving.limits import ServerLimits
@@ -176,4 +175,4 @@ def _require_extra() -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as exc:
-        raise MissingExtraError(f"{exc.name} is not installed", extra("serve")) from exc
+        raise MissingExtraError(f"{exc.name} is not installed", install_extra("serve")) from exc

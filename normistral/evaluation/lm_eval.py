@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from normistral.errors import MissingExtraError, NormistralError
-from normistral.install_hint import extra
+from normistral.errors import MissingExtraError, NormistralError, install_extra
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def _run() -> None:
     except ModuleNotFoundError as exc:
         if (exc.name or "").partition(".")[0] != "lm_eval":
             raise
-        raise MissingExtraError("lm-evaluation-harness is not installed", extra("lm-eval")) from exc
+        raise MissingExtraError("lm-evaluation-harness is not installed", install_extra("lm-eval")) from exc
     register()
     cli_evaluate()
 

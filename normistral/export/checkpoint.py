@@ -47,7 +47,8 @@ from normistral.export.weights import (
     stored_dtype,
     weight_files,
 )
-from normistral.manifest import Architecture, ReasoningMarkers, SamplingDefaults, Source, Template, sha256_file
+from normistral.files import sha256_file
+from normistral.manifest import Architecture, ReasoningMarkers, SamplingDefaults, Source, Template
 from normistral.presets import Preset, Role
 from normistral.progress import Progress
 

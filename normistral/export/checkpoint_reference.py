@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normistral.errors import MissingExtraError
+from normistral.errors import MissingExtraError, install_extra
 from normistral.evaluation.score import Predictor, Reference
 from normistral.evaluation.windows import Window
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
@@ -22,7 +22,6 @@ from normistral.export.layerwise import LayeredModel
 from normistral.export.locate import locate
 from normistral.export.reference import Logits, fits_for_running, load_reference
 from normistral.export.tools import quiet_tools
-from normistral.install_hint import extra
 from normistral.progress import Progress
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def checkpoint_reference(model: str, scratch: Path, progress: Progress) -> Itera
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(
                 f"a checkpoint as reference needs the package {package}, which is not installed",
-                f"install it with: {extra('export')}; or give an artifact as --reference",
+                f"install it with: {install_extra('export')}; or give an artifact as --reference",
             )
     located = locate(model, progress=progress)
     scratch.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from normistral.errors import DownloadError
-from normistral.files import explain, read_file, replacing
-from normistral.manifest import sha256_file
+from normistral.files import atomic_write, explain, read_file, sha256_file
 
 FETCH_AGAIN = "run the same command again to fetch it anew; if it stays wrong, a proxy in between changes files"
 
@@ -105,7 +104,7 @@ class RepositoryCache:
         reference = self._reference(revision)
         reference.parent.mkdir(parents=True, exist_ok=True)
         if _real(reference.parent).is_relative_to(_real(self._storage)):
-            with replacing(reference, private=False) as file:
+            with atomic_write(reference, private=False) as file:
                 file.write(commit.encode())
 
     def recall(self, revision: str) -> str | None:

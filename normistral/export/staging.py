@@ -27,10 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normistral.errors import ResourceError, UsageError
-from normistral.files import checked, explain, locked, mount_points, require_movable
+from normistral.files import (
+    checked,
+    explain,
+    is_own_folder,
+    locked,
+    make_own_folder,
+    mount_points,
+    remove_own_folder,
+    require_movable,
+)
 from normistral.hardware import free_disk_bytes
 from normistral.manifest import MANIFEST_NAME, find_foreign_files
-from normistral.own_folder import is_own_folder, make_own_folder, remove_own_folder
 
 _REPLACED = "replaced"
 _FULL_BELOW_BYTES = 2**20

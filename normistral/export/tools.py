@@ -14,8 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from normistral.errors import MissingExtraError
-from normistral.install_hint import extra
+from normistral.errors import MissingExtraError, install_extra
 from normistral.manifest import ArtifactFormat
 
 _MODULES: dict[ArtifactFormat, tuple[str, ...]] = {
@@ -75,7 +74,7 @@ def _patient_threads() -> Iterator[None]:
 def _missing(package: str, format: ArtifactFormat) -> MissingExtraError:
     return MissingExtraError(
         f"exporting needs the package {package}, which is not installed",
-        f"install it with: {extra(*_EXTRAS[format])}",
+        f"install it with: {install_extra(*_EXTRAS[format])}",
     )
 
 

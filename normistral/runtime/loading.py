@@ -9,8 +9,9 @@ from pathlib import Path
 from normistral import store
 from normistral.advisory import find_advice
 from normistral.errors import ArtifactError
+from normistral.files import sha256_file
 from normistral.hardware import read_machine
-from normistral.manifest import Manifest, check_files, read_manifest, sha256_file
+from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend
 from normistral.runtime.interpreter_exit import computing

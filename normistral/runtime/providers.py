@@ -16,8 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from normistral.errors import DeviceError, MissingExtraError
-from normistral.install_hint import extra
+from normistral.errors import DeviceError, MissingExtraError, install_extra
 
 _SHOWN_NODES = 3
 _MATRIX_OPERATORS = ("MatMul", "Gemm", "Attention")  # parts of operator names, such as FusedMatMul, MatMulNBits
@@ -47,10 +46,10 @@ class Provider:
 # Each package below is another build of onnxruntime and overwrites the others.
 _REPLACE = "pip uninstall onnxruntime, then pip install {}"
 PROVIDERS = {
-    "CPU": Provider("CPUExecutionProvider", extra("onnx"), member_option=""),
+    "CPU": Provider("CPUExecutionProvider", install_extra("onnx"), member_option=""),
     "CUDA": Provider(
         "CUDAExecutionProvider",
-        f"pip uninstall onnxruntime, then {extra('gpu')}",
+        f"pip uninstall onnxruntime, then {install_extra('gpu')}",
         memory="cuda",
         exact={"use_tf32": "0"},
     ),
@@ -60,7 +59,9 @@ PROVIDERS = {
     "OPENVINO": Provider(
         "OpenVINOExecutionProvider", _REPLACE.format("onnxruntime-openvino"), "device_type", exact={"precision": "FP32"}
     ),
-    "COREML": Provider("CoreMLExecutionProvider", f"{extra('onnx')} on macOS: only its wheel has it", member_option=""),
+    "COREML": Provider(
+        "CoreMLExecutionProvider", f"{install_extra('onnx')} on macOS: only its wheel has it", member_option=""
+    ),
 }
 
 
@@ -96,7 +97,7 @@ def import_onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as exc:
-        raise MissingExtraError(f"ONNX artifacts need the package onnxruntime ({exc})", extra("onnx")) from exc
+        raise MissingExtraError(f"ONNX artifacts need the package onnxruntime ({exc})", install_extra("onnx")) from exc
     module: ModuleType = onnxruntime
     return module
 

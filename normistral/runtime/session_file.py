@@ -30,9 +30,8 @@ from typing import Annotated, Any, BinaryIO, Literal, TypeVar, get_args
 import msgspec
 import numpy as np
 
-from normistral.errors import SessionError, UsageError
-from normistral.files import explain, open_file, require_place, saving
-from normistral.install_hint import UPGRADE
+from normistral.errors import UPGRADE, SessionError, UsageError
+from normistral.files import atomic_save, explain, open_file, require_place
 from normistral.runtime.engines.base import CacheTensor
 from normistral.runtime.engines.settings import ATTENTION, STATEFUL
 
@@ -124,7 +123,7 @@ def write_session(path: Path, header: SessionHeader, tensors: Iterable[CacheTens
         NormistralError: it cannot be written.
     """
     require_place(path)
-    with saving(path) as file:
+    with atomic_save(path) as file:
         text = msgspec.json.encode(header)
         head = MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(8, "little") + text
         seal = hashlib.sha256(head).digest()

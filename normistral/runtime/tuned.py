@@ -20,9 +20,9 @@ import msgspec
 
 from normistral import store
 from normistral.errors import ResourceError
-from normistral.files import explain, is_own, open_file, replacing
+from normistral.files import atomic_write, explain, is_own, open_file, sha256_file
 from normistral.hardware import Machine, plan_threads
-from normistral.manifest import MANIFEST_NAME, Sha256, sha256_file
+from normistral.manifest import MANIFEST_NAME, Sha256
 from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def save_tuned(tuned: Tuned) -> Path:
     raw = msgspec.json.format(msgspec.json.encode(replace(tuned, checksum=_checksum(tuned))), indent=2) + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(raw)
     except OSError as exc:
         raise ResourceError(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ArtifactError, UsageError
-from normistral.files import explain, open_file, replacing
+from normistral.files import atomic_write, explain, open_file
 from normistral.runtime.drafting.base import Draft
 from normistral.runtime.drafting.options import TableOptions
 
@@ -94,7 +94,7 @@ class NgramTable:
         document = {"format": _FORMAT, "entries": len(self), "tokenizer_sha256": self.tokenizer_sha256}
         header = json.dumps(document).encode()
         header += b" " * (-(len(header) + 1) % _ALIGNMENT) + b"\n"
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(header)
             file.write(self._contexts.astype("<u8").tobytes())
             file.write(self._following.astype("<u4").tobytes())

@@ -8,8 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from normistral.errors import EngineError, MissingExtraError
-from normistral.install_hint import extra
+from normistral.errors import EngineError, MissingExtraError, install_extra
 from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Capabilities, load_hint, settings_basis
 from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings, kernel_in_force, pack_for_our_kernel
@@ -133,7 +132,7 @@ def import_genai() -> Any:
     except ImportError as exc:
         raise MissingExtraError(
             f"answers of OpenVINO models at once need openvino-genai, which cannot be imported ({exc})",
-            f"{extra('serve')}, or serve with --batching off",
+            f"{install_extra('serve')}, or serve with --batching off",
         ) from exc
     return openvino_genai
 
