@@ -86,7 +86,7 @@ def main() -> int:
     if process.exitcode:
         return 1
 
-    from normistral.manifest import read_manifest
+    from normistral.artifact.manifest import read_manifest
 
     manifest = read_manifest(arguments.artifact)
     shape = manifest.architecture

@@ -20,7 +20,7 @@ import numpy as np
 import openvino as ov
 
 from normistral import hardware
-from normistral.manifest import read_manifest
+from normistral.artifact.manifest import read_manifest
 from normistral.runtime.engines.base import Capabilities
 from normistral.runtime.engines.openvino import MODEL_FILE, OpenVINOBackend, warm_up
 from normistral.runtime.engines.openvino_graph import keep_last_logits

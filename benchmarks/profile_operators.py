@@ -18,7 +18,7 @@ from pathlib import Path
 
 import normistral
 from normistral import hardware
-from normistral.manifest import Manifest, read_manifest
+from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.runtime.engines import onnxruntime as onnx
 from normistral.runtime.engines import openvino as ir
 from normistral.runtime.engines.base import Engine

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 
 import normistral
-from normistral.manifest import read_manifest
+from normistral.artifact.manifest import read_manifest
 from normistral.runtime.model import Model
 
 TEXT = (

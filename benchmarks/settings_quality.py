@@ -32,9 +32,9 @@ from rounding_study import compare, load_reference, load_windows
 
 import normistral
 from normistral import hardware
+from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import locate
-from normistral.manifest import Manifest, read_manifest
 from normistral.progress import NoProgress
 from normistral.runtime.engines.base import Backend, Engine
 from normistral.runtime.engines.openvino import OpenVINOBackend

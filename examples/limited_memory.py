@@ -18,10 +18,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import normistral
+from normistral.artifact.manifest import Manifest, read_manifest
+from normistral.artifact.store import resolve_artifact
 from normistral.errors import ResourceError
 from normistral.hardware import available_memory_bytes
-from normistral.manifest import Manifest, read_manifest
-from normistral.store import resolve_artifact
 
 MIB = 2**20
 RUNTIME_BYTES = 200 * MIB  # Python, numpy, the engine's code, its threads' stacks; 150 to 190 were measured

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from normistral.telemetry import silence_telemetry
 
 if TYPE_CHECKING:
+    from normistral.artifact.manifest import Manifest
     from normistral.errors import NormistralError
     from normistral.export.pipeline import export_model
-    from normistral.manifest import Manifest
     from normistral.runtime.chat import Chat
     from normistral.runtime.chunks import Chunk, Completion, Timings
     from normistral.runtime.loading import load
@@ -35,7 +35,7 @@ _HOME = {
     "Chunk": "normistral.runtime.chunks",
     "Completion": "normistral.runtime.chunks",
     "GenerationConfig": "normistral.runtime.options",
-    "Manifest": "normistral.manifest",
+    "Manifest": "normistral.artifact.manifest",
     "Model": "normistral.runtime.model",
     "NormistralError": "normistral.errors",
     "Prefix": "normistral.runtime.prefix",

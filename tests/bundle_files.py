@@ -11,7 +11,7 @@ from pathlib import Path
 from sample_artifacts import make_manifest
 
 import normistral
-from normistral.manifest import hash_files, write_manifest
+from normistral.artifact.manifest import hash_files, write_manifest
 
 FAKE_NORMISTRAL = """
 import sys

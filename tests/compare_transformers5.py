@@ -27,7 +27,7 @@ from tiny_models import VOCABULARY, write_tokenizer
 from tiny_transformers5 import CASES, STORED, TOKENS, random_state
 
 if TYPE_CHECKING:
-    from normistral.manifest import Manifest
+    from normistral.artifact.manifest import Manifest
 
 BOUND = 1e-3
 RECIPES = (("openvino", "fp16", "plain"), ("onnx", "fp32", "plain"), ("onnx", "fp32", "fused"))

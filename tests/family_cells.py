@@ -18,7 +18,7 @@ import numpy as np
 from tiny_family import TOKENS, WINDOW, reference_logits, source_of, stored_tensors
 
 import normistral
-from normistral.manifest import Manifest, read_manifest
+from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.runtime.engines.base import Backend, Engine
 from normistral.runtime.loading import load_backend
 

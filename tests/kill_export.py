@@ -26,9 +26,9 @@ import time
 import traceback
 from pathlib import Path
 
+from normistral.artifact.manifest import MANIFEST_NAME, check_files, read_manifest
 from normistral.export.pipeline import export_model
 from normistral.export.tools import require_export_tools
-from normistral.manifest import MANIFEST_NAME, check_files, read_manifest
 from normistral.telemetry import silence_telemetry
 
 

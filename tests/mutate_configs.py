@@ -29,9 +29,9 @@ from tiny_transformers5 import TOKENS
 from trainer_configs import CONFIGS
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import NormistralError
 from normistral.export.tools import quiet_tools
-from normistral.manifest import read_manifest
 
 BOUND = 1e-3  # of the logits' spread
 NEW_TOKENS = 12

@@ -23,13 +23,13 @@ from typing import Any
 from text_models import byte_level, sentencepiece
 from tiny_models import TEMPLATE, make_mistral, write_json
 
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import NormistralError
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.locate import Located
 from normistral.export.proofs.tokenizer import surround
 from normistral.progress import NoProgress
-from normistral.runtime.template import ChatTemplate
-from normistral.runtime.tokenizer import Tokenizer
 
 TOKENS = ("<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|ny|>", "<|to|>", "Oslo")
 MESSAGES = [{"role": "user", "content": "Hva heter  hovedstaden?"}]

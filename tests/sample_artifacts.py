@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from normistral.manifest import (
+from normistral.artifact.manifest import (
     HASHED_AT_LOAD_BYTES,
     Architecture,
     FileRecord,

@@ -14,8 +14,8 @@ from sample_artifacts import write_artifact
 from scripted_models import make_model
 
 import normistral.runtime.loading
+from normistral.artifact.manifest import read_manifest
 from normistral.cli import main
-from normistral.manifest import read_manifest
 from normistral.runtime.model import Model
 
 TESTS = Path(__file__).parent

@@ -15,10 +15,10 @@ from tiny_models import (
     write_tokenizer,
 )
 
-from normistral.manifest import ReasoningMarkers, SamplingDefaults, Template
+from normistral.artifact.manifest import ReasoningMarkers, SamplingDefaults, Template
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.runtime.engines.scripted import NextLogits, ScriptedBackend, answers
 from normistral.runtime.model import Model
-from normistral.runtime.tokenizer import Tokenizer
 
 END_OF_TURN = 4  # <|im_end|>
 END_OF_THINKING_TURN = 2  # </s>

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from scripted_models import make_model
 
+from normistral.artifact.manifest import Manifest, hash_files, read_manifest, write_manifest
 from normistral.errors import EngineError
-from normistral.manifest import Manifest, hash_files, read_manifest, write_manifest
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.model import Model
 from normistral.serving.app import create_app

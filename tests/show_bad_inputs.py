@@ -22,8 +22,8 @@ from pathlib import Path
 
 from tiny_models import VOCABULARY, edit_json, make_mistral, write_tokenizer
 
+from normistral.artifact.manifest import SCHEMA_VERSION, parse_manifest, read_manifest, serialise_manifest
 from normistral.export.config import expected_tensors, sanitise_config
-from normistral.manifest import SCHEMA_VERSION, parse_manifest, read_manifest, serialise_manifest
 
 Command = list[str]
 

@@ -10,10 +10,10 @@ from tiny_models import edit_json, make_mistral
 from typer.testing import CliRunner
 
 import normistral
-from normistral.advisory import find_advice
+from normistral.artifact.advisory import find_advice
+from normistral.artifact.manifest import Source, read_manifest, write_manifest
 from normistral.cli import app
 from normistral.files import sha256_file
-from normistral.manifest import Source, read_manifest, write_manifest
 
 FIVE = {"rope_theta": ..., "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
 FOUND = "it is not the model of its checkpoint: positions are turned by theta 10000 instead of 1e+06. Export it again"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from sample_artifacts import make_manifest, write_artifact
 
+from normistral.artifact.manifest import FileRecord, RecipeRecord
 from normistral.cli import main
 from normistral.errors import EngineError, ModelNotFoundError, ResourceError, UsageError
 from normistral.evaluation.bandwidth import Bandwidth
@@ -33,7 +34,6 @@ from normistral.evaluation.bench.worker import (
 )
 from normistral.evaluation.process_memory import ProcessMemory, read_process_memory
 from normistral.evaluation.speed import Conversation, Pass, SpeedPlan
-from normistral.manifest import FileRecord, RecipeRecord
 
 PLAN = SpeedPlan(
     prefill_lengths=(8,), decode_contexts=(4,), decode_tokens=2, question_tokens=6, answer_tokens=2,

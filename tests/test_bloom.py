@@ -10,11 +10,11 @@ from tiny_family import TOKENS, reference_logits
 from tiny_models import edit_json
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import CheckpointError
 from normistral.export.config import architecture_of, context_of, read_json, sanitise_config
 from normistral.export.onnx.bloom import slopes
 from normistral.export.openvino import convert
-from normistral.manifest import read_manifest
 from normistral.runtime.loading import load_backend
 
 # Largest difference of a logit as a share of the logits' spread. Float32 sums in another order (3e-7 seen); weights

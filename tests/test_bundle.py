@@ -158,7 +158,7 @@ def test_the_bill_of_materials_is_valid_and_whole(signed_bundle, tmp_path):
 
 def test_a_preset_s_licence_is_stated(options, tmp_path, collected):
     source = {"kind": "hub", "id": "norallm/normistral-7b-warm-instruct", "revision": "c0ffee", "files": {}}
-    artifact = write_small_artifact(tmp_path / "artifact", source=normistral.manifest.Source(**source))
+    artifact = write_small_artifact(tmp_path / "artifact", source=normistral.artifact.manifest.Source(**source))
     make_bundle(artifact, tmp_path / "a.tar", options)
     subprocess.run(["tar", "-xf", "a.tar", "sbom.cdx.json"], cwd=tmp_path, check=True)
     model = json.loads((tmp_path / "sbom.cdx.json").read_text())["components"][0]

@@ -9,13 +9,13 @@ import pytest
 from test_gguf import byte_level_vocabulary, write_gguf
 from tiny_models import TEMPLATE, THINKING_TEMPLATE, edit_json, make_llama, make_mistral
 
+from normistral.artifact.manifest import read_manifest
 from normistral.cli import main
 from normistral.errors import CheckpointError, NormistralError, UsageError
 from normistral.export.chat_templates import is_go_template, read_template_file
 from normistral.export.checkpoint import Checkpoint, open_checkpoint
 from normistral.export.config import read_json
 from normistral.export.locate import locate
-from normistral.manifest import read_manifest
 from normistral.progress import NoProgress
 
 # After Ollama's published templates: what they have in common.

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from tiny_models import END_THINK, TEMPLATE, THINK, THINKING_TEMPLATE, edit_json, make_llama, make_mistral, write_json
 
+from normistral.artifact.manifest import ReasoningMarkers, SamplingDefaults
+from normistral.artifact.presets import Preset, find_preset
 from normistral.errors import CheckpointError, NormistralError, UnsupportedArchitectureError
 from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.config import count_parameters, read_json, sanitise_config
 from normistral.export.locate import Located
 from normistral.files import sha256_file
-from normistral.manifest import ReasoningMarkers, SamplingDefaults
-from normistral.presets import Preset, find_preset
 from normistral.progress import NoProgress
 
 
@@ -191,7 +191,7 @@ def test_template_from_its_own_file_and_from_a_list(model: Path, tmp_path: Path)
 
 
 def test_chat_preset_without_template_gets_the_built_in_one(model: Path, tmp_path: Path) -> None:
-    from normistral.runtime.template import CHATML
+    from normistral.artifact.chat_template import CHATML
 
     edit_json(model / "tokenizer_config.json", chat_template=...)
     checkpoint = open_folder(model, tmp_path / "one", find_preset("7b-warm-instruct"))

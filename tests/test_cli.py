@@ -14,13 +14,13 @@ from sample_artifacts import BIG_FILE, SMALL_FILE
 from scripted_cli import TESTS, command, make_artifact
 
 from normistral import errors
+from normistral.artifact.manifest import Manifest, RecipeRecord, read_manifest, write_manifest
+from normistral.artifact.presets import PRESETS
 from normistral.cli import main
 from normistral.commands import console
 from normistral.commands.info import describe_weights
 from normistral.commands.progress import Running, fit_row, format_duration
 from normistral.export.recipe import Recipe
-from normistral.manifest import Manifest, RecipeRecord, read_manifest, write_manifest
-from normistral.presets import PRESETS
 from normistral.runtime.options import GenerationConfig
 
 ANSWER = "Blåbærsyltetøy på brød, 😀."
@@ -226,7 +226,7 @@ def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys)
     def fail():
         raise ZeroDivisionError("fem\nog seks")
 
-    monkeypatch.setattr("normistral.store.list_artifacts", fail)
+    monkeypatch.setattr("normistral.artifact.store.list_artifacts", fail)
     assert main(["models"]) == 1
     message, hint = require_two_lines(capsys.readouterr().err)
     assert "ZeroDivisionError: fem og seks" in message
@@ -306,7 +306,7 @@ def test_every_kind_of_error_gets_its_exit_code_and_a_hint(monkeypatch, capsys):
         def fail(kind=kind):
             raise kind("åtte")
 
-        monkeypatch.setattr("normistral.store.list_artifacts", fail)
+        monkeypatch.setattr("normistral.artifact.store.list_artifacts", fail)
         assert main(["models"]) == (2 if kind is errors.UsageError else 1)
         message, _ = require_two_lines(capsys.readouterr().err)
         assert message == "åtte"
@@ -316,7 +316,7 @@ def test_what_the_operating_system_refuses_is_no_bug(monkeypatch, capsys):
     def fail():
         raise PermissionError(13, "Permission denied", "/store")
 
-    monkeypatch.setattr("normistral.store.list_artifacts", fail)
+    monkeypatch.setattr("normistral.artifact.store.list_artifacts", fail)
     assert main(["models"]) == 1
     assert require_two_lines(capsys.readouterr().err)[0] == "/store: permission denied"
 

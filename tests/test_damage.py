@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 import normistral
+from normistral.artifact.manifest import find_problems, read_manifest
 from normistral.errors import ArtifactError, NormistralError
-from normistral.manifest import find_problems, read_manifest
 
 FLIPS = {"openvino": 1000, "onnx": 300}
 DAMAGED = {

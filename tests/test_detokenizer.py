@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from text_models import BACKENDS, byte_level, copy, sentencepiece, wrap
 from tokenizers import decoders
 
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ArtifactError
 from normistral.runtime.detokenizer import StreamDetokenizer
-from normistral.runtime.tokenizer import Tokenizer
 
 TEXTS = [
     "Blåbærsyltetøy på Ærøy",

@@ -12,8 +12,8 @@ from drafting_models import draft_always
 from scripted_cli import TESTS, make_artifact
 from scripted_models import make_base_model
 
+from normistral.artifact.store import default_output
 from normistral.export.recipe import Recipe
-from normistral.store import default_output
 
 TRANSLATE = (TESTS.parent / "docs" / "translate.md").read_text(encoding="utf-8")
 BOS = 1

@@ -11,9 +11,9 @@ import pytest
 from scripted_cli import TESTS, make_artifact
 from scripted_models import make_base_model, make_model
 
+from normistral.artifact.store import default_output
 from normistral.export.recipe import Recipe
 from normistral.runtime.session_file import open_session
-from normistral.store import default_output
 
 SESSIONS = (TESTS.parent / "docs" / "sessions.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", SESSIONS, re.DOTALL)

@@ -12,8 +12,8 @@ from tiny_bloom import make_bloom
 from tiny_models import make_llama, make_mistral
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import UsageError
-from normistral.manifest import read_manifest
 from normistral.runtime.drafting.table import build_table
 from normistral.runtime.engines.openvino_slots import Slots
 from normistral.runtime.loading import load_backend

@@ -14,9 +14,9 @@ from scripted_cli import TESTS, command, make_artifact
 from scripted_models import make_model, make_tokenizer
 from tiny_models import VOCABULARY
 
+from normistral.artifact.manifest import hash_files, read_manifest, write_manifest
 from normistral.cli import main
 from normistral.errors import ArtifactError, UsageError
-from normistral.manifest import hash_files, read_manifest, write_manifest
 from normistral.runtime.drafting.lookup import PromptLookup
 from normistral.runtime.drafting.options import TableOptions
 from normistral.runtime.drafting.table import NgramTable, TableDrafter, build_table

@@ -11,8 +11,8 @@ import pytest
 from dequantise import dequantised
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import ClosedError
-from normistral.manifest import read_manifest
 from normistral.runtime.engines.base import load_hint
 from normistral.runtime.loading import load_backend
 

@@ -14,8 +14,8 @@ import pytest
 from scripted_models import make_model
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import ResourceError
-from normistral.manifest import read_manifest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LIBRARY, REPORTS = EXAMPLES / "texts/library.txt", EXAMPLES / "texts/reports.jsonl"

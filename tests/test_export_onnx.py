@@ -21,11 +21,11 @@ import pytest
 from tiny_models import edit_json, make_llama, make_mistral, random_tensors, write_weights
 
 import normistral
+from normistral.artifact.manifest import RecipeRecord, check_files, read_manifest
 from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError
 from normistral.export import staging
 from normistral.export.onnx import artifact as writing
 from normistral.export.onnx.structure import check_structure
-from normistral.manifest import RecipeRecord, check_files, read_manifest
 
 FILES = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}

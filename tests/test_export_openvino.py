@@ -16,11 +16,11 @@ import torch
 from tiny_models import make_llama, make_mistral
 
 import normistral
+from normistral.artifact.manifest import check_files, read_manifest
 from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError
 from normistral.export import staging
 from normistral.export.openvino import round_to_float16
 from normistral.hardware import exact_openvino, read_machine
-from normistral.manifest import check_files, read_manifest
 
 # Reference and artifact hold the same float16 weights and compute in float32; what is left is the order of sums:
 # 1e-6 of the largest logit (about 5) per operation, over two layers. Dropping the sliding window costs 0.1 and more

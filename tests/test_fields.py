@@ -16,6 +16,7 @@ from trainer_configs import CONFIGS, GENERATION
 from typer.testing import CliRunner
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import CheckpointError, ExportError, UsageError
 from normistral.export.checkpoint import open_checkpoint
 from normistral.export.config import read_json, sanitise_config
@@ -25,7 +26,6 @@ from normistral.export.generation_fields import GENERATION_FIELDS
 from normistral.export.gguf_fields import GGUF_FIELDS, known_keys
 from normistral.export.known_fields import check_fields
 from normistral.export.locate import locate
-from normistral.manifest import read_manifest
 from normistral.progress import NoProgress
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}

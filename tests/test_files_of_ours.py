@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
-from normistral import store
+from normistral.artifact import store
 from normistral.cluster.journal import begin_run, open_journal, parts_folder, remove_journal
 from normistral.commands.conversations import load_conversation, save_conversation
 from normistral.commands.line_editor import _open_history

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from sample_artifacts import make_manifest
 from test_manifest import places, seal
 
-from normistral.commands.info import info_document, info_lines
-from normistral.errors import ArtifactError, NormistralError
-from normistral.manifest import (
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.manifest import (
     MANIFEST_NAME,
     ReasoningMarkers,
     check_files,
@@ -25,8 +24,9 @@ from normistral.manifest import (
     read_manifest,
     serialise_manifest,
 )
+from normistral.commands.info import info_document, info_lines
+from normistral.errors import ArtifactError, NormistralError
 from normistral.runtime.options import resolve_options
-from normistral.runtime.template import ChatTemplate
 
 FULL = make_manifest(reasoning=ReasoningMarkers("<think>", "</think>", 7, 8), verified="run")
 DOCUMENT = json.loads(serialise_manifest(FULL))

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from text_models import BACKENDS, NORMISTRAL, chat_template, wrap
 from tiny_models import THINKING_TEMPLATE
 
+from normistral.artifact.chat_template import CHATML, ROLES
 from normistral.errors import TemplateError, UsageError
-from normistral.runtime.template import CHATML, ROLES
 
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ '[INST] ' + message.content | trim "

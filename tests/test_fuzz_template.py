@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from text_models import byte_level, chat
 from text_models import chat_template as make
 
+from normistral.artifact import render_budget, sandbox
+from normistral.artifact.taint import TEMPLATE
 from normistral.errors import NormistralError
-from normistral.runtime import render_budget, sandbox
-from normistral.runtime.provenance import TEMPLATE
 
 CANARY = "kanarifugl-8f3a"  # in every namespace that an escape would reach first
 TIME_LIMIT_S = 0.2

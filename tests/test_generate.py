@@ -7,8 +7,8 @@ import pytest
 from scripted_models import END_OF_TURN, make_model
 from tiny_models import VOCABULARY
 
+from normistral.artifact.manifest import SamplingDefaults
 from normistral.errors import ClosedError, ContextLengthError, EngineError, UsageError
-from normistral.manifest import SamplingDefaults
 from normistral.runtime.engines.scripted import random_logits
 
 

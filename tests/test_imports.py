@@ -41,7 +41,7 @@ def test_the_help_comes_at_once_and_imports_nothing_heavy() -> None:
     assert min(walls) < 0.4, walls
 
 
-@pytest.mark.parametrize("module", ["normistral", "normistral.store", "normistral.hardware", "normistral.cli"])
+@pytest.mark.parametrize("module", ["normistral", "normistral.artifact.store", "normistral.hardware", "normistral.cli"])
 def test_importing_it_imports_nothing_heavy(module: str) -> None:
     assert not modules_after(f"import {module}") & HEAVY
 

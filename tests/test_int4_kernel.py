@@ -13,10 +13,10 @@ import pytest
 from openvino import opset13 as ops
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.commands.doctor import doctor_lines, examine
 from normistral.errors import EngineError, ResourceError, SessionError, UsageError
 from normistral.hardware import INT8_DOT_PRODUCT, read_machine
-from normistral.manifest import read_manifest
 from normistral.runtime.engines.openvino import load_openvino
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import build_library, find_library, library_path, open_library

@@ -10,8 +10,8 @@ import openvino as ov
 import pytest
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import EngineError, ResourceError, UsageError
-from normistral.manifest import read_manifest
 from normistral.runtime.engines.openvino import MODEL_FILE, pack_for_our_kernel
 from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.kernels.openvino_int4 import PackedWeights, replace_products

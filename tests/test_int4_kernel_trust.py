@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.commands import doctor
 from normistral.errors import EngineError, UsageError
 from normistral.hardware import read_machine
-from normistral.manifest import read_manifest
 from normistral.runtime.kernels import library
 from normistral.runtime.kernels.advice import name_faster_way
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_models import make_mistral
 
+from normistral.artifact.presets import PRESETS, find_preset
 from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
 from normistral.export import locate as locate_module
 from normistral.export.hub import Snapshot
 from normistral.export.locate import locate
-from normistral.presets import PRESETS, find_preset
 from normistral.progress import NoProgress
 
 

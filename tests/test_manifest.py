@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from sample_artifacts import BIG_FILE, SMALL_FILE, make_manifest, write_artifact
 
-from normistral.errors import ArtifactError
-from normistral.manifest import (
+from normistral.artifact.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     ReasoningMarkers,
@@ -23,6 +22,7 @@ from normistral.manifest import (
     read_manifest,
     serialise_manifest,
 )
+from normistral.errors import ArtifactError
 
 
 def seal(document: dict[str, Any]) -> bytes:

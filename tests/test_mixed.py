@@ -21,6 +21,7 @@ from tiny_family import stored_tensors
 from tiny_models import make_llama, make_mistral
 
 import normistral
+from normistral.artifact.manifest import RecipeRecord, parse_manifest, serialise_manifest
 from normistral.commands.info import describe_weights
 from normistral.errors import ArtifactError, ExportError
 from normistral.export.checkpoint import open_checkpoint
@@ -31,7 +32,6 @@ from normistral.export.rounding.grid import nearest_codes, restore
 from normistral.export.rounding.plan import Plan, list_by_kind
 from normistral.export.rounding.scale_search import search_steps
 from normistral.export.rounding.sensitivity import Sensitivity, choose_finer, measure_sensitivity
-from normistral.manifest import RecipeRecord, parse_manifest, serialise_manifest
 from normistral.progress import NoProgress, Uncounted
 
 WINDOWS = [np.random.default_rng(seed).integers(5, 200, 48).tolist() for seed in range(4)]

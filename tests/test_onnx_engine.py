@@ -14,9 +14,9 @@ from test_engines import TOKENS, TOLERANCES
 from tiny_models import make_llama
 
 import normistral
+from normistral.artifact.manifest import hash_files, read_manifest
 from normistral.errors import ArtifactError, EngineError, NormistralError, UsageError
 from normistral.hardware import Machine, plan_onnxruntime, plan_threads, read_machine
-from normistral.manifest import hash_files, read_manifest
 from normistral.runtime.engines import onnx_cache
 from normistral.runtime.engines import onnxruntime as onnx_engine
 from normistral.runtime.engines.onnx_graph import OnnxGraph

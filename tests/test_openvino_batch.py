@@ -14,8 +14,8 @@ from tiny_bloom import make_bloom
 from tiny_models import END_THINK, THINK, make_llama, make_mistral
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import ClosedError, EngineError, NormistralError, UsageError
-from normistral.manifest import read_manifest
 from normistral.runtime.chunks import Completion
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
@@ -444,7 +444,7 @@ def test_a_server_answers_as_the_library_does(artifact, model, keys):
 _QUIET = """
 import json, sys
 from pathlib import Path
-from normistral.manifest import read_manifest
+from normistral.artifact.manifest import read_manifest
 from normistral.serving.app import create_app
 from normistral.serving.auth import Keys
 from normistral.serving.backends.base import Job

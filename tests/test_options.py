@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from normistral.artifact.manifest import SamplingDefaults
 from normistral.errors import UsageError
-from normistral.manifest import SamplingDefaults
 from normistral.runtime.options import GenerationConfig, resolve_options
 from normistral.runtime.structured.structure import Structure
 

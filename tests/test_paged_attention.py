@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import SessionError
-from normistral.manifest import read_manifest
 from normistral.runtime.loading import load_backend
 
 TOKENS = np.random.default_rng(3).integers(5, 261, 60).tolist()

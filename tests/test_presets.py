@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from normistral.presets import PRESETS, Preset, find_preset
+from normistral.artifact.presets import PRESETS, Preset, find_preset
 
 UNSEEN = ("11b-translate", "11b-long")  # nothing but their names is known
 

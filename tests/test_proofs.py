@@ -15,11 +15,11 @@ from tiny_bloom import make_bloom
 from tiny_models import edit_json, make_mistral, write_json
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import ExportError, UsageError
 from normistral.export import proving, reference
 from normistral.export.config import architecture_of, read_json, sanitise_config
 from normistral.export.proofs.weights import compare_groups
-from normistral.manifest import read_manifest
 
 FORMATS = ("openvino", "onnx")
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normistral.runtime.provenance import MESSAGE, TEMPLATE, UNKNOWN, TrackedText, owners_of
-from normistral.runtime.render_budget import RenderBudget, spending
+from normistral.artifact.render_budget import RenderBudget, spending
+from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, TrackedText, owners_of
 
 LETTERS = "aBc \n\t,å"
 OWNERS = st.fixed_dictionaries({letter: st.sampled_from([TEMPLATE, MESSAGE]) for letter in LETTERS})

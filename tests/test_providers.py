@@ -7,8 +7,8 @@ import normistral  # isort: skip  (turns onnxruntime's telemetry off)
 import onnxruntime as ort
 import pytest
 
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import DeviceError, MissingExtraError, NormistralError
-from normistral.manifest import read_manifest
 from normistral.runtime.engines import onnxruntime as engine
 from normistral.runtime.providers import PROVIDERS, device_names, find_astray, find_target, require_all_on
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from normistral.manifest import read_manifest
+from normistral.artifact.manifest import read_manifest
 
 ROOT = Path(__file__).parent.parent
 

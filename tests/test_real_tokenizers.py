@@ -15,6 +15,7 @@ from real_tokenizers import (
 from tiny_models import edit_json
 from transformers import AutoTokenizer
 
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint import Checkpoint, open_checkpoint
 from normistral.export.config import read_json
@@ -22,7 +23,6 @@ from normistral.export.locate import Located
 from normistral.export.texts import load_texts
 from normistral.progress import NoProgress
 from normistral.runtime.detokenizer import StreamDetokenizer
-from normistral.runtime.tokenizer import Tokenizer
 
 CODE = "def f(x: int) -> str:\n\treturn f'{x:>8}'  # æøå\n\n\nif __name__ == '__main__':\n    print(f(1_000))\n"
 TEXTS = [

@@ -13,11 +13,11 @@ from text_models import NORMISTRAL, byte_level, chat, copy, wrap
 from tiny_models import END_THINK, THINK, THINKING_VOCABULARY, make_mistral
 from tokenizers import AddedToken, Tokenizer
 
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.manifest import ReasoningMarkers, Template
 from normistral.errors import UsageError
-from normistral.manifest import ReasoningMarkers, Template
 from normistral.runtime.chunks import Completion
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
-from normistral.runtime.template import ChatTemplate
 
 OPEN, CLOSE = "<think>", "</think>"
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from normistral.artifact.manifest import Architecture, RecipeRecord
 from normistral.errors import ResourceError, UsageError
 from normistral.export import pipeline, resources
 from normistral.export.recipe import (
@@ -19,7 +20,6 @@ from normistral.export.recipe import (
     record_recipe,
 )
 from normistral.export.rounding.plan import choose_plan
-from normistral.manifest import Architecture, RecipeRecord
 
 SEVEN_B = Architecture(
     name="MistralForCausalLM",

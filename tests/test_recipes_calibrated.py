@@ -10,9 +10,9 @@ from tiny_bloom import make_bloom
 from tiny_models import make_llama, make_mistral
 
 import normistral
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import UsageError
 from normistral.export.rounding import plan
-from normistral.manifest import read_manifest
 
 CASES = {
     "mistral-best": lambda folder: make_mistral(folder, head_dim=32, sliding_window=16, dtype="bfloat16"),

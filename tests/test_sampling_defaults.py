@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from normistral.artifact.manifest import SamplingDefaults
 from normistral.export.sampling_defaults import read_sampling_defaults
-from normistral.manifest import SamplingDefaults
 from normistral.runtime.options import resolve_options
 
 OURS = SamplingDefaults(temperature=1.0, top_k=50)

@@ -11,8 +11,8 @@ from test_openvino_batch import CONTEXT, SETTINGS, finish, job, open_exact
 from tiny_models import make_llama
 
 import normistral
+from normistral.artifact.manifest import hash_files, read_manifest, write_manifest
 from normistral.errors import EngineError
-from normistral.manifest import hash_files, read_manifest, write_manifest
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sampling import Sampler
 from normistral.serving.app import create_app

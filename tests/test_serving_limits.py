@@ -10,8 +10,8 @@ import pytest
 from served_models import make_served, serving
 from serving_clients import error_of, http
 
+from normistral.artifact.manifest import read_manifest, write_manifest
 from normistral.errors import UsageError
-from normistral.manifest import read_manifest, write_manifest
 from normistral.serving.backends.settings import cache_token_bytes
 from normistral.serving.limits import MIB, ServerLimits
 from normistral.serving.startup import EngineOptions, open_artifacts

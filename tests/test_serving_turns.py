@@ -13,8 +13,8 @@ import pytest
 from served_models import make_served, open_served, serving
 from serving_clients import ask, error_of, gauge, http, wait_until
 
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError
-from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving import service
 from normistral.serving.auth import Keys
 from normistral.serving.limits import ServerLimits

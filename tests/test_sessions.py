@@ -17,8 +17,8 @@ import pytest
 from scripted_models import make_model
 from tiny_models import VOCABULARY
 
+from normistral.artifact.manifest import Template
 from normistral.errors import BusyError, ClosedError, EngineError, NormistralError, SessionError, UsageError
-from normistral.manifest import Template
 from normistral.runtime import session_file
 from normistral.runtime.engines.base import CacheTensor
 from normistral.runtime.engines.scripted import random_logits

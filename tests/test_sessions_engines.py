@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import normistral
 from normistral import hardware
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import EngineError, SessionError
-from normistral.manifest import read_manifest
 from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
 from normistral.runtime.loading import load_backend
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from scripted_models import make_model
 
+from normistral.artifact.manifest import SamplingDefaults
 from normistral.errors import ContextLengthError, UsageError
 from normistral.evaluation import speed
 from normistral.evaluation.energy import EnergyCounter
@@ -18,7 +19,6 @@ from normistral.evaluation.speed import (
     measure_pass,
     tokens_per_word,
 )
-from normistral.manifest import SamplingDefaults
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.options import GenerationConfig
 

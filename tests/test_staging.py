@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
+from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.errors import ResourceError, UsageError
 from normistral.export import staging
 from normistral.export.staging import check_output, stage
 from normistral.files import FOLDER_MARK, make_own_folder
-from normistral.manifest import MANIFEST_NAME
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 

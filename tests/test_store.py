@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from sample_artifacts import write_artifact
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import Manifest, Source
 from normistral.errors import ModelNotFoundError, UsageError
-from normistral.manifest import Manifest, Source
 
 
 @pytest.fixture(autouse=True)

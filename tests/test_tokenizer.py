@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_models import BACKENDS, SPECIALS, byte_level, reference, sentencepiece, wrap
 
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ArtifactError, UsageError
-from normistral.runtime.tokenizer import Tokenizer
 
 TEXTS = ["", " ", "Blåbærsyltetøy på brødskive", "  to  blanke ", "😀 ❤️‍🔥\n\tæøå", "a<|im_end|>b</s> c", "<s>hei"]
 

@@ -14,6 +14,8 @@ import transformers
 from tiny_models import TEMPLATE, VOCABULARY, edit_json, make_llama, make_mistral, write_json
 from transformers import AutoTokenizer
 
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import CheckpointError
 from normistral.export import checkpoint as checkpoints
 from normistral.export.checkpoint import Checkpoint, open_checkpoint
@@ -21,8 +23,6 @@ from normistral.export.config import read_json
 from normistral.export.locate import Located
 from normistral.export.proofs.tokenizer import surround
 from normistral.progress import NoProgress
-from normistral.runtime.template import ChatTemplate
-from normistral.runtime.tokenizer import Tokenizer
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 OF_5 = json.loads((Path(__file__).parent / "transformers5.json").read_text(encoding="utf-8"))

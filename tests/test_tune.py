@@ -10,10 +10,10 @@ from scripted_models import make_tokenizer
 from tiny_models import VOCABULARY
 
 import normistral
+from normistral.artifact.manifest import hash_files, write_manifest
 from normistral.cli import main
 from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.hardware import Machine
-from normistral.manifest import hash_files, write_manifest
 from normistral.runtime.engines.base import Capabilities
 from normistral.runtime.engines.scripted import ScriptedBackend, random_logits
 from normistral.runtime.model import Model

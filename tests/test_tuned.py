@@ -9,7 +9,7 @@ import pytest
 from planted import AS_ROOT, KINDS, NOBODY, look, plant
 from sample_artifacts import write_artifact
 
-from normistral import store
+from normistral.artifact import store
 from normistral.errors import ResourceError
 from normistral.hardware import Machine
 from normistral.runtime.tuned import (

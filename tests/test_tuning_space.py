@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from sample_artifacts import make_manifest
 
+from normistral.artifact.manifest import RecipeRecord
 from normistral.errors import UsageError
 from normistral.hardware import Machine, exact_openvino, explain_openvino, limit_instruction_sets, plan_openvino
-from normistral.manifest import RecipeRecord
 from normistral.runtime.engines.settings import CHUNK, override
 from normistral.runtime.tuned import Tuned, find_strange_setting, make_key
 from normistral.tuning.quality import quality_bound, take_probe

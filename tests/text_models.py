@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from normistral.manifest import Template
-from normistral.runtime.template import ChatTemplate
-from normistral.runtime.tokenizer import Tokenizer
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.manifest import Template
+from normistral.artifact.tokenizer import Tokenizer
 
 SENTENCES = [
     "Blåbærsyltetøy på brødskive er godt, sa ærfuglen på Ærøy.",

@@ -21,7 +21,7 @@ from test_gguf import byte_level_vocabulary, write_gguf
 from tiny_bloom import make_bloom
 from tiny_models import edit_json, make_llama, make_mistral
 
-from normistral.presets import PRESETS, Preset, Shape
+from normistral.artifact.presets import PRESETS, Preset, Shape
 
 HEAD_DIM, WINDOW, POSITIONS = 16, 16, 64
 CHAT_POSITIONS = 192  # two turns of a tokenizer whose tokens are bytes

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from normistral.artifact.manifest import read_manifest
 from normistral.evaluation.bench.configuration import Configuration
 from normistral.export.locate import locate
-from normistral.manifest import read_manifest
 from normistral.progress import NoProgress
 
 BENCHMARKS = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from normistral.manifest import read_manifest
+from normistral.artifact.manifest import read_manifest
 from normistral.runtime.options import GenerationConfig
 from normistral.serving.backends.base import Job
 from normistral.serving.backends.openvino_batch import OpenVINOBatch

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import normistral
+from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
 from normistral.bundle import install, signature
 from normistral.bundle.archive import Entry, archive_bytes, with_sums, write_archive
 from normistral.bundle.own_wheel import pack_own_wheel
@@ -22,7 +23,6 @@ from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.export.staging import translate_full_disk
 from normistral.files import atomic_write, require_place
 from normistral.hardware import free_disk_bytes
-from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
 from normistral.progress import NoProgress, Progress
 from normistral.runtime.kernels.library import collect_for_others
 

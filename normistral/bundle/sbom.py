@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import quote
 
 import normistral
+from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
+from normistral.artifact.presets import PRESETS
 from normistral.bundle.archive import Entry
 from normistral.bundle.wheels import Closure, Wheel
-from normistral.manifest import MANIFEST_NAME, FileRecord, Manifest
-from normistral.presets import PRESETS
 
 _BUNDLE, _MODEL = "bundle", "model"
 _LONGEST_LICENCE_NAME = 200  # some packages put the whole text there

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.cluster.job import Answerer, Engine, Job
-from normistral.manifest import Manifest, read_manifest
 
 
 def fits_together(manifest: Manifest, engine: Engine) -> bool:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
 from normistral.cluster.answerers import fits_together, has_genai, open_answerer
 from normistral.cluster.documents import Row, index_documents
 from normistral.cluster.job import Engine, Job, OnRow, Part, answer_part, cut_parts
@@ -23,7 +24,6 @@ from normistral.cluster.journal import begin_run, find_answers, join_answers, op
 from normistral.cluster.questions import check_instruction
 from normistral.errors import NormistralError, UsageError, install_extra
 from normistral.files import explain, require_place, sha256_file
-from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
 from normistral.progress import NoProgress, Progress
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 
 import msgspec
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import read_manifest
 from normistral.cluster.cores import share_of_cores, threads_of_each
 from normistral.cluster.ray_local import import_ray, ray_running
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
-from normistral.manifest import read_manifest
 from normistral.serving.backends.settings import FAIR_SLOTS, Batching
 from normistral.serving.limits import ServerLimits
 

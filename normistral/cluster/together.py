@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from normistral.artifact.manifest import read_manifest
 from normistral.cluster.documents import Document, Row, read_document
 from normistral.cluster.job import Begin, Engine, Job, Line, answer_line, failure_line
 from normistral.cluster.questions import find_prompt, with_system
 from normistral.errors import EngineError
-from normistral.manifest import read_manifest
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.serving.backends.base import Batch
 from normistral.serving.backends.base import Job as BatchJob

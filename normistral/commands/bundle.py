@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from normistral import store
+from normistral.artifact import store
 from normistral.commands import console
 from normistral.commands.options import Artifact, Debug
 

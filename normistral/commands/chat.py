@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.commands import console
 from normistral.commands.offer import find_or_make
 from normistral.commands.options import (
@@ -43,7 +44,6 @@ from normistral.commands.options import (
 )
 from normistral.commands.structures import read_structure, require_whole
 from normistral.errors import UsageError
-from normistral.manifest import Manifest, read_manifest
 from normistral.runtime.engines.settings import parse_settings
 from normistral.runtime.options import GenerationConfig, require_applicable
 

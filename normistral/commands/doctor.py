@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from normistral import store
+from normistral.artifact import store
 from normistral.commands.console import format_columns
 from normistral.commands.progress import format_bytes
 from normistral.commands.tune import artifact_lines, describe_artifact, describe_tuned, tuned_table

@@ -6,16 +6,16 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import check_files, read_manifest
+from normistral.artifact.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.commands.console import say
 from normistral.commands.progress import format_bytes
 from normistral.errors import NormistralError, UsageError
 from normistral.evaluation.text import read_text
 from normistral.files import explain, require_place, sha256_file
-from normistral.manifest import check_files, read_manifest
 from normistral.runtime.drafting.options import TableOptions
 from normistral.runtime.drafting.table import build_table
-from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 
 _PIECE_CHARACTERS = 2**20  # given to the tokenizer at once; a border costs a few n-grams
 

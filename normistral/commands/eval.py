@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
+from normistral.artifact.presets import PRESETS
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.commands.console import format_columns, print_json, print_lines, say
 from normistral.commands.info import describe_weights
 from normistral.commands.interrupts import interrupts_win
@@ -29,11 +32,8 @@ from normistral.evaluation.score import (
 )
 from normistral.evaluation.text import Text, read_text, tokenise
 from normistral.evaluation.windows import Window, WindowSettings, choose_windows, cut
-from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
-from normistral.presets import PRESETS
 from normistral.progress import Progress
 from normistral.runtime.engines.base import Capabilities
-from normistral.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

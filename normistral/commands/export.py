@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import ArtifactFormat, GraphKind
+from normistral.artifact.presets import WeightFormat
 from normistral.commands import console
 from normistral.commands.options import Debug, Verbose, complete_preset, given
 from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Backup, Recipe, RecipeName
-from normistral.manifest import ArtifactFormat, GraphKind
-from normistral.presets import WeightFormat
 
 _RECIPE = Recipe()
 

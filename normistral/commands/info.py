@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from normistral.advisory import find_advice
+from normistral.artifact.advisory import find_advice
+from normistral.artifact.manifest import Manifest, ReasoningMarkers, RecipeRecord, Template
+from normistral.artifact.presets import PRESETS
+from normistral.artifact.store import StoredArtifact
 from normistral.commands.console import format_columns, is_verbose
 from normistral.commands.progress import format_bytes
-from normistral.manifest import Manifest, ReasoningMarkers, RecipeRecord, Template
-from normistral.presets import PRESETS
 from normistral.runtime.chunks import Completion, Timings
-from normistral.store import StoredArtifact
 
 _UNKNOWN = "?"  # not published; read from the checkpoint
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normistral import store
+from normistral.artifact import store
 from normistral.commands.console import one_line, warn
 from normistral.files import explain, open_file
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import find_problems, read_manifest
 from normistral.commands import console
 from normistral.commands.options import Artifact, Debug, Verbose
 from normistral.errors import ArtifactError
-from normistral.manifest import find_problems, read_manifest
 
 
 def models(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.presets import Preset, find_preset
 from normistral.commands.console import confirm, is_terminal, say
 from normistral.commands.progress import format_bytes, show_progress
 from normistral.errors import MissingExtraError, ModelNotFoundError
-from normistral.presets import Preset, find_preset
 
 _STORED_BYTES = 2  # of a parameter in a published checkpoint: bfloat16
 

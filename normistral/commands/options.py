@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from normistral import store
-from normistral.presets import PRESETS
+from normistral.artifact import store
+from normistral.artifact.presets import PRESETS
 from normistral.runtime.options import DraftMode, GenerationConfig
 
 _OURS = GenerationConfig()

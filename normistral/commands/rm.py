@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import MANIFEST_NAME, read_manifest
 from normistral.commands import console
 from normistral.commands.options import Artifact, Debug, complete_stored
 from normistral.errors import UsageError
 from normistral.files import sha256_file
-from normistral.manifest import MANIFEST_NAME, read_manifest
 
 
 def list_(

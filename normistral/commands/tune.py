@@ -9,12 +9,12 @@ from typing import Any
 
 import msgspec
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
 from normistral.commands.console import format_columns, is_verbose, print_json, print_lines, say
 from normistral.commands.progress import show_progress
 from normistral.files import sha256_file
 from normistral.hardware import Machine, explain_openvino, plan_onnxruntime, plan_openvino
-from normistral.manifest import MANIFEST_NAME, Manifest, read_manifest
 from normistral.runtime.engines.settings import DEFAULT_CHUNK, PREFILL_CHUNK
 from normistral.runtime.tuned import (
     Tuned,

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from normistral.artifact.chat_template import ChatTemplate
 from normistral.errors import UsageError
 from normistral.runtime.chunks import Completion
 from normistral.runtime.model import Model
-from normistral.runtime.template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 

@@ -14,16 +14,16 @@ from typing import Protocol
 
 import numpy as np
 
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
+from normistral.artifact.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.errors import EngineError, UsageError
 from normistral.evaluation.metrics import TokenScores, kl_divergences, token_nll
 from normistral.evaluation.reference_logits import ReferenceFile, ReferenceKey
 from normistral.evaluation.text import Text, tokenise
 from normistral.evaluation.windows import Window, WindowSettings
 from normistral.files import sha256_file
-from normistral.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.model import Model
-from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 
 
 class Predictor(Protocol):

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
 from normistral.evaluation.energy import EnergyCounter
 from normistral.runtime.model import Model
-from normistral.runtime.tokenizer import Tokenizer
 
 # Greedy, and never at an end of its own: every run does the same work.
 _PLAIN: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "draft": "off"}

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import UsageError
-from normistral.runtime.tokenizer import Tokenizer
 from normistral.text_input import read_text_file
 
 

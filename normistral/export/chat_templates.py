@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.manifest import ReasoningMarkers, Template
 from normistral.errors import CheckpointError, TemplateError, UsageError
 from normistral.export.config import read_json
 from normistral.export.file_kinds import recognise
 from normistral.files import explain, read_input
-from normistral.manifest import ReasoningMarkers, Template
 
 TEMPLATE_NAME = "chat_template.jinja"
 _MAX_CHARACTERS = 256 * 2**10
@@ -130,8 +130,8 @@ def try_template(template: Template, folder: Path, reasoning: ReasoningMarkers |
         UsageError: the file's cannot.
         CheckpointError: the checkpoint's cannot.
     """
-    from normistral.runtime.template import ChatTemplate
-    from normistral.runtime.tokenizer import Tokenizer
+    from normistral.artifact.chat_template import ChatTemplate
+    from normistral.artifact.tokenizer import Tokenizer
 
     try:
         compiled = ChatTemplate(template, Tokenizer.from_folder(folder), reasoning)

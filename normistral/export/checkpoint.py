@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.manifest import Architecture, ReasoningMarkers, SamplingDefaults, Source, Template
+from normistral.artifact.presets import Preset, Role
 from normistral.errors import CheckpointError, ResourceError
 from normistral.export.chat_templates import TemplateFile, override_template, require_template, try_template
 from normistral.export.complete_tokenizer import complete_tokenizer, load_tokenizer
@@ -48,8 +50,6 @@ from normistral.export.weights import (
     weight_files,
 )
 from normistral.files import sha256_file
-from normistral.manifest import Architecture, ReasoningMarkers, SamplingDefaults, Source, Template
-from normistral.presets import Preset, Role
 from normistral.progress import Progress
 
 _AGAIN = "download or copy the checkpoint again"
@@ -381,7 +381,7 @@ def _stop_token_ids(config: dict[str, Any], generation: dict[str, Any], vocabula
 def _choose_template(
     vocabulary: Vocabulary, preset: Preset | None, given: TemplateFile | None, notes: list[str]
 ) -> Template | None:
-    from normistral.runtime.template import CHATML
+    from normistral.artifact.chat_template import CHATML
 
     if vocabulary.template is None and (preset is None or preset.role != "chat"):
         return None

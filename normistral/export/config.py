@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.manifest import Architecture
 from normistral.errors import CheckpointError
 from normistral.export.config_fields import known_fields
 from normistral.export.families import find_family
@@ -27,7 +28,6 @@ from normistral.export.fields import (
 )
 from normistral.export.file_kinds import unreadable
 from normistral.export.known_fields import IgnoredFields, check_fields
-from normistral.manifest import Architecture
 
 _MAX_JSON_BYTES = 256 * 2**20
 _MAX_PARAMETERS = 2**40

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from normistral.artifact.manifest import MANIFEST_NAME
+from normistral.artifact.presets import PRESETS, Preset, find_preset
 from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
 from normistral.export.config import drop_ignored, read_json, sanitise_config
 from normistral.export.folder_kinds import recognise_folder, refuse_other_models
 from normistral.export.hub import download
 from normistral.export.known_fields import IgnoredFields
-from normistral.manifest import MANIFEST_NAME
-from normistral.presets import PRESETS, Preset, find_preset
 from normistral.progress import Progress
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")

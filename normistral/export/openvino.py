@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normistral.artifact.manifest import Architecture
 from normistral.errors import ExportError, first_line
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.openvino_weights import replace_weights
@@ -27,7 +28,6 @@ from normistral.export.rounding.nearest import round_rest
 from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, require_free_disk
 from normistral.export.tools import with_plain_partials
-from normistral.manifest import Architecture
 from normistral.progress import Progress, Stage
 
 if TYPE_CHECKING:

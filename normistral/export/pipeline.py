@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
+from normistral.artifact.store import default_output
 from normistral.errors import ExportError, ResourceError
 from normistral.export import openvino
 from normistral.export.chat_templates import read_template_file
@@ -60,9 +62,7 @@ from normistral.export.tokenizer_ir import save_tokenizer_ir, tokenizer_ir_diffe
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
 from normistral.export.values import read_magnitudes
 from normistral.hardware import plan_threads, read_machine
-from normistral.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
 from normistral.progress import NoProgress, Progress
-from normistral.store import default_output
 from normistral.telemetry import silence_telemetry
 
 logger = logging.getLogger(__name__)

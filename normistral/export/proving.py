@@ -7,12 +7,12 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from normistral.artifact.manifest import Manifest, Verified, write_manifest
 from normistral.errors import ExportError, UsageError
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.reference import Reference
 from normistral.export.staging import Staging
 from normistral.export.verify import verify
-from normistral.manifest import Manifest, Verified, write_manifest
 from normistral.progress import Progress
 
 logger = logging.getLogger(__name__)

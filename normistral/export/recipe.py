@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from normistral.artifact.manifest import Architecture, ArtifactFormat, GraphKind, RecipeRecord
+from normistral.artifact.presets import WeightFormat
 from normistral.errors import UsageError
-from normistral.manifest import Architecture, ArtifactFormat, GraphKind, RecipeRecord
-from normistral.presets import WeightFormat
 
 GROUP_SIZES = (128, 64, 32, 16)
 """Weights per scale, best first: larger groups decode faster and take fewer bytes."""

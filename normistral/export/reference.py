@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from normistral.artifact.manifest import Architecture
 from normistral.errors import ExportError, first_line
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.config import read_json
@@ -17,7 +18,6 @@ from normistral.export.reference_config import reference_config
 from normistral.export.tensor import map_tensor, shown
 from normistral.export.weights import has_separate_output, read_tensors, with_prefix
 from normistral.hardware import available_memory_bytes
-from normistral.manifest import Architecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from normistral.artifact.manifest import Architecture, Manifest
 from normistral.errors import ResourceError
 from normistral.export.recipe import Recipe, estimate_inner_bytes, estimate_weight_bytes, inner_weights
 from normistral.export.rounding.plan import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, WINDOW_TOKENS, Plan, choose_plan
 from normistral.hardware import available_memory_bytes, free_disk_bytes
-from normistral.manifest import Architecture, Manifest
 
 # Python with torch, transformers, NNCF and OpenVINO, and the traced graph: 0.46 GB of anonymous memory after the
 # conversion of an 8-layer model at the 7B's width, 0.1 GB of it for the graph.

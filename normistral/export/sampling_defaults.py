@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from normistral.artifact.manifest import SamplingDefaults
 from normistral.export.fields import shorten
-from normistral.manifest import SamplingDefaults
 
 _TOP_K = 50  # what transformers takes where none is given
 _LARGEST = 2**31 - 1

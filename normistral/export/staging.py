@@ -26,6 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from normistral.artifact.manifest import MANIFEST_NAME, find_foreign_files
 from normistral.errors import ResourceError, UsageError
 from normistral.files import (
     checked,
@@ -38,7 +39,6 @@ from normistral.files import (
     require_movable,
 )
 from normistral.hardware import free_disk_bytes
-from normistral.manifest import MANIFEST_NAME, find_foreign_files
 
 _REPLACED = "replaced"
 _FULL_BELOW_BYTES = 2**20

@@ -14,8 +14,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from normistral.artifact.manifest import ArtifactFormat
 from normistral.errors import MissingExtraError, install_extra
-from normistral.manifest import ArtifactFormat
 
 _MODULES: dict[ArtifactFormat, tuple[str, ...]] = {
     "openvino": ("torch", "transformers", "nncf", "openvino_tokenizers", "optimum.exporters.openvino.convert"),

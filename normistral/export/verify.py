@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from normistral.artifact.manifest import Manifest
 from normistral.errors import EngineError, ExportError
 from normistral.evaluation.metrics import compare_logits
 from normistral.evaluation.windows import Window
@@ -23,7 +24,6 @@ from normistral.export.proofs.files import check_config, check_template, check_t
 from normistral.export.reference import PROBE_TOKENS, Logits, Reference, fits_for_running
 from normistral.export.resources import estimate_running_bytes
 from normistral.hardware import available_memory_bytes
-from normistral.manifest import Manifest
 from normistral.progress import Progress
 from normistral.runtime.engines.base import Backend
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.manifest import ReasoningMarkers
 from normistral.errors import CheckpointError, first_line
 from normistral.export.chat_templates import find_template
 from normistral.export.complete_tokenizer import load_backend
 from normistral.export.config import read_json
-from normistral.manifest import ReasoningMarkers
 
 _OPEN, _CLOSE = "<think>", "</think>"  # the only pair that is looked for
 # The literal right after a message's content: {{ message['content'] + '<|im_end|>' }}, {{ message.content }}<|im_end|>

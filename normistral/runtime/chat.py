@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.tokenizer import require_unicode
 from normistral.errors import UsageError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.session_file import OnBytes, SavedMessage
 from normistral.runtime.sessions import restore_sequence, save_sequence
-from normistral.runtime.template import ChatTemplate
-from normistral.runtime.tokenizer import require_unicode
 from normistral.runtime.turns import OneAtATime
 
 if TYPE_CHECKING:

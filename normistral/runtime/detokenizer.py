@@ -11,8 +11,8 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ArtifactError
-from normistral.runtime.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 

@@ -6,18 +6,18 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from normistral import store
-from normistral.advisory import find_advice
+from normistral.artifact import store
+from normistral.artifact.advisory import find_advice
+from normistral.artifact.manifest import Manifest, check_files, read_manifest
+from normistral.artifact.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.errors import ArtifactError
 from normistral.files import sha256_file
 from normistral.hardware import read_machine
-from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend
 from normistral.runtime.interpreter_exit import computing
 from normistral.runtime.model import Model
 from normistral.runtime.providers import import_onnxruntime
-from normistral.runtime.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.runtime.tuned import find_tuned, make_key
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.manifest import Manifest
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ClosedError, ContextLengthError, UsageError
-from normistral.manifest import Manifest
 from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.detokenizer import StreamDetokenizer
@@ -32,9 +34,7 @@ from normistral.runtime.stopping import StopTexts
 from normistral.runtime.structured.cache import Structures
 from normistral.runtime.structured.constraint import Constraint
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
-from normistral.runtime.template import ChatTemplate
 from normistral.runtime.text_stream import TextStream
-from normistral.runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from normistral.artifact.manifest import Manifest, SamplingDefaults
 from normistral.errors import UsageError
-from normistral.manifest import Manifest, SamplingDefaults
 from normistral.runtime.structured.structure import Structure
 
 DraftMode = Literal["auto", "off"]

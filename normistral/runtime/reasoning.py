@@ -21,9 +21,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from normistral.manifest import ReasoningMarkers
+from normistral.artifact.manifest import ReasoningMarkers
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.runtime.stopping import overlap
-from normistral.runtime.tokenizer import Tokenizer
 
 Place = Literal["start", "reasoning", "answer"]
 

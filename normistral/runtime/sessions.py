@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from normistral.artifact.manifest import serialise_manifest
 from normistral.errors import SessionError
-from normistral.manifest import serialise_manifest
 from normistral.runtime.arithmetic import describe_arithmetic
 from normistral.runtime.session_file import OnBytes, SessionHeader, SessionKey, open_session, write_session
 

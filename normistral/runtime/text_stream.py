@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normistral.manifest import ReasoningMarkers
+from normistral.artifact.manifest import ReasoningMarkers
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.runtime.chunks import Chunk, FinishReason, Timings
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.stopping import StopTexts
-from normistral.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

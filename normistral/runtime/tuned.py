@@ -18,11 +18,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import MANIFEST_NAME, Sha256
 from normistral.errors import ResourceError
 from normistral.files import atomic_write, explain, is_own, open_file, sha256_file
 from normistral.hardware import Machine, plan_threads
-from normistral.manifest import MANIFEST_NAME, Sha256
 from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
 
 logger = logging.getLogger(__name__)

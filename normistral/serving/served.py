@@ -9,16 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.manifest import Manifest, check_files, read_manifest
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
-from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.detokenizer import spell_vocabulary
 from normistral.runtime.loading import warn_of_advice
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.structured.cache import Structures
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
-from normistral.runtime.template import ChatTemplate
-from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.settings import BatchSettings
 from normistral.serving.frames import Load
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import read_manifest
 from normistral.errors import UsageError
 from normistral.hardware import available_memory_bytes
-from normistral.manifest import read_manifest
 from normistral.runtime.engines.settings import INT4_KERNEL, OUR_KERNEL
 from normistral.serving.auth import Keys, read_keys
 from normistral.serving.backends.settings import (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from normistral.artifact.manifest import Manifest
 from normistral.evaluation.metrics import compare_logits
-from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.model import Model
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from normistral import hardware
+from normistral.artifact.manifest import Manifest
 from normistral.hardware import Machine, plan_threads
-from normistral.manifest import Manifest
 from normistral.runtime.engines.settings import DEFAULT_CHUNK, ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
 from normistral.tuning.work import Work
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from normistral.artifact.manifest import Manifest, check_files, read_manifest
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ResourceError, UsageError
 from normistral.export.resources import estimate_running_bytes
 from normistral.export.texts import load_texts
 from normistral.hardware import available_memory_bytes, read_machine
-from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.progress import NoProgress, Progress
 from normistral.runtime.engines.settings import INT4_KERNEL
 from normistral.runtime.loading import find_engine
-from normistral.runtime.tokenizer import Tokenizer
 from normistral.runtime.tuned import BUDGET_MINUTES, Profile, Tuned, make_key, save_tuned
 from normistral.tuning.quality import quality_bound
 from normistral.tuning.search import Found, OutOfTimeError, describe, duel, search

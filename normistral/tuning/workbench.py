@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
+from normistral.artifact.manifest import Manifest
 from normistral.errors import EngineError, UsageError
-from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.loading import open_model
 from normistral.runtime.model import Model

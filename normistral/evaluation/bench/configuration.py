@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from normistral import store
+from normistral.artifact import store
+from normistral.artifact.manifest import Manifest, check_files, read_manifest
 from normistral.errors import UsageError
-from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime.engines.settings import parse_settings
 
 _THREADS = ("INFERENCE_NUM_THREADS", "intra_op_num_threads")  # OpenVINO's name, onnxruntime's

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from normistral.artifact.manifest import Architecture
 from normistral.export.known_fields import KnownField
-from normistral.manifest import Architecture
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape as stored; [out, in] for a matrix

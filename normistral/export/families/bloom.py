@@ -5,11 +5,11 @@ Fields that are missing take the default of transformers' BloomConfig.
 
 from __future__ import annotations
 
+from normistral.artifact.manifest import Architecture
 from normistral.errors import CheckpointError
 from normistral.export.config_fields import BLOOM_FIELDS
 from normistral.export.families.base import Config, Family, Shapes
 from normistral.export.fields import AS_PUBLISHED, MAX_POSITIONS, read_flag, read_integer, read_number, shorten
-from normistral.manifest import Architecture
 
 FEED_FORWARD_RATIO = 4  # of the hidden size; fixed in transformers' BloomMLP
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from normistral.artifact.manifest import Architecture
 from normistral.errors import CheckpointError
 from normistral.export.config_fields import LLAMA_FIELDS, MISTRAL_FIELDS
 from normistral.export.families.base import Config, Family, Shapes
@@ -21,7 +22,6 @@ from normistral.export.fields import (
     read_integer,
     read_number,
 )
-from normistral.manifest import Architecture
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 

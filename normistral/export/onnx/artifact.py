@@ -11,6 +11,7 @@ from typing import Literal
 from onnx import TensorProto
 
 import normistral
+from normistral.artifact.presets import WeightFormat
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.onnx import bloom, llama
 from normistral.export.onnx.blocks import Storage
@@ -24,7 +25,6 @@ from normistral.export.reference import Reference, compute_reference, fits_for_r
 from normistral.export.rounding.grid import Grid
 from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging
-from normistral.presets import WeightFormat
 from normistral.progress import Progress, Stage
 
 _WRITERS = {"llama": llama.write_decoder, "mistral": llama.write_decoder, "bloom": bloom.write_decoder}  # by model_type

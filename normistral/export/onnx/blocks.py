@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
+from normistral.artifact.manifest import Architecture
 from normistral.export.onnx.graph import MICROSOFT, Graph, Table
 from normistral.export.rounding.grid import Grid
-from normistral.manifest import Architecture
 
 FAST_LEVEL = 4  # MatMulNBits' accuracy_level: activations rounded to int8 in blocks, products in int8
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from normistral.artifact.manifest import Architecture
 from normistral.export.families.bloom import BLOOM
 from normistral.export.onnx.blocks import (
     Lengths,
@@ -27,7 +28,6 @@ from normistral.export.onnx.blocks import (
 from normistral.export.onnx.graph import MICROSOFT, Graph
 from normistral.export.onnx.reader import WeightReader
 from normistral.export.rounding.grid import Grid
-from normistral.manifest import Architecture
 
 Parts = tuple[str, str, str]
 

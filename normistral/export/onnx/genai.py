@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.manifest import Architecture, SamplingDefaults
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.onnx.graph import GRAPH_NAME
 from normistral.export.recipe import Recipe
-from normistral.manifest import Architecture, SamplingDefaults
 
 GENAI_NAME = "genai_config.json"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from normistral.artifact.manifest import Architecture
 from normistral.errors import ExportError
 from normistral.export.families.llama import LLAMA
 from normistral.export.onnx.blocks import (
@@ -25,7 +26,6 @@ from normistral.export.onnx.blocks import (
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
 from normistral.export.rounding.grid import Grid
-from normistral.manifest import Architecture
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention's rotary embedding refuses others
 

@@ -15,6 +15,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
+from normistral.artifact.manifest import Architecture
 from normistral.export.config import expected_tensors
 from normistral.export.families import find_family
 from normistral.export.families.base import OUTPUT_LAYER
@@ -24,7 +25,6 @@ from normistral.export.onnx.external import ExternalData
 from normistral.export.onnx.graph import DATA_NAME, Graph
 from normistral.export.onnx.reader import WeightReader
 from normistral.export.onnx.signature import read_signature
-from normistral.manifest import Architecture
 from normistral.progress import Stage
 
 _TYPES = {"float32": (torch.float32, TensorProto.FLOAT), "float16": (torch.float16, TensorProto.FLOAT16)}

@@ -10,8 +10,8 @@ from typing import Any
 
 import onnx
 
+from normistral.artifact.manifest import Architecture
 from normistral.export.tools import with_plain_partials
-from normistral.manifest import Architecture
 
 TASK = "text-generation-with-past"
 Axis = int | str

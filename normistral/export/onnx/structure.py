@@ -8,13 +8,13 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from normistral.artifact.manifest import Manifest
 from normistral.errors import ExportError
 from normistral.export.config import read_json
 from normistral.export.onnx.artifact import float_type
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
 from normistral.export.onnx.signature import read_signature
 from normistral.export.staging import require_free_disk
-from normistral.manifest import Manifest
 
 
 def check_structure(folder: Path, manifest: Manifest) -> None:

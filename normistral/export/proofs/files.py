@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.manifest import Manifest
 from normistral.errors import ExportError
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.config import read_json
 from normistral.export.fields import shorten
 from normistral.export.proofs import CAUSE
 from normistral.export.proofs.template import where_they_part
-from normistral.manifest import Manifest
 
 # Compared by its two long lists apart: those are where something goes missing unnoticed.
 _MODEL_LISTS = ("vocab", "merges")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.manifest import ReasoningMarkers, Template
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import CheckpointError, TemplateError, first_line
 from normistral.export.fields import shorten
-from normistral.manifest import ReasoningMarkers, Template
-from normistral.runtime.template import ChatTemplate
-from normistral.runtime.tokenizer import Tokenizer
 
 Conversation = list[dict[str, str]]
 

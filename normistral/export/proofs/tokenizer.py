@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ArtifactError, CheckpointError
 from normistral.export.fields import shorten
 from normistral.export.texts import load_texts
 from normistral.runtime.detokenizer import StreamDetokenizer
-from normistral.runtime.tokenizer import Tokenizer
 
 _SETTINGS = "tokenizer_config.json"
 # What tokenizers differ in: blanks, line ends, letters that are composed, compatible, rare, of no word or of no width.

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from normistral.artifact.manifest import Manifest
 from normistral.errors import ExportError
 from normistral.export.checkpoint import Checkpoint
 from normistral.export.config import expected_tensors
@@ -25,7 +26,6 @@ from normistral.export.proofs.positions import check_positions
 from normistral.export.proofs.stored import StoredMatrix
 from normistral.export.proofs.stored_ir import IRWeights
 from normistral.export.proofs.stored_onnx import OnnxWeights
-from normistral.manifest import Manifest
 
 _BLOCK_ROWS = 1024  # read at once: 60 MB of float32 at the 7B's widest
 _ROWS = 16  # of every matrix; every file's bytes are hashed, so this looks for wrong matrices and not for wrong bits

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral import hardware
+from normistral.artifact.manifest import Manifest
 from normistral.errors import ArtifactError, ClosedError, EngineError
-from normistral.manifest import Manifest
 from normistral.runtime.engines import onnx_graph
 from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors, settings_basis
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache

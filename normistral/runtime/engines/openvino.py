@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normistral import hardware
+from normistral.artifact.manifest import Manifest
 from normistral.errors import ClosedError, DeviceError, EngineError, UsageError
-from normistral.manifest import Manifest
 from normistral.runtime.engines.base import (
     Backend,
     CacheTensor,

@@ -19,7 +19,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from normistral import store
+from normistral.artifact import store
 from normistral.errors import EngineError, ResourceError
 from normistral.hardware import Machine
 from normistral.runtime.kernels.compiler import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from normistral.manifest import ReasoningMarkers
+from normistral.artifact.manifest import ReasoningMarkers
 from normistral.runtime.reasoning import ReasoningSplitter
 from normistral.runtime.structured.compile import CompiledStructure, compile_structure
 from normistral.runtime.structured.constraint import Constraint, WholePlaces

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from normistral.artifact.manifest import ReasoningMarkers
 from normistral.errors import UsageError
-from normistral.manifest import ReasoningMarkers
 from normistral.runtime.reasoning import Place
 from normistral.runtime.structured.compile import CompiledStructure
 

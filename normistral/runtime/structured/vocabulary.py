@@ -7,8 +7,8 @@ from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.runtime.detokenizer import spell_vocabulary
-from normistral.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import llguidance

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from normistral.artifact.manifest import Architecture
 from normistral.errors import UsageError
-from normistral.manifest import Architecture
 from normistral.serving.backends.settings import BatchSettings
 
 BLOCK_TOKENS = 32  # what openvino_genai gives out at once on a CPU

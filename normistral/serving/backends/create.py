@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from normistral.artifact.manifest import Manifest, check_files, read_manifest
 from normistral.errors import ArtifactError
-from normistral.manifest import Manifest, check_files, read_manifest
 from normistral.runtime import loading
 from normistral.runtime.engines.base import Capabilities
 from normistral.serving.backends.base import Batch

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from normistral.artifact.manifest import Manifest
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ClosedError, EngineError, UsageError
-from normistral.manifest import Manifest
 from normistral.runtime.engines.openvino_settings import translated
 from normistral.runtime.kernels.openvino_int4 import PackedWeights
 from normistral.runtime.text_stream import TextStream
-from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.base import Job, Progress
 from normistral.serving.backends.cache_plan import CachePlan
 from normistral.serving.backends.openvino_job import Answer

@@ -8,8 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from normistral.artifact.manifest import Manifest
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import EngineError, MissingExtraError, install_extra
-from normistral.manifest import Manifest
 from normistral.runtime.engines.base import Capabilities, load_hint, settings_basis
 from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings, kernel_in_force, pack_for_our_kernel
 from normistral.runtime.engines.openvino_settings import (
@@ -21,7 +22,6 @@ from normistral.runtime.engines.openvino_settings import (
 )
 from normistral.runtime.engines.settings import ATTENTION, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
 from normistral.runtime.kernels.openvino_folder import folder_with_kernel
-from normistral.runtime.tokenizer import Tokenizer
 from normistral.serving.backends.cache_plan import plan_cache
 from normistral.serving.backends.openvino_batch import OpenVINOBatch, says_not_finite
 from normistral.serving.backends.settings import BATCHED_DEVICE, BatchSettings

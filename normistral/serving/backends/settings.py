@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from normistral.artifact.manifest import Manifest
 from normistral.errors import UsageError
 from normistral.hardware import available_memory_bytes
-from normistral.manifest import Manifest
 
 Batching = Literal["auto", "off"]
 

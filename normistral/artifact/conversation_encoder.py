@@ -12,9 +12,9 @@ import re
 from collections.abc import Collection, Iterator
 from functools import cached_property
 
+from normistral.artifact.taint import TEMPLATE, UNKNOWN
+from normistral.artifact.tokenizer import AddedToken, Tokenizer
 from normistral.errors import TemplateError
-from normistral.runtime.provenance import TEMPLATE, UNKNOWN
-from normistral.runtime.tokenizer import AddedToken, Tokenizer
 
 _HINT = "remove the control token from the message"
 

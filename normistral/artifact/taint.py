@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, SupportsIndex
 
+from normistral.artifact.render_budget import HINT, current_budget, weigh
 from normistral.errors import TemplateError
-from normistral.runtime.render_budget import HINT, current_budget, weigh
 
 TEMPLATE = "t"
 MESSAGE = "m"

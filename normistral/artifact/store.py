@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import platformdirs
 
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest, find_foreign_files, read_manifest
+from normistral.artifact.presets import PRESETS, Preset, find_preset
 from normistral.errors import ArtifactError, ModelNotFoundError, UsageError
 from normistral.files import checked, explain, mount_points, remove_own_folder
-from normistral.manifest import MANIFEST_NAME, Manifest, find_foreign_files, read_manifest
-from normistral.presets import PRESETS, Preset, find_preset
 
 
 class StoredArtifact(NamedTuple):

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from normistral.artifact.conversation_encoder import ConversationEncoder
+from normistral.artifact.manifest import ReasoningMarkers, Template
+from normistral.artifact.render_budget import RenderBudget, spending
+from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, TrackedText
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import NormistralError, TemplateError
-from normistral.manifest import ReasoningMarkers, Template
-from normistral.runtime.encoding import ConversationEncoder
-from normistral.runtime.provenance import MESSAGE, TEMPLATE, UNKNOWN, TrackedText
-from normistral.runtime.render_budget import RenderBudget, spending
-from normistral.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import jinja2
@@ -114,7 +114,7 @@ class ChatTemplate:
 
     def _special_tokens(self) -> dict[str, Any]:
         """bos_token and so on, where the checkpoint has them."""
-        from normistral.runtime.sandbox import own
+        from normistral.artifact.sandbox import own
 
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         values: dict[str, Any] = {name: own(getattr(self._template, name)) for name in names}
@@ -126,7 +126,7 @@ class ChatTemplate:
 def _compile(source: str) -> jinja2.Template:
     import jinja2
 
-    from normistral.runtime.sandbox import compile_template
+    from normistral.artifact.sandbox import compile_template
 
     try:
         return compile_template(source)

@@ -16,7 +16,7 @@ WeightFormat = Literal["int4", "int8", "fp16", "fp32"]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a model's published config.json says; widths and counts as in `normistral.manifest.Architecture`.
+    """What a model's published config.json says; widths and counts as in `normistral.artifact.manifest.Architecture`.
 
     Attributes:
         architecture: the class that config.json names.
@@ -86,7 +86,7 @@ class Preset:
         return f"normistral export {self.name}" + (f" --recipe {self.recipe}" if self.recipe else "")
 
     def is_source(self, kind: str, id: str) -> bool:
-        """Whether an artifact with this `normistral.manifest.Source` was made from it; of a folder its name decides."""
+        """Whether an artifact with this `artifact.manifest.Source` was made from it; of a folder its name decides."""
         if kind == "package":
             return id == self.package
         return self.repository is not None and id in (self.repository, self.repository.rpartition("/")[2])

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from normistral.manifest import Manifest
-from normistral.presets import find_preset
+from normistral.artifact.manifest import Manifest
+from normistral.artifact.presets import find_preset
 
 _MENDED_SCHEMA = 6
 _CONFIG = "config.json"

@@ -29,14 +29,14 @@ from jinja2.utils import Namespace, pass_context, pass_environment  # noqa: TID2
 from jinja2.visitor import NodeTransformer  # noqa: TID253
 from markupsafe import Markup
 
-from normistral.errors import TemplateError
-from normistral.runtime.provenance import (
+from normistral.artifact.render_budget import HINT, RenderBudget, current_budget, spending, weigh
+from normistral.artifact.taint import (
     TEMPLATE,
     TrackedText,
     require_width,
     reserve_formatting,
 )
-from normistral.runtime.render_budget import HINT, RenderBudget, current_budget, spending, weigh
+from normistral.errors import TemplateError
 
 MAX_SOURCE = 2**18  # characters; the largest published templates have about 2**15
 _MAX_INTEGER_BITS = 4096
