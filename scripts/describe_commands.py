@@ -35,7 +35,7 @@ def describe() -> str:
 
 def _describe_command(command: Any, context: Any) -> Iterator[str]:
     usage = " ".join(command.collect_usage_pieces(context))
-    yield f"## {context.info_name}\n\n```\nnormistral {context.info_name} {usage}\n```\n"
+    yield f"## {context.info_name}\n\n```text\nnormistral {context.info_name} {usage}\n```\n"
     yield _one_line(command.help or "") + "\n"
     rows = [record for parameter in command.get_params(context) if (record := _record(parameter, context))]
     if rows:

@@ -8,19 +8,22 @@ The official openai client, langchain-openai, and the `llm` tool: chat, streamin
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import httpx
 import openai
 from langchain_openai import ChatOpenAI
 
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 KEY = "a-key-for-the-clients"
 QUESTION = "What is the capital of Norway?"
 SCHEMA = {
@@ -115,6 +118,22 @@ def try_openai(url: str, model: str) -> None:
             check("openai", what, isinstance(error, kind), f"{type(error).__name__} {error.code}: {error.body}")
 
 
+def try_document(url: str, model: str) -> None:
+    """The block of docs/serving.md, with this server's address, key and model."""
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from openai .*?)```", text, re.DOTALL)
+    for shown, here in (
+        ("http://127.0.0.1:8000/v1", url),
+        ('"none"', repr(KEY)),
+        ("7b-warm-instruct-openvino-int4", model),
+    ):
+        assert code.count(shown) == 1, shown
+        code = code.replace(shown, here)
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "docs/serving.md", "exec"), {})
+    check("openai", "docs/serving.md", len(printed.getvalue()) > 1, printed.getvalue())
+
+
 def try_langchain(url: str, model: str) -> None:
     chat = ChatOpenAI(base_url=url, api_key=KEY, model=model, temperature=0, max_tokens=40, max_retries=0)
     answer = chat.invoke([("system", "You are brief."), ("user", QUESTION)])
@@ -175,6 +194,7 @@ def main() -> int:
     artifact, *rest = sys.argv[1:]
     with serving(rest[0] if rest else sys.executable, artifact) as (url, model):
         try_openai(url, model)
+        try_document(url, model)
         try_langchain(url, model)
         try_llm(url, model)
     return 1 if _wrong else 0
