@@ -21,7 +21,7 @@ from normistral import hardware
 from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.runtime.engines import onnxruntime as onnx
 from normistral.runtime.engines import openvino as ir
-from normistral.runtime.engines.base import Engine
+from normistral.runtime.engines.base import Engine, EngineConfig
 from normistral.runtime.engines.openvino_graph import keep_last_logits
 from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK, override
 from normistral.runtime.kernels.openvino_int4 import replace_products
@@ -91,7 +91,7 @@ def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
     import openvino as ov
 
     core = ov.Core()
-    settings = ir.choose_settings(core, manifest, "CPU", exact=False, tuned=None, given={})
+    settings = ir.choose_settings(core, manifest, EngineConfig())
     chunk = int(settings.pop(PREFILL_CHUNK))
     kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
     model = core.read_model(folder / ir.MODEL_FILE)

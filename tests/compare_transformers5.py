@@ -26,6 +26,9 @@ import numpy as np
 from tiny_models import VOCABULARY, write_tokenizer
 from tiny_transformers5 import CASES, STORED, TOKENS, random_state
 
+from normistral.artifact.artifact import Artifact
+from normistral.runtime.engines.base import EngineConfig
+
 if TYPE_CHECKING:
     from normistral.artifact.manifest import Manifest
 
@@ -59,7 +62,7 @@ def run_exact(artifact: Path, manifest: Manifest) -> np.ndarray:
     """Logits [tokens, vocabulary] of an artifact for TOKENS, with reference arithmetic."""
     from normistral.runtime.loading import load_backend
 
-    backend = load_backend(artifact, manifest, "CPU", exact=True)
+    backend = load_backend(Artifact(artifact, manifest), EngineConfig(exact=True))
     try:
         return backend.create_engine().forward(TOKENS, last=len(TOKENS))
     finally:

@@ -18,8 +18,9 @@ import numpy as np
 from tiny_family import TOKENS, WINDOW, reference_logits, source_of, stored_tensors
 
 import normistral
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest, read_manifest
-from normistral.runtime.engines.base import Backend, Engine
+from normistral.runtime.engines.base import Backend, Engine, EngineConfig
 from normistral.runtime.loading import load_backend
 
 FORMATS = ("openvino", "onnx")
@@ -43,7 +44,7 @@ class Cell:
 
     @cached_property
     def backend(self) -> Backend:
-        return load_backend(self.folder, self.manifest, "CPU", exact=True)
+        return load_backend(Artifact(self.folder, self.manifest), EngineConfig(exact=True))
 
     @cached_property
     def rounded(self) -> dict[str, np.ndarray]:

@@ -10,11 +10,12 @@ from tiny_family import TOKENS, reference_logits
 from tiny_models import edit_json
 
 import normistral
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.errors import CheckpointError
 from normistral.export.config import architecture_of, context_of, read_json, sanitise_config
 from normistral.export.onnx.bloom import slopes
 from normistral.export.openvino import convert
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.loading import load_backend
 
 # Largest difference of a logit as a share of the logits' spread. Float32 sums in another order (3e-7 seen); weights
@@ -48,7 +49,7 @@ def checkpoints(tmp_path_factory):
 def test_every_variation_computes_what_transformers_does(checkpoints, variation, export, tmp_path):
     options, tolerance = EXPORTS[export]
     normistral.export_model(str(checkpoints[variation]), tmp_path / "out", **options)
-    backend = load_backend(tmp_path / "out", read_manifest(tmp_path / "out"), "CPU", exact=True)
+    backend = load_backend(Artifact.open(tmp_path / "out", verify=False), EngineConfig(exact=True))
     engine = backend.create_engine()
     parts = [engine.forward(TOKENS[:20], last=20), *(engine.forward([token]) for token in TOKENS[20:])]
     expected = reference_logits(checkpoints[variation], {})

@@ -12,9 +12,11 @@ from tiny_bloom import make_bloom
 from tiny_models import make_llama, make_mistral
 
 import normistral
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import UsageError
 from normistral.runtime.drafting.table import build_table
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino_slots import Slots
 from normistral.runtime.loading import load_backend
 
@@ -57,7 +59,7 @@ def artifact(case, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backend(artifact, settings):
-    return load_backend(artifact, read_manifest(artifact), "CPU", exact=True, given=settings)
+    return load_backend(Artifact.open(artifact, verify=False), EngineConfig(exact=True, settings=settings))
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 from dequantise import dequantised
 
 import normistral
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.errors import ClosedError
-from normistral.runtime.engines.base import load_hint
+from normistral.runtime.engines.base import EngineConfig, load_hint
 from normistral.runtime.loading import load_backend
 
 TOLERANCES = {"openvino": 2e-4, "onnx": 5e-6}
@@ -42,7 +42,7 @@ def settings(export):
 
 @pytest.fixture(scope="module")
 def backend(artifact, settings):
-    return load_backend(artifact, read_manifest(artifact), "CPU", exact=True, given=settings)
+    return load_backend(Artifact.open(artifact, verify=False), EngineConfig(exact=True, settings=settings))
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ import pytest
 from openvino import opset13 as ops
 
 import normistral
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.commands.doctor import doctor_lines, examine
 from normistral.errors import EngineError, ResourceError, SessionError, UsageError
 from normistral.hardware import INT8_DOT_PRODUCT, read_machine
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino import load_openvino
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import build_library, find_library, library_path, open_library
@@ -160,7 +161,7 @@ def test_its_loss_is_that_of_activations_rounded_to_8_bits(demo_int4, int4_libra
 
 
 def test_an_engine_outlives_the_backend_it_came_from(demo_int4, int4_library):
-    backend = load_openvino(demo_int4, read_manifest(demo_int4), given=OURS)
+    backend = load_openvino(Artifact.open(demo_int4, verify=False), EngineConfig(settings=OURS))
     engine = backend.create_engine()
     before = engine.forward([1, 2, 3])
     engine.reset()

@@ -10,8 +10,9 @@ import openvino as ov
 import pytest
 
 import normistral
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, ResourceError, UsageError
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino import MODEL_FILE, pack_for_our_kernel
 from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.kernels.openvino_int4 import PackedWeights, replace_products
@@ -53,7 +54,7 @@ def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_l
     with normistral.load(demo_int4) as model:
         prompts = [model.encode(text) for text in BEGINNINGS]
         alone = [model.generate(ids, max_new_tokens=3, temperature=0.0, draft="off").text for ids in prompts]
-    opened = open_openvino_batch(demo_int4, read_manifest(demo_int4), SETTINGS)
+    opened = open_openvino_batch(Artifact.open(demo_int4, verify=False), SETTINGS)
     config = GenerationConfig(max_new_tokens=3, temperature=0.0)
     together = answer(opened.batch, [Job(str(at), ids, config, "somebody") for at, ids in enumerate(prompts)])
     opened.batch.close()
@@ -64,8 +65,8 @@ def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_l
 def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, monkeypatch, no_packaged_kernel):
     monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="int4_kernel cannot be normistral"):
-        open_openvino_batch(demo_int4, read_manifest(demo_int4), SETTINGS, given=OURS)
-    opened = open_openvino_batch(demo_int4, read_manifest(demo_int4), SETTINGS)
+        open_openvino_batch(Artifact.open(demo_int4, verify=False), SETTINGS, EngineConfig(settings=OURS))
+    opened = open_openvino_batch(Artifact.open(demo_int4, verify=False), SETTINGS)
     opened.batch.close()
     assert opened.capabilities.settings["int4_kernel"] == "openvino"
 

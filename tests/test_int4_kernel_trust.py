@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import normistral
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.commands import doctor
 from normistral.errors import EngineError, UsageError
 from normistral.hardware import read_machine
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.kernels import library
 from normistral.runtime.kernels.advice import name_faster_way
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
@@ -110,7 +111,9 @@ def test_what_was_hashed_is_what_the_server_loads(tiny_int4, stored, monkeypatch
 
     monkeypatch.setattr(openvino_pipeline, "pack_for_our_kernel", pack_and_swap)
     settings = BatchSettings("auto", 2**27, 512, slots=2)
-    opened = openvino_pipeline.open_openvino_batch(tiny_int4, read_manifest(tiny_int4), settings, given=OURS)
+    opened = openvino_pipeline.open_openvino_batch(
+        Artifact.open(tiny_int4, verify=False), settings, EngineConfig(settings=OURS)
+    )
     opened.batch.close()
     assert opened.capabilities.settings["int4_kernel"] == "normistral"
 

@@ -14,11 +14,13 @@ from test_engines import TOKENS, TOLERANCES
 from tiny_models import make_llama
 
 import normistral
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import hash_files, read_manifest
 from normistral.errors import ArtifactError, EngineError, NormistralError, UsageError
 from normistral.hardware import Machine, plan_onnxruntime, plan_threads, read_machine
 from normistral.runtime.engines import onnx_cache
 from normistral.runtime.engines import onnxruntime as onnx_engine
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.onnx_graph import OnnxGraph
 from normistral.runtime.engines.onnx_session import session_options
 from normistral.runtime.engines.onnxruntime import load_onnx
@@ -34,7 +36,7 @@ def fused(request, tiny_onnx):
 
 
 def load(folder, **options):
-    return load_onnx(folder, read_manifest(folder), exact=True, **options)
+    return load_onnx(Artifact.open(folder, verify=False), EngineConfig(exact=True, **options))
 
 
 def distance(found, expected):
@@ -127,7 +129,7 @@ def test_float16_caches_and_logits(tiny_onnx, name):
 
 def test_exact_is_accuracy_level_1(tiny_onnx, expected):
     folder = tiny_onnx("onnx-int4")
-    fast, exact = load_onnx(folder, read_manifest(folder)), load(folder)
+    fast, exact = load_onnx(Artifact.open(folder, verify=False)), load(folder)
     assert fast.capabilities.settings["accuracy_level"] == "4"
     assert exact.capabilities.settings["accuracy_level"] == "1"
     assert exact.capabilities.settings["provider"] == "CPUExecutionProvider"
@@ -187,7 +189,7 @@ def test_given_settings_go_over_the_plan_and_reach_the_report(tiny_onnx):
         "prefill_chunk": "7",
     }
     folder = tiny_onnx("onnx-int4")
-    backend = load_onnx(folder, read_manifest(folder), given=chosen)
+    backend = load_onnx(Artifact.open(folder, verify=False), EngineConfig(settings=chosen))
     assert chosen.items() <= backend.capabilities.settings.items()
     assert backend.capabilities.prefill_chunk == 7
     assert backend.capabilities.given == tuple(sorted(chosen))
@@ -208,7 +210,7 @@ def test_given_settings_go_over_the_plan_and_reach_the_report(tiny_onnx):
 def test_what_onnxruntime_would_ignore_is_refused(tiny_onnx, settings, message, hint):
     folder = tiny_onnx("onnx-int4")
     with pytest.raises(UsageError) as caught:
-        load_onnx(folder, read_manifest(folder), given=settings)
+        load_onnx(Artifact.open(folder, verify=False), EngineConfig(settings=settings))
     assert message in caught.value.message
     assert hint in caught.value.hint
 
@@ -216,14 +218,15 @@ def test_what_onnxruntime_would_ignore_is_refused(tiny_onnx, settings, message, 
 def test_accuracy_level_means_nothing_without_rounded_products(tiny_onnx):
     fused = tiny_onnx("onnx-fp32-fused")
     with pytest.raises(UsageError, match="no setting 'accuracy_level'"):
-        load_onnx(fused, read_manifest(fused), given={"accuracy_level": "4"})
+        load_onnx(Artifact.open(fused, verify=False), EngineConfig(settings={"accuracy_level": "4"}))
 
 
 def test_exact_keeps_its_arithmetic(tiny_onnx):
     with pytest.raises(UsageError, match="would change the reference arithmetic"):
-        load(tiny_onnx("onnx-int4"), given={"accuracy_level": "4"})
+        load(tiny_onnx("onnx-int4"), settings={"accuracy_level": "4"})
     assert (
-        load(tiny_onnx("onnx-int4"), given={"intra_op_num_threads": "1"}).capabilities.settings["accuracy_level"] == "1"
+        load(tiny_onnx("onnx-int4"), settings={"intra_op_num_threads": "1"}).capabilities.settings["accuracy_level"]
+        == "1"
     )
 
 
@@ -262,7 +265,7 @@ def test_data_that_vanishes_after_the_check_is_an_engine_error(tiny_onnx, tmp_pa
         with (folder / "model.onnx.data").open("r+b") as file:
             file.truncate(length)
     with pytest.raises(EngineError, match="could not load artifact on CPU") as caught:
-        load_onnx(folder, manifest)
+        load_onnx(Artifact(folder, manifest))
     assert "info ARTIFACT --check" in caught.value.hint
     assert "ONNXRuntimeError" not in caught.value.message
     assert capfd.readouterr().err == ""  # the error is told once, by us
@@ -277,7 +280,7 @@ def test_weights_outside_the_artifact_are_refused(tiny_onnx, tmp_path, location)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     manifest = dataclasses.replace(read_manifest(folder), files=hash_files(folder))
     with pytest.raises(ArtifactError, match=location):
-        load_onnx(folder, manifest)
+        load_onnx(Artifact(folder, manifest))
 
 
 @pytest.mark.parametrize("missing", ["nothing", "past_key_values.0.key", "present.1.value"])
@@ -295,7 +298,7 @@ def test_a_graph_with_other_inputs_or_outputs_is_refused(tiny_onnx, tmp_path, mi
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     manifest = dataclasses.replace(read_manifest(folder), files=hash_files(folder))
     with pytest.raises(ArtifactError, match="no decoder with a KV cache"):
-        load_onnx(folder, manifest)
+        load_onnx(Artifact(folder, manifest))
 
 
 # Tied output layers

@@ -14,9 +14,11 @@ from tiny_bloom import make_bloom
 from tiny_models import END_THINK, THINK, make_llama, make_mistral
 
 import normistral
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import ClosedError, EngineError, NormistralError, UsageError
 from normistral.runtime.chunks import Completion
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
 from normistral.serving.app import create_app
@@ -65,7 +67,9 @@ def batch(shared):
 
 
 def open_exact(artifact, settings=SETTINGS, **options):
-    return open_openvino_batch(artifact, read_manifest(artifact), settings, exact=True, **options).batch
+    return open_openvino_batch(
+        Artifact.open(artifact, verify=False), settings, EngineConfig(exact=True, **options)
+    ).batch
 
 
 def job(name, prompt_ids, tenant="somebody", **options):
@@ -143,7 +147,7 @@ def test_a_job_may_come_while_others_are_under_way(batch, model):
 
 def test_a_long_prompt_comes_in_pieces_and_others_go_on_meanwhile(artifact, model):
     long = prompts(1, 200)[0]
-    batch = open_exact(artifact, replace(SETTINGS, slots=2), given={"prefill_chunk": "16"})
+    batch = open_exact(artifact, replace(SETTINGS, slots=2), settings={"prefill_chunk": "16"})
     batch.add(job("short", long[:5], max_new_tokens=40, ignore_eos=True))
     batch.step()
     batch.add(job("long", long))
@@ -159,7 +163,7 @@ def test_the_end_is_where_the_library_sees_it(artifact, model, monkeypatch, igno
     stop_id = ask(model, asked[0]).token_ids[5]
     manifest = replace(model.manifest, stop_token_ids=(stop_id,))
     monkeypatch.setattr(model, "manifest", manifest)
-    batch = open_openvino_batch(artifact, manifest, SETTINGS, exact=True).batch
+    batch = open_openvino_batch(Artifact(artifact, manifest), SETTINGS, EngineConfig(exact=True)).batch
     options = {"max_new_tokens": 20, "ignore_eos": ignore_eos}
     got = answer(batch, *(job(index, ids, **options) for index, ids in enumerate(asked)))
     for index, ids in enumerate(asked):
@@ -288,7 +292,9 @@ def test_a_cache_that_holds_no_context_is_refused(artifact):
 
 @pytest.mark.parametrize("precision", ["u8", "f16", "f32", "u4"])
 def test_the_cache_takes_what_was_planned(artifact, precision):
-    opened = open_openvino_batch(artifact, read_manifest(artifact), SETTINGS, given={"KV_CACHE_PRECISION": precision})
+    opened = open_openvino_batch(
+        Artifact.open(artifact, verify=False), SETTINGS, EngineConfig(settings={"KV_CACHE_PRECISION": precision})
+    )
     told_bytes = opened.batch._pipeline.get_metrics().cache_size_in_bytes
     assert told_bytes == opened.batch.plan.bytes * (2 if precision == "u4" else 1)  # it counts 4 bits as a byte
     assert opened.capabilities.settings["KV_CACHE_PRECISION"] == precision
@@ -444,7 +450,8 @@ def test_a_server_answers_as_the_library_does(artifact, model, keys):
 _QUIET = """
 import json, sys
 from pathlib import Path
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
+from normistral.runtime.engines.base import EngineConfig
 from normistral.serving.app import create_app
 from normistral.serving.auth import Keys
 from normistral.serving.backends.base import Job
@@ -456,7 +463,9 @@ from normistral.serving.server import background_server
 from normistral.runtime.options import GenerationConfig
 folder = Path(sys.argv[1])
 settings = json.loads(sys.argv[2])
-batch = open_openvino_batch(folder, read_manifest(folder), BatchSettings("auto", 2**26, 256, 2), given=settings).batch
+artifact = Artifact.open(folder)
+config = EngineConfig(settings=settings)
+batch = open_openvino_batch(artifact, BatchSettings("auto", 2**26, 256, 2), config).batch
 batch.add(Job("a", [7, 8, 9], GenerationConfig(max_new_tokens=3), "x"))
 while not batch.idle:
     batch.step()

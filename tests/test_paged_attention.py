@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import normistral
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.errors import SessionError
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.loading import load_backend
 
 TOKENS = np.random.default_rng(3).integers(5, 261, 60).tolist()
@@ -17,7 +18,7 @@ BLOCK = 32
 @pytest.fixture(params=["u8", "f16", "f32"])
 def backend(tiny_fp16, request):
     given = {"KV_CACHE_PRECISION": request.param}
-    return load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False, given=given)
+    return load_backend(Artifact.open(tiny_fp16, verify=False), EngineConfig(exact=False, settings=given))
 
 
 def used_blocks(backend):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import normistral
 from normistral import hardware
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, SessionError
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
 from normistral.runtime.loading import load_backend
 
@@ -42,7 +43,7 @@ def settings(export):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_restored_cache_is_the_saved_one_bit_by_bit(artifact, settings, exact):
-    backend = load_backend(artifact, read_manifest(artifact), "CPU", exact=exact, given=settings)
+    backend = load_backend(Artifact.open(artifact, verify=False), EngineConfig(exact=exact, settings=settings))
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
     engine.forward(TOKENS[20:30])
@@ -57,7 +58,7 @@ def test_a_restored_cache_is_the_saved_one_bit_by_bit(artifact, settings, exact)
 
 
 def test_the_beginning_of_a_cache_is_that_of_a_shorter_sequence(artifact, settings):
-    backend = load_backend(artifact, read_manifest(artifact), "CPU", exact=False, given=settings)
+    backend = load_backend(Artifact.open(artifact, verify=False), EngineConfig(exact=False, settings=settings))
     engine, other, shorter = (backend.create_engine() for _ in range(3))
     engine.forward(TOKENS[:20])
     shorter.forward(TOKENS[:20])
@@ -68,7 +69,9 @@ def test_the_beginning_of_a_cache_is_that_of_a_shorter_sequence(artifact, settin
 
 @pytest.mark.parametrize("name", ["other", "past"])
 def test_tensors_of_another_shape_never_reach_the_engine(artifact, settings, name):
-    engine = load_backend(artifact, read_manifest(artifact), "CPU", exact=False, given=settings).create_engine()
+    engine = load_backend(
+        Artifact.open(artifact, verify=False), EngineConfig(exact=False, settings=settings)
+    ).create_engine()
     engine.forward(TOKENS[:20])
     saved = list(engine.save(20))
     wrong = saved[0]._replace(name="x") if name == "other" else saved[0]._replace(array=saved[0].array[:, :1])
@@ -211,7 +214,9 @@ def test_what_openvino_shows_is_what_packing_expects(tiny_fp16, precision, monke
     monkeypatch.setattr(
         "normistral.hardware.plan_openvino", lambda *given: {**plan(*given), "KV_CACHE_PRECISION": precision}
     )
-    backend = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False, given={"attention": "stateful"})
+    backend = load_backend(
+        Artifact.open(tiny_fp16, verify=False), EngineConfig(exact=False, settings={"attention": "stateful"})
+    )
     assert backend.capabilities.numerics["KV_CACHE_PRECISION"] == precision
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
@@ -223,7 +228,9 @@ def test_what_openvino_shows_is_what_packing_expects(tiny_fp16, precision, monke
 
 
 def test_the_shortened_cache_is_the_old_one_bit_by_bit(tiny_fp16):
-    backend = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False, given={"attention": "stateful"})
+    backend = load_backend(
+        Artifact.open(tiny_fp16, verify=False), EngineConfig(exact=False, settings={"attention": "stateful"})
+    )
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
     other.forward(TOKENS[:20])
@@ -233,5 +240,5 @@ def test_the_shortened_cache_is_the_old_one_bit_by_bit(tiny_fp16):
 
 
 def test_threads_are_no_part_of_the_key(tiny_fp16):
-    numerics = load_backend(tiny_fp16, read_manifest(tiny_fp16), "CPU", exact=False).capabilities.numerics
+    numerics = load_backend(Artifact.open(tiny_fp16, verify=False), EngineConfig(exact=False)).capabilities.numerics
     assert numerics.keys().isdisjoint({"INFERENCE_NUM_THREADS", "PERFORMANCE_HINT"})

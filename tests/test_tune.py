@@ -49,16 +49,16 @@ class Scripted:
         self.chosen = {"KV_CACHE_PRECISION": "u8", "ENABLE_CPU_PINNING": "YES"}  # by the engine
         self.opened, self.measured = [], []
 
-    def open_model(self, folder, manifest, device="CPU", *, exact=False, tuned=None, given=None):
+    def open_model(self, artifact, config):
         assert all(model._closed for model in self.opened), "two models at a time"
-        settings = {**self.chosen, **(tuned or {}), **(given or {})}
+        settings = {**self.chosen, **(config.tuned or {}), **config.settings}
         if self.refused(settings):
             raise EngineError("the engine does not take it")
         right, noise = random_logits(VOCABULARY), random_logits(VOCABULARY, seed=1)
-        error = 0.0 if exact else self.error(settings)
+        error = 0.0 if config.exact else self.error(settings)
         backend = ScriptedBackend(lambda ids: (right(ids) + error * noise(ids)).astype(np.float32))
-        backend.capabilities = Capabilities("openvino", device, int(settings.get(CHUNK, 256)), settings)
-        self.opened.append(Model(backend, manifest, self.tokenizer))
+        backend.capabilities = Capabilities("openvino", config.device, int(settings.get(CHUNK, 256)), settings)
+        self.opened.append(Model(backend, artifact.manifest, self.tokenizer))
         return self.opened[-1]
 
     def measure(self, model, work, token_ids):

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import read_manifest
+from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.options import GenerationConfig
 from normistral.serving.backends.base import Job
 from normistral.serving.backends.openvino_batch import OpenVINOBatch
@@ -46,7 +48,7 @@ def main() -> None:
     settings = BatchSettings("auto", 2**30, 256, slots=1, one_tenant=arguments.one_tenant)
     # A piece of 31, and one token for the one job that may be under way.
     given = {"prefill_chunk": str(PIECE - 1)}
-    batch = open_openvino_batch(arguments.artifact, manifest, settings, given=given).batch
+    batch = open_openvino_batch(Artifact(arguments.artifact, manifest), settings, EngineConfig(settings=given)).batch
     random = np.random.default_rng(1)
     first, second = Counter[int](), Counter[int]()
     began = time.perf_counter()

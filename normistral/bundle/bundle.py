@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import normistral
-from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, check_files, read_manifest
+from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
 from normistral.bundle import install, signature
 from normistral.bundle.archive import Entry, archive_bytes, with_sums, write_archive
 from normistral.bundle.own_wheel import pack_own_wheel
@@ -62,8 +63,7 @@ def make_bundle(artifact: Path, file: Path, options: BundleOptions, progress: Pr
     """
     progress = progress or NoProgress()
     _check_arguments(artifact, file, options)
-    manifest = read_manifest(artifact)
-    check_files(artifact, manifest, thorough=False)  # what is changed in large files is found while they are copied
+    manifest = Artifact.open(artifact).manifest  # what is changed in large files is found while they are copied
     _require_disk(file, manifest.total_bytes)
     extras = [*(["onnx"] if manifest.format == "onnx" else []), *(["serve"] if options.with_server else [])]
     with tempfile.TemporaryDirectory(prefix="normistral-wheels-") as folder, translate_full_disk(file):

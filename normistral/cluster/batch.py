@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from normistral.artifact import store
-from normistral.artifact.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
+from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest
 from normistral.cluster.answerers import fits_together, has_genai, open_answerer
 from normistral.cluster.documents import Row, index_documents
 from normistral.cluster.job import Engine, Job, OnRow, Part, answer_part, cut_parts
@@ -96,10 +96,9 @@ def run_batch(
     """
     started = time.perf_counter()
     engine, workers, progress = engine or Engine(), workers or Workers(), progress or NoProgress()
-    folder, source, output = store.resolve_artifact(str(artifact)).absolute(), Path(source).absolute(), Path(output)
-    output = output.absolute()
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, thorough=False)
+    opened = Artifact.find(artifact)
+    folder, manifest = opened.folder.absolute(), opened.manifest
+    source, output = Path(source).absolute(), Path(output).absolute()
     _check(manifest, folder.name, output, instruction, system, workers, options, force=force)
     if GenerationConfig(seed=options.get("seed")).reproducible and engine.batching == "auto":
         engine = replace(engine, batching="off")

@@ -16,8 +16,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from normistral.artifact import store
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.cluster.cores import share_of_cores, threads_of_each
 from normistral.cluster.ray_local import import_ray, ray_running
 from normistral.errors import NormistralError, UsageError, first_line
@@ -127,9 +126,9 @@ def build(arguments: dict[str, Any]) -> Any:
             "there are API keys, and no_api_key" if keys else "there is no API key",
             "give either api_key_file or NORMISTRAL_API_KEYS, or no_api_key=true to let everybody in",
         )
-    folder = store.resolve_artifact(options.artifact).absolute()
+    artifact = Artifact.find(options.artifact, verify=False)
     threads = options.threads or threads_of_each(plan_threads(read_machine()), options.max_replicas or options.replicas)
-    settings = share_of_cores(read_manifest(folder).format, options.device, threads, options.settings)
+    settings = share_of_cores(artifact.manifest.format, options.device, threads, options.settings)
     engine = EngineOptions(options.device, options.exact, settings, options.batching, options.cache_mib, options.slots)
     limits = ServerLimits(
         context=options.max_context,
@@ -138,7 +137,9 @@ def build(arguments: dict[str, Any]) -> Any:
         request_s=options.request_seconds,
         grace_s=options.grace_seconds,
     )
-    models = serve.deployment(**plan_deployment(options, threads))(Replica).bind(str(folder), engine, limits, keys)
+    models = serve.deployment(**plan_deployment(options, threads))(Replica).bind(
+        str(artifact.folder.absolute()), engine, limits, keys
+    )
     front = serve.deployment(
         name="front",
         ray_actor_options={"num_cpus": 0},

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from normistral.artifact import store
-from normistral.artifact.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
+from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest
 from normistral.artifact.presets import PRESETS
-from normistral.artifact.tokenizer import Tokenizer
 from normistral.commands.console import format_columns, print_json, print_lines, say
 from normistral.commands.info import describe_weights
 from normistral.commands.interrupts import interrupts_win
@@ -61,10 +61,9 @@ def run_eval(artifact: str, options: EvalOptions) -> None:
     """
     _check_options(options)
     text = read_text(options.text)
-    folder = store.resolve_artifact(artifact)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, thorough=False)
-    ours = tokenise(text, Tokenizer.from_folder(folder))
+    opened = Artifact.find(artifact)
+    folder, manifest = opened.folder, opened.manifest
+    ours = tokenise(text, opened.tokenizer)
     settings = choose_windows(
         options.windows,
         options.window_tokens,

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
-from normistral.artifact.chat_template import ChatTemplate
 from normistral.errors import UsageError
 from normistral.runtime.chunks import Completion
 from normistral.runtime.model import Model
@@ -123,9 +121,9 @@ class Harness:
             UsageError: this is a base model.
             TemplateError: as `ChatTemplate.render`.
         """
-        if self._template is None:
+        if self._model.chat_template is None:
             raise UsageError(f"{self._model.name} is a base model: it has no chat template", "leave the option out")
-        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        text = self._model.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
         final = messages[-1]["content"].strip()
@@ -183,13 +181,6 @@ class Harness:
         if len(token_ids) > room:
             logger.warning("a request of %d tokens was cut from the left to %d", len(token_ids), room)
         return token_ids[-room:]
-
-    @cached_property
-    def _template(self) -> ChatTemplate | None:
-        manifest = self._model.manifest
-        if manifest.template is None:
-            return None
-        return ChatTemplate(manifest.template, self._model.tokenizer, manifest.reasoning)
 
 
 def rolling_windows(token_ids: list[int], prefix_id: int, length: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -14,7 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from normistral.artifact.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
+from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import Manifest
 from normistral.artifact.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.errors import EngineError, UsageError
 from normistral.evaluation.metrics import TokenScores, kl_divergences, token_nll
@@ -77,8 +78,8 @@ def artifact_reference(folder: Path) -> Reference:
     Raises:
         ArtifactError: it is damaged, incomplete, or from a newer version.
     """
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, thorough=False)
+    artifact = Artifact.open(folder)
+    manifest = artifact.manifest
 
     @contextmanager
     def load_exact() -> Iterator[Predictor]:
@@ -87,7 +88,7 @@ def artifact_reference(folder: Path) -> Reference:
         with load(folder, exact=True) as model:
             yield ModelPredictor(model)
 
-    source = f"artifact {sha256_file(folder / MANIFEST_NAME)}, exact"
+    source = f"artifact {artifact.manifest_sha256()}, exact"
     return Reference(folder.name, source, folder, manifest.architecture.vocabulary, manifest.context_length, load_exact)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
 from normistral.errors import EngineError, ExportError
 from normistral.evaluation.metrics import compare_logits
@@ -25,7 +26,7 @@ from normistral.export.reference import PROBE_TOKENS, Logits, Reference, fits_fo
 from normistral.export.resources import estimate_running_bytes
 from normistral.hardware import available_memory_bytes
 from normistral.progress import Progress
-from normistral.runtime.engines.base import Backend
+from normistral.runtime.engines.base import Backend, EngineConfig
 
 # Largest difference between logits step by step and at once, as a share of the largest logit. Both are float32 sums of
 # the same terms in another order (measured: 2e-6 on the demo model); a wrong mask or position costs 0.01 and more.
@@ -200,10 +201,10 @@ def load_exact(folder: Path, manifest: Manifest) -> Backend:
     if manifest.format == "onnx":
         from normistral.runtime.engines.onnxruntime import load_onnx
 
-        return load_onnx(folder, manifest, exact=True)
+        return load_onnx(Artifact(folder, manifest), EngineConfig(exact=True))
     from normistral.runtime.engines.openvino import load_openvino
 
-    return load_openvino(folder, manifest, exact=True)
+    return load_openvino(Artifact(folder, manifest), EngineConfig(exact=True))
 
 
 def tolerance_of(manifest: Manifest) -> float:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from normistral.artifact import store
-from normistral.artifact.advisory import find_advice
-from normistral.artifact.manifest import Manifest, check_files, read_manifest
-from normistral.artifact.tokenizer import TOKENIZER_NAME, Tokenizer
-from normistral.errors import ArtifactError
+from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import Manifest
+from normistral.artifact.tokenizer import TOKENIZER_NAME
 from normistral.files import sha256_file
 from normistral.hardware import read_machine
 from normistral.runtime.drafting.table import NgramTable
-from normistral.runtime.engines.base import Backend
+from normistral.runtime.engines.base import DEFAULT_CONFIG, Backend, EngineConfig
 from normistral.runtime.interpreter_exit import computing
 from normistral.runtime.model import Model
 from normistral.runtime.providers import import_onnxruntime
 from normistral.runtime.tuned import find_tuned, make_key
-
-logger = logging.getLogger(__name__)
 
 
 def load(
@@ -55,71 +50,34 @@ def load(
         DeviceError: the device is not there.
         EngineError: the engine could not load it.
     """
-    folder = store.resolve_artifact(str(artifact))
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, thorough=False)
-    warn_of_advice(folder, manifest)
-    tuned = None if exact else find_tuned_settings(folder, manifest, device)
-    return open_model(folder, manifest, device, exact=exact, tuned=tuned, given=settings, draft_table=draft_table)
-
-
-def warn_of_advice(folder: Path, manifest: Manifest) -> None:
-    """Say in the log if an earlier version may have made this artifact wrong."""
-    advice = find_advice(folder, manifest)
-    if advice is not None:
-        logger.warning("%s: %s", folder.name, advice)
+    opened = Artifact.find(artifact)
+    opened.warn_of_advice()
+    tuned = None if exact else find_tuned_settings(opened, device)
+    return open_model(opened, EngineConfig(device, exact, settings or {}, tuned), draft_table=draft_table)
 
 
 def open_model(
-    folder: Path,
-    manifest: Manifest,
-    device: str = "CPU",
-    *,
-    exact: bool = False,
-    tuned: Mapping[str, str] | None = None,
-    given: Mapping[str, str] | None = None,
-    draft_table: str | Path | None = None,
+    artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG, *, draft_table: str | Path | None = None
 ) -> Model:
-    """Load an artifact whose files were checked; arguments and errors as in `load`.
-
-    Args:
-        tuned: settings of an earlier `normistral tune`; none is looked for.
-        given: settings over those.
-    """
-    tokenizer = open_tokenizer(folder, manifest)
+    """Load an opened artifact; errors as in `load`. No tuned settings are looked for but those of `config`."""
     table = None
     if draft_table is not None:
-        tokenizer_sha256 = sha256_file(folder / TOKENIZER_NAME)
-        table = NgramTable.read(Path(draft_table), tokenizer_sha256, manifest.architecture.vocabulary)
+        tokenizer_sha256 = sha256_file(artifact.folder / TOKENIZER_NAME)
+        table = NgramTable.read(Path(draft_table), tokenizer_sha256, artifact.manifest.architecture.vocabulary)
+    tokenizer = artifact.tokenizer
     with computing():
-        backend = load_backend(folder, manifest, device, exact, tuned, given)
-    return Model(backend, manifest, tokenizer, name=folder.name, draft_table=table)
+        backend = load_backend(artifact, config)
+    return Model(backend, artifact.manifest, tokenizer, name=artifact.name, draft_table=table)
 
 
-def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    """The tokenizer of an artifact.
-
-    Raises:
-        ArtifactError: it is damaged, or has more tokens than the model.
-    """
-    tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer.vocabulary_size > manifest.architecture.vocabulary:
-        raise ArtifactError(
-            f"the tokenizer of {folder.name} has {tokenizer.vocabulary_size} tokens, "
-            f"the model {manifest.architecture.vocabulary}",
-            "export the model again",
-        )
-    return tokenizer
-
-
-def find_tuned_settings(folder: Path, manifest: Manifest, device: str) -> Mapping[str, str] | None:
+def find_tuned_settings(artifact: Artifact, device: str) -> Mapping[str, str] | None:
     """What `normistral tune` found for an artifact on this machine, if it did.
 
     Raises:
         MissingExtraError: the artifact's engine is not installed.
     """
-    engine, version = find_engine(manifest)
-    found = find_tuned(make_key(folder, read_machine(), engine, version, device))
+    engine, version = find_engine(artifact.manifest)
+    found = find_tuned(make_key(artifact.folder, read_machine(), engine, version, device))
     return None if found is None else found.settings
 
 
@@ -136,19 +94,12 @@ def find_engine(manifest: Manifest) -> tuple[str, str]:
     return "onnxruntime", str(import_onnxruntime().__version__)
 
 
-def load_backend(
-    folder: Path,
-    manifest: Manifest,
-    device: str,
-    exact: bool,
-    tuned: Mapping[str, str] | None = None,
-    given: Mapping[str, str] | None = None,
-) -> Backend:
-    """The weights of an artifact on its engine; arguments and errors as in `open_model`."""
-    if manifest.format == "openvino":
+def load_backend(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Backend:
+    """Load the weights of an artifact on its engine; errors as in `load`."""
+    if artifact.manifest.format == "openvino":
         from normistral.runtime.engines.openvino import load_openvino
 
-        return load_openvino(folder, manifest, device, exact=exact, tuned=tuned, given=given)
+        return load_openvino(artifact, config)
     from normistral.runtime.engines.onnxruntime import load_onnx
 
-    return load_onnx(folder, manifest, device, exact=exact, tuned=tuned, given=given)
+    return load_onnx(artifact, config)

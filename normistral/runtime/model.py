@@ -68,9 +68,9 @@ class Model:
         self._sequences: weakref.WeakSet[CachedSequence] = weakref.WeakSet()
         self._running: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         self._closed = False
-        self._template: ChatTemplate | None = None
+        self.chat_template: ChatTemplate | None = None
         if manifest.template is not None:
-            self._template = ChatTemplate(manifest.template, tokenizer, manifest.reasoning)
+            self.chat_template = ChatTemplate(manifest.template, tokenizer, manifest.reasoning)
         close_at_exit(self)
 
     @property
@@ -117,12 +117,12 @@ class Model:
             UsageError: this is a base model, or a wrong `overflow`.
         """
         self.require_open()
-        if self._template is None:
+        if self.chat_template is None:
             raise UsageError(
                 f"{self.name} is a base model: it completes text and knows no conversation",
                 "use generate (normistral generate ARTIFACT --prompt TEXT)",
             )
-        return Chat(self, self._template, system, overflow)
+        return Chat(self, self.chat_template, system, overflow)
 
     def prefill(self, prompt: Prompt) -> Prefix:
         """Compute the beginning of many prompts once: a document that questions will be asked about, or examples.

@@ -9,13 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from normistral.artifact import store
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.chat_template import ChatTemplate
-from normistral.artifact.manifest import Manifest, check_files, read_manifest
+from normistral.artifact.manifest import Manifest
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
 from normistral.runtime.detokenizer import spell_vocabulary
-from normistral.runtime.loading import warn_of_advice
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.structured.cache import Structures
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
@@ -65,18 +64,15 @@ class ServedArtifact:
             batch: its `context` is what the server allows.
             new_tokens: the most of an answer; None is as many as fit.
         """
-        folder = store.resolve_artifact(str(artifact))
-        manifest = read_manifest(folder)
-        check_files(folder, manifest, thorough=False)
-        warn_of_advice(folder, manifest)
-        tokenizer = Tokenizer.from_folder(folder)
-        template = None
-        if manifest.template is not None:
-            template = ChatTemplate(manifest.template, tokenizer, manifest.reasoning)
+        opened = Artifact.find(artifact)
+        opened.warn_of_advice()
+        folder, manifest = opened.folder, opened.manifest
         load = Load(str(folder.resolve()), device, exact, dict(settings or {}), batch, manifest.sha256)
         context = min(batch.context, manifest.context_length)
         most = context - 1 if new_tokens is None else min(new_tokens, context - 1)
-        return cls(name or folder.resolve().name, folder, manifest, tokenizer, context, most, load, template)
+        return cls(
+            name or folder.resolve().name, folder, manifest, opened.tokenizer, context, most, load, opened.chat_template
+        )
 
     def fingerprint(self, arithmetic: str) -> str:
         """Names these very weights, and the arithmetic of the process that computes with them."""

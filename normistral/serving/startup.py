@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from normistral.artifact import store
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.errors import UsageError
 from normistral.hardware import available_memory_bytes
 from normistral.runtime.engines.settings import INT4_KERNEL, OUR_KERNEL
@@ -60,7 +59,7 @@ def open_artifacts(artifacts: Sequence[str], options: EngineOptions, limits: Ser
     """
     served: list[ServedArtifact] = []
     for artifact in artifacts:
-        manifest = read_manifest(store.resolve_artifact(artifact))
+        manifest = Artifact.find(artifact, verify=False).manifest
         context = limits.context_of(manifest.context_length)
         cache_bytes = (
             plan_cache_bytes(manifest, context, len(artifacts))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from normistral.artifact.manifest import Manifest, check_files, read_manifest
-from normistral.artifact.tokenizer import Tokenizer
+from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import Manifest
 from normistral.errors import ResourceError, UsageError
 from normistral.export.resources import estimate_running_bytes
 from normistral.export.texts import load_texts
@@ -65,14 +65,15 @@ def tune(
         EngineError: the engine could not load or run it.
     """
     progress = progress or NoProgress()
-    manifest = read_manifest(folder)
+    artifact = Artifact.open(folder, verify=False)
+    manifest = artifact.manifest
     work = choose_work(options.profile, manifest.context_length)
-    check_files(folder, manifest, thorough=False)
+    artifact.check_files()
     require_memory(folder, manifest)
-    token_ids = Tokenizer.from_folder(folder).encode(load_texts()[_TEXT])
+    token_ids = artifact.tokenizer.encode(load_texts()[_TEXT])
     bound = quality_bound(manifest) if options.quality is None else options.quality
     now, budget_s = clock(), 60 * options.budget_minutes
-    with Workbench(folder, manifest, work, token_ids, now + budget_s * _SEARCH_SHARE, clock) as bench:
+    with Workbench(artifact, work, token_ids, now + budget_s * _SEARCH_SHARE, clock) as bench:
         return _tune(bench, options, bound, progress, now + budget_s)
 
 
@@ -146,8 +147,8 @@ def _keep(bench: Workbench, options: TuneOptions, found: Found, rule: Settings, 
     # Whose products serve is left to what is compiled then, unless the search decided otherwise.
     kept = {name: value for name, value in found.best.items() if name != INT4_KERNEL or rule.get(name) != value}
     tuned = Tuned(
-        make_key(bench.folder, machine, *find_engine(bench.manifest), "CPU"),
-        bench.folder.name,
+        make_key(bench.artifact.folder, machine, *find_engine(bench.manifest), "CPU"),
+        bench.artifact.folder.name,
         datetime.now(UTC).isoformat(timespec="seconds"),
         options.profile,
         kept,

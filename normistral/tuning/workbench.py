@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Self
 
-from normistral.artifact.manifest import Manifest
+from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, UsageError
-from normistral.runtime.engines.base import Logits
+from normistral.runtime.engines.base import EngineConfig, Logits
 from normistral.runtime.loading import open_model
 from normistral.runtime.model import Model
 from normistral.tuning.quality import predict, settings_kl, take_probe
@@ -23,18 +22,17 @@ class Workbench:
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        artifact: Artifact,
         work: Work,
         token_ids: Sequence[int],
         deadline: float,
         clock: Callable[[], float],
     ) -> None:
-        self.folder, self.manifest, self.work = folder, manifest, work
+        self.artifact, self.manifest, self.work = artifact, artifact.manifest, work
         self.deadline = deadline
         self.on_measured: Callable[[int], None] = lambda count: None
         self._token_ids = token_ids
-        self._probe = take_probe(token_ids, manifest.context_length)
+        self._probe = take_probe(token_ids, self.manifest.context_length)
         self._clock = clock
         self._exact: Logits | None = None
         self._kl: dict[frozenset[tuple[str, str]], float] = {}
@@ -45,14 +43,14 @@ class Workbench:
     def take_reference(self) -> None:
         """Predictions in exact arithmetic."""
         self.close()
-        with open_model(self.folder, self.manifest, exact=True) as model:
+        with open_model(self.artifact, EngineConfig(exact=True)) as model:
             self._exact = predict(model, self._probe)
 
     def settings_in_force(self, settings: Settings) -> dict[str, str]:
         """These settings and what the engine chose beside them, as far as it can be asked for."""
         self.close()
         # As tuned settings, which the engine may adapt: for the rule's that is right, and its answer is what counts.
-        self._model = open_model(self.folder, self.manifest, tuned=settings)
+        self._model = open_model(self.artifact, EngineConfig(tuned=settings))
         in_force = self._model.capabilities.settings
         self._settings = {
             name: value
@@ -106,7 +104,7 @@ class Workbench:
     def _load(self, settings: Settings) -> Model:
         if self._model is None or self._settings != settings:
             self.close()
-            self._model = open_model(self.folder, self.manifest, given=settings)
+            self._model = open_model(self.artifact, EngineConfig(settings=settings))
             self._settings = dict(settings)
         return self._model
 

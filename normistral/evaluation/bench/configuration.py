@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from normistral.artifact import store
-from normistral.artifact.manifest import Manifest, check_files, read_manifest
+from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import Manifest
 from normistral.errors import UsageError
 from normistral.runtime.engines.settings import parse_settings
 
@@ -72,9 +72,8 @@ def read_configurations(
     found: list[Configuration] = []
     for argument in arguments:
         name, settings = split_settings(argument)
-        folder = store.resolve_artifact(name)
-        manifest = read_manifest(folder)
-        check_files(folder, manifest, thorough=False)
+        artifact = Artifact.find(name)
+        folder, manifest = artifact.folder, artifact.manifest
         label = folder.name + (f"@{_listed(settings)}" if settings else "")
         added = Configuration(label, folder.absolute(), manifest, device, exact, {**shared, **settings})
         for other in found:

@@ -20,6 +20,31 @@ Logits = NDArray[np.float32]
 Basis = Literal["rule", "tuned", "exact"]
 
 
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an artifact is to be loaded.
+
+    Attributes:
+        device: CPU, or another device by its engine's own name.
+        exact: reference arithmetic: float32, and no quantization at run time.
+        settings: the caller's settings, by the engine's own names, over everything else.
+        tuned: settings that `normistral tune` found for this artifact here; None is the rule for this kind of machine.
+    """
+
+    device: str = "CPU"
+    exact: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
+    tuned: Mapping[str, str] | None = None
+
+    @property
+    def basis(self) -> Basis:
+        """Where the settings come from over which the caller's go."""
+        return "exact" if self.exact else "rule" if self.tuned is None else "tuned"
+
+
+DEFAULT_CONFIG = EngineConfig()
+
+
 class CacheTensor(NamedTuple):
     """One named part of a KV cache, as the engine wants it kept."""
 
@@ -58,11 +83,6 @@ class Capabilities:
         Without it, activations may be rounded while running, and how a sequence was cut can be seen in the logits.
         """
         return self.basis == "exact"
-
-
-def settings_basis(*, exact: bool, tuned: Mapping[str, str] | None) -> Basis:
-    """Where the settings come from over which a caller's go."""
-    return "exact" if exact else "rule" if tuned is None else "tuned"
 
 
 def load_hint(said: str) -> str:

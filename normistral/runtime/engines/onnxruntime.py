@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral import hardware
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
 from normistral.errors import ArtifactError, ClosedError, EngineError
 from normistral.runtime.engines import onnx_graph
-from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors, settings_basis
+from normistral.runtime.engines.base import (
+    DEFAULT_CONFIG,
+    CacheTensor,
+    Capabilities,
+    EngineConfig,
+    Logits,
+    check_cache_tensors,
+)
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache
 from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
 from normistral.runtime.engines.onnx_session import (
@@ -188,23 +196,13 @@ class OnnxEngine:
         return self._sequence
 
 
-def load_onnx(
-    folder: Path,
-    manifest: Manifest,
-    device: str = "CPU",
-    *,
-    exact: bool = False,
-    tuned: Mapping[str, str] | None = None,
-    given: Mapping[str, str] | None = None,
-) -> OnnxBackend:
+def load_onnx(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> OnnxBackend:
     """Open an artifact's graph on a device and warm it up.
 
     Args:
-        device: CPU, CUDA, CUDA:1, OPENVINO:GPU ...: a key of `providers.PROVIDERS`, as far as the installed onnxruntime
-            has its provider.
-        exact: reference arithmetic: products of rounded weights in float32.
-        tuned: what `normistral tune` found for it here, over the rule for this kind of machine.
-        given: settings over both; see `normistral.load`.
+        config: devices are CPU, CUDA, CUDA:1, OPENVINO:GPU ...: keys of `providers.PROVIDERS`, as far as the installed
+            onnxruntime has their providers; exact is products of quantized weights in float32; settings are those of
+            `normistral.load`.
 
     Raises:
         UsageError: an unknown setting or a wrong value.
@@ -213,12 +211,13 @@ def load_onnx(
         ArtifactError: the graph is damaged.
         EngineError: onnxruntime could not load or run the model.
     """
+    folder, manifest, device, exact = artifact.folder, artifact.manifest, config.device, config.exact
     ort = import_onnxruntime()
     target = find_target(device, ort.get_available_providers(), exact=exact)
     graph = read_graph(folder, manifest)
     in_place = onnx_graph.is_fused(graph)
-    plan = hardware.plan_onnxruntime(hardware.read_machine()) | dict(tuned or {})
-    settings = override(plan, given or {}, known_settings(graph), engine="onnxruntime", exact=exact)
+    plan = hardware.plan_onnxruntime(hardware.read_machine()) | dict(config.tuned or {})
+    settings = override(plan, config.settings, known_settings(graph), engine="onnxruntime", exact=exact)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     level = settings.pop(ACCURACY_LEVEL, None)
     adapt_graph(graph, "1" if exact else level)
@@ -233,16 +232,15 @@ def load_onnx(
             in_force[ACCURACY_LEVEL] = ",".join(map(str, levels))
         in_force[PREFILL_CHUNK] = prefill_chunk
         decoder = describe_decoder(session, manifest, target, in_place=in_place)
-        basis = settings_basis(exact=exact, tuned=tuned)
-        chosen = tuple(sorted(given or ()))
+        chosen = tuple(sorted(config.settings))
         numerics = {name: in_force[name] for name in _NUMERICS if name in in_force}
         numerics["cache"] = decoder.layout.dtype.name
-        capabilities = Capabilities("onnxruntime", device, int(prefill_chunk), in_force, basis, chosen, numerics)
+        capabilities = Capabilities("onnxruntime", device, int(prefill_chunk), in_force, config.basis, chosen, numerics)
         backend = OnnxBackend(decoder, capabilities)
         warm_up(backend)
         if not target.is_cpu:
             require_all_on(target, Path(session.end_profiling()))
-    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
+    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, config.basis, in_force)
     return backend
 
 

@@ -10,23 +10,25 @@ Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from normistral import hardware
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
 from normistral.errors import ClosedError, DeviceError, EngineError, UsageError
 from normistral.runtime.engines.base import (
+    DEFAULT_CONFIG,
     Backend,
     CacheTensor,
     Capabilities,
+    EngineConfig,
     Logits,
     check_cache_tensors,
     load_hint,
-    settings_basis,
 )
 from normistral.runtime.engines.openvino_cache import is_lossless, pack, packed_kinds, unpack
 from normistral.runtime.engines.openvino_graph import LAST, keep_last_logits, page_attention
@@ -230,22 +232,12 @@ class OpenVINOEngine:
         return self._request
 
 
-def load_openvino(
-    folder: Path,
-    manifest: Manifest,
-    device: str = "CPU",
-    *,
-    exact: bool = False,
-    tuned: Mapping[str, str] | None = None,
-    given: Mapping[str, str] | None = None,
-) -> Backend:
+def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Backend:
     """Compile an artifact's IR for a device and warm it up.
 
     Args:
-        device: OpenVINO's name: CPU, GPU, GPU.1, AUTO, AUTO:GPU,CPU ...
-        exact: reference arithmetic: float32 activations and KV cache, no dynamic quantisation.
-        tuned: what `normistral tune` found for it here, over the rule for this kind of machine.
-        given: properties over both; see `normistral.load`.
+        config: devices are CPU, GPU, GPU.1, AUTO, AUTO:GPU,CPU ...; exact is float32 activations and KV cache, and no
+            dynamic quantization; settings are properties of OpenVINO and those of `normistral.load`.
 
     Raises:
         DeviceError: the device is not there.
@@ -254,9 +246,9 @@ def load_openvino(
     """
     import openvino as ov
 
-    given = given or {}
+    folder, manifest, device, given = artifact.folder, artifact.manifest, config.device, config.settings
     core = ov.Core()
-    settings = choose_settings(core, manifest, device, exact=exact, tuned=tuned, given=given)
+    settings = choose_settings(core, manifest, config)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     kernel = settings.pop(INT4_KERNEL, None)
     packed = None
@@ -284,14 +276,13 @@ def load_openvino(
     reported, in_numerics = kernel_in_force(kernel, packed)
     in_force |= reported
     numerics |= in_numerics
-    basis = settings_basis(exact=exact, tuned=tuned)
-    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, basis, in_force)
+    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, config.basis, in_force)
     capabilities = Capabilities(
         "openvino",
         device,
         int(prefill_chunk),
         in_force,
-        basis,
+        config.basis,
         tuple(sorted(given)),
         numerics,
     )
@@ -304,29 +295,22 @@ def load_openvino(
     return backend
 
 
-def choose_settings(
-    core: ov.Core,
-    manifest: Manifest,
-    device: str,
-    *,
-    exact: bool,
-    tuned: Mapping[str, str] | None,
-    given: Mapping[str, str],
-) -> dict[str, str]:
-    """The properties to compile with, `prefill_chunk` among them; arguments as in `load_openvino`.
+def choose_settings(core: ov.Core, manifest: Manifest, config: EngineConfig) -> dict[str, str]:
+    """The properties to compile with, `prefill_chunk` among them.
 
     Raises:
         DeviceError: the device is not there.
         UsageError: an unknown property, or a value that OpenVINO refuses.
     """
+    device, given = config.device, config.settings
     require_device(device, list(core.available_devices))
-    plan = _plan(hardware.read_machine(), manifest, device, exact=exact)
+    plan = _plan(hardware.read_machine(), manifest, device, exact=config.exact)
     known = known_settings(core, device)
     if can_page(device):
         known[ATTENTION] = ATTENTION_SETTING
     if device == "CPU" and manifest.recipe.weights == "int4":
         known[INT4_KERNEL] = KERNEL
-    settings = override({**plan, **(tuned or {})}, given, known, engine="OpenVINO", exact=exact)
+    settings = override({**plan, **(config.tuned or {})}, given, known, engine="OpenVINO", exact=config.exact)
     if ATTENTION not in given and settings.get("KV_CACHE_PRECISION", "u8") not in PAGED_PRECISIONS:
         settings.pop(ATTENTION, None)
     for name in given.keys() - {PREFILL_CHUNK, INT4_KERNEL, ATTENTION}:

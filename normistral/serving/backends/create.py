@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from normistral.artifact.manifest import Manifest, check_files, read_manifest
+from normistral.artifact.artifact import Artifact
 from normistral.errors import ArtifactError
 from normistral.runtime import loading
-from normistral.runtime.engines.base import Capabilities
+from normistral.runtime.engines.base import Capabilities, EngineConfig
 from normistral.serving.backends.base import Batch
 from normistral.serving.backends.fair_queue import FairQueue
 from normistral.serving.backends.openvino_options import find_unhonoured
@@ -61,39 +61,38 @@ def create_batch(
     Raises:
         NormistralError: as `normistral.load`; or it is another artifact.
     """
-    manifest = _check(folder, manifest_sha256)
+    artifact = _open(folder, manifest_sha256)
+    manifest = artifact.manifest
     if is_computed_together(manifest, settings.batching, device):
-        return _compute_together(folder, manifest, settings, exact, engine_settings)
+        return _compute_together(artifact, settings, exact, engine_settings)
     model = loading.load(folder, device, exact=exact, settings=engine_settings)
     fair = FairQueue(model, settings)
     slots = settings.slots or FAIR_SLOTS
     return Created(fair, model.capabilities, slots, IN_TURNS, fair.room, fair.room * cache_token_bytes(manifest))
 
 
-def _compute_together(
-    folder: Path, manifest: Manifest, settings: BatchSettings, exact: bool, given: Mapping[str, str]
-) -> Created:
+def _compute_together(artifact: Artifact, settings: BatchSettings, exact: bool, given: Mapping[str, str]) -> Created:
     """An OpenVINO model on openvino_genai, with the library beside it for what that does not honour."""
-    check_files(folder, manifest, thorough=False)
-    loading.open_tokenizer(folder, manifest)
-    tuned = None if exact else loading.find_tuned_settings(folder, manifest, BATCHED_DEVICE)
-    opened = open_openvino_batch(folder, manifest, settings, exact=exact, tuned=tuned, given=given)
+    artifact.check_files()
+    artifact.tokenizer  # noqa: B018 - a damaged one is found before the weights are loaded
+    tuned = None if exact else loading.find_tuned_settings(artifact, BATCHED_DEVICE)
+    opened = open_openvino_batch(artifact, settings, EngineConfig(BATCHED_DEVICE, exact, given, tuned))
 
     def open_side() -> FairQueue:
-        _check(folder, manifest.sha256)
+        _open(artifact.folder, artifact.manifest.sha256)
         side = replace(settings, cache_bytes=0)  # one context
-        return FairQueue(loading.load(folder, BATCHED_DEVICE, exact=exact, settings=given), side)
+        return FairQueue(loading.load(artifact.folder, BATCHED_DEVICE, exact=exact, settings=given), side)
 
     batch = SidePath(opened.batch, open_side, find_unhonoured)
     plan = opened.batch.plan
     return Created(batch, opened.capabilities, plan.jobs, TOGETHER, plan.tokens, plan.bytes)
 
 
-def _check(folder: Path, manifest_sha256: str | None) -> Manifest:
-    """The manifest of an artifact, if it is the right one."""
-    manifest = read_manifest(folder)
-    if manifest_sha256 not in (None, manifest.sha256):
+def _open(folder: Path, manifest_sha256: str | None) -> Artifact:
+    """The artifact in a folder, its files unchecked, if it is the right one."""
+    artifact = Artifact.open(folder, verify=False)
+    if manifest_sha256 not in (None, artifact.manifest.sha256):
         raise ArtifactError(
             f"{folder.name} is another artifact than was opened at the start", "put that back, or start the server anew"
         )
-    return manifest
+    return artifact

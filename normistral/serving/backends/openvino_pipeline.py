@@ -8,10 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from normistral.artifact.manifest import Manifest
-from normistral.artifact.tokenizer import Tokenizer
+from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, MissingExtraError, install_extra
-from normistral.runtime.engines.base import Capabilities, load_hint, settings_basis
+from normistral.runtime.engines.base import DEFAULT_CONFIG, Capabilities, EngineConfig, load_hint
 from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings, kernel_in_force, pack_for_our_kernel
 from normistral.runtime.engines.openvino_settings import (
     NUMERICS,
@@ -45,19 +44,11 @@ class OpenedBatch(NamedTuple):
     capabilities: Capabilities
 
 
-def open_openvino_batch(
-    folder: Path,
-    manifest: Manifest,
-    batch: BatchSettings,
-    *,
-    exact: bool = False,
-    tuned: Mapping[str, str] | None = None,
-    given: Mapping[str, str] | None = None,
-) -> OpenedBatch:
+def open_openvino_batch(artifact: Artifact, batch: BatchSettings, config: EngineConfig = DEFAULT_CONFIG) -> OpenedBatch:
     """Load an OpenVINO artifact for many answers at once, on the CPU.
 
     Args:
-        exact, tuned, given: as `load_openvino` takes them.
+        config: as `load_openvino` takes it; of the device BATCHED_DEVICE.
 
     Raises:
         MissingExtraError: openvino_genai is not installed.
@@ -67,9 +58,9 @@ def open_openvino_batch(
     import openvino as ov
 
     openvino_genai = import_genai()
-    given = given or {}
+    folder, manifest, given = artifact.folder, artifact.manifest, config.settings
     core = ov.Core()
-    settings = choose_settings(core, manifest, BATCHED_DEVICE, exact=exact, tuned=tuned, given=given)
+    settings = choose_settings(core, manifest, config)
     chunk = int(settings.pop(PREFILL_CHUNK))
     kernel = settings.pop(INT4_KERNEL, None)
     settings.pop(ATTENTION, None)  # openvino_genai pages by itself
@@ -101,8 +92,7 @@ def open_openvino_batch(
     except RuntimeError as exc:
         raise _cannot_load(folder, exc) from exc
     reported, in_numerics = kernel_in_force(kernel, packed)
-    basis = settings_basis(exact=exact, tuned=tuned)
-    logger.info("loaded %s for %d answers at once, settings by %s: %s", folder.name, plan.jobs, basis, in_force)
+    logger.info("loaded %s for %d answers at once, settings by %s: %s", folder.name, plan.jobs, config.basis, in_force)
     capabilities = Capabilities(
         "openvino",
         BATCHED_DEVICE,
@@ -110,13 +100,12 @@ def open_openvino_batch(
         {name: in_force[name] for name in (*settings, *REPORTED) if name in in_force}
         | reported
         | {PREFILL_CHUNK: str(chunk)},
-        basis,
+        config.basis,
         tuple(sorted(given)),
         {name: in_force[name] for name in NUMERICS if name in in_force} | in_numerics,
     )
-    tokenizer = Tokenizer.from_folder(folder)
     opened = OpenVINOBatch(
-        pipeline, manifest, tokenizer, plan, one_tenant=batch.one_tenant, packed=packed, finite=finite
+        pipeline, manifest, artifact.tokenizer, plan, one_tenant=batch.one_tenant, packed=packed, finite=finite
     )
     return OpenedBatch(opened, capabilities)
 
