@@ -1,12 +1,11 @@
-"""Options of a generation, with their one default each.
+"""Options of a generation: one declaration and one default each.
 
-CLI, library and benchmarks read the defaults here. Defaults that the model's authors published (in the manifest) come
-between these and what the caller asks for.
+Library, commands, batch jobs and server read name, type, range, texts and default here. Defaults that the authors of a
+model published (in the manifest) come between these and what the caller asks for.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,92 @@ from normistral.errors import UsageError
 from normistral.runtime.structured.structure import Structure
 
 DraftMode = Literal["auto", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class OptionSpec:
+    """Declaration of an option of generation that is a number; its default is that of `GenerationConfig`.
+
+    Attributes:
+        kind: int or float.
+        low, high: the range, both ends included.
+        metavar: name of the value in the help of a command.
+        help: sentence for the help of a command, without the default.
+        api_name: field of a request to the server.
+        api_range: (low, high) of that field where it differs from `low` and `high`; None is unbounded.
+        api_help: description of that field.
+        all_at_minus_one: -1 is accepted and becomes the default, as in vLLM and llama.cpp.
+    """
+
+    kind: type[int] | type[float]
+    low: float
+    high: float
+    metavar: str
+    help: str
+    api_name: str
+    api_range: tuple[float | None, float | None] | None = None
+    api_help: str | None = None
+    all_at_minus_one: bool = False
+
+
+# In the order of the commands' help. The other options (stop, ignore_eos, draft, structure) are no numbers.
+NUMERIC_OPTIONS = {
+    "max_new_tokens": OptionSpec(int, 1, 2**31, "N", "Most tokens to write.", "max_tokens", (1, None)),
+    "temperature": OptionSpec(
+        float,
+        0.0,
+        100.0,
+        "T",
+        "Above 0 answers vary; 0 is greedy.",
+        "temperature",
+        api_help="Default: the model's authors'.",
+    ),
+    "top_k": OptionSpec(
+        int,
+        0,
+        2**31,
+        "K",
+        "Sample among the K likeliest tokens; 0 is all.",
+        "top_k",
+        (-1, 2**31),
+        "Extension: 0 and -1 are all tokens.",
+        all_at_minus_one=True,
+    ),
+    "top_p": OptionSpec(float, 0.0, 1.0, "P", "Sample among the likeliest that reach probability P.", "top_p"),
+    "min_p": OptionSpec(
+        float, 0.0, 1.0, "P", "Leave out tokens below P times the likeliest one.", "min_p", api_help="Extension."
+    ),
+    "repetition_penalty": OptionSpec(
+        float,
+        0.01,
+        100.0,
+        "R",
+        "Above 1 makes repeated tokens less likely.",
+        "repetition_penalty",
+        api_help="Extension.",
+    ),
+    "seed": OptionSpec(
+        int,
+        0,
+        2**64 - 1,
+        "N",
+        "Same seed and input, same text. Default, and -1: a new one every time.",
+        "seed",
+        (-1, 2**63),
+        "The same text again, while system_fingerprint is the same and not null; -1 is none.",
+        all_at_minus_one=True,
+    ),
+    "logprobs": OptionSpec(int, 0, 100, "N", "Report log-probabilities of the N likeliest tokens.", "logprobs"),
+    "max_reasoning_tokens": OptionSpec(
+        int,
+        0,
+        2**31,
+        "N",
+        "Of a thinking model: end its reasoning after N tokens; 0 is none. Default: no limit.",
+        "max_reasoning_tokens",
+        api_help="Extension: ends the reasoning of a thinking model after so many tokens.",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +154,14 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range; -1 for `seed` and `top_k` becomes what it stands for."""
-        for name, neutral in (("seed", None), ("top_k", 0)):
-            if _is_minus_one(getattr(self, name)):
-                object.__setattr__(self, name, neutral)  # frozen for everybody else
-        _require_int("max_new_tokens", self.max_new_tokens, 1, 2**31)
-        _require_number("temperature", self.temperature, 0.0, 100.0)
-        _require_int("top_k", self.top_k, 0, 2**31)
-        _require_number("top_p", self.top_p, 0.0, 1.0)
-        _require_number("min_p", self.min_p, 0.0, 1.0)
-        _require_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        for name, option in NUMERIC_OPTIONS.items():
+            value, default = getattr(self, name), default_of(name)
+            if option.all_at_minus_one and _is_minus_one(value):
+                object.__setattr__(self, name, default)  # frozen for everybody else
+            elif value is not None or default is not None:
+                _require_number(name, value, option)
         if self.top_p == 0.0:
             raise UsageError("top_p must be above 0", "use temperature=0 for greedy decoding")
-        if self.seed is not None:
-            _require_int("seed", self.seed, 0, 2**64 - 1)
-        if self.logprobs is not None:
-            _require_int("logprobs", self.logprobs, 0, 100)
-        if self.max_reasoning_tokens is not None:
-            _require_int("max_reasoning_tokens", self.max_reasoning_tokens, 0, 2**31)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop must be texts that are not empty, not {self.stop!r}", "leave it out for none")
         if not isinstance(self.ignore_eos, bool):
@@ -99,6 +175,14 @@ class GenerationConfig:
             )
         if self.structure is not None and self.ignore_eos:
             raise UsageError("ignore_eos would write on behind a complete structure", "leave one of them out")
+
+
+def default_of(name: str) -> Any:
+    """The default of an option; None is "not given"."""
+    return _DEFAULTS[name]
+
+
+_DEFAULTS = {field.name: field.default for field in fields(GenerationConfig)}
 
 
 def resolve_options(authors: SamplingDefaults, options: dict[str, Any]) -> GenerationConfig:
@@ -141,16 +225,10 @@ def _is_minus_one(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value == -1
 
 
-def _require_int(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-
-
-def _require_number(name: str, value: object, low: float, high: float) -> None:
-    if (
-        not isinstance(value, int | float)
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
-        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+def _require_number(name: str, value: object, option: OptionSpec) -> None:
+    kinds = int if option.kind is int else int | float
+    if isinstance(value, kinds) and not isinstance(value, bool) and option.low <= value <= option.high:
+        return  # not finite is outside of every range
+    if option.kind is int:
+        raise UsageError(f"{name} must be a whole number from {option.low} to {option.high}, not {value!r}")
+    raise UsageError(f"{name} must be a number from {option.low:g} to {option.high:g}, not {value!r}")
