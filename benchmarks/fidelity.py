@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 import normistral
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.locate import locate
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import open_checkpoint
 from normistral.progress import NoProgress
 
 # Chosen before anything was run with them.

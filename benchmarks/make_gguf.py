@@ -43,9 +43,9 @@ def convert(checkpoint: Path, output: Path, dtype: str) -> None:
     """Write float weights, one tensor in memory at a time; norms stay float32."""
     import gguf
 
-    from normistral.export.config import architecture_of, read_json
-    from normistral.export.families import find_family
-    from normistral.export.onnx.reader import WeightReader
+    from normistral.export.checkpoint.config import architecture_of, read_json
+    from normistral.export.checkpoint.families import find_family
+    from normistral.export.checkpoint.tensor_reader import WeightReader
 
     config = read_json(checkpoint / "config.json")
     architecture = architecture_of(config)

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.complete_tokenizer import load_tokenizer
-from normistral.export.locate import locate
-from normistral.export.reference import load_model
+from normistral.export.checkpoint.complete_tokenizer import load_tokenizer
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import open_checkpoint
+from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

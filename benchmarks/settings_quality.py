@@ -33,8 +33,8 @@ from rounding_study import compare, load_reference, load_windows
 import normistral
 from normistral import hardware
 from normistral.artifact.manifest import Manifest, read_manifest
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.locate import locate
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import open_checkpoint
 from normistral.progress import NoProgress
 from normistral.runtime.engines.base import Backend, Engine
 from normistral.runtime.engines.openvino import OpenVINOBackend

@@ -26,9 +26,9 @@ from tiny_models import TEMPLATE, make_mistral, write_json
 from normistral.artifact.chat_template import ChatTemplate
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import NormistralError
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.locate import Located
-from normistral.export.proofs.tokenizer import surround
+from normistral.export.checkpoint.locate import Located
+from normistral.export.checkpoint.open import open_checkpoint
+from normistral.export.checkpoint.tokenizer_check import surround
 from normistral.progress import NoProgress
 
 TOKENS = ("<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|ny|>", "<|to|>", "Oslo")

@@ -33,13 +33,13 @@ def peak_bytes(work: str, folder: Path) -> dict[int, int]:
 def main(work: str, folder: Path) -> None:
     from tiny_models import make_llama
 
-    from normistral.export.checkpoint import open_checkpoint
-    from normistral.export.locate import locate
+    from normistral.export.checkpoint.locate import locate
+    from normistral.export.checkpoint.open import open_checkpoint
+    from normistral.export.quantize.calibrate import round_layers
+    from normistral.export.quantize.plan import Plan
+    from normistral.export.quantize.sensitivity import measure_sensitivity
+    from normistral.export.quantize.tensor_store import RoundedTables
     from normistral.export.resources import MemoryMeter
-    from normistral.export.rounding.calibration import round_layers
-    from normistral.export.rounding.plan import Plan
-    from normistral.export.rounding.sensitivity import measure_sensitivity
-    from normistral.export.rounding.tables import RoundedTables
     from normistral.progress import NoProgress, Uncounted
 
     peaks = {}

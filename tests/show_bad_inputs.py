@@ -23,7 +23,7 @@ from pathlib import Path
 from tiny_models import VOCABULARY, edit_json, make_mistral, write_tokenizer
 
 from normistral.artifact.manifest import SCHEMA_VERSION, parse_manifest, read_manifest, serialise_manifest
-from normistral.export.config import expected_tensors, sanitise_config
+from normistral.export.checkpoint.config import expected_tensors, sanitise_config
 
 Command = list[str]
 

@@ -12,7 +12,7 @@ from tiny_models import edit_json
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.errors import CheckpointError
-from normistral.export.config import architecture_of, context_of, read_json, sanitise_config
+from normistral.export.checkpoint.config import architecture_of, context_of, read_json, sanitise_config
 from normistral.export.onnx.bloom import slopes
 from normistral.export.openvino import convert
 from normistral.runtime.engines.base import EngineConfig
@@ -92,7 +92,7 @@ def test_a_stated_context_is_taken(tmp_path):
 def test_converting_to_openvino_leaves_torch_as_it_was(tmp_path, monkeypatch):
     """OpenVINO replaces torch.bmm while a 16-bit model is traced; transformers' BLOOM needs it."""
     from normistral.errors import ExportError
-    from normistral.export.reference import load_model
+    from normistral.export.reference.model import load_model
 
     before = torch.bmm
     checkpoint = make_bloom(tmp_path / "model", dtype="bfloat16")

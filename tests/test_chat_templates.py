@@ -12,10 +12,10 @@ from tiny_models import TEMPLATE, THINKING_TEMPLATE, edit_json, make_llama, make
 from normistral.artifact.manifest import read_manifest
 from normistral.cli import main
 from normistral.errors import CheckpointError, NormistralError, UsageError
-from normistral.export.chat_templates import is_go_template, read_template_file
-from normistral.export.checkpoint import Checkpoint, open_checkpoint
-from normistral.export.config import read_json
-from normistral.export.locate import locate
+from normistral.export.checkpoint.chat_templates import is_go_template, read_template_file
+from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.progress import NoProgress
 
 # After Ollama's published templates: what they have in common.

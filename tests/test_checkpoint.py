@@ -20,9 +20,9 @@ from tiny_models import END_THINK, TEMPLATE, THINK, THINKING_TEMPLATE, edit_json
 from normistral.artifact.manifest import ReasoningMarkers, SamplingDefaults
 from normistral.artifact.presets import Preset, find_preset
 from normistral.errors import CheckpointError, NormistralError, UnsupportedArchitectureError
-from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
-from normistral.export.config import count_parameters, read_json, sanitise_config
-from normistral.export.locate import Located
+from normistral.export.checkpoint.config import count_parameters, read_json, sanitise_config
+from normistral.export.checkpoint.locate import Located
+from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
 from normistral.files import sha256_file
 from normistral.progress import NoProgress
 
@@ -320,7 +320,7 @@ def test_headless_names(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from normistral.export.reference import load_model
+    from normistral.export.reference.model import load_model
 
     for tied in (True, False):
         folder = make_mistral(tmp_path / f"model-{tied}", tied=tied)
@@ -373,9 +373,9 @@ def test_reading_config_and_tensor_names_imports_no_torch(tmp_path: Path, safete
     model = make_mistral(tmp_path / "model", safetensors=safetensors, shards=2)
     code = (
         "import sys\n"
-        "from normistral.export.config import expected_tensors, read_json, sanitise_config\n"
-        "from normistral.export.locate import locate; from normistral.progress import NoProgress\n"
-        "from normistral.export.weights import read_tensors\n"
+        "from normistral.export.checkpoint.config import expected_tensors, read_json, sanitise_config\n"
+        "from normistral.export.checkpoint.locate import locate; from normistral.progress import NoProgress\n"
+        "from normistral.export.checkpoint.weights import read_tensors\n"
         f"folder = locate({str(model)!r}, progress=NoProgress()).path\n"
         "config = sanitise_config(read_json(folder / 'config.json'))\n"
         "assert expected_tensors(config).keys() == read_tensors(folder).keys()\n"

@@ -21,7 +21,7 @@ from normistral.commands.interrupts import interrupts_win
 from normistral.evaluation.score import ModelPredictor, score
 from normistral.evaluation.text import tokenise
 from normistral.evaluation.windows import choose_windows, cut
-from normistral.export import reference
+from normistral.export.reference import model as reference
 
 TEXT = "Blåbærsyltetøy på brød er godt, sa Åse. 😀 The quick brown fox jumps over the lazy dog, and that is that. " * 3
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # torch's threads wait for each other longer than they compute here

@@ -23,8 +23,8 @@ from tiny_models import edit_json
 
 from normistral.errors import NormistralError
 from normistral.export import recipe
-from normistral.export.config import read_json
-from normistral.export.families import bloom as bloom_family
+from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.families import bloom as bloom_family
 from normistral.export.onnx import bloom as bloom_graph
 
 Edit = Callable[[Path, pytest.MonkeyPatch], None]
@@ -102,7 +102,7 @@ def qkv_in_blocks(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 def headless_names_taken_as_they_are(folder: Path, patch: pytest.MonkeyPatch) -> None:
     family = dataclasses.replace(bloom_family.BLOOM, prefix="")
-    patch.setattr("normistral.export.families.FAMILIES", (family,))
+    patch.setattr("normistral.export.checkpoint.families.FAMILIES", (family,))
 
 
 def table_of_a_million(folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 import normistral
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import CheckpointError, ExportError, UsageError
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.config import read_json, sanitise_config
-from normistral.export.config_fields import known_fields
-from normistral.export.families import FAMILIES
-from normistral.export.generation_fields import GENERATION_FIELDS
-from normistral.export.gguf_fields import GGUF_FIELDS, known_keys
-from normistral.export.known_fields import check_fields
-from normistral.export.locate import locate
+from normistral.export.checkpoint.config import read_json, sanitise_config
+from normistral.export.checkpoint.config_fields import known_fields
+from normistral.export.checkpoint.families import FAMILIES
+from normistral.export.checkpoint.generation_fields import GENERATION_FIELDS
+from normistral.export.checkpoint.gguf_fields import GGUF_FIELDS, known_keys
+from normistral.export.checkpoint.known_fields import check_fields
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import open_checkpoint
 from normistral.progress import NoProgress
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -181,7 +181,8 @@ def _compare(name, tmp_path, recipe):
 def test_the_proof_sees_what_the_reader_drops(recipe, tmp_path, monkeypatch):
     """The reader before transformers 5 was known: rope_parameters is dropped, and the cleaned file says 10000."""
     monkeypatch.setattr(
-        "normistral.export.families.llama.read_rope", lambda config: {"rope_theta": 1e4, "rope_scaling": None}
+        "normistral.export.checkpoint.families.llama.read_rope",
+        lambda config: {"rope_theta": 1e4, "rope_scaling": None},
     )
     folder = make_stored(tmp_path / "model", "mistral-theta")
     message = r"the artifact turns positions by other angles .* frequency 7 is 0\.0003162 instead of 5\.6"
@@ -193,11 +194,11 @@ def test_the_proof_sees_what_the_reader_drops(recipe, tmp_path, monkeypatch):
 def test_the_reference_is_made_from_the_file_and_not_from_what_the_reader_made_of_it(
     field, value, tmp_path, monkeypatch
 ):
-    from normistral.export.families import llama
+    from normistral.export.checkpoint.families import llama
 
     read = llama._read_shared
     if field == "sliding_window":
-        monkeypatch.setattr("normistral.export.families.llama.read_integer", _without_window(llama.read_integer))
+        monkeypatch.setattr(llama, "read_integer", _without_window(llama.read_integer))
     else:
         monkeypatch.setattr(llama, "_read_shared", lambda *given, **named: read(*given, **named) | {field: value})
     folder = make_mistral(tmp_path / "model", head_dim=16, sliding_window=16)

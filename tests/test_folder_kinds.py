@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, make_mistral
 
 from normistral.errors import NormistralError
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.locate import locate
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import open_checkpoint
 from normistral.progress import NoProgress
 
 Edit = Callable[[Path], object]

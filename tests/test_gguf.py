@@ -15,11 +15,11 @@ import pytest
 from tiny_models import TEMPLATE, make_llama
 
 from normistral.errors import CheckpointError, NormistralError, ResourceError, UnsupportedArchitectureError
-from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
-from normistral.export.config import read_json
-from normistral.export.gguf import convert_gguf
-from normistral.export.known_fields import IgnoredFields
-from normistral.export.locate import locate
+from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.gguf import convert_gguf
+from normistral.export.checkpoint.known_fields import IgnoredFields
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
 from normistral.files import sha256_file
 from normistral.progress import NoProgress
 
@@ -234,7 +234,7 @@ def test_weights_are_unpacked_one_tensor_at_a_time(tmp_path: Path, monkeypatch: 
 
 
 def test_too_little_memory_is_said_with_numbers(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normistral.export.gguf.available_memory_bytes", lambda: 10**9)
+    monkeypatch.setattr("normistral.export.checkpoint.gguf.available_memory_bytes", lambda: 10**9)
     with pytest.raises(ResourceError, match=r"unpacks to 0\.0 GB of float32.*1\.1 GB.*1\.0 GB of memory"):
         open_gguf(file, tmp_path / "workspace")
     assert list((tmp_path / "workspace").iterdir()) == []

@@ -13,9 +13,9 @@ from test_gguf import byte_level_vocabulary, open_gguf, write_gguf
 from tiny_models import make_llama
 
 from normistral.errors import CheckpointError, UsageError
-from normistral.export.checkpoint import hash_sources
-from normistral.export.gguf_file import gguf_parts, read_gguf
-from normistral.export.locate import locate
+from normistral.export.checkpoint.gguf_file import gguf_parts, read_gguf
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import hash_sources
 from normistral.files import sha256_file
 from normistral.progress import NoProgress
 

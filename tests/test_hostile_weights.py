@@ -42,12 +42,12 @@ from safetensors.torch import save
 from tiny_models import make_mistral
 
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.gguf_file import read_gguf
-from normistral.export.locate import Located
-from normistral.export.safetensors_file import read_safetensors
-from normistral.export.torch_file import read_torch_file
-from normistral.export.weights import read_tensors
+from normistral.export.checkpoint.gguf_file import read_gguf
+from normistral.export.checkpoint.locate import Located
+from normistral.export.checkpoint.open import open_checkpoint
+from normistral.export.checkpoint.safetensors_file import read_safetensors
+from normistral.export.checkpoint.torch_file import read_torch_file
+from normistral.export.checkpoint.weights import read_tensors
 from normistral.progress import NoProgress
 
 # What the interpreter itself takes while reading a file of a few hundred bytes: compiled patterns, the traceback, a

@@ -25,11 +25,11 @@ from normistral.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
-from normistral.export import hub as hub_module
-from normistral.export import locate as locate_module
-from normistral.export.checkpoint import hash_sources, open_checkpoint
-from normistral.export.hub import Snapshot, download
-from normistral.export.locate import locate
+from normistral.export.checkpoint import hub as hub_module
+from normistral.export.checkpoint import locate as locate_module
+from normistral.export.checkpoint.hub import Snapshot, download
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import hash_sources, open_checkpoint
 from normistral.files import sha256_file
 from normistral.progress import NoProgress
 
@@ -307,7 +307,7 @@ def test_downloaded_model_opens_without_hashing_again(
 def test_environment_variables_are_honoured(hub: LoopbackHub, tmp_path: Path) -> None:
     """HF_ENDPOINT, HF_HOME and HF_TOKEN, in a process of its own, since huggingface_hub reads them at import."""
     code = (
-        "from normistral.export.locate import locate; from normistral.progress import NoProgress\n"
+        "from normistral.export.checkpoint.locate import locate; from normistral.progress import NoProgress\n"
         f"print(locate({hub.repository!r}, progress=NoProgress()).path)"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}

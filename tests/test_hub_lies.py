@@ -14,7 +14,7 @@ from planted import look
 from tiny_models import make_mistral
 
 from normistral.errors import DownloadError, NormistralError
-from normistral.export.hub import Snapshot, download
+from normistral.export.checkpoint.hub import Snapshot, download
 from normistral.progress import NoProgress
 
 SHARD = "model.safetensors"

@@ -8,13 +8,13 @@ from tiny_models import make_llama, make_mistral
 from transformers import AutoModelForCausalLM
 
 from normistral.evaluation.windows import choose_windows, cut
-from normistral.export import checkpoint_reference as opening
-from normistral.export import reference
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.checkpoint_reference import WholeModel, checkpoint_reference
-from normistral.export.layerwise import LayeredModel
-from normistral.export.locate import locate
-from normistral.export.reference import load_model
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import open_checkpoint
+from normistral.export.reference import evaluation as opening
+from normistral.export.reference import model as reference
+from normistral.export.reference.evaluation import WholeModel, checkpoint_reference
+from normistral.export.reference.layerwise import LayeredModel
+from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress
 
 TOKENS = np.random.default_rng(0).integers(5, 261, 150).tolist()

@@ -10,9 +10,9 @@ from tiny_models import make_mistral
 
 from normistral.artifact.presets import PRESETS, find_preset
 from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
-from normistral.export import locate as locate_module
-from normistral.export.hub import Snapshot
-from normistral.export.locate import locate
+from normistral.export.checkpoint import locate as locate_module
+from normistral.export.checkpoint.hub import Snapshot
+from normistral.export.checkpoint.locate import locate
 from normistral.progress import NoProgress
 
 

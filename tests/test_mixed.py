@@ -24,14 +24,14 @@ import normistral
 from normistral.artifact.manifest import RecipeRecord, parse_manifest, serialise_manifest
 from normistral.commands.info import describe_weights
 from normistral.errors import ArtifactError, ExportError
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.locate import locate
-from normistral.export.reference import load_model
-from normistral.export.rounding import plan
-from normistral.export.rounding.grid import nearest_codes, restore
-from normistral.export.rounding.plan import Plan, list_by_kind
-from normistral.export.rounding.scale_search import search_steps
-from normistral.export.rounding.sensitivity import Sensitivity, choose_finer, measure_sensitivity
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import open_checkpoint
+from normistral.export.quantize import plan
+from normistral.export.quantize.plan import Plan, list_by_kind
+from normistral.export.quantize.scale_search import search_steps
+from normistral.export.quantize.scheme import nearest_codes, restore
+from normistral.export.quantize.sensitivity import Sensitivity, choose_finer, measure_sensitivity
+from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress, Uncounted
 
 WINDOWS = [np.random.default_rng(seed).integers(5, 200, 48).tolist() for seed in range(4)]

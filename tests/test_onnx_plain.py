@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import QUIRKS, edit_json, make_llama, make_mistral
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from normistral.export.config import architecture_of, read_json, sanitise_config
+from normistral.export.checkpoint.config import architecture_of, read_json, sanitise_config
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
 from normistral.export.onnx.plain import write_plain
 from normistral.export.onnx.signature import read_signature
@@ -227,7 +227,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(quirky, quirky_float16, tmp_pa
     checkpoint, float32 = quirky
     script = f"""
 from pathlib import Path
-from normistral.export.config import architecture_of, read_json, sanitise_config
+from normistral.export.checkpoint.config import architecture_of, read_json, sanitise_config
 from normistral.export.onnx.plain import write_plain
 from normistral.progress import Uncounted
 checkpoint = Path({str(checkpoint)!r})

@@ -10,11 +10,11 @@ from hypothesis.extra import numpy as arrays
 from tiny_models import make_mistral
 
 from normistral.errors import CheckpointError
-from normistral.export.families.llama import MISTRAL
-from normistral.export.onnx import reader as reading
+from normistral.export.checkpoint import tensor_reader as reading
+from normistral.export.checkpoint.families.llama import MISTRAL
+from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx.external import ALIGNMENT, ExternalData
-from normistral.export.onnx.reader import WeightReader
-from normistral.export.rounding.grid import Grid, round_rows
+from normistral.export.quantize.scheme import Grid, round_rows
 
 GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (16, 32) for symmetric in (True, False)]
 ROWS = arrays.arrays(np.float32, (3, 96), elements=st.floats(-1e4, 1e4, width=32))

@@ -17,9 +17,10 @@ from tiny_models import edit_json, make_mistral, write_json
 import normistral
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import ExportError, UsageError
-from normistral.export import proving, reference
-from normistral.export.config import architecture_of, read_json, sanitise_config
-from normistral.export.proofs.weights import compare_groups
+from normistral.export.checkpoint.config import architecture_of, read_json, sanitise_config
+from normistral.export.reference import model as reference
+from normistral.export.verify import proving
+from normistral.export.verify.weights import compare_groups
 
 FORMATS = ("openvino", "onnx")
 
@@ -279,7 +280,7 @@ def test_what_fails_can_be_kept_under_another_name(checkpoint, tmp_path, monkeyp
 
 def test_a_large_model_is_compared_layer_by_layer(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("normistral.export.onnx.artifact.fits_for_running", lambda architecture: False)
-    monkeypatch.setattr("normistral.export.verify.fits_for_running", lambda architecture: False)
+    monkeypatch.setattr("normistral.export.verify.artifact.fits_for_running", lambda architecture: False)
     small = export(checkpoint, tmp_path / "small", "onnx")
     assert small.verified == "run"
     monkeypatch.undo()
@@ -294,7 +295,7 @@ def test_a_model_that_does_not_fit_is_not_run_at_once(checkpoint, monkeypatch):
 
 
 def test_an_artifact_that_does_not_fit_is_only_read(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("normistral.export.verify.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("normistral.export.verify.artifact.available_memory_bytes", lambda: 1000)
     made = export(checkpoint, tmp_path / "out", "onnx")
     assert made.verified == "read"
     assert "probe_kl_nats" not in made.quality

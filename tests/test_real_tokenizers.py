@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint import Checkpoint, open_checkpoint
-from normistral.export.config import read_json
-from normistral.export.locate import Located
+from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.locate import Located
+from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.export.texts import load_texts
 from normistral.progress import NoProgress
 from normistral.runtime.detokenizer import StreamDetokenizer

@@ -7,6 +7,7 @@ import pytest
 from normistral.artifact.manifest import Architecture, RecipeRecord
 from normistral.errors import ResourceError, UsageError
 from normistral.export import pipeline, resources
+from normistral.export.quantize.plan import choose_plan
 from normistral.export.recipe import (
     PER_CHANNEL,
     UNSTATED_CONTEXT,
@@ -19,7 +20,6 @@ from normistral.export.recipe import (
     estimate_weight_bytes,
     record_recipe,
 )
-from normistral.export.rounding.plan import choose_plan
 
 SEVEN_B = Architecture(
     name="MistralForCausalLM",

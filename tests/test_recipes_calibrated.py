@@ -12,7 +12,7 @@ from tiny_models import make_llama, make_mistral
 import normistral
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import UsageError
-from normistral.export.rounding import plan
+from normistral.export.quantize import plan
 
 CASES = {
     "mistral-best": lambda folder: make_mistral(folder, head_dim=32, sliding_window=16, dtype="bfloat16"),
@@ -85,7 +85,7 @@ def test_what_does_not_apply_is_refused(tmp_path, options, message):
 def test_products_are_fast_only_while_a_calibration_runs():
     import torch
 
-    from normistral.export.rounding.arithmetic import fast_products
+    from normistral.export.quantize.arithmetic import fast_products
 
     with fast_products():
         assert torch.get_float32_matmul_precision() == "medium"

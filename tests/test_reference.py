@@ -11,7 +11,7 @@ from tiny_models import edit_json, make_llama, make_mistral
 from transformers import AutoModelForCausalLM
 
 from normistral.errors import CheckpointError, ExportError
-from normistral.export.reference import load_model
+from normistral.export.reference.model import load_model
 
 IDS = torch.arange(5, 45)[None]
 

@@ -13,15 +13,15 @@ from tiny_bloom import make_bloom
 from tiny_models import make_llama, make_mistral
 
 from normistral.errors import ExportError
-from normistral.export.checkpoint import open_checkpoint
-from normistral.export.locate import locate
-from normistral.export.reference import load_model
-from normistral.export.rounding.calibration import round_layers
-from normistral.export.rounding.gptq import round_with_hessian
-from normistral.export.rounding.grid import Grid, Steps, nearest_codes, restore, span, storable, unpack
-from normistral.export.rounding.plan import Plan, calibration_windows
-from normistral.export.rounding.scale_search import search_steps, weighted_error
-from normistral.export.rounding.tables import RoundedTables
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import open_checkpoint
+from normistral.export.quantize.calibrate import round_layers
+from normistral.export.quantize.gptq import round_with_hessian
+from normistral.export.quantize.plan import Plan, calibration_windows
+from normistral.export.quantize.scale_search import search_steps, weighted_error
+from normistral.export.quantize.scheme import Grid, Steps, nearest_codes, restore, span, storable, unpack
+from normistral.export.quantize.tensor_store import RoundedTables
+from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress, Uncounted
 
 GRIDS = [

@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 from normistral.artifact.chat_template import ChatTemplate
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import CheckpointError
-from normistral.export import checkpoint as checkpoints
-from normistral.export.checkpoint import Checkpoint, open_checkpoint
-from normistral.export.config import read_json
-from normistral.export.locate import Located
-from normistral.export.proofs.tokenizer import surround
+from normistral.export.checkpoint import open as checkpoints
+from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.locate import Located
+from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
+from normistral.export.checkpoint.tokenizer_check import surround
 from normistral.progress import NoProgress
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -286,7 +286,7 @@ def test_what_needs_no_weights_is_refused_before_they_are_looked_at(model: Path,
 def test_a_gguf_files_template_is_refused_before_its_weights_are_unpacked(tmp_path: Path, monkeypatch) -> None:
     from test_gguf import byte_level_vocabulary, write_gguf
 
-    from normistral.export import gguf
+    from normistral.export.checkpoint import gguf
 
     monkeypatch.setattr(gguf, "_write_weights", None)
     folder = make_llama(tmp_path / "model", vocab=VOCABULARY + 1)

@@ -13,8 +13,8 @@ import torch
 from hostile_pickles import named, storage, table, tensor, whole
 
 from normistral.errors import CheckpointError
-from normistral.export.tensor import map_tensor
-from normistral.export.torch_file import read_torch_file
+from normistral.export.checkpoint.tensor import map_tensor
+from normistral.export.checkpoint.torch_file import read_torch_file
 
 
 def saved(path: Path, state: Any, **options: Any) -> Path:

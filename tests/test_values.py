@@ -17,12 +17,12 @@ from tiny_models import make_llama, make_mistral
 
 import normistral
 from normistral.errors import CheckpointError, ExportError
-from normistral.export.checkpoint import Checkpoint, open_checkpoint
-from normistral.export.float16_range import require_range
-from normistral.export.locate import locate
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
+from normistral.export.checkpoint.values import read_magnitudes
+from normistral.export.quantize.float16_range import require_range
 from normistral.export.recipe import choose_recipe
-from normistral.export.rotary_buffers import check_rotary_buffers
-from normistral.export.values import read_magnitudes
+from normistral.export.verify.rotary_buffers import check_rotary_buffers
 from normistral.progress import NoProgress
 
 EMBEDDING, QUERIES, NORM = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
@@ -225,8 +225,8 @@ def test_onnx_holds_in_float32_what_float16_cannot(tmp_path: Path, recipe: str) 
 
 
 def test_a_group_that_should_be_zeros_and_is_not_is_no_rounding(tmp_path: Path) -> None:
-    from normistral.export.proofs.stored import StoredMatrix
-    from normistral.export.proofs.weights import _compare
+    from normistral.export.verify.stored import StoredMatrix
+    from normistral.export.verify.weights import _compare
 
     rows = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     rows[0] *= 1e-23

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from normistral.artifact.manifest import read_manifest
 from normistral.evaluation.bench.configuration import Configuration
-from normistral.export.locate import locate
+from normistral.export.checkpoint.locate import locate
 from normistral.progress import NoProgress
 
 BENCHMARKS = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ class Models:
 
 def unpack_demo(output: Path) -> None:
     """The preset's checkpoint, as transformers reads it."""
-    from normistral.export.checkpoint import open_checkpoint
+    from normistral.export.checkpoint.open import open_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
         source = locate("demo", progress=NoProgress())

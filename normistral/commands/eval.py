@@ -119,7 +119,7 @@ def _open_reference(reference: str, progress: Progress) -> AbstractContextManage
     folders = [Path(reference), store.artifacts_dir() / reference]
     if not is_preset and any((folder / MANIFEST_NAME).is_file() for folder in folders):
         return nullcontext(artifact_reference(store.resolve_artifact(reference)))
-    from normistral.export.checkpoint_reference import checkpoint_reference
+    from normistral.export.reference.evaluation import checkpoint_reference
 
     return checkpoint_reference(reference, _cache_folder(), progress)
 

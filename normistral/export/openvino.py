@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from normistral.artifact.manifest import Architecture
 from normistral.errors import ExportError, first_line
-from normistral.export.checkpoint import Checkpoint
+from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.openvino_weights import replace_weights
+from normistral.export.quantize.rtn import round_rest
+from normistral.export.quantize.scheme import Grid
+from normistral.export.quantize.tensor_store import RoundedTables
 from normistral.export.recipe import Recipe
-from normistral.export.reference import Reference, compute_reference, fits_for_running, load_model, load_reference
-from normistral.export.rounding.grid import Grid
-from normistral.export.rounding.nearest import round_rest
-from normistral.export.rounding.tables import RoundedTables
+from normistral.export.reference.model import Reference, compute_reference, fits_for_running, load_model, load_reference
 from normistral.export.staging import Staging, require_free_disk
 from normistral.export.tools import with_plain_partials
 from normistral.progress import Progress, Stage

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ExportError
-from normistral.export.rounding.grid import Grid, Rounded, unpack
-from normistral.export.rounding.tables import RoundedTables
+from normistral.export.quantize.scheme import Grid, Rounded, unpack
+from normistral.export.quantize.tensor_store import RoundedTables
 
 if TYPE_CHECKING:
     import openvino

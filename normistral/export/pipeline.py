@@ -23,12 +23,21 @@ from normistral.artifact.manifest import Manifest, RecipeRecord, Source, hash_fi
 from normistral.artifact.store import default_output
 from normistral.errors import ExportError, ResourceError
 from normistral.export import openvino
-from normistral.export.chat_templates import read_template_file
-from normistral.export.checkpoint import Checkpoint, hash_sources, open_checkpoint
-from normistral.export.companions import copy_companions, folder_bytes
-from normistral.export.float16_range import require_range
-from normistral.export.locate import locate
-from normistral.export.proving import Proving, choose_proving, prove
+from normistral.export.auxiliary_files import copy_companions, folder_bytes
+from normistral.export.checkpoint.chat_templates import read_template_file
+from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
+from normistral.export.checkpoint.values import read_magnitudes
+from normistral.export.quantize.float16_range import require_range
+from normistral.export.quantize.plan import (
+    SENSITIVITY_TOKENS,
+    Plan,
+    calibration_sha256,
+    calibration_windows,
+    choose_plan,
+    list_by_kind,
+)
+from normistral.export.quantize.tensor_store import RoundedTables
 from normistral.export.recipe import (
     Recipe,
     choose_context,
@@ -38,7 +47,7 @@ from normistral.export.recipe import (
     inner_weights,
     record_recipe,
 )
-from normistral.export.reference import PROBE_TEXT, Reference
+from normistral.export.reference.model import PROBE_TEXT, Reference
 from normistral.export.resources import (
     MemoryMeter,
     check_resources,
@@ -47,20 +56,11 @@ from normistral.export.resources import (
     estimate_needs,
     measure_products,
 )
-from normistral.export.rotary_buffers import check_rotary_buffers
-from normistral.export.rounding.plan import (
-    SENSITIVITY_TOKENS,
-    Plan,
-    calibration_sha256,
-    calibration_windows,
-    choose_plan,
-    list_by_kind,
-)
-from normistral.export.rounding.tables import RoundedTables
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tokenizer_ir import save_tokenizer_ir, tokenizer_ir_differs
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
-from normistral.export.values import read_magnitudes
+from normistral.export.verify.proving import Proving, choose_proving, prove
+from normistral.export.verify.rotary_buffers import check_rotary_buffers
 from normistral.hardware import plan_threads, read_machine
 from normistral.progress import NoProgress, Progress
 from normistral.telemetry import silence_telemetry
@@ -214,8 +214,8 @@ def _calibrate(
     plan = choose_plan(recipe, group_size)
     if plan is None:
         return None, record
-    from normistral.export.rounding.arithmetic import fast_products
-    from normistral.export.rounding.calibration import round_layers
+    from normistral.export.quantize.arithmetic import fast_products
+    from normistral.export.quantize.calibrate import round_layers
 
     windows = calibration_windows(lambda text: list(checkpoint.tokenizer(text)["input_ids"]), context)
     tables = RoundedTables.make(staging.workspace)
@@ -241,7 +241,7 @@ def _calibrate(
 
 def _choose_finer(checkpoint: Checkpoint, plan: Plan, windows: list[list[int]], progress: Progress) -> frozenset[str]:
     """The matrices that take 8 bits."""
-    from normistral.export.rounding.sensitivity import choose_finer, measure_sensitivity
+    from normistral.export.quantize.sensitivity import choose_finer, measure_sensitivity
 
     some = windows[: max(1, SENSITIVITY_TOKENS // len(windows[0]))]
     tokens, passes = sum(map(len, some)), 2 * checkpoint.architecture.layers

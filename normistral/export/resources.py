@@ -14,8 +14,8 @@ from types import TracebackType
 
 from normistral.artifact.manifest import Architecture, Manifest
 from normistral.errors import ResourceError
+from normistral.export.quantize.plan import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, WINDOW_TOKENS, Plan, choose_plan
 from normistral.export.recipe import Recipe, estimate_inner_bytes, estimate_weight_bytes, inner_weights
-from normistral.export.rounding.plan import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, WINDOW_TOKENS, Plan, choose_plan
 from normistral.hardware import available_memory_bytes, free_disk_bytes
 
 # Python with torch, transformers, NNCF and OpenVINO, and the traced graph: 0.46 GB of anonymous memory after the

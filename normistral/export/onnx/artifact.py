@@ -12,18 +12,18 @@ from onnx import TensorProto
 
 import normistral
 from normistral.artifact.presets import WeightFormat
-from normistral.export.checkpoint import Checkpoint
+from normistral.export.checkpoint.open import Checkpoint
+from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx import bloom, llama
 from normistral.export.onnx.blocks import Storage
 from normistral.export.onnx.external import ExternalData
 from normistral.export.onnx.graph import DATA_NAME, Graph
 from normistral.export.onnx.plain import write_plain
-from normistral.export.onnx.reader import WeightReader
 from normistral.export.onnx.signature import read_signature
+from normistral.export.quantize.scheme import Grid
+from normistral.export.quantize.tensor_store import RoundedTables
 from normistral.export.recipe import Recipe
-from normistral.export.reference import Reference, compute_reference, fits_for_running, load_reference
-from normistral.export.rounding.grid import Grid
-from normistral.export.rounding.tables import RoundedTables
+from normistral.export.reference.model import Reference, compute_reference, fits_for_running, load_reference
 from normistral.export.staging import Staging
 from normistral.progress import Progress, Stage
 

@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from normistral.artifact.manifest import Architecture
 from normistral.export.onnx.graph import MICROSOFT, Graph, Table
-from normistral.export.rounding.grid import Grid
+from normistral.export.quantize.scheme import Grid
 
 FAST_LEVEL = 4  # MatMulNBits' accuracy_level: activations rounded to int8 in blocks, products in int8
 

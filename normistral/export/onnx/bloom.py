@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.artifact.manifest import Architecture
-from normistral.export.families.bloom import BLOOM
+from normistral.export.checkpoint.families.bloom import BLOOM
+from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx.blocks import (
     Lengths,
     Storage,
@@ -26,8 +27,7 @@ from normistral.export.onnx.blocks import (
     share_lengths,
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
-from normistral.export.onnx.reader import WeightReader
-from normistral.export.rounding.grid import Grid
+from normistral.export.quantize.scheme import Grid
 
 Parts = tuple[str, str, str]
 

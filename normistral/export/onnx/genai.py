@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.artifact.manifest import Architecture, SamplingDefaults
-from normistral.export.checkpoint import Checkpoint
+from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.onnx.graph import GRAPH_NAME
 from normistral.export.recipe import Recipe
 

@@ -15,11 +15,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from normistral.export.checkpoint.tensor_reader import Rows, WeightReader
 from normistral.export.onnx.external import ExternalData, point_to
-from normistral.export.onnx.reader import Rows, WeightReader
 from normistral.export.onnx.signature import Signature
-from normistral.export.rounding.grid import Grid, Rounded, round_rows
-from normistral.export.rounding.tables import RoundedTables
+from normistral.export.quantize.scheme import Grid, Rounded, round_rows
+from normistral.export.quantize.tensor_store import RoundedTables
 from normistral.progress import Stage
 
 MICROSOFT = "com.microsoft"  # operators that onnxruntime adds to the standard ones

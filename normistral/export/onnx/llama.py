@@ -13,7 +13,7 @@ import numpy as np
 
 from normistral.artifact.manifest import Architecture
 from normistral.errors import ExportError
-from normistral.export.families.llama import LLAMA
+from normistral.export.checkpoint.families.llama import LLAMA
 from normistral.export.onnx.blocks import (
     Lengths,
     Storage,
@@ -25,7 +25,7 @@ from normistral.export.onnx.blocks import (
     share_lengths,
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
-from normistral.export.rounding.grid import Grid
+from normistral.export.quantize.scheme import Grid
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention's rotary embedding refuses others
 

@@ -16,14 +16,14 @@ import torch
 from onnx import TensorProto
 
 from normistral.artifact.manifest import Architecture
-from normistral.export.config import expected_tensors
-from normistral.export.families import find_family
-from normistral.export.families.base import OUTPUT_LAYER
+from normistral.export.checkpoint.config import expected_tensors
+from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.families.base import OUTPUT_LAYER
+from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx import placeholders
 from normistral.export.onnx.blocks import multiply_by_embedding, past_input
 from normistral.export.onnx.external import ExternalData
 from normistral.export.onnx.graph import DATA_NAME, Graph
-from normistral.export.onnx.reader import WeightReader
 from normistral.export.onnx.signature import read_signature
 from normistral.progress import Stage
 

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from normistral.artifact.manifest import Manifest
 from normistral.errors import ExportError
-from normistral.export.config import read_json
+from normistral.export.checkpoint.config import read_json
 from normistral.export.onnx.artifact import float_type
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
 from normistral.export.onnx.signature import read_signature

@@ -1,0 +1,1 @@
+"""A checkpoint opened and checked: files, configuration, tensor headers, tokenizer, chat template; no conversion."""

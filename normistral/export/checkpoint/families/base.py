@@ -1,0 +1,55 @@
+"""What an exporter has to know of a family of architectures; one value of `Family` for each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from normistral.artifact.manifest import Architecture
+from normistral.export.checkpoint.known_fields import KnownField
+
+Config = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape as stored; [out, in] for a matrix
+
+OUTPUT_LAYER = "lm_head.weight"  # in every family; absent where it is tied to the embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Architectures that share their config's fields and their tensors' names.
+
+    Attributes:
+        model_type: transformers' name of it.
+        causal_class: the class with an output layer; the one that is exported.
+        headless_class: the class without; some checkpoints name it although they hold an output layer.
+        prefix: what the names of a checkpoint of `causal_class` begin with, output layer excepted.
+        embedding: name of the token embedding.
+        context_field: field of config.json that gives the context.
+        fields: everything that may stand in config.json.
+        read_fields: checks config.json's fields beyond those that all families have (config.py).
+        describe: the shape, from sanitised fields and the number of parameters.
+        outer_tensors: shapes of what is there once, without the output layer.
+        layer_tensors: shapes of what every layer has.
+        layer_prefix: what stands before the names of `layer_tensors`, but for the layer's number.
+        computed: names of tensors that old checkpoints carry and that are computed, not learnt.
+    """
+
+    model_type: str
+    causal_class: str
+    headless_class: str
+    prefix: str
+    embedding: str
+    context_field: str
+    fields: Mapping[str, KnownField]
+    read_fields: Callable[[Config], Config]
+    describe: Callable[[Config, int], Architecture]
+    outer_tensors: Callable[[Config], Shapes]
+    layer_tensors: Callable[[Config], Shapes]
+    layer_prefix: str
+    computed: re.Pattern[str] | None = None
+
+    def is_computed(self, name: str) -> bool:
+        """Whether a tensor of this name is one of `computed`."""
+        return self.computed is not None and self.computed.search(name) is not None

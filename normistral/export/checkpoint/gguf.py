@@ -1,0 +1,247 @@
+"""Turn a .gguf file of a Llama or Mistral model into an ordinary checkpoint folder.
+
+The file is read here, and not through transformers' GGUF support, for three reasons: transformers parses the whole
+metadata three times with a reader that takes seconds for a vocabulary of 50,000; its tokenizer conversion confuses BOS
+and EOS and ignores the pre-tokenizer's name; and a damaged file ends in a traceback. The package `gguf` supplies the
+arithmetic of the quantised formats.
+
+The weights come out as float32, so nothing is lost on top of what the file's own quantisation lost.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from normistral.errors import CheckpointError, ResourceError, UnsupportedArchitectureError
+from normistral.export.checkpoint.config import count_parameters, expected_tensors, sanitise_config
+from normistral.export.checkpoint.gguf_fields import GGUF_FIELDS, is_of_the_model, known_keys
+from normistral.export.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
+from normistral.export.checkpoint.gguf_tokenizer import write_tokenizer
+from normistral.export.checkpoint.known_fields import IgnoredFields, check_fields
+from normistral.hardware import available_memory_bytes
+from normistral.progress import Progress
+
+_AGAIN = "download or copy the file again"
+_ORIGINAL = "export the original checkpoint instead of the .gguf file"
+_MARGIN_BYTES = 2**30  # the converter itself, and the largest tensor while it is unpacked
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
+
+
+def convert_gguf(
+    path: Path,
+    folder: Path,
+    ignored: IgnoredFields,
+    *,
+    progress: Progress,
+    before_weights: Callable[[Path], None] = lambda folder: None,
+) -> tuple[str, ...]:
+    """Write config.json, model.safetensors and tokenizer files into `folder`.
+
+    Args:
+        ignored: keys that were accepted knowingly, although they may change what the model computes.
+        before_weights: called with the folder once all but the weights is there; what it raises stops the conversion.
+
+    Returns:
+        notes for the user.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged or inconsistent.
+        UnsupportedArchitectureError: it holds another kind of model.
+        ResourceError: its float copy does not fit in memory or on the disk.
+    """
+    gguf = read_gguf(path)
+    gguf = replace(gguf, metadata=ignored.take_from(gguf.metadata, GGUF_FIELDS, path.name))
+    described = _config(gguf)
+    of_the_model = {name: value for name, value in gguf.metadata.items() if is_of_the_model(name)}
+    check_fields(of_the_model, known_keys(of_the_model), path.name)
+    config = sanitise_config(described)
+    sources = _match_tensors(gguf, config)
+    _require_room(path, folder, 4 * count_parameters(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = write_tokenizer(gguf.metadata, folder)
+    (folder / "config.json").write_text(json.dumps(described | {"torch_dtype": "float32"}, indent=2), encoding="utf-8")
+    before_weights(folder)
+    with progress.stage("Unpacking the GGUF weights", sum(item.nbytes for item in sources.values()), "bytes") as stage:
+        _write_weights(gguf, config, sources, folder / "model.safetensors", stage.advance)
+    return notes
+
+
+def _config(gguf: GgufFile) -> dict[str, Any]:
+    """The metadata as the config.json of a Llama model, or of a Mistral one when there is a sliding window."""
+    metadata = gguf.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise UnsupportedArchitectureError(
+            f"{gguf.path.name} holds the architecture {ascii(architecture)[:40]}, which is not supported",
+            "supported is: llama, under which llama.cpp keeps Llama and Mistral models",
+        )
+
+    def get(name: str) -> Any:
+        return metadata.get(f"llama.{name}")
+
+    if "rope_freqs.weight" in gguf.tensors or get("rope.scaling.type") not in (None, "none", "linear"):
+        raise UnsupportedArchitectureError(
+            f"{gguf.path.name} has scaled rotary positions, which are not read from GGUF", _ORIGINAL
+        )
+    named = [get("rope.dimension_count"), get("attention.key_length"), get("attention.value_length")]
+    widths = [width for width in named if width is not None]
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    if any(width != widths[0] for width in widths):
+        raise UnsupportedArchitectureError(
+            f"{gguf.path.name} rotates only a part of each head, or has keys and values of different widths", _ORIGINAL
+        )
+    embedding = gguf.tensors.get("token_embd.weight")
+    window = get("attention.sliding_window")
+    return {
+        "architectures": ["LlamaForCausalLM" if window is None else "MistralForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if get("attention.head_count_kv") is None else get("attention.head_count_kv"),
+        "head_dim": widths[0] if widths else None,
+        "vocab_size": None if embedding is None else embedding.shape[0],
+        "max_position_embeddings": get("context_length"),
+        "rope_theta": get("rope.freq_base"),
+        "rope_scaling": _linear_scaling(gguf.path.name, metadata),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "sliding_window": window,
+        "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in gguf.tensors,
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": [
+            metadata[f"tokenizer.ggml.{name}_token_id"]
+            for name in ("eos", "eot", "eom")
+            if f"tokenizer.ggml.{name}_token_id" in metadata
+        ],
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _linear_scaling(file: str, metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """Positions divided by a factor. llama.cpp takes it as linear where no type is given, and 0 as none."""
+    if metadata.get("llama.rope.scaling.type") == "none":
+        return None
+    named = ("llama.rope.scaling.factor", "llama.rope.scale_linear")  # the new name and the old one
+    factors = {metadata[name] for name in named if metadata.get(name)}
+    if len(factors) > 1:
+        raise CheckpointError(f"{file} contradicts itself: {named[0]} and {named[1]} differ", _ORIGINAL)
+    factor = factors.pop() if factors else 1.0
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _match_tensors(gguf: GgufFile, config: dict[str, Any]) -> dict[str, GgufTensor]:
+    """The file's tensors under transformers' names, compared with what the config describes."""
+    sources: dict[str, GgufTensor] = {}
+    for name, tensor in gguf.tensors.items():
+        match = _LAYER.fullmatch(name)
+        if name in _NAMES:
+            sources[_NAMES[name]] = tensor
+        elif match and match[2] in _LAYER_NAMES:
+            sources[f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"] = tensor
+        else:
+            raise CheckpointError(f"{gguf.path.name} holds the unknown tensor {ascii(name)[:80]}", _ORIGINAL)
+    expected = expected_tensors(config)
+    for name, shape in expected.items():
+        if name not in sources:
+            raise CheckpointError(f"{gguf.path.name} lacks {name}", _AGAIN)
+        if sources[name].shape != shape:
+            raise CheckpointError(
+                f"{gguf.path.name}: {name} has shape {list(sources[name].shape)}, its metadata asks for {list(shape)}",
+                _AGAIN,
+            )
+    extra = sorted(sources.keys() - expected.keys())
+    if extra:
+        raise CheckpointError(f"{gguf.path.name} holds {extra[0]}, which its metadata does not describe", _AGAIN)
+    return {name: sources[name] for name in expected}
+
+
+def _require_room(path: Path, folder: Path, float_bytes: int) -> None:
+    available = available_memory_bytes()
+    if float_bytes + _MARGIN_BYTES > available:
+        raise ResourceError(
+            f"{path.name} unpacks to {float_bytes / 1e9:.1f} GB of float32, and with {_MARGIN_BYTES / 1e9:.1f} GB "
+            f"for the converter that does not fit in the {available / 1e9:.1f} GB of memory that is available",
+            "export the original checkpoint (it is mapped, not copied), or use a machine with more memory",
+        )
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if float_bytes > free:
+        raise ResourceError(
+            f"unpacking {path.name} needs {float_bytes / 1e9:.1f} GB of disk, but {existing} has "
+            f"{free / 1e9:.1f} GB free",
+            "free some space, or write to another disk",
+        )
+
+
+def _write_weights(
+    gguf: GgufFile,
+    config: dict[str, Any],
+    sources: dict[str, GgufTensor],
+    output: Path,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Unpack tensor by tensor into a safetensors file, so that one of them is in memory at a time."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sources.items():
+        begin, end = end, end + 4 * math.prod(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    mapped = {tensor.file: np.memmap(tensor.file, dtype=np.uint8, mode="r") for tensor in sources.values()}
+    with output.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, tensor in sources.items():
+            stored = mapped[tensor.file][tensor.start : tensor.start + tensor.nbytes]
+            packed = stored.reshape(*tensor.shape[:-1], -1)
+            try:
+                values = dequantize(packed, GGMLQuantizationType(tensor.ggml_type)).astype(np.float32, copy=False)
+            except NotImplementedError as exc:
+                kind = GGMLQuantizationType(tensor.ggml_type).name
+                raise CheckpointError(
+                    f"{gguf.path.name}: {name} is packed as {kind}, not supported", _ORIGINAL
+                ) from exc
+            heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+            if heads is not None:
+                values = _interleaved_to_halves(values, config[heads])
+            file.write(np.ascontiguousarray(values).data)
+            del values  # before the next one is unpacked
+            on_bytes(tensor.nbytes)
+
+
+def _interleaved_to_halves(values: Any, heads: int) -> Any:
+    """Undo llama.cpp's reordering of rotary dimensions: [heads, half, 2] rows back to [heads, 2, half].
+
+    Source: `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py, of which this is the inverse.
+    """
+    half = values.shape[0] // heads // 2
+    return values.reshape(heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)

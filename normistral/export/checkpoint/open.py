@@ -1,0 +1,435 @@
+"""Open a located model: check all of it, gather the facts the manifest needs, and lay out a safe view of it.
+
+The view is a folder that transformers and optimum may load: config.json and generation_config.json written anew from
+checked fields, links to the weights, the tokenizer's own files. What the authors' files say wins over presets, and
+where they contradict each other the rules stand beside the functions below.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from normistral.artifact.manifest import Architecture, ReasoningMarkers, SamplingDefaults, Source, Template
+from normistral.artifact.presets import Preset, Role
+from normistral.errors import CheckpointError, ResourceError
+from normistral.export.checkpoint.chat_templates import TemplateFile, override_template, require_template, try_template
+from normistral.export.checkpoint.complete_tokenizer import complete_tokenizer, load_tokenizer
+from normistral.export.checkpoint.config import (
+    architecture_of,
+    context_of,
+    drop_ignored,
+    expected_tensors,
+    read_json,
+    sanitise_config,
+)
+from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.families.base import Family
+from normistral.export.checkpoint.fields import read_token_ids
+from normistral.export.checkpoint.folder_kinds import refuse_other_models
+from normistral.export.checkpoint.generation_fields import GENERATION_FIELDS
+from normistral.export.checkpoint.gguf import convert_gguf
+from normistral.export.checkpoint.gguf_file import gguf_parts
+from normistral.export.checkpoint.known_fields import IgnoredFields, check_fields
+from normistral.export.checkpoint.locate import Located
+from normistral.export.checkpoint.sampling_defaults import read_sampling_defaults
+from normistral.export.checkpoint.template_check import prove_template
+from normistral.export.checkpoint.tensor import Dtype, Tensor
+from normistral.export.checkpoint.tokenizer_check import prove_tokenizer
+from normistral.export.checkpoint.tokenizer_files import TOKENIZER_FILES, lay_out_tokenizer, link_or_copy
+from normistral.export.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from normistral.export.checkpoint.weights import (
+    check_tensors,
+    has_separate_output,
+    read_tensors,
+    stored_dtype,
+    weight_files,
+)
+from normistral.files import sha256_file
+from normistral.progress import Progress
+
+_AGAIN = "download or copy the checkpoint again"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checked model, ready to be converted.
+
+    Attributes:
+        folder: the view for transformers and optimum (local_files_only, no remote code).
+        source: origin; `files` has the small files, and what was hashed on the way. `hash_sources` completes it.
+        unhashed: weight files that are not in `source.files` yet, by the name they get there.
+        family: of the architecture; `config`: sanitised config.json.
+        raw_config: config.json as it was given, less what `ignored_fields` names: what the proof measures by.
+        ignored_fields: accepted knowingly, although they may change what the model computes.
+        dtype: type of the stored weights; `weight_bytes` is their size.
+        tokenizer: the checkpoint's in transformers, from all its files; `tokenizer_files` are to be shipped.
+        added_tokens: what was added to tokenizer.json, because it stood only in other files.
+        context_length: positions in tokens; None where no file gives any (ALiBi needs none).
+        stop_token_ids: every id that a file calls end of sequence, sorted.
+        adds_bos: measured: whether encoding plain text puts `bos_token_id` in front.
+        reasoning: the tags of a thinking model, or None.
+        proof: figures of the comparison of tokenizer and template with transformers.
+        notes: what the user should see.
+    """
+
+    folder: Path
+    source: Source
+    unhashed: tuple[tuple[str, Path], ...]
+    family: Family
+    config: dict[str, Any]
+    raw_config: dict[str, Any]
+    ignored_fields: tuple[str, ...]
+    architecture: Architecture
+    role: Role
+    dtype: Dtype
+    weight_bytes: int
+    tokenizer: Any
+    tokenizer_files: tuple[Path, ...]
+    added_tokens: tuple[str, ...]
+    context_length: int | None
+    stop_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    adds_bos: bool
+    template: Template | None
+    sampling: SamplingDefaults
+    reasoning: ReasoningMarkers | None
+    proof: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def open_checkpoint(
+    located: Located,
+    workspace: Path,
+    *,
+    progress: Progress,
+    chat_template: TemplateFile | None = None,
+    ignore_fields: Sequence[str] = (),
+) -> Checkpoint:
+    """Check a model and lay out its view in `workspace`/checkpoint. No code of the checkpoint is run.
+
+    Args:
+        workspace: an existing folder on the disk of the artifact; a .gguf file is unpacked there to float32.
+        chat_template: takes the place of the checkpoint's own.
+        ignore_fields: fields of config.json and generation_config.json, or keys of a .gguf file, that would be refused.
+
+    Raises:
+        UsageError: a field to ignore is not there, or is read.
+        CheckpointError: something is missing, damaged or inconsistent.
+        UnsupportedArchitectureError: not a model that can be exported.
+        ResourceError: the disk is full, or a .gguf file's float copy fits neither memory nor disk.
+    """
+    ignored = IgnoredFields(tuple(dict.fromkeys(ignore_fields)))
+    try:
+        if located.kind not in ("gguf", "package"):
+            text = _open_text(located, located.path, workspace, ignored, chat_template, progress)
+            return _open_weights(located, located.path, text, progress)
+        unpacked, texts = workspace / "unpacked", []
+
+        def open_text(folder: Path) -> None:
+            texts.append(_open_text(located, folder, workspace, ignored, chat_template, progress))
+
+        notes = convert_gguf(located.path, unpacked, ignored, before_weights=open_text, progress=progress)
+        checkpoint = _open_weights(located, unpacked, replace(texts[0], notes=[*notes, *texts[0].notes]), progress)
+        parts = tuple((part.name, part) for part in gguf_parts(located.path))
+        return replace(checkpoint, source=replace(checkpoint.source, files={}), unhashed=parts)
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"the disk of {workspace} is full", "free some space, or write elsewhere") from exc
+        raise CheckpointError(
+            f"cannot read {exc.filename or located.path}: {exc.strerror}", "check the folder's permissions"
+        ) from exc
+
+
+def hash_sources(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda count: None) -> Source:
+    """The origin with the SHA-256 of every file that was read.
+
+    Reads all weights once, 14.5 GB for a 7B: run it in a thread beside the conversion, hashlib releases the GIL. Files
+    of a hub download were hashed there and are not read again.
+
+    Args:
+        on_bytes: called with the number of bytes just read.
+    """
+    hashes = {name: sha256_file(path, on_bytes) for name, path in checkpoint.unhashed}
+    return replace(checkpoint.source, files=dict(sorted({**checkpoint.source.files, **hashes}.items())))
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A checkpoint without its weights: everything that turns text into tokens and ends an answer, proved.
+
+    Attributes:
+        view: folder with all files but the weights.
+        tokenizer: in transformers.
+        proof: figures of the comparison with transformers.
+    """
+
+    view: Path
+    config: dict[str, Any]
+    raw_config: dict[str, Any]
+    ignored_fields: tuple[str, ...]
+    tokenizer: Any
+    added_tokens: tuple[str, ...]
+    vocabulary: Vocabulary
+    template: Template | None
+    stop_token_ids: tuple[int, ...]
+    sampling: SamplingDefaults
+    proof: dict[str, float]
+    notes: list[str]
+
+
+def _open_text(
+    located: Located,
+    folder: Path,
+    workspace: Path,
+    ignored: IgnoredFields,
+    given: TemplateFile | None,
+    progress: Progress,
+) -> _Text:
+    """Read and prove what needs no weights; the tensors' names and shapes are not looked at either."""
+    notes: list[str] = []
+    with progress.stage("Checking tokenizer and template"):
+        raw_config, config = _read_config(folder, located.preset, ignored, notes)
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            _require_inside(folder, name)
+        generation = _read_generation(folder, raw_config, ignored)
+        ignored.require_found()
+        notes += [
+            f"the field {name} is ignored, as asked: it may change what the model computes" for name in ignored.names
+        ]
+        if located.kind not in ("gguf", "package"):
+            weight_files(folder)  # by name only: without any, nothing else matters
+        view = workspace / "checkpoint"
+        view.mkdir(parents=True)
+        lay_out_tokenizer(folder, view, raw_config, notes)
+        if given is not None:
+            override_template(view, given)
+        require_template(view)
+        tokenizer = load_tokenizer(view)
+        added = complete_tokenizer(view, tokenizer, notes)
+        vocabulary = read_vocabulary(view, tokenizer, config["bos_token_id"], config["vocab_size"])
+        stops = _stop_token_ids(config, generation, vocabulary)
+        template = _choose_template(vocabulary, located.preset, given, notes)
+        sampling = read_sampling_defaults(generation, notes.append)
+        _write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
+        if sampling.max_new_tokens is None and located.preset is not None:
+            sampling = replace(sampling, max_new_tokens=located.preset.max_new_tokens)
+        proof = {"tokenizer_tokens": float(prove_tokenizer(view, tokenizer)), "template_conversations": 0.0}
+        if template is not None:
+            file = None if given is None else given.name
+            try_template(template, view, vocabulary.reasoning, file)
+            proof["template_conversations"] = float(prove_template(template, view, vocabulary.reasoning, tokenizer))
+    return _Text(
+        view=view,
+        config=config,
+        raw_config=raw_config,
+        ignored_fields=ignored.names,
+        tokenizer=tokenizer,
+        added_tokens=added,
+        vocabulary=vocabulary,
+        template=template,
+        stop_token_ids=stops,
+        sampling=sampling,
+        proof=proof,
+        notes=notes,
+    )
+
+
+def _open_weights(located: Located, folder: Path, text: _Text, progress: Progress) -> Checkpoint:
+    """Check the weights' headers against config.json, and complete the view."""
+    found, config, view = list(text.notes), text.config, text.view
+    with progress.stage("Checking the checkpoint"):
+        tensors = _check_weights(folder, config, text.raw_config.get("tie_word_embeddings"), found)
+        _link_weights(folder, view)
+        _write_json(view / "config.json", config)
+        weights, _ = weight_files(folder)
+        source, unhashed = _origin(located, folder, weights)
+    for note in found:
+        progress.note(note)
+    return Checkpoint(
+        folder=view,
+        source=source,
+        unhashed=unhashed,
+        family=find_family(config),
+        config=config,
+        raw_config=text.raw_config,
+        ignored_fields=text.ignored_fields,
+        architecture=architecture_of(config),
+        role="chat" if text.template is not None else "base",
+        dtype=stored_dtype(tensors),
+        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        tokenizer=text.tokenizer,
+        tokenizer_files=tuple(view / name for name in TOKENIZER_FILES if (view / name).exists()),
+        added_tokens=text.added_tokens,
+        context_length=context_of(config),
+        stop_token_ids=text.stop_token_ids,
+        bos_token_id=text.vocabulary.bos_id,
+        adds_bos=text.vocabulary.adds_bos,
+        template=text.template,
+        sampling=text.sampling,
+        reasoning=text.vocabulary.reasoning,
+        proof=text.proof,
+        notes=tuple(found),
+    )
+
+
+def _read_config(
+    folder: Path, preset: Preset | None, ignored: IgnoredFields, notes: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json as it was given, less what is ignored, and sanitised."""
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
+    _require_inside(folder, "config.json")
+    raw = read_json(folder / "config.json")
+    refuse_other_models(folder, raw)
+    raw = drop_ignored(raw, ignored)
+    context = find_family(raw).context_field
+    if raw.get(context) is None and preset is not None and preset.context_length is not None:
+        raw[context] = preset.context_length
+        notes.append(f"config.json gives no context length; the preset's is used: {preset.context_length} tokens")
+    if raw.get("auto_map") is not None:
+        notes.append("the checkpoint comes with code of its own (auto_map), which is never run")
+    config = sanitise_config(raw)
+    rope = config.get("rope_scaling") or {}
+    if rope.get("rope_type") == "dynamic":
+        notes.append("rope_scaling dynamic changes nothing up to max_position_embeddings, and the context ends there")
+    return raw, config
+
+
+def _read_generation(folder: Path, raw_config: dict[str, Any], ignored: IgnoredFields) -> dict[str, Any]:
+    """generation_config.json; without one the settings that stand in config.json, as transformers 4 takes them."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        settings = {name: raw_config[name] for name in GENERATION_FIELDS if raw_config.get(name) is not None}
+        check_fields(settings, GENERATION_FIELDS, "config.json")
+        return settings
+    _require_inside(folder, path.name)
+    generation = ignored.take_from(read_json(path), GENERATION_FIELDS, path.name)
+    check_fields(generation, GENERATION_FIELDS, path.name)
+    return generation
+
+
+def _check_weights(folder: Path, config: dict[str, Any], tied: bool | None, notes: list[str]) -> dict[str, Tensor]:
+    """Headers against config.json; sets the stored type, and unties an output layer that the weights hold apart.
+
+    Args:
+        tied: what the file says of the output layer; None where it says nothing.
+    """
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        _require_inside(folder, index)
+    files, _ = weight_files(folder)
+    for name in files:
+        _require_inside(folder, name)
+    tensors, family = read_tensors(folder), find_family(config)
+    if config["tie_word_embeddings"] and has_separate_output(tensors, family):
+        if tied is True:
+            raise CheckpointError(
+                "config.json ties the output layer to the embedding, but the weights hold one that differs: "
+                "transformers 4 takes the embedding, transformers 5 the other",
+                "set tie_word_embeddings to what is meant",
+            )
+        config["tie_word_embeddings"] = False
+        notes.append("the weights hold an output layer of their own: it is used, although config.json says nothing")
+    check_tensors(tensors, expected_tensors(config), family)
+    config["torch_dtype"] = stored_dtype(tensors)
+    return tensors
+
+
+def _link_weights(folder: Path, view: Path) -> None:
+    files, weight_map = weight_files(folder)
+    names = list(files)
+    if weight_map is not None:
+        suffix = files[0].rpartition(".")[2]
+        names.append("model.safetensors.index.json" if suffix == "safetensors" else "pytorch_model.bin.index.json")
+    for name in names:
+        link_or_copy(folder / name, view / name)
+
+
+def _require_inside(folder: Path, name: str) -> None:
+    """Refuse a file that is a link out of the checkpoint; a hub cache's links into its own blobs are meant."""
+    path = folder / name
+    if not path.is_symlink() and not path.exists():
+        return
+    try:
+        target, root = path.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError) as exc:  # a dangling link, or a circle of them
+        raise CheckpointError(f"{name} is a link to a file that is missing", _AGAIN) from exc
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise CheckpointError(f"{name} is a link that leads out of {folder}", "replace the link by the file itself")
+    if not target.is_file():
+        raise CheckpointError(f"{name} is not a regular file", _AGAIN)
+
+
+def _stop_token_ids(config: dict[str, Any], generation: dict[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Union over all files: NorMistral's name different tokens, and stopping on config.json's alone never stops."""
+    ids = set(config["eos_token_id"] or []) | set(vocabulary.eos_ids)
+    ids |= set(read_token_ids(generation, "eos_token_id", config["vocab_size"], "generation_config.json"))
+    if not ids:
+        raise CheckpointError(
+            "no file of the checkpoint names an end-of-sequence token", "set eos_token_id in generation_config.json"
+        )
+    if len(ids) > 64:
+        raise CheckpointError(f"the checkpoint names {len(ids)} end-of-sequence tokens", _AGAIN)
+    return tuple(sorted(ids))
+
+
+def _choose_template(
+    vocabulary: Vocabulary, preset: Preset | None, given: TemplateFile | None, notes: list[str]
+) -> Template | None:
+    from normistral.artifact.chat_template import CHATML
+
+    if vocabulary.template is None and (preset is None or preset.role != "chat"):
+        return None
+    if vocabulary.template is None:
+        notes.append(
+            "the checkpoint has no chat template: the built-in ChatML is used, which may not be what it learnt; "
+            "--chat-template FILE gives another"
+        )
+    if given is not None:
+        notes.append(f"the chat template is that of {ascii(given.name)[1:-1]}, as asked; the checkpoint's is not used")
+    specials: dict[str, Any] = dict(vocabulary.specials)
+    return Template(
+        text=CHATML if vocabulary.template is None else vocabulary.template,
+        origin="built-in" if vocabulary.template is None else "checkpoint" if given is None else "file",
+        sha256=None if given is None else given.sha256,
+        **{name: specials.pop(name, None) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+        other_tokens=specials,
+    )
+
+
+def _generation_config(
+    config: dict[str, Any], bos: int | None, stops: tuple[int, ...], sampling: SamplingDefaults
+) -> dict[str, Any]:
+    """generation_config.json for other loaders, with all stop ids, and `do_sample` where the authors wrote `sample`."""
+    document: dict[str, Any] = {
+        "bos_token_id": bos,
+        "eos_token_id": list(stops),
+        "pad_token_id": config["pad_token_id"],
+    }
+    if sampling.temperature:
+        document |= {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+        document |= {"top_p": sampling.top_p, "min_p": sampling.min_p}
+    document |= {"repetition_penalty": sampling.repetition_penalty, "max_new_tokens": sampling.max_new_tokens}
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _origin(located: Located, folder: Path, weights: list[str]) -> tuple[Source, tuple[tuple[str, Path], ...]]:
+    small = [path.name for path in folder.iterdir() if path.suffix == ".json" or path.name in TOKENIZER_FILES]
+    hashes: dict[str, str] = {}
+    for name in sorted({*small, *weights}):
+        if name in located.hashes:
+            hashes[name] = located.hashes[name]
+        elif name not in weights and (folder / name).is_file():
+            _require_inside(folder, name)
+            hashes[name] = sha256_file(folder / name)
+    unhashed = tuple((name, folder / name) for name in weights if name not in hashes)
+    return Source(kind=located.kind, id=located.id, revision=located.revision, files=hashes), unhashed
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,86 @@
+"""One tensor of a weight file: its type, its shape, and where its bytes lie. It knows no file format."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from normistral.errors import CheckpointError
+from normistral.export.checkpoint.tensor_names import recognise_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+_DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_ITEM_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+_MAX_DIMENSIONS = 8
+_AGAIN = "download or copy the file again"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Row-major and little-endian; shape as stored; `start` is where its bytes begin in the file."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one of `shape[0]` rows."""
+        return math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
+
+
+def make_tensor(file: Path, name: str, dtype: object, shape: object, start: int) -> Tensor:
+    """A tensor from what a header says of it.
+
+    Args:
+        dtype: as safetensors writes it: "BF16", "F16" or "F32".
+        shape: a list of widths.
+
+    Raises:
+        CheckpointError: the shape is none, or the type is not one of the three.
+    """
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MAX_DIMENSIONS
+        or not all(isinstance(width, int) and not isinstance(width, bool) and 0 <= width < 2**40 for width in shape)
+    ):
+        raise CheckpointError(f"{file.name} is damaged: the shape of {shown(name)} is wrong", _AGAIN)
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        if (other := recognise_tensors([name])) is not None:
+            raise CheckpointError(f"the weights of {file.name} are {other.what}: they hold {shown(name)}", other.hint)
+        raise CheckpointError(
+            f"{file.name}: {shown(name)} is stored as {ascii(dtype)[:20]}, not as bfloat16, float16 or float32",
+            "export the original checkpoint with its floating-point weights",
+        )
+    return Tensor(_DTYPES[dtype], tuple(shape), file, start)
+
+
+def map_tensor(tensor: Tensor) -> torch.Tensor:
+    """The values, mapped and not read: pages come from the file when they are touched, and writing copies them."""
+    import numpy as np
+    import torch
+
+    kind = getattr(torch, tensor.dtype)
+    if tensor.nbytes == 0:  # nothing to map
+        return torch.empty(tensor.shape, dtype=kind)
+    stored = np.dtype({"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}[tensor.dtype])  # numpy has no bfloat16
+    values = np.memmap(tensor.file, stored, mode="c", offset=tensor.start, shape=tensor.shape)
+    # No writer that is in use leaves a tensor between two items; torch does not promise to read one from there.
+    return torch.from_numpy(values if values.flags.aligned else np.array(values)).view(kind)
+
+
+def shown(name: str) -> str:
+    """A name out of a file, in quotes, fit for a one-line message."""
+    return ascii(name[:80])

@@ -1,0 +1,149 @@
+"""The proof that tokenizer.json alone gives the ids of transformers, which reads all files. It needs no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from normistral.artifact.tokenizer import Tokenizer
+from normistral.errors import ArtifactError, CheckpointError
+from normistral.export.checkpoint.fields import shorten
+from normistral.export.texts import load_texts
+from normistral.runtime.detokenizer import StreamDetokenizer
+
+_SETTINGS = "tokenizer_config.json"
+# What tokenizers differ in: blanks, line ends, letters that are composed, compatible, rare, of no word or of no width.
+_ODD_TEXTS = (
+    *("", " ", "a", "  to blanke foran", "bak  ", "en  to   tre    fire", "linje\n\nog\r\nlinje\t\tslutt\n", "\n"),
+    *("Sámegiella: čáŋgu, ŧ, đ, ž, š. Åarjelsaemien: ïe, öö", "blåbærsyltetøy ÆØÅ æøå", "A\u030a e\u0301 \u212b"),
+    *(
+        "😀 👩\u200d👩\u200d👧 🇳🇴 ☕\ufe0f",
+        "ﬁ ½ ① ㎏ ｆｕｌｌ Ⅳ … ™",
+        "日本語 العربية עברית ไทย",
+        "\u00a0x\u2009y\u200bz\ufeff",
+    ),
+    *(
+        "1 23 456 7890 3,14 1e-5 §1",
+        "def f(x):\n    return {'a': x[0]}  # ja\n\tpass",
+        "<0x0A> ▁ Ġ </s ><s",
+        "\x00\x01\x7f",
+    ),
+    *(
+        "don't It's DON'T",
+        "HTML <b>x</b> &amp; {{ x }} {% if %}",
+        "https://www.uio.no/?a=b&c=%20#d",
+        "\ufffd\ufffe\U0010ffff",
+    ),
+)
+
+
+def prove_tokenizer(folder: Path, reference: Any) -> int:
+    """Compare ids and decoded text for our texts, and for every added token of either side in several surroundings.
+
+    Where transformers builds its tokenizer from other files than tokenizer.json, every piece of the vocabulary is
+    compared too.
+
+    Args:
+        folder: with the tokenizer.json that will be shipped.
+        reference: the checkpoint's tokenizer in transformers.
+
+    Returns:
+        how many tokens were compared.
+
+    Raises:
+        CheckpointError: they differ; naming the file that makes transformers differ.
+    """
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except ArtifactError as exc:
+        raise CheckpointError(exc.message, "download or copy the file again") from exc
+    backend = reference.backend_tokenizer
+    if tokenizer.vocabulary() != backend.get_vocab(with_added_tokens=True):
+        raise _refusal(folder, reference, "has other tokens than transformers'")
+    short = list(_ODD_TEXTS)
+    for token in sorted({token.text for token in tokenizer.added_tokens} | set(reference.get_added_vocab())):
+        short += [token, surround(token)]
+    texts = [*short, *_our_texts()]
+    if _differs(folder, backend):
+        texts += sorted(tokenizer.decode([i], skip_special_tokens=False) for i in range(tokenizer.vocabulary_size))
+    compared = 0
+    for number, (text, theirs) in enumerate(zip(texts, _encode(reference, texts), strict=True)):
+        ours = tokenizer.encode(text)
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+            at = min(len(ours), len(theirs)) if at is None else at
+            raise _refusal(
+                folder,
+                reference,
+                f"gives other ids for {shorten(text)}, from token {at} on: {ours[at : at + 4]} instead of "
+                f"{theirs[at : at + 4]},",
+            )
+        if number < len(short):
+            _require_same_text(folder, tokenizer, reference, ours)
+        compared += len(ours)
+    return compared
+
+
+def _require_same_text(folder: Path, tokenizer: Tokenizer, reference: Any, ids: list[int]) -> None:
+    """The text of ids is transformers', at once and token by token."""
+    try:
+        stream = StreamDetokenizer(tokenizer)
+    except ArtifactError as exc:
+        raise CheckpointError(
+            exc.message, "use a checkpoint whose tokenizer.json has a decoder of the usual steps"
+        ) from exc
+    text = tokenizer.decode(ids)
+    if text != reference.backend_tokenizer.decode(ids):
+        raise _refusal(folder, reference, f"makes another text, {shorten(text)}, of the ids {ids[:8]}")
+    streamed = "".join(map(stream.push, ids)) + stream.flush()
+    if streamed != text:
+        raise CheckpointError(
+            f"tokenizer.json's decoder cannot be followed token by token: {shorten(streamed)}, not {shorten(text)}",
+            "report it, with the model's tokenizer.json",
+        )
+
+
+def surround(token: str) -> str:
+    """A text that has a token at its start and its end, between letters, between blanks, and twice in a row."""
+    return f"{token}a{token} b {token} c{token}{token}\n{token} {token}"
+
+
+def _our_texts() -> Iterator[str]:
+    for text in load_texts().values():
+        yield from text.splitlines(keepends=True)
+
+
+def _encode(reference: Any, texts: Iterable[str]) -> list[list[int]]:
+    ids: list[list[int]] = reference(list(texts), padding=False, truncation=False)["input_ids"]
+    return ids
+
+
+def _differs(folder: Path, backend: Any) -> bool:
+    """Whether transformers' tokenizer was not read from tokenizer.json, and is not the same."""
+    from tokenizers import Tokenizer as Backend
+
+    ours, theirs = (json.loads(one.to_str()) for one in (Backend.from_file(str(folder / "tokenizer.json")), backend))
+    return any(ours[part] != theirs[part] for part in ("model", "normalizer", "pre_tokenizer", "decoder"))
+
+
+def _refusal(folder: Path, reference: Any, what: str) -> CheckpointError:
+    """The error that names the file which makes transformers differ from tokenizer.json."""
+    settings = reference.init_kwargs
+    message = f"tokenizer.json {what} than transformers {type(reference).__name__}"
+    if settings.get("split_special_tokens"):
+        return CheckpointError(
+            f"{_SETTINGS} has split_special_tokens, which no tokenizer.json can express: {message}",
+            f"remove split_special_tokens from {_SETTINGS}",
+        )
+    if settings.get("add_prefix_space") is not None and (folder / "tokenizer.model").exists():
+        return CheckpointError(
+            f"add_prefix_space in {_SETTINGS} makes transformers read tokenizer.model in place of tokenizer.json, and "
+            f"they differ: {message}",
+            f"remove add_prefix_space from {_SETTINGS} to keep tokenizer.json, or remove tokenizer.json",
+        )
+    return CheckpointError(
+        f"{_SETTINGS} makes another tokenizer of tokenizer.json: {message}",
+        f'name a class in {_SETTINGS} that reads tokenizer.json as it is: "tokenizer_class": "PreTrainedTokenizerFast"',
+    )

@@ -1,0 +1,175 @@
+"""Check a checkpoint's weight files before anything is converted.
+
+Only headers are read: names, types, shapes, and that every byte that a header promises is there. The values are not
+looked at; a wrong byte inside them shows in the SHA-256 when there is one to compare with (hub.py).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TypeVar
+
+from normistral.errors import CheckpointError
+from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.families.base import OUTPUT_LAYER, Family
+from normistral.export.checkpoint.folder_kinds import recognise_folder
+from normistral.export.checkpoint.safetensors_file import read_safetensors
+from normistral.export.checkpoint.tensor import Dtype, Tensor
+from normistral.export.checkpoint.tensor_names import recognise_tensors
+from normistral.export.checkpoint.torch_file import read_torch_file
+
+T = TypeVar("T")
+
+_INDEXED = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+_AGAIN = "download or copy the file again"
+
+
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The weight files that make up a checkpoint.
+
+    Returns:
+        file names, and the index's map from tensor to file (None for a single file).
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged or leads out of the folder.
+    """
+    for single in _INDEXED:
+        if (folder / single).is_symlink() or (folder / single).exists():
+            return [single], None
+        index = folder / f"{single}.index.json"
+        if index.is_symlink() or index.exists():
+            weight_map = _weight_map(index)
+            return sorted(set(weight_map.values())), weight_map
+    found = recognise_folder(folder)
+    if found is not None:
+        raise CheckpointError(f"{folder} has no weights that can be read: it is {found.what}", found.hint)
+    raise CheckpointError(
+        f"{folder} has no weights: neither {' nor '.join(_INDEXED)}, nor an index of shards",
+        "give the folder of a whole checkpoint",
+    )
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint by name, from the headers of its files.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or damaged, or does not hold what the index says.
+    """
+    files, weight_map = weight_files(folder)
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise _missing_files(folder, absent, len(files))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        path = folder / file
+        found = read_safetensors(path) if file.endswith(".safetensors") else read_torch_file(path)
+        if weight_map is not None:
+            lacking = [name for name, where in weight_map.items() if where == file and name not in found]
+            if lacking:
+                raise CheckpointError(f"{file} does not hold {_some(lacking)}, which the index says", _AGAIN)
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise CheckpointError(f"{file} holds {_some(twice)}, which another shard holds too", _AGAIN)
+        tensors |= found
+    return tensors
+
+
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], family: Family) -> None:
+    """Compare with what config.json describes.
+
+    Raises:
+        CheckpointError: naming tensors that are missing, mis-shaped or left over.
+    """
+    found = with_prefix(tensors, family)
+    missing = [name for name in expected if name not in found]
+    other = recognise_tensors(name for name in tensors if name not in expected) if missing else None
+    if other is not None:
+        raise CheckpointError(f"the weights are {other.what}", other.hint)
+    if missing:
+        hint = "give the folder of a whole checkpoint"
+        if missing == [OUTPUT_LAYER]:
+            hint = "it may have been saved without its output layer; export the causal language model"
+        raise CheckpointError(f"the weights lack {_some(missing)}, which config.json asks for", hint)
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise CheckpointError(
+                f"{name} has shape {list(found[name].shape)}, but config.json asks for {list(shape)}",
+                "config.json and weights belong to different models",
+            )
+    extra = [name for name in found if name not in expected and not family.is_computed(name)]
+    if extra and extra != [OUTPUT_LAYER]:
+        if (other := recognise_tensors(extra)) is not None:
+            raise CheckpointError(f"the weights are {other.what}: they hold {_some(extra)}", other.hint)
+        raise CheckpointError(
+            f"the weights hold {_some(extra)}, which config.json does not describe",
+            "config.json and weights belong to different models",
+        )
+
+
+def with_prefix(tensors: dict[str, T], family: Family) -> dict[str, T]:
+    """Tensors under the names of the causal language model: a headless checkpoint's lack the family's prefix."""
+    if any(name.startswith(family.prefix) for name in tensors):
+        return tensors
+    return {name if name == OUTPUT_LAYER else f"{family.prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def has_separate_output(tensors: dict[str, Tensor], family: Family) -> bool:
+    """Whether there is an output matrix that differs from the input embedding."""
+    found = with_prefix(tensors, family)
+    output, embedding = found.get(OUTPUT_LAYER), found.get(family.embedding)
+    if output is None or embedding is None:
+        return False
+    if (output.dtype, output.shape) != (embedding.dtype, embedding.shape):
+        return True
+    with output.file.open("rb") as left, embedding.file.open("rb") as right:
+        left.seek(output.start)
+        right.seek(embedding.start)
+        remaining = output.nbytes
+        while remaining > 0:
+            size = min(remaining, 4 * 2**20)
+            if left.read(size) != right.read(size):
+                return True
+            remaining -= size
+    return False
+
+
+def stored_dtype(tensors: dict[str, Tensor]) -> Dtype:
+    """The type that most bytes of the weights are stored in."""
+    sizes: dict[Dtype, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index.name} has no weight_map", _AGAIN)
+    suffix = index.name.removesuffix(".index.json").rpartition(".")[2]
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._-]*\.{suffix}", file):
+            raise CheckpointError(
+                f"{index.name}: the file of {ascii(tensor)[:80]} is {ascii(file)[:80]}, not a {suffix} file beside it",
+                "use a checkpoint whose index is as its authors published it",
+            )
+    return weight_map
+
+
+def _missing_files(folder: Path, absent: list[str], count: int) -> CheckpointError:
+    """The error that names them all, and the download that did not finish where it shows."""
+    reason = f"{'weight file' if count == 1 else 'shard'} {absent[0]} is missing from {folder}"
+    if len(absent) > 1:
+        numbers = [match[1].lstrip("0") for name in absent if (match := re.search(r"-(\d+)-of-\d+\.", name))]
+        which = ", ".join(numbers) if len(numbers) == len(absent) else _some(absent, "files")
+        reason = f"{len(absent)} of {count} shards are missing from {folder}: {which}"
+    found = recognise_folder(folder)
+    if found is not None and "did not finish" in found.what:
+        return CheckpointError(f"{reason}; it holds {found.what}", found.hint)
+    return CheckpointError(reason, "download or copy the checkpoint again")
+
+
+def _some(names: list[str], kind: str = "tensors") -> str:
+    """Up to three names, and how many more."""
+    shown = ", ".join(ascii(name)[1:-1][:80] for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}"

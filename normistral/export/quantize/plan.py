@@ -1,0 +1,93 @@
+"""What a recipe asks of the rounding: the grid, the method, and the tokens that it is calibrated with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain, groupby, zip_longest
+from typing import Literal
+
+from normistral.export.quantize.scheme import Grid
+from normistral.export.recipe import PER_CHANNEL, Recipe, RecipeName
+from normistral.export.texts import load_texts
+
+Method = Literal["search", "gptq"]
+
+CALIBRATION_TOKENS = 8192
+SENSITIVITY_TOKENS = 2048  # of them, for the choice of what takes 8 bits
+WINDOW_TOKENS = 512
+_METHODS: dict[RecipeName, Method | None] = {"fast": None, "balanced": "search", "best": "gptq"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the matrices inside the layers are rounded.
+
+    Attributes:
+        method: "search" chooses scales and rounds to nearest; "gptq" chooses scales and lets GPTQ choose the codes.
+        bits, symmetric: of the grid.
+        group_size: weights that share a scale; None is a whole row.
+        float16_scales: of the grid.
+        ratio: share of the weights on that grid; the others take `finer_grid`.
+    """
+
+    method: Method
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    float16_scales: bool = False
+    ratio: float = 1.0
+
+    def grid(self, columns: int) -> Grid:
+        """The grid of a matrix."""
+        return Grid(self.bits, self.group_size or columns, self.symmetric, self.float16_scales)
+
+    def finer_grid(self, columns: int) -> Grid:
+        """Of a matrix that 4 bits would harm most; without zero points, which would take a byte each."""
+        return Grid(8, self.group_size or columns, symmetric=True, float16_scales=self.float16_scales)
+
+
+def choose_plan(recipe: Recipe, group_size: int | None) -> Plan | None:
+    """None where nothing is calibrated and weights are rounded to nearest as they stream by."""
+    method = _METHODS[recipe.rounding]
+    if method is None:
+        return None
+    groups = None if group_size in (None, PER_CHANNEL) else group_size
+    bits, float16_scales = 4 if recipe.weights == "int4" else 8, recipe.format == "openvino"
+    return Plan(method, bits, groups, recipe.is_symmetric, float16_scales, recipe.ratio)
+
+
+def calibration_windows(encode: Callable[[str], list[int]], context: int) -> list[list[int]]:
+    """Pieces of our texts, of one length, about 8,192 tokens in all, from every text in turn.
+
+    Args:
+        encode: text to token ids, as the checkpoint does it.
+        context: the most tokens of a piece.
+    """
+    width = min(WINDOW_TOKENS, context)
+    texts = []
+    for text in load_texts().values():
+        ids = encode(text)
+        texts.append([ids[start : start + width] for start in range(0, len(ids) - width + 1, width)])
+    in_turn = [window for window in chain.from_iterable(zip_longest(*texts)) if window is not None]
+    return in_turn[: max(1, CALIBRATION_TOKENS // width)]
+
+
+def calibration_sha256() -> str:
+    """Of the texts, one after the other, in UTF-8: the manifest says with what a model was calibrated."""
+    return hashlib.sha256("".join(load_texts().values()).encode()).hexdigest()
+
+
+def list_by_kind(names: Iterable[str], layer_prefix: str) -> dict[str, str]:
+    """Matrices of layers as the manifest lists them: {"mlp.down_proj": "0-3,7"}."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        number, _, kind = name.removeprefix(layer_prefix).removesuffix(".weight").partition(".")
+        layers.setdefault(kind, []).append(int(number))
+    return {kind: _ranges(sorted(layers[kind])) for kind in sorted(layers)}
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

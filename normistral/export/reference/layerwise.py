@@ -1,0 +1,262 @@
+"""A checkpoint of any size, run in float32 by transformers, layer by layer: as a reference, and to calibrate with.
+
+Sequences go through the model in groups: their hidden states wait in memory while one decoder layer after the other is
+read from the mapped file, turned to float32, run over all of them and dropped. At one time there is one layer in
+float32 (0.9 GB for NorMistral-7B), or the embedding, or the output layer (0.5 GB each). transformers' own code makes
+masks, positions and ALiBi and runs each layer, so what comes out is what it computes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normistral.errors import ExportError, first_line
+from normistral.evaluation.windows import Window
+from normistral.export.checkpoint.families.base import OUTPUT_LAYER
+from normistral.export.checkpoint.open import Checkpoint
+from normistral.export.checkpoint.tensor import Tensor, map_tensor
+from normistral.export.checkpoint.weights import read_tensors, with_prefix
+from normistral.export.reference.model import Logits, read_reference_config
+from normistral.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# Tokens that go through the layers together: reading a 7B's weights takes about as long as running 500 tokens through
+# them on two cores, so a group of 8,192 loses a few percent; their hidden states take 134 MB, and what is finished is
+# on disk after every group.
+_GROUP_TOKENS = 8192
+
+
+class Matrices(Protocol):
+    """Other values for some of the checkpoint's matrices."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A whole matrix [out, in]."""
+        ...
+
+
+@dataclass(slots=True)
+class Passage:
+    """One sequence on its way: hidden states [1, tokens, hidden], and what transformers gives each layer besides."""
+
+    hidden: torch.Tensor
+    beside: dict[str, Any]
+
+
+class LayeredModel:
+    """A model of any size, in float32, one layer in memory at a time.
+
+    Args:
+        checkpoint: an opened one; its folder has to stay.
+        group_tokens: tokens that go through the layers together.
+        matrices: taken instead of the checkpoint's, as far as they go: those of an artifact.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+        ExportError: transformers cannot build the model.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        progress: Progress,
+        *,
+        group_tokens: int = _GROUP_TOKENS,
+        matrices: Matrices | None = None,
+    ) -> None:
+        import torch
+
+        self._family, self._progress, self._group_tokens = checkpoint.family, progress, group_tokens
+        self._matrices = matrices
+        self._tensors: dict[str, Tensor] = with_prefix(read_tensors(checkpoint.folder), self._family)
+        self._model = empty_model(checkpoint)
+        self._tied = self._model.config.tie_word_embeddings
+        parent, _, name = self._family.layer_prefix.rstrip(".").rpartition(".")
+        self._layers = self._model.get_submodule(parent).get_submodule(name)
+        self._probe = _make_probe()
+        setattr(self._model.get_submodule(parent), name, torch.nn.ModuleList([self._probe]))
+        norms = set(self._family.outer_tensors(checkpoint.config)) - {self._family.embedding}
+        for tensor in norms:
+            self._fill(self._model, tensor, tensor)
+
+    def predict(self, windows: Sequence[Window]) -> Iterator[Logits]:
+        """As `Predictor`; nothing comes before a group has gone through all layers."""
+        groups = _group(windows, self._group_tokens)
+        for number, group in enumerate(groups, start=1):
+            what = "reference" if self._matrices is None else "the artifact's weights in transformers"
+            title = f"{what}, layer by layer" + (f", part {number} of {len(groups)}" if len(groups) > 1 else "")
+            with self._progress.stage(title, self.layers, "layers") as stage:
+                passages = self.enter([window.fed_ids for window in group])
+                for index in range(self.layers):
+                    with self.open_layer(index) as layer:
+                        for passage in passages:
+                            self.run(layer, passage)
+                    stage.advance(1)
+            yield from self._finish(group, passages)
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
+    def enter(self, sequences: Sequence[Sequence[int]]) -> list[Passage]:
+        """Up to the first layer: token ids to what it is called with."""
+        import torch
+
+        with self._filled(self._model, {self._family.embedding: self._family.embedding}), torch.no_grad():
+            return [self._start(torch.tensor([list(token_ids)])) for token_ids in sequences]
+
+    @contextmanager
+    def open_layer(self, index: int) -> Iterator[torch.nn.Module]:
+        """A layer whose parameters are there, in float32 and free to be changed, while the context is open."""
+        layer = self._layers[index]
+        prefix = self.prefix(index)
+        with self._filled(layer, {name: f"{prefix}{name}" for name, _ in layer.named_parameters()}):
+            yield layer
+
+    def prefix(self, index: int) -> str:
+        """What the checkpoint puts before the names of a layer's parameters."""
+        return f"{self._family.layer_prefix}{index}."
+
+    def run(self, layer: torch.nn.Module, passage: Passage) -> None:
+        """Take a sequence through an open layer."""
+        import torch
+
+        with torch.no_grad():
+            passage.hidden = self.call(layer, passage)
+
+    def call(self, layer: torch.nn.Module, passage: Passage) -> torch.Tensor:
+        """What an open layer makes of a sequence [1, tokens, hidden]; with a gradient where torch is to take one."""
+        out = layer(passage.hidden, **passage.beside)
+        self._answers_tuple = isinstance(out, tuple)  # BLOOM's layers do, Llama's do not
+        hidden: torch.Tensor = out[0] if self._answers_tuple else out
+        return hidden
+
+    @contextmanager
+    def open_output(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Last norm and output layer while the context is open: hidden states [1, tokens, hidden] to logits.
+
+        Layers have to have been run before.
+        """
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            self._probe.answer = (hidden,) if self._answers_tuple else hidden
+            found: torch.Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits[0]
+            return found
+
+        with self._filled(self._model, {OUTPUT_LAYER: OUTPUT_LAYER}):
+            yield logits
+
+    def _start(self, token_ids: torch.Tensor) -> Passage:
+        """What the first layer is called with."""
+        self._probe.answer = None
+        try:
+            self._model(token_ids, use_cache=False)
+        except _LayersReachedError as reached:
+            return Passage(reached.hidden, reached.beside)
+        raise ExportError(f"transformers' {type(self._model).__name__} has no layers where they were expected")
+
+    def _finish(self, windows: Sequence[Window], passages: Sequence[Passage]) -> Iterator[Logits]:
+        """Last norm and output layer, at the scored places only."""
+        import torch
+
+        with self.open_output() as output:
+            for window, passage in zip(windows, passages, strict=True):
+                with torch.inference_mode():
+                    logits = output(passage.hidden[:, -window.scored :])
+                yield logits.numpy().astype(np.float32, copy=False)
+
+    @contextmanager
+    def _filled(self, module: torch.nn.Module, names: dict[str, str]) -> Iterator[None]:
+        """The module's parameters in float32 while the context is open; names: in the module -> in the file."""
+        try:
+            for name, stored in names.items():
+                self._fill(module, name, stored)
+            yield
+        finally:
+            for name in names:
+                _set_parameter(module, name, _parameter(module, name).to("meta"))
+
+    def _fill(self, module: torch.nn.Module, name: str, stored: str) -> None:
+        import torch
+
+        if stored == OUTPUT_LAYER and self._tied:
+            stored = self._family.embedding
+        if self._matrices is not None and stored in self._matrices:
+            values = torch.from_numpy(self._matrices.read(stored))
+        else:
+            values = map_tensor(self._tensors[stored]).to(torch.float32, copy=True)
+        if values.shape != _parameter(module, name).shape:
+            raise ExportError(f"transformers expects another shape of {stored}", "config.json and weights differ")
+        _set_parameter(module, name, values)
+
+
+def _group(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
+    """Consecutive windows of about so many tokens together."""
+    groups: list[list[Window]] = []
+    size = 0
+    for window in windows:
+        if not groups or size + len(window.token_ids) > tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(window)
+        size += len(window.token_ids)
+    return groups
+
+
+class _LayersReachedError(Exception):
+    """Not a failure: carries what the layers are called with out of transformers' code."""
+
+    def __init__(self, hidden: torch.Tensor, beside: dict[str, Any]) -> None:
+        super().__init__()
+        self.hidden, self.beside = hidden, beside
+
+
+def _make_probe() -> Any:
+    """A module in the place of all layers: it answers `answer`, or raises with what it was called with."""
+    import torch
+
+    class Probe(torch.nn.Module):
+        answer: Any = None
+
+        def forward(self, hidden: torch.Tensor, **beside: Any) -> Any:
+            if self.answer is None:
+                raise _LayersReachedError(hidden, beside)
+            return self.answer
+
+    return Probe()
+
+
+def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor:
+    return module.get_parameter(name)
+
+
+def _set_parameter(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
+    import torch
+
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, torch.nn.Parameter(values, requires_grad=False))
+
+
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The reference without weights; buffers are computed as always."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = read_reference_config(checkpoint)
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
+        raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc

@@ -1,0 +1,121 @@
+"""What the model itself computes, as transformers runs it: the measure of everything that is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normistral.artifact.manifest import Architecture
+from normistral.errors import ExportError, first_line
+from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.open import Checkpoint
+from normistral.export.checkpoint.tensor import map_tensor, shown
+from normistral.export.checkpoint.weights import has_separate_output, read_tensors, with_prefix
+from normistral.export.reference.config import reference_config
+from normistral.hardware import available_memory_bytes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Logits = NDArray[np.float32]
+
+PROBE_TEXT = (
+    "Hovedstaden i Norge er Oslo, og den lengste elva er Glåma. På Vestlandet regner det ofte, men folk går tur. "
+    "The capital of Norway is Oslo. A short text in two languages is enough to see whether a model was converted whole."
+)
+PROBE_TOKENS = 64
+# A model whose float32 copy takes more than this is not run: twice that is held during the comparison.
+_RUN_LIMIT_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the model itself computes: token ids [n] and float32 logits [n, vocabulary]."""
+
+    token_ids: list[int]
+    logits: Logits
+
+
+def fits_for_running(architecture: Architecture) -> bool:
+    """Whether model and artifact can be run here beside each other."""
+    float32_bytes = 4 * architecture.parameters
+    return float32_bytes <= _RUN_LIMIT_BYTES and 2 * float32_bytes <= available_memory_bytes()
+
+
+def load_reference(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model as config.json describes it, in float32, by a reader that shares nothing with the exporter's.
+
+    Raises:
+        CheckpointError, ExportError: as `load_model`.
+    """
+    return load_model(checkpoint.folder, "float32", read_reference_config(checkpoint))
+
+
+def read_reference_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The reference's configuration; raises ExportError where transformers does not take it."""
+    has_output = has_separate_output(read_tensors(checkpoint.folder), checkpoint.family)
+    try:
+        return reference_config(checkpoint.raw_config, has_output=has_output)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
+
+
+def load_model(folder: Path, dtype: str, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The checkpoint as a transformers model whose parameters are the mapped file when `dtype` is their own.
+
+    Nothing is read before it is used, and a page that was read can be dropped again: the model takes address space and
+    no memory. (transformers' own loader does so for safetensors, but runs torch's unpickler on a .bin file.)
+    Runs no code of the checkpoint and asks no network.
+
+    Args:
+        folder: config.json and weights, as `open_checkpoint` prepared them.
+        dtype: "float32", "float16" or "bfloat16".
+        config: describes the model; None takes config.json of the folder.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+        ExportError: transformers cannot build the model, or it does not have the checkpoint's tensors.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = getattr(torch, dtype)
+    family = find_family(read_json(folder / "config.json"))
+    stored = with_prefix(read_tensors(folder), family)
+    try:
+        if config is None:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+        values = {name: map_tensor(tensor).to(kind) for name, tensor in stored.items() if not family.is_computed(name)}
+        unknown = model.load_state_dict(values, strict=False, assign=True).unexpected_keys
+        model.tie_weights()  # also where the weights hold a copy for the output layer
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
+        raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
+    absent = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if absent or unknown:
+        raise ExportError(
+            f"transformers' {type(model).__name__} and the weights differ: "
+            f"{len(absent)} tensors are missing, {len(unknown)} left over; first {shown([*absent, *unknown][0])}",
+            "config.json and weights belong to different models",
+        )
+    return model.eval()
+
+
+def compute_reference(model: PreTrainedModel, token_ids: list[int]) -> Reference:
+    """Logits of the model in float32, before its weights are rounded. Works on a copy unless it is float32 already."""
+    import copy
+
+    import torch
+
+    token_ids = token_ids[:PROBE_TOKENS]
+    with torch.inference_mode():
+        exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+        logits = exact(torch.tensor([token_ids])).logits[0]
+    return Reference(token_ids, logits.numpy().astype(np.float32))
