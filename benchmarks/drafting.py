@@ -1,6 +1,6 @@
 """What drafting brings: tokens a second with and without, in turn on the same prompts.
 
-    python benchmarks/drafting.py prompts ARTIFACT [--tokens 128] [--repeats 5] [--table FILE] [--exact] [--json FILE]
+    python benchmarks/drafting.py prompts ARTIFACT [--tokens 128] [--repeats 5] [--exact] [--json FILE]
     python benchmarks/drafting.py replay ARTIFACT --rate 0.8 [--rate 0.5 ...] [--tokens 128] [--json FILE]
 
 `prompts`: ten prompts whose answers are in their text and ten free ones, to a chat model, greedy. Plain and drafted
@@ -91,7 +91,7 @@ def compare(model: normistral.Model, message: str, tokens: int, repeats: int) ->
 
 def run_prompts(arguments: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
-    with normistral.load(arguments.artifact, exact=arguments.exact, draft_table=arguments.table) as model:
+    with normistral.load(arguments.artifact, exact=arguments.exact) as model:
         for draft in ("off", "auto", "auto"):
             measure(model, WARM_UP, arguments.tokens, draft)
         for kind, messages in (("grounded", GROUNDED), ("free", FREE)):
@@ -177,13 +177,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--exact", action="store_true")
-    parser.add_argument("--table", type=Path, help="a draft table; only with prompts")
     parser.add_argument("--rate", type=float, action="append", help="only with replay; default 0.9, 0.7, 0.5, 0.0")
     parser.add_argument("--prompt", type=int, default=300, help="tokens of the prompt; only with replay")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if (arguments.mode == "prompts" and arguments.rate) or (arguments.mode == "replay" and arguments.table):
-        sys.exit("--rate is for replay, --table for prompts")
+    if arguments.mode == "prompts" and arguments.rate:
+        sys.exit("--rate is for replay")
     arguments.rate = arguments.rate or [0.9, 0.7, 0.5, 0.0]
     machine = hardware.read_machine()
     report = {"artifact": arguments.artifact.name, "mode": arguments.mode, "exact": arguments.exact}

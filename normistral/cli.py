@@ -25,7 +25,7 @@ from normistral.commands.benchmarking import bench
 from normistral.commands.build_kernel import build_kernel
 from normistral.commands.bundle import bundle
 from normistral.commands.chat import chat, generate
-from normistral.commands.drafting import draft_table
+from normistral.commands.draft_table import draft_table
 from normistral.commands.evaluating import evaluate
 from normistral.commands.export import export
 from normistral.commands.help import HelpCommand, HelpGroup
@@ -183,7 +183,7 @@ _add(rich_help_panel=_USE, epilog="Example: normistral serve demo")(serve)
 _add(rich_help_panel=_MEASURE)(bench)
 _add("eval", rich_help_panel=_MEASURE)(evaluate)
 _add(rich_help_panel=_MEASURE)(tune)
-_add("draft-table", rich_help_panel=_MEASURE)(draft_table)
+_add("draft-table", hidden=True, context_settings={"ignore_unknown_options": True})(draft_table)
 _add(rich_help_panel=_MACHINE)(doctor)
 _add("build-kernel", rich_help_panel=_MACHINE)(build_kernel)
 _add(rich_help_panel=_MACHINE)(bundle)

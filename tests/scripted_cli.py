@@ -33,7 +33,7 @@ def make_artifact(folder: Path, **changes) -> Path:
 
 
 def run(script: dict, arguments: list[str]) -> int:
-    def load(folder: Path, device: str = "CPU", *, exact=False, settings=None, draft_table=None) -> Model:
+    def load(folder: Path, device: str = "CPU", *, exact=False, settings=None) -> Model:
         model = make_model(
             Path(script["folder"]) / "tokenizer",
             script["answers"],

@@ -3,8 +3,8 @@
     python tests/show_planted.py
 
 Links, FIFOs, folders, sockets, devices and files of another user (the last two as root), under the names that are used
-beside an OUTPUT, and at random. Each OUTPUT is exported to (without a model), saved to as a session is, a result, a
-table, or a batch's answers; a third of them with something that is no file in OUTPUT's own place.
+beside an OUTPUT, and at random. Each OUTPUT is exported to (without a model), saved to as a session is, a result,
+or a batch's answers; a third of them with something that is no file in OUTPUT's own place.
 Exits with 1 if anything else changed, or one took longer than 10 seconds. Takes half a minute.
 """
 
@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from planted import NOBODY, look, plant
 
 from normistral.artifact.manifest import MANIFEST_NAME
@@ -31,7 +30,6 @@ from normistral.commands.result_files import require_result_place, write_result
 from normistral.errors import NormistralError
 from normistral.export.staging import stage
 from normistral.files import FOLDER_MARK, atomic_write, require_place
-from normistral.runtime.drafting.table import NgramTable
 
 OUTPUTS, NEIGHBOURS, MOST_S = 200, 1000, 10
 KINDS = ["link", "dangling link", "circle", "fifo", "folder", "socket"] + ["device"] * (os.geteuid() == 0)
@@ -56,11 +54,6 @@ def converse(path: Path) -> None:
 def report(path: Path) -> None:
     require_result_place(path, "--report")
     write_result(path, "new")
-
-
-def tabulate(path: Path) -> None:
-    require_place(path)
-    NgramTable(np.zeros(0, np.uint64), np.zeros(0, np.uint32), "0" * 64).write(path)
 
 
 def answer(path: Path) -> None:
@@ -129,7 +122,7 @@ def too_long(number: int, frame: Any) -> None:
 def main() -> int:
     """Run it all."""
     chance = random.Random(17)
-    acts: list[Callable[[Path], None]] = [export, save, converse, report, tabulate, answer]
+    acts: list[Callable[[Path], None]] = [export, save, converse, report, answer]
     signal.signal(signal.SIGALRM, too_long)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

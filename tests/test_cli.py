@@ -344,7 +344,7 @@ def test_the_help_lists_the_commands(capsys, arguments):
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    names = "models export list show rm chat generate batch serve eval info bench draft-table tune bundle doctor"
+    names = "models export list show rm chat generate batch serve eval info bench tune bundle doctor"
     for name in names.split():
         assert re.search(rf"^  {name} ", printed.out, re.MULTILINE)
     groups = ("Models", "Use a model", "Measure and tune", "This machine, and others")

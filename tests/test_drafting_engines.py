@@ -13,9 +13,6 @@ from tiny_models import make_llama, make_mistral
 
 import normistral
 from normistral.artifact.artifact import Artifact
-from normistral.artifact.manifest import read_manifest
-from normistral.errors import UsageError
-from normistral.runtime.drafting.table import build_table
 from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino_slots import Slots
 from normistral.runtime.loading import load_backend
@@ -132,22 +129,6 @@ def test_greedy_and_sampled_texts_are_those_of_plain_decoding(artifact, settings
             assert found.token_ids == plain.token_ids
             drafted += found.timings.drafted_tokens
         assert drafted > 10
-
-
-def test_a_model_is_loaded_with_a_table_of_its_own_tokenizer(tiny_fp16, tmp_path):
-    """What the model says without drafts makes the table, so that there is something to be right about."""
-    options = {"max_new_tokens": 30, "ignore_eos": True, "temperature": 0}
-    with normistral.load(tiny_fp16, exact=True) as model:
-        plain = model.generate([9], draft="off", **options).token_ids
-    sha256 = read_manifest(tiny_fp16).files["tokenizer.json"].sha256
-    build_table([[9, *plain]] * 3, sha256).write(tmp_path / "own.table")
-    build_table([[9, *plain]] * 3, "0" * 64).write(tmp_path / "other.table")
-    with normistral.load(tiny_fp16, exact=True, draft_table=tmp_path / "own.table") as model:
-        found = draft_always(model).generate([9], **options)
-    assert found.token_ids == plain
-    assert found.timings.accepted_tokens > 15
-    with pytest.raises(UsageError, match="another tokenizer"):
-        normistral.load(tiny_fp16, draft_table=str(tmp_path / "other.table"))
 
 
 # The slots alone

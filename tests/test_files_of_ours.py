@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
@@ -15,7 +14,6 @@ from normistral.cluster.journal import begin_run, open_journal, parts_folder, re
 from normistral.commands.conversations import load_conversation, save_conversation
 from normistral.commands.line_editor import _open_history
 from normistral.errors import NormistralError, UsageError
-from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.session_file import open_session
 
 JOB = {"a": 1}
@@ -23,15 +21,12 @@ JOB = {"a": 1}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saving_replaces_files_only(tmp_path, kind):
-    """Conversations and tables; sessions and others go the same way (test_files)."""
+    """Conversations; sessions and others go the same way (test_files)."""
     path = plant(tmp_path / "out", kind)
     before = look(tmp_path)
     with pytest.raises(NormistralError) as refused:
         save_conversation(str(path), [], artifact="a", settings={}, overwrite=True)
     assert refused.value.hint
-    table = NgramTable(np.zeros(0, np.uint64), np.zeros(0, np.uint32), "0" * 64)
-    with pytest.raises(OSError, match="it is a"):
-        table.write(path)
     assert look(tmp_path) == before
 
 
@@ -41,7 +36,6 @@ def test_reading_does_not_wait_or_break(tmp_path, kind):
     for read in (
         lambda: load_conversation(str(path)),
         lambda: open_session(path).__enter__(),
-        lambda: NgramTable.read(path, "0" * 64, 10),
     ):
         with pytest.raises(NormistralError) as refused:
             read()

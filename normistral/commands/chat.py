@@ -116,7 +116,6 @@ def chat(
         draft=draft,
         structure=structure,
     )
-    _require_drafting(options, draft_table)
     settings = parse_settings(engine_settings)
     message = None if prompt is None else _require_text(console.decode_argument(prompt))
     system = None if system is None else console.decode_argument(system)
@@ -143,7 +142,7 @@ def chat(
 
     if message is None:
         console.say(f"loading {folder.name} ...")
-    with load(folder, device=device, exact=exact, settings=settings, draft_table=draft_table) as model:
+    with load(folder, device=device, exact=exact, settings=settings) as model:
         if faster := name_faster_way(model.capabilities.settings, settings):
             console.say(faster)
         if session is None:
@@ -223,7 +222,6 @@ def generate(
         draft=draft,
         structure=structure,
     )
-    _require_drafting(options, draft_table)
     settings = parse_settings(engine_settings)
     text = None if prompt is None else _require_text(console.decode_argument(prompt))
     folder = find_or_make(artifact)  # before the pipe is read: a wrong name is told first
@@ -234,7 +232,7 @@ def generate(
     from normistral.commands.answer import print_answer
     from normistral.runtime.loading import load
 
-    with load(folder, device=device, exact=exact, settings=settings, draft_table=draft_table) as model:
+    with load(folder, device=device, exact=exact, settings=settings) as model:
         completion = print_answer(
             model.stream(text, **options),
             as_json=as_json,
@@ -274,12 +272,6 @@ def _require_text(text: str) -> str:
     if not text.strip():
         raise UsageError("the prompt is empty", "give --prompt TEXT, or pipe some text in")
     return text
-
-
-def _require_drafting(options: dict[str, Any], draft_table: Path | None) -> None:
-    """Refuse a table that nothing would read."""
-    if draft_table is not None and GenerationConfig(**options).draft == "off":
-        raise UsageError("--draft off leaves --draft-table nothing to do", "leave one of them out")
 
 
 def _refuse_base_model(folder: Path, manifest: Manifest) -> None:

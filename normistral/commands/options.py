@@ -11,7 +11,7 @@ import typer
 
 from normistral.artifact import store
 from normistral.artifact.presets import PRESETS
-from normistral.runtime.options import DraftMode, GenerationConfig
+from normistral.runtime.options import DraftMode, GenerationConfig, refuse_draft_table
 
 _OURS = GenerationConfig()
 
@@ -30,6 +30,11 @@ def _remember_verbose(on: bool) -> bool:
     if on and not logger.isEnabledFor(logging.INFO):
         logger.setLevel(logging.INFO)
     return on
+
+
+def _refuse_draft_table(file: Path | None) -> None:
+    if file is not None:
+        refuse_draft_table("--draft-table")
 
 
 def complete_stored(incomplete: str) -> list[str]:
@@ -176,9 +181,7 @@ Draft = Annotated[
 ]
 DraftTable = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="Guess from these n-grams too; made by `normistral draft-table`.", rich_help_panel=ENGINE
-    ),
+    typer.Option(metavar="FILE", help="Removed.", hidden=True, callback=_refuse_draft_table),
 ]
 HideReasoning = Annotated[
     bool,

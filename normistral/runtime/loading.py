@@ -7,13 +7,11 @@ from pathlib import Path
 
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
-from normistral.artifact.tokenizer import TOKENIZER_NAME
-from normistral.files import sha256_file
 from normistral.hardware import read_machine
-from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import DEFAULT_CONFIG, Backend, EngineConfig
 from normistral.runtime.interpreter_exit import computing
 from normistral.runtime.model import Model
+from normistral.runtime.options import refuse_draft_table
 from normistral.runtime.providers import import_onnxruntime
 from normistral.runtime.tuned import find_tuned, make_key
 
@@ -36,38 +34,33 @@ def load(
         settings: engine settings by the engine's own names, over the plan for this machine: properties of OpenVINO;
             of onnxruntime fields of its SessionOptions, "session." entries and `accuracy_level` of MatMulNBits; for
             both `prefill_chunk`, tokens of a prompt that are fed at once. `Model.capabilities` shows what is in force.
-        draft_table: a file of n-grams that `normistral draft-table` made; guesses tokens where the text so far gives
-            no guess.
+        draft_table: refused; tables of n-grams to draft from were removed.
 
     What `normistral tune` found for this artifact on this machine takes the place of the plan, unless `exact`.
 
     Raises:
         UsageError: an unknown setting, a value that the engine does not take, or one that would change the arithmetic
-            of `exact`; or the draft table cannot be read, or belongs to another tokenizer.
+            of `exact`.
         ModelNotFoundError: no such artifact.
         ArtifactError: it is damaged, incomplete, or from a newer version.
         MissingExtraError: the artifact's engine is not installed.
         DeviceError: the device is not there.
         EngineError: the engine could not load it.
     """
+    if draft_table is not None:
+        refuse_draft_table("draft_table")
     opened = Artifact.find(artifact)
     opened.warn_of_advice()
     tuned = None if exact else find_tuned_settings(opened, device)
-    return open_model(opened, EngineConfig(device, exact, settings or {}, tuned), draft_table=draft_table)
+    return open_model(opened, EngineConfig(device, exact, settings or {}, tuned))
 
 
-def open_model(
-    artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG, *, draft_table: str | Path | None = None
-) -> Model:
+def open_model(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Model:
     """Load an opened artifact; errors as in `load`. No tuned settings are looked for but those of `config`."""
-    table = None
-    if draft_table is not None:
-        tokenizer_sha256 = sha256_file(artifact.folder / TOKENIZER_NAME)
-        table = NgramTable.read(Path(draft_table), tokenizer_sha256, artifact.manifest.architecture.vocabulary)
     tokenizer = artifact.tokenizer
     with computing():
         backend = load_backend(artifact, config)
-    return Model(backend, artifact.manifest, tokenizer, name=artifact.name, draft_table=table)
+    return Model(backend, artifact.manifest, tokenizer, name=artifact.name)
 
 
 def find_tuned_settings(artifact: Artifact, device: str) -> Mapping[str, str] | None:

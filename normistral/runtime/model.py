@@ -19,7 +19,6 @@ from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.drafting.decoder import Decoder, Drafting, PlainDecoder
-from normistral.runtime.drafting.table import NgramTable
 from normistral.runtime.engines.base import Backend, Capabilities
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.interpreter_exit import close_at_exit, computing, computing_each
@@ -52,7 +51,6 @@ class Model:
         manifest: Manifest,
         tokenizer: Tokenizer,
         name: str = "model",
-        draft_table: NgramTable | None = None,
     ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -61,7 +59,7 @@ class Model:
         self.structures = Structures(
             GrammarVocabulary(tokenizer, manifest.architecture.vocabulary, manifest.stop_token_ids)
         )
-        self._drafting = Drafting(draft_table)
+        self._drafting = Drafting()
         self._forward_lock = threading.Lock()
         self._list_lock = threading.Lock()  # of what is alive and what is idle
         self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it

@@ -7,7 +7,7 @@ model published (in the manifest) come between these and what the caller asks fo
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from normistral.artifact.manifest import Manifest, SamplingDefaults
 from normistral.errors import UsageError
@@ -219,6 +219,14 @@ def require_applicable(config: GenerationConfig, manifest: Manifest, name: str) 
         raise UsageError(
             f"max_reasoning_tokens means nothing here: {name} is no model that marks its reasoning", "leave it out"
         )
+
+
+def refuse_draft_table(name: str) -> NoReturn:
+    """Raise the UsageError of an option that once named a table of n-grams to draft from."""
+    raise UsageError(
+        f"{name} was removed: no measurement showed that tables of n-grams make answers faster",
+        "leave it out; tokens are drafted from the conversation itself",
+    )
 
 
 def _is_minus_one(value: object) -> bool:

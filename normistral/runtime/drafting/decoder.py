@@ -15,7 +15,6 @@ from typing import Protocol
 from normistral.runtime.drafting.base import Draft, Drafter
 from normistral.runtime.drafting.lookup import PromptLookup
 from normistral.runtime.drafting.pacing import MOST_DRAFTED, StepCosts
-from normistral.runtime.drafting.table import NgramTable, TableDrafter
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.sequence import CachedSequence
 
@@ -141,22 +140,14 @@ class DraftingDecoder:
 
 
 class Drafting:
-    """What the sequences of one model share when they draft.
+    """What the sequences of one model share when they draft."""
 
-    Args:
-        table: n-grams, asked where a sequence itself has no guess.
-    """
-
-    def __init__(self, table: NgramTable | None = None) -> None:
-        self.table = table
+    def __init__(self) -> None:
         self.costs = StepCosts()
 
     def drafters(self, token_ids: Sequence[int]) -> list[Drafter]:
         """New ones for a sequence that begins with these tokens, in the order in which they are asked."""
-        drafters: list[Drafter] = [PromptLookup(token_ids)]
-        if self.table is not None:
-            drafters.append(TableDrafter(self.table, token_ids))
-        return drafters
+        return [PromptLookup(token_ids)]
 
     def decoder(
         self,
