@@ -9,16 +9,33 @@ from pathlib import Path
 import pytest
 from bundle_files import write_small_artifact, write_wheels
 from hypothesis import settings
+from shared_folders import make_once
 from tiny_models import QUIRKS, make_mistral
 
 from normistral.hardware import read_machine
 from normistral.runtime.kernels.library import build_library, find_library, find_obstacle
+
+# The models are so small that torch's threads wait for each other longer than they compute, and there is a process of
+# pytest for every processor. Read when torch is first imported; commands that a test starts inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples every time, so that a change is judged by what it changed. To look for new ones:
 # pytest --hypothesis-profile=explore
 settings.register_profile("explore", max_examples=500, deadline=None)
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_calibration_tokens():
+    """512 tokens, 8 windows of the tiny models' 64 positions, where an export takes 8,192."""
+    from normistral.export import resources  # first: it keeps the default for its estimates
+    from normistral.export.quantize import plan
+
+    assert resources.CALIBRATION_TOKENS == plan.CALIBRATION_TOKENS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "CALIBRATION_TOKENS", 512)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +47,10 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 def tiny_fp16(tiny_checkpoint, tmp_path_factory) -> Path:
     from normistral import export_model
 
-    output = tmp_path_factory.mktemp("artifacts") / "tiny-openvino-fp16"
-    export_model(str(tiny_checkpoint), output, weights="fp16")
-    return output
+    def export(output: Path) -> None:
+        export_model(str(tiny_checkpoint), output, weights="fp16")
+
+    return make_once(tmp_path_factory, "tiny-openvino-fp16", export)
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +58,10 @@ def demo_int4(tmp_path_factory) -> Path:
     """The demo model, rounded to nearest: its default takes a minute more."""
     from normistral import export_model
 
-    output = tmp_path_factory.mktemp("demo") / "artifacts" / "demo-openvino-int4"
-    export_model("demo", output, weights="int4", recipe="fast")
-    return output
+    def export(output: Path) -> None:
+        export_model("demo", output, weights="int4", recipe="fast")
+
+    return make_once(tmp_path_factory, "demo-openvino-int4", export)
 
 
 # The ways to store one checkpoint: name -> options of `export_model`.
@@ -64,9 +83,10 @@ def tiny_onnx(tiny_checkpoint, tmp_path_factory):
 
     @cache
     def export(name: str) -> Path:
-        output = tmp_path_factory.mktemp("artifacts") / f"tiny-{name}"
-        export_model(str(tiny_checkpoint), output, format="onnx", **ONNX_EXPORTS[name])
-        return output
+        def export_named(output: Path) -> None:
+            export_model(str(tiny_checkpoint), output, format="onnx", **ONNX_EXPORTS[name])
+
+        return make_once(tmp_path_factory, f"tiny-{name}", export_named)
 
     return export
 
@@ -76,11 +96,14 @@ def compiled_home(tmp_path_factory) -> Path:
     """A store with the int4 kernel for this machine in it."""
     if find_obstacle(read_machine()) is not None or shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("needs a processor with AVX2, and a C++ compiler")
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NORMISTRAL_HOME", str(home))
-        build_library(read_machine())
-    return home
+
+    def build(home: Path) -> None:
+        home.mkdir(parents=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NORMISTRAL_HOME", str(home))
+            build_library(read_machine())
+
+    return make_once(tmp_path_factory, "home", build)
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from normistral.commands.info import describe_weights
 from normistral.errors import ArtifactError, ExportError
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import open_checkpoint
-from normistral.export.quantize import plan
 from normistral.export.quantize.plan import Plan, list_by_kind
 from normistral.export.quantize.scale_search import search_steps
 from normistral.export.quantize.scheme import nearest_codes, restore
@@ -41,11 +40,6 @@ MODELS = {
     "llama": partial(make_llama, dtype="bfloat16", tied=True),
     "bloom": make_bloom,
 }
-
-
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch):
-    monkeypatch.setattr(plan, "CALIBRATION_TOKENS", 512)
 
 
 def opened(folder, scratch):

@@ -21,12 +21,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch):
-    """8 windows of the tiny models' 64 positions."""
-    monkeypatch.setattr(plan, "CALIBRATION_TOKENS", 512)
-
-
 def inner(state):
     return {name: matrix for name, matrix in state.items() if ".layers." in name or ".h." in name}
 

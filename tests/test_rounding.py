@@ -13,8 +13,10 @@ from tiny_bloom import make_bloom
 from tiny_models import make_llama, make_mistral
 
 from normistral.errors import ExportError
+from normistral.export import resources
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import open_checkpoint
+from normistral.export.quantize import plan
 from normistral.export.quantize.calibrate import round_layers
 from normistral.export.quantize.gptq import round_with_hessian
 from normistral.export.quantize.plan import Plan, calibration_windows
@@ -125,7 +127,8 @@ def test_gptq_refuses_inputs_that_are_no_numbers():
         round_with_hessian(rows, torch.full((32, 32), torch.nan), span(rows, grid), grid)
 
 
-def test_windows_come_from_all_texts_in_turn_and_have_one_length():
+def test_windows_come_from_all_texts_in_turn_and_have_one_length(monkeypatch):
+    monkeypatch.setattr(plan, "CALIBRATION_TOKENS", resources.CALIBRATION_TOKENS)
     seen = []
 
     def encode(text):
