@@ -22,11 +22,15 @@ from typing import Any
 
 from normistral import hardware
 from normistral.artifact.manifest import read_manifest
-from normistral.evaluation.bandwidth import SINGLE_THREADED_BLAS, Bandwidth, choose_buffer_bytes, last_level_cache_bytes
-from normistral.evaluation.bench.client import Worker
+from normistral.evaluation.bench.bandwidth import (
+    SINGLE_THREADED_BLAS,
+    Bandwidth,
+    choose_buffer_bytes,
+    last_level_cache_bytes,
+)
 from normistral.evaluation.bench.configuration import Configuration
-from normistral.evaluation.bench.worker import Load, Loaded, MeasureBandwidth, MeasurePass
-from normistral.evaluation.speed import Pass
+from normistral.evaluation.bench.speed import Pass
+from normistral.evaluation.bench.worker import Load, Loaded, MeasureBandwidth, MeasurePass, Worker
 
 
 def measure_peak(program: Path, threads: int) -> float:

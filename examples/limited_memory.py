@@ -76,7 +76,7 @@ def answer_under_limit(report: Connection, artifact: str, prompt: str, tokens: i
     """The model's process: limit itself, then load and answer."""
     import resource
 
-    from normistral.evaluation.process_memory import read_process_memory
+    from normistral.evaluation.bench.machine import read_process_memory
 
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     try:

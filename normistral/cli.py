@@ -11,29 +11,33 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
-from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import normistral
 from normistral.commands import console
 from normistral.commands.batch import batch
-from normistral.commands.benchmarking import bench
+from normistral.commands.bench import bench
 from normistral.commands.build_kernel import build_kernel
 from normistral.commands.bundle import bundle
-from normistral.commands.chat import chat, generate
+from normistral.commands.chat import chat
+from normistral.commands.doctor import doctor
 from normistral.commands.draft_table import draft_table
-from normistral.commands.evaluating import evaluate
+from normistral.commands.eval import evaluate
 from normistral.commands.export import export
+from normistral.commands.generate import generate
 from normistral.commands.help import HelpCommand, HelpGroup
-from normistral.commands.models import doctor, info, models
-from normistral.commands.options import DEFAULTS_NOTE, Debug
-from normistral.commands.rm import list_, rm, show
+from normistral.commands.info import info
+from normistral.commands.list import list_
+from normistral.commands.models import models
+from normistral.commands.options import DEFAULTS_NOTE, Debug, with_option_groups
+from normistral.commands.rm import rm
 from normistral.commands.serve import serve
-from normistral.commands.tuning import tune
+from normistral.commands.show import show
+from normistral.commands.tune import tune
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.files import explain
 
@@ -168,25 +172,29 @@ _CHAT_EXAMPLES = (
     "normistral chat demo < question.txt. "
 )
 
+
+def _add(command: Callable[..., None], name: str | None = None, **options: Any) -> None:
+    app.command(name, cls=HelpCommand, **options)(with_option_groups(command))
+
+
 # In the order in which the help lists them.
-_add = partial(app.command, cls=HelpCommand)
-_add(rich_help_panel=_MODELS)(models)
-_add(rich_help_panel=_MODELS, epilog="Example: normistral export 7b-warm-instruct")(export)
-_add("list", rich_help_panel=_MODELS)(list_)
-_add(rich_help_panel=_MODELS)(show)
-_add(rich_help_panel=_MODELS)(rm)
-_add(rich_help_panel=_MODELS)(info)
-_add(rich_help_panel=_USE, epilog=_CHAT_EXAMPLES + DEFAULTS_NOTE)(chat)
-_add(rich_help_panel=_USE, epilog=DEFAULTS_NOTE)(generate)
-_add(rich_help_panel=_USE, epilog=DEFAULTS_NOTE)(batch)
-_add(rich_help_panel=_USE, epilog="Example: normistral serve demo")(serve)
-_add(rich_help_panel=_MEASURE)(bench)
-_add("eval", rich_help_panel=_MEASURE)(evaluate)
-_add(rich_help_panel=_MEASURE)(tune)
-_add("draft-table", hidden=True, context_settings={"ignore_unknown_options": True})(draft_table)
-_add(rich_help_panel=_MACHINE)(doctor)
-_add("build-kernel", rich_help_panel=_MACHINE)(build_kernel)
-_add(rich_help_panel=_MACHINE)(bundle)
+_add(models, rich_help_panel=_MODELS)
+_add(export, rich_help_panel=_MODELS, epilog="Example: normistral export 7b-warm-instruct")
+_add(list_, "list", rich_help_panel=_MODELS)
+_add(show, rich_help_panel=_MODELS)
+_add(rm, rich_help_panel=_MODELS)
+_add(info, rich_help_panel=_MODELS)
+_add(chat, rich_help_panel=_USE, epilog=_CHAT_EXAMPLES + DEFAULTS_NOTE)
+_add(generate, rich_help_panel=_USE, epilog=DEFAULTS_NOTE)
+_add(batch, rich_help_panel=_USE, epilog=DEFAULTS_NOTE)
+_add(serve, rich_help_panel=_USE, epilog="Example: normistral serve demo")
+_add(bench, rich_help_panel=_MEASURE)
+_add(evaluate, "eval", rich_help_panel=_MEASURE)
+_add(tune, rich_help_panel=_MEASURE)
+_add(draft_table, "draft-table", hidden=True, context_settings={"ignore_unknown_options": True})
+_add(doctor, rich_help_panel=_MACHINE)
+_add(build_kernel, "build-kernel", rich_help_panel=_MACHINE)
+_add(bundle, rich_help_panel=_MACHINE)
 
 
 def _complete() -> int:

@@ -54,3 +54,13 @@ class NoProgress:
 
     def note(self, text: str) -> None:
         """Dropped."""
+
+
+def format_bytes(count: int) -> str:
+    """`count` bytes in the unit that gives one to three digits before the point (powers of 1000)."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{count} bytes" if unit == "bytes" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"

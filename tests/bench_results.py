@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from normistral.evaluation.bandwidth import Bandwidth
-from normistral.evaluation.bench.machine import MachineReport
+from normistral.evaluation.bench.bandwidth import Bandwidth
+from normistral.evaluation.bench.machine import MachineReport, ProcessMemory
 from normistral.evaluation.bench.results import (
     AnswerResult,
     BandwidthResult,
@@ -16,8 +16,7 @@ from normistral.evaluation.bench.results import (
     PrefillResult,
     Spread,
 )
-from normistral.evaluation.process_memory import ProcessMemory
-from normistral.evaluation.speed import SpeedPlan
+from normistral.evaluation.bench.speed import SpeedPlan
 
 PLAN = SpeedPlan(prefill_lengths=(128, 512), decode_contexts=(16, 2048))
 WEIGHTS = 4_000_000_000

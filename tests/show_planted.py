@@ -25,8 +25,8 @@ from planted import NOBODY, look, plant
 
 from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.cluster.journal import begin_run, join_answers, open_journal, remove_journal
-from normistral.commands.conversations import save_conversation
 from normistral.commands.result_files import require_result_place, write_result
+from normistral.commands.saved_chats import save_conversation
 from normistral.errors import NormistralError
 from normistral.export.staging import stage
 from normistral.files import FOLDER_MARK, atomic_write, require_place

@@ -15,12 +15,13 @@ from sample_artifacts import make_manifest, write_artifact
 from normistral.artifact.manifest import FileRecord, RecipeRecord
 from normistral.cli import main
 from normistral.errors import EngineError, ModelNotFoundError, ResourceError, UsageError
-from normistral.evaluation.bandwidth import Bandwidth
-from normistral.evaluation.bench import rounds
-from normistral.evaluation.bench.client import Worker
+from normistral.evaluation.bench import runner
+from normistral.evaluation.bench.bandwidth import Bandwidth
 from normistral.evaluation.bench.configuration import Configuration, count_threads, read_configurations, split_settings
+from normistral.evaluation.bench.machine import ProcessMemory, read_process_memory
 from normistral.evaluation.bench.results import Spread
-from normistral.evaluation.bench.rounds import Watcher, choose_interleaving, run_benchmark
+from normistral.evaluation.bench.runner import Watcher, choose_interleaving, run_benchmark
+from normistral.evaluation.bench.speed import Conversation, Pass, SpeedPlan
 from normistral.evaluation.bench.worker import (
     Account,
     Fingerprint,
@@ -31,9 +32,8 @@ from normistral.evaluation.bench.worker import (
     MeasureConversation,
     MeasureFirstToken,
     MeasurePass,
+    Worker,
 )
-from normistral.evaluation.process_memory import ProcessMemory, read_process_memory
-from normistral.evaluation.speed import Conversation, Pass, SpeedPlan
 
 PLAN = SpeedPlan(
     prefill_lengths=(8,), decode_contexts=(4,), decode_tokens=2, question_tokens=6, answer_tokens=2,
@@ -49,7 +49,7 @@ def own_store(tmp_path, monkeypatch):
 @pytest.fixture
 def small_buffer(monkeypatch):
     """So that measuring the bandwidth takes no time; whether its figure is right is tested elsewhere."""
-    monkeypatch.setattr(rounds, "choose_buffer_bytes", lambda cache, available: 2**20)
+    monkeypatch.setattr(runner, "choose_buffer_bytes", lambda cache, available: 2**20)
 
 
 def configurations(*names, **changes):
@@ -178,7 +178,7 @@ class FakeWorker:
 @pytest.fixture
 def fake(monkeypatch):
     FakeWorker.asked, FakeWorker.settings, FakeWorker.fails_at = [], {}, {}
-    monkeypatch.setattr(rounds, "Worker", FakeWorker)
+    monkeypatch.setattr(runner, "Worker", FakeWorker)
     return FakeWorker
 
 
@@ -220,7 +220,7 @@ def test_each_number_of_threads_has_a_ceiling_of_its_own(fake):
 
 @pytest.mark.parametrize("available", [10**12, 10**9])
 def test_settings_that_were_tuned_earlier_count_once_they_are_known(fake, monkeypatch, available):
-    monkeypatch.setattr(rounds, "available_memory_bytes", lambda: available)
+    monkeypatch.setattr(runner, "available_memory_bytes", lambda: available)
     fake.settings["b"] = {"INFERENCE_NUM_THREADS": "3"}
     plan = dataclasses.replace(PLAN, repeats=1)
     result = run_benchmark(configurations("a", "b"), plan)
@@ -242,7 +242,7 @@ def test_warm_ups_do_not_count_and_medians_are_of_the_rest(fake):
 
 
 def test_models_that_do_not_fit_are_loaded_in_turns(fake, monkeypatch):
-    monkeypatch.setattr(rounds, "available_memory_bytes", lambda: 10**9)
+    monkeypatch.setattr(runner, "available_memory_bytes", lambda: 10**9)
     result = run_benchmark(configurations("a", "b"), PLAN)
     assert result.interleaving == "reloaded"
     starts = [(name, request) for name, request in fake.asked if isinstance(request, str) and "band" not in name]
@@ -254,7 +254,7 @@ def test_models_that_do_not_fit_are_loaded_in_turns(fake, monkeypatch):
 @pytest.mark.parametrize("available", [10**12, 10**9])
 @pytest.mark.parametrize("kind", [Load, MeasurePass, Fingerprint])
 def test_one_that_fails_is_left_out_and_the_others_go_on(fake, monkeypatch, kind, available):
-    monkeypatch.setattr(rounds, "available_memory_bytes", lambda: available)
+    monkeypatch.setattr(runner, "available_memory_bytes", lambda: available)
     fake.fails_at["b"] = (kind, 0)
     first, second, third = run_benchmark(configurations("a", "b", "c"), PLAN).configurations
     assert second.figures is None
@@ -266,7 +266,7 @@ def test_one_that_fails_is_left_out_and_the_others_go_on(fake, monkeypatch, kind
 
 @pytest.mark.parametrize(("available", "count"), [(10**12, 18), (10**9, 24)])
 def test_a_watcher_is_told_of_every_measurement(fake, monkeypatch, available, count):
-    monkeypatch.setattr(rounds, "available_memory_bytes", lambda: available)
+    monkeypatch.setattr(runner, "available_memory_bytes", lambda: available)
     expected, told, notes = [], [], []
     run_benchmark(configurations("a", "b"), PLAN, Watcher(expected.append, told.append, notes.append))
     assert sum(told) == sum(expected) == count
@@ -399,7 +399,7 @@ def test_where_nothing_could_be_measured_nothing_is_reported(fake, tmp_path, cap
 def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch, options, code, message):
     write_artifact(tmp_path / "sju")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rounds, "Worker", None)
+    monkeypatch.setattr(runner, "Worker", None)
     assert main(["bench", "sju", *options]) == code
     error = capsys.readouterr().err
     assert message in error

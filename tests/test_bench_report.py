@@ -13,13 +13,18 @@ from hypothesis import strategies as st
 
 from normistral.commands.bench import result_lines
 from normistral.evaluation.bench.advice import describe_bound, judge_bound, summarise
-from normistral.evaluation.bench.charts import Scale, Series, choose_ticks, line_chart
-from normistral.evaluation.bench.markdown import render_markdown
-from normistral.evaluation.bench.numbers import bytes_, seconds, significant, with_range
-from normistral.evaluation.bench.page import render_page
-from normistral.evaluation.bench.plots import character_bars, draw_plots
+from normistral.evaluation.bench.charts import Scale, Series, character_bars, choose_ticks, draw_plots, line_chart
+from normistral.evaluation.bench.report import render_markdown, render_page
 from normistral.evaluation.bench.results import BenchResult, Spread
-from normistral.evaluation.bench.tables import describe_method, machine_table, speed_tables
+from normistral.evaluation.bench.tables import (
+    bytes_,
+    describe_method,
+    machine_table,
+    seconds,
+    significant,
+    speed_tables,
+    with_range,
+)
 
 # Numbers
 

@@ -488,10 +488,10 @@ def test_doctor_reports_machine_and_engines(capsys):
     ],
 )
 def test_doctor_works_when_an_engine_does_not(monkeypatch, capsys, code, expected):
-    from normistral.commands import doctor
+    from normistral.runtime import collect_env
 
-    monkeypatch.setattr(doctor, "_ASK_OPENVINO", code)
-    monkeypatch.setattr(doctor, "_ASK_ONNXRUNTIME", code)
+    monkeypatch.setattr(collect_env, "_ASK_OPENVINO", code)
+    monkeypatch.setattr(collect_env, "_ASK_ONNXRUNTIME", code)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert len(re.findall(rf"cannot be used: .*{expected}", text)) == 2
@@ -508,11 +508,11 @@ def test_doctor_works_when_an_engine_does_not(monkeypatch, capsys, code, expecte
     ],
 )
 def test_doctor_knows_how_many_builds_of_onnxruntime_there_are(monkeypatch, capsys, installed, expected):
-    from normistral.commands import doctor
+    from normistral.runtime import collect_env
 
-    version = doctor._version
-    builds = {**dict.fromkeys(doctor._ONNX), **dict.fromkeys(installed, "1.32.0")}
-    monkeypatch.setattr(doctor, "_version", lambda name: builds[name] if name in builds else version(name))
+    version = collect_env._version
+    builds = {**dict.fromkeys(collect_env._ONNX), **dict.fromkeys(installed, "1.32.0")}
+    monkeypatch.setattr(collect_env, "_version", lambda name: builds[name] if name in builds else version(name))
     assert main(["doctor"]) == 0
     assert re.search(expected, capsys.readouterr().out)
 

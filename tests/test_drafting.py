@@ -8,7 +8,7 @@ from drafting_models import FixedLength, draft_always, repetitive_logits
 from scripted_models import ANSWER_MARKER, END_OF_TURN, TAG_TOKENS, make_model
 from tiny_models import THINKING_VOCABULARY, VOCABULARY
 
-from normistral.commands.info import describe_timings
+from normistral.commands.answer import describe_timings
 from normistral.errors import EngineError
 from normistral.runtime.options import GenerationConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from normistral.evaluation.energy import EnergyCounter, find_energy_counter
+from normistral.evaluation.bench.machine import EnergyCounter, find_energy_counter
 
 RANGE = 262_143_328_850
 

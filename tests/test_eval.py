@@ -17,10 +17,8 @@ from transformers import AutoModelForCausalLM
 import normistral
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.cli import main
-from normistral.commands.interrupts import interrupts_win
-from normistral.evaluation.score import ModelPredictor, score
-from normistral.evaluation.text import tokenise
-from normistral.evaluation.windows import choose_windows, cut
+from normistral.evaluation.quality import ModelPredictor, interrupts_win, score
+from normistral.evaluation.windows import choose_windows, cut, tokenise
 from normistral.export.reference import model as reference
 
 TEXT = "Blåbærsyltetøy på brød er godt, sa Åse. 😀 The quick brown fox jumps over the lazy dog, and that is that. " * 3
@@ -189,7 +187,7 @@ def test_the_reference_is_computed_once_and_kept_in_the_store(capsys, text, tiny
     def never(*args):
         raise AssertionError("it was computed again")
 
-    monkeypatch.setattr("normistral.commands.eval.write_reference", never)
+    monkeypatch.setattr("normistral.evaluation.quality.write_reference", never)
     assert evaluate(capsys, tiny_onnx("onnx-int4"), *arguments) == first
     assert kept.read_bytes() == content
 

@@ -14,9 +14,10 @@ from openvino import opset13 as ops
 
 import normistral
 from normistral.artifact.artifact import Artifact
-from normistral.commands.doctor import doctor_lines, examine
+from normistral.commands.doctor import doctor_lines
 from normistral.errors import EngineError, ResourceError, SessionError, UsageError
 from normistral.hardware import INT8_DOT_PRODUCT, read_machine
+from normistral.runtime.collect_env import collect_env
 from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino import load_openvino
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
@@ -141,7 +142,7 @@ def test_a_model_uses_it_where_it_is_compiled_and_says_so(demo_int4, int4_librar
         assert theirs.capabilities.settings["int4_kernel"] == "openvino"
         answers = [model.chat().send(question, temperature=0.0).text for model in (ours, theirs)]
     assert all("Oslo" in answer for answer in answers)
-    lines = "\n".join(doctor_lines(examine()))
+    lines = "\n".join(doctor_lines(collect_env()))
     assert f"from the store: {int4_library}" in lines
 
 

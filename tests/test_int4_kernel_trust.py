@@ -13,9 +13,9 @@ import pytest
 
 import normistral
 from normistral.artifact.artifact import Artifact
-from normistral.commands import doctor
 from normistral.errors import EngineError, UsageError
 from normistral.hardware import read_machine
+from normistral.runtime import collect_env
 from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.kernels import library
 from normistral.runtime.kernels.advice import name_faster_way
@@ -148,12 +148,12 @@ def test_another_openvino_than_the_packages_kernel_is_for(tiny_int4, stored, mon
 def test_the_start_and_doctor_name_what_would_be_faster(stored, monkeypatch, cxx, says):
     in_force = {"int4_kernel": "openvino"}
     assert name_faster_way(in_force) is None  # it is there
-    assert "for avx" in doctor._describe_kernel(read_machine())
-    assert f"from the store: {stored}" in doctor._describe_kernel(read_machine())
+    assert "for avx" in collect_env._describe_kernel(read_machine())
+    assert f"from the store: {stored}" in collect_env._describe_kernel(read_machine())
     stored.unlink()
     monkeypatch.setenv("CXX", cxx)
     assert re.search(says, name_faster_way(in_force))
-    assert "OpenVINO's own products, because there is no compiled int4 kernel" in doctor._describe_kernel(
+    assert "OpenVINO's own products, because there is no compiled int4 kernel" in collect_env._describe_kernel(
         read_machine()
     )
     for settings, given in (({"int4_kernel": "normistral"}, {}), (in_force, in_force), ({}, {})):
@@ -162,9 +162,9 @@ def test_the_start_and_doctor_name_what_would_be_faster(stored, monkeypatch, cxx
 
 def test_doctor_says_that_a_kernel_is_the_packages_or_why_it_is_not_used(stored, monkeypatch):
     stored.chmod(0o777)
-    assert "others may write" in doctor._describe_kernel(read_machine())
+    assert "others may write" in collect_env._describe_kernel(read_machine())
     monkeypatch.setattr(library, "PACKAGED", stored.parent)
-    assert f"came with the package: {stored}" in doctor._describe_kernel(read_machine())
+    assert f"came with the package: {stored}" in collect_env._describe_kernel(read_machine())
 
 
 def test_a_kernel_that_cannot_be_loaded_is_left_out_and_said_so(tiny_int4, stored, caplog):

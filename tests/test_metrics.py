@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from normistral.errors import UsageError
-from normistral.evaluation.metrics import TokenScores, compare_logits, kl_divergences, summarise, token_nll
+from normistral.evaluation.metrics import ScoredTokens, compare_logits, kl_divergences, summarise, token_nll
 from normistral.runtime.sampling import log_softmax
 
 HALVES, QUARTERS = np.log([0.5, 0.5]), np.log([0.25, 0.75])
@@ -18,7 +18,7 @@ def logits(*rows):
 
 def scores(nll, nbytes=None, **more):
     nll = np.asarray(nll, np.float64)
-    return TokenScores(nll, np.ones(len(nll), np.int64) if nbytes is None else np.asarray(nbytes), **more)
+    return ScoredTokens(nll, np.ones(len(nll), np.int64) if nbytes is None else np.asarray(nbytes), **more)
 
 
 def test_the_nll_is_that_of_the_token_that_came():

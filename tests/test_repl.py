@@ -11,8 +11,8 @@ from pseudo_terminal import WIDE, Terminal
 from scripted_cli import command, make_artifact
 from scripted_models import TAG_TOKENS
 
-from normistral.commands.conversations import load_conversation, save_conversation
 from normistral.commands.line_editor import strip_text_block, wants_more
+from normistral.commands.saved_chats import load_conversation, save_conversation
 from normistral.errors import NormistralError, UsageError
 
 PROMPT = r"(\A|\n)>"

@@ -7,9 +7,9 @@ from scripted_models import make_model
 
 from normistral.artifact.manifest import SamplingDefaults
 from normistral.errors import ContextLengthError, UsageError
-from normistral.evaluation import speed
-from normistral.evaluation.energy import EnergyCounter
-from normistral.evaluation.speed import (
+from normistral.evaluation.bench import speed
+from normistral.evaluation.bench.machine import EnergyCounter
+from normistral.evaluation.bench.speed import (
     QUICK,
     SpeedPlan,
     cut_to_context,

@@ -8,11 +8,12 @@ from scripted_cli import TESTS, command, make_artifact
 from test_cli import ANSWER, require_two_lines
 
 from normistral.cluster.documents import Row, read_document
+from normistral.commands.answer import read_structure
 from normistral.commands.console import decode_argument
-from normistral.commands.conversations import load_conversation, save_conversation
-from normistral.commands.structures import read_structure
+from normistral.commands.options import StructureArgs
+from normistral.commands.saved_chats import load_conversation, save_conversation
 from normistral.errors import UsageError
-from normistral.evaluation.text import read_text
+from normistral.evaluation.windows import read_text
 from normistral.serving.auth import read_keys
 from normistral.text_input import decode_text
 
@@ -101,7 +102,7 @@ def test_every_reader_leaves_out_one_mark(tmp_path, artifact):
     assert read_document(tmp_path, Row(1, "text.txt"))["text"] == text
     grammar = tmp_path / "grammatikk.lark"
     grammar.write_bytes(MARK + 'start: "blåbær"'.encode())
-    assert read_structure(None, None, None, grammar).text == 'start: "blåbær"'
+    assert read_structure(StructureArgs(grammar=grammar)).text == 'start: "blåbær"'
     path.write_bytes(MARK + ("k" * 20 + " åse\n").encode())
     path.chmod(0o600)
     assert read_keys(path, {}).tenant("Bearer " + "k" * 20) == "åse"

@@ -8,7 +8,8 @@ from scripted_cli import make_artifact
 from test_cli import require_two_lines, run
 
 from normistral.cli import main
-from normistral.commands.structures import read_structure
+from normistral.commands.answer import read_structure
+from normistral.commands.options import StructureArgs
 
 SCHEMA = {
     "type": "object",
@@ -70,11 +71,11 @@ def test_wrong_structures_are_refused_before_a_model_is_looked_for(monkeypatch, 
 def test_files_are_utf8_and_of_a_size(tmp_path):
     path = tmp_path / "grammatikk.lark"
     path.write_text('start: "blåbær"', encoding="utf-8-sig")
-    assert read_structure(None, None, None, path).text == 'start: "blåbær"'
+    assert read_structure(StructureArgs(grammar=path)).text == 'start: "blåbær"'
     path.write_bytes('start: "blåbær"'.encode("latin-1"))
     with pytest.raises(Exception, match="is not UTF-8: byte 0xe5 at position 10"):
-        read_structure(None, None, None, path)
+        read_structure(StructureArgs(grammar=path))
     path.write_text("#" * 100_000)
     with pytest.raises(Exception, match="larger than 65,536 bytes"):
-        read_structure(None, None, None, path)
-    assert read_structure(None, None, None, None) is None
+        read_structure(StructureArgs(grammar=path))
+    assert read_structure(StructureArgs()) is None

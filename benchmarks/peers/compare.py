@@ -42,7 +42,7 @@ from stacks import Stack, choose_resident, describe_revision, list_stacks
 from summary import Document, report
 
 from normistral import hardware
-from normistral.evaluation.bandwidth import SINGLE_THREADED_BLAS
+from normistral.evaluation.bench.bandwidth import SINGLE_THREADED_BLAS
 
 HERE = Path(__file__).parent
 FIRST_ID, LAST_ID = 300, 3000  # ordinary tokens, where the vocabulary has so many
@@ -171,7 +171,7 @@ def make_prompts(vocabulary: int, count: int, length: int) -> list[list[int]]:
 
 
 def measure_bandwidth(threads: int) -> dict[str, Any]:
-    """Fields of `normistral.evaluation.bandwidth.Bandwidth`."""
+    """Fields of `normistral.evaluation.bench.bandwidth.Bandwidth`."""
     command = [sys.executable, str(HERE / "bandwidth.py"), str(threads)]
     variables = os.environ | SINGLE_THREADED_BLAS
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,1 +1,1 @@
-"""The commands, one file for each kind: what they take, check and call. cli.py puts them together."""
+"""The command line: one file for each command, called as the command is (parse, call, print), and console helpers."""

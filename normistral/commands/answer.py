@@ -1,13 +1,32 @@
-"""One answer on stdout and all else on stderr; and the words for an answer that is missing."""
+"""One answer of `chat`, `generate` and `batch`: its options checked, its prompt read, and itself printed.
+
+The answer goes to stdout, all else to stderr.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from normistral.commands.console import AnswerWriter, print_json, say, warn
-from normistral.commands.info import completion_document, describe_timings
-from normistral.runtime.chunks import Chunk, Completion, FinishReason
+from normistral.artifact.manifest import Manifest
+from normistral.commands.console import (
+    AnswerWriter,
+    decode_argument,
+    print_json,
+    read_piped_prompt,
+    say,
+    warn,
+)
+from normistral.commands.options import SamplingArgs, StructureArgs, given
+from normistral.errors import NormistralError, UsageError
+from normistral.files import explain, read_input
+from normistral.runtime.chunks import Chunk, Completion, FinishReason, Timings
+from normistral.runtime.options import DraftMode, GenerationConfig, require_applicable
+from normistral.runtime.structured.structure import MOST_BYTES, Structure
+from normistral.text_input import decode_text
 
 WHY_IT_ENDED: dict[FinishReason, str] = {
     "stop": "the model stopped",
@@ -15,6 +34,106 @@ WHY_IT_ENDED: dict[FinishReason, str] = {
     "context": "the context is full",
     "cancelled": "it was stopped",
 }
+
+
+def generation_options(
+    sampling: SamplingArgs,
+    *,
+    greedy: bool,
+    draft: DraftMode | None,
+    structure: Structure | None,
+    further_stops: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Keyword arguments of a generation, checked before a model is loaded.
+
+    Raises:
+        UsageError: a value out of range, or an option that --greedy leaves without effect.
+    """
+    options = sampling.options(further_stops) | given(draft=draft, structure=structure)
+    if greedy:
+        pointless = sorted({"temperature", "top_k", "top_p", "min_p"} & options.keys())
+        if pointless:
+            named = ", ".join("--" + name.replace("_", "-") for name in pointless)
+            raise UsageError(f"--greedy leaves {named} nothing to do", "leave one of them out")
+        options["temperature"] = 0.0
+    GenerationConfig(**options)
+    return options
+
+
+def read_structure(args: StructureArgs) -> Structure | None:
+    """The structure that the options ask for.
+
+    Raises:
+        UsageError: several are given, a file cannot be read, or no model could follow it.
+    """
+    named = {
+        "--json-schema": args.json_schema,
+        "--regex": args.regex,
+        "--choice": args.choice or None,
+        "--grammar": args.grammar,
+    }
+    names = [name for name, value in named.items() if value is not None]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise UsageError(f"{' and '.join(names)} cannot be given together", "leave one of them out")
+    structure = _make_structure(args)
+    from normistral.runtime.structured.compile import check_structure
+
+    check_structure(structure)
+    return structure
+
+
+def _make_structure(args: StructureArgs) -> Structure:
+    if args.json_schema is not None:
+        return Structure.json_schema(_read("--json-schema", args.json_schema))
+    if args.regex is not None:
+        return Structure.regex(decode_argument(args.regex))
+    if args.grammar is not None:
+        return Structure.grammar(_read("--grammar", args.grammar))
+    return Structure.choice([decode_argument(text) for text in args.choice or ()])
+
+
+def _read(option: str, path: Path) -> str:
+    try:
+        raw = read_input(path, MOST_BYTES)
+    except OSError as exc:
+        raise UsageError(f"cannot read {option} {path}: {explain(exc)[0]}", "give a file that is there") from exc
+    return decode_text(raw, f"{option} {path}")
+
+
+def read_pipe() -> str | None:
+    """The text of the pipe; None where stdin is a terminal.
+
+    Raises:
+        UsageError: it is empty, or not UTF-8.
+    """
+    text = read_piped_prompt()
+    return None if text is None else require_text(text)
+
+
+def require_text(text: str) -> str:
+    """The text, unless it is empty.
+
+    Raises:
+        UsageError: it is.
+    """
+    if not text.strip():
+        raise UsageError("the prompt is empty", "give --prompt TEXT, or pipe some text in")
+    return text
+
+
+def require_reasoning(
+    folder: Path, manifest: Manifest, options: dict[str, Any], *, hide_reasoning: bool, as_json: bool
+) -> None:
+    """Refuse options for reasoning where there is none to be limited or hidden, before the weights are loaded."""
+    require_applicable(GenerationConfig(**options), manifest, folder.name)
+    if hide_reasoning and manifest.reasoning is None:
+        raise UsageError(
+            f"--hide-reasoning means nothing here: {folder.name} is no model that marks its reasoning", "leave it out"
+        )
+    if hide_reasoning and as_json:
+        raise UsageError("--json shows the reasoning in a field of its own", "leave --hide-reasoning out")
 
 
 def print_answer(
@@ -45,9 +164,44 @@ def print_answer(
     return completion
 
 
+def require_whole(completion: Completion, structure: Structure | None) -> None:
+    """Have a structured answer that was cut off end in an error: no script may read half of it.
+
+    Raises:
+        NormistralError: it was.
+    """
+    if structure is not None and completion.finish_reason != "stop":
+        raise NormistralError(
+            f"the answer is cut off before it was whole: {WHY_IT_ENDED[completion.finish_reason]}",
+            "raise --max-new-tokens, or bound lengths and numbers of items in what you ask for",
+        )
+
+
 def describe_missing_answer(finish_reason: FinishReason) -> str:
     """One line on an answer that ended before its reasoning did."""
     return (
         f"there is no answer: the reasoning did not end ({WHY_IT_ENDED[finish_reason]}); "
         "--max-reasoning-tokens N ends it after N tokens"
+    )
+
+
+def completion_document(completion: Completion) -> dict[str, Any]:
+    """A whole answer for programs; times in seconds."""
+    return {
+        "text": completion.text,
+        "reasoning": completion.reasoning,
+        "reasoning_open": completion.reasoning_open,
+        "finish_reason": completion.finish_reason,
+        "token_ids": list(completion.token_ids),
+        "timings": asdict(completion.timings) | {"tokens_per_s": completion.timings.tokens_per_s},
+    }
+
+
+def describe_timings(timings: Timings) -> str:
+    """One line on a generation."""
+    guessed = f"; {timings.accepted_tokens} of {timings.drafted_tokens} guessed tokens were right"
+    return (
+        f"{timings.new_tokens} tokens at {timings.tokens_per_s:.1f} tokens/s, the first after {timings.ttft_s:.2f} s; "
+        f"prompt of {timings.prompt_tokens} tokens, {timings.cached_tokens} of them known from before"
+        f"{guessed if timings.drafted_tokens else ''}"
     )

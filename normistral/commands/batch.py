@@ -1,40 +1,24 @@
-"""The command that answers about many documents."""
+"""`normistral batch`: answers about many documents."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from normistral.commands.options import (
-    Artifact,
-    Choice,
-    Debug,
-    Device,
-    EngineSettings,
-    Exact,
-    Grammar,
-    JsonSchema,
-    MaxNewTokens,
-    MaxReasoningTokens,
-    MinP,
-    Regex,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    given,
-)
-from normistral.commands.structures import read_structure
-from normistral.runtime.engines.settings import parse_settings
+from normistral.commands.answer import read_structure
+from normistral.commands.console import decode_argument, print_json, say, warn
+from normistral.commands.options import ArtifactName, Debug, EngineArgs, SamplingArgs, StructureArgs, given
+from normistral.commands.progress import show_progress
 from normistral.serving.backends.settings import Batching
 
 
 def batch(
-    artifact: Artifact,
+    artifact: ArtifactName,
     source: Annotated[
         Path,
         typer.Argument(metavar="INPUT", help="A JSONL file, or a folder with .txt and .md files.", show_default=False),
@@ -68,22 +52,10 @@ def batch(
         typer.Option(help="auto computes many answers together where the engine can; off writes one after the other."),
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
-    exact: Exact = False,
-    device: Device = "CPU",
-    engine_settings: EngineSettings = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = None,
-    choice: Choice = None,
-    grammar: Grammar = None,
-    max_reasoning_tokens: MaxReasoningTokens = None,
+    *,
+    engine: EngineArgs,
+    sampling: SamplingArgs,
+    structure: StructureArgs,
     as_json: Annotated[bool, typer.Option("--json", help="Print what became of it as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -92,34 +64,31 @@ def batch(
     OUTPUT has a line of JSON for each, in their order: its answer, or the error that it met. Until all are done, the
     answers are kept beside it in OUTPUT.parts: after a kill or a crash, the same command goes on from there.
     """
-    from normistral.cluster.batch import Workers
+    from normistral.cluster.batch import Workers, run_batch
     from normistral.cluster.job import Engine
-    from normistral.commands import console
-    from normistral.commands.batching import answer_documents
 
     def decoded(text: str | None) -> str | None:
-        return None if text is None else console.decode_argument(text)
+        return None if text is None else decode_argument(text)
 
-    answer_documents(
-        artifact,
-        source,
-        output,
-        instruction=decoded(instruction),
-        system=decoded(system),
-        engine=Engine(device, exact, parse_settings(engine_settings), batching),
-        workers=Workers(workers, threads, ray),
-        force=force,
-        options=given(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=None if stop is None else [console.decode_argument(text) for text in stop],
-            structure=read_structure(json_schema, regex, choice, grammar),
-            max_reasoning_tokens=max_reasoning_tokens,
-        ),
-        as_json=as_json,
-    )
+    named = Engine(engine.device, engine.exact, engine.settings, batching)
+    options = sampling.options() | given(structure=read_structure(structure))
+    with show_progress() as progress, redirect_stdout(sys.stderr):  # Ray prints that a worker died
+        summary = run_batch(
+            artifact,
+            source,
+            output,
+            instruction=decoded(instruction),
+            system=decoded(system),
+            engine=named,
+            workers=Workers(workers, threads, ray),
+            force=force,
+            progress=progress,
+            **options,
+        )
+    if as_json:
+        print_json(asdict(summary))
+    say(f"wrote {summary.output}: {summary.rows:,} documents, {summary.new_tokens:,} tokens, {summary.seconds:.1f} s")
+    if summary.failed:
+        warn(f'{summary.failed:,} documents have no answer: their lines have "error" in its place')
+    if summary.cut_off:
+        warn(f"{summary.cut_off:,} answers are cut off: --max-new-tokens or the context was reached")

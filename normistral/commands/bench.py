@@ -1,4 +1,4 @@
-"""The command `bench`: plans, measures with a bar, and shows and writes what was found."""
+"""`normistral bench`: measures speed, shows it, and writes reports."""
 
 from __future__ import annotations
 
@@ -6,51 +6,79 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import msgspec
+import typer
 
+from normistral.commands import console
 from normistral.commands.console import format_columns, print_json, print_lines
+from normistral.commands.options import Debug, EngineArgs, JsonFile, OptionGroup
 from normistral.commands.progress import show_progress
 from normistral.commands.result_files import require_result_place, write_result
 from normistral.errors import ContextLengthError, EngineError, UsageError
-from normistral.evaluation.bench.advice import summarise
-from normistral.evaluation.bench.configuration import Configuration, read_configurations
-from normistral.evaluation.bench.markdown import render_markdown
-from normistral.evaluation.bench.page import render_page
-from normistral.evaluation.bench.results import BenchResult
-from normistral.evaluation.bench.rounds import Watcher, run_benchmark
-from normistral.evaluation.bench.tables import configuration_table, machine_table, speed_tables
-from normistral.evaluation.speed import QUICK, SpeedPlan, cut_to_context
+
+if TYPE_CHECKING:
+    from normistral.evaluation.bench.configuration import Configuration
+    from normistral.evaluation.bench.results import BenchResult
+    from normistral.evaluation.bench.speed import SpeedPlan
 
 _FAILED_HINT = "`normistral info ARTIFACT --check` and `normistral doctor` may say what is wrong"
-_REPORTS = {".html": render_page, ".htm": render_page, ".md": render_markdown}
+_REPORTS = (".html", ".htm", ".md")
 
 
 @dataclass(frozen=True, slots=True)
-class BenchOptions:
-    """What the user asked for; names as on the command line."""
+class BenchArgs(OptionGroup):
+    """What is measured, and where the results go."""
 
-    report: Path | None
-    json: str | None
-    quick: bool
-    prefill: str | None
-    decode: str | None
-    tokens: int | None
-    repeats: int | None
-    exact: bool
-    device: str
-    settings: dict[str, str]
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a report with charts: FILE.html or FILE.md.")
+    ] = None
+    json_file: JsonFile = None
+    quick: Annotated[bool, typer.Option("--quick", help="Shorter, fewer, less certain.")] = False
+    prefill: Annotated[
+        str | None,
+        typer.Option(
+            "--prefill", metavar="N,N", help="Lengths of the prompts. Default: 128,512,2048, as far as they fit."
+        ),
+    ] = None
+    decode: Annotated[
+        str | None,
+        typer.Option("--decode", metavar="N,N", help="Tokens before those written. Default: 16,512,2048 likewise."),
+    ] = None
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", metavar="N", help="Tokens to write at each. Default: 32.")
+    ] = None
+    repeats: Annotated[int | None, typer.Option(metavar="N", help="Measurements of each kind. Default: 5.")] = None
 
 
-def run_bench(artifacts: Sequence[str], options: BenchOptions) -> None:
-    """Measure, print, and write the files that were asked for.
+def bench(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ARTIFACT...",
+            help="Folders or names, each alone or with settings of its engine: ARTIFACT@KEY=VALUE,KEY=VALUE.",
+            show_default=False,
+        ),
+    ],
+    *,
+    options: BenchArgs,
+    engine: EngineArgs,
+    debug: Debug = False,
+) -> None:
+    """Measure how fast artifacts are here, beside each other.
 
-    Raises:
-        NormistralError: whatever may go wrong; options are checked first. Where one of several configurations failed,
-            the results of the others are shown and written before; where all failed, nothing is.
+    Reading and writing at several lengths, time to first token, loading, memory, and which share of the machine's read
+    bandwidth they reach. They take turns, so that a machine that gets slower does not decide.
     """
+    console.require_stdout()
+    import msgspec
+
+    from normistral.evaluation.bench.configuration import read_configurations
+    from normistral.evaluation.bench.report import render_report
+    from normistral.evaluation.bench.runner import Watcher, run_benchmark
+
     _check_files(options)
-    configurations = read_configurations(artifacts, options.settings, options.device, exact=options.exact)
+    configurations = read_configurations(artifacts, engine.settings, engine.device, exact=engine.exact)
     plan = choose_plan(options, configurations)
     with show_progress() as progress, progress.stage("measuring", unit="measurements") as stage:
         watcher = Watcher(stage.set_total, stage.advance, progress.note)
@@ -59,27 +87,29 @@ def run_bench(artifacts: Sequence[str], options: BenchOptions) -> None:
     if not result.measured:
         raise EngineError(f"nothing could be measured: {failed[0].problem}", _FAILED_HINT)
     document = msgspec.to_builtins(result)
-    if options.json == "-":
+    if options.json_file == "-":
         print_json(document)
     else:
         print_lines(result_lines(result))
-    if options.json not in (None, "-"):
-        write_result(Path(options.json or ""), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+    if options.json_file not in (None, "-"):
+        write_result(Path(options.json_file or ""), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
     if options.report is not None:
-        write_result(options.report, _REPORTS[options.report.suffix.lower()](result))
+        write_result(options.report, render_report(result, options.report.suffix))
     if failed:
         raise EngineError(
             f"{len(failed)} of {len(result.configurations)} could not be measured: {failed[0].problem}", _FAILED_HINT
         )
 
 
-def choose_plan(options: BenchOptions, configurations: Sequence[Configuration]) -> SpeedPlan:
+def choose_plan(options: BenchArgs, configurations: Sequence[Configuration]) -> SpeedPlan:
     """The defaults as far as they fit into the shortest context, and what the user asked for instead.
 
     Raises:
         UsageError: an option is no such number.
         ContextLengthError: what the user asked for does not fit.
     """
+    from normistral.evaluation.bench.speed import QUICK, SpeedPlan, cut_to_context
+
     shortest = min(configurations, key=lambda one: one.manifest.context_length)
     context_length = shortest.manifest.context_length
     plan = QUICK if options.quick else SpeedPlan()
@@ -104,6 +134,9 @@ def choose_plan(options: BenchOptions, configurations: Sequence[Configuration]) 
 
 def result_lines(result: BenchResult) -> Iterator[str]:
     """The result for people at a terminal."""
+    from normistral.evaluation.bench.advice import summarise
+    from normistral.evaluation.bench.tables import configuration_table, machine_table, speed_tables
+
     yield format_columns(machine_table(result).rows[1:])
     for table in speed_tables(result):
         heading, *rows = table.rows
@@ -122,10 +155,13 @@ def result_lines(result: BenchResult) -> Iterator[str]:
     yield from (f"Doubt: {sentence}" for sentence in summary.doubts)
 
 
-def _check_files(options: BenchOptions) -> None:
+def _check_files(options: BenchArgs) -> None:
     if options.report is not None and options.report.suffix.lower() not in _REPORTS:
         raise UsageError(f"--report {options.report}: unknown kind of report", "the name ends in .html or .md")
-    named = {"--report": options.report, "--json": None if options.json in (None, "-") else Path(options.json or "")}
+    named = {
+        "--report": options.report,
+        "--json": None if options.json_file in (None, "-") else Path(options.json_file or ""),
+    }
     for option, path in named.items():
         if path is not None:
             require_result_place(path, option)

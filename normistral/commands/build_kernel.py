@@ -1,4 +1,4 @@
-"""The command that compiles the kernel."""
+"""`normistral build-kernel`: compiles the int4 kernels for OpenVINO."""
 
 from __future__ import annotations
 

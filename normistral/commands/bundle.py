@@ -1,4 +1,4 @@
-"""The command that packs an artifact and its runtime for machines without a network."""
+"""`normistral bundle`: packs an artifact and its runtime into one file for machines without a network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import typer
 
 from normistral.artifact import store
 from normistral.commands import console
-from normistral.commands.options import Artifact, Debug
+from normistral.commands.options import ArtifactName, Debug
+from normistral.commands.progress import show_progress
 
 
 def bundle(
-    artifact: Artifact,
+    artifact: ArtifactName,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The archive to write.", show_default=False)],
     sign_with: Annotated[
         Path | None,
@@ -48,7 +49,6 @@ def bundle(
     from normistral.bundle.bundle import BundleOptions, make_bundle
     from normistral.bundle.install import sums_line
     from normistral.bundle.target import choose_target
-    from normistral.commands.progress import show_progress
 
     options = BundleOptions(
         choose_target(python_version, platform), with_server=with_server, key=sign_with, wheels=wheels, force=force

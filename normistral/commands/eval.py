@@ -1,215 +1,172 @@
-"""The command `eval`: opens what is compared, one model in memory at a time, and shows the figures."""
+"""`normistral eval`: measures how well an artifact predicts a text, alone and beside a reference."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from normistral.artifact import store
-from normistral.artifact.artifact import Artifact
-from normistral.artifact.manifest import MANIFEST_NAME, Manifest
+from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.artifact.presets import PRESETS
-from normistral.commands.console import format_columns, print_json, print_lines, say
+from normistral.commands import console
+from normistral.commands.console import format_columns, print_json, print_lines
 from normistral.commands.info import describe_weights
-from normistral.commands.interrupts import interrupts_win
-from normistral.commands.progress import format_bytes, show_progress
+from normistral.commands.options import ArtifactName, Debug, EngineArgs, JsonFile, OptionGroup
+from normistral.commands.progress import show_progress
 from normistral.commands.result_files import require_result_place, write_result
 from normistral.errors import UsageError
-from normistral.evaluation.metrics import Estimate, Quality, summarise
-from normistral.evaluation.reference_logits import ReferenceFile, ReferenceKey
-from normistral.evaluation.score import (
-    ModelPredictor,
-    Reference,
-    artifact_reference,
-    make_key,
-    score,
-    take_windows,
-    write_reference,
-)
-from normistral.evaluation.text import Text, read_text, tokenise
-from normistral.evaluation.windows import Window, WindowSettings, choose_windows, cut
 from normistral.progress import Progress
-from normistral.runtime.engines.base import Capabilities
+
+if TYPE_CHECKING:
+    from normistral.evaluation.metrics import Estimate
+    from normistral.evaluation.quality import Evaluation, ReferenceModel
 
 
 @dataclass(frozen=True, slots=True)
-class EvalOptions:
-    """What the user asked for; names as on the command line."""
+class EvalArgs(OptionGroup):
+    """What is scored, and where the figures go."""
 
-    text: Path
-    reference: str | None
-    windows: str
-    window_tokens: int | None
-    stride: int | None
-    max_tokens: int | None
-    reference_cache: Path | None
-    json: str | None
-    exact: bool
-    device: str
-    settings: dict[str, str] = field(default_factory=dict)
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="Text to predict, in UTF-8.", show_default=False)]
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compare with this checkpoint in float32 (named as for export), or with another artifact.",
+        ),
+    ] = None
+    windows: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="sliding: every token is scored once. llama.cpp: as its perplexity tool does it."
+        ),
+    ] = "sliding"
+    window_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Length of a window. Default: 512, or the context if that is less.")
+    ] = None
+    stride: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens that a sliding window scores. Default: half the window.")
+    ] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after the window that brings the scored tokens to N.")
+    ] = None
+    reference_cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keeps the reference's predictions. Default: a file in the store's cache."),
+    ] = None
+    ignore_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="As in `normistral export`, for a checkpoint as --reference; may be repeated."
+        ),
+    ] = None
+    json_file: JsonFile = None
 
 
-def run_eval(artifact: str, options: EvalOptions) -> None:
-    """Evaluate and print.
+def evaluate(
+    artifact: ArtifactName,
+    *,
+    options: EvalArgs,
+    engine: EngineArgs,
+    debug: Debug = False,
+) -> None:
+    """Measure how well an artifact predicts a text.
 
-    Raises:
-        NormistralError: whatever may go wrong; options are checked first.
+    Perplexity; with --reference also KL divergence and top-1 agreement: how far it is from another artifact or from the
+    checkpoint. A reference is computed once; a run that was stopped goes on where it was.
     """
+    console.require_stdout()
+    from normistral.artifact.artifact import Artifact
+    from normistral.evaluation import quality
+    from normistral.evaluation.windows import read_text
+
+    settings = engine.settings
     _check_options(options)
     text = read_text(options.text)
     opened = Artifact.find(artifact)
-    folder, manifest = opened.folder, opened.manifest
-    ours = tokenise(text, opened.tokenizer)
-    settings = choose_windows(
-        options.windows,
-        options.window_tokens,
-        options.stride,
-        context_length=manifest.context_length,
-        bos_id=manifest.bos_token_id if manifest.adds_bos else None,
+    plan = quality.EvaluationPlan(
+        windows=options.windows,
+        window_tokens=options.window_tokens,
+        stride=options.stride,
+        max_tokens=options.max_tokens,
+        reference_cache=options.reference_cache,
+        device=engine.device,
+        exact=engine.exact,
+        settings=settings,
     )
-    windows = take_windows(cut(ours.token_ids, settings), options.max_tokens)
-    with show_progress() as progress, _predictions(options, manifest, text, ours, settings, windows, progress) as file:
-        quality, in_use = _score(folder, windows, ours, file, options, progress)
-    document = _document(folder, manifest, options, ours, settings, len(windows), quality, in_use)
-    if options.json != "-":
-        print_lines(_lines(folder, manifest, options, settings, len(windows), quality, in_use))
-    if options.json == "-":
+    with show_progress() as progress:
+        opening = None if options.reference is None else partial(_open_reference, options, progress)
+        result = quality.evaluate(opened, text, plan, progress, opening, _cache_folder())
+    document = _document(opened.folder, options, engine, result)
+    if options.json_file == "-":
         print_json(document)
-    elif options.json is not None:
-        write_result(Path(options.json), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+        return
+    print_lines(_lines(opened.folder, options, result))
+    if options.json_file is not None:
+        write_result(Path(options.json_file), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
 
 
-def _check_options(options: EvalOptions) -> None:
-    if options.reference_cache is not None and options.reference is None:
-        raise UsageError("--reference-cache means nothing without --reference", "leave it out, or add --reference")
-    if options.json not in (None, "-"):
-        require_result_place(Path(options.json or ""), "--json")
+def _check_options(options: EvalArgs) -> None:
+    for name, value in (("--reference-cache", options.reference_cache), ("--ignore-field", options.ignore_field)):
+        if value and options.reference is None:
+            raise UsageError(f"{name} means nothing without --reference", "leave it out, or add --reference")
+    if options.json_file not in (None, "-"):
+        require_result_place(Path(options.json_file or ""), "--json")
 
 
-def _predictions(
-    options: EvalOptions,
-    manifest: Manifest,
-    text: str,
-    ours: Text,
-    settings: WindowSettings,
-    windows: Sequence[Window],
-    progress: Progress,
-) -> AbstractContextManager[ReferenceFile | None]:
-    """The file of the reference's predictions, complete; nothing where there is no reference."""
-    if options.reference is None:
-        return nullcontext()
-    with _open_reference(options.reference, progress) as reference:
-        key = make_key(reference, manifest, text, ours, settings)
-        file = ReferenceFile(options.reference_cache or _default_cache(key), key, windows)
-        try:
-            _complete(file, reference, progress)
-        except BaseException:
-            file.__exit__()
-            raise
-    return file
-
-
-def _open_reference(reference: str, progress: Progress) -> AbstractContextManager[Reference]:
+def _open_reference(options: EvalArgs, progress: Progress) -> AbstractContextManager[ReferenceModel]:
     """An artifact where there is one of that name, else a checkpoint; a preset's name always means the preset."""
+    from normistral.evaluation.quality import artifact_reference
+
+    reference = options.reference or ""
     is_preset = any(preset.name == reference for preset in PRESETS)
     folders = [Path(reference), store.artifacts_dir() / reference]
     if not is_preset and any((folder / MANIFEST_NAME).is_file() for folder in folders):
+        if options.ignore_field:
+            raise UsageError(
+                f"--ignore-field means nothing here: {reference} is an artifact", "leave it out, or name a checkpoint"
+            )
         return nullcontext(artifact_reference(store.resolve_artifact(reference)))
     from normistral.export.reference.evaluation import checkpoint_reference
 
-    return checkpoint_reference(reference, _cache_folder(), progress)
-
-
-def _complete(file: ReferenceFile, reference: Reference, progress: Progress) -> None:
-    missing = sum(window.scored for window in file.missing)
-    if not missing:
-        progress.note(f"the reference's predictions are in {file.path}")
-        return
-    if file.finished:
-        progress.note(f"going on after window {file.finished} of {file.path}")
-    try:
-        with (
-            interrupts_win(),
-            reference.open() as predictor,
-            progress.stage("reference", missing, "tokens") as stage,
-        ):
-            write_reference(file, predictor, stage.advance)
-    except KeyboardInterrupt:
-        say(f"{file.finished} windows are kept in {file.path}; the same command goes on from there")
-        raise
-    progress.note(f"the reference's predictions: {file.path}, {format_bytes(file.path.stat().st_size)}")
-
-
-def _score(
-    folder: Path,
-    windows: Sequence[Window],
-    text: Text,
-    file: ReferenceFile | None,
-    options: EvalOptions,
-    progress: Progress,
-) -> tuple[Quality, Capabilities]:
-    from normistral.runtime.loading import load
-
-    with progress.stage("loading"):
-        model = load(folder, options.device, exact=options.exact, settings=options.settings)
-    with model, progress.stage("scoring", sum(window.scored for window in windows), "tokens") as stage:
-        quality = summarise(score(ModelPredictor(model), windows, text, file, stage.advance))
-        return quality, model.capabilities
+    return checkpoint_reference(reference, _cache_folder(), progress, options.ignore_field or ())
 
 
 def _cache_folder() -> Path:
     return store.cache_dir() / "references"
 
 
-def _default_cache(key: ReferenceKey) -> Path:
-    return _cache_folder() / key.file_name()
-
-
-# Views
-
-
-def _document(
-    folder: Path,
-    manifest: Manifest,
-    options: EvalOptions,
-    text: Text,
-    settings: WindowSettings,
-    windows: int,
-    quality: Quality,
-    in_use: Capabilities,
-) -> dict[str, Any]:
-    figures = asdict(quality)
+def _document(folder: Path, options: EvalArgs, engine: EngineArgs, result: Evaluation) -> dict[str, Any]:
+    """The figures for programs."""
+    figures = asdict(result.quality)
+    text = result.text
     return {
         "artifact": folder.name,
-        "format": manifest.format,
-        "weights": describe_weights(manifest.recipe),
-        "device": options.device,
-        "exact": options.exact,
-        "settings": in_use.settings,
-        "basis": in_use.basis,
-        "given": list(in_use.given),
+        "format": result.manifest.format,
+        "weights": describe_weights(result.manifest.recipe),
+        "device": engine.device,
+        "exact": engine.exact,
+        "settings": result.engine.settings,
+        "basis": result.engine.basis,
+        "given": list(result.engine.given),
         "reference": options.reference,
         "text": {"sha256": text.sha256, "tokens": len(text.token_ids), "bytes": int(text.nbytes.sum())},
-        "windows": asdict(settings) | {"count": windows},
+        "windows": asdict(result.settings) | {"count": result.windows},
         "scored_tokens": figures.pop("tokens"),
         "scored_bytes": figures.pop("nbytes"),
         **figures,
     }
 
 
-def _lines(
-    folder: Path,
-    manifest: Manifest,
-    options: EvalOptions,
-    settings: WindowSettings,
-    windows: int,
-    quality: Quality,
-    in_use: Capabilities,
-) -> Iterator[str]:
+def _lines(folder: Path, options: EvalArgs, result: Evaluation) -> Iterator[str]:
+    """The figures for people."""
+    manifest, settings, quality, in_use = result.manifest, result.settings, result.quality, result.engine
     arithmetic = {"exact": "exact", "rule": "default settings", "tuned": "tuned settings"}[in_use.basis]
     arithmetic += "".join(f", {name}={in_use.settings[name]}" for name in in_use.given)
     stride = "" if settings.stride is None else f", stride {settings.stride}"
@@ -217,7 +174,7 @@ def _lines(
     facts = [
         ("artifact", f"{folder.name}: {manifest.format}, {describe_weights(manifest.recipe)}; {arithmetic}"),
         ("text", f"{options.text.name}: {quality.tokens:,} tokens scored, {quality.nbytes:,} bytes"),
-        ("windows", f"{windows} of {settings.length} tokens, {settings.convention}{stride}{bos}"),
+        ("windows", f"{result.windows} of {settings.length} tokens, {settings.convention}{stride}{bos}"),
     ]
     if options.reference is not None:
         facts.insert(1, ("reference", options.reference))

@@ -1,4 +1,4 @@
-"""The command that turns a checkpoint into an artifact."""
+"""`normistral export`: makes an artifact of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from normistral.artifact.manifest import ArtifactFormat, GraphKind
 from normistral.artifact.presets import WeightFormat
 from normistral.commands import console
 from normistral.commands.options import Debug, Verbose, complete_preset, given
+from normistral.commands.progress import show_progress
 from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Backup, Recipe, RecipeName
 
 _RECIPE = Recipe()
@@ -120,7 +121,6 @@ def export(
     Needs the extra "export": pip install "normistral[export]"; for ONNX also "onnx": "normistral[export,onnx]".
     """
     console.require_stdout()
-    from normistral.commands.progress import show_progress
     from normistral.export.pipeline import export_model
 
     options = given(

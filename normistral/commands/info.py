@@ -1,116 +1,56 @@
-"""The views of artifacts and answers: as text for people, as documents for programs."""
+"""`normistral info`: the manifest of an artifact, and with --check the hashes of its files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import msgspec
+import typer
 
+from normistral.artifact import store
 from normistral.artifact.advisory import find_advice
-from normistral.artifact.manifest import Manifest, ReasoningMarkers, RecipeRecord, Template
-from normistral.artifact.presets import PRESETS
-from normistral.artifact.store import StoredArtifact
+from normistral.artifact.manifest import (
+    Manifest,
+    ReasoningMarkers,
+    RecipeRecord,
+    Template,
+    find_problems,
+    read_manifest,
+)
+from normistral.commands import console
 from normistral.commands.console import format_columns, is_verbose
-from normistral.commands.progress import format_bytes
-from normistral.runtime.chunks import Completion, Timings
-
-_UNKNOWN = "?"  # not published; read from the checkpoint
-
-
-def models_document(store: Path, artifacts: list[StoredArtifact]) -> dict[str, Any]:
-    """Presets and local artifacts for programs."""
-    return {
-        "presets": [asdict(preset) | {"source": preset.source} for preset in PRESETS],
-        "store": str(store),
-        "artifacts": [_artifact_document(artifact) for artifact in artifacts],
-    }
+from normistral.commands.options import ArtifactName, Debug, Verbose
+from normistral.commands.progress import show_progress
+from normistral.errors import ArtifactError
+from normistral.progress import format_bytes
 
 
-def models_lines(store: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
-    """Presets and local artifacts for people."""
-    presets = [
-        (
-            preset.name,
-            preset.source,
-            preset.role or _UNKNOWN,
-            _count(preset.context_length),
-            preset.licence or _UNKNOWN,
-            preset.weights,
+def info(
+    artifact: ArtifactName,
+    check: Annotated[bool, typer.Option("--check", help="Hash every file again; exit code 1 if one differs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Show everything that a model on this machine is made of; --check looks for damage."""
+    folder = store.resolve_artifact(artifact)
+    manifest = read_manifest(folder)
+    problems = None
+    if check:
+        with show_progress() as progress, progress.stage("hashing", manifest.total_bytes, "bytes") as hashing:
+            problems = list(find_problems(folder, manifest, thorough=True, on_bytes=hashing.advance))
+    if as_json:
+        console.print_json(info_document(folder, manifest, problems))
+    else:
+        console.print_lines(info_lines(folder, manifest))
+        if problems is not None:
+            console.print_lines(problems or [f"all {len(manifest.files)} files are as they were exported"])
+    if problems:
+        raise ArtifactError(
+            f"{folder} has {len(problems)} damaged or missing files", "export the model again, or copy it again"
         )
-        for preset in PRESETS
-    ]
-    yield "Presets (normistral export NAME)"
-    yield format_columns([("name", "from", "role", "context", "licence", "recommended"), *presets], indent=2)
-    yield ""
-    yield f"Artifacts in {store} (normistral chat NAME)"
-    if not artifacts:
-        yield "  none yet; make one with: normistral export demo"
-        return
-    usable = [artifact for artifact in artifacts if isinstance(artifact.content, Manifest)]
-    if usable:
-        rows = [_artifact_row(artifact.name, artifact.content) for artifact in usable]  # type: ignore[arg-type]
-        yield format_columns([("name", "size", "format", "weights", "role", "context", "made from"), *rows], indent=2)
-    for artifact in artifacts:
-        if isinstance(artifact.content, str):
-            yield f"  {artifact.name}: {artifact.content}"
-
-
-def list_document(store: Path, artifacts: list[StoredArtifact]) -> dict[str, Any]:
-    """The store for programs."""
-    return {"store": str(store), "artifacts": [_artifact_document(artifact) for artifact in artifacts]}
-
-
-def list_lines(store: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
-    """The store for people."""
-    if not artifacts:
-        yield f"There are no models yet in {store}."
-        yield f"Make one with: {PRESETS[0].export_command}"
-        return
-    rows = []
-    for name, _, content in artifacts:
-        if isinstance(content, Manifest):
-            rows.append((name, format_bytes(content.total_bytes), _describe_use(content), content.source.id))
-        else:
-            rows.append((name, "?", "damaged", content))
-    yield format_columns([("name", "size", "for", "made from"), *rows])
-
-
-def show_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """An artifact in a few words."""
-    shape, source = manifest.architecture, manifest.source
-    engine = {"openvino": "OpenVINO", "onnx": "onnxruntime"}[manifest.format]
-    command = "chat" if manifest.template is not None else "generate"
-    yield format_columns(
-        [
-            ("name", folder.name),
-            ("folder", str(folder.absolute())),
-            ("size", format_bytes(manifest.total_bytes)),
-            ("made from", source.id + (f" at {source.revision}" if source.revision else "")),
-            ("made on", manifest.created[:10]),
-            ("model", f"{shape.parameters / 1e6:,.0f} million parameters, {manifest.recipe.weights} weights"),
-            ("runs with", engine),
-            ("for", _describe_use(manifest)),
-            ("reads at most", f"{manifest.context_length:,} tokens, prompt and answer together"),
-            ("quality check", _QUALITY_CHECK[manifest.verified]),
-            ("try it", f"normistral {command} {folder.name}"),
-        ]
-    )
-
-
-def _describe_use(manifest: Manifest) -> str:
-    return "completing text" if manifest.template is None else "chat"
-
-
-_QUALITY_CHECK = {
-    "run": "passed: it was run, and compared with the original",
-    "read": "passed in part: its files were compared with the original; it was not run",
-    "no": "left out when it was made (--no-verify)",
-    "failed": "FAILED, and it was kept all the same (--keep-failed)",
-    None: "not recorded",
-}
 
 
 def info_document(folder: Path, manifest: Manifest, problems: list[str] | None) -> dict[str, Any]:
@@ -121,6 +61,8 @@ def info_document(folder: Path, manifest: Manifest, problems: list[str] | None) 
         document["advice"] = advice
     if problems is not None:
         document["problems"] = problems
+    import msgspec
+
     described: dict[str, Any] = msgspec.to_builtins(manifest)
     return document | described
 
@@ -160,28 +102,6 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
     yield format_columns(rows)
     files = [(name, f"{record.size:,} bytes", record.sha256[:12]) for name, record in manifest.files.items()]
     yield format_columns([("file", "size", "sha256"), *files], indent=2)
-
-
-def completion_document(completion: Completion) -> dict[str, Any]:
-    """A whole answer for programs; times in seconds."""
-    return {
-        "text": completion.text,
-        "reasoning": completion.reasoning,
-        "reasoning_open": completion.reasoning_open,
-        "finish_reason": completion.finish_reason,
-        "token_ids": list(completion.token_ids),
-        "timings": asdict(completion.timings) | {"tokens_per_s": completion.timings.tokens_per_s},
-    }
-
-
-def describe_timings(timings: Timings) -> str:
-    """One line on a generation."""
-    guessed = f"; {timings.accepted_tokens} of {timings.drafted_tokens} guessed tokens were right"
-    return (
-        f"{timings.new_tokens} tokens at {timings.tokens_per_s:.1f} tokens/s, the first after {timings.ttft_s:.2f} s; "
-        f"prompt of {timings.prompt_tokens} tokens, {timings.cached_tokens} of them known from before"
-        f"{guessed if timings.drafted_tokens else ''}"
-    )
 
 
 def describe_weights(recipe: RecipeRecord) -> str:
@@ -269,38 +189,6 @@ def _describe_reasoning(markers: ReasoningMarkers | None) -> str:
 def _describe_sampling(manifest: Manifest) -> str:
     published = {key: value for key, value in asdict(manifest.sampling).items() if value is not None}
     return f"by default {_listed(published)}" if published else "the most likely token each time (greedy)"
-
-
-def _artifact_document(artifact: StoredArtifact) -> dict[str, Any]:
-    name, path, content = artifact
-    if isinstance(content, str):
-        return {"name": name, "path": str(path), "problem": content}
-    return {
-        "name": name,
-        "path": str(path),
-        "total_bytes": content.total_bytes,
-        "format": content.format,
-        "weights": content.recipe.weights,
-        "role": content.role,
-        "context_length": content.context_length,
-        "source": content.source.id,
-    }
-
-
-def _artifact_row(name: str, manifest: Manifest) -> tuple[str, ...]:
-    return (
-        name,
-        format_bytes(manifest.total_bytes),
-        manifest.format,
-        manifest.recipe.weights,
-        manifest.role,
-        _count(manifest.context_length),
-        manifest.source.id,
-    )
-
-
-def _count(value: int | None) -> str:
-    return _UNKNOWN if value is None else f"{value:,}"
 
 
 def _listed(values: dict[str, Any]) -> str:

@@ -1,16 +1,25 @@
-"""Commands that show what is there: presets and artifacts, one artifact, this machine."""
+"""`normistral models`: presets and the artifacts of the local store."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from normistral.artifact import store
-from normistral.artifact.manifest import find_problems, read_manifest
+from normistral.artifact.manifest import Manifest
+from normistral.artifact.presets import PRESETS
+from normistral.artifact.store import StoredArtifact
 from normistral.commands import console
-from normistral.commands.options import Artifact, Debug, Verbose
-from normistral.errors import ArtifactError
+from normistral.commands.console import format_columns
+from normistral.commands.list import artifact_document
+from normistral.commands.options import Debug, Verbose
+from normistral.progress import format_bytes
+
+_UNKNOWN = "?"  # not published; read from the checkpoint
 
 
 def models(
@@ -19,8 +28,6 @@ def models(
     debug: Debug = False,
 ) -> None:
     """List the models that can be made (presets), and those on this machine."""
-    from normistral.commands.info import models_document, models_lines
-
     folder, artifacts = store.artifacts_dir(), store.list_artifacts()
     if as_json:
         console.print_json(models_document(folder, artifacts))
@@ -28,49 +35,55 @@ def models(
         console.print_lines(models_lines(folder, artifacts))
 
 
-def info(
-    artifact: Artifact,
-    check: Annotated[bool, typer.Option("--check", help="Hash every file again; exit code 1 if one differs.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Show everything that a model on this machine is made of; --check looks for damage."""
-    from normistral.commands.info import info_document, info_lines
+def models_document(folder: Path, artifacts: list[StoredArtifact]) -> dict[str, Any]:
+    """Presets and local artifacts for programs."""
+    return {
+        "presets": [asdict(preset) | {"source": preset.source} for preset in PRESETS],
+        "store": str(folder),
+        "artifacts": [artifact_document(artifact) for artifact in artifacts],
+    }
 
-    folder = store.resolve_artifact(artifact)
-    manifest = read_manifest(folder)
-    problems = None
-    if check:
-        from normistral.commands.progress import show_progress
 
-        with show_progress() as progress, progress.stage("hashing", manifest.total_bytes, "bytes") as hashing:
-            problems = list(find_problems(folder, manifest, thorough=True, on_bytes=hashing.advance))
-    if as_json:
-        console.print_json(info_document(folder, manifest, problems))
-    else:
-        console.print_lines(info_lines(folder, manifest))
-        if problems is not None:
-            console.print_lines(problems or [f"all {len(manifest.files)} files are as they were exported"])
-    if problems:
-        raise ArtifactError(
-            f"{folder} has {len(problems)} damaged or missing files", "export the model again, or copy it again"
+def models_lines(folder: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
+    """Presets and local artifacts for people."""
+    presets = [
+        (
+            preset.name,
+            preset.source,
+            preset.role or _UNKNOWN,
+            _count(preset.context_length),
+            preset.licence or _UNKNOWN,
+            preset.weights,
         )
+        for preset in PRESETS
+    ]
+    yield "Presets (normistral export NAME)"
+    yield format_columns([("name", "from", "role", "context", "licence", "recommended"), *presets], indent=2)
+    yield ""
+    yield f"Artifacts in {folder} (normistral chat NAME)"
+    if not artifacts:
+        yield "  none yet; make one with: normistral export demo"
+        return
+    usable = [artifact for artifact in artifacts if isinstance(artifact.content, Manifest)]
+    if usable:
+        rows = [_artifact_row(artifact.name, artifact.content) for artifact in usable]  # type: ignore[arg-type]
+        yield format_columns([("name", "size", "format", "weights", "role", "context", "made from"), *rows], indent=2)
+    for artifact in artifacts:
+        if isinstance(artifact.content, str):
+            yield f"  {artifact.name}: {artifact.content}"
 
 
-def doctor(
-    artifact: Annotated[
-        str | None, typer.Argument(metavar="[ARTIFACT]", help="Also say what will be used for this artifact.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Show this machine, and what will be used and why."""
-    from normistral.commands.doctor import doctor_lines, examine
+def _artifact_row(name: str, manifest: Manifest) -> tuple[str, ...]:
+    return (
+        name,
+        format_bytes(manifest.total_bytes),
+        manifest.format,
+        manifest.recipe.weights,
+        manifest.role,
+        _count(manifest.context_length),
+        manifest.source.id,
+    )
 
-    report = examine(None if artifact is None else store.resolve_artifact(artifact))
-    if as_json:
-        console.print_json(report)
-    else:
-        console.print_lines(doctor_lines(report))
+
+def _count(value: int | None) -> str:
+    return _UNKNOWN if value is None else f"{value:,}"

@@ -1,22 +1,37 @@
-"""Arguments and options of `chat`, `generate`, `eval` and `bench`: names, types and help; values default elsewhere."""
+"""Arguments and options that several commands share: names, types and help. Each default stands where it is declared.
+
+A command takes a group of options as one parameter, whose type is an `OptionGroup`; `with_option_groups` gives typer
+the single ones. The options of sampling are made from their declaration, `NUMERIC_OPTIONS`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from normistral.artifact import store
 from normistral.artifact.presets import PRESETS
-from normistral.runtime.options import DraftMode, GenerationConfig, refuse_draft_table
-
-_OURS = GenerationConfig()
+from normistral.commands.console import decode_argument
+from normistral.runtime.engines.settings import parse_settings
+from normistral.runtime.options import NUMERIC_OPTIONS, DraftMode, default_of, refuse_draft_table
 
 # Groups of options in the help.
 SAMPLING, FORM, ENGINE, OUTPUT = "How to write", "Form of the answer", "Engine", "What is shown"
+
+DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _remember_debug(on: bool) -> bool:
@@ -56,7 +71,7 @@ def complete_artifact(incomplete: str) -> list[str]:
     return [*complete_stored(incomplete), *complete_preset(incomplete)]
 
 
-Artifact = Annotated[
+ArtifactName = Annotated[
     str,
     typer.Argument(
         metavar="ARTIFACT",
@@ -94,58 +109,6 @@ EngineSettings = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(metavar="N", help=f"Most tokens to write. (*) {_OURS.max_new_tokens}", rich_help_panel=SAMPLING),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        metavar="T", help=f"Above 0 answers vary; 0 is greedy. (*) {_OURS.temperature:g}", rich_help_panel=SAMPLING
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        metavar="K", help=f"Sample among the K likeliest tokens; 0 is all. (*) {_OURS.top_k}", rich_help_panel=SAMPLING
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="P",
-        help=f"Sample among the likeliest that reach probability P. (*) {_OURS.top_p:g}",
-        rich_help_panel=SAMPLING,
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="P",
-        help=f"Leave out tokens below P times the likeliest one. (*) {_OURS.min_p:g}",
-        rich_help_panel=SAMPLING,
-    ),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(
-        metavar="R",
-        help=f"Above 1 makes repeated tokens less likely. (*) {_OURS.repetition_penalty:g}",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Same seed and input, same text. Default, and -1: a new one every time.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEXT", help="End before this text; may be given several times.", rich_help_panel=SAMPLING),
-]
 JsonSchema = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Answer in JSON of this schema. (docs/structured.md)", rich_help_panel=FORM),
@@ -163,19 +126,11 @@ Choice = Annotated[
 Grammar = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Answer with a text of this grammar (Lark).", rich_help_panel=FORM)
 ]
-MaxReasoningTokens = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Of a thinking model: end its reasoning after N tokens; 0 is none. Default: no limit.",
-        rich_help_panel=SAMPLING,
-    ),
-]
 Draft = Annotated[
     DraftMode | None,
     typer.Option(
         help="auto guesses tokens from the text so far where that is faster, and the model checks them; off does not. "
-        f"Default: {_OURS.draft}.",
+        f"Default: {default_of('draft')}.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -187,18 +142,11 @@ HideReasoning = Annotated[
     bool,
     typer.Option("--hide-reasoning", help="Do not show the reasoning of a thinking model.", rich_help_panel=OUTPUT),
 ]
-Session = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Go on with the conversation that this file holds, if it is there, and save it there."
-    ),
-]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.", rich_help_panel=OUTPUT)]
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print the whole answer as JSON: text, reasoning, timings.", rich_help_panel=OUTPUT),
 ]
-
 Debug = Annotated[
     bool,
     typer.Option(
@@ -209,77 +157,120 @@ Debug = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
-
 Verbose = Annotated[
     bool,
     typer.Option(
         "--verbose", help="Show the details as well.", callback=_remember_verbose, is_eager=True, rich_help_panel=OUTPUT
     ),
 ]
-
-DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."
-
-# eval
-
-EvalText = Annotated[
-    Path, typer.Option("--text", metavar="FILE", help="Text to predict, in UTF-8.", show_default=False)
-]
-EvalReference = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL", help="Compare with this checkpoint in float32 (named as for export), or with another artifact."
-    ),
-]
-Windows = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", help="sliding: every token is scored once. llama.cpp: as its perplexity tool does it."
-    ),
-]
-WindowTokens = Annotated[
-    int | None, typer.Option(metavar="N", help="Length of a window. Default: 512, or the context if that is less.")
-]
-Stride = Annotated[
-    int | None, typer.Option(metavar="N", help="Tokens that a sliding window scores. Default: half the window.")
-]
-MaxTokens = Annotated[
-    int | None, typer.Option(metavar="N", help="Stop after the window that brings the scored tokens to N.")
-]
-ReferenceCache = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Keeps the reference's predictions. Default: a file in the store's cache."),
-]
 JsonFile = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - is stdout, without the table."),
 ]
 
-# bench
 
-Artifacts = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="ARTIFACT...",
-        help="Folders or names, each alone or with settings of its engine: ARTIFACT@KEY=VALUE,KEY=VALUE.",
-        show_default=False,
-    ),
-]
-Report = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report with charts: FILE.html or FILE.md.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Shorter, fewer, less certain.")]
-PrefillLengths = Annotated[
-    str | None,
-    typer.Option("--prefill", metavar="N,N", help="Lengths of the prompts. Default: 128,512,2048, as far as they fit."),
-]
-DecodeContexts = Annotated[
-    str | None,
-    typer.Option("--decode", metavar="N,N", help="Tokens before those written. Default: 16,512,2048 likewise."),
-]
-DecodeTokens = Annotated[
-    int | None, typer.Option("--tokens", metavar="N", help="Tokens to write at each. Default: 32.")
-]
-Repeats = Annotated[int | None, typer.Option(metavar="N", help="Measurements of each kind. Default: 5.")]
+class OptionGroup:
+    """Options that are one parameter of a command: the fields of a dataclass, annotated for typer."""
+
+    @classmethod
+    def parameters(cls) -> list[Parameter]:
+        """What typer is to see."""
+        hints = get_type_hints(cls, include_extras=True)
+        return [
+            Parameter(
+                field.name,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(cls)  # type: ignore[arg-type]  # a subclass is a dataclass
+        ]
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that the user gave."""
-    return {name: value for name, value in options.items() if value is not None}
+@dataclass(frozen=True, slots=True)
+class EngineArgs(OptionGroup):
+    """How an engine is loaded."""
+
+    exact: Exact = False
+    device: Device = "CPU"
+    engine_settings: EngineSettings = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings by name.
+
+        Raises:
+            UsageError: one is not KEY=VALUE.
+        """
+        return parse_settings(self.engine_settings)
+
+
+@dataclass(frozen=True, slots=True)
+class StructureArgs(OptionGroup):
+    """The form of an answer; at most one may be given."""
+
+    json_schema: JsonSchema = None
+    regex: Regex = None
+    choice: Choice = None
+    grammar: Grammar = None
+
+
+class SamplingArgs(OptionGroup):
+    """Fields of `GenerationConfig` that the user gave."""
+
+    def __init__(self, **options: Any) -> None:
+        self._options = given(**options)
+
+    @classmethod
+    def parameters(cls) -> list[Parameter]:
+        """An option for each number of `GenerationConfig` but log-probabilities, and --stop before the last one."""
+        parameters = []
+        for name, spec in NUMERIC_OPTIONS.items():
+            if name != "logprobs":
+                default = default_of(name)
+                note = "" if default is None else f" (*) {default:g}"
+                option = typer.Option(metavar=spec.metavar, help=spec.help + note, rich_help_panel=SAMPLING)
+                parameters.append(_optional(name, spec.kind, option))
+        stop = typer.Option(
+            metavar="TEXT", help="End before this text; may be given several times.", rich_help_panel=SAMPLING
+        )
+        return [*parameters[:-1], _optional("stop", list[str], stop), parameters[-1]]
+
+    def options(self, further_stops: Sequence[str] = ()) -> dict[str, Any]:
+        """Keyword arguments of a generation.
+
+        Raises:
+            UsageError: a stop text is not UTF-8.
+        """
+        options = dict(self._options)
+        if stops := [*map(decode_argument, options.pop("stop", ())), *further_stops]:
+            options["stop"] = tuple(stops)
+        return options
+
+
+def _optional(name: str, kind: Any, option: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer is to see it: every `OptionGroup` among its parameters as the options that it stands for."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, tuple[type[OptionGroup], list[Parameter]]] = {}
+    parameters: list[Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if isinstance(kind, type) and issubclass(kind, OptionGroup):
+            groups[parameter.name] = kind, kind.parameters()
+            parameters += groups[parameter.name][1]
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=kind))
+
+    def call(**values: Any) -> None:
+        for name, (kind, members) in groups.items():
+            values[name] = kind(**{member.name: values.pop(member.name) for member in members})
+        command(**values)
+
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call

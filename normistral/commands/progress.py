@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 from normistral.commands.console import colour, is_terminal, one_line, print_diagnostic
 from normistral.commands.wrapping import cell_width, crop, wrap_text
-from normistral.progress import Progress, Stage, Uncounted
+from normistral.progress import Progress, Stage, Uncounted, format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import Task, TaskID
 
-_SPINNER_CELLS = 2  # it and the blank after it
 _SPINNER_CELLS = 2  # it and the blank after it
 _BAR_CELLS = 24  # at most; with room for less than a third of that there is none
 _DONE = "32"
@@ -182,16 +181,6 @@ def format_duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, hours = whole // 60, whole // 3600
     return f"{minutes} min {whole % 60:02} s" if whole < 3600 else f"{hours} h {minutes % 60:02} min"
-
-
-def format_bytes(count: int) -> str:
-    """`count` bytes in the unit that gives one to three digits before the point (powers of 1000)."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{count} bytes" if unit == "bytes" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
 
 
 def _amount(count: float, unit: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from normistral.commands.answer import describe_missing_answer
+from normistral.commands.answer import describe_missing_answer, describe_timings
 from normistral.commands.console import (
     AnswerWriter,
     format_columns,
@@ -22,10 +22,8 @@ from normistral.commands.console import (
     show_error,
     warn,
 )
-from normistral.commands.conversations import load_conversation, save_conversation
-from normistral.commands.info import describe_timings
 from normistral.commands.line_editor import TEXT_BLOCK, LineEditor
-from normistral.commands.sessions import save_session
+from normistral.commands.saved_chats import load_conversation, save_conversation, save_session
 from normistral.commands.wrapping import cell_width, terminal_columns
 from normistral.errors import ContextLengthError, NormistralError, UsageError
 from normistral.runtime.chunks import FinishReason, Timings

@@ -1,4 +1,4 @@
-"""Commands for the local store: what it holds, one artifact in words, and removing artifacts."""
+"""`normistral rm`: removes artifacts from the local store."""
 
 from __future__ import annotations
 
@@ -8,41 +8,12 @@ from typing import Annotated
 import typer
 
 from normistral.artifact import store
-from normistral.artifact.manifest import MANIFEST_NAME, read_manifest
+from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.commands import console
-from normistral.commands.options import Artifact, Debug, complete_stored
+from normistral.commands.options import Debug, complete_stored
 from normistral.errors import UsageError
 from normistral.files import sha256_file
-
-
-def list_(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Debug = False,
-) -> None:
-    """List the models on this machine that are ready to use."""
-    from normistral.commands.info import list_document, list_lines
-
-    folder, artifacts = store.artifacts_dir(), store.list_artifacts()
-    if as_json:
-        console.print_json(list_document(folder, artifacts))
-    else:
-        console.print_lines(list_lines(folder, artifacts))
-
-
-def show(
-    artifact: Artifact,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Describe one model in a few words; `info` tells everything."""
-    from normistral.commands.info import info_document, show_lines
-
-    folder = store.resolve_artifact(artifact)
-    manifest = read_manifest(folder)
-    if as_json:
-        console.print_json(info_document(folder, manifest, None))
-    else:
-        console.print_lines(show_lines(folder, manifest))
+from normistral.progress import format_bytes
 
 
 def rm(
@@ -62,7 +33,6 @@ def rm(
 
     Only artifacts of the store are removed, by their names; folders with other files in them, and links, are refused.
     """
-    from normistral.commands.progress import format_bytes
     from normistral.runtime.tuned import forget_tuned
 
     folders = [store.find_stored(name) for name in dict.fromkeys(names)]

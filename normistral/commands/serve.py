@@ -1,4 +1,4 @@
-"""The command that answers over HTTP."""
+"""`normistral serve`: answers over HTTP."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from typing import Annotated
 import typer
 
 from normistral.commands import console
-from normistral.commands.offer import find_or_make
+from normistral.commands.find_artifact import find_or_make
 from normistral.commands.options import (
     AsJson,
     Debug,
-    Device,
-    EngineSettings,
-    Exact,
+    EngineArgs,
     Verbose,
     complete_artifact,
     given,
 )
 from normistral.errors import MissingExtraError, UsageError, install_extra
-from normistral.runtime.engines.settings import parse_settings
 from normistral.serving.backends.settings import Batching
 from normistral.serving.limits import ServerLimits
 
@@ -94,9 +91,8 @@ def serve(
     grace_seconds: Annotated[
         float, typer.Option(metavar="S", min=0.1, help="For answers under way after the first Ctrl-C or SIGTERM.")
     ] = _LIMITS.grace_s,
-    exact: Exact = False,
-    device: Device = "CPU",
-    engine_settings: EngineSettings = None,
+    *,
+    engine: EngineArgs,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -118,7 +114,7 @@ def serve(
         request_s=request_seconds,
         grace_s=grace_seconds,
     )
-    settings = parse_settings(engine_settings)
+    settings = engine.settings
     _require_extra()
     artifacts = [str(find_or_make(artifact)) for artifact in artifacts]
     from normistral.runtime.kernels.advice import name_faster_way
@@ -142,7 +138,7 @@ def serve(
             f"raise it: ulimit -n {2 * max_connections + 256}",
         )
     limits = replace(limits, connections=served_connections)
-    options = EngineOptions(device, exact, settings, batching, cache_mib, slots)
+    options = EngineOptions(engine.device, engine.exact, settings, batching, cache_mib, slots)
     served = open_artifacts(artifacts, options, limits)
     with bind(host, port) as listener:
         keys = choose_keys(listener, api_key_file, no_api_key=no_api_key)

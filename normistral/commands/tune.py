@@ -1,139 +1,85 @@
-"""The command `tune`, and what `doctor` says of its results."""
+"""`normistral tune`: finds the fastest settings for an artifact on this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import msgspec
+import typer
 
 from normistral.artifact import store
-from normistral.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.commands.console import format_columns, is_verbose, print_json, print_lines, say
+from normistral.commands.options import ArtifactName, Debug, Verbose, given
 from normistral.commands.progress import show_progress
+from normistral.errors import UsageError
 from normistral.files import sha256_file
-from normistral.hardware import Machine, explain_openvino, plan_onnxruntime, plan_openvino
-from normistral.runtime.engines.settings import DEFAULT_CHUNK, PREFILL_CHUNK
-from normistral.runtime.tuned import (
-    Tuned,
-    find_mismatch,
-    forget_tuned,
-    list_tuned,
-    make_key,
-    read_tuned,
-    tuned_path,
-)
+from normistral.runtime.tuned import BUDGET_MINUTES, Profile, Tuned, forget_tuned
 
 
-def run_tune(artifact: str, options: dict[str, Any], *, as_json: bool) -> None:
-    """Tune and print.
+def tune(
+    artifact: ArtifactName,
+    profile: Annotated[
+        Profile | None,
+        typer.Option(
+            metavar="NAME",
+            help="The work: chat (question and answer; the default), documents (long text, short answer) or batch "
+            "(many of middling length).",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", help=f"Measure nothing new after this time. Default: {BUDGET_MINUTES:g}."),
+    ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(
+            metavar="KL",
+            help="Most that settings may change answers: mean KL divergence from exact arithmetic, in nats. "
+            "Default: half of what quantizing the weights cost, within 0.001 to 0.02.",
+        ),
+    ] = None,
+    forget: Annotated[bool, typer.Option("--forget", help="Drop what was tuned for this artifact, and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Find the fastest settings for a model on this machine.
 
-    Args:
-        options: fields of `TuneOptions`; its profile is checked with its work.
-
-    Raises:
-        NormistralError: as `normistral.tuning.tune.tune`.
+    Compares settings of its engine on the processor for a few minutes, while nothing else should use it. Those that
+    are faster by more than the noise and cost little quality are kept, and used whenever the artifact is loaded here.
+    The artifact stays as it is.
     """
-    from normistral.tuning.tune import TuneOptions, tune
+    options = given(profile=profile, budget_minutes=budget, quality=quality)
+    if forget:
+        if options or as_json:
+            raise UsageError("--forget measures nothing, so it takes no other option", "give it alone")
+        _forget(artifact)
+        return
+    from normistral.runtime.collect_env import tuned_document
+    from normistral.tuning.tune import TuneOptions
+    from normistral.tuning.tune import tune as search
 
     chosen = TuneOptions(**options)
     folder = store.resolve_artifact(artifact)
     with show_progress() as progress:
-        tuned = tune(folder, chosen, progress)
+        tuned = search(folder, chosen, progress)
     if as_json:
         print_json(tuned_document(tuned))
     else:
         print_lines(tuned_lines(tuned))
 
 
-def forget_artifact(artifact: str) -> None:
-    """Drop an artifact's results; says how many there were."""
-    folder = store.resolve_artifact(artifact)
-    deleted = forget_tuned(sha256_file(folder / MANIFEST_NAME))
+def _forget(artifact: str) -> None:
+    """Drop the results of an artifact, and say how many there were."""
+    deleted = forget_tuned(sha256_file(store.resolve_artifact(artifact) / MANIFEST_NAME))
     say(f"{len(deleted)} result{'s' if len(deleted) != 1 else ''} dropped; the usual settings serve")
 
 
-def describe_tuned(machine: Machine, versions: dict[str, str]) -> list[dict[str, Any]]:
-    """Every result in the store, for `doctor`; "problem" says why one does not hold here.
-
-    Args:
-        versions: of the engines that are there, by name.
-    """
-    described: list[dict[str, Any]] = []
-    for path, content in list_tuned():
-        if isinstance(content, str):
-            described.append({"file": path.name, "problem": content})
-            continue
-        there = content.key
-        here = make_key(None, machine, there.engine, versions.get(there.engine, "missing"), there.device)
-        problem = find_mismatch(there, replace(here, manifest_sha256=there.manifest_sha256))
-        described.append({"file": path.name, **tuned_document(content), "problem": problem})
-    return described
-
-
-def describe_artifact(folder: Path, machine: Machine, versions: dict[str, str]) -> dict[str, Any]:
-    """What loading an artifact on the CPU would use, and why, for `doctor`."""
-    manifest = read_manifest(folder)
-    engine = "openvino" if manifest.format == "openvino" else "onnxruntime"
-    key = make_key(folder, machine, engine, versions.get(engine, "missing"), "CPU")
-    settings, why = _rule(machine, manifest)
-    problem = None
-    try:
-        tuned = read_tuned(tuned_path(key))
-        problem = find_mismatch(tuned.key, key)
-    except FileNotFoundError:
-        why.append("not tuned on this machine: normistral tune finds what is faster here")
-        return {"name": folder.name, "basis": "rule", "settings": settings, "why": why, "problem": None}
-    except (OSError, ValueError) as exc:
-        problem = str(exc)
-    if problem is not None:
-        return {"name": folder.name, "basis": "rule", "settings": settings, "why": why, "problem": problem}
-    why = [f"tuned for {tuned.profile} on {tuned.created[:10]}; gain: {describe_gain(tuned)}"]
-    return {"name": folder.name, "basis": "tuned", "settings": tuned.settings, "why": why, "problem": None}
-
-
-def artifact_lines(described: dict[str, Any]) -> Iterator[str]:
-    """`describe_artifact` for people."""
-    origin = {"rule": "settings chosen for this kind of machine", "tuned": "settings tuned on this machine"}
-    yield f"What will be used for {described['name']}: {origin[described['basis']]}"
-    yield format_columns(list(described["settings"].items()), indent=2)
-    yield from (f"  {reason}" for reason in described["why"])
-
-
-def tuned_table(described: list[dict[str, Any]]) -> Iterator[str]:
-    """`describe_tuned` for people."""
-    if not described:
-        return
-    yield "Tuned settings"
-    rows = []
-    for result in described:
-        if "artifact" in result:
-            facts = f"{result['profile']}, {result['created'][:10]}, {result['gain'] - 1:+.0%}"
-            rows.append(
-                (result["artifact"], facts, f"not here: {result['problem']}" if result["problem"] else "holds here")
-            )
-        else:
-            rows.append((result["file"], "", result["problem"]))
-    yield format_columns(rows, indent=2)
-
-
-def _rule(machine: Machine, manifest: Manifest) -> tuple[dict[str, str], list[str]]:
-    if manifest.format == "openvino":
-        weights = manifest.recipe.weights
-        return {**plan_openvino(machine, weights), PREFILL_CHUNK: DEFAULT_CHUNK}, explain_openvino(machine, weights)
-    return {**plan_onnxruntime(machine), PREFILL_CHUNK: DEFAULT_CHUNK}, []
-
-
-def tuned_document(tuned: Tuned) -> dict[str, Any]:
-    """For programs."""
-    document: dict[str, Any] = msgspec.to_builtins(tuned)
-    return document | {"gain": tuned.gain}
-
-
 def tuned_lines(tuned: Tuned) -> Iterator[str]:
-    """For people."""
+    """A result for people."""
+    from normistral.runtime.collect_env import describe_gain
+
     changed = ", ".join(f"{name}={tuned.settings[name]}" for name in tuned.changed)
     yield format_columns(
         [
@@ -146,9 +92,3 @@ def tuned_lines(tuned: Tuned) -> Iterator[str]:
     )
     if not tuned.complete:
         yield "the time was up before everything was tried: a larger --budget may find more"
-
-
-def describe_gain(tuned: Tuned) -> str:
-    """What it gained, and at what."""
-    seconds = f"{tuned.tuned_s:.3g} s for {tuned.rule_s:.3g} s"
-    return f"{tuned.gain - 1:+.0%} in speed at {tuned.profile} ({seconds})" if tuned.changed else "none"

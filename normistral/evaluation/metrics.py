@@ -37,7 +37,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScores:
+class ScoredTokens:
     """What was found of each scored token, in the order of the text; all arrays are [n].
 
     Attributes:
@@ -92,7 +92,7 @@ class Quality:
     comparison: Comparison | None
 
 
-def summarise(scores: TokenScores, seed: int = 0) -> Quality:
+def summarise(scores: ScoredTokens, seed: int = 0) -> Quality:
     """Figures and intervals of scored tokens.
 
     Raises:
@@ -113,7 +113,7 @@ def summarise(scores: TokenScores, seed: int = 0) -> Quality:
     )
 
 
-def _compare(scores: TokenScores, blocks: _Blocks) -> Comparison | None:
+def _compare(scores: ScoredTokens, blocks: _Blocks) -> Comparison | None:
     if scores.reference_nll is None or scores.kl is None or scores.agrees is None:
         return None
     return Comparison(

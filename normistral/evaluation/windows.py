@@ -1,6 +1,6 @@
-"""A long text in windows that fit a model's context, and which tokens of each window are scored.
+"""The text that is scored: its tokens, and the windows that fit a model's context.
 
-It knows token ids and no model. Two conventions:
+It knows a tokenizer and no model. Two conventions of windows:
 
 - "sliding" scores every token exactly once. The first window scores all of its tokens; each later one the next `stride`
   tokens, behind as many of the tokens before them as fit. The last window is as long as the others where the text
@@ -20,13 +20,63 @@ the text's first token, which is then not scored.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import UsageError
+from normistral.text_input import read_text_file
 
 Convention = Literal["sliding", "llama.cpp"]
+DEFAULT_LENGTH = 512  # llama.cpp's default too
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedText:
+    """A tokenised text.
+
+    Attributes:
+        sha256: of the text in UTF-8.
+        token_ids: without BOS.
+        nbytes: int64 [tokens], UTF-8 bytes that each token stands for; they sum to the size of the text. The bytes of a
+            character that several tokens spell are the last one's; what the tokenizer drops is the token's before it.
+    """
+
+    sha256: str
+    token_ids: list[int]
+    nbytes: NDArray[np.int64]
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        UsageError: it cannot be read, is empty or not UTF-8.
+    """
+    text = read_text_file(path, "give --text the path of a text file")
+    if not text.strip():
+        raise UsageError(f"{path} is empty", "give --text a file with some text")
+    return text
+
+
+def tokenise(text: str, tokenizer: Tokenizer) -> TokenizedText:
+    """Tokens of a text, as the tokenizer gives them without special tokens around them.
+
+    The text of a control token counts as that token, as in transformers.
+    """
+    token_ids, offsets = tokenizer.encode_with_offsets(text)
+    bytes_before = np.array([0, *accumulate(len(character.encode("utf-8")) for character in text)], np.int64)
+    starts = [start for start, _ in offsets]
+    ends = bytes_before[[*starts[1:], len(text)]] if token_ids else np.zeros(0, np.int64)
+    nbytes = np.diff(np.maximum.accumulate(ends), prepend=0)
+    return TokenizedText(hashlib.sha256(text.encode("utf-8")).hexdigest(), token_ids, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +119,6 @@ class Window:
     def targets(self) -> tuple[int, ...]:
         """The scored tokens."""
         return self.token_ids[-self.scored :]
-
-
-DEFAULT_LENGTH = 512  # llama.cpp's default too
 
 
 def choose_windows(
@@ -149,4 +196,22 @@ def _chunks(token_ids: Sequence[int], settings: WindowSettings) -> list[Window]:
         if settings.bos_id is not None:
             chunk[0] = settings.bos_id
         windows.append(Window(tuple(chunk), begin + first - shift, length - first))
+    return windows
+
+
+def take_windows(windows: Sequence[Window], max_tokens: int | None) -> Sequence[Window]:
+    """The first windows, up to the one that brings the scored tokens to `max_tokens`; None is all.
+
+    Raises:
+        UsageError: it is not at least 1.
+    """
+    if max_tokens is None:
+        return windows
+    if max_tokens < 1:
+        raise UsageError(f"--max-tokens {max_tokens} leaves nothing to score", "give at least 1")
+    scored = 0
+    for count, window in enumerate(windows, start=1):
+        scored += window.scored
+        if scored >= max_tokens:
+            return windows[:count]
     return windows

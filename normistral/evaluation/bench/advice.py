@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from normistral.evaluation.bench.numbers import bytes_, seconds, significant
 from normistral.evaluation.bench.results import BenchResult, ConfigurationResult, Figures, Spread
+from normistral.evaluation.bench.tables import bytes_, seconds, significant
 
 PAGE_WORDS = 400  # a page of prose
 READING_WORDS_PER_S = 4  # silent reading: 238 words a minute (Brysbaert 2019, doi:10.1016/j.jml.2019.104047)

@@ -1,14 +1,27 @@
-"""What is measured beside each other: an artifact with settings."""
+"""A configuration (an artifact with settings), and its measurements: collected over rounds, summed up as figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
 from normistral.errors import UsageError
+from normistral.evaluation.bench.results import (
+    AnswerResult,
+    ConfigurationResult,
+    DecodeResult,
+    Figures,
+    LoadResult,
+    MemoryResult,
+    PrefillResult,
+    Spread,
+)
+from normistral.evaluation.bench.speed import Conversation, Pass, SpeedPlan
+from normistral.evaluation.bench.worker import Account, Loaded
 from normistral.runtime.engines.settings import parse_settings
 
 _THREADS = ("INFERENCE_NUM_THREADS", "intra_op_num_threads")  # OpenVINO's name, onnxruntime's
@@ -106,3 +119,112 @@ def split_settings(argument: str) -> tuple[str, dict[str, str]]:
 
 def _listed(settings: Mapping[str, str]) -> str:
     return ",".join(f"{key}={value}" for key, value in settings.items())
+
+
+@dataclass(slots=True)
+class Samples:
+    """Measurements so far, without warm-ups.
+
+    Attributes:
+        loads: (seconds until the process was ready for its first request and had answered it, what it answered).
+        problem: why nothing more is measured.
+    """
+
+    configuration: Configuration
+    loads: list[tuple[float, Loaded]] = field(default_factory=list)
+    first_uses: list[float] = field(default_factory=list)
+    passes: dict[int, list[Pass]] = field(default_factory=lambda: defaultdict(list))
+    conversations: list[Conversation] = field(default_factory=list)
+    fingerprints: list[str] = field(default_factory=list)
+    accounts: list[Account] = field(default_factory=list)
+    problem: str | None = None
+
+    def threads(self, planned: int) -> int:
+        """How many it computes with; before it was loaded, as far as the settings say that were given."""
+        return count_threads(self.loads[-1][1].settings if self.loads else self.configuration.settings, planned)
+
+    def result(self, plan: SpeedPlan, bandwidth_gb_per_s: float | None, planned_threads: int) -> ConfigurationResult:
+        """The figures, or the problem."""
+        configuration, manifest = self.configuration, self.configuration.manifest
+        return ConfigurationResult(
+            label=configuration.label,
+            artifact=configuration.folder.name,
+            format=manifest.format,
+            weights=manifest.recipe.weights,
+            device=configuration.device,
+            exact=configuration.exact,
+            given_settings=dict(configuration.settings),
+            total_bytes=manifest.total_bytes,
+            weight_bytes_per_token=configuration.weight_bytes_per_token,
+            context_length=manifest.context_length,
+            figures=None if self.problem else self._figures(plan, bandwidth_gb_per_s, planned_threads),
+            problem=self.problem,
+        )
+
+    def _figures(self, plan: SpeedPlan, bandwidth_gb_per_s: float | None, planned_threads: int) -> Figures:
+        loaded = self.loads[-1][1]
+        idle_s = sum(account.idle_s for account in self.accounts)
+        return Figures(
+            engine=loaded.engine,
+            basis=loaded.basis,
+            threads=self.threads(planned_threads),
+            settings=loaded.settings,
+            tokens_per_word=loaded.tokens_per_word,
+            load=LoadResult(
+                ready_s=_spread(ready_s for ready_s, _ in self.loads),
+                python_s=_spread(ready_s - one.import_s - one.load_s for ready_s, one in self.loads),
+                engine_import_s=_spread(one.import_s for _, one in self.loads),
+                model_s=_spread(one.load_s for _, one in self.loads),
+            ),
+            answers=AnswerResult(
+                first_use_s=_spread(self.first_uses),
+                question_s=_spread(one.first_ttft_s for one in self.conversations),
+                second_turn_s=_spread(one.second_ttft_s for one in self.conversations),
+                cached_tokens=self.conversations[-1].cached_tokens,
+            ),
+            prefill=tuple(self._prefill(length) for length in plan.prefill_lengths),
+            decode=tuple(self._decode(context, bandwidth_gb_per_s) for context in plan.decode_contexts),
+            memory=MemoryResult(
+                peak=_largest(account.memory.peak for account in self.accounts),
+                peak_anonymous=_largest(account.peak_anonymous for account in self.accounts),
+                at_end=self.accounts[-1].memory,
+            ),
+            output_sha256=tuple(sorted(set(self.fingerprints))),
+            energy=loaded.energy,
+            idle_cpu_share=sum(account.idle_cpu_s for account in self.accounts) / idle_s if idle_s else 0.0,
+        )
+
+    def _prefill(self, length: int) -> PrefillResult:
+        passes = self.passes[length]
+        return PrefillResult(
+            length,
+            _spread(one.prefill_tokens / one.prefill_s for one in passes),
+            _per_joule(passes, lambda one: (one.prefill_tokens, one.prefill_joules)),
+        )
+
+    def _decode(self, context: int, bandwidth_gb_per_s: float | None) -> DecodeResult:
+        passes = self.passes[context]
+        speed = _spread(one.decode_tokens / one.decode_s for one in passes)
+        gb_per_s = speed.median * self.configuration.weight_bytes_per_token / 1e9
+        return DecodeResult(
+            context,
+            speed,
+            gb_per_s,
+            gb_per_s / bandwidth_gb_per_s if bandwidth_gb_per_s else None,
+            _per_joule(passes, lambda one: (one.decode_tokens, one.decode_joules)),
+        )
+
+
+def _spread(values: Iterable[float]) -> Spread:
+    spread = Spread.of(values)
+    assert spread is not None, "every kind is measured in every round"
+    return spread
+
+
+def _per_joule(passes: Iterable[Pass], read: Callable[[Pass], tuple[int, float | None]]) -> Spread | None:
+    """Tokens for a joule; a pass shorter than the counter's step, which then stands still, does not count."""
+    return Spread.of(tokens / joules for tokens, joules in map(read, passes) if joules)
+
+
+def _largest(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)

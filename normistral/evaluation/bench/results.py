@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from normistral.evaluation.bandwidth import Bandwidth
-from normistral.evaluation.bench.machine import MachineReport
-from normistral.evaluation.process_memory import ProcessMemory
-from normistral.evaluation.speed import SpeedPlan
+from normistral.evaluation.bench.bandwidth import Bandwidth
+from normistral.evaluation.bench.machine import MachineReport, ProcessMemory
+from normistral.evaluation.bench.speed import SpeedPlan
 
 SCHEMA_VERSION = 1
 Interleaving = Literal["together", "reloaded"]

@@ -1,11 +1,13 @@
-"""The tables of a result, as rows of text; the first row is the heading. Terminal, Markdown and HTML show the same."""
+"""The tables of a result as rows of text, the first one the heading; and its figures as people read them.
+
+Terminal, Markdown and HTML show the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from normistral.evaluation.bench.numbers import bytes_, seconds, with_range
 from normistral.evaluation.bench.results import BenchResult, ConfigurationResult, Figures, Spread
 
 _SHOWN_HASH = 12
@@ -196,3 +198,41 @@ def _timed(spread: Spread) -> str:
     if spread.n == 1:
         return seconds(spread.median)
     return f"{seconds(spread.median)} ({seconds(spread.low).removesuffix(' s')} to {seconds(spread.high)})"
+
+
+def significant(value: float) -> str:
+    """Three significant digits without an exponent: 0.0123, 1.23, 123, 1,230."""
+    if value == 0:
+        return "0"
+    shown = float(f"{value:.3g}")
+    if abs(shown) >= 100:
+        return f"{shown:,.0f}"
+    text = f"{shown:.12f}".rstrip("0")
+    digits = 3 - len(text.lstrip("-0.").replace(".", ""))
+    return (text + "0" * digits if digits > 0 else text).removesuffix(".")
+
+
+def with_range(spread: Spread | None) -> str:
+    """`12.3 (11.9 to 12.8)`; without the range where there was only one measurement."""
+    if spread is None:
+        return "–"
+    if spread.n == 1:
+        return significant(spread.median)
+    return f"{significant(spread.median)} ({significant(spread.low)} to {significant(spread.high)})"
+
+
+def seconds(value: float) -> str:
+    """`3.2 ms`, `0.35 s`, `2.1 s`, `12 s`, `3 min`: as precise as a person cares."""
+    if value < 0.00995:
+        return f"{value * 1000:.1f} ms"
+    if value >= 120:
+        return f"{value / 60:.0f} min"
+    digits = 0 if value >= 9.95 else 1 if value >= 0.995 else 2
+    return f"{value:.{digits}f} s"
+
+
+def bytes_(count: int | None) -> str:
+    """In 10^9 or 10^6 bytes; a dash where it is not known."""
+    if count is None:
+        return "–"
+    return f"{significant(count / 1e9)} GB" if count >= 1e9 else f"{significant(count / 1e6)} MB"

@@ -1,4 +1,6 @@
-"""One configuration in a process of its own: requests on stdin, answers on stdout, one line of JSON each.
+"""One configuration in a process of its own: `Worker` starts it, `main` runs in it.
+
+Requests go to its stdin, answers come from its stdout, one line of JSON each.
 
 A request names its kind in "type". An answer is {"result": ...} or {"error": ..., "hint": ...}; after an error of the
 package the process goes on, and it ends when stdin does. What engines print goes to stderr.
@@ -7,22 +9,26 @@ package the process goes on, and it ends when stdin does. What engines print goe
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import TracebackType
+from typing import Any, BinaryIO, Self, TypeVar
 
 import msgspec
 
-from normistral.errors import NormistralError
-from normistral.evaluation.bandwidth import measure_read_bandwidth
-from normistral.evaluation.energy import EnergyCounter, find_energy_counter
-from normistral.evaluation.process_memory import ProcessMemory, read_process_memory
-from normistral.evaluation.speed import (
+from normistral.errors import EngineError, NormistralError, first_line
+from normistral.evaluation.bench.bandwidth import measure_read_bandwidth
+from normistral.evaluation.bench.machine import EnergyCounter, ProcessMemory, find_energy_counter, read_process_memory
+from normistral.evaluation.bench.speed import (
     SpeedPlan,
     fingerprint,
     measure_conversation,
@@ -32,7 +38,11 @@ from normistral.evaluation.speed import (
 )
 from normistral.runtime.model import Model
 
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
+_MODULE = "normistral.evaluation.bench.worker"
+_ENDS_IN_S = 10.0
 _ENGINE_MODULES = {"openvino": "openvino", "onnx": "onnxruntime"}
+T = TypeVar("T")
 
 
 class Load(msgspec.Struct, tag=True):
@@ -202,6 +212,101 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine's own words are no answers
     serve(sys.stdin.buffer, answers)
+
+
+class _Answer(msgspec.Struct):
+    result: Any = None
+    error: str | None = None
+    hint: str = ""
+
+
+class Worker:
+    """A process that measures. Use it as a context manager: leaving ends the process, whatever it is doing.
+
+    Args:
+        environment: set in the process, beside this one's.
+        module: whose `main` it runs.
+    """
+
+    def __init__(self, name: str, environment: Mapping[str, str] | None = None, module: str = _MODULE) -> None:
+        self.name = name
+        self.started = time.perf_counter()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START.format(module=module), json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env={**os.environ, **(environment or {})},
+        )
+
+    def ask(self, request: Request, answer_type: type[T]) -> T:
+        """The answer to a request.
+
+        Raises:
+            NormistralError: what went wrong in the process, or that it ended.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(msgspec.json.encode(request) + b"\n")
+            stdin.flush()
+            line = stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line.endswith(b"\n"):
+            raise self._ended()
+        answer = msgspec.json.decode(line, type=_Answer)
+        if answer.error is not None:
+            raise EngineError(f"{self.name}: {answer.error}", answer.hint)
+        return msgspec.convert(answer.result, answer_type)
+
+    def close(self) -> None:
+        """End the process: it has nothing to save."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
+            try:
+                if stream is not None:
+                    stream.close()
+            except BrokenPipeError:
+                pass  # a request that nobody read
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ended(self) -> NormistralError:
+        try:
+            code = self._process.wait(_ENDS_IN_S)
+        except subprocess.TimeoutExpired:
+            return EngineError(f"{self.name}: its process closed its output", "report this")
+        if code == -signal.SIGKILL:
+            return EngineError(
+                f"{self.name}: its process was killed, most likely because the memory was used up",
+                "close other programs, or take smaller weights (int4)",
+            )
+        if code < 0:
+            return EngineError(
+                f"{self.name}: its process crashed ({_signal_name(-code)})",
+                "see with `normistral doctor` whether the engine works on this machine",
+            )
+        self._stderr.seek(0)
+        said = [line for line in self._stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        reason = said[-1] if said else f"status {code}"
+        return EngineError(f"{self.name}: its process ended: {first_line(Exception(reason))}", "report this")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 if __name__ == "__main__":

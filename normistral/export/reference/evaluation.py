@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normistral.errors import MissingExtraError, install_extra
-from normistral.evaluation.score import Predictor, Reference
+from normistral.evaluation.quality import Predictor, ReferenceModel
 from normistral.evaluation.windows import Window
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
@@ -31,12 +31,15 @@ _PACKAGES = ("torch", "transformers", "accelerate", "gguf")
 
 
 @contextmanager
-def checkpoint_reference(model: str, scratch: Path, progress: Progress) -> Iterator[Reference]:
+def checkpoint_reference(
+    model: str, scratch: Path, progress: Progress, ignore_fields: Sequence[str] = ()
+) -> Iterator[ReferenceModel]:
     """A checkpoint to compare with.
 
     Args:
         model: a preset, a hub id, a folder, or a .gguf file.
         scratch: a folder on a disk with room for a .gguf file's float32 copy; what is put there goes with the context.
+        ignore_fields: as in `export_model`.
 
     Raises:
         ModelNotFoundError, DownloadError, CheckpointError: the model cannot be had or is damaged.
@@ -49,17 +52,17 @@ def checkpoint_reference(model: str, scratch: Path, progress: Progress) -> Itera
                 f"a checkpoint as reference needs the package {package}, which is not installed",
                 f"install it with: {install_extra('export')}; or give an artifact as --reference",
             )
-    located = locate(model, progress=progress)
+    located = locate(model, ignore_fields=ignore_fields, progress=progress)
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".opened-", dir=scratch) as workspace:
-        checkpoint = open_checkpoint(located, Path(workspace), progress=progress)
+        checkpoint = open_checkpoint(located, Path(workspace), progress=progress, ignore_fields=ignore_fields)
         unread = sum(path.stat().st_size for _, path in checkpoint.unhashed)
         with progress.stage("hashing the reference", unread, "bytes") as hashing:
             files = hash_sources(checkpoint, hashing.advance).files
         digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-        yield Reference(
+        yield ReferenceModel(
             name=model,
-            source=f"checkpoint {digest}, float32",
+            source=f"checkpoint {digest}, float32" + "".join(f", without {name}" for name in checkpoint.ignored_fields),
             folder=checkpoint.folder,
             vocabulary=checkpoint.architecture.vocabulary,
             context_length=checkpoint.context_length,

@@ -1,4 +1,4 @@
-"""Finds the artifact that is meant; on a terminal it offers to make a preset's that is not there yet."""
+"""The artifact of a name, path or preset; on a terminal a preset that is not here yet is offered to be exported."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from normistral.artifact import store
 from normistral.artifact.presets import Preset, find_preset
 from normistral.commands.console import confirm, is_terminal, say
-from normistral.commands.progress import format_bytes, show_progress
+from normistral.commands.progress import show_progress
 from normistral.errors import MissingExtraError, ModelNotFoundError
+from normistral.progress import format_bytes
 
 _STORED_BYTES = 2  # of a parameter in a published checkpoint: bfloat16
 

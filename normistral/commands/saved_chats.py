@@ -1,4 +1,7 @@
-"""Conversations as files: written whole or not at all, readable by their owner only, checked when they are read."""
+"""Conversations as files: the JSON of /save and /load, and the sessions of --session, which keep the KV cache too.
+
+Written whole or not at all, readable by their owner only, checked when they are read.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from normistral.commands.console import say
+from normistral.commands.progress import show_progress
 from normistral.errors import NormistralError, UsageError
 from normistral.files import atomic_save, checked, explain, read_file, require_place
+
+if TYPE_CHECKING:
+    from normistral.runtime.chat import Chat, Overflow
+    from normistral.runtime.model import Model
 
 _FORMAT = "normistral-chat"
 _VERSION = 1
@@ -18,7 +27,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class SavedChat:
     """A saved conversation: messages of {"role", "content"}, and the name of the artifact that they were with."""
 
     messages: list[dict[str, str]]
@@ -51,7 +60,7 @@ def save_conversation(
     return path
 
 
-def load_conversation(file: str) -> Conversation:
+def load_conversation(file: str) -> SavedChat:
     """Read what `save_conversation` wrote.
 
     Raises:
@@ -79,7 +88,7 @@ def load_conversation(file: str) -> Conversation:
             raise _not_saved(path, f"message {position} cannot have the role {message['role']!r}")
         if not isinstance(message["content"], str):
             raise _not_saved(path, f"the content of message {position} is no text")
-    return Conversation(messages, artifact)
+    return SavedChat(messages, artifact)
 
 
 def _path(file: str, usage: str) -> Path:
@@ -98,3 +107,39 @@ def _path(file: str, usage: str) -> Path:
 
 def _not_saved(path: Path, why: str) -> UsageError:
     return UsageError(f"{path} is no saved conversation: {why}", "/load takes a file that /save wrote")
+
+
+def check_session(path: Path, system: str | None) -> None:
+    """Find mistakes before a model is loaded.
+
+    Raises:
+        UsageError: it cannot be written; or it is there and no session, or has a system message of its own.
+        SessionError: it is damaged.
+    """
+    require_place(path, "--session")
+    if not path.exists():
+        return
+    from normistral.runtime.session_file import open_session
+
+    with open_session(path):
+        pass
+    if system is not None:
+        raise UsageError(
+            f"{path} has a conversation with its own system message", "leave --system out, or name a new file"
+        )
+
+
+def open_conversation(model: Model, path: Path, system: str | None, overflow: Overflow) -> Chat:
+    """The conversation of a session, or a new one where there is no file; errors as in `Model.restore_chat`."""
+    if not path.exists():
+        return model.chat(system=system, overflow=overflow)
+    with show_progress() as progress, progress.stage(f"reading {path}", path.stat().st_size, "bytes") as reading:
+        chat = model.restore_chat(path, overflow, reading.advance)
+    say(f"(going on after {len(chat.messages)} messages)")
+    return chat
+
+
+def save_session(chat: Chat, path: Path) -> None:
+    """Save conversation and KV cache; errors as in `Chat.save`."""
+    with show_progress() as progress, progress.stage(f"saving {path}", unit="bytes") as saving:
+        chat.save(path, saving.advance)

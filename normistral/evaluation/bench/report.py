@@ -1,4 +1,4 @@
-"""A result as one HTML page: nothing outside it is needed, on paper, in the dark and on a telephone."""
+"""A result as a report: an HTML page that needs nothing outside of it, or Markdown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from html import escape
 
 from normistral.evaluation.bench.advice import Summary, summarise
-from normistral.evaluation.bench.charts import COLOURS
-from normistral.evaluation.bench.plots import Plot, draw_plots
+from normistral.evaluation.bench.charts import COLOURS, Plot, draw_plots
 from normistral.evaluation.bench.results import BenchResult
 from normistral.evaluation.bench.tables import (
     Table,
@@ -63,12 +62,17 @@ svg .bar { fill: var(--c); } svg .track { fill: var(--line); } svg .ceiling { st
 _SERIES = "".join(f".s{index} {{ --c: var(--c{index}); }}\n" for index in range(COLOURS))
 
 
+def render_report(result: BenchResult, suffix: str) -> str:
+    """The whole report, as Markdown for ".md" and HTML for anything else."""
+    return render_markdown(result) if suffix.lower() == ".md" else render_page(result)
+
+
 def render_page(result: BenchResult) -> str:
-    """The whole report."""
-    return "\n".join(_lines(result)) + "\n"
+    """The report as HTML."""
+    return "\n".join(_page_lines(result)) + "\n"
 
 
-def _lines(result: BenchResult) -> Iterator[str]:
+def _page_lines(result: BenchResult) -> Iterator[str]:
     title = f"Speed on {describe_machine(result)}"
     names = ", ".join(one.label for one in result.configurations)
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
@@ -79,9 +83,9 @@ def _lines(result: BenchResult) -> Iterator[str]:
     yield '<div class="charts">'
     yield from map(_figure, draw_plots(result))
     yield '</div>\n<div class="tables">'
-    yield from map(_table, speed_tables(result))
-    yield _table(machine_table(result), "part wide")
-    yield _table(configuration_table(result), "part wide")
+    yield from map(_table_html, speed_tables(result))
+    yield _table_html(machine_table(result), "part wide")
+    yield _table_html(configuration_table(result), "part wide")
     yield '</div>\n<section class="note"><h2>How it was measured</h2>'
     yield from (f"<p>{escape(paragraph)}</p>" for paragraph in describe_method(result))
     yield "</section>\n</main>\n</body>\n</html>"
@@ -107,7 +111,7 @@ def _figure(plot: Plot) -> str:
     return f'<figure><figcaption>{escape(plot.title)}</figcaption>{plot.svg}<div class="legend">{legend}</div></figure>'
 
 
-def _table(table: Table, kind: str = "part") -> str:
+def _table_html(table: Table, kind: str = "part") -> str:
     heading, *rows = table.rows
     lines = [f'<section class="{kind}"><h2>{escape(table.title)}</h2><div class="scroll"><table>']
     if any(heading):
@@ -129,3 +133,46 @@ def _cells(table: Table, row: tuple[str, ...], tag: str) -> Iterator[str]:
 def _breakable(label: str) -> str:
     """A name with settings breaks before it breaks a word."""
     return re.sub("([@,=])", r"\1<wbr>", escape(label))
+
+
+def render_markdown(result: BenchResult) -> str:
+    """The report as Markdown."""
+    return "\n".join(_markdown_lines(result)) + "\n"
+
+
+def _markdown_lines(result: BenchResult) -> Iterator[str]:
+    yield f"# Speed on {_escape_markdown(describe_machine(result))}"
+    yield ""
+    summary = summarise(result)
+    for sentence in summary.comparison:
+        yield f"- {_escape_markdown(sentence)}"
+    for label, sentences in summary.configurations.items():
+        yield f"- **{_escape_markdown(label)}**: {_escape_markdown(' '.join(sentences))}"
+    for sentence in summary.doubts:
+        yield f"- *Doubt:* {_escape_markdown(sentence)}"
+    for plot in draw_plots(result):
+        yield from ("", f"## {plot.title}", plot.across and f"\nBy {plot.across}.", "", "```", *plot.text, "```")
+    for table in [*speed_tables(result), machine_table(result), configuration_table(result)]:
+        yield from ("", f"## {table.title}", "", *_markdown_table(table))
+    yield from ("", "## How it was measured", "")
+    for paragraph in describe_method(result):
+        yield from (_escape_markdown(paragraph), "")
+
+
+def _markdown_table(table: Table) -> Iterator[str]:
+    heading, *rows = table.rows
+    yield _markdown_row(heading)
+    yield _markdown_row(["---" if index < table.text_columns else "---:" for index in range(len(heading))])
+    for row in rows:
+        yield _markdown_row([_escape_markdown(cell) for cell in row])
+
+
+def _markdown_row(cells: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escape_markdown(text: str) -> str:
+    """Names are shown as they are written; what Markdown would read as a sign gets a backslash."""
+    for sign in "\\`*_<>[]|":
+        text = text.replace(sign, f"\\{sign}")
+    return text

@@ -15,12 +15,11 @@ from datetime import UTC, datetime
 from time import perf_counter
 
 from normistral.errors import NormistralError, ResourceError
-from normistral.evaluation.bandwidth import SINGLE_THREADED_BLAS, Bandwidth, choose_buffer_bytes
-from normistral.evaluation.bench.client import Worker
-from normistral.evaluation.bench.configuration import Configuration
+from normistral.evaluation.bench.bandwidth import SINGLE_THREADED_BLAS, Bandwidth, choose_buffer_bytes
+from normistral.evaluation.bench.configuration import Configuration, Samples
 from normistral.evaluation.bench.machine import report_machine
 from normistral.evaluation.bench.results import BandwidthResult, BenchResult, Interleaving, Spread
-from normistral.evaluation.bench.samples import Samples
+from normistral.evaluation.bench.speed import Conversation, Pass, SpeedPlan
 from normistral.evaluation.bench.worker import (
     Account,
     Fingerprint,
@@ -31,8 +30,8 @@ from normistral.evaluation.bench.worker import (
     MeasureConversation,
     MeasureFirstToken,
     MeasurePass,
+    Worker,
 )
-from normistral.evaluation.speed import Conversation, Pass, SpeedPlan
 from normistral.hardware import available_memory_bytes
 
 _RESERVE_BYTES = 2**30  # for everything else while models share the memory
