@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import normistral
 from normistral.errors import ClosedError, ContextLengthError, EngineError, UsageError
 from normistral.runtime.engines.scripted import random_logits
-from normistral.runtime.scoring import score_tokens
+from normistral.runtime.sampling import score_tokens
 
 IDS = np.random.default_rng(3).integers(0, VOCABULARY, size=50).tolist()
 

@@ -265,7 +265,7 @@ def test_the_fingerprint_is_null_where_a_seed_promises_nothing(tmp_path, batchin
 
 
 def test_settings_versions_and_processor_are_part_of_the_arithmetic(scripted, monkeypatch):
-    from normistral.runtime import arithmetic
+    from normistral.runtime.engines import base as arithmetic
 
     capabilities = scripted.capabilities
     named = arithmetic.describe_arithmetic(capabilities)

@@ -6,20 +6,17 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from normistral.artifact.chat_template import ChatTemplate
 from normistral.artifact.tokenizer import require_unicode
 from normistral.errors import UsageError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.options import GenerationConfig
+from normistral.runtime.runner import NonBlockingLock, Runner
+from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.session_file import OnBytes, SavedMessage
 from normistral.runtime.sessions import restore_sequence, save_sequence
-from normistral.runtime.turns import OneAtATime
-
-if TYPE_CHECKING:
-    from normistral.runtime.model import Model
-    from normistral.runtime.sequence import CachedSequence
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +38,16 @@ class Chat:
         dropped: messages left out of the model's view by "drop-oldest", in all. They stay in `messages`.
     """
 
-    def __init__(self, model: Model, template: ChatTemplate, system: str | None, overflow: Overflow) -> None:
+    def __init__(self, runner: Runner, template: ChatTemplate, system: str | None, overflow: Overflow) -> None:
         if overflow not in get_args(Overflow):
             raise UsageError(f"no policy {overflow!r}", f"overflow is one of: {', '.join(get_args(Overflow))}")
         self.messages: list[Message] = []
         self.dropped = 0
-        self._model = model
+        self._runner = runner
         self._template = template
         self._overflow = overflow
         self._sequence: CachedSequence | None = None
-        self._busy = OneAtATime("this chat is still answering", "wait for the answer, or cancel() it")
+        self._busy = NonBlockingLock("this chat is still answering", "wait for the answer, or cancel() it")
         self._cancelled: threading.Event | None = None
         self.reset(system)
 
@@ -59,7 +56,7 @@ class Chat:
         """Tokens that the next message and its answer may take together; never below 0."""
         visible = self._visible(self.messages)
         used = len(self._template.encode(visible, add_generation_prompt=False)) if visible else 0
-        return max(0, self._model.context_length - used)
+        return max(0, self._runner.context_length - used)
 
     def send(self, message: str, **options: Any) -> Completion:
         """Send a message and wait for the whole answer; arguments and errors as in `stream`."""
@@ -77,11 +74,11 @@ class Chat:
             BusyError: this chat is still answering.
             ClosedError: the model was closed.
         """
-        config = self._model.resolve(options)
-        self._model.require_open()
+        config = self._runner.resolve(options)
+        self._runner.require_open()
         if not isinstance(message, str) or not message.strip():
             raise UsageError("the message is empty", "write something")
-        self._busy.require_idle()
+        self._busy.require_free()
         user = {"role": "user", "content": message}
         dropped, prompt_ids = self._fit([*self.messages, user], config)
         return self._answer(user, dropped, prompt_ids, config)
@@ -97,7 +94,7 @@ class Chat:
         Raises:
             BusyError: an answer is running.
         """
-        self._busy.require_idle()
+        self._busy.require_free()
         self.messages = [{"role": "system", "content": system}] if system is not None else []
         self.dropped = 0
 
@@ -107,7 +104,7 @@ class Chat:
         Raises:
             BusyError: an answer is running.
         """
-        self._busy.require_idle()
+        self._busy.require_free()
         last_user = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
         if last_user is None:
             return False
@@ -122,7 +119,7 @@ class Chat:
             UsageError: not a list of messages with the texts "role" and "content".
             BusyError: an answer is running.
         """
-        self._busy.require_idle()
+        self._busy.require_free()
         for message in messages:
             if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
                 raise UsageError('a message has exactly "role" and "content"')
@@ -139,12 +136,12 @@ class Chat:
             EngineError: the engine failed.
             ClosedError: the model was closed.
         """
-        other = Chat(self._model, self._template, None, self._overflow)
+        other = Chat(self._runner, self._template, None, self._overflow)
         with self._busy.held():
             other.replace(self.messages)
             other.dropped = self.dropped
             if self._sequence is not None:
-                other._sequence = self._model.create_sequence()
+                other._sequence = self._runner.create_sequence()
                 other._sequence.continue_from(self._sequence)
         return other
 
@@ -163,24 +160,24 @@ class Chat:
             ClosedError: the model was closed.
         """
         with self._busy.held():
-            self._sequence = self._sequence or self._model.create_sequence()
+            self._sequence = self._sequence or self._runner.create_sequence()
             messages = [SavedMessage(**message) for message in self.messages]
             for message in messages:
                 require_unicode(message.role + message.content)
             save_sequence(
-                self._model, self._sequence, path, on_bytes, kind="chat", messages=messages, dropped=self.dropped
+                self._runner, self._sequence, path, on_bytes, kind="chat", messages=messages, dropped=self.dropped
             )
 
     def restore(self, path: str | Path, on_bytes: OnBytes) -> None:
         """For `Model.restore_chat`: become what `save` wrote there."""
         with self._busy.held():
-            header, self._sequence = restore_sequence(self._model, path, "chat", on_bytes)
+            header, self._sequence = restore_sequence(self._runner, path, "chat", on_bytes)
             self.messages = [{"role": message.role, "content": message.content} for message in header.messages]
             self.dropped = min(header.dropped, len(self._turns(self.messages)))
 
     def close(self) -> None:
         """Free this chat's KV cache; the chat can still be used, and then computes it anew."""
-        self._busy.require_idle()
+        self._busy.require_free()
         if self._sequence is not None:
             self._sequence.close()
             self._sequence = None
@@ -189,10 +186,10 @@ class Chat:
         with self._busy.held():
             text, failed = "", False
             try:
-                with self._model.cancellation() as event:
+                with self._runner.cancellation() as event:
                     self._cancelled = event
-                    self._sequence = self._sequence or self._model.create_sequence()
-                    for chunk in self._model.run(self._sequence, prompt_ids, config, event.is_set):
+                    self._sequence = self._sequence or self._runner.create_sequence()
+                    for chunk in self._runner.run(self._sequence, prompt_ids, config, event.is_set):
                         text += chunk.text
                         yield chunk
             except Exception:
@@ -206,7 +203,7 @@ class Chat:
 
     def _fit(self, messages: list[Message], config: GenerationConfig) -> tuple[int, list[int]]:
         """Token ids of the prompt that fits, and how many messages had to be left out for it."""
-        context = self._model.context_length
+        context = self._runner.context_length
         prompt_ids = self._template.encode(self._visible(messages))
         if self._overflow == "error":
             self._require_fit(len(prompt_ids))
@@ -225,7 +222,7 @@ class Chat:
         return dropped, prompt_ids
 
     def _require_fit(self, tokens: int) -> None:
-        self._model.require_fit(
+        self._runner.require_fit(
             tokens,
             "the conversation",
             "shorten the message, reset or undo, or choose the policy that drops the oldest turns "

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from normistral.errors import UsageError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.options import GenerationConfig
+from normistral.runtime.runner import NonBlockingLock, Runner
+from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.session_file import OnBytes
 from normistral.runtime.sessions import save_sequence
-from normistral.runtime.turns import OneAtATime
-
-if TYPE_CHECKING:
-    from normistral.runtime.model import Model
-    from normistral.runtime.sequence import CachedSequence
 
 
 class Prefix:
@@ -28,10 +25,10 @@ class Prefix:
         prompt: the text or token ids.
     """
 
-    def __init__(self, model: Model, prompt: str | list[int], sequence: CachedSequence | None = None) -> None:
+    def __init__(self, runner: Runner, prompt: str | list[int], sequence: CachedSequence | None = None) -> None:
         self.prompt = prompt
-        self._model, self._sequence = model, sequence
-        self._busy = OneAtATime(
+        self._runner, self._sequence = runner, sequence
+        self._busy = NonBlockingLock(
             "this prefix is being completed", "wait for that, or cancel it with the model's cancel()"
         )
 
@@ -52,18 +49,18 @@ class Prefix:
             BusyError: this prefix is still being completed.
             ClosedError: the model was closed.
         """
-        config = self._model.resolve(options)
-        self._model.require_open()
-        self._busy.require_idle()
-        prompt_ids = self._model.encode(self._joined(continuation))
-        self._model.require_fit(len(prompt_ids), "the prompt")
+        config = self._runner.resolve(options)
+        self._runner.require_open()
+        self._busy.require_free()
+        prompt_ids = self._runner.encode(self._joined(continuation))
+        self._runner.require_fit(len(prompt_ids), "the prompt")
         return self._complete(prompt_ids, config)
 
     def compute(self) -> None:
         """For `Model.prefill`: make the cache hold the prefix and nothing else."""
-        self._sequence = self._sequence or self._model.create_sequence()
-        prompt_ids = self._model.encode(self.prompt)
-        with self._model.cancellation() as event:
+        self._sequence = self._sequence or self._runner.create_sequence()
+        prompt_ids = self._runner.encode(self.prompt)
+        with self._runner.cancellation() as event:
             self._sequence.reuse(prompt_ids)
             self._sequence.prefill(prompt_ids, event.is_set)
 
@@ -72,7 +69,7 @@ class Prefix:
         with self._busy.held():
             self.compute()
             assert self._sequence is not None
-            save_sequence(self._model, self._sequence, path, on_bytes, kind="prefix", prefix=self.prompt)
+            save_sequence(self._runner, self._sequence, path, on_bytes, kind="prefix", prefix=self.prompt)
 
     def close(self) -> None:
         """Free the KV cache; the prefix can still be used, and is then computed anew."""
@@ -82,9 +79,9 @@ class Prefix:
                 self._sequence = None
 
     def _complete(self, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
-        with self._busy.held(), self._model.cancellation() as event:
-            self._sequence = self._sequence or self._model.create_sequence()
-            yield from self._model.run(self._sequence, prompt_ids, config, event.is_set)
+        with self._busy.held(), self._runner.cancellation() as event:
+            self._sequence = self._sequence or self._runner.create_sequence()
+            yield from self._runner.run(self._sequence, prompt_ids, config, event.is_set)
 
     def _joined(self, continuation: str | Sequence[int]) -> str | list[int]:
         if isinstance(self.prompt, str) and isinstance(continuation, str):

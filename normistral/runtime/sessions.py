@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from normistral.artifact.manifest import serialise_manifest
 from normistral.errors import SessionError
-from normistral.runtime.arithmetic import describe_arithmetic
+from normistral.runtime.engines.base import describe_arithmetic
+from normistral.runtime.runner import Runner
+from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.session_file import OnBytes, SessionHeader, SessionKey, open_session, write_session
 
-if TYPE_CHECKING:
-    from normistral.runtime.model import Model
-    from normistral.runtime.sequence import CachedSequence
 
-
-def session_key(model: Model) -> SessionKey:
-    """What this model's sessions belong to."""
-    template, capabilities = model.manifest.template, model.capabilities
+def session_key(runner: Runner) -> SessionKey:
+    """Artifact, engine and settings under which sessions of these weights are good."""
+    template, capabilities = runner.manifest.template, runner.capabilities
     return SessionKey(
-        artifact_sha256=hashlib.sha256(serialise_manifest(model.manifest)).hexdigest(),
+        artifact_sha256=hashlib.sha256(serialise_manifest(runner.manifest)).hexdigest(),
         template_sha256="" if template is None else hashlib.sha256(template.text.encode()).hexdigest(),
         engine=capabilities.name,
         device=re.split(r"[.:]", capabilities.device)[0],
@@ -30,7 +28,7 @@ def session_key(model: Model) -> SessionKey:
 
 
 def save_sequence(
-    model: Model,
+    runner: Runner,
     sequence: CachedSequence,
     path: str | Path,
     on_bytes: OnBytes,
@@ -45,23 +43,23 @@ def save_sequence(
         EngineError: the engine could not read its cache.
         ClosedError: the model was closed.
     """
-    model.require_open()
-    key = session_key(model)
+    runner.require_open()
+    key = session_key(runner)
     with sequence.saving() as saved:
         header = SessionHeader(
             kind=kind,
             key=key,
-            artifact=model.name,
+            artifact=runner.name,
             token_ids=saved.token_ids,
             canonical=saved.canonical,
-            computed_by=describe_arithmetic(model.capabilities),
+            computed_by=describe_arithmetic(runner.capabilities),
             **content,
         )
         write_session(Path(path), header, saved.tensors, on_bytes)
 
 
 def restore_sequence(
-    model: Model, path: str | Path, kind: Literal["chat", "prefix"], on_bytes: OnBytes
+    runner: Runner, path: str | Path, kind: Literal["chat", "prefix"], on_bytes: OnBytes
 ) -> tuple[SessionHeader, CachedSequence]:
     """Read what `save_sequence` wrote.
 
@@ -72,15 +70,15 @@ def restore_sequence(
     """
     path = Path(path)
     with open_session(path, on_bytes) as session:
-        session.require(session_key(model), kind)
+        session.require(session_key(runner), kind)
         header = session.header
-        too_large = max(header.token_ids, default=0) >= model.manifest.architecture.vocabulary
-        if too_large or len(header.token_ids) > model.context_length:
-            raise SessionError(f"{path} holds tokens that {model.name} cannot have", "begin a new one in another file")
-        sequence = model.create_sequence()
+        too_large = max(header.token_ids, default=0) >= runner.manifest.architecture.vocabulary
+        if too_large or len(header.token_ids) > runner.context_length:
+            raise SessionError(f"{path} holds tokens that {runner.name} cannot have", "begin a new one in another file")
+        sequence = runner.create_sequence()
         try:
             if header.token_ids:
-                same = header.computed_by == describe_arithmetic(model.capabilities)
+                same = header.computed_by == describe_arithmetic(runner.capabilities)
                 sequence.restore(header.token_ids, session.tensors(), header.canonical if same else 0)
             else:
                 for _ in session.tensors():  # there are none; the file's end is checked all the same

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from normistral.errors import NormistralError
-from normistral.runtime.arithmetic import describe_arithmetic
 from normistral.runtime.chunks import Chunk
+from normistral.runtime.engines.base import describe_arithmetic
 from normistral.serving.backends.base import Batch, Progress
 from normistral.serving.backends.create import create_batch
 from normistral.serving.frames import (

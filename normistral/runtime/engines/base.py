@@ -6,15 +6,18 @@ inside an infer request, onnxruntime hands it over as tensors; everything above 
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import EngineError
-from normistral.hardware import available_memory_bytes
+from normistral.hardware import available_memory_bytes, read_machine
 
 Logits = NDArray[np.float32]
 Basis = Literal["rule", "tuned", "exact"]
@@ -83,6 +86,23 @@ class Capabilities:
         Without it, activations may be rounded while running, and how a sequence was cut can be seen in the logits.
         """
         return self.basis == "exact"
+
+
+def describe_arithmetic(capabilities: Capabilities) -> str:
+    """SHA-256 of engine, device, settings in force (threads and prefill chunk among them), versions and processor."""
+    machine = read_machine()
+    engine = sys.modules.get(capabilities.name)  # the scripted one is no package
+    named = (
+        capabilities.name,
+        str(getattr(engine, "__version__", "")),
+        version("normistral"),
+        capabilities.device,
+        sorted(capabilities.settings.items()),
+        sorted(capabilities.numerics.items()),
+        machine.cpu,
+        sorted(machine.instruction_sets),
+    )
+    return hashlib.sha256(repr(named).encode()).hexdigest()
 
 
 def load_hint(said: str) -> str:
