@@ -21,26 +21,27 @@ import openvino as ov
 
 from normistral import hardware
 from normistral.artifact.manifest import read_manifest
-from normistral.runtime.engines.base import Capabilities
-from normistral.runtime.engines.openvino import MODEL_FILE, OpenVINOBackend, warm_up
+from normistral.runtime.engines.base import EngineInfo
+from normistral.runtime.engines.openvino import MODEL_FILE, warm_up
 from normistral.runtime.engines.openvino_graph import keep_last_logits
+from normistral.runtime.engines.openvino_stateful import StatefulBackend
 
 PREFILL_CHUNKS = (64, 128, 256, 512)
 
 
-def load(folder: Path, settings: dict[str, str]) -> tuple[OpenVINOBackend, float]:
+def load(folder: Path, settings: dict[str, str]) -> tuple[StatefulBackend, float]:
     """Backend and the seconds it took, warm-up included."""
     started = time.perf_counter()
     core = ov.Core()
     model = core.read_model(folder / MODEL_FILE)
     keep_last_logits(model)
     compiled = core.compile_model(model, "CPU", settings)
-    backend = OpenVINOBackend(compiled, Capabilities("openvino", "CPU", 256, settings))
+    backend = StatefulBackend(compiled, EngineInfo("openvino", "CPU", 256, settings))
     warm_up(backend)
     return backend, time.perf_counter() - started
 
 
-def measure(backend: OpenVINOBackend, prompt: int, decode: int, chunk: int) -> tuple[float, float]:
+def measure(backend: StatefulBackend, prompt: int, decode: int, chunk: int) -> tuple[float, float]:
     """Prefill and decode speed in tokens/s: a fresh sequence of `prompt` tokens, then `decode` more."""
     ids = np.random.default_rng(0).integers(300, 3000, prompt).tolist()
     engine = backend.create_engine()
@@ -57,7 +58,7 @@ def measure(backend: OpenVINOBackend, prompt: int, decode: int, chunk: int) -> t
     return prompt / prefill_s, 1 / statistics.median(steps)
 
 
-def measure_chunks(backend: OpenVINOBackend, prompt: int) -> dict[str, float]:
+def measure_chunks(backend: StatefulBackend, prompt: int) -> dict[str, float]:
     """Prefill speed by the size of the pieces a prompt is fed in."""
     return {str(chunk): round(measure(backend, prompt, 1, chunk)[0], 2) for chunk in PREFILL_CHUNKS if chunk <= prompt}
 
@@ -83,7 +84,7 @@ def main() -> None:
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     load_s: dict[str, float] = {}
     chunks: dict[str, float] = {}
-    loaded: dict[str, OpenVINOBackend] = {}
+    loaded: dict[str, StatefulBackend] = {}
     for repeat in range(arguments.repeats):
         for name, settings in variants.items():
             if name not in loaded:

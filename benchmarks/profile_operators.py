@@ -21,6 +21,7 @@ from normistral import hardware
 from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.runtime.engines import onnxruntime as onnx
 from normistral.runtime.engines import openvino as ir
+from normistral.runtime.engines import openvino_stateful as stateful
 from normistral.runtime.engines.base import Engine, EngineConfig
 from normistral.runtime.engines.openvino_graph import keep_last_logits
 from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK, override
@@ -102,7 +103,9 @@ def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
     compiled = core.compile_model(model, "CPU", settings | {"PERF_COUNT": "YES"})
     request = compiled.create_infer_request()
     takes_positions = any("position_ids" in port.names for port in compiled.inputs)
-    engine = ir.OpenVINOEngine(request, takes_positions, ir.Slots(None, keeps_dead=True), "u8", packed)
+    engine = stateful.StatefulEngine(
+        request, takes_positions, stateful.MaskedPositions(None, keeps_dead=True), "u8", packed
+    )
     inferences = 0
 
     def totals(more: int) -> Seconds:

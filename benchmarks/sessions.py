@@ -50,7 +50,7 @@ def measure(artifact: Path, path: Path, tokens: int, new: int, exact: bool) -> d
         answer = go_on(prefix, model, new)
         return {
             "engine": model.capabilities.name,
-            "numerics": model.capabilities.numerics,
+            "numerics": model.capabilities.kv_cache_key,
             "tokens": len(text),
             "prefill_s": round(prefilled - start, 3),
             "save_s": round(saved - prefilled, 3),

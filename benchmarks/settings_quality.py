@@ -37,7 +37,7 @@ from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import open_checkpoint
 from normistral.progress import NoProgress
 from normistral.runtime.engines.base import Backend, Engine
-from normistral.runtime.engines.openvino import OpenVINOBackend
+from normistral.runtime.engines.openvino_stateful import StatefulBackend
 
 CHUNK = 256
 EXACT, DEFAULT = "exact", "default"
@@ -66,7 +66,7 @@ def openvino_variants(weights: str) -> dict[str, Settings]:
 
 def settings_in_force(backend: Backend) -> Settings:
     """What OpenVINO's compiled model says; of onnxruntime, what the engine says that it set."""
-    if not isinstance(backend, OpenVINOBackend):
+    if not isinstance(backend, StatefulBackend):
         return {"accuracy level": backend.capabilities.settings.get("accuracy_level", "none")}
     assert backend._compiled is not None
     found = {name: str(backend._compiled.get_property(name)) for name in IN_FORCE}

@@ -14,7 +14,7 @@ from tiny_models import make_llama, make_mistral
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.runtime.engines.base import EngineConfig
-from normistral.runtime.engines.openvino_slots import Slots
+from normistral.runtime.engines.openvino_stateful import MaskedPositions
 from normistral.runtime.loading import load_backend
 
 TOLERANCE = 2e-5
@@ -135,7 +135,7 @@ def test_greedy_and_sampled_texts_are_those_of_plain_decoding(artifact, settings
 
 
 def test_slots_know_what_lives():
-    slots = Slots(100, keeps_dead=True)
+    slots = MaskedPositions(100, keeps_dead=True)
     slots.append(5)
     slots.trim(3)
     assert slots.extended_mask(2).tolist() == [[1, 1, 1, 0, 0, 1, 1]]
@@ -159,18 +159,18 @@ def test_slots_know_what_lives():
     ],
 )
 def test_dead_slots_go_when_they_would_disturb(limit, keeps_dead, dead, must):
-    slots = Slots(limit, keeps_dead=keeps_dead)
+    slots = MaskedPositions(limit, keeps_dead=keeps_dead)
     slots.append(100 + dead)
     slots.trim(100)
     assert slots.must_compact(5) is must
 
 
 def test_the_longer_a_sequence_the_more_dead_slots_it_may_have():
-    slots = Slots(10_000, keeps_dead=True)
+    slots = MaskedPositions(10_000, keeps_dead=True)
     slots.append(1000)
     slots.trim(880)
     assert slots.must_compact(1)  # 120 of 880
-    slots = Slots(10_000, keeps_dead=True)
+    slots = MaskedPositions(10_000, keeps_dead=True)
     slots.append(1000)
     slots.trim(900)
     assert not slots.must_compact(1)

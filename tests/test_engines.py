@@ -166,7 +166,7 @@ def test_close_frees_engine_and_chats(artifact, settings):
         engine.forward([5])
     # Nothing native is left behind: what remains are numbers, settings and small arrays.
     kept = [*vars(backend).values(), *vars(engine).values()]
-    assert not [value for value in kept if hasattr(value, "__dict__") and "Capabilities" not in type(value).__name__]
+    assert not [value for value in kept if hasattr(value, "__dict__") and "EngineInfo" not in type(value).__name__]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_l
     config = GenerationConfig(max_new_tokens=3, temperature=0.0)
     together = answer(opened.batch, [Job(str(at), ids, config, "somebody") for at, ids in enumerate(prompts)])
     opened.batch.close()
-    assert opened.capabilities.settings["int4_kernel"] == opened.capabilities.numerics["int4_kernel"] == "normistral"
+    assert (
+        opened.capabilities.settings["int4_kernel"] == opened.capabilities.kv_cache_key["int4_kernel"] == "normistral"
+    )
     assert together == alone
 
 

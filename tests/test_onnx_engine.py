@@ -192,7 +192,7 @@ def test_given_settings_go_over_the_plan_and_reach_the_report(tiny_onnx):
     backend = load_onnx(Artifact.open(folder, verify=False), EngineConfig(settings=chosen))
     assert chosen.items() <= backend.capabilities.settings.items()
     assert backend.capabilities.prefill_chunk == 7
-    assert backend.capabilities.given == tuple(sorted(chosen))
+    assert backend.capabilities.overrides == tuple(sorted(chosen))
     logits = load(folder).create_engine().forward(TOKENS, last=48)  # exact: level 1 as well
     assert distance(backend.create_engine().forward(TOKENS, last=48), logits) < TOLERANCE
 

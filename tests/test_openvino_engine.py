@@ -31,7 +31,7 @@ def test_given_settings_go_over_the_plan_and_reach_the_report(tiny_fp16):
         assert chosen.items() <= model.capabilities.settings.items()
         assert model.capabilities.settings["INFERENCE_PRECISION_HINT"] == "f32"  # the plan's, as before
         assert model.capabilities.prefill_chunk == 7
-        assert model.capabilities.given == tuple(sorted(chosen))
+        assert model.capabilities.overrides == tuple(sorted(chosen))
 
 
 @pytest.mark.parametrize(

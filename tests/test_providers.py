@@ -109,7 +109,7 @@ def profile(request, tiny_onnx, tmp_path_factory):
     session = engine.open_session(bytes(graph), options, cpu, folder.name)
     in_place = "int4" in request.param
     decoder = engine.describe_decoder(session, manifest, cpu, in_place=in_place)
-    engine.warm_up(engine.OnnxBackend(decoder, engine.Capabilities("onnxruntime", "CPU", 1, {})))
+    engine.warm_up(engine.OnnxBackend(decoder, engine.EngineInfo("onnxruntime", "CPU", 1, {})))
     return engine.Path(session.end_profiling())
 
 

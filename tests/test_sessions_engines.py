@@ -14,7 +14,7 @@ from normistral import hardware
 from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, SessionError
 from normistral.runtime.engines.base import EngineConfig
-from normistral.runtime.engines.openvino_cache import pack, packed_kinds, unpack
+from normistral.runtime.engines.openvino_stateful import pack, packed_kinds, unpack
 from normistral.runtime.loading import load_backend
 
 STATEFUL = "openvino-fp16-stateful"
@@ -217,7 +217,7 @@ def test_what_openvino_shows_is_what_packing_expects(tiny_fp16, precision, monke
     backend = load_backend(
         Artifact.open(tiny_fp16, verify=False), EngineConfig(exact=False, settings={"attention": "stateful"})
     )
-    assert backend.capabilities.numerics["KV_CACHE_PRECISION"] == precision
+    assert backend.capabilities.kv_cache_key["KV_CACHE_PRECISION"] == precision
     engine, other = backend.create_engine(), backend.create_engine()
     engine.forward(TOKENS[:20])
     saved = list(engine.save(20))
@@ -240,5 +240,5 @@ def test_the_shortened_cache_is_the_old_one_bit_by_bit(tiny_fp16):
 
 
 def test_threads_are_no_part_of_the_key(tiny_fp16):
-    numerics = load_backend(Artifact.open(tiny_fp16, verify=False), EngineConfig(exact=False)).capabilities.numerics
+    numerics = load_backend(Artifact.open(tiny_fp16, verify=False), EngineConfig(exact=False)).capabilities.kv_cache_key
     assert numerics.keys().isdisjoint({"INFERENCE_NUM_THREADS", "PERFORMANCE_HINT"})

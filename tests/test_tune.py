@@ -14,7 +14,7 @@ from normistral.artifact.manifest import hash_files, write_manifest
 from normistral.cli import main
 from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.hardware import Machine
-from normistral.runtime.engines.base import Capabilities
+from normistral.runtime.engines.base import EngineInfo
 from normistral.runtime.engines.scripted import ScriptedBackend, random_logits
 from normistral.runtime.model import Model
 from normistral.runtime.tuned import list_tuned
@@ -57,7 +57,7 @@ class Scripted:
         right, noise = random_logits(VOCABULARY), random_logits(VOCABULARY, seed=1)
         error = 0.0 if config.exact else self.error(settings)
         backend = ScriptedBackend(lambda ids: (right(ids) + error * noise(ids)).astype(np.float32))
-        backend.capabilities = Capabilities("openvino", config.device, int(settings.get(CHUNK, 256)), settings)
+        backend.capabilities = EngineInfo("openvino", config.device, int(settings.get(CHUNK, 256)), settings)
         self.opened.append(Model(backend, artifact.manifest, self.tokenizer))
         return self.opened[-1]
 
@@ -242,13 +242,13 @@ def test_an_engine_is_tuned_and_load_finds_it(format, tiny_fp16, tiny_onnx, monk
     assert "the usual settings: passes" in printed.err
 
     with normistral.load(folder) as model:
-        assert model.capabilities.basis == "tuned"
+        assert model.capabilities.settings_source == "tuned"
         assert document["settings"].items() <= model.capabilities.settings.items()
     with normistral.load(folder, settings={CHUNK: "128"}) as model:
-        assert (model.capabilities.basis, model.capabilities.given) == ("tuned", (CHUNK,))
+        assert (model.capabilities.settings_source, model.capabilities.overrides) == ("tuned", (CHUNK,))
         assert model.capabilities.prefill_chunk == 128
     with normistral.load(folder, exact=True) as model:
-        assert (model.capabilities.basis, model.capabilities.prefill_chunk) == ("exact", 256)
+        assert (model.capabilities.settings_source, model.capabilities.prefill_chunk) == ("exact", 256)
 
     assert main(["doctor", str(folder)]) == 0
     shown = capsys.readouterr().out
@@ -261,7 +261,7 @@ def test_an_engine_is_tuned_and_load_finds_it(format, tiny_fp16, tiny_onnx, monk
     assert main(["doctor", str(folder)]) == 0
     assert f"what was tuned for {folder.name} is not used" in capsys.readouterr().out
     with normistral.load(folder) as model:
-        assert model.capabilities.basis == "rule"
+        assert model.capabilities.settings_source == "rule"
 
     assert main(["tune", str(folder), "--forget"]) == 0
     assert "1 result dropped" in capsys.readouterr().err

@@ -153,8 +153,8 @@ def _document(folder: Path, options: EvalArgs, engine: EngineArgs, result: Evalu
         "device": engine.device,
         "exact": engine.exact,
         "settings": result.engine.settings,
-        "basis": result.engine.basis,
-        "given": list(result.engine.given),
+        "basis": result.engine.settings_source,
+        "given": list(result.engine.overrides),
         "reference": options.reference,
         "text": {"sha256": text.sha256, "tokens": len(text.token_ids), "bytes": int(text.nbytes.sum())},
         "windows": asdict(result.settings) | {"count": result.windows},
@@ -167,8 +167,8 @@ def _document(folder: Path, options: EvalArgs, engine: EngineArgs, result: Evalu
 def _lines(folder: Path, options: EvalArgs, result: Evaluation) -> Iterator[str]:
     """The figures for people."""
     manifest, settings, quality, in_use = result.manifest, result.settings, result.quality, result.engine
-    arithmetic = {"exact": "exact", "rule": "default settings", "tuned": "tuned settings"}[in_use.basis]
-    arithmetic += "".join(f", {name}={in_use.settings[name]}" for name in in_use.given)
+    arithmetic = {"exact": "exact", "rule": "default settings", "tuned": "tuned settings"}[in_use.settings_source]
+    arithmetic += "".join(f", {name}={in_use.settings[name]}" for name in in_use.overrides)
     stride = "" if settings.stride is None else f", stride {settings.stride}"
     bos = "" if settings.bos_id is None else ", each with its BOS"
     facts = [

@@ -35,7 +35,7 @@ from normistral.evaluation.windows import (
 )
 from normistral.files import sha256_file
 from normistral.progress import Progress, format_bytes
-from normistral.runtime.engines.base import Capabilities, Logits
+from normistral.runtime.engines.base import EngineInfo, Logits
 from normistral.runtime.model import Model
 
 
@@ -119,7 +119,7 @@ class Evaluation:
     settings: WindowSettings
     windows: int
     quality: Quality
-    engine: Capabilities
+    engine: EngineInfo
 
 
 def evaluate(
@@ -192,7 +192,7 @@ def _score_artifact(
     text: TokenizedText,
     reference: ReferenceFile | None,
     progress: Progress,
-) -> tuple[Quality, Capabilities]:
+) -> tuple[Quality, EngineInfo]:
     from normistral.runtime.loading import load
 
     with progress.stage("loading"):

@@ -16,7 +16,7 @@ from normistral.errors import BusyError, ClosedError, ContextLengthError, UsageE
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.drafting.decoder import Decoder, Drafting, PlainDecoder
-from normistral.runtime.engines.base import Backend, Capabilities
+from normistral.runtime.engines.base import Backend, EngineInfo
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.interpreter_exit import close_at_exit, computing, computing_each
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
@@ -91,7 +91,7 @@ class Runner:
         close_at_exit(self)
 
     @property
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> EngineInfo:
         """The engine, its device and its settings."""
         return self._backend.capabilities
 

@@ -23,7 +23,7 @@ def session_key(runner: Runner) -> SessionKey:
         template_sha256="" if template is None else hashlib.sha256(template.text.encode()).hexdigest(),
         engine=capabilities.name,
         device=re.split(r"[.:]", capabilities.device)[0],
-        numerics=capabilities.numerics,
+        numerics=capabilities.kv_cache_key,
     )
 
 

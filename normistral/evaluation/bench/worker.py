@@ -199,7 +199,7 @@ def _load(request: Load, state: _State) -> Loaded:
         import_s=imported - start,
         load_s=ready - imported,
         engine=model.capabilities.name,
-        basis=model.capabilities.basis,
+        basis=model.capabilities.settings_source,
         settings=model.capabilities.settings,
         tokens_per_word=tokens_per_word(model.tokenizer),
         energy=counter if isinstance(counter, str) else None,

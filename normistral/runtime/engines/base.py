@@ -20,7 +20,7 @@ from normistral.errors import EngineError
 from normistral.hardware import available_memory_bytes, read_machine
 
 Logits = NDArray[np.float32]
-Basis = Literal["rule", "tuned", "exact"]
+SettingsSource = Literal["rule", "tuned", "exact"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class EngineConfig:
     tuned: Mapping[str, str] | None = None
 
     @property
-    def basis(self) -> Basis:
+    def settings_source(self) -> SettingsSource:
         """Where the settings come from over which the caller's go."""
         return "exact" if self.exact else "rule" if self.tuned is None else "tuned"
 
@@ -56,7 +56,7 @@ class CacheTensor(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Capabilities:
+class EngineInfo:
     """What an engine can do cheaply, and how it is set up.
 
     Attributes:
@@ -65,19 +65,19 @@ class Capabilities:
         prefill_chunk: tokens to feed at most in one `forward` of a long prompt.
         settings: the engine's options in force, for reports: what it answers when asked after loading, as far as it
             can be asked.
-        basis: where they come from: the rule for this kind of machine, `normistral tune` on this one, or the reference
-            arithmetic.
-        given: names of those that the caller chose over that.
-        numerics: those that change the numbers; a KV cache is good only under the same.
+        settings_source: where they come from: the rule for this kind of machine, `normistral tune` on this one, or the
+            reference arithmetic.
+        overrides: names of those that the caller chose over that.
+        kv_cache_key: those that change the numbers; a KV cache is good only under the same.
     """
 
     name: str
     device: str
     prefill_chunk: int
     settings: dict[str, str]
-    basis: Basis = "rule"
-    given: tuple[str, ...] = ()
-    numerics: dict[str, str] = field(default_factory=dict)
+    settings_source: SettingsSource = "rule"
+    overrides: tuple[str, ...] = ()
+    kv_cache_key: dict[str, str] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -85,10 +85,10 @@ class Capabilities:
 
         Without it, activations may be rounded while running, and how a sequence was cut can be seen in the logits.
         """
-        return self.basis == "exact"
+        return self.settings_source == "exact"
 
 
-def describe_arithmetic(capabilities: Capabilities) -> str:
+def describe_arithmetic(capabilities: EngineInfo) -> str:
     """SHA-256 of engine, device, settings in force (threads and prefill chunk among them), versions and processor."""
     machine = read_machine()
     engine = sys.modules.get(capabilities.name)  # the scripted one is no package
@@ -98,7 +98,7 @@ def describe_arithmetic(capabilities: Capabilities) -> str:
         version("normistral"),
         capabilities.device,
         sorted(capabilities.settings.items()),
-        sorted(capabilities.numerics.items()),
+        sorted(capabilities.kv_cache_key.items()),
         machine.cpu,
         sorted(machine.instruction_sets),
     )
@@ -168,7 +168,7 @@ class Engine(Protocol):
         ...
 
     def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
-        """Continue from `length` tokens that `save` of an engine with the same weights and numerics gave.
+        """Continue from `length` tokens that `save` of an engine with the same weights and `kv_cache_key` gave.
 
         Raises:
             EngineError: the engine failed, or they are not the tensors of this cache.
@@ -184,7 +184,7 @@ class Backend(Protocol):
     """Loaded weights, from which engines are made. Engines of one backend may be used in turn, not at once."""
 
     @property
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> EngineInfo:
         """How these weights run."""
         ...
 

@@ -26,8 +26,8 @@ from normistral.runtime.engines import onnx_graph
 from normistral.runtime.engines.base import (
     DEFAULT_CONFIG,
     CacheTensor,
-    Capabilities,
     EngineConfig,
+    EngineInfo,
     Logits,
     check_cache_tensors,
 )
@@ -56,7 +56,7 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
-_NUMERICS = ("provider", "accuracy_level", "precision", "use_tf32")  # settings that change what is computed
+_KV_CACHE_SETTINGS = ("provider", "accuracy_level", "precision", "use_tf32")  # settings that change what is computed
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
@@ -85,7 +85,7 @@ class _Decoder:
 class OnnxBackend:
     """A session of onnxruntime; see `load_onnx`."""
 
-    def __init__(self, decoder: _Decoder, capabilities: Capabilities) -> None:
+    def __init__(self, decoder: _Decoder, capabilities: EngineInfo) -> None:
         self._decoder: _Decoder | None = decoder
         self.capabilities = capabilities
 
@@ -233,14 +233,16 @@ def load_onnx(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Onnx
         in_force[PREFILL_CHUNK] = prefill_chunk
         decoder = describe_decoder(session, manifest, target, in_place=in_place)
         chosen = tuple(sorted(config.settings))
-        numerics = {name: in_force[name] for name in _NUMERICS if name in in_force}
-        numerics["cache"] = decoder.layout.dtype.name
-        capabilities = Capabilities("onnxruntime", device, int(prefill_chunk), in_force, config.basis, chosen, numerics)
+        kv_cache_key = {name: in_force[name] for name in _KV_CACHE_SETTINGS if name in in_force}
+        kv_cache_key["cache"] = decoder.layout.dtype.name
+        capabilities = EngineInfo(
+            "onnxruntime", device, int(prefill_chunk), in_force, config.settings_source, chosen, kv_cache_key
+        )
         backend = OnnxBackend(decoder, capabilities)
         warm_up(backend)
         if not target.is_cpu:
             require_all_on(target, Path(session.end_profiling()))
-    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, config.basis, in_force)
+    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, config.settings_source, in_force)
     return backend
 
 

@@ -1,8 +1,6 @@
-"""Engine on OpenVINO alone: a stateful IR, driven by our own loop over its infer requests.
+"""Loads artifacts on OpenVINO alone: settings, changes to the graph, compilation.
 
-The KV cache lives inside an infer request as variables (`past_key_values.N.key/value`, of shape
-[1, kv_heads, length, head_dim]). One compiled model serves many requests, so every sequence has a cache of its own
-and the weights exist once.
+On the CPU the graph gets PagedAttention (openvino_paged.py), elsewhere it stays stateful (openvino_stateful.py).
 
 Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
 """
@@ -10,40 +8,33 @@ Exceptions of OpenVINO end here, as `EngineError` or `DeviceError`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from normistral import hardware
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
-from normistral.errors import ClosedError, DeviceError, EngineError, UsageError
+from normistral.errors import DeviceError, EngineError, UsageError
 from normistral.runtime.engines.base import (
     DEFAULT_CONFIG,
     Backend,
-    CacheTensor,
-    Capabilities,
     EngineConfig,
-    Logits,
-    check_cache_tensors,
+    EngineInfo,
     load_hint,
 )
-from normistral.runtime.engines.openvino_cache import is_lossless, pack, packed_kinds, unpack
-from normistral.runtime.engines.openvino_graph import LAST, keep_last_logits, page_attention
+from normistral.runtime.engines.openvino_graph import keep_last_logits, page_attention
 from normistral.runtime.engines.openvino_paged import KEYS_BY_TOKEN, PAGED_PRECISIONS, PagedBackend, can_page
 from normistral.runtime.engines.openvino_settings import (
-    NUMERICS,
+    KV_CACHE_SETTINGS,
     REPORTED,
     known_settings,
     require_accepted,
     require_taken,
     said_first,
     settings_in_force,
-    translated,
 )
-from normistral.runtime.engines.openvino_slots import Slots
+from normistral.runtime.engines.openvino_stateful import StatefulBackend
 from normistral.runtime.engines.settings import (
     ATTENTION,
     ATTENTION_SETTING,
@@ -69,169 +60,6 @@ _VIRTUAL_DEVICES = ("AUTO", "HETERO")  # OpenVINO's own ways to combine devices
 _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load
 
 
-class OpenVINOBackend:
-    """A compiled OpenVINO model; see `load_openvino`."""
-
-    def __init__(
-        self,
-        compiled: ov.CompiledModel,
-        manifest: Manifest,
-        capabilities: Capabilities,
-        packed: PackedWeights | None = None,
-    ) -> None:
-        """Take over a compiled model, and the weights that it uses beside its own."""
-        shape = manifest.architecture
-        self._packed = packed
-        self._compiled: ov.CompiledModel | None = compiled
-        self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
-        self._slot_limit = min(shape.sliding_window or manifest.context_length, manifest.context_length)
-        # ALiBi takes its positions from the running sum of the mask; any other graph without the input, from the slots.
-        self._keeps_dead = self._takes_positions or shape.positions == "alibi"
-        # A device that does not say it may keep 8 bits; what does not look like that is left as it is.
-        self._cache_precision = capabilities.numerics.get("KV_CACHE_PRECISION", "u8")
-        self.capabilities = capabilities
-
-    def create_engine(self) -> OpenVINOEngine:
-        """A new, empty sequence with a KV cache of its own."""
-        if self._compiled is None:
-            raise ClosedError("the model was closed", "load it again")
-        try:
-            request = self._compiled.create_infer_request()
-        except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not create an infer request: {said_first(exc)}") from exc
-        slots = Slots(self._slot_limit, keeps_dead=self._keeps_dead)
-        return OpenVINOEngine(request, self._takes_positions, slots, self._cache_precision, self._packed)
-
-    def close(self) -> None:
-        """Let go of the weights; they are freed with the last engine made from them."""
-        self._compiled = None
-        self._packed = None
-
-
-class OpenVINOEngine:
-    """One sequence in one infer request."""
-
-    def __init__(
-        self,
-        request: ov.InferRequest,
-        takes_positions: bool,
-        slots: Slots,
-        cache_precision: str,
-        packed: PackedWeights | None = None,
-    ) -> None:
-        self._request: ov.InferRequest | None = request
-        self._packed = packed  # held here too: the backend may be closed first
-        self._takes_positions = takes_positions  # a model with ALiBi has no such input
-        self._slots = slots
-        self._cache_precision = cache_precision
-        self._beam = np.zeros(1, np.int32)
-        self._requantised = False  # by a restore: what was shown did not fit the plugin's formula (openvino_cache.py)
-
-    @property
-    def length(self) -> int:
-        """Tokens in the KV cache."""
-        return self._slots.length
-
-    def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
-        """Append tokens; logits [last, vocabulary] of the last positions.
-
-        Raises:
-            EngineError: OpenVINO failed.
-        """
-        request, slots, count = self._open_request(), self._slots, len(token_ids)
-        if slots.must_compact(count):
-            self._compact()
-        total = slots.length + count
-        inputs = {
-            "input_ids": np.array([token_ids], np.int64),
-            "attention_mask": slots.extended_mask(count),
-            "beam_idx": self._beam,
-            LAST: np.array([last], np.int64),
-        }
-        if self._takes_positions:
-            inputs["position_ids"] = np.arange(slots.length, total, dtype=np.int64)[None]
-        try:
-            request.infer(inputs, share_inputs=True)
-            logits = request.get_tensor("logits").data  # [1, last, vocabulary]
-        except RuntimeError as exc:
-            raise EngineError(f"OpenVINO failed at token {total}: {said_first(exc)}") from exc
-        slots.append(count)
-        return np.array(logits[0], dtype=np.float32)  # a copy: the request overwrites its tensor at the next step
-
-    @property
-    def intact(self) -> int:
-        """Those before the first masked slot; none after a restore that had to quantise values anew."""
-        return 0 if self._requantised else self._slots.intact
-
-    def trim(self, length: int, *, exactly: bool = False) -> None:
-        """Forget everything after the first `length` tokens; unless `exactly`, they may stay in the cache, masked."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot trim {self.length} tokens to {length}")
-        if length == 0:
-            self.reset()
-        else:
-            self._slots.trim(length)
-            if self._slots.must_compact(1) or (exactly and self._slots.dead):
-                self._compact()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._open_request().reset_state()
-        self._slots.compacted(0)
-        self._requantised = False
-
-    def save(self, length: int) -> Iterator[CacheTensor]:
-        """The first `length` tokens of the KV cache, packed as openvino_cache.py says.
-
-        Dead slots go first: with them here and not in the copy, the two would go on with other last bits.
-        """
-        if self._slots.dead:
-            self._compact()
-        yield from self._read(length)
-
-    def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
-        """Continue from what `save` gave."""
-        import openvino as ov
-
-        self.reset()
-        states = {state.name: state for state in self._query_states()}
-        empty = {name: state.state for name, state in states.items()}  # [0, kv_heads, 0, head_dim]
-        kinds = {name: packed_kinds((1, tensor.shape[1], length, tensor.shape[3])) for name, tensor in empty.items()}
-        requantised = False
-        for name, packed in check_cache_tensors(tensors, kinds):
-            requantised = requantised or not is_lossless(packed, self._cache_precision)
-            values = unpack(packed).astype(empty[name].element_type.to_dtype(), copy=False)
-            with translated("OpenVINO could not write the KV cache"):
-                states[name].state = ov.Tensor(values, shared_memory=True)  # the state makes the one copy
-        self._slots.compacted(length)
-        self._requantised = requantised
-
-    def close(self) -> None:
-        """Free the KV cache."""
-        self._request = None
-        self._packed = None
-
-    def _compact(self) -> None:
-        """Copy the living slots out and in, and with that get rid of the dead ones."""
-        self.restore(self.length, list(self._read(self.length)))
-
-    def _read(self, length: int) -> Iterator[CacheTensor]:
-        living = self._slots.living()[:length]
-        for state in self._query_states():
-            with translated("OpenVINO could not read the KV cache"):
-                values = state.state.data  # [1, kv_heads, slots, head_dim], a copy
-            yield CacheTensor(state.name, pack(np.ascontiguousarray(values[:, :, living]), self._cache_precision))
-
-    def _query_states(self) -> list[Any]:
-        with translated("OpenVINO could not find the KV cache"):
-            return list(self._open_request().query_state())
-
-    def _open_request(self) -> ov.InferRequest:
-        if self._request is None:
-            raise ClosedError("the model was closed", "load it again")
-        return self._request
-
-
 def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Backend:
     """Compile an artifact's IR for a device and warm it up.
 
@@ -246,7 +74,7 @@ def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> 
     """
     import openvino as ov
 
-    folder, manifest, device, given = artifact.folder, artifact.manifest, config.device, config.settings
+    folder, manifest, device, overrides = artifact.folder, artifact.manifest, config.device, config.settings
     core = ov.Core()
     settings = choose_settings(core, manifest, config)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
@@ -260,7 +88,7 @@ def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> 
             settings |= KEYS_BY_TOKEN
         keep_last_logits(model, axis=0 if attention == PAGED else 1)
         if kernel == OUR_KERNEL:
-            packed = pack_for_our_kernel(model, folder / MODEL_FILE, required=INT4_KERNEL in given)
+            packed = pack_for_our_kernel(model, folder / MODEL_FILE, required=INT4_KERNEL in overrides)
         if packed is not None:
             replace_products(core, model, packed)
         compiled = core.compile_model(model, device, settings)
@@ -268,29 +96,29 @@ def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> 
     except RuntimeError as exc:
         said = said_first(exc)
         raise EngineError(f"OpenVINO could not load {folder.name} on {device}: {said}", load_hint(said)) from exc
-    require_taken(given, in_force, device)
+    require_taken(overrides, in_force, device)
     in_force[PREFILL_CHUNK] = prefill_chunk
-    numerics = settings_in_force(compiled, NUMERICS)
+    kv_cache_key = settings_in_force(compiled, KV_CACHE_SETTINGS)
     if attention == PAGED:
-        in_force[ATTENTION] = numerics[ATTENTION] = PAGED
-    reported, in_numerics = kernel_in_force(kernel, packed)
+        in_force[ATTENTION] = kv_cache_key[ATTENTION] = PAGED
+    reported, kernel_key = kernel_in_force(kernel, packed)
     in_force |= reported
-    numerics |= in_numerics
-    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, config.basis, in_force)
-    capabilities = Capabilities(
+    kv_cache_key |= kernel_key
+    logger.info("loaded %s on %s, settings by %s: %s", folder.name, device, config.settings_source, in_force)
+    capabilities = EngineInfo(
         "openvino",
         device,
         int(prefill_chunk),
         in_force,
-        config.basis,
-        tuple(sorted(given)),
-        numerics,
+        config.settings_source,
+        tuple(sorted(overrides)),
+        kv_cache_key,
     )
     backend: Backend
     if attention == PAGED:
         backend = PagedBackend(compiled, capabilities, packed)
     else:
-        backend = OpenVINOBackend(compiled, manifest, capabilities, packed)
+        backend = StatefulBackend(compiled, manifest, capabilities, packed)
     warm_up(backend)
     return backend
 
@@ -302,7 +130,7 @@ def choose_settings(core: ov.Core, manifest: Manifest, config: EngineConfig) -> 
         DeviceError: the device is not there.
         UsageError: an unknown property, or a value that OpenVINO refuses.
     """
-    device, given = config.device, config.settings
+    device, overrides = config.device, config.settings
     require_device(device, list(core.available_devices))
     plan = _plan(hardware.read_machine(), manifest, device, exact=config.exact)
     known = known_settings(core, device)
@@ -310,10 +138,10 @@ def choose_settings(core: ov.Core, manifest: Manifest, config: EngineConfig) -> 
         known[ATTENTION] = ATTENTION_SETTING
     if device == "CPU" and manifest.recipe.weights == "int4":
         known[INT4_KERNEL] = KERNEL
-    settings = override({**plan, **(config.tuned or {})}, given, known, engine="OpenVINO", exact=config.exact)
-    if ATTENTION not in given and settings.get("KV_CACHE_PRECISION", "u8") not in PAGED_PRECISIONS:
+    settings = override({**plan, **(config.tuned or {})}, overrides, known, engine="OpenVINO", exact=config.exact)
+    if ATTENTION not in overrides and settings.get("KV_CACHE_PRECISION", "u8") not in PAGED_PRECISIONS:
         settings.pop(ATTENTION, None)
-    for name in given.keys() - {PREFILL_CHUNK, INT4_KERNEL, ATTENTION}:
+    for name in overrides.keys() - {PREFILL_CHUNK, INT4_KERNEL, ATTENTION}:
         require_accepted(core, device, name, settings[name])
     return settings
 
@@ -367,7 +195,7 @@ def _no_kernel(machine: hardware.Machine) -> UsageError:
 
 
 def kernel_in_force(kernel: str | None, packed: PackedWeights | None) -> tuple[dict[str, str], dict[str, str]]:
-    """What became of the setting `int4_kernel`: as settings report it, and as numerics do, which name ours alone.
+    """What became of the setting `int4_kernel`: for `settings`, and for `kv_cache_key`, which names ours alone.
 
     Args:
         kernel: what was chosen; None where there is no such setting.

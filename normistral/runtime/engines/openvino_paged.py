@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ClosedError
-from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, TensorKinds, check_cache_tensors
+from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, TensorKinds, check_cache_tensors
 from normistral.runtime.engines.openvino_graph import LAST
 from normistral.runtime.engines.openvino_settings import translated
 
@@ -123,7 +123,7 @@ class PagedBackend:
         keeps: what has to live as long as the model: the int4 kernel's weights.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, capabilities: Capabilities, keeps: object = None) -> None:
+    def __init__(self, compiled: ov.CompiledModel, capabilities: EngineInfo, keeps: object = None) -> None:
         self.capabilities = capabilities
         self._keeps = keeps
         with translated("OpenVINO could not make the KV cache"):

@@ -34,7 +34,7 @@ _NO_SETTINGS = {"DEVICE_ID", "LOG_LEVEL", "PERF_COUNT"}  # properties that choos
 # Reported even where nobody set them: they decide speed and results.
 REPORTED = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "ENABLE_CPU_PINNING")
 
-NUMERICS = (  # those that change the numbers which a KV cache holds
+KV_CACHE_SETTINGS = (  # those that change the numbers which a KV cache holds
     "INFERENCE_PRECISION_HINT",
     "EXECUTION_MODE_HINT",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE",
@@ -78,9 +78,9 @@ def require_accepted(core: ov.Core, device: str, name: str, value: str) -> None:
         raise UsageError(f"{name} cannot be {value!r}: {said_first(exc)}", "take one that OpenVINO knows") from exc
 
 
-def require_taken(given: Mapping[str, str], in_force: Mapping[str, str], device: str) -> None:
+def require_taken(overrides: Mapping[str, str], in_force: Mapping[str, str], device: str) -> None:
     """Refuse what OpenVINO quietly replaced: more threads than there are cores, a precision that is not there."""
-    for name, value in given.items():
+    for name, value in overrides.items():
         if (actual := in_force.get(name, value)) != value:
             raise UsageError(
                 f"OpenVINO on {device} does not take {name}={value}: it uses {actual}", f"leave it out, or say {actual}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from normistral.errors import ClosedError
-from normistral.runtime.engines.base import CacheTensor, Capabilities, Logits, check_cache_tensors
+from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors
 
 _TOKENS = "tokens"
 
@@ -25,7 +25,7 @@ class ScriptedBackend:
 
     def __init__(self, next_logits: NextLogits, prefill_chunk: int = 64) -> None:
         self.next_logits = next_logits
-        self.capabilities = Capabilities("scripted", "none", prefill_chunk, {}, "exact")
+        self.capabilities = EngineInfo("scripted", "none", prefill_chunk, {}, "exact")
         self.forwarded: list[list[int]] = []  # tokens of every forward call, in order: what a test wants to know
         self.closed = False
 

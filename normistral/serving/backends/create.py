@@ -10,7 +10,7 @@ from typing import NamedTuple
 from normistral.artifact.artifact import Artifact
 from normistral.errors import ArtifactError
 from normistral.runtime import loading
-from normistral.runtime.engines.base import Capabilities, EngineConfig
+from normistral.runtime.engines.base import EngineConfig, EngineInfo
 from normistral.serving.backends.base import Batch
 from normistral.serving.backends.fair_queue import FairQueue
 from normistral.serving.backends.openvino_options import find_unhonoured
@@ -37,7 +37,7 @@ class Created(NamedTuple):
     """
 
     batch: Batch
-    capabilities: Capabilities
+    capabilities: EngineInfo
     slots: int
     batching: str
     cache_tokens: int

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, MissingExtraError, install_extra
-from normistral.runtime.engines.base import DEFAULT_CONFIG, Capabilities, EngineConfig, load_hint
+from normistral.runtime.engines.base import DEFAULT_CONFIG, EngineConfig, EngineInfo, load_hint
 from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings, kernel_in_force, pack_for_our_kernel
 from normistral.runtime.engines.openvino_settings import (
-    NUMERICS,
+    KV_CACHE_SETTINGS,
     REPORTED,
     require_taken,
     said_first,
@@ -41,7 +41,7 @@ class OpenedBatch(NamedTuple):
     """A batch, and how it is set up."""
 
     batch: OpenVINOBatch
-    capabilities: Capabilities
+    capabilities: EngineInfo
 
 
 def open_openvino_batch(artifact: Artifact, batch: BatchSettings, config: EngineConfig = DEFAULT_CONFIG) -> OpenedBatch:
@@ -58,23 +58,23 @@ def open_openvino_batch(artifact: Artifact, batch: BatchSettings, config: Engine
     import openvino as ov
 
     openvino_genai = import_genai()
-    folder, manifest, given = artifact.folder, artifact.manifest, config.settings
+    folder, manifest, overrides = artifact.folder, artifact.manifest, config.settings
     core = ov.Core()
     settings = choose_settings(core, manifest, config)
     chunk = int(settings.pop(PREFILL_CHUNK))
     kernel = settings.pop(INT4_KERNEL, None)
     settings.pop(ATTENTION, None)  # openvino_genai pages by itself
-    if PREFILL_CHUNK not in given:
+    if PREFILL_CHUNK not in overrides:
         chunk = min(chunk, _LONGEST_PIECE)
     packed = None
     try:
         model = core.read_model(folder / MODEL_FILE)
         in_force = _ask_plugin(core, model, settings)
         if kernel == OUR_KERNEL:
-            packed = pack_for_our_kernel(model, folder / MODEL_FILE, required=INT4_KERNEL in given)
+            packed = pack_for_our_kernel(model, folder / MODEL_FILE, required=INT4_KERNEL in overrides)
     except RuntimeError as exc:
         raise _cannot_load(folder, exc) from exc
-    require_taken(given, in_force, BATCHED_DEVICE)
+    require_taken(overrides, in_force, BATCHED_DEVICE)
     plan = plan_cache(manifest.architecture, in_force, batch)
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.num_kv_blocks = plan.blocks
@@ -91,18 +91,20 @@ def open_openvino_batch(artifact: Artifact, batch: BatchSettings, config: Engine
         finite = _warm_up(openvino_genai, pipeline)
     except RuntimeError as exc:
         raise _cannot_load(folder, exc) from exc
-    reported, in_numerics = kernel_in_force(kernel, packed)
-    logger.info("loaded %s for %d answers at once, settings by %s: %s", folder.name, plan.jobs, config.basis, in_force)
-    capabilities = Capabilities(
+    reported, kernel_key = kernel_in_force(kernel, packed)
+    logger.info(
+        "loaded %s for %d answers at once, settings by %s: %s", folder.name, plan.jobs, config.settings_source, in_force
+    )
+    capabilities = EngineInfo(
         "openvino",
         BATCHED_DEVICE,
         chunk,
         {name: in_force[name] for name in (*settings, *REPORTED) if name in in_force}
         | reported
         | {PREFILL_CHUNK: str(chunk)},
-        config.basis,
-        tuple(sorted(given)),
-        {name: in_force[name] for name in NUMERICS if name in in_force} | in_numerics,
+        config.settings_source,
+        tuple(sorted(overrides)),
+        {name: in_force[name] for name in KV_CACHE_SETTINGS if name in in_force} | kernel_key,
     )
     opened = OpenVINOBatch(
         pipeline, manifest, artifact.tokenizer, plan, one_tenant=batch.one_tenant, packed=packed, finite=finite
@@ -145,7 +147,7 @@ def _ask_plugin(core: Any, model: Any, settings: Mapping[str, str]) -> dict[str,
         for name, value in model.get_rt_info(_OF_THE_IR).value.items():
             probe.set_rt_info(getattr(value, "value", value), [_OF_THE_IR, name])
     compiled = core.compile_model(probe, BATCHED_DEVICE, dict(settings))
-    return settings_in_force(compiled, (*settings, *REPORTED, *NUMERICS))
+    return settings_in_force(compiled, (*settings, *REPORTED, *KV_CACHE_SETTINGS))
 
 
 def _warm_up(openvino_genai: Any, pipeline: Any) -> bool:
