@@ -144,9 +144,9 @@ def follow(model: normistral.Model, structure: Structure, token_ids: tuple[int, 
     steps = []
     for token_id in token_ids:
         start = time.perf_counter()
-        np.where(constraint.allowed(), logits, np.float32(-np.inf))
+        np.where(constraint.allowed_mask(), logits, np.float32(-np.inf))
         constraint.commit(token_id)
-        constraint.certain()
+        constraint.jump_forward_tokens()
         steps.append((time.perf_counter() - start) * 1e6)
         if constraint.complete:
             break

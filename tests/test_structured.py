@@ -53,7 +53,7 @@ def write(compiled: CompiledStructure, random: np.random.Generator, most: int = 
     detokenizer = StreamDetokenizer(vocabulary.tokenizer, vocabulary.tokenizer.encode("Svar:"))
     text = ""
     for _ in range(most):
-        token_ids = np.flatnonzero(constraint.allowed())
+        token_ids = np.flatnonzero(constraint.allowed_mask())
         token_id = int(random.choice(token_ids))
         assert token_id < vocabulary.tokenizer.vocabulary_size, "a token that there is not"
         if token_id in vocabulary.stop_token_ids:
@@ -68,10 +68,10 @@ def write(compiled: CompiledStructure, random: np.random.Generator, most: int = 
 def can_write(compiled: CompiledStructure, text: str) -> bool:
     constraint = Constraint(compiled)
     for token_id in compiled.vocabulary.tokenizer.encode(text, add_special_tokens=False):
-        if not constraint.accepts([token_id]):
+        if not constraint.count_accepted([token_id]):
             return False
         constraint.commit(token_id)
-    return constraint.complete or bool(constraint.allowed()[list(compiled.vocabulary.stop_token_ids)].all())
+    return constraint.complete or bool(constraint.allowed_mask()[list(compiled.vocabulary.stop_token_ids)].all())
 
 
 # What is written is of the structure
@@ -475,7 +475,7 @@ def test_catastrophic_expressions_are_followed_in_linear_time():
     start = time.process_time()
     for _ in range(200):
         constraint.commit(VOCABULARIES["byte-level"].tokenizer.token_id("a"))
-        constraint.allowed()
+        constraint.allowed_mask()
     assert time.process_time() - start < 1.0
 
 

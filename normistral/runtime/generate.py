@@ -67,7 +67,7 @@ def generate_tokens(
     sampler = Sampler(config, prompt_ids)
     logits = sequence.prefill(prompt_ids, limits.cancelled, reproducible=config.reproducible)
     clock.prefilled()
-    certain: deque[int] = deque(constraint.certain() if constraint is not None else ())
+    certain: deque[int] = deque(constraint.jump_forward_tokens() if constraint is not None else ())
     room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))
     for generated in range(1, room + 1):
         if logits is None or limits.cancelled():
@@ -78,7 +78,7 @@ def generate_tokens(
             token_id = (forced or certain).popleft()
             sampler.observe(token_id)
         else:
-            token_id = sampler.sample(logits, None if constraint is None else constraint.allowed())
+            token_id = sampler.sample(logits, None if constraint is None else constraint.allowed_mask())
         logprob, top_logprobs = report_logprobs(logits, token_id, config.logprobs)
         clock.token_done()
         if constraint is not None:
@@ -96,7 +96,7 @@ def generate_tokens(
             yield TokenStep(None, None, (), "stop", clock.read())
             return
         if constraint is not None and not (forced or certain):
-            certain.extend(constraint.certain())
+            certain.extend(constraint.jump_forward_tokens())
         most = room - generated - 1
         together = list(islice(certain, min(most, MOST_DRAFTED)))  # few at a time: each has logits of its own
         logits = None if limits.cancelled() else decoder.step(token_id, most, together)

@@ -23,8 +23,7 @@ from normistral.runtime.options import GenerationConfig, require_applicable, res
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.stopping import StopTexts
-from normistral.runtime.structured.cache import Structures
-from normistral.runtime.structured.constraint import Constraint
+from normistral.runtime.structured.constraint import Constraint, StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.runtime.text_stream import TextStream
 
@@ -75,7 +74,7 @@ class Runner:
         self.tokenizer = tokenizer
         self.name = name
         self._backend = backend
-        self.structures = Structures(
+        self.structures = StructureCompiler(
             GrammarVocabulary(tokenizer, manifest.architecture.vocabulary, manifest.stop_token_ids)
         )
         self._drafting = Drafting()
@@ -172,7 +171,7 @@ class Runner:
                 config.max_reasoning_tokens,
                 close_ids,
                 forced,
-                lambda: constraint is None or constraint.accepts(close_ids) == len(close_ids),
+                lambda: constraint is None or constraint.count_accepted(close_ids) == len(close_ids),
             ),
             forced,
         )
@@ -228,7 +227,7 @@ class Runner:
     ) -> Decoder:
         if not self._drafts(config):
             return PlainDecoder(sequence)
-        return self._drafting.decoder(sequence, prompt_ids, None if constraint is None else constraint.accepts)
+        return self._drafting.decoder(sequence, prompt_ids, None if constraint is None else constraint.count_accepted)
 
     def _drafts(self, config: GenerationConfig) -> bool:
         """Whether to draft: measured times decide how much, and the last bits of the logits show it."""

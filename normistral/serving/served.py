@@ -16,7 +16,7 @@ from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
 from normistral.runtime.detokenizer import spell_vocabulary
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
-from normistral.runtime.structured.cache import Structures
+from normistral.runtime.structured.constraint import StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.serving.backends.settings import BatchSettings
 from normistral.serving.frames import Load
@@ -86,10 +86,10 @@ class ServedArtifact:
         return spell_vocabulary(self.tokenizer, self.manifest.architecture.vocabulary)
 
     @cached_property
-    def structures(self) -> Structures:
+    def structures(self) -> StructureCompiler:
         """For looking whether an answer can have the form that a request asks for."""
         vocabulary = self.manifest.architecture.vocabulary
-        return Structures(GrammarVocabulary(self.tokenizer, vocabulary, self.manifest.stop_token_ids))
+        return StructureCompiler(GrammarVocabulary(self.tokenizer, vocabulary, self.manifest.stop_token_ids))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation.

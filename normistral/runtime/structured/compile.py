@@ -44,14 +44,14 @@ class CompiledStructure:
 
 
 def compile_structure(
-    structure: Structure, vocabulary: GrammarVocabulary, lead: str | None = None
+    structure: Structure, vocabulary: GrammarVocabulary, grammar_prefix: str | None = None
 ) -> CompiledStructure:
     """Compile a structure for a model's vocabulary.
 
     What takes too long or too much memory is refused: within about 100 ms and 50 MiB, whatever the structure.
 
     Args:
-        lead: a grammar (Lark) of what comes before the answer, and of `@answer`.
+        grammar_prefix: a grammar (Lark) of what comes before the answer, and of `@answer`.
 
     Raises:
         UsageError: it is malformed, asks for what is not supported, nothing fits it, or it is too complex.
@@ -59,8 +59,8 @@ def compile_structure(
     import llguidance
 
     grammars = [{"name": _ANSWER, **to_grammar(structure)}]
-    if lead is not None:
-        grammars.insert(0, {"lark_grammar": lead})
+    if grammar_prefix is not None:
+        grammars.insert(0, {"lark_grammar": grammar_prefix})
     text = json.dumps({"grammars": grammars}, ensure_ascii=False)
     matcher = llguidance.LLMatcher(vocabulary.engine, text, log_level=0, limits=_limits())
     if message := matcher.get_error() or _first_trouble(matcher.deep_copy()):
