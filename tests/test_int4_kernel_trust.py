@@ -18,9 +18,8 @@ from normistral.hardware import read_machine
 from normistral.runtime import collect_env
 from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.kernels import library
-from normistral.runtime.kernels.advice import name_faster_way
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
-from normistral.runtime.kernels.library import UntrustedKernelError, find_library, open_library
+from normistral.runtime.kernels.library import UntrustedKernelError, find_library, name_faster_way, open_library
 from normistral.serving.backends import openvino_pipeline
 from normistral.serving.backends.settings import BatchSettings
 

@@ -106,7 +106,7 @@ def chat(
         raise UsageError("stdin is closed: there is no message to read", "add --prompt TEXT, or pipe the message in")
     if message is None and not console.is_terminal(sys.stdout):
         raise UsageError("a conversation needs a terminal for its answers", "add --prompt TEXT for a single answer")
-    from normistral.runtime.kernels.advice import name_faster_way
+    from normistral.runtime.kernels.library import name_faster_way
     from normistral.runtime.loading import load
 
     if message is None:

@@ -117,7 +117,7 @@ def serve(
     settings = engine.settings
     _require_extra()
     artifacts = [str(find_or_make(artifact)) for artifact in artifacts]
-    from normistral.runtime.kernels.advice import name_faster_way
+    from normistral.runtime.kernels.library import name_faster_way
     from normistral.serving.app import create_app
     from normistral.serving.descriptors import plan_connections
     from normistral.serving.server import ApiServer, bind

@@ -30,11 +30,11 @@ from normistral.hardware import (
     read_machine,
 )
 from normistral.runtime.engines.settings import DEFAULT_CHUNK, PREFILL_CHUNK
-from normistral.runtime.kernels.advice import how_to_build
 from normistral.runtime.kernels.library import (
     describe_absence,
     find_library,
     find_obstacle,
+    how_to_build,
     is_packaged,
     open_library,
     variant_of,

@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,8 @@ from pathlib import Path
 
 from normistral.artifact import store
 from normistral.errors import EngineError, ResourceError
-from normistral.hardware import Machine
+from normistral.hardware import Machine, read_machine
+from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL
 from normistral.runtime.kernels.compiler import (
     DIGEST_BYTES,
     VARIANTS,
@@ -29,6 +30,7 @@ from normistral.runtime.kernels.compiler import (
     Variant,
     compile_kernels,
     file_name,
+    find_compiler,
     is_supported_platform,
 )
 
@@ -208,3 +210,32 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except OSError as exc:
         raise EngineError(f"cannot read {path}: {exc.strerror}", "check its permissions") from exc
+
+
+def name_faster_way(settings: Mapping[str, str], overrides: Mapping[str, str] | None = None) -> str | None:
+    """One line on how to get the faster int4 kernel; None where it serves, cannot, or was refused by the user.
+
+    Args:
+        settings: those in force.
+        overrides: names of those that the user chose.
+    """
+    if settings.get(INT4_KERNEL) != ENGINES_KERNEL or INT4_KERNEL in (overrides or {}):
+        return None
+    machine = read_machine()
+    if find_obstacle(machine) is not None or find_library(machine) is not None:  # one that was refused was told
+        return None
+    if others := packaged_for():
+        return (
+            f"OpenVINO {version('openvino')} is installed, and the faster int4 kernel here is for {others}: "
+            f"pip install openvino=={others}"
+        )
+    return f"a faster int4 kernel can be had: {how_to_build()}"
+
+
+def how_to_build() -> str:
+    """The command, and what it takes before."""
+    try:
+        find_compiler()
+    except CompileError as exc:
+        return f"{exc.hint} (on Debian: apt install g++), then: {BUILD}"
+    return f"{BUILD} (some seconds, once)"

@@ -125,7 +125,7 @@ class StructureCompiler:
     def begin(
         self, structure: Structure | None, markers: ReasoningMarkers | None, splitter: ReasoningSplitter
     ) -> tuple[Constraint | None, AcceptanceMatcher | None]:
-        """Constraint of a generation that goes on where `splitter` is, and the matcher of where its answer could end."""
+        """Constraint of a generation that goes on where `splitter` is, and the matcher of where its answer may end."""
         if structure is None:
             return None, None
         grammar_prefix = None

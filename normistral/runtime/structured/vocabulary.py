@@ -55,7 +55,7 @@ class _Spelling:
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         tokenizer = vocabulary.tokenizer
-        controls = {token.id for token in tokenizer.added_tokens if token.special or _is_markup(token.text)}
+        controls = {token.id for token in tokenizer.added_tokens if token.special or _is_tag(token.text)}
         controls.update(vocabulary.stop_token_ids)
         self.tokens = spell_vocabulary(tokenizer, vocabulary.size)
         for token_id in controls:
@@ -102,5 +102,6 @@ class _Spelling:
         return max(map(len, self._ids))
 
 
-def _is_markup(text: str) -> bool:
+def _is_tag(text: str) -> bool:
+    """Like <think> or <|im_end|>; brackets of other kinds are text that a structure may ask for."""
     return text.startswith("<") and text.endswith(">")
