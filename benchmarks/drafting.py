@@ -31,12 +31,12 @@ from drafting_prompts import FREE, GROUNDED
 import normistral
 from normistral import hardware
 from normistral.runtime.chunks import Timings
-from normistral.runtime.drafting.base import Draft
-from normistral.runtime.drafting.decoder import Decoder, DraftingDecoder, PlainDecoder
-from normistral.runtime.drafting.pacing import StepCosts
 from normistral.runtime.generate import Limits, generate_tokens
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sequence import CachedSequence
+from normistral.runtime.speculative.decoder import Decoder, PlainDecoder, SpeculativeDecoder
+from normistral.runtime.speculative.draft_length import StepCosts
+from normistral.runtime.speculative.prompt_lookup import Draft
 
 WARM_UP = "Repeat this three times: the quick brown fox jumps over the lazy dog and runs into the forest."
 
@@ -146,7 +146,7 @@ def run_replay(arguments: argparse.Namespace) -> dict[str, Any]:
             plain, drafted = [], []
             for _ in range(arguments.repeats + 1):  # the first one learns what steps cost, and is left out
                 plain.append(follow(model, sequence, prompt, expected, PlainDecoder(sequence)))
-                decoder = DraftingDecoder(sequence, [Replay(expected, rate, vocabulary)], costs)
+                decoder = SpeculativeDecoder(sequence, [Replay(expected, rate, vocabulary)], costs)
                 drafted.append(follow(model, sequence, prompt, expected, decoder))
             speeds = [statistics.median(t.tokens_per_s for t in timings[1:]) for timings in (plain, drafted)]
             rows.append(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from normistral.runtime.drafting.pacing import StepCosts
+from normistral.runtime.speculative.draft_length import StepCosts
 
 
 class FixedLength(StepCosts):
@@ -18,7 +18,7 @@ class FixedLength(StepCosts):
 
 def draft_always(model, length=4):
     """Let this model feed drafts of `length` tokens, pay or not; also under a seed, so that runs can be compared."""
-    model._drafting.costs = FixedLength(length)
+    model._speculative.costs = FixedLength(length)
     model._drafts = lambda config: config.draft != "off"
     return model
 

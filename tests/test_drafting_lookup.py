@@ -13,8 +13,8 @@ from scripted_models import make_tokenizer
 from normistral.artifact.manifest import hash_files, read_manifest, write_manifest
 from normistral.cli import main
 from normistral.errors import UsageError
-from normistral.runtime.drafting.lookup import PromptLookup
 from normistral.runtime.loading import load
+from normistral.runtime.speculative.prompt_lookup import PromptLookup
 
 
 def scan(token_ids, most):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from normistral.runtime.drafting.pacing import (
+from normistral.runtime.speculative.draft_length import (
     MOST_DRAFTED,
     Acceptance,
     StepCosts,

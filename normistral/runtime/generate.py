@@ -17,12 +17,12 @@ from itertools import islice
 import numpy as np
 
 from normistral.runtime.chunks import Chunk, FinishReason, Timings
-from normistral.runtime.drafting.decoder import Decoder
-from normistral.runtime.drafting.pacing import MOST_DRAFTED
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sampling import Sampler, log_softmax
 from normistral.runtime.sequence import CachedSequence
+from normistral.runtime.speculative.decoder import Decoder
+from normistral.runtime.speculative.draft_length import MOST_DRAFTED
 from normistral.runtime.structured.constraint import Constraint
 from normistral.runtime.text_stream import TextStream, TokenStep
 
@@ -67,15 +67,15 @@ def generate_tokens(
     sampler = Sampler(config, prompt_ids)
     logits = sequence.prefill(prompt_ids, limits.cancelled, reproducible=config.reproducible)
     clock.prefilled()
-    certain: deque[int] = deque(constraint.jump_forward_tokens() if constraint is not None else ())
+    jump_forward: deque[int] = deque(constraint.jump_forward_tokens() if constraint is not None else ())
     room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))
     for generated in range(1, room + 1):
         if logits is None or limits.cancelled():
-            decoder.settle()
+            decoder.rollback()
             yield TokenStep(None, None, (), "cancelled", clock.read())
             return
-        if forced or certain:
-            token_id = (forced or certain).popleft()
+        if forced or jump_forward:
+            token_id = (forced or jump_forward).popleft()
             sampler.observe(token_id)
         else:
             token_id = sampler.sample(logits, None if constraint is None else constraint.allowed_mask())
@@ -88,17 +88,17 @@ def generate_tokens(
         if complete and finish_reason != "stop":
             finish_reason = None
         if complete or finish_reason is not None:
-            decoder.settle()
+            decoder.rollback()
         yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read())
         if finish_reason is not None:
             return
         if complete:
             yield TokenStep(None, None, (), "stop", clock.read())
             return
-        if constraint is not None and not (forced or certain):
-            certain.extend(constraint.jump_forward_tokens())
+        if constraint is not None and not (forced or jump_forward):
+            jump_forward.extend(constraint.jump_forward_tokens())
         most = room - generated - 1
-        together = list(islice(certain, min(most, MOST_DRAFTED)))  # few at a time: each has logits of its own
+        together = list(islice(jump_forward, min(most, MOST_DRAFTED)))  # few at a time: each has logits of its own
         logits = None if limits.cancelled() else decoder.step(token_id, most, together)
 
 

@@ -15,13 +15,13 @@ from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import BusyError, ClosedError, ContextLengthError, UsageError
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.detokenizer import StreamDetokenizer
-from normistral.runtime.drafting.decoder import Decoder, Drafting, PlainDecoder
 from normistral.runtime.engines.base import Backend, EngineInfo
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.interpreter_exit import close_at_exit, computing, computing_each
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.sequence import CachedSequence
+from normistral.runtime.speculative.decoder import Decoder, PlainDecoder, SpeculativeDecoding
 from normistral.runtime.stopping import StopTexts
 from normistral.runtime.structured.constraint import Constraint, StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
@@ -77,7 +77,7 @@ class Runner:
         self.structures = StructureCompiler(
             GrammarVocabulary(tokenizer, manifest.architecture.vocabulary, manifest.stop_token_ids)
         )
-        self._drafting = Drafting()
+        self._speculative = SpeculativeDecoding()
         self._forward_lock = threading.Lock()
         self._list_lock = threading.Lock()  # of what is alive and what is idle
         self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it
@@ -227,7 +227,9 @@ class Runner:
     ) -> Decoder:
         if not self._drafts(config):
             return PlainDecoder(sequence)
-        return self._drafting.decoder(sequence, prompt_ids, None if constraint is None else constraint.count_accepted)
+        return self._speculative.decoder(
+            sequence, prompt_ids, None if constraint is None else constraint.count_accepted
+        )
 
     def _drafts(self, config: GenerationConfig) -> bool:
         """Whether to draft: measured times decide how much, and the last bits of the logits show it."""

@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from normistral.errors import ClosedError
-from normistral.runtime.drafting.pacing import Acceptance
 from normistral.runtime.engines.base import CacheTensor, Engine, Logits
 from normistral.runtime.interpreter_exit import computing
+from normistral.runtime.speculative.draft_length import Acceptance
 
 WORTH_COPYING = 128  # tokens; computing so many takes seconds at 7B, copying the longest cache a second at most.
 # And fewer is what unrelated conversations have in common: BOS, a short system message, a template's own words.

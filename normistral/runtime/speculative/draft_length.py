@@ -1,4 +1,4 @@
-"""How many tokens to draft: what drafts have been worth, against what a step of n tokens costs.
+"""Draft length: the acceptance rates of drafts against the cost of a step of n tokens.
 
 A step feeds the token just chosen and k drafted ones. If the i-th of these is right with the rate r_i, given that those
 before it are, it yields 1 + r_1 + r_1 r_2 + ... tokens (Leviathan et al. 2023) in cost(1 + k) seconds, and when it ends

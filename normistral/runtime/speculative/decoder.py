@@ -1,4 +1,4 @@
-"""Feeds the chosen tokens to the model one by one, with or without drafts; the decode loop does not see which.
+"""Speculative decoding: feeds chosen tokens to the model, with drafts or without; the decode loop does not see which.
 
 The rule of acceptance: the loop chooses every token itself, from the model's logits at its place, as it would without
 drafts, and only then says which it was. If that is the drafted one, the logits behind it are there already; if not,
@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from normistral.runtime.drafting.base import Draft, Drafter
-from normistral.runtime.drafting.lookup import PromptLookup
-from normistral.runtime.drafting.pacing import MOST_DRAFTED, StepCosts
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.sequence import CachedSequence
+from normistral.runtime.speculative.draft_length import MOST_DRAFTED, StepCosts
+from normistral.runtime.speculative.prompt_lookup import Draft, Drafter, PromptLookup
 
 
 class Decoder(Protocol):
@@ -30,22 +29,22 @@ class Decoder(Protocol):
     drafted: int
     accepted: int
 
-    def step(self, token_id: int, most: int, certain: Sequence[int] = ()) -> Logits:
-        """The sequence goes on with `token_id`; logits [vocabulary] after it.
+    def step(self, token_id: int, most: int, jump_forward: Sequence[int] = ()) -> Logits:
+        """Append `token_id` to the sequence; logits [vocabulary] after it.
 
         Args:
             most: how many more tokens may be fed with it.
-            certain: what comes next in any case, at most as many; they are fed with it.
+            jump_forward: tokens that come next in any case, at most as many; they are fed with it.
         """
         ...
 
-    def settle(self) -> None:
-        """Forget what was fed and not chosen."""
+    def rollback(self) -> None:
+        """Take tokens out of the KV cache that were fed and not chosen."""
         ...
 
 
 class PlainDecoder:
-    """One token a step, and what is certain to follow it."""
+    """One token a step, and the jump-forward tokens behind it."""
 
     drafted = accepted = 0
 
@@ -53,26 +52,26 @@ class PlainDecoder:
         self._sequence = sequence
         self._ahead: list[Logits] = []  # after each token that was fed and has not come yet
 
-    def step(self, token_id: int, most: int, certain: Sequence[int] = ()) -> Logits:
-        """Feed the token, unless it was fed as certain."""
+    def step(self, token_id: int, most: int, jump_forward: Sequence[int] = ()) -> Logits:
+        """Feed the token, unless an earlier step fed it as a jump-forward token."""
         if not self._ahead:
-            self._ahead = list(self._sequence.append_each([token_id, *certain]))
+            self._ahead = list(self._sequence.append_each([token_id, *jump_forward]))
         return self._ahead.pop(0)
 
-    def settle(self) -> None:
+    def rollback(self) -> None:
         """Forget what was fed and did not come any more."""
         self._sequence.drop_last(len(self._ahead))
         self._ahead = []
 
 
-class DraftingDecoder:
+class SpeculativeDecoder:
     """Feeds drafted tokens with the chosen one, as many as pay.
 
     Args:
         sequence: holds the prompt by the time of the first step; it also knows how good its drafts have been.
         drafters: have seen the prompt; the first that has a draft is asked, the others only where it has none.
         costs: of steps on these weights.
-        fitting: how many of drafted tokens may follow at all, one after the other; None lets all.
+        draft_filter: how many of drafted tokens may follow at all, one after the other; None lets all.
     """
 
     def __init__(
@@ -80,19 +79,19 @@ class DraftingDecoder:
         sequence: CachedSequence,
         drafters: Sequence[Drafter],
         costs: StepCosts,
-        fitting: Callable[[Sequence[int]], int] | None = None,
+        draft_filter: Callable[[Sequence[int]], int] | None = None,
     ) -> None:
-        self._sequence, self._drafters, self._costs, self._fitting = sequence, drafters, costs, fitting
+        self._sequence, self._drafters, self._costs, self._draft_filter = sequence, drafters, costs, draft_filter
         self._draft: Draft | None = None  # for the places behind the last token that was not drafted
         self._fed: list[int] = []  # its tokens that were fed; with none it is only compared with what comes
         self._right = 0  # how many of these were chosen
         self._logits: Sequence[Logits] = ()  # after the last token that was not drafted, and after each that was fed
         self.drafted = self.accepted = 0
 
-    def step(self, token_id: int, most: int, certain: Sequence[int] = ()) -> Logits:
+    def step(self, token_id: int, most: int, jump_forward: Sequence[int] = ()) -> Logits:
         """Logits after the token: of an earlier step if it was fed, else of a new one with a new draft.
 
-        Where it is certain what follows, nothing is drafted.
+        With jump-forward tokens nothing is drafted.
         """
         for drafter in self._drafters:
             drafter.observe(token_id)
@@ -100,10 +99,10 @@ class DraftingDecoder:
             self._right += 1
             self.accepted += self._draft is not None
             return self._logits[self._right]
-        self._learn(token_id)
-        self.settle()
-        self._draft = None if certain else self._propose(min(most, MOST_DRAFTED))
-        self._fed = list(certain)
+        self._observe_acceptance(token_id)
+        self.rollback()
+        self._draft = None if jump_forward else self._propose(min(most, MOST_DRAFTED))
+        self._fed = list(jump_forward)
         if self._draft is not None:
             self._fed = self._draft.token_ids[: self._choose_length(self._draft)]
             self.drafted += len(self._fed)
@@ -111,7 +110,7 @@ class DraftingDecoder:
         self._costs.observe(1 + len(self._fed), self._sequence.forward_s, self._sequence.trim_s)
         return self._logits[0]
 
-    def settle(self) -> None:
+    def rollback(self) -> None:
         """Forget the tokens that were fed and not chosen."""
         self._sequence.drop_last(len(self._fed) - self._right)
         self._draft, self._fed, self._right = None, [], 0
@@ -124,14 +123,14 @@ class DraftingDecoder:
 
     def _cut(self, draft: Draft) -> Draft:
         """The draft as far as it may come."""
-        if self._fitting is None:
+        if self._draft_filter is None:
             return draft
-        return Draft(draft.token_ids[: self._fitting(draft.token_ids)], draft.source)
+        return Draft(draft.token_ids[: self._draft_filter(draft.token_ids)], draft.source)
 
     def _choose_length(self, draft: Draft) -> int:
         return self._costs.choose(self._sequence.acceptance.rates(draft.source, len(draft.token_ids)))
 
-    def _learn(self, token_id: int) -> None:
+    def _observe_acceptance(self, token_id: int) -> None:
         """Note how far the draft was right. One that was not fed was right or wrong about this token."""
         if self._draft is None:
             return
@@ -139,8 +138,8 @@ class DraftingDecoder:
         self._sequence.acceptance.observe(self._draft.source, right, of)
 
 
-class Drafting:
-    """What the sequences of one model share when they draft."""
+class SpeculativeDecoding:
+    """Costs of steps, shared by all sequences on the same weights; makes their decoders."""
 
     def __init__(self) -> None:
         self.costs = StepCosts()
@@ -153,7 +152,7 @@ class Drafting:
         self,
         sequence: CachedSequence,
         token_ids: Sequence[int],
-        fitting: Callable[[Sequence[int]], int] | None = None,
+        draft_filter: Callable[[Sequence[int]], int] | None = None,
     ) -> Decoder:
         """A decoder for what follows these tokens."""
-        return DraftingDecoder(sequence, self.drafters(token_ids), self.costs, fitting)
+        return SpeculativeDecoder(sequence, self.drafters(token_ids), self.costs, draft_filter)

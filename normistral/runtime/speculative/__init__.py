@@ -1,0 +1,1 @@
+"""Speculative decoding by prompt lookup: tokens are guessed without a second model and checked in one forward."""
