@@ -17,12 +17,13 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from normistral.errors import NormistralError, UsageError
+from normistral.progress import OnBytes, ignore_bytes
 
 FOLDER_MARK = ".made-by-normistral"  # in folders of ours
 _ELSEWHERE = "choose another place"
@@ -301,7 +302,7 @@ def _require_regular(path: Path, status: os.stat_result) -> None:
         raise RefusedFileError(path, f"it is {kind}, not a file", "name a file")
 
 
-def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+def sha256_file(path: Path, on_bytes: OnBytes = ignore_bytes) -> str:
     """SHA-256 of a file in lower-case hex, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

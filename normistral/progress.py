@@ -1,13 +1,20 @@
-"""How an export reports what it is doing.
+"""Progress of long work: stages with amounts, and notes.
 
-The exporter opens stages and advances them; who shows them (a terminal, a log, a test, nobody) is the caller's choice.
+Who works opens stages and advances them; the caller chooses who shows them: a terminal, a log, a test, nobody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that were just read or written, such as `Stage.advance`."""
+
+
+def ignore_bytes(count: int) -> None:
+    """An `OnBytes` that shows nothing."""
 
 
 class Stage(Protocol):

@@ -20,7 +20,7 @@ from normistral.runtime.engines.onnx_graph import (
     remove_unused,
     set_accuracy_level,
 )
-from normistral.runtime.engines.protobuf import Message, WireError
+from normistral.runtime.engines.protobuf import WireError, WireMessage
 
 EXPORTS = ("onnx-fp32-plain", "onnx-fp32-fused", "onnx-int4")
 
@@ -79,18 +79,18 @@ def test_every_kind_of_attribute_survives():
 
 @given(st.lists(st.tuples(st.integers(1, 2**29 - 1), st.integers(0, 2**64 - 1) | st.binary(max_size=300))))
 def test_a_message_is_its_fields(fields):
-    message = Message()
+    message = WireMessage()
     for number, value in fields:
         message.add(number, value)
-    again = Message(bytes(message))
+    again = WireMessage(bytes(message))
     assert [(number, value) for number, _, value in again.fields] == fields
     assert bytes(again) == bytes(message)
 
 
 def test_negative_numbers_are_two_s_complement():
     entry = onnx.AttributeProto(i=-5)
-    assert onnx.AttributeProto.FromString(bytes(Message().add(3, -5))) == entry
-    assert Message(entry.SerializeToString()).number(3) == 2**64 - 5
+    assert onnx.AttributeProto.FromString(bytes(WireMessage().add(3, -5))) == entry
+    assert WireMessage(entry.SerializeToString()).number(3) == 2**64 - 5
 
 
 # Changes
@@ -246,10 +246,10 @@ def test_flipped_bits_never_crash_the_reader(data):
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(noise):
     try:
-        message = Message(noise)
+        message = WireMessage(noise)
     except WireError:
         return
-    assert Message(bytes(message)).fields == message.fields
+    assert WireMessage(bytes(message)).fields == message.fields
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +22,7 @@ import msgspec
 
 from normistral.errors import UPGRADE, ArtifactError
 from normistral.files import sha256_file
+from normistral.progress import OnBytes, ignore_bytes
 
 MANIFEST_NAME = "normistral.json"
 # 2: ONNX. 3: ALiBi, reasoning. 4: calibration. 5: mixed precision by it. 6: chat template of a file, ignored fields.
@@ -307,7 +308,7 @@ def serialise_manifest(manifest: Manifest) -> bytes:
     return _CHECKSUM.sub(rb"\g<1>" + _checksum(raw).encode() + rb"\g<3>", raw, count=1)
 
 
-def hash_files(folder: Path, on_bytes: Callable[[int], None] = lambda count: None) -> dict[str, FileRecord]:
+def hash_files(folder: Path, on_bytes: OnBytes = ignore_bytes) -> dict[str, FileRecord]:
     """Size and SHA-256 of every file in `folder` except the manifest, by name. An artifact has no subfolders.
 
     Args:
@@ -332,7 +333,7 @@ def check_files(folder: Path, manifest: Manifest, *, thorough: bool) -> None:
 
 
 def find_problems(
-    folder: Path, manifest: Manifest, *, thorough: bool, on_bytes: Callable[[int], None] = lambda count: None
+    folder: Path, manifest: Manifest, *, thorough: bool, on_bytes: OnBytes = ignore_bytes
 ) -> Iterator[str]:
     """Every file of the manifest that is missing, truncated or changed, one line each."""
     for name, record in manifest.files.items():

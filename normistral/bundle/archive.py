@@ -6,7 +6,7 @@ Weights do not compress, so nothing is compressed: it is written and read as a s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from normistral.bundle.install import BLOCK, END, SUMS, is_member_name, member_header, sums_line
 from normistral.errors import ArtifactError, UsageError
+from normistral.progress import OnBytes, ignore_bytes
 
 _READ_BYTES = 4 * 2**20
 
@@ -51,7 +52,7 @@ def archive_bytes(entries: list[Entry]) -> int:
     return sum(len(member_header(e.name, e.size)) + e.size + -e.size % BLOCK for e in entries) + len(END)
 
 
-def write_archive(stream: BinaryIO, entries: list[Entry], on_bytes: Callable[[int], None] = lambda count: None) -> str:
+def write_archive(stream: BinaryIO, entries: list[Entry], on_bytes: OnBytes = ignore_bytes) -> str:
     """Write the archive, comparing each file with its sum on the way.
 
     Returns:

@@ -11,11 +11,12 @@ from typing import Any, Literal, get_args
 from normistral.artifact.chat_template import ChatTemplate
 from normistral.artifact.tokenizer import require_unicode
 from normistral.errors import UsageError
+from normistral.progress import OnBytes, ignore_bytes
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.runner import NonBlockingLock, Runner
 from normistral.runtime.sequence import CachedSequence
-from normistral.runtime.session_file import OnBytes, SavedMessage
+from normistral.runtime.session_file import SavedMessage
 from normistral.runtime.sessions import restore_sequence, save_sequence
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Chat:
                 other._sequence.continue_from(self._sequence)
         return other
 
-    def save(self, path: str | Path, on_bytes: OnBytes = lambda count: None) -> None:
+    def save(self, path: str | Path, on_bytes: OnBytes = ignore_bytes) -> None:
         """Write conversation and KV cache to a file, for `Model.restore_chat`; it replaces a file that is there.
 
         The file has permissions 0600 and is written whole or not at all.

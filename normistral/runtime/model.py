@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from normistral.errors import ContextLengthError, UsageError
+from normistral.progress import OnBytes, ignore_bytes
 from normistral.runtime.chat import Chat, Overflow
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.interpreter_exit import computing
@@ -15,7 +16,6 @@ from normistral.runtime.options import GenerationConfig
 from normistral.runtime.prefix import Prefix
 from normistral.runtime.runner import Prompt, Runner
 from normistral.runtime.sampling import TokenScores, score_tokens
-from normistral.runtime.session_file import OnBytes
 from normistral.runtime.sessions import restore_sequence
 
 
@@ -81,9 +81,7 @@ class Model(Runner):
         prefix.compute()
         return prefix
 
-    def restore_chat(
-        self, path: str | Path, overflow: Overflow = "error", on_bytes: OnBytes = lambda count: None
-    ) -> Chat:
+    def restore_chat(self, path: str | Path, overflow: Overflow = "error", on_bytes: OnBytes = ignore_bytes) -> Chat:
         """Go on with a conversation that `Chat.save` wrote; none of it is computed again.
 
         Args:
@@ -100,7 +98,7 @@ class Model(Runner):
         chat.restore(path, on_bytes)
         return chat
 
-    def restore_prefix(self, path: str | Path, on_bytes: OnBytes = lambda count: None) -> Prefix:
+    def restore_prefix(self, path: str | Path, on_bytes: OnBytes = ignore_bytes) -> Prefix:
         """Go on with what `Prefix.save` wrote; none of it is computed again. Arguments and errors as `restore_chat`."""
         self.require_open()
         header, sequence = restore_sequence(self, path, "prefix", on_bytes)

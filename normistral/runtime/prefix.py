@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import UsageError
+from normistral.progress import OnBytes, ignore_bytes
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.runner import NonBlockingLock, Runner
 from normistral.runtime.sequence import CachedSequence
-from normistral.runtime.session_file import OnBytes
 from normistral.runtime.sessions import save_sequence
 
 
@@ -64,7 +64,7 @@ class Prefix:
             self._sequence.reuse(prompt_ids)
             self._sequence.prefill(prompt_ids, event.is_set)
 
-    def save(self, path: str | Path, on_bytes: OnBytes = lambda count: None) -> None:
+    def save(self, path: str | Path, on_bytes: OnBytes = ignore_bytes) -> None:
         """Write prefix and KV cache to a file, for `Model.restore_prefix`; arguments and errors as in `Chat.save`."""
         with self._busy.held():
             self.compute()

@@ -66,7 +66,7 @@ PROVIDERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ProviderTarget:
     """What a session is to run on.
 
     Attributes:
@@ -102,7 +102,7 @@ def import_onnxruntime() -> ModuleType:
     return module
 
 
-def find_target(device: str, available: Sequence[str], *, exact: bool = False) -> Target:
+def find_target(device: str, available: Sequence[str], *, exact: bool = False) -> ProviderTarget:
     """What "CUDA:1" or "OPENVINO:GPU" stands for.
 
     Args:
@@ -129,7 +129,7 @@ def find_target(device: str, available: Sequence[str], *, exact: bool = False) -
     elif provider.member_option == "device_type":
         options["device_type"] = "CPU"  # OpenVINO's own default, said
     index = int(member) if provider.member_option == "device_id" and colon else 0
-    return Target(device, provider.name, options, provider.memory, index)
+    return ProviderTarget(device, provider.name, options, provider.memory, index)
 
 
 def device_names(available: Iterable[str]) -> list[str]:
@@ -137,7 +137,7 @@ def device_names(available: Iterable[str]) -> list[str]:
     return [name for name, provider in PROVIDERS.items() if provider.name in set(available)]
 
 
-def require_all_on(target: Target, profile: Path) -> None:
+def require_all_on(target: ProviderTarget, profile: Path) -> None:
     """Check where a session ran.
 
     Args:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -32,13 +32,13 @@ import numpy as np
 
 from normistral.errors import UPGRADE, SessionError, UsageError
 from normistral.files import atomic_save, explain, open_file, require_place
+from normistral.progress import OnBytes, ignore_bytes
 from normistral.runtime.engines.base import CacheTensor
 from normistral.runtime.engines.settings import ATTENTION, STATEFUL
 
 MAGIC = b"normistral session\n"
 VERSION = 2
 _READABLE = (1, 2)
-OnBytes = Callable[[int], None]
 
 _MAX_HEADER_BYTES = 64 * 2**20
 _MAX_RECORD_HEADER_BYTES = 4096
@@ -214,7 +214,7 @@ class SessionReader:
 
 
 @contextmanager
-def open_session(path: Path, on_bytes: OnBytes = lambda count: None) -> Iterator[SessionReader]:
+def open_session(path: Path, on_bytes: OnBytes = ignore_bytes) -> Iterator[SessionReader]:
     """Read the header of a session; the tensors are read as they are asked for.
 
     Args:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from normistral.artifact.manifest import serialise_manifest
 from normistral.errors import SessionError
+from normistral.progress import OnBytes
 from normistral.runtime.engines.base import describe_arithmetic
 from normistral.runtime.runner import Runner
 from normistral.runtime.sequence import CachedSequence
-from normistral.runtime.session_file import OnBytes, SessionHeader, SessionKey, open_session, write_session
+from normistral.runtime.session_file import SessionHeader, SessionKey, open_session, write_session
 
 
 def session_key(runner: Runner) -> SessionKey:

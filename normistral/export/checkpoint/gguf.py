@@ -27,7 +27,7 @@ from normistral.export.checkpoint.gguf_file import GgufFile, GgufTensor, read_gg
 from normistral.export.checkpoint.gguf_tokenizer import write_tokenizer
 from normistral.export.checkpoint.known_fields import IgnoredFields, check_fields
 from normistral.hardware import available_memory_bytes
-from normistral.progress import Progress
+from normistral.progress import OnBytes, Progress
 
 _AGAIN = "download or copy the file again"
 _ORIGINAL = "export the original checkpoint instead of the .gguf file"
@@ -204,7 +204,7 @@ def _write_weights(
     config: dict[str, Any],
     sources: dict[str, GgufTensor],
     output: Path,
-    on_bytes: Callable[[int], None],
+    on_bytes: OnBytes,
 ) -> None:
     """Unpack tensor by tensor into a safetensors file, so that one of them is in memory at a time."""
     import numpy as np

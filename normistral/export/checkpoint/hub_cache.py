@@ -14,11 +14,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from normistral.errors import DownloadError
 from normistral.files import atomic_write, explain, read_file, sha256_file
+from normistral.progress import OnBytes
 
 FETCH_AGAIN = "run the same command again to fetch it anew; if it stays wrong, a proxy in between changes files"
 
@@ -128,7 +128,7 @@ class RepositoryCache:
             raise DownloadError(f"{place.name} of the cached copy is none of its blobs", f"remove {place.parent}")
         return blob.name
 
-    def verify(self, place: Path, etag: str, size: int | None, on_bytes: Callable[[int], None]) -> str:
+    def verify(self, place: Path, etag: str, size: int | None, on_bytes: OnBytes) -> str:
         """Hash a file of a snapshot and compare it with its hash: 64 hex digits are a SHA-256, 40 a git blob id.
 
         Returns:

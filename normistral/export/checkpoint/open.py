@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from normistral.export.checkpoint.weights import (
     weight_files,
 )
 from normistral.files import sha256_file
-from normistral.progress import Progress
+from normistral.progress import OnBytes, Progress, ignore_bytes
 
 _AGAIN = "download or copy the checkpoint again"
 
@@ -145,7 +145,7 @@ def open_checkpoint(
         ) from exc
 
 
-def hash_sources(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda count: None) -> Source:
+def hash_sources(checkpoint: Checkpoint, on_bytes: OnBytes = ignore_bytes) -> Source:
     """The origin with the SHA-256 of every file that was read.
 
     Reads all weights once, 14.5 GB for a 7B: run it in a thread beside the conversion, hashlib releases the GIL. Files

@@ -7,7 +7,7 @@ it takes no arithmetic (6 to 12 GB/s of one core, where SHA-256 runs at 0.9).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,14 @@ from normistral.errors import CheckpointError
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor import Dtype, Tensor, shown
 from normistral.export.checkpoint.weights import read_tensors, with_prefix
+from normistral.progress import OnBytes, ignore_bytes
 
 _BLOCK_BYTES = 4 * 2**20  # a multiple of every item's size
 _BITS: dict[Dtype, str] = {"bfloat16": "<u2", "float16": "<u2", "float32": "<u4"}
 _INFINITY: dict[Dtype, int] = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # NaNs lie above
 
 
-def read_magnitudes(checkpoint: Checkpoint, on_bytes: Callable[[int], None] = lambda count: None) -> dict[str, float]:
+def read_magnitudes(checkpoint: Checkpoint, on_bytes: OnBytes = ignore_bytes) -> dict[str, float]:
     """Read all weights once: the largest magnitude of each tensor, by the names of the causal language model.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from normistral.errors import ArtifactError
-from normistral.runtime.engines.protobuf import Message, WireError
+from normistral.runtime.engines.protobuf import WireError, WireMessage
 
 LOGITS = "logits"
 LOGITS_START = "logits_start"  # name of the input that `keep_last_logits` adds
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 class Node:
     """A NodeProto: its inputs, outputs and operator; everything else stays as it was."""
 
-    def __init__(self, message: Message) -> None:
+    def __init__(self, message: WireMessage) -> None:
         self.inputs = message.texts(_NODE_INPUT)
         self.outputs = message.texts(_NODE_OUTPUT)
         self.operator = message.text(_NODE_OP_TYPE)
@@ -51,27 +51,29 @@ class Node:
 
     def get_int(self, name: str) -> int:
         """An integer attribute, 0 where it is not set."""
-        attributes = [Message(chunk) for chunk in self._rest.chunks(_NODE_ATTRIBUTE)]
+        attributes = [WireMessage(chunk) for chunk in self._rest.chunks(_NODE_ATTRIBUTE)]
         found = [attribute for attribute in attributes if attribute.text(_ATTRIBUTE_NAME) == name]
         return found[0].number(_ATTRIBUTE_I) if found else 0
 
     def set_int(self, name: str, value: int) -> None:
         """Set an integer attribute, new or not."""
-        kept = [chunk for chunk in self._rest.chunks(_NODE_ATTRIBUTE) if Message(chunk).text(_ATTRIBUTE_NAME) != name]
+        kept = [
+            chunk for chunk in self._rest.chunks(_NODE_ATTRIBUTE) if WireMessage(chunk).text(_ATTRIBUTE_NAME) != name
+        ]
         self._rest.remove(_NODE_ATTRIBUTE)
         for chunk in kept:
             self._rest.add(_NODE_ATTRIBUTE, bytes(chunk))
-        attribute = Message().add(_ATTRIBUTE_NAME, name).add(_ATTRIBUTE_I, value).add(_ATTRIBUTE_TYPE, _INT)
+        attribute = WireMessage().add(_ATTRIBUTE_NAME, name).add(_ATTRIBUTE_I, value).add(_ATTRIBUTE_TYPE, _INT)
         self._rest.add(_NODE_ATTRIBUTE, attribute)
 
     def has_subgraph(self) -> bool:
         """Whether an attribute is a graph (If, Loop, Scan), which may use any name of the graph around it."""
-        attributes = [Message(chunk) for chunk in self._rest.chunks(_NODE_ATTRIBUTE)]
+        attributes = [WireMessage(chunk) for chunk in self._rest.chunks(_NODE_ATTRIBUTE)]
         return any(attribute.chunks(_ATTRIBUTE_G) or attribute.chunks(_ATTRIBUTE_GRAPHS) for attribute in attributes)
 
-    def message(self) -> Message:
+    def message(self) -> WireMessage:
         """As it is written."""
-        message = Message()
+        message = WireMessage()
         for name in self.inputs:
             message.add(_NODE_INPUT, name)
         for name in self.outputs:
@@ -104,9 +106,9 @@ class OnnxGraph:
 
         def collect() -> set[str]:
             entries = [
-                Message(entry)
+                WireMessage(entry)
                 for tensor in self._graph.chunks(_GRAPH_INITIALIZER)
-                for entry in Message(tensor).chunks(_TENSOR_EXTERNAL_DATA)
+                for entry in WireMessage(tensor).chunks(_TENSOR_EXTERNAL_DATA)
             ]
             return {entry.text(_ENTRY_VALUE) for entry in entries if entry.text(_ENTRY_KEY) == "location"}
 
@@ -114,20 +116,22 @@ class OnnxGraph:
 
     def add_vector_input(self, name: str) -> None:
         """A new input: int64 [1]."""
-        shape = Message().add(_SHAPE_DIM, Message().add(_DIM_VALUE, 1))
-        tensor = Message().add(_TYPE_TENSOR_ELEM_TYPE, _INT64).add(_TYPE_TENSOR_SHAPE, shape)
-        value_info = Message().add(_VALUE_INFO_NAME, name).add(_VALUE_INFO_TYPE, Message().add(_TYPE_TENSOR, tensor))
+        shape = WireMessage().add(_SHAPE_DIM, WireMessage().add(_DIM_VALUE, 1))
+        tensor = WireMessage().add(_TYPE_TENSOR_ELEM_TYPE, _INT64).add(_TYPE_TENSOR_SHAPE, shape)
+        value_info = (
+            WireMessage().add(_VALUE_INFO_NAME, name).add(_VALUE_INFO_TYPE, WireMessage().add(_TYPE_TENSOR, tensor))
+        )
         self._graph.add(_GRAPH_INPUT, value_info)
 
     def add_vector(self, name: str, value: int) -> str:
         """A new constant: int64 [1]; returns its name."""
-        tensor = Message().add(_TENSOR_DIMS, 1).add(_TENSOR_DATA_TYPE, _INT64).add(_TENSOR_NAME, name)
+        tensor = WireMessage().add(_TENSOR_DIMS, 1).add(_TENSOR_DATA_TYPE, _INT64).add(_TENSOR_NAME, name)
         self._graph.add(_GRAPH_INITIALIZER, tensor.add(_TENSOR_RAW_DATA, struct.pack("<q", value)))
         return name
 
     def add_node(self, before: Node, operator: str, inputs: Iterable[str], output: str) -> str:
         """A new node, placed before another that reads it (nodes have to be in order); returns its output."""
-        node = Node(Message().add(_NODE_OP_TYPE, operator).add(_NODE_NAME, f"/{output}"))
+        node = Node(WireMessage().add(_NODE_OP_TYPE, operator).add(_NODE_NAME, f"/{output}"))
         node.inputs, node.outputs = list(inputs), [output]
         self.nodes.insert(self.nodes.index(before), node)
         return output
@@ -137,7 +141,7 @@ class OnnxGraph:
         return next((node for node in self.nodes if name in node.outputs), None)
 
     def __bytes__(self) -> bytes:
-        graph, model = Message(), Message()
+        graph, model = WireMessage(), WireMessage()
         for node in self.nodes:
             graph.add(_GRAPH_NODE, node.message())
         graph.fields += self._graph.fields
@@ -145,7 +149,7 @@ class OnnxGraph:
         return bytes(model.add(_MODEL_GRAPH, graph))
 
     def _names(self, field: int) -> list[str]:
-        return _readable(lambda: [Message(chunk).text(_VALUE_INFO_NAME) for chunk in self._graph.chunks(field)])
+        return _readable(lambda: [WireMessage(chunk).text(_VALUE_INFO_NAME) for chunk in self._graph.chunks(field)])
 
 
 def keep_last_logits(graph: OnnxGraph) -> None:
@@ -255,13 +259,13 @@ def remove_unused(graph: OnnxGraph) -> None:
     graph.nodes[:] = reversed(kept)
 
 
-def _take_apart(data: bytes) -> tuple[Message, Message, list[Node]]:
-    model = Message(data)
+def _take_apart(data: bytes) -> tuple[WireMessage, WireMessage, list[Node]]:
+    model = WireMessage(data)
     graphs = model.chunks(_MODEL_GRAPH)
     if len(graphs) != 1:
         raise WireError(f"{len(graphs)} graphs instead of one")
-    graph = Message(graphs[0])
-    nodes = [Node(Message(chunk)) for chunk in graph.chunks(_GRAPH_NODE)]
+    graph = WireMessage(graphs[0])
+    nodes = [Node(WireMessage(chunk)) for chunk in graph.chunks(_GRAPH_NODE)]
     model.remove(_MODEL_GRAPH)
     graph.remove(_GRAPH_NODE)
     return model, graph, nodes

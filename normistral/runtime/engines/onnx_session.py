@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from normistral.errors import DeviceError, EngineError, first_line
 from normistral.runtime.engines.base import load_hint
 from normistral.runtime.engines.settings import COUNT, ZERO_OR_ONE, Setting
-from normistral.runtime.providers import Target
+from normistral.runtime.providers import ProviderTarget
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -76,7 +76,7 @@ def settings_in_force(session: InferenceSession, names: Iterable[str]) -> dict[s
     }
 
 
-def open_session(model: bytes, options: SessionOptions, target: Target, name: str) -> InferenceSession:
+def open_session(model: bytes, options: SessionOptions, target: ProviderTarget, name: str) -> InferenceSession:
     """A session on one provider, and on the CPU for what is no matrix.
 
     Raises:

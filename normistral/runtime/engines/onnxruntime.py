@@ -41,7 +41,7 @@ from normistral.runtime.engines.onnx_session import (
     translated,
 )
 from normistral.runtime.engines.settings import PREFILL_CHUNK, Setting, override
-from normistral.runtime.providers import Target, find_target, import_onnxruntime, require_all_on
+from normistral.runtime.providers import ProviderTarget, find_target, import_onnxruntime, require_all_on
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -283,7 +283,9 @@ def adapt_graph(graph: OnnxGraph, level: str | None) -> None:
         onnx_graph.set_accuracy_level(graph, int(level))
 
 
-def describe_decoder(session: InferenceSession, manifest: Manifest, target: Target, *, in_place: bool) -> _Decoder:
+def describe_decoder(
+    session: InferenceSession, manifest: Manifest, target: ProviderTarget, *, in_place: bool
+) -> _Decoder:
     """Read inputs and outputs of a session.
 
     Raises:

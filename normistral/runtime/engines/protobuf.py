@@ -20,7 +20,7 @@ class WireError(ValueError):
     """The bytes are no protobuf message."""
 
 
-class Message:
+class WireMessage:
     """A message: (field number, wire type, value) in the order of the bytes; varints are int, all else is bytes."""
 
     def __init__(self, data: Chunk = b"") -> None:
@@ -65,12 +65,14 @@ class Message:
         """Drop every value of these fields."""
         self.fields = [entry for entry in self.fields if entry[0] not in numbers]
 
-    def add(self, number: int, value: int | str | bytes | Message) -> Message:
+    def add(self, number: int, value: int | str | bytes | WireMessage) -> WireMessage:
         """Append a value and return this message; negative numbers are two's complement, as in an int64 field."""
         if isinstance(value, int):
             self.fields.append((number, VARINT, value & (2**64 - 1)))
         else:
-            chunk = bytes(value) if isinstance(value, Message) else value.encode() if isinstance(value, str) else value
+            chunk = (
+                bytes(value) if isinstance(value, WireMessage) else value.encode() if isinstance(value, str) else value
+            )
             self.fields.append((number, BYTES, chunk))
         return self
 
