@@ -20,7 +20,7 @@ _INTERNAL = (
     *("__class__", "__globals__", "__init__", "__dict__", "__mro__", "__subclasses__", "__builtins__", "__self__"),
     *("__func__", "__code__", "__getattribute__", "__reduce_ex__", "__module__", "__import__", "__doc__", "__call__"),
     *("gi_frame", "gi_code", "f_back", "f_globals", "f_builtins", "tb_frame", "cr_frame", "func_globals", "mro"),
-    *("_environment", "_env", "environment", "owners", "following", "_parse", "_func", "blocks", "exported_vars"),
+    *("_environment", "_env", "environment", "sources", "following", "_parse", "_func", "blocks", "exported_vars"),
 )
 _FRAMES = ("gi_frame", "cr_frame", "tb_frame", "f_back", "f_globals", "f_builtins")
 _METHODS = (
@@ -227,14 +227,14 @@ def test_a_message_never_writes_a_control_token_through_any_template(source, con
     conversation = [{"role": "user", "content": content}]
     try:
         template = make(byte_level(), source)
-        text, owners = template._render(conversation, True)
+        text, sources = template._render(conversation, True)
         ids = template.encode(conversation)
     except NormistralError as error:
         require_readable(error)
         return
-    assert len(text) == len(owners)
+    assert len(text) == len(sources)
     control = {token.id for token in template._encoder.control_tokens}
     written = sum(token_id in control for token_id in ids)
     event("control tokens" if written else "none")
     if template._encoder.could_write_control_text(content):
-        assert written <= owners.count(TEMPLATE)
+        assert written <= sources.count(TEMPLATE)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normistral.artifact.render_budget import RenderBudget, spending
-from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, TrackedText, owners_of
+from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, TaintedStr, sources_of
 
 LETTERS = "aBc \n\t,å"
 OWNERS = st.fixed_dictionaries({letter: st.sampled_from([TEMPLATE, MESSAGE]) for letter in LETTERS})
@@ -19,8 +19,8 @@ def budget():
         yield current
 
 
-def tracked(plain: str, owner_of: dict[str, str]) -> TrackedText:
-    return TrackedText(plain, "".join(owner_of[letter] for letter in plain))
+def tracked(plain: str, owner_of: dict[str, str]) -> TaintedStr:
+    return TaintedStr(plain, "".join(owner_of[letter] for letter in plain))
 
 
 @settings(max_examples=150, deadline=None)
@@ -49,12 +49,12 @@ def test_each_character_keeps_its_owner(plain, owner_of, sep, data):
             assert pieces == ([expected] if isinstance(expected, str) else list(expected))
             foreign = arguments if name == "__add__" else []
             for piece in pieces:
-                assert type(piece) is TrackedText
+                assert type(piece) is TaintedStr
                 own = len(piece) - sum(map(len, foreign))
-                for letter, owner in zip(piece[:own], piece.owners, strict=False):
+                for letter, owner in zip(piece[:own], piece.sources, strict=False):
                     assert owner == owner_of.get(letter, UNKNOWN)
-        assert owners_of(text + "x") == text.owners + UNKNOWN
-        assert owners_of("x" + text) == UNKNOWN + text.owners
+        assert sources_of(text + "x") == text.sources + UNKNOWN
+        assert sources_of("x" + text) == UNKNOWN + text.sources
         assert str(text) is text
         assert (text, hash(text)) == (plain, hash(plain))
 
@@ -63,24 +63,26 @@ def test_each_character_keeps_its_owner(plain, owner_of, sep, data):
 @given(plain=st.text(LETTERS + "ßŉ", min_size=1, max_size=8), owner=st.sampled_from([TEMPLATE, MESSAGE, None]))
 def test_what_is_respelled_or_padded_belongs_to_nobody_unless_it_has_one_author(plain, owner):
     with spending(RenderBudget(1000)):
-        owners = "".join((TEMPLATE, MESSAGE)[i % 2] for i in range(len(plain))) if owner is None else owner * len(plain)
-        text = TrackedText(plain, owners)
+        sources = (
+            "".join((TEMPLATE, MESSAGE)[i % 2] for i in range(len(plain))) if owner is None else owner * len(plain)
+        )
+        text = TaintedStr(plain, sources)
         for name, *arguments in (
             *((name,) for name in ("lower", "upper", "title", "capitalize", "swapcase", "casefold", "expandtabs")),
-            *((name, 12, TrackedText(".", MESSAGE)) for name in ("center", "ljust", "rjust")),
+            *((name, 12, TaintedStr(".", MESSAGE)) for name in ("center", "ljust", "rjust")),
             ("zfill", 7),
             ("__mod__", ()),
         ):
             result = getattr(text, name)(*arguments)
             assert result == getattr(plain, name)(*arguments)
-            assert set(result.owners) <= ({owner, UNKNOWN} if owner else {TEMPLATE, MESSAGE, UNKNOWN})
-            if len(result) != len(plain) and len(set(owners)) == 2:
-                assert set(result.owners) == {UNKNOWN}
+            assert set(result.sources) <= ({owner, UNKNOWN} if owner else {TEMPLATE, MESSAGE, UNKNOWN})
+            if len(result) != len(plain) and len(set(sources)) == 2:
+                assert set(result.sources) == {UNKNOWN}
 
 
 def test_foreign_text_is_unknown():
-    template = TrackedText("{} %s", TEMPLATE * 5)
-    assert set((template % "x").owners) == {UNKNOWN}
-    assert set((template % TrackedText("x", TEMPLATE)).owners) == {TEMPLATE}
-    assert template.replace("%s", "x").owners == TEMPLATE * 3 + UNKNOWN
-    assert TrackedText("x").owners == UNKNOWN
+    template = TaintedStr("{} %s", TEMPLATE * 5)
+    assert set((template % "x").sources) == {UNKNOWN}
+    assert set((template % TaintedStr("x", TEMPLATE)).sources) == {TEMPLATE}
+    assert template.replace("%s", "x").sources == TEMPLATE * 3 + UNKNOWN
+    assert TaintedStr("x").sources == UNKNOWN

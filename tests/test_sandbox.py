@@ -39,7 +39,7 @@ def test_errors_are_one_line_with_a_hint(template, message):
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("attribute", ["owners", "following", "__class__", "_cut_in_three", "maketrans('a', 'b')"])
+@pytest.mark.parametrize("attribute", ["sources", "following", "__class__", "_cut_in_three", "maketrans('a', 'b')"])
 def test_text_shows_templates_nothing_that_plain_text_has_not(attribute):
     expected = "{97: 98}" if "maketrans" in attribute else ""
     assert make(byte_level(), f"{{{{ messages[0].content.{attribute} }}}}").render(chat("Hei")) == expected

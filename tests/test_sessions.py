@@ -356,7 +356,7 @@ def test_another_template_is_refused(tmp_path, saved):
     [
         ({"name": "openvino"}, "engine scripted instead of openvino"),
         ({"device": "GPU.1"}, "device none instead of GPU"),
-        ({"numerics": {"KV_CACHE_PRECISION": "u8"}}, "KV_CACHE_PRECISION None instead of u8"),
+        ({"kv_cache_key": {"KV_CACHE_PRECISION": "u8"}}, "KV_CACHE_PRECISION None instead of u8"),
     ],
 )
 def test_another_engine_device_or_setting_is_refused(tmp_path, saved, changes, expected):

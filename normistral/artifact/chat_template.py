@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from normistral.artifact.conversation_encoder import ConversationEncoder
 from normistral.artifact.manifest import ReasoningMarkers, Template
 from normistral.artifact.render_budget import RenderBudget, spending
-from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, TrackedText
+from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, TaintedStr
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import NormistralError, TemplateError
 
@@ -75,13 +75,13 @@ class ChatTemplate:
                 cannot be followed.
             UsageError: the text is not valid Unicode.
         """
-        text, owners = self._render(messages, add_generation_prompt)
-        if UNKNOWN in owners and not any(map(self._encoder.could_write_control_text, _typed_strings(messages))):
-            owners = owners.replace(UNKNOWN, TEMPLATE)
-        return self._encoder.encode(text, owners)
+        text, sources = self._render(messages, add_generation_prompt)
+        if UNKNOWN in sources and not any(map(self._encoder.could_write_control_text, _typed_strings(messages))):
+            sources = sources.replace(UNKNOWN, TEMPLATE)
+        return self._encoder.encode(text, sources)
 
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> tuple[str, str]:
-        """Text, and the owner of each of its characters."""
+        """Text, and the source of each of its characters."""
         import jinja2
         from jinja2.exceptions import SecurityError
 
@@ -99,8 +99,8 @@ class ChatTemplate:
                     pieces.append(piece)
                     length += len(piece)
                     budget.reserve(0 if length <= budget.largest else length)
-                rendered = TrackedText().join(pieces)
-                return str.__str__(rendered), rendered.owners
+                rendered = TaintedStr().join(pieces)
+                return str.__str__(rendered), rendered.sources
         except NormistralError:
             raise
         except SecurityError as exc:
@@ -142,13 +142,13 @@ def _compile(source: str) -> jinja2.Template:
 def _track_message(message: Mapping[str, Any]) -> dict[str, Any]:
     tracked: dict[str, Any] = _track(message)
     if isinstance(message.get("role"), str) and message["role"] in ROLES:
-        tracked["role"] = TrackedText(message["role"], TEMPLATE * len(message["role"]))
+        tracked["role"] = TaintedStr(message["role"], TEMPLATE * len(message["role"]))
     return tracked
 
 
 def _track(value: Any) -> Any:
     if isinstance(value, str):
-        return TrackedText(str.__str__(value), MESSAGE * len(value))
+        return TaintedStr(str.__str__(value), MESSAGE * len(value))
     if isinstance(value, Mapping):
         return {key: _track(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

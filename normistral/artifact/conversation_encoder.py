@@ -40,21 +40,21 @@ class ConversationEncoder:
         longest_first = sorted(self._by_text, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def encode(self, text: str, owners: str) -> list[int]:
+    def encode(self, text: str, sources: str) -> list[int]:
         """Ids of `text` without BOS or EOS of the post-processor (the template writes its own).
 
         Args:
             text: the rendered conversation.
-            owners: TEMPLATE, MESSAGE or UNKNOWN for each character.
+            sources: TEMPLATE, MESSAGE or UNKNOWN for each character.
 
         Raises:
             TemplateError: it cannot be told who wrote a control token, or a message's text gives one all the same.
             UsageError: the text is not valid Unicode.
         """
-        assert len(text) == len(owners)
+        assert len(text) == len(sources)
         token_ids, offsets = self._tokenizer.encode_with_offsets(text)
         writers = [
-            owners[slice(*self._without_blanks(self._by_id[token_id], text, start, end))]
+            sources[slice(*self._without_blanks(self._by_id[token_id], text, start, end))]
             for token_id, (start, end) in zip(token_ids, offsets, strict=True)
             if token_id in self._by_id
         ]
@@ -62,7 +62,7 @@ class ConversationEncoder:
             return token_ids
         if any(UNKNOWN in writer for writer in writers):
             raise TemplateError("the chat template hides whether it or a message wrote a control token", _HINT)
-        return self._encode_apart(text, owners)
+        return self._encode_apart(text, sources)
 
     def could_write_control_text(self, text: str) -> bool:
         """Whether `text` could give a control token, or a part of one, however a template cuts it."""
@@ -72,10 +72,10 @@ class ConversationEncoder:
             for token in self.control_tokens
         )
 
-    def _encode_apart(self, text: str, owners: str) -> list[int]:
+    def _encode_apart(self, text: str, sources: str) -> list[int]:
         token_ids: list[int] = []
         position = 0
-        for token, start, end in self._template_tokens(text, owners):
+        for token, start, end in self._template_tokens(text, sources):
             token_ids += self._encode_ordinary(text[position:start], at_start=position == 0)
             token_ids.append(token.id)
             position = end
@@ -88,13 +88,13 @@ class ConversationEncoder:
             raise TemplateError(f"this tokenizer cannot write {typed} of a message as ordinary text", _HINT)
         return token_ids
 
-    def _template_tokens(self, text: str, owners: str) -> Iterator[tuple[AddedToken, int, int]]:
+    def _template_tokens(self, text: str, sources: str) -> Iterator[tuple[AddedToken, int, int]]:
         """Control tokens written by the template, with the characters [start, end) they take.
 
         Leftmost, then longest, within each stretch of template text; flags as in `tokenizers`' AddedVocabulary.
         """
         previous_end = 0
-        for stretch in re.finditer(f"{TEMPLATE}+", owners):
+        for stretch in re.finditer(f"{TEMPLATE}+", sources):
             for match in self._pattern.finditer(text, *stretch.span()):
                 token, (start, end) = self._by_text[match[0]], match.span()
                 if token.normalized and self._tokenizer.normalizer_changes(token.text):

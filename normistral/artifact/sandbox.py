@@ -1,7 +1,7 @@
 """The jinja2 environment in which chat templates run: as transformers sets it up, watched and under limits.
 
 Three things are added to jinja2's immutable sandbox. Literals of the template and strings of the messages are
-`TrackedText`, so that the rendered text knows its authors. Loops, calls, filters and operators ask the render budget
+`TaintedStr`, so that the rendered text knows its authors. Loops, calls, filters and operators ask the render budget
 before they work. What no limit can be kept in (`lipsum`, `urlize`, `wordwrap`, `xmlattr`, `striptags`, `pprint`,
 `{% autoescape %}`, methods of numbers and bytes) is not there.
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, NoReturn, cast
 
-import jinja2  # noqa: TID253 - this file is imported lazily, by template.py
+import jinja2  # noqa: TID253 - this file is imported lazily, by chat_template.py
 from jinja2 import nodes  # noqa: TID253
 from jinja2.ext import Extension, loopcontrols  # noqa: TID253
 from jinja2.filters import make_attrgetter  # noqa: TID253
@@ -32,7 +32,7 @@ from markupsafe import Markup
 from normistral.artifact.render_budget import HINT, RenderBudget, current_budget, spending, weigh
 from normistral.artifact.taint import (
     TEMPLATE,
-    TrackedText,
+    TaintedStr,
     require_width,
     reserve_formatting,
 )
@@ -72,9 +72,9 @@ def compile_template(source: str) -> jinja2.Template:
     return jinja2.Template.from_module_dict(environment, module, environment.make_globals(None))
 
 
-def own(value: str | None) -> TrackedText | None:
+def own(value: str | None) -> TaintedStr | None:
     """A string that belongs to the template."""
-    return None if value is None else TrackedText(value, TEMPLATE * len(value))
+    return None if value is None else TaintedStr(value, TEMPLATE * len(value))
 
 
 class _Instrument(NodeTransformer):
@@ -149,9 +149,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
         """What the pieces of a rendering, a macro or a `{% set %}` block are joined with."""
-        return TrackedText().join(pieces)
+        return TaintedStr().join(pieces)
 
-    def literal(self, text: str) -> TrackedText | None:
+    def literal(self, text: str) -> TaintedStr | None:
         """A string that stands in the template."""
         return own(text)
 
@@ -177,7 +177,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         budget.tick()
         _refuse_markup(left, right)
         if type(left) is str:
-            left = TrackedText(left)
+            left = TaintedStr(left)
         if operator == "*":
             _reserve_repetition(left, right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -202,7 +202,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             return False
         if isinstance(obj, Markup):
             return False
-        if isinstance(obj, TrackedText):
+        if isinstance(obj, TaintedStr):
             return hasattr(str, attr)
         if not isinstance(obj, _BUILT_INS):
             return True
@@ -217,17 +217,17 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             pattern = value.__self__
             _refuse_markup(pattern)
             reserve_formatting(pattern, pattern.count("{"), (args, kwargs))
-            return TrackedText.following(wrapped(*args, **kwargs), pattern, *args, *kwargs.values())
+            return TaintedStr.following(wrapped(*args, **kwargs), pattern, *args, *kwargs.values())
 
         return limited
 
 
 def _concatenate_values(values: Iterable[Any]) -> str:
-    return TrackedText().join(map(str, values))
+    return TaintedStr().join(map(str, values))
 
 
 def _tracked(value: Any) -> Any:
-    return TrackedText(value) if type(value) is str else value
+    return TaintedStr(value) if type(value) is str else value
 
 
 def _refuse_markup(*values: Any) -> None:
@@ -268,19 +268,19 @@ def _metered(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 @pass_environment
 def _join(environment: ChatEnvironment, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
-    """jinja2's `join` without autoescape, keeping owners."""
+    """jinja2's `join` without autoescape, keeping sources."""
     items = value if attribute is None else map(make_attrgetter(environment, attribute), value)
-    return TrackedText(str(d)).join(map(str, items))
+    return TaintedStr(str(d)).join(map(str, items))
 
 
 def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    """jinja2's `indent`, keeping owners."""
+    """jinja2's `indent`, keeping sources."""
     require_width(width)
-    indention = TrackedText(width) if isinstance(width, str) else own(" " * width)
+    indention = TaintedStr(width) if isinstance(width, str) else own(" " * width)
     newline = own("\n")
     assert indention is not None
     assert newline is not None
-    text = TrackedText(s) + newline  # so that a last empty line stays one
+    text = TaintedStr(s) + newline  # so that a last empty line stays one
     if blank:
         result = (newline + indention).join(text.splitlines())
     else:
@@ -317,7 +317,7 @@ def _to_json(
             break
     budget.reserve(size)
     text = "".join(pieces)
-    return TrackedText.following(text, x) if isinstance(x, str) else TrackedText(text)
+    return TaintedStr.following(text, x) if isinstance(x, str) else TaintedStr(text)
 
 
 def _raise_exception(message: Any) -> NoReturn:

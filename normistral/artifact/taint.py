@@ -1,8 +1,15 @@
-"""Text that remembers, character by character, who wrote it: the template or a message.
+"""Taint tracking: which characters of a rendered conversation come from the template, and which from a message.
 
-`TrackedText` is a `str` whose operations carry that knowledge along. Where one cannot, the result belongs to `UNKNOWN`;
-nothing but the template's own literals ever becomes `TEMPLATE`, so an operation forgotten here cannot make a message
-look like the template. Sizes are asked from the render budget before anything is made. It does not know jinja.
+A chat template writes control tokens (<|im_end|>) as text, and a message may hold the same text. Encoded as one string,
+a user could close his turn and write one of the system's. Engines that render and then tokenise (transformers, vLLM,
+llama.cpp) accept that. Removing such text from messages changes what a user said, and escaping it needs a tokenizer
+that was trained for it. Rendering with placeholders in place of contents fails where templates trim, cut, compare or
+loop over them, as published ones do. So every character keeps its source through the template, and only control tokens
+that stand wholly in the template's own text become ids. No library does this for jinja2 and str.
+
+`TaintedStr` is a `str` whose operations carry the sources along. Where one cannot, the result is `UNKNOWN`; nothing but
+the template's own literals ever becomes `TEMPLATE`, so an operation that is missing here cannot make a message look
+like the template. Sizes are asked from the render budget before anything is made. It does not know jinja.
 """
 
 # ruff: noqa: D102 - methods without a docstring are str's own
@@ -24,9 +31,9 @@ MAX_WIDTH = 10_000  # of a padded field or an indent
 _WIDE_FORMAT = re.compile(r"\d{5}|%[^%a-zA-Z]*\*|\{[^{}]*\{")
 
 
-def owners_of(text: str) -> str:
+def sources_of(text: str) -> str:
     """One of TEMPLATE, MESSAGE, UNKNOWN for each character."""
-    return text.owners if isinstance(text, TrackedText) else UNKNOWN * len(text)
+    return text.sources if isinstance(text, TaintedStr) else UNKNOWN * len(text)
 
 
 def require_width(width: Any) -> None:
@@ -43,79 +50,79 @@ def reserve_formatting(pattern: str, fields: int, arguments: Any) -> None:
     budget.reserve(len(pattern) + fields * (weigh(arguments, budget.largest) + MAX_WIDTH))
 
 
-class TrackedText(str):
-    """A string with an owner for each character. Equal to, and hashed like, the plain string `str.__str__(self)`.
+class TaintedStr(str):
+    """A string with a source for each character. Equal to, and hashed like, the plain string `str.__str__(self)`.
 
     Args:
         text: the characters.
-        owners: as many letters out of TEMPLATE, MESSAGE, UNKNOWN; by default those of `text`.
+        sources: as many letters out of TEMPLATE, MESSAGE, UNKNOWN; by default those of `text`.
     """
 
-    __slots__ = ("owners",)
-    owners: str
+    __slots__ = ("sources",)
+    sources: str
 
-    def __new__(cls, text: str = "", owners: str | None = None) -> TrackedText:
+    def __new__(cls, text: str = "", sources: str | None = None) -> TaintedStr:
         current_budget().reserve(len(text))
         self = super().__new__(cls, text)
-        self.owners = owners_of(text) if owners is None else owners
-        assert len(self.owners) == len(self)
+        self.sources = sources_of(text) if sources is None else sources
+        assert len(self.sources) == len(self)
         return self
 
     @classmethod
-    def following(cls, text: str, *sources: Any) -> TrackedText:
-        """A result made of `sources` in an order not followed: theirs if they agree, otherwise unknown."""
-        owners = {owner for source in sources for owner in (owners_of(source) if isinstance(source, str) else UNKNOWN)}
-        return cls(text, (owners.pop() if len(owners) == 1 else UNKNOWN) * len(text))
+    def following(cls, text: str, *parts: Any) -> TaintedStr:
+        """A result made of `parts` in an order not followed: their source if they have one, otherwise unknown."""
+        sources = {source for part in parts for source in (sources_of(part) if isinstance(part, str) else UNKNOWN)}
+        return cls(text, (sources.pop() if len(sources) == 1 else UNKNOWN) * len(text))
 
-    def __str__(self) -> TrackedText:  # `str(x)` in a compiled template keeps the owners
+    def __str__(self) -> TaintedStr:  # `str(x)` in a compiled template keeps the sources
         return self
 
-    def __add__(self, other: str) -> TrackedText:
+    def __add__(self, other: str) -> TaintedStr:
         if not isinstance(other, str):
             return NotImplemented
         current_budget().reserve(len(self) + len(other))
-        return TrackedText(str.__add__(self, other), self.owners + owners_of(other))
+        return TaintedStr(str.__add__(self, other), self.sources + sources_of(other))
 
-    def __radd__(self, other: str) -> TrackedText:
+    def __radd__(self, other: str) -> TaintedStr:
         if not isinstance(other, str):
             return NotImplemented
         current_budget().reserve(len(self) + len(other))
-        return TrackedText(str.__add__(other, self), owners_of(other) + self.owners)
+        return TaintedStr(str.__add__(other, self), sources_of(other) + self.sources)
 
-    def __mul__(self, count: SupportsIndex) -> TrackedText:
+    def __mul__(self, count: SupportsIndex) -> TaintedStr:
         if not isinstance(count, int):
             return NotImplemented
         current_budget().reserve(len(self) * max(count, 0))
-        return TrackedText(str.__mul__(self, count), self.owners * count)
+        return TaintedStr(str.__mul__(self, count), self.sources * count)
 
     __rmul__ = __mul__
 
-    def __mod__(self, arguments: Any) -> TrackedText:
+    def __mod__(self, arguments: Any) -> TaintedStr:
         reserve_formatting(self, str.count(self, "%"), arguments)
         values = arguments if isinstance(arguments, tuple) else (arguments,)
-        return TrackedText.following(str.__mod__(self, arguments), self, *values)
+        return TaintedStr.following(str.__mod__(self, arguments), self, *values)
 
-    def __getitem__(self, key: SupportsIndex | slice) -> TrackedText:
-        return TrackedText(str.__getitem__(self, key), self.owners[key])
+    def __getitem__(self, key: SupportsIndex | slice) -> TaintedStr:
+        return TaintedStr(str.__getitem__(self, key), self.sources[key])
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
     # --- pieces of itself
 
-    def strip(self, chars: str | None = None, /) -> TrackedText:
+    def strip(self, chars: str | None = None, /) -> TaintedStr:
         return self.lstrip(chars).rstrip(chars)
 
-    def lstrip(self, chars: str | None = None, /) -> TrackedText:
+    def lstrip(self, chars: str | None = None, /) -> TaintedStr:
         return self[len(self) - len(str.lstrip(self, chars)) :]
 
-    def rstrip(self, chars: str | None = None, /) -> TrackedText:
+    def rstrip(self, chars: str | None = None, /) -> TaintedStr:
         return self[: len(str.rstrip(self, chars))]
 
-    def removeprefix(self, prefix: str, /) -> TrackedText:
+    def removeprefix(self, prefix: str, /) -> TaintedStr:
         return self[len(prefix) if self.startswith(prefix) else 0 :]
 
-    def removesuffix(self, suffix: str, /) -> TrackedText:
+    def removesuffix(self, suffix: str, /) -> TaintedStr:
         return self[: len(self) - len(suffix) if self.endswith(suffix) else len(self)]
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
@@ -154,65 +161,65 @@ class TrackedText(str):
 
     # --- put together with others
 
-    def join(self, parts: Iterable[str], /) -> TrackedText:
+    def join(self, parts: Iterable[str], /) -> TaintedStr:
         texts = list(parts)
         size = len(self) * len(texts) + sum(len(text) for text in texts if isinstance(text, str))
         current_budget().reserve(size)
-        return TrackedText(str.join(self, texts), self.owners.join(owners_of(text) for text in texts))
+        return TaintedStr(str.join(self, texts), self.sources.join(sources_of(text) for text in texts))
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> TrackedText:
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> TaintedStr:
         if old:
-            return TrackedText(new).join(self.split(old, count))
+            return TaintedStr(new).join(self.split(old, count))
         parts = ["", *self, ""]
         slots = len(parts) if int(count) < 0 else int(count) + 1
-        return TrackedText(new).join(parts[:slots]) + TrackedText().join(parts[slots:])
+        return TaintedStr(new).join(parts[:slots]) + TaintedStr().join(parts[slots:])
 
     # --- letter by letter
 
-    def lower(self) -> TrackedText:
+    def lower(self) -> TaintedStr:
         return self._respelled(str.lower)
 
-    def upper(self) -> TrackedText:
+    def upper(self) -> TaintedStr:
         return self._respelled(str.upper)
 
-    def casefold(self) -> TrackedText:
+    def casefold(self) -> TaintedStr:
         return self._respelled(str.casefold)
 
-    def capitalize(self) -> TrackedText:
+    def capitalize(self) -> TaintedStr:
         return self._respelled(str.capitalize)
 
-    def title(self) -> TrackedText:
+    def title(self) -> TaintedStr:
         return self._respelled(str.title)
 
-    def swapcase(self) -> TrackedText:
+    def swapcase(self) -> TaintedStr:
         return self._respelled(str.swapcase)
 
-    def _respelled(self, spell: Callable[[str], str]) -> TrackedText:
+    def _respelled(self, spell: Callable[[str], str]) -> TaintedStr:
         """Case mappings never drop a character, so an equal length means one for one (ß becomes SS)."""
         text = spell(self)
-        return TrackedText(text, self.owners) if len(text) == len(self) else TrackedText.following(text, self)
+        return TaintedStr(text, self.sources) if len(text) == len(self) else TaintedStr.following(text, self)
 
     # --- padded
 
-    def ljust(self, width: SupportsIndex, fillchar: str = " ", /) -> TrackedText:
+    def ljust(self, width: SupportsIndex, fillchar: str = " ", /) -> TaintedStr:
         return self._padded(str.ljust, width, fillchar)
 
-    def rjust(self, width: SupportsIndex, fillchar: str = " ", /) -> TrackedText:
+    def rjust(self, width: SupportsIndex, fillchar: str = " ", /) -> TaintedStr:
         return self._padded(str.rjust, width, fillchar)
 
-    def center(self, width: SupportsIndex, fillchar: str = " ", /) -> TrackedText:
+    def center(self, width: SupportsIndex, fillchar: str = " ", /) -> TaintedStr:
         return self._padded(str.center, width, fillchar)
 
-    def zfill(self, width: SupportsIndex, /) -> TrackedText:
+    def zfill(self, width: SupportsIndex, /) -> TaintedStr:
         return self._padded(str.zfill, width)
 
-    def expandtabs(self, tabsize: SupportsIndex = 8) -> TrackedText:
+    def expandtabs(self, tabsize: SupportsIndex = 8) -> TaintedStr:
         current_budget().reserve(len(self) + self.count("\t") * abs(int(tabsize)))
         return self._padded(str.expandtabs, tabsize)
 
-    def _padded(self, pad: Callable[..., str], width: SupportsIndex, *fill: str) -> TrackedText:
+    def _padded(self, pad: Callable[..., str], width: SupportsIndex, *fill: str) -> TaintedStr:
         require_width(width)
-        return TrackedText.following(pad(self, width, *fill), self, *fill)
+        return TaintedStr.following(pad(self, width, *fill), self, *fill)
 
     # --- not for templates: the result is no text, or its size cannot be told before
 
