@@ -44,7 +44,7 @@ class NormistralError(Exception):
 
 
 def first_line(exc: BaseException) -> str:
-    """What another package's exception says first, for a message of ours that has to fit in one line."""
+    """First line of another package's exception, for a one-line message."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return lines[0] if lines else type(exc).__name__
 

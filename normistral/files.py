@@ -64,7 +64,7 @@ class RefusedFileError(OSError):
 
 
 def explain(exc: OSError) -> tuple[str, str]:
-    """What an error of the system means, and what to do about it."""
+    """Reason and hint for an error of the system."""
     if isinstance(exc, RefusedFileError):
         return exc.strerror or "", exc.hint
     reason, hint = _REASONS.get(exc.errno or 0, (exc.strerror or str(exc), "see that it is there and you may use it"))

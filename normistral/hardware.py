@@ -1,6 +1,6 @@
-"""What this machine has for inference: cores, memory, instruction sets, and what a container leaves of them.
+"""Hardware for inference: cores, memory and instruction sets, within the limits of a container.
 
-Reading files and planning are apart: `read_machine` looks, the `plan_...` functions are pure. Linux is read from
+`read_machine` reads files; the `plan_...` functions are pure. Linux is read from
 /proc and /sys below a given root, so that any machine can be tested from a folder; elsewhere the operating system is
 asked for what it tells without extra packages. It knows nothing of models, and imports no inference engine.
 
@@ -57,7 +57,7 @@ _ONEDNN_LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What this process may use.
+    """Resources that this process may use.
 
     Attributes:
         cpu: the processor's own name.
@@ -112,7 +112,7 @@ def plan_openvino(machine: Machine, weights: str) -> dict[str, str]:
 
 
 def explain_openvino(machine: Machine, weights: str) -> list[str]:
-    """Why `plan_openvino` says what it says; a line for each choice."""
+    """Reasons of `plan_openvino`, a line for each choice."""
     if "avx2" not in machine.instruction_sets:
         return ["OpenVINO's own choice of precision: nothing was measured on processors like this one"]
     reasons = ["f32: bf16 decodes a third slower where it was measured, and a chat mostly decodes"]
@@ -167,7 +167,7 @@ def read_machine(root: Path = Path("/"), environ: Mapping[str, str] = os.environ
 
 
 def limit_instruction_sets(found: frozenset[str], environ: Mapping[str, str]) -> frozenset[str]:
-    """What a limit in the environment leaves of a processor's instruction sets.
+    """Instruction sets of a processor within the limit that the environment sets.
 
     OpenVINO's matrix kernels obey it (ONEDNN_MAX_CPU_ISA, or by its old name DNNL_MAX_CPU_ISA); onnxruntime's have no
     such limit, and no plan for it asks.
@@ -355,7 +355,7 @@ def _parse_count(text: str) -> int | None:
 
 
 def _read_other_system() -> Machine:
-    """What the standard library can find out; instruction sets are left unknown."""
+    """The machine as far as the standard library tells; instruction sets stay unknown."""
     logical = os.cpu_count() or 1
     if sys.platform == "win32":
         total, available = _windows_memory()

@@ -1,12 +1,12 @@
-"""Keeps the telemetry of our dependencies off. It has to run before any of them is imported, and knows none of them.
+"""Turns the telemetry of dependencies off, before any of them is imported; imports none of them.
 
-What obeys what, read in the sources of the versions that pyproject.toml allows:
+Switches that each one obeys, read in the sources of the versions that pyproject.toml allows:
 
 - onnxruntime from 1.29 on uploads usage figures unless ORT_DISABLE_TELEMETRY is set.
 - huggingface_hub, and with it transformers and optimum, heeds HF_HUB_DISABLE_TELEMETRY and DO_NOT_TRACK.
 - ray reports from the machine that starts a cluster, every hour, unless RAY_USAGE_STATS_ENABLED is 0.
 - openvino and nncf send through the package openvino_telemetry. It knows no switch but a file in the home folder, and
-  without that file it takes silence for consent: importing nncf alone writes a client id to ~/intel. Both import it
+  without that file it is on: importing nncf alone writes a client id to ~/intel. Both import it
   optionally and have their own stub for when it is missing, so to them it is missing. (CI=true would turn it off too,
   but every other program that is started from here would believe it.)
 """

@@ -1,4 +1,4 @@
-"""Text from outside, a file or a pipe, as UTF-8: the one place that knows byte order marks and foreign encodings."""
+"""UTF-8 text from files and pipes; byte order marks and other encodings are recognised here alone."""
 
 from __future__ import annotations
 

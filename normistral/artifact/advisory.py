@@ -70,7 +70,7 @@ def find_advice(folder: Path, manifest: Manifest) -> str | None:
 
 
 def _misread(used: dict[str, Any], source: dict[str, Any]) -> str | None:
-    """What the artifact's config.json has otherwise than the checkpoint's means."""
+    """Difference in meaning between the config.json of the artifact and that of the checkpoint; None without one."""
     form = source.get("rope_parameters") or {}
     theta = form.get("rope_theta")
     if theta is not None and theta != used.get("rope_theta"):

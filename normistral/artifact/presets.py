@@ -16,7 +16,7 @@ WeightFormat = Literal["int4", "int8", "fp16", "fp32"]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a model's published config.json says; widths and counts as in `normistral.artifact.manifest.Architecture`.
+    """Fields of a model's published config.json; widths and counts as in `normistral.artifact.manifest.Architecture`.
 
     Attributes:
         architecture: the class that config.json names.
@@ -82,7 +82,7 @@ class Preset:
 
     @property
     def export_command(self) -> str:
-        """What makes an artifact of it."""
+        """The command that makes an artifact of it."""
         return f"normistral export {self.name}" + (f" --recipe {self.recipe}" if self.recipe else "")
 
     def is_source(self, kind: str, id: str) -> bool:

@@ -1,4 +1,4 @@
-"""What one rendering of a chat template may cost: time, the size of one value, and all text made together.
+"""Limits of one rendering of a chat template: time, size of one value, size of all text together.
 
 A template comes from a checkpoint, so it is not trusted. Nothing can interrupt one C call of Python, and a watchdog
 thread could only be leaked; therefore every step of a template asks here *before* it makes something, and looks at the

@@ -148,7 +148,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
-        """What the pieces of a rendering, a macro or a `{% set %}` block are joined with."""
+        """Joins the pieces of a rendering, a macro or a `{% set %}` block."""
         return TaintedStr().join(pieces)
 
     def literal(self, text: str) -> TaintedStr | None:
@@ -156,7 +156,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return own(text)
 
     def each(self, items: Iterable[Any]) -> Iterator[Any]:
-        """What a loop runs over, with an eye on the clock."""
+        """Items of a loop; each checks the time limit."""
         budget = current_budget()
         for item in items:
             budget.tick()

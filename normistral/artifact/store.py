@@ -78,7 +78,7 @@ def resolve_artifact(name_or_path: str) -> Path:
 
 
 def list_artifacts(root: Path | None = None) -> list[StoredArtifact]:
-    """What the store holds, by name. Folders whose name starts with a dot are exports that are still being written.
+    """Content of the store, by name. Folders whose name starts with a dot are exports that are still being written.
 
     Args:
         root: another folder of artifacts.

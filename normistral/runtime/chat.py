@@ -231,7 +231,7 @@ class Chat:
         )
 
     def _visible(self, messages: list[Message], dropped: int | None = None) -> list[Message]:
-        """What the model sees: a leading system message, then the turns without the first `dropped`."""
+        """Messages that the model sees: a leading system message, then the turns without the first `dropped`."""
         turns = self._turns(messages)
         return messages[: len(messages) - len(turns)] + turns[self.dropped if dropped is None else dropped :]
 

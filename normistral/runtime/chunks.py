@@ -1,4 +1,4 @@
-"""What a generation gives back: chunks while it runs, a completion at the end.
+"""Results of a generation: chunks while it runs, a completion at the end.
 
 Chunks carry everything that a terminal, an application or a benchmark needs; nothing else is measured elsewhere.
 """

@@ -66,7 +66,7 @@ class StreamDetokenizer:
         return self._run([token], from_stage=0)
 
     def flush(self) -> str:
-        """What is left at the end; an unfinished character comes out as U+FFFD."""
+        """Remaining characters at the end; an unfinished character comes out as U+FFFD."""
         return "".join(self._run(stage.flush(), index + 1) for index, stage in enumerate(self._stages))
 
     def _run(self, pieces: list[str], from_stage: int) -> str:
@@ -76,7 +76,7 @@ class StreamDetokenizer:
 
 
 def spell_vocabulary(tokenizer: Tokenizer, size: int) -> list[bytes]:
-    """What each token id below `size` adds to the UTF-8 of a text that has begun; ids that are no token add nothing.
+    """Bytes that each token id below `size` adds to the UTF-8 of a text that has begun; none where it is no token.
 
     Raises:
         ArtifactError: as `StreamDetokenizer`.

@@ -29,7 +29,7 @@ from normistral.runtime.text_stream import TextStream, TokenStep
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What ends a generation, besides its options.
+    """Ends of a generation besides its options.
 
     Attributes:
         stop_token_ids: the model's own ends of sequence.

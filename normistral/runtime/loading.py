@@ -64,7 +64,7 @@ def open_model(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Mod
 
 
 def find_tuned_settings(artifact: Artifact, device: str) -> Mapping[str, str] | None:
-    """What `normistral tune` found for an artifact on this machine, if it did.
+    """Settings that `normistral tune` found for an artifact on this machine; None without.
 
     Raises:
         MissingExtraError: the artifact's engine is not installed.

@@ -67,7 +67,7 @@ PROVIDERS = {
 
 @dataclass(frozen=True, slots=True)
 class ProviderTarget:
-    """What a session is to run on.
+    """Execution provider, device and options of a session.
 
     Attributes:
         device: as the user named it.
@@ -103,7 +103,7 @@ def import_onnxruntime() -> ModuleType:
 
 
 def find_target(device: str, available: Sequence[str], *, exact: bool = False) -> ProviderTarget:
-    """What "CUDA:1" or "OPENVINO:GPU" stands for.
+    """Provider and device of a name such as "CUDA:1" or "OPENVINO:GPU".
 
     Args:
         available: the providers of the installed onnxruntime.

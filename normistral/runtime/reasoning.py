@@ -103,7 +103,7 @@ class ReasoningSplitter:
         return reasoning, answer
 
     def flush(self) -> tuple[str, str]:
-        """What was held back, once the text has ended."""
+        """Text held back, once the generation has ended."""
         held, self._held = self._held, ""
         return (self._begin("reasoning", held), "") if self.inside else ("", held)
 
@@ -141,7 +141,7 @@ class ReasoningSplitter:
             self._begun.add("answer")
 
     def _take_reasoning(self) -> str:
-        """What is held up to the close tag, or up to what may be its beginning."""
+        """Held text up to the close tag, or up to a possible beginning of it."""
         if self._markers is None or self._tags_are_tokens:
             taken, self._held = self._held, ""
             return taken

@@ -103,7 +103,7 @@ def log_softmax(logits: Logits) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What `Model.score` gives.
+    """Log-probabilities of given tokens; result of `Model.score`.
 
     Attributes:
         logprobs: float64 [n], in nats, under the model's own distribution.

@@ -32,7 +32,7 @@ class SavedTokens(NamedTuple):
 
 
 class CachedSequence:
-    """An engine together with the token ids in its KV cache, so that a common beginning is computed once.
+    """An engine and the token ids in its KV cache; a common prefix of prompts is computed once.
 
     An interrupted forward (Ctrl-C, engine failure) leaves the cache unknown; it is then rebuilt at the next prefill.
 

@@ -52,7 +52,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 
 @dataclass(frozen=True, slots=True)
 class SessionKey:
-    """What a KV cache belongs to; if any of it differs, the cache is of no use.
+    """Artifact, engine and settings of a KV cache; under others it is of no use.
 
     Attributes:
         artifact_sha256: of the manifest, which holds the hash of every other file.
@@ -100,7 +100,7 @@ class SessionHeader(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class _Record(msgspec.Struct, forbid_unknown_fields=True):
-    """What stands before a tensor's bytes."""
+    """Header of a tensor."""
 
     name: str
     type: _Type

@@ -1,4 +1,4 @@
-"""Stop texts in a stream: what may be shown now, and when it is over."""
+"""Stop texts in a stream of text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StopTexts:
         return shown, False
 
     def flush(self) -> str:
-        """What was held back, once the answer has ended without completing a stop text."""
+        """Text held back, once the answer has ended without completing a stop text."""
         shown, self._held = self._held, ""
         return shown
 

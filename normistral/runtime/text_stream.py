@@ -104,7 +104,7 @@ class TextStream:
         )
 
     def _finish(self) -> tuple[str, str]:
-        """What detokenizer and splitter still hold of reasoning and answer."""
+        """Reasoning and answer that detokenizer and splitter still hold."""
         reasoning, answer = self._splitter.push(None, self._detokenizer.flush())
         held_reasoning, held_answer = self._splitter.flush()
         return reasoning + held_reasoning, answer + held_answer

@@ -1,4 +1,4 @@
-"""What `normistral tune` found, and how `load` finds it: one file for an artifact on a machine, beside the store.
+"""Results of `normistral tune`: one file for an artifact on a machine, beside the store; `load` reads it.
 
 The file counts only where all of its key holds: the manifest of the artifact, the machine with its limits, the engine
 and its version. Anything else (another file of that name, a damaged one, another user's, settings that no tuning can
@@ -63,7 +63,7 @@ _THREADS = {"openvino": "INFERENCE_NUM_THREADS", "onnxruntime": "intra_op_num_th
 
 @dataclass(frozen=True, slots=True)
 class TunedFor:
-    """What a result holds for.
+    """Artifact, machine and engine of a result.
 
     Attributes:
         manifest_sha256: of the artifact's normistral.json, which has the hashes of all its files.
@@ -160,7 +160,7 @@ def find_tuned(key: TunedFor) -> Tuned | None:
 
 
 def find_mismatch(tuned: TunedFor, here: TunedFor) -> str | None:
-    """Why a result does not hold here; None if it does."""
+    """Reason why a result does not hold here; None if it does."""
     for name in TunedFor.__slots__:
         then, now = getattr(tuned, name), getattr(here, name)
         if then != now:
@@ -238,7 +238,7 @@ def find_strange_setting(tuned: Tuned) -> str | None:
 
 
 def list_tuned(manifest_sha256: str | None = None) -> Iterator[StoredTuned]:
-    """What was tuned, by file name; of one artifact, or of all. Damaged files are told by their name alone."""
+    """Results, by file name; of one artifact, or of all. Damaged files are told by their name alone."""
     for path in sorted(store.tuned_dir().glob(f"{manifest_sha256[:16] if manifest_sha256 else ''}*.json")):
         try:
             yield StoredTuned(path, read_tuned(path))

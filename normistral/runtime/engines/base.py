@@ -57,7 +57,7 @@ class CacheTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine can do cheaply, and how it is set up.
+    """An engine, its device and its settings in force.
 
     Attributes:
         name: "openvino", "onnxruntime" or "scripted".
@@ -106,7 +106,7 @@ def describe_arithmetic(capabilities: EngineInfo) -> str:
 
 
 def load_hint(said: str) -> str:
-    """What to do when an engine could not load an artifact.
+    """Hint for an artifact that an engine could not load.
 
     Args:
         said: its own words; "std::bad_alloc", "Failed to allocate memory" and the like tell of too little memory.

@@ -24,7 +24,7 @@ CAPACITY_STEP = 512  # positions by which a shared buffer grows; 128 MiB for 7B.
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """What the cache of one decoder looks like, and where it lives.
+    """Shape, type and memory of the cache of one decoder.
 
     Attributes:
         names: past tensor -> present tensor.
@@ -135,7 +135,7 @@ class SharedCache:
 
 
 class ChainedCache:
-    """What one step returns is the past of the next, where it lies."""
+    """The present that one step returns is the past of the next, without a copy."""
 
     def __init__(self, layout: CacheLayout, binding: IOBinding) -> None:
         self._layout = layout

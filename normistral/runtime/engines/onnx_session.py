@@ -66,7 +66,7 @@ def session_options(settings: Mapping[str, str], folder: Path) -> SessionOptions
 
 
 def settings_in_force(session: InferenceSession, names: Iterable[str]) -> dict[str, str]:
-    """What a session answers when asked for its settings."""
+    """Settings of a session as it reports them."""
     options = session.get_session_options()
     return {
         name: options.get_session_config_entry(name)
@@ -115,7 +115,7 @@ def translated(what: str) -> Iterator[None]:
 
 @functools.cache
 def _foreign_errors() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises; its exceptions have no base of their own."""
+    """Exceptions of onnxruntime; they have no base of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     own = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]

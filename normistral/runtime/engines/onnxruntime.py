@@ -101,7 +101,7 @@ class OnnxBackend:
 
 
 class _Sequence:
-    """What an engine holds while it is open."""
+    """I/O binding and cache of an open engine."""
 
     def __init__(self, decoder: _Decoder) -> None:
         with translated("onnxruntime could not create an I/O binding"):
@@ -266,12 +266,12 @@ def read_graph(folder: Path, manifest: Manifest) -> OnnxGraph:
 
 
 def known_settings(graph: OnnxGraph) -> dict[str, Setting]:
-    """What can be set of a session on this graph."""
+    """Settings that a session on this graph takes."""
     return SESSION_SETTINGS | ({ACCURACY_LEVEL: _LEVELS} if onnx_graph.accuracy_levels(graph) else {})
 
 
 def adapt_graph(graph: OnnxGraph, level: str | None) -> None:
-    """What this runtime wants different from the file, which is made for every loader.
+    """Change the graph for this runtime; the file is made for every loader.
 
     Args:
         level: accuracy level of products of rounded weights; None keeps the file's.

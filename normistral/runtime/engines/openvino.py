@@ -195,7 +195,7 @@ def _no_kernel(machine: hardware.Machine) -> UsageError:
 
 
 def kernel_in_force(kernel: str | None, packed: PackedWeights | None) -> tuple[dict[str, str], dict[str, str]]:
-    """What became of the setting `int4_kernel`: for `settings`, and for `kv_cache_key`, which names ours alone.
+    """The setting `int4_kernel` in force: for `settings`, and for `kv_cache_key`, which names ours alone.
 
     Args:
         kernel: what was chosen; None where there is no such setting.

@@ -1,4 +1,4 @@
-"""OpenVINO's settings: which properties a device has, what may be given for them, and what it made of it."""
+"""Settings of OpenVINO: properties of a device, the values they take, and those in force."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def known_settings(core: ov.Core, device: str) -> dict[str, Setting]:
 
 
 def settings_in_force(compiled: ov.CompiledModel, names: Iterable[str]) -> dict[str, str]:
-    """What a compiled model answers when asked for its properties, as far as it has them."""
+    """Properties of a compiled model as it reports them, as far as it has them."""
     supported = compiled.get_property("SUPPORTED_PROPERTIES")
     return {name: _as_text(compiled.get_property(name)) for name in dict.fromkeys(names) if name in supported}
 

@@ -1,4 +1,4 @@
-"""Engine settings by the engine's own names: what may be given, and how it goes over the plan for this machine.
+"""Engine settings by the engine's own names: the values they take, and overrides over the plan for this machine.
 
 An engine says which settings it knows (`Setting`); everything else is refused here, because onnxruntime ignores what it
 does not know, and both read numbers loosely ("2x" is 2 to OpenVINO). It knows no engine.

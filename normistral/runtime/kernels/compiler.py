@@ -31,7 +31,7 @@ _HINT = "install a C++ compiler (g++ or clang++), or name one in CXX"
 
 
 class CompileError(Exception):
-    """Why there is no kernel, and what to do about it; one line each."""
+    """No kernel could be compiled; reason and hint are one line each."""
 
     def __init__(self, message: str, hint: str = _HINT) -> None:
         super().__init__(message)

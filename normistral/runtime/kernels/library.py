@@ -56,7 +56,7 @@ class UntrustedKernelError(EngineError):
 
 
 def find_obstacle(machine: Machine) -> str | None:
-    """Why the kernel cannot run on this machine, in a few words; None where it can."""
+    """Reason why the kernel cannot run on this machine; None where it can."""
     if not is_supported_platform():
         return "it is written for Linux on x86-64"
     missing = sorted(VARIANTS[-1].needed - machine.instruction_sets)
@@ -88,7 +88,7 @@ def packaged_for() -> str | None:
 
 
 def describe_absence() -> str:
-    """Why there is no kernel to use on a machine that could run one."""
+    """Reason why a machine that could run the kernel has none."""
     if others := packaged_for():
         return f"the package's int4 kernel is for OpenVINO {others}, and {version('openvino')} is installed"
     return "there is no compiled int4 kernel"

@@ -71,7 +71,7 @@ def cost_curve(measured: Mapping[int, float], longest: int = MOST_DRAFTED + 1) -
 
 
 class StepCosts:
-    """What steps of n tokens have cost on these weights and this machine; learned while generating."""
+    """Seconds of steps of n tokens on these weights and this machine, measured while generating."""
 
     def __init__(self) -> None:
         # Replaced, never changed: several threads may learn here, and losing a measurement is no harm.

@@ -1,4 +1,4 @@
-"""Prompt lookup (Saxena 2023): what followed the last time that the text ended like this.
+"""Prompt lookup (Saxena 2023): drafts the tokens that followed the latest equal ending of the text.
 
 Answers that summarise, correct or quote repeat pieces of the prompt and of themselves. An index from the last k tokens
 to the place behind them grows by one entry per k and token, so that nothing is ever scanned.
@@ -60,7 +60,7 @@ class PromptLookup:
         self._token_ids.append(token_id)
 
     def propose(self, most: int) -> Draft | None:
-        """What followed the last tokens; where that leads to the end of the sequence, it is taken to repeat."""
+        """Tokens after the latest equal ending; where these reach the end of the sequence, they are taken to repeat."""
         end = len(self._token_ids)
         for length in range(min(_LONGEST, end), _SHORTEST - 1, -1):
             place = self._after.get(tuple(self._token_ids[end - length :]))

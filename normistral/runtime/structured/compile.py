@@ -69,7 +69,7 @@ def compile_structure(
 
 
 def _first_trouble(matcher: llguidance.LLMatcher) -> str:
-    """What goes wrong already with the first token, in the library's words; "" if nothing does."""
+    """Error of the library at the first token, in its own words; "" without one."""
     certain, possible = matcher.compute_ff_tokens(), any(matcher.compute_bitmask())
     if not possible and not matcher.is_error():
         return "no text of this model's tokens fits it"

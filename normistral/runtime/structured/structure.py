@@ -1,4 +1,4 @@
-"""What an answer has to look like, as plain data: made by the caller, carried between processes, compiled elsewhere.
+"""Form of an answer as plain data: made by the caller, passed between processes, compiled in compile.py.
 
 It knows neither models nor the grammar library; nothing heavy is imported here.
 """

@@ -48,7 +48,7 @@ class GrammarVocabulary:
 
 
 class _Spelling:
-    """What `llguidance.LLTokenizer` asks of a tokenizer that is not its own."""
+    """Tokenizer wrapper as `llguidance.LLTokenizer` expects it."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
