@@ -100,10 +100,14 @@ def test_senders_that_dawdle_are_let_go(url) -> None:
 def test_one_connection_too_many_is_told_so(tmp_path) -> None:
     with serving(make_served(tmp_path / "m"), ServerLimits(connections=2, grace_s=0.2), wait_s=0) as url:
         host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))), socket.create_connection((host, int(port))):
-            answer = raw(url, b"")
+        asked = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+        with socket.create_connection((host, int(port))) as one, socket.create_connection((host, int(port))) as other:
+            for connection in (one, other):
+                connection.sendall(asked)
+                connection.recv(65536)
+            answer = raw(url, asked)
             assert answer.startswith(b"HTTP/1.1 503 ")
-            assert b"Retry-After" in answer
+            assert b"retry-after" in answer
         deadline = time.monotonic() + 5
         while not raw(url, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200"):
             assert time.monotonic() < deadline

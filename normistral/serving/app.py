@@ -17,11 +17,12 @@ from starlette.exceptions import HTTPException
 import normistral
 from normistral.serving.auth import Keys
 from normistral.serving.description import describe_api
-from normistral.serving.errors import ApiError
+from normistral.serving.errors import route_error
 from normistral.serving.gate import Gate
 from normistral.serving.limits import ServerLimits
 from normistral.serving.metrics import Metrics
 from normistral.serving.page import load_page
+from normistral.serving.public_routes import Page, PublicAnswer, PublicRoutes
 from normistral.serving.responses import ModelCard, ModelList, Status
 from normistral.serving.routes import error_responses, router
 from normistral.serving.served import ServedArtifact
@@ -67,16 +68,16 @@ def create_app(
     app.state.service = service
     app.openapi = lambda: describe_api(app, service, keys)  # type: ignore[method-assign]
     app.include_router(router)
-    _add_looking(app, service)
-    _add_description(app)
+    pages = {"/": _add_page(app), "/openapi.json": _add_description(app)} | _add_looking(app, service)
+    app.state.public_routes = PublicRoutes(keys, limits, metrics, hosts, pages)
     app.add_middleware(Gate, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(HTTPException, _refuse_route)
     return app
 
 
-def _add_looking(app: FastAPI, service: Service) -> None:
-    """Routes that compute nothing."""
+def _add_looking(app: FastAPI, service: Service) -> dict[str, Page]:
+    """Routes that compute nothing; returns those that need no key."""
 
     @app.get("/health", response_model=Status)
     async def health() -> dict[str, str]:
@@ -107,6 +108,15 @@ def _add_looking(app: FastAPI, service: Service) -> None:
         """One of them."""
         return _card(service.find(model).served)
 
+    def find_ready() -> PublicAnswer:
+        if not service.ready:
+            raise service.explain_absence()
+        return _as_json(b'{"status":"ready"}')
+
+    return {"/health": lambda: _as_json(b'{"status":"ok"}'), "/ready": find_ready}
+
+
+def _add_page(app: FastAPI) -> Page:
     chat_page = load_page()
 
     @app.get("/", include_in_schema=False)
@@ -114,8 +124,10 @@ def _add_looking(app: FastAPI, service: Service) -> None:
         """A page to chat with."""
         return Response(chat_page.body, headers=chat_page.headers)
 
+    return lambda: PublicAnswer(200, chat_page.headers, chat_page.body)
 
-def _add_description(app: FastAPI) -> None:
+
+def _add_description(app: FastAPI) -> Page:
     described: asyncio.Future[bytes] | None = None
 
     @app.get("/openapi.json", include_in_schema=False)
@@ -125,6 +137,12 @@ def _add_description(app: FastAPI) -> None:
         if described is None:
             described = asyncio.ensure_future(asyncio.to_thread(lambda: msgspec.json.encode(app.openapi())))
         return Response(await asyncio.shield(described), media_type="application/json")
+
+    return lambda: _as_json(described.result()) if described is not None and described.done() else None
+
+
+def _as_json(body: bytes) -> PublicAnswer:
+    return PublicAnswer(200, {"content-type": "application/json"}, body)
 
 
 def _card(served: ServedArtifact) -> dict[str, Any]:
@@ -149,6 +167,5 @@ async def _refuse_fields(request: Request, exc: Exception) -> Response:
 
 async def _refuse_route(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
-    told = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not possible here"}
-    error = ApiError(exc.status_code, told.get(exc.status_code, "the request cannot be read"), "see /openapi.json")
-    return JSONResponse(error.document, error.status, headers=dict(exc.headers or {}))
+    error = route_error(exc.status_code, request.url.path, request.method, exc.headers)
+    return JSONResponse(error.document, error.status, headers=error.headers)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from normistral.errors import UsageError
 
 _OWN = 32  # standard streams, event loop, listener, pipes to workers, files that are read in passing
-_SHARE = 8  # of all descriptors, one in so many for each of: connections being accepted, connections being refused
+_SPARE_SHARE, _HELD_SHARE = 8, 4  # of all descriptors, one in so many at least
 _MOST_SPARE = 64
+_MOST_HELD = 1024
 _LEAST = 8
 
 
@@ -19,12 +20,12 @@ class ConnectionPlan(NamedTuple):
     Attributes:
         served: connections whose requests are answered.
         spare: more that are told that there are too many.
-        backlog: more that are being accepted.
+        held: more whose request has not come, or needs no key.
     """
 
     served: int
     spare: int
-    backlog: int
+    held: int
 
 
 def plan_connections(wanted: int) -> ConnectionPlan:
@@ -38,12 +39,13 @@ def plan_connections(wanted: int) -> ConnectionPlan:
     """
     limit = _raise_limit()
     if limit is None:
-        return ConnectionPlan(wanted, _MOST_SPARE, _MOST_SPARE)
-    spare = min(_MOST_SPARE, limit // _SHARE)
-    allowed = limit - _OWN - 2 * spare
+        return ConnectionPlan(wanted, _MOST_SPARE, _MOST_HELD)
+    spare = min(_MOST_SPARE, limit // _SPARE_SHARE)
+    allowed = limit - _OWN - spare - limit // _HELD_SHARE
     if allowed < _LEAST:
         raise UsageError(f"the limit of {limit} open files leaves no room for connections", "raise it: ulimit -n 1024")
-    return ConnectionPlan(min(wanted, allowed), spare, spare)
+    served = min(wanted, allowed)
+    return ConnectionPlan(served, spare, min(_MOST_HELD, limit - _OWN - served - spare))
 
 
 def _raise_limit() -> int | None:

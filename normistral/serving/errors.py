@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from normistral.errors import ContextLengthError, NormistralError, TemplateError, UsageError
@@ -20,7 +21,6 @@ class ApiError(NormistralError):
         param: the field that is to blame.
         code: for programs.
         retry_after_s: when it may be worth asking again.
-        reason: for the metrics; the code where nothing is said.
     """
 
     def __init__(
@@ -63,6 +63,13 @@ def header_too_large(limits: ServerLimits) -> ApiError:
 def too_many_connections() -> ApiError:
     """503: of one connection too many."""
     return unavailable("too many connections", "ask again later", code="connections")
+
+
+def route_error(status: int, path: str, method: str, headers: Mapping[str, str] | None = None) -> ApiError:
+    """404, 405 and other statuses of the router."""
+    messages = {404: f"there is no {path} here", 405: f"{method} is not possible here"}
+    message = messages.get(status, "the request cannot be read")
+    return ApiError(status, message, "see /openapi.json", headers=dict(headers or {}))
 
 
 def as_api_error(error: NormistralError) -> ApiError:

@@ -42,10 +42,17 @@ class _Phase(enum.Enum):
 
 
 class LimitedProtocol(H11Protocol):
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        received: bytes that came before it was made.
+        single: it is closed after one answer.
+    """
 
     limits: ClassVar[ServerLimits]
     crowd: ClassVar[Crowd]
+    received = b""
+    single = False
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -61,10 +68,13 @@ class LimitedProtocol(H11Protocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that is not taken
         transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
-        _limit_system_buffer(transport, self.limits.stall_s)
+        limit_unread(transport.get_extra_info("socket"), self.limits.stall_s)
         self._served = self.crowd.admit(self, len(self.connections))
         self.app_state = {**self.app_state, "abort": self.leave, "surplus": not self._served}
         self._enter(_Phase.HEAD)
+        if self.received:
+            received, self.received = self.received, b""
+            self.data_received(received)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
@@ -81,7 +91,7 @@ class LimitedProtocol(H11Protocol):
         if self._phase is _Phase.IDLE:
             self._enter(_Phase.HEAD)
         super().data_received(data)
-        if self._answering and not self._served:
+        if self._answering and (self.single or not self._served):
             self.cycle.keep_alive = False
         if self._answering and not self.cycle.more_body and self.conn.trailing_data[0]:
             self._discard(len(data))
@@ -203,12 +213,12 @@ class LimitedProtocol(H11Protocol):
             self.transport.write_eof()
 
 
-def _limit_system_buffer(transport: asyncio.Transport, stall_s: float) -> None:
+def limit_unread(connection: socket.socket, stall_s: float) -> None:
     """Let the system end a connection that takes nothing of what it was given, also after we have closed it."""
     option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux: tcp(7)
     if option is not None:
         with suppress(OSError):
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, int(1000 * stall_s))
+            connection.setsockopt(socket.IPPROTO_TCP, option, int(1000 * stall_s))
 
 
 def limited_protocol(limits: ServerLimits, crowd: Crowd) -> type[LimitedProtocol]:

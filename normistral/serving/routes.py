@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from normistral.errors import ContextLengthError
 from normistral.runtime.options import GenerationConfig
@@ -24,7 +25,27 @@ from normistral.serving.service import Service
 from normistral.serving.streams import Events, EventStream, unless_gone
 from normistral.serving.tally import Envelope
 
-router = APIRouter()
+
+class _DecodedRequest(Request):
+    """A request whose body the gate has decoded."""
+
+    async def json(self) -> Any:
+        """The body."""
+        return self.state.document
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI's, which would decode the body once more."""
+        handle = super().get_route_handler()
+
+        async def handle_decoded(request: Request) -> Response:
+            return await handle(_DecodedRequest(request.scope, request.receive))
+
+        return handle_decoded
+
+
+router = APIRouter(route_class=_Route)
 
 Prepared = list[tuple[list[int], GenerationConfig]]
 Arrivals = AsyncIterator[Arrival]

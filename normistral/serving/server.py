@@ -7,12 +7,14 @@ import errno
 import gc
 import ipaddress
 import logging
+import selectors
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from types import FrameType
 from typing import Any
 
@@ -20,10 +22,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from normistral.errors import NormistralError, UsageError
+from normistral.serving.acceptor import Acceptor
 from normistral.serving.crowd import Crowd
 from normistral.serving.descriptors import plan_connections
 from normistral.serving.limits import KIB
-from normistral.serving.protocol import limited_protocol
+from normistral.serving.protocol import LimitedProtocol, limit_unread, limited_protocol
+from normistral.serving.public_routes import PublicRoutes
 from normistral.serving.service import Service
 from normistral.serving.worker_client import load_error
 
@@ -31,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 3  # for streams to send the error that ended them
 _POLL_S = 0.02
-_QUEUE = 1024  # connections that the system keeps until they are accepted; whoever comes last waits for all of them
+# Connections that the system keeps until they are accepted; Linux takes at most net.core.somaxconn. One more is not
+# answered, and its client tries again after a second. A full queue is accepted within 0.1 s.
+_BACKLOG = 4096
 # For which a thread that renders a prompt keeps the interpreter when the event loop wants it, which is after every read
 # and write. Python's own 5 ms are half a second for a hundred connections.
 _SWITCH_S = 0.0005
@@ -63,21 +69,25 @@ class ApiServer(uvicorn.Server):
         self.service: Service = app.state.service
         limits = self.service.limits
         plan = plan_connections(limits.connections)
+        protocol = limited_protocol(limits, Crowd(plan.served, plan.spare))
         super().__init__(
             uvicorn.Config(
                 app,
-                http=limited_protocol(limits, Crowd(plan.served, plan.spare)),
+                http=protocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                backlog=plan.backlog,
+                backlog=_BACKLOG,
                 timeout_keep_alive=limits.keep_alive_s,
                 timeout_graceful_shutdown=_LAST_WORDS_S,
             )
         )
         self.failure: NormistralError | None = None
+        self._protocol, self._held = protocol, plan.held
+        self._public_routes: PublicRoutes = app.state.public_routes
+        self._acceptor: Acceptor | None = None
         self._on_started, self._on_ready = on_started, on_ready
         self._told_ready = False
         self._stop_asked = False
@@ -99,10 +109,31 @@ class ApiServer(uvicorn.Server):
         """Listen."""
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
-        await super().startup(sockets)
-        for listener in sockets or ():
-            listener.listen(_QUEUE)  # asyncio made it as short as what it accepts at once
+        if not sockets or not hasattr(selectors.DefaultSelector, "fileno"):  # Windows has no selector of selectors
+            await super().startup(sockets)
+        else:
+            await super().startup([])
+            for listener in sockets:
+                limit_unread(listener, self.service.limits.stall_s)  # its connections inherit it
+            self._acceptor = Acceptor(
+                self._make_protocol,
+                self._public_routes,
+                self.service.limits,
+                self._held,
+                lambda: bool(self.server_state.tasks),
+                lambda: dict(self.server_state.default_headers).get(b"date") or formatdate(usegmt=True).encode(),
+            )
+            self._acceptor.listen(sockets, _BACKLOG)
         self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, and end what is left."""
+        if self._acceptor is not None:
+            self._acceptor.close()
+        await super().shutdown(sockets)
+
+    def _make_protocol(self) -> LimitedProtocol:
+        return self._protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is over."""
