@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from normistral.runtime.kernels.library import build_library, find_library, find
 # The models are so small that torch's threads wait for each other longer than they compute, and there is a process of
 # pytest for every processor. Read when torch is first imported; commands that a test starts inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background jobs inherit that SIGINT is ignored, and so would every command that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, so that a change is judged by what it changed. To look for new ones:
 # pytest --hypothesis-profile=explore
