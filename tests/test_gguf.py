@@ -16,8 +16,8 @@ from tiny_models import TEMPLATE, make_llama
 
 from normistral.errors import CheckpointError, NormistralError, ResourceError, UnsupportedArchitectureError
 from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.fields import IgnoredFields
 from normistral.export.checkpoint.gguf import convert_gguf
-from normistral.export.checkpoint.known_fields import IgnoredFields
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
 from normistral.files import sha256_file

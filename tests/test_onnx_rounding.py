@@ -13,7 +13,7 @@ from normistral.errors import CheckpointError
 from normistral.export.checkpoint import tensor_reader as reading
 from normistral.export.checkpoint.families.llama import MISTRAL
 from normistral.export.checkpoint.tensor_reader import WeightReader
-from normistral.export.onnx.external import ALIGNMENT, ExternalData
+from normistral.export.onnx.graph import ALIGNMENT, ExternalData
 from normistral.export.quantize.scheme import Grid, round_rows
 
 GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (16, 32) for symmetric in (True, False)]

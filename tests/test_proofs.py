@@ -19,7 +19,7 @@ from normistral.artifact.manifest import read_manifest
 from normistral.errors import ExportError, UsageError
 from normistral.export.checkpoint.config import architecture_of, read_json, sanitise_config
 from normistral.export.reference import model as reference
-from normistral.export.verify import proving
+from normistral.export.verify import artifact as proving
 from normistral.export.verify.weights import compare_groups
 
 FORMATS = ("openvino", "onnx")

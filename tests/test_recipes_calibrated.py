@@ -79,7 +79,7 @@ def test_what_does_not_apply_is_refused(tmp_path, options, message):
 def test_products_are_fast_only_while_a_calibration_runs():
     import torch
 
-    from normistral.export.quantize.arithmetic import fast_products
+    from normistral.export.quantize.calibrate import fast_products
 
     with fast_products():
         assert torch.get_float32_matmul_precision() == "medium"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from normistral.artifact.manifest import SamplingDefaults
-from normistral.export.checkpoint.sampling_defaults import read_sampling_defaults
+from normistral.export.checkpoint.generation_config import read_sampling_defaults
 from normistral.runtime.options import resolve_options
 
 OURS = SamplingDefaults(temperature=1.0, top_k=50)

@@ -8,6 +8,7 @@ Each step lives in a file of its own; this one only puts them in order.
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +24,11 @@ from normistral.artifact.manifest import Manifest, RecipeRecord, Source, hash_fi
 from normistral.artifact.store import default_output
 from normistral.errors import ExportError, ResourceError
 from normistral.export import openvino
-from normistral.export.auxiliary_files import copy_companions, folder_bytes
 from normistral.export.checkpoint.chat_templates import read_template_file
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.checkpoint.values import read_magnitudes
+from normistral.export.openvino import save_tokenizer_ir, tokenizer_ir_differs
 from normistral.export.quantize.float16_range import require_range
 from normistral.export.quantize.plan import (
     SENSITIVITY_TOKENS,
@@ -57,10 +58,9 @@ from normistral.export.resources import (
     measure_products,
 )
 from normistral.export.staging import Staging, check_output, stage
-from normistral.export.tokenizer_ir import save_tokenizer_ir, tokenizer_ir_differs
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
-from normistral.export.verify.proving import Proving, choose_proving, prove
-from normistral.export.verify.rotary_buffers import check_rotary_buffers
+from normistral.export.verify.artifact import Proving, choose_proving, prove
+from normistral.export.verify.positions import check_rotary_buffers
 from normistral.hardware import plan_threads, read_machine
 from normistral.progress import NoProgress, Progress
 from normistral.telemetry import silence_telemetry
@@ -214,8 +214,7 @@ def _calibrate(
     plan = choose_plan(recipe, group_size)
     if plan is None:
         return None, record
-    from normistral.export.quantize.arithmetic import fast_products
-    from normistral.export.quantize.calibrate import round_layers
+    from normistral.export.quantize.calibrate import fast_products, round_layers
 
     windows = calibration_windows(lambda text: list(checkpoint.tokenizer(text)["input_ids"]), context)
     tables = RoundedTables.make(staging.workspace)
@@ -319,3 +318,15 @@ def _translate_system_errors() -> Iterator[None]:
     except OSError as exc:
         where = f"{exc.filename}: " if exc.filename else ""
         raise ExportError(f"{where}{exc.strerror or exc}", "see that the disk is there and may be written") from exc
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """config.json and generation_config.json as they were checked, the tokenizer's files byte for byte."""
+    configurations = [checkpoint.folder / "config.json", checkpoint.folder / "generation_config.json"]
+    for file in (*configurations, *checkpoint.tokenizer_files):
+        shutil.copyfile(file, folder / file.name)  # follows links
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -20,6 +20,8 @@ from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.families.base import OUTPUT_LAYER
 from normistral.export.checkpoint.fields import (
     AS_PUBLISHED,
+    IgnoredFields,
+    check_fields,
     read_integer,
     read_number,
     read_token_id,
@@ -27,7 +29,6 @@ from normistral.export.checkpoint.fields import (
     shorten,
 )
 from normistral.export.checkpoint.file_kinds import unreadable
-from normistral.export.checkpoint.known_fields import IgnoredFields, check_fields
 
 _MAX_JSON_BYTES = 256 * 2**20
 _MAX_PARAMETERS = 2**40

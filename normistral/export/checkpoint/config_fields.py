@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normistral.export.checkpoint.generation_fields import GENERATION_FIELDS
-from normistral.export.checkpoint.known_fields import Document, KnownField, harmless, harmless_at, used
+from normistral.export.checkpoint.fields import Document, KnownField, harmless, harmless_at, used
+from normistral.export.checkpoint.generation_config import GENERATION_FIELDS
 
 Fields = dict[str, KnownField]
 

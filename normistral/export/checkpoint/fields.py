@@ -1,10 +1,17 @@
-"""Checked fields of a checkpoint's JSON files: each reader gives a value of the right type and range, or an error."""
+"""Checked reading of a checkpoint's JSON fields, and the guard against unknown ones.
+
+Each reader returns a value of the right type and range, or raises. Every field of a file is used, known to be without
+effect, or refused by its name: one that is dropped silently may change what the model computes. The tables are in
+config_fields.py, generation_config.py and gguf_fields.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from normistral.errors import CheckpointError
+from normistral.errors import CheckpointError, UsageError
 
 AS_PUBLISHED = "use a checkpoint whose config.json is as its authors published it"
 
@@ -102,3 +109,118 @@ def shorten(value: object) -> str:
     except (ValueError, RecursionError):  # an integer with thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownField:
+    """What is known of one field.
+
+    Attributes:
+        reason: what it is used for, or why it is without effect.
+        is_used: read by the exporter, which checks its values itself.
+        accepts: whether a value (first argument) is without effect beside the other fields (second); others are
+            refused. Null always is.
+        values: `accepts` in words; empty where every value is without effect.
+    """
+
+    reason: str
+    is_used: bool = False
+    accepts: Callable[[Any, Document], bool] = lambda value, document: True
+    values: str = ""
+
+
+def used(reason: str) -> KnownField:
+    """A field that the exporter reads."""
+    return KnownField(reason, is_used=True)
+
+
+def harmless(reason: str) -> KnownField:
+    """A field without effect, whatever its value."""
+    return KnownField(reason)
+
+
+def harmless_at(*values: Any, reason: str) -> KnownField:
+    """A field without effect at these values (and at null), and refused at others."""
+
+    def accepts(value: Any, _: Document) -> bool:
+        return any(type(value) is type(known) and value == known for known in _numbers(values))
+
+    return KnownField(reason, accepts=accepts, values=", ".join(["null", *map(_as_json, values)]))
+
+
+@dataclass(slots=True)
+class IgnoredFields:
+    """The names of `--ignore-field`; `found` are those that stood in a file."""
+
+    names: tuple[str, ...] = ()
+    found: set[str] = field(default_factory=set)
+
+    def take_from(self, document: Document, known: Mapping[str, KnownField], file: str) -> dict[str, Any]:
+        """A document less these fields; `a.b` is the field b of the object a.
+
+        Raises:
+            UsageError: one of them is read.
+        """
+        kept = {key: dict(value) if isinstance(value, dict) else value for key, value in document.items()}
+        for name in self.names:
+            outer, _, inner = name.partition(".")
+            place = kept if name in kept else kept.get(outer)
+            if not isinstance(place, dict) or (key := name if place is kept else inner) not in place:
+                continue
+            if place is kept and name in known and known[name].is_used:
+                raise UsageError(
+                    f"--ignore-field {name}: this field is read and cannot be ignored", f"correct {file}, or leave it"
+                )
+            del place[key]
+            self.found.add(name)
+        return kept
+
+    def require_found(self) -> None:
+        """Raise UsageError for a name that is in no file: it is mistyped, or no longer needed."""
+        missing = [name for name in self.names if name not in self.found]
+        if missing:
+            raise UsageError(f"--ignore-field {missing[0]}: the checkpoint has no such field", "leave it out")
+
+
+def check_fields(document: Document, known: Mapping[str, KnownField], file: str, inside: str = "") -> None:
+    """Refuse fields that may change what the model computes.
+
+    Args:
+        document: the fields, as they stand in the file.
+        known: of all that may stand there.
+        file: name of the file, for messages.
+        inside: name of the object in the file that `document` is; empty for the whole file.
+
+    Raises:
+        CheckpointError: an unknown field, or a known one with a value that has an effect.
+    """
+    for name, value in document.items():
+        full = f"{inside}.{name}" if inside else name
+        entry = known.get(name)
+        if value is None or (entry is not None and (entry.is_used or entry.accepts(value, document))):
+            continue
+        shown = ascii(full)[1:-1][:80]
+        hint = f"if you know that it does not, export with --ignore-field {shown}"
+        if entry is None:
+            raise CheckpointError(
+                f"{file}: the field {shown} is unknown here and may change what the model computes", hint
+            )
+        raise CheckpointError(
+            f"{file}: {shown} is {shorten(value)}, which changes what the model computes and is not supported "
+            f"({entry.reason}); without effect: {entry.values}",
+            hint,
+        )
+
+
+def _numbers(values: tuple[Any, ...]) -> list[Any]:
+    """Whole numbers also as floats: JSON writers do not tell 1 from 1.0."""
+    wide = [float(value) for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    narrow = [int(value) for value in values if isinstance(value, float) and value.is_integer()]
+    return [*values, *wide, *narrow]
+
+
+def _as_json(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)

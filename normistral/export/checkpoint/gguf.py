@@ -22,10 +22,10 @@ from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError, UnsupportedArchitectureError
 from normistral.export.checkpoint.config import count_parameters, expected_tensors, sanitise_config
+from normistral.export.checkpoint.fields import IgnoredFields, check_fields
 from normistral.export.checkpoint.gguf_fields import GGUF_FIELDS, is_of_the_model, known_keys
 from normistral.export.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from normistral.export.checkpoint.gguf_tokenizer import write_tokenizer
-from normistral.export.checkpoint.known_fields import IgnoredFields, check_fields
 from normistral.hardware import available_memory_bytes
 from normistral.progress import OnBytes, Progress
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normistral.export.checkpoint.known_fields import Document, KnownField, harmless, harmless_at, used
+from normistral.export.checkpoint.fields import Document, KnownField, harmless, harmless_at, used
 
 ARCHITECTURE_PREFIX, TOKENIZER_PREFIX = "llama.", "tokenizer."
 _SCALED = "positions that are scaled, which is not read from GGUF"

@@ -17,9 +17,9 @@ from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.artifact.presets import PRESETS, Preset, find_preset
 from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
 from normistral.export.checkpoint.config import drop_ignored, read_json, sanitise_config
+from normistral.export.checkpoint.fields import IgnoredFields
 from normistral.export.checkpoint.folder_kinds import recognise_folder, refuse_other_models
 from normistral.export.checkpoint.hub import download
-from normistral.export.checkpoint.known_fields import IgnoredFields
 from normistral.progress import Progress
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -29,17 +29,14 @@ from normistral.export.checkpoint.config import (
 )
 from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.families.base import Family
-from normistral.export.checkpoint.fields import read_token_ids
+from normistral.export.checkpoint.fields import IgnoredFields, check_fields, read_token_ids
 from normistral.export.checkpoint.folder_kinds import refuse_other_models
-from normistral.export.checkpoint.generation_fields import GENERATION_FIELDS
+from normistral.export.checkpoint.generation_config import GENERATION_FIELDS, read_sampling_defaults
 from normistral.export.checkpoint.gguf import convert_gguf
 from normistral.export.checkpoint.gguf_file import gguf_parts
-from normistral.export.checkpoint.known_fields import IgnoredFields, check_fields
 from normistral.export.checkpoint.locate import Located
-from normistral.export.checkpoint.sampling_defaults import read_sampling_defaults
-from normistral.export.checkpoint.template_check import prove_template
 from normistral.export.checkpoint.tensor import Dtype, Tensor
-from normistral.export.checkpoint.tokenizer_check import prove_tokenizer
+from normistral.export.checkpoint.tokenizer_check import prove_template, prove_tokenizer
 from normistral.export.checkpoint.tokenizer_files import TOKENIZER_FILES, lay_out_tokenizer, link_or_copy
 from normistral.export.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from normistral.export.checkpoint.weights import (

@@ -15,8 +15,7 @@ from normistral.export.checkpoint.config import read_json
 from normistral.export.checkpoint.families.base import OUTPUT_LAYER, Family
 from normistral.export.checkpoint.folder_kinds import recognise_folder
 from normistral.export.checkpoint.safetensors_file import read_safetensors
-from normistral.export.checkpoint.tensor import Dtype, Tensor
-from normistral.export.checkpoint.tensor_names import recognise_tensors
+from normistral.export.checkpoint.tensor import Dtype, Tensor, recognise_tensors
 from normistral.export.checkpoint.torch_file import read_torch_file
 
 T = TypeVar("T")

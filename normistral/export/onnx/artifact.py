@@ -16,8 +16,7 @@ from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx import bloom, llama
 from normistral.export.onnx.blocks import Storage
-from normistral.export.onnx.external import ExternalData
-from normistral.export.onnx.graph import DATA_NAME, Graph
+from normistral.export.onnx.graph import DATA_NAME, ExternalData, Graph
 from normistral.export.onnx.plain import write_plain
 from normistral.export.onnx.signature import read_signature
 from normistral.export.quantize.scheme import Grid

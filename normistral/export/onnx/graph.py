@@ -1,4 +1,4 @@
-"""A graph under construction: nodes, small constants, and weights that go straight to the data file."""
+"""An ONNX graph under construction: nodes, small constants, and weights that are written directly to the data file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -16,11 +17,55 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from normistral.export.checkpoint.tensor_reader import Rows, WeightReader
-from normistral.export.onnx.external import ExternalData, point_to
 from normistral.export.onnx.signature import Signature
 from normistral.export.quantize.scheme import Grid, Rounded, round_rows
 from normistral.export.quantize.tensor_store import RoundedTables
 from normistral.progress import Stage
+
+ALIGNMENT = 4096  # of each tensor in the file: a page, so that mapped tensors share none
+
+
+class ExternalData:
+    """An open data file; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, name: str, dtype: int, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]) -> onnx.TensorProto:
+        """Append a tensor.
+
+        Args:
+            dtype: a TensorProto.DataType.
+            shape: of the whole tensor; the blocks come in its row-major order.
+
+        Returns:
+            the initializer that points to it.
+        """
+        offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
+        self._file.seek(offset)  # the gap reads as zeros
+        for block in blocks:
+            self._file.write(np.ascontiguousarray(block).data)
+        return point_to(name, dtype, shape, self._path.name, offset, self._file.tell() - offset)
+
+
+def point_to(
+    name: str, dtype: int, shape: tuple[int, ...], location: str, offset: int, length: int
+) -> onnx.TensorProto:
+    """An initializer whose bytes lie in a file; several may point to the same bytes with shapes of their own."""
+    tensor = onnx.TensorProto(name=name, data_type=dtype, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
 
 MICROSOFT = "com.microsoft"  # operators that onnxruntime adds to the standard ones
 GRAPH_NAME = "model.onnx"

@@ -22,8 +22,7 @@ from normistral.export.checkpoint.families.base import OUTPUT_LAYER
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx import placeholders
 from normistral.export.onnx.blocks import multiply_by_embedding, past_input
-from normistral.export.onnx.external import ExternalData
-from normistral.export.onnx.graph import DATA_NAME, Graph
+from normistral.export.onnx.graph import DATA_NAME, ExternalData, Graph
 from normistral.export.onnx.signature import read_signature
 from normistral.progress import Stage
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from normistral.errors import ExportError
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.quantize.moments import collect_moments, linear_modules
+from normistral.export.quantize.calibrate import collect_moments, linear_modules
 from normistral.export.quantize.plan import Plan
 from normistral.export.quantize.scale_search import search_steps
 from normistral.export.quantize.scheme import nearest_codes, restore

@@ -11,7 +11,7 @@ from normistral.errors import ExportError
 from normistral.export.checkpoint.config import read_json
 from normistral.export.checkpoint.fields import shorten
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.template_check import where_they_part
+from normistral.export.checkpoint.tokenizer_check import where_they_part
 from normistral.export.verify import CAUSE
 
 # Compared by its two long lists apart: those are where something goes missing unnoticed.

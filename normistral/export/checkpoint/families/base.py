@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normistral.artifact.manifest import Architecture
-from normistral.export.checkpoint.known_fields import KnownField
+from normistral.export.checkpoint.fields import KnownField
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape as stored; [out, in] for a matrix

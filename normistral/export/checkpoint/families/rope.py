@@ -12,12 +12,16 @@ from normistral.export.checkpoint.families.base import Config
 from normistral.export.checkpoint.fields import (
     AS_PUBLISHED,
     MAX_POSITIONS,
+    KnownField,
+    check_fields,
+    harmless,
+    harmless_at,
     read_flag,
     read_integer,
     read_number,
     shorten,
+    used,
 )
-from normistral.export.checkpoint.known_fields import KnownField, check_fields, harmless, harmless_at, used
 
 DEFAULT_THETA = 10000.0  # of transformers' LlamaConfig and MistralConfig
 # The types of scaling: their fields, and whether each has to be there.
