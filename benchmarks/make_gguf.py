@@ -43,13 +43,15 @@ def convert(checkpoint: Path, output: Path, dtype: str) -> None:
     """Write float weights, one tensor in memory at a time; norms stay float32."""
     import gguf
 
-    from normistral.export.checkpoint.config import architecture_of, read_json
+    from normistral.export.checkpoint.config import read_json
     from normistral.export.checkpoint.families import find_family
     from normistral.export.checkpoint.tensor_reader import WeightReader
+    from normistral.export.checkpoint.weights import find_weight_files, read_tensors, with_prefix
 
     config = read_json(checkpoint / "config.json")
-    architecture = architecture_of(config)
-    reader = WeightReader(checkpoint, find_family(config))
+    family = find_family(config)
+    architecture = family.architecture(config)
+    reader = WeightReader(with_prefix(read_tensors(find_weight_files(checkpoint)), family))
     writer = gguf.GGUFWriter(output, "llama")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])

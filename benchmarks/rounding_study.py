@@ -195,12 +195,12 @@ def main() -> None:
             print(name, json.dumps(results[name]), flush=True)
             arguments.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-        model = load_model(checkpoint.folder, "float32")
+        model = load_model(checkpoint, "float32")
         parameters = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
         if "float32" not in results:
             measure("float32", predict_with(model), {"bits_per_weight": 32.0})
         for name, folder in arguments.artifact:
-            model, size = artifact_model(load_model(checkpoint.folder, "float32"), Path(folder))
+            model, size = artifact_model(load_model(checkpoint, "float32"), Path(folder))
             measure(name, predict_with(model), size)
         for name, file in arguments.gguf:
             model, size = gguf_model(Path(file))

@@ -23,7 +23,8 @@ from pathlib import Path
 from tiny_models import VOCABULARY, edit_json, make_mistral, write_tokenizer
 
 from normistral.artifact.manifest import SCHEMA_VERSION, parse_manifest, read_manifest, serialise_manifest
-from normistral.export.checkpoint.config import expected_tensors, sanitise_config
+from normistral.export.checkpoint.config import sanitise_config
+from normistral.export.checkpoint.families import find_family
 
 Command = list[str]
 
@@ -91,7 +92,7 @@ def make_huge_checkpoint(folder: Path) -> Path:
     edit_json(folder / "config.json", torch_dtype="bfloat16", **shape)
     config = sanitise_config(json.loads((folder / "config.json").read_text()))
     header, position = {}, 0
-    for name, dimensions in expected_tensors(config).items():
+    for name, dimensions in find_family(config).tensor_shapes(config).items():
         size = 2
         for dimension in dimensions:
             size *= dimension

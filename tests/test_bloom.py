@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from checkpoint_headers import read_headers
 from tiny_bloom import make_bloom
 from tiny_family import TOKENS, reference_logits
 from tiny_models import edit_json
@@ -12,7 +13,8 @@ from tiny_models import edit_json
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint.config import architecture_of, context_of, read_json, sanitise_config
+from normistral.export.checkpoint.config import read_json, sanitise_config
+from normistral.export.checkpoint.families.bloom import BLOOM
 from normistral.export.onnx.bloom import slopes
 from normistral.export.openvino import convert
 from normistral.runtime.engines.base import EngineConfig
@@ -72,9 +74,9 @@ def config_of(folder, **changes):
 
 def test_sizes_under_their_other_names_are_the_same_model(tmp_path):
     folder = make_bloom(tmp_path / "model")
-    expected = architecture_of(config_of(folder))
+    expected = BLOOM.architecture(config_of(folder))
     renamed = {"n_embed": 64, "hidden_size": ..., "num_attention_heads": 4, "n_head": ...}
-    assert architecture_of(config_of(folder, **renamed, num_hidden_layers=2, n_layer=...)) == expected
+    assert BLOOM.architecture(config_of(folder, **renamed, num_hidden_layers=2, n_layer=...)) == expected
     with pytest.raises(CheckpointError, match="contradicts itself: n_head 4, num_attention_heads 8"):
         config_of(folder, n_head=4, num_attention_heads=8)
     with pytest.raises(CheckpointError, match="64 is not divisible by 5 heads"):
@@ -85,8 +87,8 @@ def test_sizes_under_their_other_names_are_the_same_model(tmp_path):
 
 def test_a_stated_context_is_taken(tmp_path):
     folder = make_bloom(tmp_path / "model")
-    assert context_of(config_of(folder)) is None
-    assert context_of(config_of(folder, seq_length=512)) == 512
+    assert BLOOM.context_length(config_of(folder)) is None
+    assert BLOOM.context_length(config_of(folder, seq_length=512)) == 512
 
 
 def test_converting_to_openvino_leaves_torch_as_it_was(tmp_path, monkeypatch):
@@ -103,7 +105,7 @@ def test_converting_to_openvino_leaves_torch_as_it_was(tmp_path, monkeypatch):
         raise RuntimeError("on purpose")
 
     folder = make_bloom(tmp_path / "again", dtype="bfloat16", headless=False, tie_key=False)
-    model = load_model(folder, "bfloat16")
+    model = load_model(read_headers(folder), "bfloat16")
     monkeypatch.setattr("openvino.convert_model", fail)
     with pytest.raises(ExportError, match="on purpose"):
         convert(model)

@@ -20,7 +20,8 @@ from tiny_models import END_THINK, TEMPLATE, THINK, THINKING_TEMPLATE, edit_json
 from normistral.artifact.manifest import ReasoningMarkers, SamplingDefaults
 from normistral.artifact.presets import Preset, find_preset
 from normistral.errors import CheckpointError, NormistralError, UnsupportedArchitectureError
-from normistral.export.checkpoint.config import count_parameters, read_json, sanitise_config
+from normistral.export.checkpoint.config import read_json, sanitise_config
+from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.locate import Located
 from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
 from normistral.files import sha256_file
@@ -109,7 +110,8 @@ def test_parameters_of_the_published_shape() -> None:
     assert published is not None
     config = {"architectures": ["MistralForCausalLM"], "vocab_size": 32768, "hidden_size": 4096, "head_dim": 128}
     config |= {"num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336}
-    assert count_parameters(sanitise_config(config)) == published.parameters
+    clean = sanitise_config(config)
+    assert find_family(clean).count_parameters(clean) == published.parameters
 
 
 def test_stop_token_of_the_template_alone(model: Path, tmp_path: Path) -> None:
@@ -330,7 +332,7 @@ def test_headless_names(tmp_path: Path) -> None:
         save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
         checkpoint = open_folder(folder, tmp_path / f"workspace-{tied}")
         assert checkpoint.architecture.tied_embeddings is tied
-        state = load_model(checkpoint.folder, "float32").state_dict()  # transformers' own loader refuses the mixture
+        state = load_model(checkpoint, "float32").state_dict()  # transformers' own loader refuses the mixture
         expected = tensors | {"lm_head.weight": tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])}
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
@@ -373,12 +375,14 @@ def test_reading_config_and_tensor_names_imports_no_torch(tmp_path: Path, safete
     model = make_mistral(tmp_path / "model", safetensors=safetensors, shards=2)
     code = (
         "import sys\n"
-        "from normistral.export.checkpoint.config import expected_tensors, read_json, sanitise_config\n"
+        "from normistral.export.checkpoint.config import read_json, sanitise_config\n"
+        "from normistral.export.checkpoint.families import find_family\n"
         "from normistral.export.checkpoint.locate import locate; from normistral.progress import NoProgress\n"
-        "from normistral.export.checkpoint.weights import read_tensors\n"
+        "from normistral.export.checkpoint.weights import find_weight_files, read_tensors\n"
         f"folder = locate({str(model)!r}, progress=NoProgress()).path\n"
         "config = sanitise_config(read_json(folder / 'config.json'))\n"
-        "assert expected_tensors(config).keys() == read_tensors(folder).keys()\n"
+        "shapes = find_family(config).tensor_shapes(config)\n"
+        "assert shapes.keys() == read_tensors(find_weight_files(folder)).keys()\n"
         "print(sorted({'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys()))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -47,7 +47,7 @@ from normistral.export.checkpoint.locate import Located
 from normistral.export.checkpoint.open import open_checkpoint
 from normistral.export.checkpoint.safetensors_file import read_safetensors
 from normistral.export.checkpoint.torch_file import read_torch_file
-from normistral.export.checkpoint.weights import read_tensors
+from normistral.export.checkpoint.weights import find_weight_files, read_tensors
 from normistral.progress import NoProgress
 
 # What the interpreter itself takes while reading a file of a few hundred bytes: compiled patterns, the traceback, a
@@ -89,7 +89,7 @@ def refusal(read: Callable[[Path], Any], path: Path, limit_bytes: int = FLOOR_BY
 def test_a_pickle_that_runs_something_is_refused_and_runs_nothing(name: str, tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(torch_file(HOSTILE[name](tmp_path)))
-    message = refusal(lambda path: read_tensors(path.parent), path)
+    message = refusal(lambda path: read_tensors(find_weight_files(path.parent)), path)
     assert "holds more than tensors: " in message
     assert message.endswith("; nothing was run")
     assert not (tmp_path / "ran").exists()

@@ -43,7 +43,7 @@ def layered(checkpoint, **options):
 @pytest.mark.parametrize("group_tokens", [1, 100, 8192])
 def test_it_computes_what_transformers_computes_at_once(checkpoint, group_tokens):
     found = list(layered(checkpoint, group_tokens=group_tokens).predict(WINDOWS))
-    model = load_model(checkpoint.folder, "float32")
+    model = load_model(checkpoint, "float32")
     assert len(found) == len(WINDOWS)
     for window, logits in zip(WINDOWS, found, strict=True):
         with torch.inference_mode():
@@ -54,7 +54,7 @@ def test_it_computes_what_transformers_computes_at_once(checkpoint, group_tokens
 
 
 def test_the_whole_model_predicts_the_same_places(checkpoint):
-    whole = WholeModel(load_model(checkpoint.folder, "float32")).predict(WINDOWS)
+    whole = WholeModel(load_model(checkpoint, "float32")).predict(WINDOWS)
     for logits, expected in zip(layered(checkpoint).predict(WINDOWS), whole, strict=True):
         np.testing.assert_allclose(logits, expected, atol=TOLERANCE * (expected.max() - expected.min()))
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from checkpoint_headers import read_headers
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 from tiny_models import QUIRKS, edit_json, make_llama, make_mistral
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from normistral.export.checkpoint.config import architecture_of, read_json, sanitise_config
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
 from normistral.export.onnx.plain import write_plain
 from normistral.export.onnx.signature import read_signature
@@ -27,6 +28,7 @@ TOLERANCE = 2e-5
 # Float16 has 11 bits, 5e-4 per rounding; 4e-4 of the spread measured over two layers.
 TOLERANCE_FLOAT16 = 2e-3
 
+TESTS = Path(__file__).parent
 IDS = np.array([1, *np.random.default_rng(7).integers(5, 261, size=47)])
 LLAMA = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -45,8 +47,7 @@ class Counter(Uncounted):
 
 def write(checkpoint, output, dtype="float32", stage=None):
     output.mkdir()
-    config = sanitise_config(read_json(checkpoint / "config.json"))
-    write_plain(config, architecture_of(config), checkpoint, output, dtype, stage or Uncounted(), "0")
+    write_plain(read_headers(checkpoint), output, dtype, stage or Uncounted())
     return output
 
 
@@ -79,7 +80,7 @@ class Artifact:
 
 def reference(checkpoint, ids=IDS, **changes):
     """transformers' logits in float32."""
-    config = AutoConfig.for_model(**(sanitise_config(read_json(checkpoint / "config.json")) | changes))
+    config = AutoConfig.for_model(**(read_headers(checkpoint).config | changes))
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
@@ -190,7 +191,7 @@ def test_checkpoints_of_all_kinds(tmp_path, make, options, changes, dtype, toler
     artifact = Artifact(folder, head_dim=options["head_dim"])
     parts = [artifact.feed(IDS[:20]), *(artifact.feed([token]) for token in IDS[20:])]
     assert error(np.concatenate(parts), expected) <= tolerance
-    parameters = architecture_of(sanitise_config(read_json(checkpoint / "config.json"))).parameters
+    parameters = read_headers(checkpoint).architecture.parameters
     stored = 2 if options.get("dtype", "float32") != "float32" else 4
     assert stage.total == parameters * stored  # every tensor was read, and read once
 
@@ -214,8 +215,8 @@ def test_the_signature_is_optimums(tmp_path, head_dim, dtype, float_type):
     checkpoint = make_mistral(tmp_path / "checkpoint", **{**QUIRKS, "head_dim": head_dim})
     folder = write(checkpoint, tmp_path / "artifact", dtype)
     model = onnx.load(folder / GRAPH_NAME, load_external_data=False)
-    config = sanitise_config(read_json(checkpoint / "config.json"))
-    signature = read_signature(AutoConfig.for_model(**config), architecture_of(config), float_type)
+    headers = read_headers(checkpoint)
+    signature = read_signature(AutoConfig.for_model(**headers.config), headers.architecture, float_type)
     assert list(model.graph.input) == [port.value_info() for port in signature.inputs]
     assert list(model.graph.output) == [port.value_info() for port in signature.outputs]
     onnx.checker.check_model(folder / GRAPH_NAME, full_check=True)
@@ -226,16 +227,18 @@ def test_the_same_checkpoint_gives_the_same_bytes(quirky, quirky_float16, tmp_pa
     """Also in a process of its own, which says nothing and leaves nothing in its working directory."""
     checkpoint, float32 = quirky
     script = f"""
+import sys
 from pathlib import Path
-from normistral.export.checkpoint.config import architecture_of, read_json, sanitise_config
+sys.path.insert(0, {str(TESTS)!r})
+from checkpoint_headers import read_headers
 from normistral.export.onnx.plain import write_plain
 from normistral.progress import Uncounted
 checkpoint = Path({str(checkpoint)!r})
-config = sanitise_config(read_json(checkpoint / "config.json"))
+headers = read_headers(checkpoint)
 for dtype in ("float32", "float16"):
     output = Path({str(tmp_path)!r}) / dtype
     output.mkdir()
-    write_plain(config, architecture_of(config), checkpoint, output, dtype, Uncounted(), "0")
+    write_plain(headers, output, dtype, Uncounted())
 """
     work = tmp_path / "work"
     work.mkdir()

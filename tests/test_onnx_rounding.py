@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import pytest
+from checkpoint_headers import read_headers
 from dequantise import dequantise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,6 @@ from tiny_models import make_mistral
 
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint import tensor_reader as reading
-from normistral.export.checkpoint.families.llama import MISTRAL
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx.graph import ALIGNMENT, ExternalData
 from normistral.export.quantize.scheme import Grid, round_rows
@@ -76,7 +76,7 @@ def test_the_reader_gives_what_torch_reads(tmp_path, monkeypatch, stored, option
 
     monkeypatch.setattr(reading, "_BLOCK_VALUES", 1000)  # several blocks to a matrix, the last one shorter
     folder = make_mistral(tmp_path / "model", dtype=stored, **options)
-    reader = WeightReader(folder, MISTRAL)
+    reader = WeightReader(read_headers(folder).tensors)
     for name, parameter in AutoModelForCausalLM.from_pretrained(folder, dtype="auto").named_parameters():
         expected = parameter.detach().float().numpy()
         found = np.concatenate(list(reader.blocks([name]))) if expected.ndim == 2 else reader.read(name)
@@ -86,7 +86,7 @@ def test_the_reader_gives_what_torch_reads(tmp_path, monkeypatch, stored, option
 
 def test_a_checkpoint_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     folder = make_mistral(tmp_path / "model")
-    reader = WeightReader(folder, MISTRAL)
+    reader = WeightReader(read_headers(folder).tensors)
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(4096)
     with pytest.raises(CheckpointError, match="ended while it was read"):

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from checkpoint_headers import read_headers
 from tiny_bloom import make_bloom
 from tiny_models import edit_json, make_mistral, write_json
 
 import normistral
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import ExportError, UsageError
-from normistral.export.checkpoint.config import architecture_of, read_json, sanitise_config
+from normistral.export.checkpoint.config import read_json
 from normistral.export.reference import model as reference
 from normistral.export.verify import artifact as proving
 from normistral.export.verify.weights import compare_groups
@@ -288,7 +289,7 @@ def test_a_large_model_is_compared_layer_by_layer(checkpoint, tmp_path, monkeypa
 
 
 def test_a_model_that_does_not_fit_is_not_run_at_once(checkpoint, monkeypatch):
-    architecture = architecture_of(sanitise_config(read_json(checkpoint / "config.json")))
+    architecture = read_headers(checkpoint).architecture
     assert reference.fits_for_running(architecture)
     monkeypatch.setattr(reference, "available_memory_bytes", lambda: 1000)
     assert not reference.fits_for_running(architecture)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_headers import read_headers
 from tiny_models import edit_json, make_llama, make_mistral
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +41,7 @@ def edit_weights(folder: Path, change: Any) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_parameters_are_the_mapped_file(tmp_path: Path, safetensors: bool, dtype: str) -> None:
     folder = make_mistral(tmp_path / "model", dtype=dtype, safetensors=safetensors, shards=2)
-    model = load_model(folder, dtype)
+    model = load_model(read_headers(folder), dtype)
     ranges = [span for path in weights_of(folder) for span in mapped_ranges(path)]
     for name, parameter in model.named_parameters():
         last = parameter.data_ptr() + parameter.nbytes - 1
@@ -54,7 +55,7 @@ def test_it_computes_what_transformers_own_loader_gives(
     tmp_path: Path, safetensors: bool, options: dict[str, Any]
 ) -> None:
     folder = make_mistral(tmp_path / "model", safetensors=safetensors, sliding_window=16, **options)
-    ours = load_model(folder, "float32")
+    ours = load_model(read_headers(folder), "float32")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     with torch.inference_mode():
         assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
@@ -70,7 +71,7 @@ def test_scaled_rotary_positions_survive(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "model", positions=64)
     edit_json(folder / "config.json", rope_scaling={"rope_type": "linear", "factor": 4.0})
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ours = load_model(folder, "float32")
+    ours = load_model(read_headers(folder), "float32")
     for (name, buffer), (_, expected) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
         assert torch.equal(buffer, expected), name
     with torch.inference_mode():
@@ -79,53 +80,53 @@ def test_scaled_rotary_positions_survive(tmp_path: Path) -> None:
 
 def test_a_copied_output_layer_and_old_rotary_buffers_are_left_out(tmp_path: Path) -> None:
     folder = make_mistral(tmp_path / "model", tied=True)
-    plain = load_model(folder, "float32")(IDS).logits
+    plain = load_model(read_headers(folder), "float32")(IDS).logits
 
     def add(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.full((12,), 7.0)
 
     edit_weights(folder, add)
-    assert torch.equal(load_model(folder, "float32")(IDS).logits, plain)
+    assert torch.equal(load_model(read_headers(folder), "float32")(IDS).logits, plain)
 
 
 def test_names_without_prefix_are_found(tmp_path: Path) -> None:
     folder = make_mistral(tmp_path / "model", tied=True)
-    plain = load_model(folder, "float32")(IDS).logits
+    plain = load_model(read_headers(folder), "float32")(IDS).logits
 
     def strip(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
             tensors[name.removeprefix("model.")] = tensors.pop(name)
 
     edit_weights(folder, strip)
-    assert torch.equal(load_model(folder, "float32")(IDS).logits, plain)
+    assert torch.equal(load_model(read_headers(folder), "float32")(IDS).logits, plain)
 
 
 def test_tensors_that_are_missing_or_left_over_are_named(tmp_path: Path) -> None:
     folder = make_mistral(tmp_path / "model")
     edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ExportError, match=r"1 tensors are missing, 0 left over; first 'model\.layers\.1\.mlp\.up_proj"):
-        load_model(folder, "float32")
+        load_model(read_headers(folder), "float32")
     edit_json(folder / "config.json", num_hidden_layers=1)
     with pytest.raises(ExportError, match=r"0 tensors are missing, 8 left over; first 'model\.layers\.1\."):
-        load_model(folder, "float32")
+        load_model(read_headers(folder), "float32")
 
 
 def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
     folder = make_mistral(tmp_path / "model", head_dim=24)
     edit_json(folder / "config.json", head_dim=16)
     with pytest.raises(ExportError, match="transformers cannot load the checkpoint: "):
-        load_model(folder, "float32")
+        load_model(read_headers(folder), "float32")
 
 
 def test_an_odd_place_in_the_file_is_copied_and_not_misread(tmp_path: Path) -> None:
     folder = make_mistral(tmp_path / "model")
-    plain = load_model(folder, "float32")(IDS).logits
+    plain = load_model(read_headers(folder), "float32")(IDS).logits
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     path.write_bytes((length + 1).to_bytes(8, "little") + whole[8 : 8 + length] + b" " + whole[8 + length :])
-    assert torch.equal(load_model(folder, "float32")(IDS).logits, plain)
+    assert torch.equal(load_model(read_headers(folder), "float32")(IDS).logits, plain)
 
 
 def test_a_damaged_file_is_an_error_of_the_checkpoint(tmp_path: Path) -> None:
@@ -133,4 +134,4 @@ def test_a_damaged_file_is_an_error_of_the_checkpoint(tmp_path: Path) -> None:
     path = folder / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is truncated"):
-        load_model(folder, "float32")
+        load_model(read_headers(folder), "float32")

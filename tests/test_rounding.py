@@ -175,7 +175,7 @@ def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it
     folder = MODELS[kind](tmp_path / "model")
     plan = Plan("gptq", 4, 16, symmetric=False)
     checkpoint, tables = calibrate(folder, tmp_path / "scratch", plan)
-    model = load_model(checkpoint.folder, "float32")
+    model = load_model(checkpoint, "float32")
     state = {name: parameter for name, parameter in model.named_parameters() if name in tables.grids}
     assert state.keys() == tables.grids.keys()
     last = [name for name in state if f"{checkpoint.family.layer_prefix}1." in name]

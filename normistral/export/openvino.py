@@ -61,7 +61,7 @@ def write_model(
         with progress.stage("running the model for comparison"):
             reference = compute_reference(load_reference(checkpoint), token_ids)
     with progress.stage("loading the model"):
-        model = load_model(checkpoint.folder, checkpoint.dtype)
+        model = load_model(checkpoint, checkpoint.dtype)
     if recipe.weights == "fp16":
         with progress.stage("rounding to float16"):
             round_to_float16(model, staging.workspace / "float16")

@@ -9,18 +9,14 @@ without effect, and what it does not know is refused.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from normistral.artifact.manifest import Architecture
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint.config_fields import known_fields
 from normistral.export.checkpoint.families import find_family
-from normistral.export.checkpoint.families.base import OUTPUT_LAYER
 from normistral.export.checkpoint.fields import (
     AS_PUBLISHED,
-    IgnoredFields,
     check_fields,
     read_integer,
     read_number,
@@ -91,42 +87,7 @@ def sanitise_config(config: dict[str, Any]) -> dict[str, Any]:
     clean["bos_token_id"] = read_token_id(config, "bos_token_id", vocabulary)
     clean["pad_token_id"] = read_token_id(config, "pad_token_id", vocabulary)
     clean["eos_token_id"] = read_token_ids(config, "eos_token_id", vocabulary, "config.json") or None
-    if count_parameters(clean) > _MAX_PARAMETERS:
-        raise CheckpointError(f"config.json describes {count_parameters(clean):.3g} parameters", AS_PUBLISHED)
+    parameters = family.count_parameters(clean)
+    if parameters > _MAX_PARAMETERS:
+        raise CheckpointError(f"config.json describes {parameters:.3g} parameters", AS_PUBLISHED)
     return clean
-
-
-def drop_ignored(config: dict[str, Any], ignored: IgnoredFields) -> dict[str, Any]:
-    """config.json less the fields that were accepted knowingly; UsageError for one that is used."""
-    return ignored.take_from(config, find_family(config).fields, "config.json")
-
-
-def architecture_of(config: dict[str, Any]) -> Architecture:
-    """The model's shape, from a sanitised config."""
-    return find_family(config).describe(config, count_parameters(config))
-
-
-def context_of(config: dict[str, Any]) -> int | None:
-    """The context that a sanitised config gives, in tokens; None where it gives none (ALiBi needs none)."""
-    return config.get(find_family(config).context_field)
-
-
-def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes [out, in] of all weights of the model, by the names that transformers gives them."""
-    family = find_family(config)
-    tensors, layer_tensors = family.outer_tensors(config), family.layer_tensors(config)
-    for layer in range(architecture_of(config).layers):
-        tensors |= {f"{family.layer_prefix}{layer}.{name}": shape for name, shape in layer_tensors.items()}
-    if not config["tie_word_embeddings"]:
-        tensors[OUTPUT_LAYER] = tensors[family.embedding]
-    return tensors
-
-
-def count_parameters(config: dict[str, Any]) -> int:
-    """Parameters of a sanitised config; a tied output layer counts once."""
-    family = find_family(config)
-    outer = family.outer_tensors(config)
-    layer = sum(math.prod(shape) for shape in family.layer_tensors(config).values())
-    output = 0 if config["tie_word_embeddings"] else math.prod(outer[family.embedding])
-    layers = family.describe(config, 1).layers
-    return int(layers * layer + sum(math.prod(shape) for shape in outer.values()) + output)

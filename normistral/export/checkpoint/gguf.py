@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError, UnsupportedArchitectureError
-from normistral.export.checkpoint.config import count_parameters, expected_tensors, sanitise_config
+from normistral.export.checkpoint.config import sanitise_config
+from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.families.base import Shapes
 from normistral.export.checkpoint.fields import IgnoredFields, check_fields
 from normistral.export.checkpoint.gguf_fields import GGUF_FIELDS, is_of_the_model, known_keys
 from normistral.export.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
@@ -79,8 +81,9 @@ def convert_gguf(
     of_the_model = {name: value for name, value in gguf.metadata.items() if is_of_the_model(name)}
     check_fields(of_the_model, known_keys(of_the_model), path.name)
     config = sanitise_config(described)
-    sources = _match_tensors(gguf, config)
-    _require_room(path, folder, 4 * count_parameters(config))
+    family = find_family(config)
+    sources = _match_tensors(gguf, family.tensor_shapes(config))
+    _require_room(path, folder, 4 * family.count_parameters(config))
     folder.mkdir(parents=True, exist_ok=True)
     notes = write_tokenizer(gguf.metadata, folder)
     (folder / "config.json").write_text(json.dumps(described | {"torch_dtype": "float32"}, indent=2), encoding="utf-8")
@@ -155,7 +158,7 @@ def _linear_scaling(file: str, metadata: dict[str, Any]) -> dict[str, Any] | Non
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
 
 
-def _match_tensors(gguf: GgufFile, config: dict[str, Any]) -> dict[str, GgufTensor]:
+def _match_tensors(gguf: GgufFile, expected: Shapes) -> dict[str, GgufTensor]:
     """The file's tensors under transformers' names, compared with what the config describes."""
     sources: dict[str, GgufTensor] = {}
     for name, tensor in gguf.tensors.items():
@@ -166,7 +169,6 @@ def _match_tensors(gguf: GgufFile, config: dict[str, Any]) -> dict[str, GgufTens
             sources[f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"] = tensor
         else:
             raise CheckpointError(f"{gguf.path.name} holds the unknown tensor {ascii(name)[:80]}", _ORIGINAL)
-    expected = expected_tensors(config)
     for name, shape in expected.items():
         if name not in sources:
             raise CheckpointError(f"{gguf.path.name} lacks {name}", _AGAIN)

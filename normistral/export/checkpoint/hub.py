@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from normistral.errors import CheckpointError, DownloadError, ModelNotFoundError, ResourceError, UsageError
 from normistral.export.checkpoint.hub_cache import RepositoryCache, is_commit, is_hash, is_plain_name
-from normistral.export.checkpoint.weights import weight_files
+from normistral.export.checkpoint.weights import find_weight_files
 from normistral.files import explain, open_file
 from normistral.progress import Progress, Stage
 from normistral.telemetry import silence_telemetry
@@ -331,7 +331,7 @@ def _open_cached(
         raise DownloadError(f"{transport.repository} is not in the cache, and {reason}", hint) from reason
     before_weights(folder)
     try:
-        weights, _ = weight_files(folder)
+        weights = find_weight_files(folder).names
     except CheckpointError as exc:
         raise DownloadError(f"the cached copy of {transport.repository} has no weights, and {reason}", hint) from exc
     absent = [name for name in weights if not (folder / name).exists()]
@@ -340,7 +340,8 @@ def _open_cached(
             f"the cached copy of {transport.repository} lacks {', '.join(absent)}, and {reason}", hint
         ) from reason
     progress.note(f"{reason}: using the cached copy of {transport.repository} at commit {commit[:12]}")
-    names = [path.name for path in folder.iterdir() if _SMALL.fullmatch(path.name) and path.exists()] + weights
+    names = [path.name for path in folder.iterdir() if _SMALL.fullmatch(path.name) and path.exists()]
+    names += weights
     total = sum((folder / name).stat().st_size for name in names)
     cached, hashes = transport.files, {}
     with progress.stage("Checking the cached copy", total, "bytes") as stage:
@@ -356,7 +357,7 @@ def _choose_weights(folder: Path, files: list[_RemoteFile], repository: str) -> 
         if single in known:
             return [known[single]]
         if f"{single}.index.json" in known:
-            names, _ = weight_files(folder)
+            names = find_weight_files(folder).names
             absent = [name for name in names if name not in known or not _WEIGHTS.fullmatch(name)]
             if absent:
                 raise CheckpointError(

@@ -16,7 +16,8 @@ from typing import Literal
 from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.artifact.presets import PRESETS, Preset, find_preset
 from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
-from normistral.export.checkpoint.config import drop_ignored, read_json, sanitise_config
+from normistral.export.checkpoint.config import read_json, sanitise_config
+from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.fields import IgnoredFields
 from normistral.export.checkpoint.folder_kinds import recognise_folder, refuse_other_models
 from normistral.export.checkpoint.hub import download
@@ -101,7 +102,8 @@ def _on_hub(repository: str, revision: str | None, ignore_fields: Sequence[str],
             )
         config = read_json(folder / "config.json")
         refuse_other_models(folder, config, repository)
-        sanitise_config(drop_ignored(config, IgnoredFields(tuple(ignore_fields))))
+        ignored = IgnoredFields(tuple(ignore_fields))
+        sanitise_config(ignored.take_from(config, find_family(config).fields, "config.json"))
 
     snapshot = download(repository, revision, before_weights=refuse_unsupported, progress=progress)
     return Located("hub", snapshot.folder, repository, snapshot.revision, find_preset(repository), snapshot.hashes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,7 @@ from normistral.artifact.presets import Preset, Role
 from normistral.errors import CheckpointError, ResourceError
 from normistral.export.checkpoint.chat_templates import TemplateFile, override_template, require_template, try_template
 from normistral.export.checkpoint.complete_tokenizer import complete_tokenizer, load_tokenizer
-from normistral.export.checkpoint.config import (
-    architecture_of,
-    context_of,
-    drop_ignored,
-    expected_tensors,
-    read_json,
-    sanitise_config,
-)
+from normistral.export.checkpoint.config import read_json, sanitise_config
 from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.families.base import Family
 from normistral.export.checkpoint.fields import IgnoredFields, check_fields, read_token_ids
@@ -40,11 +33,13 @@ from normistral.export.checkpoint.tokenizer_check import prove_template, prove_t
 from normistral.export.checkpoint.tokenizer_files import TOKENIZER_FILES, lay_out_tokenizer, link_or_copy
 from normistral.export.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from normistral.export.checkpoint.weights import (
+    WeightFiles,
     check_tensors,
+    find_weight_files,
     has_separate_output,
     read_tensors,
     stored_dtype,
-    weight_files,
+    with_prefix,
 )
 from normistral.files import sha256_file
 from normistral.progress import OnBytes, Progress, ignore_bytes
@@ -52,51 +47,80 @@ from normistral.progress import OnBytes, Progress, ignore_bytes
 _AGAIN = "download or copy the checkpoint again"
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checked model, ready to be converted.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointText:
+    """A checkpoint without its weights: what turns text into tokens and ends an answer, verified.
 
     Attributes:
-        folder: the view for transformers and optimum (local_files_only, no remote code).
-        source: origin; `files` has the small files, and what was hashed on the way. `hash_sources` completes it.
-        unhashed: weight files that are not in `source.files` yet, by the name they get there.
-        family: of the architecture; `config`: sanitised config.json.
-        raw_config: config.json as it was given, less what `ignored_fields` names: what the proof measures by.
+        folder: the view for transformers and optimum (local_files_only, no remote code); the weights come last.
+        family: of the architecture.
+        config: sanitised config.json.
+        raw_config: config.json as it was given, less what `ignored_fields` names: the verification measures by it.
         ignored_fields: accepted knowingly, although they may change what the model computes.
-        dtype: type of the stored weights; `weight_bytes` is their size.
-        tokenizer: the checkpoint's in transformers, from all its files; `tokenizer_files` are to be shipped.
-        added_tokens: what was added to tokenizer.json, because it stood only in other files.
-        context_length: positions in tokens; None where no file gives any (ALiBi needs none).
+        tokenizer: the checkpoint's in transformers, from all its files.
+        added_tokens: tokens that were added to tokenizer.json, because they stood only in other files.
         stop_token_ids: every id that a file calls end of sequence, sorted.
         adds_bos: measured: whether encoding plain text puts `bos_token_id` in front.
         reasoning: the tags of a thinking model, or None.
-        proof: figures of the comparison of tokenizer and template with transformers.
-        notes: what the user should see.
+        checks: figures of the comparison of tokenizer and template with transformers.
+        notes: for the user.
     """
 
     folder: Path
-    source: Source
-    unhashed: tuple[tuple[str, Path], ...]
     family: Family
     config: dict[str, Any]
     raw_config: dict[str, Any]
     ignored_fields: tuple[str, ...]
-    architecture: Architecture
-    role: Role
-    dtype: Dtype
-    weight_bytes: int
     tokenizer: Any
-    tokenizer_files: tuple[Path, ...]
     added_tokens: tuple[str, ...]
-    context_length: int | None
     stop_token_ids: tuple[int, ...]
     bos_token_id: int | None
     adds_bos: bool
     template: Template | None
     sampling: SamplingDefaults
     reasoning: ReasoningMarkers | None
-    proof: dict[str, float]
+    checks: dict[str, float]
     notes: tuple[str, ...]
+
+    @property
+    def role(self) -> Role:
+        """ "chat" with a chat template, else "base"."""
+        return "base" if self.template is None else "chat"
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """Files of the tokenizer that belong into an artifact."""
+        return tuple(self.folder / name for name in TOKENIZER_FILES if (self.folder / name).exists())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint(CheckpointText):
+    """A checked model, ready to be converted.
+
+    Attributes:
+        source: origin; `files` has the small files, and what was hashed on the way. `hash_sources` completes it.
+        unhashed: weight files that are not in `source.files` yet, by the name they get there.
+        architecture: shape and size.
+        context_length: positions in tokens; None where no file gives any (ALiBi needs none).
+        tensors: headers of the stored tensors, by the names of the causal language model; read once.
+        tensor_shapes: of the weights that config.json describes, by the same names.
+        has_output_layer: whether the weights hold an output matrix that differs from the embedding.
+        dtype: type that most of the weights are stored in.
+    """
+
+    source: Source
+    unhashed: tuple[tuple[str, Path], ...]
+    architecture: Architecture
+    context_length: int | None
+    tensors: dict[str, Tensor]
+    tensor_shapes: dict[str, tuple[int, ...]]
+    has_output_layer: bool
+    dtype: Dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the stored weights."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def open_checkpoint(
@@ -131,7 +155,7 @@ def open_checkpoint(
             texts.append(_open_text(located, folder, workspace, ignored, chat_template, progress))
 
         notes = convert_gguf(located.path, unpacked, ignored, before_weights=open_text, progress=progress)
-        checkpoint = _open_weights(located, unpacked, replace(texts[0], notes=[*notes, *texts[0].notes]), progress)
+        checkpoint = _open_weights(located, unpacked, replace(texts[0], notes=(*notes, *texts[0].notes)), progress)
         parts = tuple((part.name, part) for part in gguf_parts(located.path))
         return replace(checkpoint, source=replace(checkpoint.source, files={}), unhashed=parts)
     except OSError as exc:
@@ -155,30 +179,6 @@ def hash_sources(checkpoint: Checkpoint, on_bytes: OnBytes = ignore_bytes) -> So
     return replace(checkpoint.source, files=dict(sorted({**checkpoint.source.files, **hashes}.items())))
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """A checkpoint without its weights: everything that turns text into tokens and ends an answer, proved.
-
-    Attributes:
-        view: folder with all files but the weights.
-        tokenizer: in transformers.
-        proof: figures of the comparison with transformers.
-    """
-
-    view: Path
-    config: dict[str, Any]
-    raw_config: dict[str, Any]
-    ignored_fields: tuple[str, ...]
-    tokenizer: Any
-    added_tokens: tuple[str, ...]
-    vocabulary: Vocabulary
-    template: Template | None
-    stop_token_ids: tuple[int, ...]
-    sampling: SamplingDefaults
-    proof: dict[str, float]
-    notes: list[str]
-
-
 def _open_text(
     located: Located,
     folder: Path,
@@ -186,11 +186,11 @@ def _open_text(
     ignored: IgnoredFields,
     given: TemplateFile | None,
     progress: Progress,
-) -> _Text:
+) -> CheckpointText:
     """Read and prove what needs no weights; the tensors' names and shapes are not looked at either."""
     notes: list[str] = []
     with progress.stage("Checking tokenizer and template"):
-        raw_config, config = _read_config(folder, located.preset, ignored, notes)
+        family, raw_config, config = _read_config(folder, located.preset, ignored, notes)
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             _require_inside(folder, name)
         generation = _read_generation(folder, raw_config, ignored)
@@ -199,10 +199,10 @@ def _open_text(
             f"the field {name} is ignored, as asked: it may change what the model computes" for name in ignored.names
         ]
         if located.kind not in ("gguf", "package"):
-            weight_files(folder)  # by name only: without any, nothing else matters
+            find_weight_files(folder)  # without any, nothing else matters
         view = workspace / "checkpoint"
         view.mkdir(parents=True)
-        lay_out_tokenizer(folder, view, raw_config, notes)
+        lay_out_tokenizer(folder, view, raw_config, family.model_type, notes)
         if given is not None:
             override_template(view, given)
         require_template(view)
@@ -215,76 +215,82 @@ def _open_text(
         _write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
         if sampling.max_new_tokens is None and located.preset is not None:
             sampling = replace(sampling, max_new_tokens=located.preset.max_new_tokens)
-        proof = {"tokenizer_tokens": float(prove_tokenizer(view, tokenizer)), "template_conversations": 0.0}
+        checks = {"tokenizer_tokens": float(prove_tokenizer(view, tokenizer)), "template_conversations": 0.0}
         if template is not None:
             file = None if given is None else given.name
             try_template(template, view, vocabulary.reasoning, file)
-            proof["template_conversations"] = float(prove_template(template, view, vocabulary.reasoning, tokenizer))
-    return _Text(
-        view=view,
+            checks["template_conversations"] = float(prove_template(template, view, vocabulary.reasoning, tokenizer))
+    return CheckpointText(
+        folder=view,
+        family=family,
         config=config,
         raw_config=raw_config,
         ignored_fields=ignored.names,
         tokenizer=tokenizer,
         added_tokens=added,
-        vocabulary=vocabulary,
-        template=template,
         stop_token_ids=stops,
+        bos_token_id=vocabulary.bos_id,
+        adds_bos=vocabulary.adds_bos,
+        template=template,
         sampling=sampling,
-        proof=proof,
-        notes=notes,
+        reasoning=vocabulary.reasoning,
+        checks=checks,
+        notes=tuple(notes),
     )
 
 
-def _open_weights(located: Located, folder: Path, text: _Text, progress: Progress) -> Checkpoint:
+def _open_weights(located: Located, folder: Path, text: CheckpointText, progress: Progress) -> Checkpoint:
     """Check the weights' headers against config.json, and complete the view."""
-    found, config, view = list(text.notes), text.config, text.view
+    family, config, notes = text.family, dict(text.config), list(text.notes)
     with progress.stage("Checking the checkpoint"):
-        tensors = _check_weights(folder, config, text.raw_config.get("tie_word_embeddings"), found)
-        _link_weights(folder, view)
-        _write_json(view / "config.json", config)
-        weights, _ = weight_files(folder)
-        source, unhashed = _origin(located, folder, weights)
-    for note in found:
+        files = _find_own_weights(folder)
+        stored = read_tensors(files)
+        tensors = with_prefix(stored, family)
+        has_output_layer = has_separate_output(tensors, family)
+        if config["tie_word_embeddings"] and has_output_layer:
+            if text.raw_config.get("tie_word_embeddings") is True:
+                raise CheckpointError(
+                    "config.json ties the output layer to the embedding, but the weights hold one that differs: "
+                    "transformers 4 takes the embedding, transformers 5 the other",
+                    "set tie_word_embeddings to what is meant",
+                )
+            config["tie_word_embeddings"] = False
+            notes.append("the weights hold an output layer of their own: it is used, although config.json says nothing")
+        tensor_shapes = family.tensor_shapes(config)
+        check_tensors(stored, tensor_shapes, family)
+        config["torch_dtype"] = dtype = stored_dtype(tensors)
+        for name in (*files.names, *([files.index] if files.index is not None else [])):
+            link_or_copy(folder / name, text.folder / name)
+        _write_json(text.folder / "config.json", config)
+        source, unhashed = _origin(located, folder, files.names)
+    for note in notes:
         progress.note(note)
+    known = {field.name: getattr(text, field.name) for field in fields(text)}
     return Checkpoint(
-        folder=view,
+        **known | {"config": config, "notes": tuple(notes)},
         source=source,
         unhashed=unhashed,
-        family=find_family(config),
-        config=config,
-        raw_config=text.raw_config,
-        ignored_fields=text.ignored_fields,
-        architecture=architecture_of(config),
-        role="chat" if text.template is not None else "base",
-        dtype=stored_dtype(tensors),
-        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        tokenizer=text.tokenizer,
-        tokenizer_files=tuple(view / name for name in TOKENIZER_FILES if (view / name).exists()),
-        added_tokens=text.added_tokens,
-        context_length=context_of(config),
-        stop_token_ids=text.stop_token_ids,
-        bos_token_id=text.vocabulary.bos_id,
-        adds_bos=text.vocabulary.adds_bos,
-        template=text.template,
-        sampling=text.sampling,
-        reasoning=text.vocabulary.reasoning,
-        proof=text.proof,
-        notes=tuple(found),
+        architecture=family.architecture(config),
+        context_length=family.context_length(config),
+        tensors=tensors,
+        tensor_shapes=tensor_shapes,
+        has_output_layer=has_output_layer,
+        dtype=dtype,
     )
 
 
 def _read_config(
     folder: Path, preset: Preset | None, ignored: IgnoredFields, notes: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json as it was given, less what is ignored, and sanitised."""
+) -> tuple[Family, dict[str, Any], dict[str, Any]]:
+    """The architecture's family; config.json as it was given, less what is ignored; and sanitised."""
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
     _require_inside(folder, "config.json")
     raw = read_json(folder / "config.json")
     refuse_other_models(folder, raw)
-    raw = drop_ignored(raw, ignored)
-    context = find_family(raw).context_field
+    family = find_family(raw)
+    raw = ignored.take_from(raw, family.fields, "config.json")
+    context = family.context_field
     if raw.get(context) is None and preset is not None and preset.context_length is not None:
         raw[context] = preset.context_length
         notes.append(f"config.json gives no context length; the preset's is used: {preset.context_length} tokens")
@@ -294,7 +300,7 @@ def _read_config(
     rope = config.get("rope_scaling") or {}
     if rope.get("rope_type") == "dynamic":
         notes.append("rope_scaling dynamic changes nothing up to max_position_embeddings, and the context ends there")
-    return raw, config
+    return family, raw, config
 
 
 def _read_generation(folder: Path, raw_config: dict[str, Any], ignored: IgnoredFields) -> dict[str, Any]:
@@ -310,40 +316,14 @@ def _read_generation(folder: Path, raw_config: dict[str, Any], ignored: IgnoredF
     return generation
 
 
-def _check_weights(folder: Path, config: dict[str, Any], tied: bool | None, notes: list[str]) -> dict[str, Tensor]:
-    """Headers against config.json; sets the stored type, and unties an output layer that the weights hold apart.
-
-    Args:
-        tied: what the file says of the output layer; None where it says nothing.
-    """
+def _find_own_weights(folder: Path) -> WeightFiles:
+    """The weight files, all of them inside the checkpoint."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         _require_inside(folder, index)
-    files, _ = weight_files(folder)
-    for name in files:
+    files = find_weight_files(folder)
+    for name in files.names:
         _require_inside(folder, name)
-    tensors, family = read_tensors(folder), find_family(config)
-    if config["tie_word_embeddings"] and has_separate_output(tensors, family):
-        if tied is True:
-            raise CheckpointError(
-                "config.json ties the output layer to the embedding, but the weights hold one that differs: "
-                "transformers 4 takes the embedding, transformers 5 the other",
-                "set tie_word_embeddings to what is meant",
-            )
-        config["tie_word_embeddings"] = False
-        notes.append("the weights hold an output layer of their own: it is used, although config.json says nothing")
-    check_tensors(tensors, expected_tensors(config), family)
-    config["torch_dtype"] = stored_dtype(tensors)
-    return tensors
-
-
-def _link_weights(folder: Path, view: Path) -> None:
-    files, weight_map = weight_files(folder)
-    names = list(files)
-    if weight_map is not None:
-        suffix = files[0].rpartition(".")[2]
-        names.append("model.safetensors.index.json" if suffix == "safetensors" else "pytorch_model.bin.index.json")
-    for name in names:
-        link_or_copy(folder / name, view / name)
+    return files
 
 
 def _require_inside(folder: Path, name: str) -> None:
@@ -415,7 +395,7 @@ def _generation_config(
     return {key: value for key, value in document.items() if value is not None}
 
 
-def _origin(located: Located, folder: Path, weights: list[str]) -> tuple[Source, tuple[tuple[str, Path], ...]]:
+def _origin(located: Located, folder: Path, weights: Sequence[str]) -> tuple[Source, tuple[tuple[str, Path], ...]]:
     small = [path.name for path in folder.iterdir() if path.suffix == ".json" or path.name in TOKENIZER_FILES]
     hashes: dict[str, str] = {}
     for name in sorted({*small, *weights}):

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint.file_kinds import ForeignFile
 
@@ -69,9 +72,15 @@ def make_tensor(file: Path, name: str, dtype: object, shape: object, start: int)
     return Tensor(_DTYPES[dtype], tuple(shape), file, start)
 
 
+def widen_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16 is the upper half of a float32; numpy has no such type, so it comes as the integers of its bits."""
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
 def map_tensor(tensor: Tensor) -> torch.Tensor:
     """The values, mapped and not read: pages come from the file when they are touched, and writing copies them."""
-    import numpy as np
     import torch
 
     kind = getattr(torch, tensor.dtype)

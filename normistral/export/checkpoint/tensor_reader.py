@@ -5,17 +5,13 @@ An export that streams never holds more of the model than the rows it works on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint.families.base import Family
-from normistral.export.checkpoint.tensor import Tensor
-from normistral.export.checkpoint.weights import read_tensors, with_prefix
+from normistral.export.checkpoint.tensor import Tensor, widen_bfloat16
 
 Rows = NDArray[np.float32]
 
@@ -23,15 +19,14 @@ _BLOCK_VALUES = 4 * 2**20  # 16 MiB of float32: large enough for numpy, small en
 
 
 class WeightReader:
-    """The tensors of a checkpoint folder, under the names of the causal language model ("model.layers.0...")."""
+    """Reads a checkpoint's tensors.
 
-    def __init__(self, folder: Path, family: Family) -> None:
-        """Reads the headers only.
+    Args:
+        tensors: their headers by name, as `Checkpoint.tensors` has them.
+    """
 
-        Raises:
-            CheckpointError: as `read_tensors`.
-        """
-        self._tensors = with_prefix(read_tensors(folder), family)
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
         self._views: dict[str, tuple[str, tuple[range, ...]]] = {}
 
     def add_view(self, name: str, whole: str, rows: Sequence[range]) -> None:
@@ -88,12 +83,5 @@ class WeightReader:
         values = np.fromfile(tensor.file, stored, count, offset=tensor.start + start * tensor.row_bytes)
         if values.size != count:
             raise CheckpointError(f"{tensor.file.name} ended while it was read", "download or copy the file again")
-        return _to_float32(values, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
-
-
-def _to_float32(values: NDArray[Any], dtype: str) -> Rows:
-    if dtype == "bfloat16":  # the upper half of a float32
-        wide = values.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return values.astype(np.float32, copy=False)
+        rows = widen_bfloat16(values) if tensor.dtype == "bfloat16" else values.astype(np.float32, copy=False)
+        return rows.reshape(stop - start, *tensor.shape[1:])

@@ -41,11 +41,12 @@ _MAX_TOKEN_CHARACTERS = 1024
 _AS_IT_IS = 'set "tokenizer_class": "TokenizersBackend" in tokenizer_config.json to have tokenizer.json read as it is'
 
 
-def lay_out_tokenizer(folder: Path, view: Path, config: dict[str, Any], notes: list[str]) -> None:
+def lay_out_tokenizer(folder: Path, view: Path, config: dict[str, Any], model_type: str, notes: list[str]) -> None:
     """Link the tokenizer files of `folder` into `view`, or write what transformers 4.57 takes for the same.
 
     Args:
         config: config.json as the checkpoint has it.
+        model_type: of its architecture, as transformers names it.
 
     Raises:
         CheckpointError: there is no tokenizer, a file cannot be read, or transformers 5 reads it in a way that is not
@@ -71,11 +72,11 @@ def lay_out_tokenizer(folder: Path, view: Path, config: dict[str, Any], notes: l
     _require_short_tokens({key: value for key, value in settings.items() if "_token" in key}, _SETTINGS)
     _require_short_tokens({"added_tokens": (tokenizer or {}).get("added_tokens")}, "tokenizer.json")
     if is_saved_by_5(config, settings):
-        settings = _translate_from_5(settings, config, tokenizer)
+        settings = _translate_from_5(settings, config, model_type, tokenizer)
         _rename_extra_tokens(view / "special_tokens_map.json")
         _require_one_description(settings, view / "special_tokens_map.json")
     else:
-        settings = _name_class(settings, config)
+        settings = _name_class(settings, config, model_type)
         if tokenizer is not None and not (view / "tokenizer.model").exists() and _builds_from_model(settings):
             del settings["add_prefix_space"]  # transformers would look for tokenizer.model, and fail
             notes.append("tokenizer_config.json's add_prefix_space is without effect: there is no tokenizer.model")
@@ -173,11 +174,11 @@ def _check_files_of_versions(settings: dict[str, Any]) -> None:
         )
 
 
-def _name_class(settings: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _name_class(settings: dict[str, Any], config: dict[str, Any], model_type: str) -> dict[str, Any]:
     """The class that transformers 4.57 takes, named where it is not: after config.json, else after the model's type."""
     if settings.get("tokenizer_class") is not None:
         return settings
-    return settings | {"tokenizer_class": config.get("tokenizer_class") or _CLASSES[_model_type(config)]}
+    return settings | {"tokenizer_class": config.get("tokenizer_class") or _CLASSES[model_type]}
 
 
 def _builds_from_model(settings: dict[str, Any]) -> bool:
@@ -187,7 +188,7 @@ def _builds_from_model(settings: dict[str, Any]) -> bool:
 
 
 def _translate_from_5(
-    settings: dict[str, Any], config: dict[str, Any], tokenizer: dict[str, Any] | None
+    settings: dict[str, Any], config: dict[str, Any], model_type: str, tokenizer: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What transformers 5 makes of tokenizer_config.json, in the words of 4.57.
 
@@ -200,7 +201,7 @@ def _translate_from_5(
             "was saved by version 5",
             "write tokenizer.json with transformers 5: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
-    _require_read_as_it_is(settings, config, tokenizer)
+    _require_read_as_it_is(settings, config, model_type, tokenizer)
     dropped = ("add_bos_token", "add_eos_token", "backend", "is_local", "local_files_only", "add_prefix_space")
     translated = {key: value for key, value in settings.items() if key not in dropped}
     translated["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -228,10 +229,12 @@ def _translate_from_5(
     return translated
 
 
-def _require_read_as_it_is(settings: dict[str, Any], config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+def _require_read_as_it_is(
+    settings: dict[str, Any], config: dict[str, Any], model_type: str, tokenizer: dict[str, Any]
+) -> None:
     """Refuse a tokenizer.json that transformers 5 would build anew in another way than the file says."""
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    if _model_type(config) == "mistral" or name is None:
+    if model_type == "mistral" or name is None:
         return  # TokenizersBackend, whatever class is named
     name = str(name).removesuffix("Fast")
     if name in _READ_AS_IT_IS:
@@ -281,9 +284,3 @@ def _flags(tokenizer: dict[str, Any]) -> dict[str, Any]:
     model = tokenizer.get("model")
     given = model.items() if isinstance(model, dict) else ()
     return {key: value for key, value in given if key not in ("vocab", "merges", "unk_token") and value}
-
-
-def _model_type(config: dict[str, Any]) -> str:
-    from normistral.export.checkpoint.families import find_family
-
-    return find_family(config).model_type

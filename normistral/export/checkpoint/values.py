@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.tensor import Dtype, Tensor, shown
-from normistral.export.checkpoint.weights import read_tensors, with_prefix
+from normistral.export.checkpoint.tensor import Dtype, Tensor, shown, widen_bfloat16
 from normistral.progress import OnBytes, ignore_bytes
 
 _BLOCK_BYTES = 4 * 2**20  # a multiple of every item's size
@@ -33,9 +32,8 @@ def read_magnitudes(checkpoint: Checkpoint, on_bytes: OnBytes = ignore_bytes) ->
     Raises:
         CheckpointError: a tensor holds values that are no finite numbers; it is named, and the first of them.
     """
-    tensors = with_prefix(read_tensors(checkpoint.folder), checkpoint.family)
     largest: dict[str, float] = {}
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)):
+    for name, tensor in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].start)):
         bits = 0
         for block in _blocks(tensor):
             bits = max(bits, _largest_bits(block))
@@ -68,7 +66,9 @@ def _largest_bits(block: NDArray[Any]) -> int:
 def _magnitude(bits: int, dtype: Dtype) -> float:
     if dtype == "float16":
         return float(np.uint16(bits).view(np.float16))
-    return float(np.uint32(bits << 16 if dtype == "bfloat16" else bits).view(np.float32))
+    if dtype == "bfloat16":
+        return float(widen_bfloat16(np.array([bits], np.uint16))[0])
+    return float(np.uint32(bits).view(np.float32))
 
 
 def _not_finite(name: str, tensor: Tensor) -> CheckpointError:

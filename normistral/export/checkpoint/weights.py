@@ -7,6 +7,7 @@ looked at; a wrong byte inside them shows in the SHA-256 when there is one to co
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,22 +25,35 @@ _INDEXED = ("model.safetensors", "pytorch_model.bin")  # in the order in which t
 _AGAIN = "download or copy the file again"
 
 
-def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
     """The weight files that make up a checkpoint.
 
-    Returns:
-        file names, and the index's map from tensor to file (None for a single file).
+    Attributes:
+        names: of the files in `folder`.
+        index: name of the index file; None for a single weight file.
+        weight_map: the index's map from tensor to file.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    index: str | None = None
+    weight_map: dict[str, str] | None = None
+
+
+def find_weight_files(folder: Path) -> WeightFiles:
+    """Find the weight files by name, as transformers does: safetensors before torch, one file before shards.
 
     Raises:
         CheckpointError: there are none, or the index is damaged or leads out of the folder.
     """
     for single in _INDEXED:
         if (folder / single).is_symlink() or (folder / single).exists():
-            return [single], None
+            return WeightFiles(folder, (single,))
         index = folder / f"{single}.index.json"
         if index.is_symlink() or index.exists():
             weight_map = _weight_map(index)
-            return sorted(set(weight_map.values())), weight_map
+            return WeightFiles(folder, tuple(sorted(set(weight_map.values()))), index.name, weight_map)
     found = recognise_folder(folder)
     if found is not None:
         raise CheckpointError(f"{folder} has no weights that can be read: it is {found.what}", found.hint)
@@ -49,18 +63,18 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     )
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(files: WeightFiles) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by name, from the headers of its files.
 
     Raises:
         CheckpointError: a file is missing, truncated or damaged, or does not hold what the index says.
     """
-    files, weight_map = weight_files(folder)
-    absent = [file for file in files if not (folder / file).is_file()]
+    folder, weight_map = files.folder, files.weight_map
+    absent = [file for file in files.names if not (folder / file).is_file()]
     if absent:
-        raise _missing_files(folder, absent, len(files))
+        raise _missing_files(folder, absent, len(files.names))
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in files.names:
         path = folder / file
         found = read_safetensors(path) if file.endswith(".safetensors") else read_torch_file(path)
         if weight_map is not None:
@@ -114,9 +128,12 @@ def with_prefix(tensors: dict[str, T], family: Family) -> dict[str, T]:
 
 
 def has_separate_output(tensors: dict[str, Tensor], family: Family) -> bool:
-    """Whether there is an output matrix that differs from the input embedding."""
-    found = with_prefix(tensors, family)
-    output, embedding = found.get(OUTPUT_LAYER), found.get(family.embedding)
+    """Whether there is an output matrix that differs from the input embedding.
+
+    Args:
+        tensors: under the names of the causal language model.
+    """
+    output, embedding = tensors.get(OUTPUT_LAYER), tensors.get(family.embedding)
     if output is None or embedding is None:
         return False
     if (output.dtype, output.shape) != (embedding.dtype, embedding.shape):

@@ -10,7 +10,6 @@ from typing import Literal
 
 from onnx import TensorProto
 
-import normistral
 from normistral.artifact.presets import WeightFormat
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor_reader import WeightReader
@@ -65,15 +64,7 @@ def write_model(
             )
         else:
             dtype: Literal["float16", "float32"] = "float16" if recipe.weights == "fp16" else "float32"
-            write_plain(
-                checkpoint.config,
-                checkpoint.architecture,
-                checkpoint.folder,
-                staging.artifact,
-                dtype,
-                writing,
-                normistral.__version__,
-            )
+            write_plain(checkpoint, staging.artifact, dtype, writing)
     return reference
 
 
@@ -98,13 +89,13 @@ def write_fused(
     """
     from transformers import AutoConfig
 
-    reader = WeightReader(checkpoint.folder, checkpoint.family)
+    reader = WeightReader(checkpoint.tensors)
     config, architecture, floats = checkpoint.config, checkpoint.architecture, float_type(weights)
     signature = read_signature(AutoConfig.for_model(**config), architecture, floats)
     with ExternalData(folder / DATA_NAME) as data:
         graph = Graph(reader, data, stage, floats, tables)
         _WRITERS[checkpoint.family.model_type](graph, architecture, config, storage, context)
-        graph.save(folder, signature, normistral.__version__)
+        graph.save(folder, signature)
 
 
 def float_type(weights: WeightFormat) -> int:

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+import normistral
 from normistral.export.checkpoint.tensor_reader import Rows, WeightReader
 from normistral.export.onnx.signature import Signature
 from normistral.export.quantize.scheme import Grid, Rounded, round_rows
@@ -194,7 +195,7 @@ class Graph:
         )
         return name
 
-    def save(self, folder: Path, signature: Signature, producer_version: str) -> None:
+    def save(self, folder: Path, signature: Signature) -> None:
         """Write model.onnx; the weights are in the data file already."""
         graph = onnx.helper.make_graph(
             self.nodes,
@@ -209,7 +210,7 @@ class Graph:
             opset_imports=[onnx.helper.make_opsetid(domain, opset) for domain, opset in opsets.items()],
             ir_version=_IR_VERSION,
             producer_name="normistral",
-            producer_version=producer_version,
+            producer_version=normistral.__version__,
         )
         (folder / GRAPH_NAME).write_bytes(model.SerializeToString(deterministic=True))
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx
 import torch
 from onnx import TensorProto
 
 from normistral.artifact.manifest import Architecture
-from normistral.export.checkpoint.config import expected_tensors
-from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.families.base import OUTPUT_LAYER
+from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx import placeholders
 from normistral.export.onnx.blocks import multiply_by_embedding, past_input
@@ -29,23 +28,13 @@ from normistral.progress import Stage
 _TYPES = {"float32": (torch.float32, TensorProto.FLOAT), "float16": (torch.float16, TensorProto.FLOAT16)}
 
 
-def write_plain(
-    config: dict[str, Any],
-    architecture: Architecture,
-    checkpoint: Path,
-    output: Path,
-    dtype: Literal["float32", "float16"],
-    stage: Stage,
-    producer_version: str,
-) -> None:
+def write_plain(checkpoint: Checkpoint, output: Path, dtype: Literal["float32", "float16"], stage: Stage) -> None:
     """Write model.onnx and model.onnx.data; the same checkpoint gives the same bytes.
 
     Inputs, outputs and dynamic axes are Optimum's (signature.py). With float16, so are keys, values and logits, and
     the arithmetic but for norms, rotary angles and softmax, which transformers and torch do in float32.
 
     Args:
-        config: sanitised config.json.
-        checkpoint: its folder.
         output: an existing folder.
         stage: advanced by the stored bytes of each tensor that was read.
 
@@ -56,13 +45,13 @@ def write_plain(
     from transformers import AutoConfig
 
     torch_type, float_type = _TYPES[dtype]
-    transformers_config = AutoConfig.for_model(**config)
+    transformers_config = AutoConfig.for_model(**checkpoint.config)
     traced = placeholders.trace(transformers_config, torch_type, output)
     with ExternalData(output / DATA_NAME) as data:
-        family = find_family(config)
-        graph = Graph(WeightReader(checkpoint, family), data, stage, float_type)
-        fill(graph, traced, architecture, family.embedding, expected_tensors(config).keys())
-        graph.save(output, read_signature(transformers_config, architecture, float_type), producer_version)
+        graph = Graph(WeightReader(checkpoint.tensors), data, stage, float_type)
+        architecture = checkpoint.architecture
+        fill(graph, traced, architecture, checkpoint.family.embedding, checkpoint.tensor_shapes.keys())
+        graph.save(output, read_signature(transformers_config, architecture, float_type))
 
 
 def fill(graph: Graph, traced: onnx.GraphProto, architecture: Architecture, embedding: str, weights: Set[str]) -> None:

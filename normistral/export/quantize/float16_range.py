@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from normistral.errors import ExportError
-from normistral.export.checkpoint.config import expected_tensors
 from normistral.export.checkpoint.families.base import OUTPUT_LAYER
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.quantize.scheme import smallest_held
@@ -30,7 +29,7 @@ def require_range(largest: Mapping[str, float], checkpoint: Checkpoint, recipe: 
     Raises:
         ExportError: naming the tensor, its largest magnitude and the range.
     """
-    for name, shape in expected_tensors(checkpoint.config).items():
+    for name, shape in checkpoint.tensor_shapes.items():
         value = largest[name]
         if value > _LARGEST:
             raise ExportError(

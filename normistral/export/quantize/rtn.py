@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from normistral.export.checkpoint.config import expected_tensors
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.quantize.scheme import Grid, Steps, nearest_codes, span, storable
@@ -17,8 +16,8 @@ def round_rest(checkpoint: Checkpoint, grid: Grid, tables: RoundedTables) -> Non
     Raises:
         CheckpointError: the weights cannot be read.
     """
-    reader = WeightReader(checkpoint.folder, checkpoint.family)
-    for name, shape in expected_tensors(checkpoint.config).items():
+    reader = WeightReader(checkpoint.tensors)
+    for name, shape in checkpoint.tensor_shapes.items():
         if len(shape) != 2 or name in tables.grids:
             continue
         codes, steps = [], []

@@ -20,8 +20,7 @@ from normistral.errors import ExportError, first_line
 from normistral.evaluation.windows import Window
 from normistral.export.checkpoint.families.base import OUTPUT_LAYER
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.tensor import Tensor, map_tensor
-from normistral.export.checkpoint.weights import read_tensors, with_prefix
+from normistral.export.checkpoint.tensor import map_tensor
 from normistral.export.reference.model import Logits, read_reference_config
 from normistral.progress import Progress
 
@@ -62,7 +61,6 @@ class LayeredModel:
         matrices: taken instead of the checkpoint's, as far as they go: those of an artifact.
 
     Raises:
-        CheckpointError: as `read_tensors`.
         ExportError: transformers cannot build the model.
     """
 
@@ -78,7 +76,7 @@ class LayeredModel:
 
         self._family, self._progress, self._group_tokens = checkpoint.family, progress, group_tokens
         self._matrices = matrices
-        self._tensors: dict[str, Tensor] = with_prefix(read_tensors(checkpoint.folder), self._family)
+        self._tensors = checkpoint.tensors
         self._model = empty_model(checkpoint)
         self._tied = self._model.config.tie_word_embeddings
         parent, _, name = self._family.layer_prefix.rstrip(".").rpartition(".")

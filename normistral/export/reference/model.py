@@ -10,7 +10,6 @@ refused by checkpoint/fields.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +17,8 @@ from numpy.typing import NDArray
 
 from normistral.artifact.manifest import Architecture
 from normistral.errors import ExportError, first_line
-from normistral.export.checkpoint.config import read_json
-from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor import map_tensor, shown
-from normistral.export.checkpoint.weights import has_separate_output, read_tensors, with_prefix
 from normistral.hardware import available_memory_bytes
 
 if TYPE_CHECKING:
@@ -57,21 +53,20 @@ def load_reference(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model as config.json describes it, in float32, by a reader that shares nothing with the exporter's.
 
     Raises:
-        CheckpointError, ExportError: as `load_model`.
+        ExportError: as `load_model`.
     """
-    return load_model(checkpoint.folder, "float32", read_reference_config(checkpoint))
+    return load_model(checkpoint, "float32", read_reference_config(checkpoint))
 
 
 def read_reference_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The reference's configuration; raises ExportError where transformers does not take it."""
-    has_output = has_separate_output(read_tensors(checkpoint.folder), checkpoint.family)
     try:
-        return reference_config(checkpoint.raw_config, has_output=has_output)
+        return reference_config(checkpoint.raw_config, has_output=checkpoint.has_output_layer)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
 
 
-def load_model(folder: Path, dtype: str, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, dtype: str, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """The checkpoint as a transformers model whose parameters are the mapped file when `dtype` is their own.
 
     Nothing is read before it is used, and a page that was read can be dropped again: the model takes address space and
@@ -79,24 +74,20 @@ def load_model(folder: Path, dtype: str, config: PretrainedConfig | None = None)
     Runs no code of the checkpoint and asks no network.
 
     Args:
-        folder: config.json and weights, as `open_checkpoint` prepared them.
         dtype: "float32", "float16" or "bfloat16".
-        config: describes the model; None takes config.json of the folder.
+        config: describes the model; None takes the checkpoint's sanitised config.json.
 
     Raises:
-        CheckpointError: as `read_tensors`.
         ExportError: transformers cannot build the model, or it does not have the checkpoint's tensors.
     """
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = getattr(torch, dtype)
-    family = find_family(read_json(folder / "config.json"))
-    stored = with_prefix(read_tensors(folder), family)
+    kind, family, stored = getattr(torch, dtype), checkpoint.family, checkpoint.tensors
     try:
         if config is None:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=kind)
         values = {name: map_tensor(tensor).to(kind) for name, tensor in stored.items() if not family.is_computed(name)}

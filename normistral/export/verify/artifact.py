@@ -93,7 +93,7 @@ def verify(
         check_template(manifest, checkpoint)
         matrices = ArtifactMatrices(folder, manifest, checkpoint)
         quality = {
-            **checkpoint.proof,
+            **checkpoint.checks,
             "matrices": float(matrices.check()),
         }
     read = "the same tokenizer, template and matrices"

@@ -16,7 +16,6 @@ from normistral.errors import CheckpointError, ExportError
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor import shown
 from normistral.export.checkpoint.tensor_reader import WeightReader
-from normistral.export.checkpoint.weights import read_tensors
 from normistral.export.reference.layerwise import empty_model
 from normistral.export.verify import CAUSE
 from normistral.export.verify.stored import StoredPositions
@@ -147,15 +146,15 @@ def check_rotary_buffers(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: one belongs to other rotary angles, so that config.json may not be this model's.
     """
-    names = [name for name in read_tensors(checkpoint.folder) if checkpoint.family.is_computed(name)]
+    names = [name for name in checkpoint.tensors if checkpoint.family.is_computed(name)]
     if not names:
         return
-    reader, raw = WeightReader(checkpoint.folder, checkpoint.family), checkpoint.raw_config
+    reader, raw = WeightReader(checkpoint.tensors), checkpoint.raw_config
     theta = (raw.get("rope_parameters") or raw.get("rope_scaling") or {}).get("rope_theta") or raw.get("rope_theta")
     unscaled = {**raw, "rope_parameters": None, "rope_scaling": None, "rope_theta": theta}
     allowed = [published_frequencies(raw)[0], published_frequencies(unscaled)[0]]
     for name in names:
-        found = reader.read(name if name in reader else f"{checkpoint.family.prefix}{name}").reshape(-1)
+        found = reader.read(name).reshape(-1)
         if not any(len(f) == len(found) and np.allclose(found, f, _RELATIVE, _ABSOLUTE) for f in allowed):
             raise CheckpointError(
                 f"{shown(name)} holds other rotary frequencies than config.json describes: "

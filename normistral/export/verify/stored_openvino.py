@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from normistral.export.checkpoint.tensor import widen_bfloat16
 from normistral.export.openvino import IR_NAME
 from normistral.export.quantize.scheme import smallest_held
 from normistral.export.verify.stored import StoredMatrix, StoredPositions, Values, dequantise, unpack
@@ -106,9 +107,8 @@ def _codes(node: Any, rows: int, columns: int, bits: int, wanted: Sequence[int])
 
 def _floats(node: Any, shape: list[int], rows: Sequence[int]) -> Values:
     data = np.asarray(node.data)
-    if _kind(node) == "bf16":  # numpy has none: the upper half of a float32
-        wide = data.reshape(-1).view(np.uint16).reshape(shape[0], -1)[list(rows)].astype(np.uint32) << 16
-        return wide.view(np.float32)
+    if _kind(node) == "bf16":
+        return widen_bfloat16(data.reshape(-1).view(np.uint16).reshape(shape[0], -1)[list(rows)])
     return data.reshape(shape[0], -1)[list(rows)].astype(np.float32)
 
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from normistral.artifact.manifest import Manifest
 from normistral.errors import ExportError
-from normistral.export.checkpoint.config import expected_tensors
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor_reader import Rows, WeightReader
 from normistral.export.onnx.bloom import split_heads
@@ -43,11 +42,11 @@ class ArtifactMatrices:
 
     def __init__(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
         self._manifest, self._checkpoint = manifest, checkpoint
-        self._reader = WeightReader(checkpoint.folder, checkpoint.family)
+        self._reader = WeightReader(checkpoint.tensors)
         self._stored = (
             OnnxWeights(folder, checkpoint.family.embedding) if manifest.format == "onnx" else IRWeights(folder)
         )
-        self._shapes = {name: shape for name, shape in expected_tensors(checkpoint.config).items() if len(shape) == 2}
+        self._shapes = {name: shape for name, shape in checkpoint.tensor_shapes.items() if len(shape) == 2}
         # What each stored matrix holds: itself, name of the checkpoint's, row at which that begins.
         self._held = [
             (matrix, name, offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,31 @@ class Family:
     layer_tensors: Callable[[Config], Shapes]
     layer_prefix: str
     computed: re.Pattern[str] | None = None
+
+    def tensor_shapes(self, config: Config) -> Shapes:
+        """Shapes of all weights of a model, by the names that transformers gives them; from sanitised fields."""
+        tensors, layer_tensors = self.outer_tensors(config), self.layer_tensors(config)
+        for layer in range(self.describe(config, 1).layers):
+            tensors |= {f"{self.layer_prefix}{layer}.{name}": shape for name, shape in layer_tensors.items()}
+        if not config["tie_word_embeddings"]:
+            tensors[OUTPUT_LAYER] = tensors[self.embedding]
+        return tensors
+
+    def count_parameters(self, config: Config) -> int:
+        """Parameters of a model from sanitised fields; a tied output layer counts once."""
+        outer = self.outer_tensors(config)
+        layer = sum(math.prod(shape) for shape in self.layer_tensors(config).values())
+        output = 0 if config["tie_word_embeddings"] else math.prod(outer[self.embedding])
+        layers = self.describe(config, 1).layers
+        return int(layers * layer + sum(math.prod(shape) for shape in outer.values()) + output)
+
+    def architecture(self, config: Config) -> Architecture:
+        """Shape and size of a model, from sanitised fields."""
+        return self.describe(config, self.count_parameters(config))
+
+    def context_length(self, config: Config) -> int | None:
+        """The context that sanitised fields give, in tokens; None where they give none (ALiBi needs none)."""
+        return config.get(self.context_field)
 
     def is_computed(self, name: str) -> bool:
         """Whether a tensor of this name is one of `computed`."""

@@ -1,0 +1,24 @@
+"""A checkpoint's configuration and tensor headers, without its tokenizer: for tests of what only reads weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from normistral.export.checkpoint.config import read_json, sanitise_config
+from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.weights import find_weight_files, read_tensors, with_prefix
+
+
+def read_headers(folder: Path) -> SimpleNamespace:
+    """The attributes of `Checkpoint` that readers and writers of weights use."""
+    config = sanitise_config(read_json(folder / "config.json"))
+    family = find_family(config)
+    return SimpleNamespace(
+        folder=folder,
+        family=family,
+        config=config,
+        architecture=family.architecture(config),
+        tensors=with_prefix(read_tensors(find_weight_files(folder)), family),
+        tensor_shapes=family.tensor_shapes(config),
+    )
