@@ -153,11 +153,11 @@ async def repeat_on_server(url: str, name: str, repeats: int) -> dict[str, Any]:
 
 def serve_and_repeat(artifact: Path, repeats: int, batching: str) -> dict[str, Any]:
     """The same over HTTP."""
-    from normistral.serving.app import create_app
-    from normistral.serving.backends.settings import BatchSettings, plan_cache_bytes
-    from normistral.serving.limits import ServerLimits
-    from normistral.serving.served import ServedArtifact
-    from normistral.serving.server import background_server
+    from normistral.server.app import create_app
+    from normistral.server.backends.settings import BatchSettings, plan_cache_bytes
+    from normistral.server.limits import ServerLimits
+    from normistral.server.served import ServedArtifact
+    from normistral.server.server import background_server
 
     manifest = read_manifest(artifact)
     context = min(2048, manifest.context_length)

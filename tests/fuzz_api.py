@@ -13,8 +13,8 @@ from pathlib import Path
 
 from served_models import make_served, serving
 
-from normistral.serving.auth import Keys
-from normistral.serving.limits import ServerLimits
+from normistral.server.auth import Keys
+from normistral.server.limits import ServerLimits
 
 KEY = "a-key-for-the-fuzzer"
 LIMITS = ServerLimits(new_tokens=20, grace_s=0.2)

@@ -20,12 +20,12 @@ from normistral.artifact.manifest import Manifest, hash_files, read_manifest, wr
 from normistral.errors import EngineError
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.model import Model
-from normistral.serving.app import create_app
-from normistral.serving.auth import Keys
-from normistral.serving.backends.settings import BatchSettings
-from normistral.serving.limits import ServerLimits
-from normistral.serving.served import ServedArtifact
-from normistral.serving.server import background_server
+from normistral.server.app import create_app
+from normistral.server.auth import Keys
+from normistral.server.backends.settings import BatchSettings
+from normistral.server.limits import ServerLimits
+from normistral.server.served import ServedArtifact
+from normistral.server.server import background_server
 
 CONTEXT = 400
 TESTS = Path(__file__).parent
@@ -105,7 +105,7 @@ def _describe(model: Model, folder: Path) -> Manifest:
 def main() -> None:
     """Of the worker process."""
     import normistral.runtime.loading
-    from normistral.serving import worker
+    from normistral.server import worker
 
     normistral.runtime.loading.load = load
     worker.main()
@@ -114,7 +114,7 @@ def main() -> None:
 def run_command(arguments: list[str]) -> int:
     """The real command line with such workers."""
     from normistral.cli import main as run
-    from normistral.serving import app
+    from normistral.server import app
 
     create = app.create_app
     app.create_app = lambda *positional: create(*positional, worker_module="served_models")

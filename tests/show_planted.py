@@ -24,7 +24,7 @@ from typing import Any
 from planted import NOBODY, look, plant
 
 from normistral.artifact.manifest import MANIFEST_NAME
-from normistral.cluster.journal import begin_run, join_answers, open_journal, remove_journal
+from normistral.batch.journal import begin_run, join_answers, open_journal, remove_journal
 from normistral.commands.result_files import require_result_place, write_result
 from normistral.commands.saved_chats import save_conversation
 from normistral.errors import NormistralError

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from normistral.serving.frames import Loaded, encode_frame
-from normistral.serving.pulse import Pulse
+from normistral.server.frames import Loaded, encode_frame
+from normistral.server.pulse import Pulse
 
 
 def main() -> None:

@@ -114,8 +114,8 @@ def test_what_was_understood_then_and_what_is_made_now_is_left_alone(place):
 
 
 def test_load_serve_and_info_say_it(place, caplog):
-    from normistral.serving.options import ServerLimits
-    from normistral.serving.startup import EngineOptions, open_artifacts
+    from normistral.server.options import ServerLimits
+    from normistral.server.startup import EngineOptions, open_artifacts
 
     artifact = place / "artifact"
     with caplog.at_level(logging.WARNING), normistral.load(artifact):

@@ -15,13 +15,11 @@ from scripted_cli import command, make_artifact
 from scripted_models import ANSWER_MARKER, END_OF_TURN, make_base_model, make_model, make_tokenizer
 from tiny_models import VOCABULARY
 
-import normistral.cluster.batch
-import normistral.cluster.one_by_one
-from normistral.cluster.batch import Workers, run_batch
-from normistral.cluster.cores import share_of_cores, threads_of_each
-from normistral.cluster.documents import Row, index_documents, read_document
-from normistral.cluster.job import MOST_BEGINNINGS, Engine, Job, answer_part, cut_parts
-from normistral.cluster.journal import (
+import normistral.batch.one_by_one
+import normistral.batch.run
+from normistral.batch.documents import Row, index_documents, read_document
+from normistral.batch.job import MOST_BEGINNINGS, Engine, Job, answer_part, cut_parts
+from normistral.batch.journal import (
     PartJournal,
     begin_run,
     find_answers,
@@ -29,15 +27,17 @@ from normistral.cluster.journal import (
     open_journal,
     parts_folder,
 )
-from normistral.cluster.one_by_one import OneByOne
-from normistral.cluster.questions import check_instruction, fill, find_prompt
-from normistral.cluster.together import Together
+from normistral.batch.one_by_one import OneByOne
+from normistral.batch.questions import check_instruction, fill, find_prompt
+from normistral.batch.run import Workers, run_batch
+from normistral.batch.together import Together
+from normistral.cluster.cores import share_of_cores, threads_of_each
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.progress import NoProgress
 from normistral.runtime.chunks import Chunk, Timings
 from normistral.runtime.structured.structure import Structure
-from normistral.serving.backends.base import Progress
-from normistral.serving.served import ServedArtifact
+from normistral.server.backends.base import Progress
+from normistral.server.served import ServedArtifact
 
 USER_MARKER = "<|im_start|> user\n"
 
@@ -93,7 +93,7 @@ def echo(tmp_path, monkeypatch):
         model.chat = watched
         return model
 
-    monkeypatch.setattr(normistral.cluster.one_by_one, "load", load)
+    monkeypatch.setattr(normistral.batch.one_by_one, "load", load)
     return asked
 
 
@@ -255,7 +255,7 @@ def test_a_worker_of_an_earlier_start_writes_no_more(tmp_path, run):
 
 
 def test_answers_are_joined_in_the_order_of_the_rows_and_are_private(tmp_path, run, monkeypatch):
-    monkeypatch.setattr("normistral.cluster.journal._MOST_OPEN", 2)
+    monkeypatch.setattr("normistral.batch.journal._MOST_OPEN", 2)
     for part in range(5):
         with PartJournal(tmp_path, run, part) as journal:
             for number in range(5):
@@ -395,7 +395,7 @@ def test_a_job_that_was_stopped_goes_on_and_repeats_nothing(tmp_path, artifact, 
 def test_another_question_is_another_job(tmp_path, artifact, echo):
     source = write_lines(tmp_path / "in.jsonl", {"text": "a"})
     output = tmp_path / "out.jsonl"
-    with open_journal(output, normistral.cluster.batch._identity(artifact, "0", "{text}", None, Engine(), {})):
+    with open_journal(output, normistral.batch.run._identity(artifact, "0", "{text}", None, Engine(), {})):
         pass
     with pytest.raises(UsageError, match="differs in documents, instruction"):
         run_batch(artifact, source, output, instruction="Hva er {text}?")
@@ -419,7 +419,7 @@ def test_a_row_that_takes_its_worker_down_is_given_up(tmp_path, artifact, echo):
 def test_a_base_model_completes_prompts(tmp_path, monkeypatch):
     artifact = make_artifact(tmp_path / "artifact", format="onnx", role="base", template=None)
     monkeypatch.setattr(
-        normistral.cluster.one_by_one,
+        normistral.batch.one_by_one,
         "load",
         lambda folder, **engine: make_base_model(tmp_path / "t", [" Oslo."], after="er"),
     )
@@ -575,7 +575,7 @@ def test_a_structure_belongs_to_the_job_and_holds_for_every_answer(tmp_path):
     done = subprocess.run(command(tmp_path, *arguments, answers=["kanskje"]), capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert {line["text"] for line in read_lines(output)} <= {"ja", "nei"}
-    identity = normistral.cluster.batch._identity(
+    identity = normistral.batch.run._identity(
         artifact, "0", None, None, Engine(), {"structure": Structure.choice(["ja", "nei"])}
     )
     with open_journal(tmp_path / "b.jsonl", identity):

@@ -15,8 +15,8 @@ from normistral.cluster.metrics import join_metrics
 from normistral.cluster.replica import run_application, wait_until_loaded
 from normistral.cluster.serve import ServeOptions, plan_deployment, read_options, retry_after_s
 from normistral.errors import EngineError, UsageError
-from normistral.serving.app import create_app
-from normistral.serving.limits import ServerLimits
+from normistral.server.app import create_app
+from normistral.server.limits import ServerLimits
 
 
 def chat_key(*contents, tenant="kari", model="norsk", session=None):

@@ -10,7 +10,7 @@ import pytest
 from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
 from normistral.artifact import store
-from normistral.cluster.journal import begin_run, open_journal, parts_folder, remove_journal
+from normistral.batch.journal import begin_run, open_journal, parts_folder, remove_journal
 from normistral.commands.line_editor import _open_history
 from normistral.commands.saved_chats import load_conversation, save_conversation
 from normistral.errors import NormistralError, UsageError

@@ -18,10 +18,10 @@ from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.kernels.openvino_int4 import PackedWeights, replace_products
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
-from normistral.serving.backends.base import Job
-from normistral.serving.backends.create import create_batch
-from normistral.serving.backends.openvino_pipeline import open_openvino_batch
-from normistral.serving.backends.settings import BatchSettings
+from normistral.server.backends.base import Job
+from normistral.server.backends.create import create_batch
+from normistral.server.backends.openvino_pipeline import open_openvino_batch
+from normistral.server.backends.settings import BatchSettings
 
 OURS = {"int4_kernel": "normistral"}
 SETTINGS = BatchSettings("auto", 2**27, 512, slots=4)

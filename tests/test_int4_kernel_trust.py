@@ -20,8 +20,8 @@ from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.kernels import library
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import UntrustedKernelError, find_library, name_faster_way, open_library
-from normistral.serving.backends import openvino_pipeline
-from normistral.serving.backends.settings import BatchSettings
+from normistral.server.backends import openvino_pipeline
+from normistral.server.backends.settings import BatchSettings
 
 OURS = {"int4_kernel": "normistral"}
 PLANTED = b"not the library that was hashed"

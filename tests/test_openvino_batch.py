@@ -21,17 +21,17 @@ from normistral.runtime.chunks import Completion
 from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
-from normistral.serving.app import create_app
-from normistral.serving.auth import Keys
-from normistral.serving.backends.base import Job
-from normistral.serving.backends.cache_plan import BLOCK_TOKENS, plan_cache
-from normistral.serving.backends.create import create_batch
-from normistral.serving.backends.openvino_options import find_unhonoured, genai_config
-from normistral.serving.backends.openvino_pipeline import open_openvino_batch
-from normistral.serving.backends.settings import BatchSettings
-from normistral.serving.limits import ServerLimits
-from normistral.serving.served import ServedArtifact
-from normistral.serving.server import background_server
+from normistral.server.app import create_app
+from normistral.server.auth import Keys
+from normistral.server.backends.base import Job
+from normistral.server.backends.cache_plan import BLOCK_TOKENS, plan_cache
+from normistral.server.backends.create import create_batch
+from normistral.server.backends.openvino_options import find_unhonoured, genai_config
+from normistral.server.backends.openvino_pipeline import open_openvino_batch
+from normistral.server.backends.settings import BatchSettings
+from normistral.server.limits import ServerLimits
+from normistral.server.served import ServedArtifact
+from normistral.server.server import background_server
 
 CONTEXT = 256
 MIB = 2**20
@@ -388,7 +388,7 @@ def test_logits_that_are_no_numbers_end_that_answer(batch, monkeypatch):
 
 
 def batch_module():
-    from normistral.serving.backends import openvino_batch
+    from normistral.server.backends import openvino_batch
 
     return openvino_batch
 
@@ -452,14 +452,14 @@ import json, sys
 from pathlib import Path
 from normistral.artifact.artifact import Artifact
 from normistral.runtime.engines.base import EngineConfig
-from normistral.serving.app import create_app
-from normistral.serving.auth import Keys
-from normistral.serving.backends.base import Job
-from normistral.serving.backends.openvino_pipeline import open_openvino_batch
-from normistral.serving.backends.settings import BatchSettings
-from normistral.serving.limits import ServerLimits
-from normistral.serving.served import ServedArtifact
-from normistral.serving.server import background_server
+from normistral.server.app import create_app
+from normistral.server.auth import Keys
+from normistral.server.backends.base import Job
+from normistral.server.backends.openvino_pipeline import open_openvino_batch
+from normistral.server.backends.settings import BatchSettings
+from normistral.server.limits import ServerLimits
+from normistral.server.served import ServedArtifact
+from normistral.server.server import background_server
 from normistral.runtime.options import GenerationConfig
 folder = Path(sys.argv[1])
 settings = json.loads(sys.argv[2])

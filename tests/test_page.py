@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from normistral.serving.page import load_page
+from normistral.server.page import load_page
 
 PAGE = load_page()
 HTML = PAGE.body.decode()
@@ -50,7 +50,7 @@ def test_there_are_no_inline_handlers_or_styles_that_the_policy_would_block():
 def test_the_server_answers_with_the_page_and_its_policy():
     from fastapi.testclient import TestClient
 
-    from normistral.serving.app import create_app
+    from normistral.server.app import create_app
 
     answer = TestClient(create_app([])).get("/")  # no `with`: no worker is started
     assert answer.content == PAGE.body

@@ -15,10 +15,10 @@ from normistral.artifact.manifest import hash_files, read_manifest, write_manife
 from normistral.errors import EngineError
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sampling import Sampler
-from normistral.serving.app import create_app
-from normistral.serving.limits import ServerLimits
-from normistral.serving.served import ServedArtifact
-from normistral.serving.server import background_server
+from normistral.server.app import create_app
+from normistral.server.limits import ServerLimits
+from normistral.server.served import ServedArtifact
+from normistral.server.server import background_server
 
 TINY = 5e-324
 MOST_LIKELY = [{"top_p": TINY}, {"top_p": 1e-45}, {"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}, {"min_p": 1 - 1e-9}]

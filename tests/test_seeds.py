@@ -16,11 +16,11 @@ from normistral.runtime import session_file
 from normistral.runtime.chunks import Completion
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.options import GenerationConfig
-from normistral.serving.backends.base import Job
-from normistral.serving.backends.fair_queue import FairQueue
-from normistral.serving.backends.settings import BatchSettings, cache_token_bytes
-from normistral.serving.frames import Loaded
-from normistral.serving.service import ServedModel
+from normistral.server.backends.base import Job
+from normistral.server.backends.fair_queue import FairQueue
+from normistral.server.backends.settings import BatchSettings, cache_token_bytes
+from normistral.server.frames import Loaded
+from normistral.server.service import ServedModel
 
 CHUNK, CONTEXT = 16, 256
 PROMPT = [5 + 7 * i % 250 for i in range(70)]  # four chunks and a part of one
@@ -48,7 +48,7 @@ def artifact(request, checkpoint, tmp_path_factory):
 @pytest.fixture(params=[False, True], ids=["default", "exact"])
 def model(request, artifact, monkeypatch):
     monkeypatch.setattr("normistral.runtime.sequence.WORTH_COPYING", 8)
-    monkeypatch.setattr("normistral.serving.backends.fair_queue.WORTH_COPYING", 8)
+    monkeypatch.setattr("normistral.server.backends.fair_queue.WORTH_COPYING", 8)
     with normistral.load(artifact, exact=request.param, settings={"prefill_chunk": str(CHUNK)}) as model:
         yield model
 
@@ -249,7 +249,7 @@ class _Worker:
 def test_the_fingerprint_is_null_where_a_seed_promises_nothing(tmp_path, batching, options, promised):
     from served_models import make_served, open_served
 
-    from normistral.serving.limits import ServerLimits
+    from normistral.server.limits import ServerLimits
 
     model = ServedModel.__new__(ServedModel)
     model.served = open_served(make_served(tmp_path / "model", answers=["Hei"]), ServerLimits())

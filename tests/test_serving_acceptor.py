@@ -15,13 +15,13 @@ import pytest
 from served_models import make_served, open_served, serving
 from serving_clients import http
 
-from normistral.serving import gate
-from normistral.serving.acceptor import Acceptor
-from normistral.serving.app import create_app
-from normistral.serving.auth import Keys
-from normistral.serving.descriptors import ConnectionPlan
-from normistral.serving.limits import ServerLimits
-from normistral.serving.public_routes import parse_head
+from normistral.server import gate
+from normistral.server.acceptor import Acceptor
+from normistral.server.app import create_app
+from normistral.server.auth import Keys
+from normistral.server.descriptors import ConnectionPlan
+from normistral.server.limits import ServerLimits
+from normistral.server.public_routes import parse_head
 
 KEY = "key-of-ola-nordmann-1"
 LIMITS = ServerLimits(grace_s=0.2, header_s=1.0)
@@ -130,7 +130,7 @@ def test_heads_that_are_not_plain_are_left_to_h11(raw) -> None:
 
 
 def test_silent_connections_take_nobodys_place(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("normistral.serving.server.plan_connections", lambda wanted: ConnectionPlan(wanted, 2, 16))
+    monkeypatch.setattr("normistral.server.server.plan_connections", lambda wanted: ConnectionPlan(wanted, 2, 16))
     limits = ServerLimits(connections=4, header_s=30, grace_s=0.2)
     with serving(make_served(tmp_path / "m"), limits, Keys({KEY: "ola"})) as url, ExitStack() as stack:
         silent = [stack.enter_context(connect(url)) for _ in range(200)]

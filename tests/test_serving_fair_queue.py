@@ -11,9 +11,9 @@ from normistral.errors import EngineError, NormistralError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.options import GenerationConfig
-from normistral.serving.backends.base import Job
-from normistral.serving.backends.fair_queue import FairQueue
-from normistral.serving.backends.settings import BatchSettings, cache_token_bytes
+from normistral.server.backends.base import Job
+from normistral.server.backends.fair_queue import FairQueue
+from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 
 CONTEXT = 400
 

@@ -10,13 +10,13 @@ from served_models import make_served, serving
 from serving_clients import ask, gauge, http, stream, wait_until
 
 from normistral.errors import EngineError
-from normistral.serving.auth import Keys
-from normistral.serving.backends.settings import BatchSettings
-from normistral.serving.frames import Load
-from normistral.serving.gate import Gate
-from normistral.serving.limits import ServerLimits
-from normistral.serving.metrics import Metrics
-from normistral.serving.worker_client import WorkerClient
+from normistral.server.auth import Keys
+from normistral.server.backends.settings import BatchSettings
+from normistral.server.frames import Load
+from normistral.server.gate import Gate
+from normistral.server.limits import ServerLimits
+from normistral.server.metrics import Metrics
+from normistral.server.worker_client import WorkerClient
 
 MESSAGES = [{"role": "user", "content": "Hei"}]
 LOAD = Load("m", "CPU", False, {}, BatchSettings("auto", 0, 0))

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from normistral.errors import NormistralError, UsageError
-from normistral.serving.auth import read_keys
+from normistral.server.auth import read_keys
 
 
 def write(tmp_path, text: str, mode: int = 0o600):

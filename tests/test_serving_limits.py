@@ -12,9 +12,9 @@ from serving_clients import error_of, http
 
 from normistral.artifact.manifest import read_manifest, write_manifest
 from normistral.errors import UsageError
-from normistral.serving.backends.settings import cache_token_bytes
-from normistral.serving.limits import MIB, ServerLimits
-from normistral.serving.startup import EngineOptions, open_artifacts
+from normistral.server.backends.settings import cache_token_bytes
+from normistral.server.limits import MIB, ServerLimits
+from normistral.server.startup import EngineOptions, open_artifacts
 
 LIMITS = ServerLimits(body_bytes=64 * 1024, grace_s=0.2, body_s=0.5, header_s=0.5, json_values=3000)
 

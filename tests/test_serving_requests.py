@@ -4,10 +4,10 @@ import pytest
 from served_models import CONTEXT, make_served, open_served, serving
 from serving_clients import error_of, http
 
-from normistral.serving.app import create_app
-from normistral.serving.auth import Keys
-from normistral.serving.limits import ServerLimits
-from normistral.serving.server import background_server
+from normistral.server.app import create_app
+from normistral.server.auth import Keys
+from normistral.server.limits import ServerLimits
+from normistral.server.server import background_server
 
 LIMITS = ServerLimits(body_bytes=64 * 1024, choices=4, new_tokens=100, grace_s=0.2, body_s=0.5, header_s=0.5)
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hei"}]}

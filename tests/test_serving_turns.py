@@ -15,11 +15,11 @@ from serving_clients import ask, error_of, gauge, http, wait_until
 
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError
-from normistral.serving import service
-from normistral.serving.auth import Keys
-from normistral.serving.limits import ServerLimits
-from normistral.serving.served import ServedArtifact
-from normistral.serving.turns import Turns
+from normistral.server import service
+from normistral.server.auth import Keys
+from normistral.server.limits import ServerLimits
+from normistral.server.served import ServedArtifact
+from normistral.server.turns import Turns
 
 OLA, KARI = "key-of-ola-nordmann-1", "key-of-kari-nordmann"
 KEYS = Keys({OLA: "ola", KARI: "kari"})

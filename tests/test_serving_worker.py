@@ -10,13 +10,13 @@ import pytest
 from served_models import make_served, serving
 from serving_clients import ask, error_of, http, wait_until
 
-from normistral.serving import pulse, worker_client
-from normistral.serving.auth import KEYS_VARIABLE
-from normistral.serving.backends.settings import BatchSettings
-from normistral.serving.frames import Beat, Load
-from normistral.serving.limits import ServerLimits
-from normistral.serving.pulse import BEAT_S, Vigil
-from normistral.serving.worker_client import WorkerClient
+from normistral.server import pulse, worker_client
+from normistral.server.auth import KEYS_VARIABLE
+from normistral.server.backends.settings import BatchSettings
+from normistral.server.frames import Beat, Load
+from normistral.server.limits import ServerLimits
+from normistral.server.pulse import BEAT_S, Vigil
+from normistral.server.worker_client import WorkerClient
 
 LOAD = Load("m", "CPU", False, {}, BatchSettings("auto", 0, 0))
 QUICK = ServerLimits(grace_s=0.2)

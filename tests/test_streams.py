@@ -7,14 +7,14 @@ import pytest
 from scripted_cli import TESTS, command, make_artifact
 from test_cli import ANSWER, require_two_lines
 
-from normistral.cluster.documents import Row, read_document
+from normistral.batch.documents import Row, read_document
 from normistral.commands.answer import read_structure
 from normistral.commands.console import decode_argument
 from normistral.commands.options import StructureArgs
 from normistral.commands.saved_chats import load_conversation, save_conversation
 from normistral.errors import UsageError
 from normistral.evaluation.windows import read_text
-from normistral.serving.auth import read_keys
+from normistral.server.auth import read_keys
 from normistral.text_input import decode_text
 
 MARK = b"\xef\xbb\xbf"

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from normistral.cluster.journal import parts_folder
+from normistral.batch.journal import parts_folder
 
 _PATIENCE_S = 600.0
 _SUBJECTS = ("snow", "bread", "a river", "the sun", "a fish", "iron", "a fjord", "rain", "a bridge", "wool")

@@ -175,7 +175,7 @@ def main() -> int:
         ("one replica, all cores", 1, cores, nothing),
         ("two replicas, half the cores each", 2, cores // 2, nothing),
         ("two, one killed", 2, cores // 2, lambda: kill(b"ray::ServeReplica:normistral:models", "replica", mark)),
-        ("two, a worker process killed", 2, cores // 2, lambda: kill(b"normistral.serving.worker", "worker", mark)),
+        ("two, a worker process killed", 2, cores // 2, lambda: kill(b"normistral.server.worker", "worker", mark)),
     ]
     results = {}
     for name, replicas, threads, halfway in cases:

@@ -21,10 +21,10 @@ from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import read_manifest
 from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.options import GenerationConfig
-from normistral.serving.backends.base import Job
-from normistral.serving.backends.openvino_batch import OpenVINOBatch
-from normistral.serving.backends.openvino_pipeline import open_openvino_batch
-from normistral.serving.backends.settings import BatchSettings
+from normistral.server.backends.base import Job
+from normistral.server.backends.openvino_batch import OpenVINOBatch
+from normistral.server.backends.openvino_pipeline import open_openvino_batch
+from normistral.server.backends.settings import BatchSettings
 
 PROMPT, PIECE = 96, 32
 

@@ -20,12 +20,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from normistral.cluster.affinity import routing_key
 from normistral.cluster.call import Call, Start
 from normistral.cluster.metrics import join_metrics
-from normistral.serving.auth import Keys
-from normistral.serving.errors import ApiError, unavailable
-from normistral.serving.gate import Gate
-from normistral.serving.limits import ServerLimits
-from normistral.serving.metrics import Metrics
-from normistral.serving.streams import ClientLeftError, unless_gone
+from normistral.server.auth import Keys
+from normistral.server.errors import ApiError, unavailable
+from normistral.server.gate import Gate
+from normistral.server.limits import ServerLimits
+from normistral.server.metrics import Metrics
+from normistral.server.streams import ClientLeftError, unless_gone
 
 logger = logging.getLogger(__name__)
 

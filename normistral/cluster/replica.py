@@ -10,11 +10,11 @@ from starlette.types import ASGIApp, Message, Scope
 
 from normistral.cluster.call import Call, Start
 from normistral.errors import EngineError
-from normistral.serving.app import create_app
-from normistral.serving.auth import Keys
-from normistral.serving.limits import ServerLimits
-from normistral.serving.service import Service
-from normistral.serving.startup import EngineOptions, open_artifacts
+from normistral.server.app import create_app
+from normistral.server.auth import Keys
+from normistral.server.limits import ServerLimits
+from normistral.server.service import Service
+from normistral.server.startup import EngineOptions, open_artifacts
 
 _POLL_S = 0.1
 _WAITING_PIECES = 16  # that nobody has fetched yet; then the answer waits for its reader

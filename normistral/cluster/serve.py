@@ -21,8 +21,8 @@ from normistral.cluster.cores import share_of_cores, threads_of_each
 from normistral.cluster.ray_local import import_ray, ray_running
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
-from normistral.serving.backends.settings import FAIR_SLOTS, Batching
-from normistral.serving.limits import ServerLimits
+from normistral.server.backends.settings import FAIR_SLOTS, Batching
+from normistral.server.limits import ServerLimits
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _FRONTS_AT_ONCE = 100_000  # the front counts for itself, and refuses in OpenAI's words
@@ -117,8 +117,8 @@ def build(arguments: dict[str, Any]) -> Any:
 
     from normistral.cluster.front import Front
     from normistral.cluster.replica import Replica
-    from normistral.serving.auth import read_keys
-    from normistral.serving.startup import EngineOptions
+    from normistral.server.auth import read_keys
+    from normistral.server.startup import EngineOptions
 
     keys = read_keys(None if options.api_key_file is None else Path(options.api_key_file))
     if bool(keys) == options.no_api_key:

@@ -14,7 +14,7 @@ from normistral.commands.answer import read_structure
 from normistral.commands.console import decode_argument, print_json, say, warn
 from normistral.commands.options import ArtifactName, Debug, EngineArgs, SamplingArgs, StructureArgs, given
 from normistral.commands.progress import show_progress
-from normistral.serving.backends.settings import Batching
+from normistral.server.backends.settings import Batching
 
 
 def batch(
@@ -64,8 +64,8 @@ def batch(
     OUTPUT has a line of JSON for each, in their order: its answer, or the error that it met. Until all are done, the
     answers are kept beside it in OUTPUT.parts: after a kill or a crash, the same command goes on from there.
     """
-    from normistral.cluster.batch import Workers, run_batch
-    from normistral.cluster.job import Engine
+    from normistral.batch.job import Engine
+    from normistral.batch.run import Workers, run_batch
 
     def decoded(text: str | None) -> str | None:
         return None if text is None else decode_argument(text)

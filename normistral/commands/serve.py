@@ -21,8 +21,8 @@ from normistral.commands.options import (
     given,
 )
 from normistral.errors import MissingExtraError, UsageError, install_extra
-from normistral.serving.backends.settings import Batching
-from normistral.serving.limits import ServerLimits
+from normistral.server.backends.settings import Batching
+from normistral.server.limits import ServerLimits
 
 _LIMITS = ServerLimits()
 
@@ -118,10 +118,10 @@ def serve(
     _require_extra()
     artifacts = [str(find_or_make(artifact)) for artifact in artifacts]
     from normistral.runtime.kernels.library import name_faster_way
-    from normistral.serving.app import create_app
-    from normistral.serving.descriptors import plan_connections
-    from normistral.serving.server import ApiServer, bind
-    from normistral.serving.startup import (
+    from normistral.server.app import create_app
+    from normistral.server.descriptors import plan_connections
+    from normistral.server.server import ApiServer, bind
+    from normistral.server.startup import (
         EngineOptions,
         allowed_hosts,
         choose_keys,

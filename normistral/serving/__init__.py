@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server: HTTP in one process, the engine in another."""
+"""Earlier name of `normistral.server`; `app` and `server` stay importable from here."""

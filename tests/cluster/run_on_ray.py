@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from tiny_models import make_mistral
 
-from normistral.cluster.journal import parts_folder
+from normistral.batch.journal import parts_folder
 
 ROOT = Path(__file__).parents[2]
 ROWS = 40
@@ -232,7 +232,7 @@ def test_figures_of_front_and_replicas_come_together(replicas):
 
 def test_requests_wait_for_a_worker_process_that_is_started_anew(replicas):
     url, mark = replicas
-    for worker in processes(b"normistral.serving.worker", mark):
+    for worker in processes(b"normistral.server.worker", mark):
         os.kill(worker, signal.SIGKILL)
     wait_until(lambda: request(url, "/ready")[0] == 503)
     status, _, body = request(url, "/v1/chat/completions", chat("etterpå"), KEY)

@@ -1,0 +1,197 @@
+"""Answers about many documents, in a file; a job that was killed goes on where it was.
+
+    from normistral.batch.run import run_batch
+    run_batch("normistral-int4", "letters.jsonl", "summaries.jsonl", instruction="Summarise: {text}", workers=4)
+
+The answers are in the order of the documents. What keeps them from being lost: `normistral.batch.journal`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest
+from normistral.batch.answerers import fits_together, has_genai, open_answerer
+from normistral.batch.documents import Row, index_documents
+from normistral.batch.job import Engine, Job, OnRow, Part, answer_part, cut_parts
+from normistral.batch.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
+from normistral.batch.questions import check_instruction
+from normistral.errors import NormistralError, UsageError, install_extra
+from normistral.files import explain, require_place, sha256_file
+from normistral.progress import NoProgress, Progress
+from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Where the models run.
+
+    Attributes:
+        count: models side by side under Ray; None is one, in this process and without Ray.
+        threads: each one's; None divides the processors that there are.
+        address: of a running Ray cluster; None starts one on this machine for as long as the job takes.
+    """
+
+    count: int | None = None
+    threads: int | None = None
+    address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What became of a job.
+
+    Attributes:
+        rows: documents, and so lines of the output.
+        failed: of these, how many have an error in place of an answer.
+        cut_off: answers that ended because of `max_new_tokens` or a full context.
+        found: rows that an earlier run had done.
+        prompt_tokens, new_tokens: of all answers.
+        seconds: of this run.
+    """
+
+    output: str
+    rows: int
+    failed: int
+    cut_off: int
+    found: int
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+def run_batch(
+    artifact: str | Path,
+    source: str | Path,
+    output: str | Path,
+    *,
+    instruction: str | None = None,
+    system: str | None = None,
+    engine: Engine | None = None,
+    workers: Workers | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Summary:
+    """Answer every document and write OUTPUT, a line of JSON for each.
+
+    Args:
+        source: a JSONL file, or a folder of texts.
+        instruction: what to ask, with {fields} of the document; None takes the document's own "prompt" or "messages".
+        system: system message.
+        engine, workers: None is the default of each.
+        force: replace OUTPUT.
+        options: fields of `GenerationConfig`.
+
+    Raises:
+        UsageError: a wrong option; OUTPUT exists; or what an earlier run left belongs to another job.
+        NormistralError: the model cannot be loaded, or workers cannot be had; what is answered is kept, and the same
+            call goes on from there.
+    """
+    started = time.perf_counter()
+    engine, workers, progress = engine or Engine(), workers or Workers(), progress or NoProgress()
+    opened = Artifact.find(artifact)
+    folder, manifest = opened.folder.absolute(), opened.manifest
+    source, output = Path(source).absolute(), Path(output).absolute()
+    _check(manifest, folder.name, output, instruction, system, workers, options, force=force)
+    if GenerationConfig(seed=options.get("seed")).reproducible and engine.batching == "auto":
+        engine = replace(engine, batching="off")
+        progress.note("with a seed, answers are written one after the other: together they are not reproducible")
+    with progress.stage(f"looking through {source.name}"):
+        index = index_documents(source)
+    asked = _identity(folder, index.sha256, instruction, system, engine, options)
+    with open_journal(output, asked) as parts:
+        run = begin_run(parts)
+        answered, _ = find_answers(parts)
+        missing = [row for row in index.rows if row.number not in answered]
+        job = Job(folder, source, parts, run, instruction, system, options)
+        if answered:
+            progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
+        if missing:
+            if fits_together(manifest, engine) and not has_genai():
+                progress.note(f"one after the other: {install_extra('serve')} lets it compute many together")
+            with progress.stage("answering", total=len(missing), unit="documents") as stage:
+                _answer(job, missing, manifest, engine, workers, stage.advance)
+        places, lines = find_answers(parts)
+        lost = [row.number for row in index.rows if row.number not in places]
+        if lost:
+            raise NormistralError(f"{len(lost)} rows have no answer, the first is {lost[0]}", "run the same again")
+        try:
+            join_answers((places[row.number] for row in index.rows), output)
+        except OSError as exc:
+            reason, hint = explain(exc)
+            raise NormistralError(f"cannot write {output}: {reason}", f"{hint}; then run the same again") from exc
+        remove_journal(parts)
+    return Summary(
+        output=str(output),
+        rows=len(index.rows),
+        failed=sum(line.error is not None for line in lines.values()),
+        cut_off=sum(line.finish_reason in ("length", "context") for line in lines.values()),
+        found=len(answered),
+        prompt_tokens=sum(line.prompt_tokens for line in lines.values()),
+        new_tokens=sum(line.new_tokens for line in lines.values()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _answer(job: Job, rows: list[Row], manifest: Manifest, engine: Engine, workers: Workers, on_row: OnRow) -> None:
+    if workers.count is not None:
+        from normistral.batch.ray_data import answer_on_ray
+
+        parts = cut_parts(rows, workers.count, together=fits_together(manifest, engine))
+        answer_on_ray(job, parts, manifest.format, engine, workers, on_row)
+        return
+    with closing(open_answerer(job, engine)) as answerer:
+        for _ in answer_part(answerer, job, Part(0, rows)):
+            on_row(1)
+
+
+def _check(
+    manifest: Manifest,
+    name: str,
+    output: Path,
+    instruction: str | None,
+    system: str | None,
+    workers: Workers,
+    options: dict[str, Any],
+    *,
+    force: bool,
+) -> None:
+    """Refuse what cannot work before anything is read or loaded."""
+    require_applicable(resolve_options(manifest.sampling, options), manifest, name)
+    if instruction is not None:
+        check_instruction(instruction)
+    if system is not None and manifest.template is None:
+        raise UsageError(f"{name} is a base model and knows no system message", "leave it out")
+    if workers.count is not None and workers.count < 1:
+        raise UsageError(f"there cannot be {workers.count} workers", "take 1 or more")
+    if workers.threads is not None and workers.threads < 1:
+        raise UsageError(f"a worker cannot have {workers.threads} threads", "take 1 or more")
+    if workers.count is None and (workers.threads is not None or workers.address is not None):
+        raise UsageError("without --workers there is no Ray", "add --workers N")
+    require_place(output)
+    if os.path.lexists(output) and not force:
+        raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
+
+
+def _identity(
+    folder: Path, documents: str, instruction: str | None, system: str | None, engine: Engine, options: dict[str, Any]
+) -> dict[str, Any]:
+    """All that decides about the answers; where and by how many they are computed does not."""
+    return {
+        "artifact": sha256_file(folder / MANIFEST_NAME),
+        "documents": documents,
+        "instruction": instruction,
+        "system": system,
+        "device": engine.device,
+        "exact": engine.exact,
+        "settings": dict(engine.settings),
+        "batching": engine.batching,
+        "options": options,
+    }

@@ -1,0 +1,191 @@
+"""Who is let in, and whose answer is computed next.
+
+Jobs wait here, not in the worker, which gets as many as it has slots for: so order, limits and waiting times are the
+same on every engine. Slots go round the tenants. Where there are several, none holds more than three quarters of them,
+so that the next one need not wait for an answer of a busy one to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from normistral.errors import NormistralError
+from normistral.server.backends.base import Job
+from normistral.server.errors import ApiError, unavailable
+from normistral.server.limits import ServerLimits
+from normistral.server.worker_client import Outcome, WorkerClient
+
+_TENANT_SHARE = 0.75
+_AVERAGE_WEIGHT = 0.2  # of the latest job, in the mean time that a job holds a slot
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A job that waits or runs."""
+
+    job: Job
+    deliver: Callable[[str, Outcome], None]
+    expiry: asyncio.TimerHandle | None
+    began: float = 0.0
+
+
+class Admission:
+    """The jobs of one worker. Call `pump` when the worker has become ready.
+
+    Args:
+        several: there may be several tenants.
+    """
+
+    def __init__(self, worker: WorkerClient, limits: ServerLimits, *, several: bool) -> None:
+        self._worker, self._limits = worker, limits
+        self._share = _TENANT_SHARE if several else 1.0
+        self._waiting: dict[str, deque[_Entry]] = {}  # by tenant, in the order in which they come next
+        self._running: dict[str, _Entry] = {}
+        self._preparing: Counter[str] = Counter()  # answers whose prompts are being made into tokens, by tenant
+        self._mean_s = 1.0
+        self._refusal: ApiError | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for a slot."""
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def running(self) -> int:
+        """Jobs that the worker has."""
+        return len(self._running)
+
+    @contextmanager
+    def preparing(self, tenant: str, answers: int) -> Iterator[None]:
+        """Count a request's answers before they are jobs.
+
+        Raises:
+            ApiError: as `submit`.
+        """
+        self._require_room(tenant, answers)
+        self._preparing[tenant] += answers
+        try:
+            yield
+        finally:
+            self._preparing[tenant] -= answers
+            self._preparing += Counter()  # without those that have none
+
+    def submit(self, jobs: Sequence[Job], deliver: Callable[[str, Outcome], None]) -> None:
+        """Take up the jobs of one request, or none of them.
+
+        Args:
+            deliver: called with a job's id and what `WorkerClient.add` delivers.
+
+        Raises:
+            ApiError: 503 while no model is ready or the server stops, 429 when too many wait.
+        """
+        tenant = jobs[0].tenant
+        self._require_room(tenant, len(jobs))
+        loop = asyncio.get_running_loop()
+        for job in jobs:
+            entry = _Entry(job, deliver, loop.call_later(self._limits.queue_s, self._expire, job.job_id))
+            self._waiting.setdefault(tenant, deque()).append(entry)
+        self.pump()
+
+    def cancel(self, job_id: str) -> None:
+        """Give up a job; nothing more is delivered."""
+        if self._running.pop(job_id, None) is not None:
+            self._worker.cancel(job_id)
+        else:
+            self._take_waiting(job_id)
+        self.pump()
+
+    def pump(self) -> None:
+        """Hand jobs to the worker while it has free slots."""
+        loaded = self._worker.loaded
+        while loaded is not None and len(self._running) < loaded.slots:
+            entry = self._next(most=max(1, int(self._share * loaded.slots)))
+            if entry is None:
+                return
+            self._cancel_expiry(entry)
+            entry.began = time.monotonic()
+            job_id = entry.job.job_id
+            self._running[job_id] = entry
+            self._worker.add(entry.job, lambda outcome, job_id=job_id: self._arrived(job_id, outcome))  # type: ignore[misc]
+
+    def refuse(self, error: ApiError) -> None:
+        """From now on answer new requests with this."""
+        self._refusal = error
+
+    def abort(self, error: ApiError) -> None:
+        """End everything with this error."""
+        entries = [*self._running.values(), *(entry for entries in self._waiting.values() for entry in entries)]
+        for entry in entries:
+            self.cancel(entry.job.job_id)
+            entry.deliver(entry.job.job_id, error)
+
+    def _require_room(self, tenant: str, answers: int) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        if self._worker.loaded is None:
+            raise self._worker.explain_absence()
+        of_tenant = len(self._waiting.get(tenant, ())) + sum(e.job.tenant == tenant for e in self._running.values())
+        if self.waiting + self.running + self._preparing.total() + answers > self._limits.jobs:
+            raise self._too_many("the server has", self._limits.jobs, "queue_full")
+        if of_tenant + self._preparing[tenant] + answers > self._limits.tenant_jobs:
+            raise self._too_many("this key has", self._limits.tenant_jobs, "tenant_queue_full")
+
+    def _next(self, most: int) -> _Entry | None:
+        """The oldest job of the tenant whose turn it is."""
+        holds = Counter(entry.job.tenant for entry in self._running.values())
+        tenant = next((tenant for tenant in self._waiting if holds[tenant] < most), None)
+        if tenant is None:
+            return None
+        entries = self._waiting.pop(tenant)
+        entry = entries.popleft()
+        if entries:
+            self._waiting[tenant] = entries
+        return entry
+
+    def _arrived(self, job_id: str, outcome: Outcome) -> None:
+        entry = self._running.get(job_id)
+        if entry is None:
+            return
+        if isinstance(outcome, NormistralError) or outcome.finish_reason is not None:
+            del self._running[job_id]
+            self._mean_s += _AVERAGE_WEIGHT * (time.monotonic() - entry.began - self._mean_s)
+            self.pump()
+        entry.deliver(job_id, outcome)
+
+    def _expire(self, job_id: str) -> None:
+        entry = self._take_waiting(job_id)
+        if entry is not None:
+            waited = f"the answer did not begin within {self._limits.queue_s:g} s"
+            entry.deliver(
+                job_id, unavailable(waited, "ask again later", code="queue_timeout", retry_after_s=self._wait_s())
+            )
+
+    def _take_waiting(self, job_id: str) -> _Entry | None:
+        for tenant, entries in self._waiting.items():
+            for entry in entries:
+                if entry.job.job_id == job_id:
+                    self._cancel_expiry(entry)
+                    entries.remove(entry)
+                    if not entries:
+                        del self._waiting[tenant]
+                    return entry
+        return None
+
+    def _too_many(self, whose: str, most: int, code: str) -> ApiError:
+        message = f"{whose} {most} answers under way, and takes no more"
+        return ApiError(429, message, "ask again later", code=code, retry_after_s=self._wait_s())
+
+    def _wait_s(self) -> float:
+        """About how long until a slot has become free for one more."""
+        slots = 1 if self._worker.loaded is None else self._worker.loaded.slots
+        return min(60.0, self._mean_s * (1 + self.waiting / slots))
+
+    def _cancel_expiry(self, entry: _Entry) -> None:
+        if entry.expiry is not None:
+            entry.expiry.cancel()
+            entry.expiry = None

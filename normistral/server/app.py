@@ -1,0 +1,171 @@
+"""The ASGI application: routes, gate, and the workers that live as long as it does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+import normistral
+from normistral.server.auth import Keys
+from normistral.server.description import describe_api
+from normistral.server.errors import route_error
+from normistral.server.gate import Gate
+from normistral.server.limits import ServerLimits
+from normistral.server.metrics import Metrics
+from normistral.server.page import load_page
+from normistral.server.public_routes import Page, PublicAnswer, PublicRoutes
+from normistral.server.responses import ModelCard, ModelList, Status
+from normistral.server.routes import error_responses, router
+from normistral.server.served import ServedArtifact
+from normistral.server.service import Service
+from normistral.server.validation import describe_validation
+from normistral.server.worker_client import WORKER_MODULE
+
+
+def create_app(
+    served: Sequence[ServedArtifact],
+    limits: ServerLimits | None = None,
+    keys: Keys | None = None,
+    hosts: Collection[str] | None = None,
+    worker_module: str = WORKER_MODULE,
+) -> FastAPI:
+    """The application; its workers start and end with its lifespan.
+
+    Args:
+        keys: who is let in; None is everybody.
+        hosts: as `Gate` takes them.
+        worker_module: whose `main` the worker processes run.
+    """
+    limits, keys, metrics = limits or ServerLimits(), keys or Keys(), Metrics()
+    service = Service(served, limits, metrics, worker_module, several=len(keys) > 1)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    app = FastAPI(
+        title="normistral",
+        version=normistral.__version__,
+        lifespan=lifespan,
+        docs_url=None,  # both load scripts from elsewhere
+        redoc_url=None,
+        openapi_url=None,  # it would be written anew for everybody who asks
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.openapi = lambda: describe_api(app, service, keys)  # type: ignore[method-assign]
+    app.include_router(router)
+    pages = {"/": _add_page(app), "/openapi.json": _add_description(app)} | _add_looking(app, service)
+    app.state.public_routes = PublicRoutes(keys, limits, metrics, hosts, pages)
+    app.add_middleware(Gate, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
+    app.add_exception_handler(RequestValidationError, _refuse_fields)
+    app.add_exception_handler(HTTPException, _refuse_route)
+    return app
+
+
+def _add_looking(app: FastAPI, service: Service) -> dict[str, Page]:
+    """Routes that compute nothing; returns those that need no key."""
+
+    @app.get("/health", response_model=Status)
+    async def health() -> dict[str, str]:
+        """The server lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready", response_model=Status, responses=error_responses(503))
+    async def ready() -> dict[str, str]:
+        """All models can answer."""
+        if not service.ready:
+            raise service.explain_absence()
+        return {"status": "ready"}
+
+    @app.get(
+        "/metrics", response_class=Response, responses=error_responses(401) | {200: {"content": {"text/plain": {}}}}
+    )
+    async def metrics() -> Response:
+        """Figures in Prometheus' text format."""
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models", response_model=ModelList, responses=error_responses(401))
+    async def models() -> dict[str, Any]:
+        """The models that are served."""
+        return {"object": "list", "data": [_card(model.served) for model in service.models.values()]}
+
+    @app.get("/v1/models/{model}", response_model=ModelCard, responses=error_responses(401, 404))
+    async def model(model: str) -> dict[str, Any]:
+        """One of them."""
+        return _card(service.find(model).served)
+
+    def find_ready() -> PublicAnswer:
+        if not service.ready:
+            raise service.explain_absence()
+        return _as_json(b'{"status":"ready"}')
+
+    return {"/health": lambda: _as_json(b'{"status":"ok"}'), "/ready": find_ready}
+
+
+def _add_page(app: FastAPI) -> Page:
+    chat_page = load_page()
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """A page to chat with."""
+        return Response(chat_page.body, headers=chat_page.headers)
+
+    return lambda: PublicAnswer(200, chat_page.headers, chat_page.body)
+
+
+def _add_description(app: FastAPI) -> Page:
+    described: asyncio.Future[bytes] | None = None
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        """The description of the API, made once and beside the requests of others: it takes a fifth of a second."""
+        nonlocal described
+        if described is None:
+            described = asyncio.ensure_future(asyncio.to_thread(lambda: msgspec.json.encode(app.openapi())))
+        return Response(await asyncio.shield(described), media_type="application/json")
+
+    return lambda: _as_json(described.result()) if described is not None and described.done() else None
+
+
+def _as_json(body: bytes) -> PublicAnswer:
+    return PublicAnswer(200, {"content-type": "application/json"}, body)
+
+
+def _card(served: ServedArtifact) -> dict[str, Any]:
+    created = int(datetime.fromisoformat(served.manifest.created).timestamp())
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": created,
+        "owned_by": served.manifest.source.id.partition("/")[0],
+        "context_length": served.context_length,
+        "max_new_tokens": served.new_tokens,
+        "role": served.manifest.role,
+    }
+
+
+async def _refuse_fields(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    error = describe_validation(exc.errors())
+    request.app.state.service.metrics.rejected.labels(error.code or "invalid").inc()
+    return JSONResponse(error.document, error.status)
+
+
+async def _refuse_route(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    error = route_error(exc.status_code, request.url.path, request.method, exc.headers)
+    return JSONResponse(error.document, error.status, headers=error.headers)

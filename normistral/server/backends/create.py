@@ -1,0 +1,98 @@
+"""Which batch serves an artifact: the one place where that is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from normistral.artifact.artifact import Artifact
+from normistral.errors import ArtifactError
+from normistral.runtime import loading
+from normistral.runtime.engines.base import EngineConfig, EngineInfo
+from normistral.server.backends.base import Batch
+from normistral.server.backends.fair_queue import FairQueue
+from normistral.server.backends.openvino_options import find_unhonoured
+from normistral.server.backends.openvino_pipeline import open_openvino_batch
+from normistral.server.backends.settings import (
+    BATCHED_DEVICE,
+    FAIR_SLOTS,
+    IN_TURNS,
+    TOGETHER,
+    BatchSettings,
+    cache_token_bytes,
+    is_computed_together,
+)
+from normistral.server.backends.side_path import SidePath
+
+
+class Created(NamedTuple):
+    """A batch, and what there is to say of it.
+
+    Attributes:
+        slots: jobs that it should be given at once.
+        batching: how they share the model, in a word.
+        cache_tokens, cache_bytes: what the KV caches of all jobs hold at most, and take for it.
+    """
+
+    batch: Batch
+    capabilities: EngineInfo
+    slots: int
+    batching: str
+    cache_tokens: int
+    cache_bytes: int
+
+
+def create_batch(
+    folder: Path,
+    device: str,
+    settings: BatchSettings,
+    *,
+    exact: bool,
+    engine_settings: Mapping[str, str],
+    manifest_sha256: str | None = None,
+) -> Created:
+    """Load an artifact for many jobs at once.
+
+    Args:
+        manifest_sha256: of the artifact that it has to be; None takes what is there.
+
+    Raises:
+        NormistralError: as `normistral.load`; or it is another artifact.
+    """
+    artifact = _open(folder, manifest_sha256)
+    manifest = artifact.manifest
+    if is_computed_together(manifest, settings.batching, device):
+        return _compute_together(artifact, settings, exact, engine_settings)
+    model = loading.load(folder, device, exact=exact, settings=engine_settings)
+    fair = FairQueue(model, settings)
+    slots = settings.slots or FAIR_SLOTS
+    return Created(fair, model.capabilities, slots, IN_TURNS, fair.room, fair.room * cache_token_bytes(manifest))
+
+
+def _compute_together(artifact: Artifact, settings: BatchSettings, exact: bool, given: Mapping[str, str]) -> Created:
+    """An OpenVINO model on openvino_genai, with the library beside it for what that does not honour."""
+    artifact.check_files()
+    artifact.tokenizer  # noqa: B018 - a damaged one is found before the weights are loaded
+    tuned = None if exact else loading.find_tuned_settings(artifact, BATCHED_DEVICE)
+    opened = open_openvino_batch(artifact, settings, EngineConfig(BATCHED_DEVICE, exact, given, tuned))
+
+    def open_side() -> FairQueue:
+        _open(artifact.folder, artifact.manifest.sha256)
+        side = replace(settings, cache_bytes=0)  # one context
+        return FairQueue(loading.load(artifact.folder, BATCHED_DEVICE, exact=exact, settings=given), side)
+
+    batch = SidePath(opened.batch, open_side, find_unhonoured)
+    plan = opened.batch.plan
+    return Created(batch, opened.capabilities, plan.jobs, TOGETHER, plan.tokens, plan.bytes)
+
+
+def _open(folder: Path, manifest_sha256: str | None) -> Artifact:
+    """The artifact in a folder, its files unchecked, if it is the right one."""
+    artifact = Artifact.open(folder, verify=False)
+    if manifest_sha256 not in (None, artifact.manifest.sha256):
+        raise ArtifactError(
+            f"{folder.name} is another artifact than was opened at the start", "put that back, or start the server anew"
+        )
+    return artifact

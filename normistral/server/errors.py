@@ -1,0 +1,83 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, and what statuses ours have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from normistral.errors import ContextLengthError, NormistralError, TemplateError, UsageError
+from normistral.server.limits import ServerLimits
+
+_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+class ApiError(NormistralError):
+    """What a request is answered with instead of an answer.
+
+    Args:
+        status: of HTTP.
+        param: the field that is to blame.
+        code: for programs.
+        retry_after_s: when it may be worth asking again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        hint: str = "",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, hint)
+        self.status, self.param = status, param
+        self.code = code or _CODES.get(status)
+        self.headers = headers or {}
+        if retry_after_s is not None:
+            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The answer's body."""
+        text = self.message if not self.hint else f"{self.message} ({self.hint})"
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": text, "type": kind, "param": self.param, "code": self.code}}
+
+
+def unavailable(message: str, hint: str = "", *, code: str = "unavailable", retry_after_s: float = 5) -> ApiError:
+    """503: not now."""
+    return ApiError(503, message, hint, code=code, retry_after_s=retry_after_s)
+
+
+def header_too_large(limits: ServerLimits) -> ApiError:
+    """431."""
+    message = f"the headers have more than {limits.header_bytes} bytes"
+    return ApiError(431, message, "send less", code="header_too_large")
+
+
+def too_many_connections() -> ApiError:
+    """503: of one connection too many."""
+    return unavailable("too many connections", "ask again later", code="connections")
+
+
+def route_error(status: int, path: str, method: str, headers: Mapping[str, str] | None = None) -> ApiError:
+    """404, 405 and other statuses of the router."""
+    messages = {404: f"there is no {path} here", 405: f"{method} is not possible here"}
+    message = messages.get(status, "the request cannot be read")
+    return ApiError(status, message, "see /openapi.json", headers=dict(headers or {}))
+
+
+def as_api_error(error: NormistralError) -> ApiError:
+    """An error of the package as an answer: the caller's fault is 400, the engine's 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextLengthError):
+        return ApiError(400, error.message, error.hint, param="messages", code="context_length_exceeded")
+    if isinstance(error, (UsageError, TemplateError)):
+        return ApiError(400, error.message, error.hint)
+    return ApiError(500, error.message, error.hint, code=type(error).__name__)

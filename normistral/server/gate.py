@@ -1,0 +1,253 @@
+"""Before every route: who asks, from where, and whether what they send is small enough to be read at all.
+
+An ASGI middleware. It reads the whole body, within limits of size, time and nesting, so routes get all or nothing; and
+it is where every error becomes an answer in OpenAI's shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from normistral.errors import NormistralError
+from normistral.server.auth import ANONYMOUS, Keys
+from normistral.server.errors import ApiError, as_api_error, header_too_large, too_many_connections
+from normistral.server.limits import KIB, LINGER_S, ServerLimits
+from normistral.server.metrics import Metrics
+from normistral.server.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+_HEAVY_BYTES = 32 * KIB  # bodies that take milliseconds to decode and check, one after the other
+_REST = 16  # times as long as decoding one took, until the next: with what follows, an eighth of the event loop
+_FOR_MONITORS = ("/health", "/ready")
+PROTECTED = ("/v1/", "/metrics")  # beginnings of paths that need a key
+_CONTAINERS = (dict, list)
+_JSON_PATHS = ("/v1/chat/completions", "/v1/completions")
+
+
+class Gate:
+    """The middleware.
+
+    Args:
+        hosts: names under which the server may be addressed; None is any. A page elsewhere can make a browser here ask
+            any server under the page's own name (DNS rebinding), so a server without keys listens to its own only.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: Keys, limits: ServerLimits, metrics: Metrics, hosts: Collection[str] | None
+    ) -> None:
+        self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
+        self._decoding = Turns(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = {**scope.get("state", {}), "request_id": uuid.uuid4().hex, "began": time.monotonic()}
+        # A copy: the server goes on with its own, and sends no body where the method was HEAD.
+        scope = {**scope, "state": state, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+        answer = _Answer(scope, receive, send, self._limits.body_bytes)
+        try:
+            body = await self._check(scope, receive, answer)
+            await self._app(scope, _replay(body, receive), answer.send)
+        except NormistralError as error:
+            await self._refuse(as_api_error(error), scope, answer)
+        except Exception as bug:
+            # Not its words: they could quote a prompt.
+            logger.error("a bug: %s in %s", type(bug).__name__, scope["path"], exc_info=_without_words(bug))
+            told = ApiError(500, "this is a bug in normistral", f"report {type(bug).__name__}", code="bug")
+            await self._refuse(told, scope, answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.requests.labels(route, str(answer.status)).inc()
+            seconds = time.monotonic() - scope["state"]["began"]
+            logger.debug("%s: %s %d in %.3f s", scope["state"]["request_id"], route, answer.status, seconds)
+
+    async def _check(self, scope: Scope, receive: Receive, answer: _Answer) -> bytes:
+        """The body; raises ApiError for what is refused."""
+        headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
+            raise header_too_large(self._limits)  # h11 looks at those only that did not come at once
+        if scope["state"].get("surplus", False) and scope["path"] not in _FOR_MONITORS:
+            raise too_many_connections()
+        require_known_host(headers.get("host", ""), self._hosts)
+        scope["state"]["tenant"] = ANONYMOUS
+        if scope["path"].startswith(PROTECTED):
+            scope["state"]["tenant"] = self._keys.tenant(headers.get("authorization"))
+        if scope["method"] != "POST" or scope["path"] not in _JSON_PATHS:
+            return b""
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._limits.body_bytes:
+            raise self._too_large()
+        body = await self._read(receive)
+        answer.unread = False
+        if len(body) < _HEAVY_BYTES:
+            scope["state"]["document"] = self._decode(headers, body)
+        else:
+            tenant = scope["state"]["tenant"]
+            await self._decoding.take(tenant)
+            began = time.monotonic()
+            try:
+                scope["state"]["document"] = self._decode(headers, body)
+            finally:
+                rest_s = _REST * (time.monotonic() - began)
+                asyncio.get_running_loop().call_later(rest_s, self._decoding.give_back, tenant)
+        return body
+
+    def _decode(self, headers: Headers, body: bytes) -> Any:
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "the body has to be JSON", "send Content-Type: application/json", code="not_json")
+        try:
+            document = msgspec.json.decode(body)
+        except RecursionError:
+            raise _too_deep(self._limits) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise ApiError(400, f"the body is not JSON: {exc}", code="not_json") from None
+        _require_simple(document, self._limits)
+        return document
+
+    async def _read(self, receive: Receive) -> bytes:
+        """The body.
+
+        Raises:
+            ApiError: 413 as soon as it is too large, 408 when it takes too long.
+        """
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the connection ended within the body", code="client_left")
+                    body += message.get("body", b"")
+                    if len(body) > self._limits.body_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body did not arrive within {self._limits.body_s:g} s", code="body_timeout"
+            ) from None
+
+    async def _refuse(self, error: ApiError, scope: Scope, answer: _Answer) -> None:
+        self._metrics.rejected.labels(error.code or str(error.status)).inc()
+        if answer.status:  # it has begun, so it can only end; streams tell their errors themselves
+            scope["state"].get("abort", lambda: None)()
+            return
+        response = JSONResponse(error.document, error.status, error.headers)
+        await answer.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+        await answer.send({"type": "http.response.body", "body": response.body})
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body has more than {self._limits.body_bytes} bytes", "send less")
+
+
+def require_known_host(host: str, hosts: Collection[str] | None) -> None:
+    """Raise ApiError for a request that addresses the server under another name than these."""
+    if hosts is None:
+        return
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+    if name.lower() not in hosts:
+        raise ApiError(
+            403, "this server is not addressed under that name", "see --allowed-host", code="host_not_allowed"
+        )
+
+
+class _Answer:
+    """The way out: adds the request's id, and ends the connection where the request's body is not read.
+
+    Attributes:
+        status: what was sent; 0 is nothing.
+        unread: there is more of the request.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, most_bytes: int) -> None:
+        self._id = scope["state"]["request_id"].encode()
+        self._receive, self._send, self._most_bytes = receive, send, most_bytes
+        headers = Headers(scope=scope)
+        self.status = 0
+        self.unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            closing = [(b"connection", b"close")] if self.unread else []
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id), *closing]
+        elif self.unread and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body", "body": b""}
+        await self._send(message)
+
+    async def _linger(self) -> None:
+        """Take the rest of the body until its sender has read the answer: a reset would take that away."""
+        taken = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while (message := await self._receive()).get("more_body", False) and taken < self._most_bytes:
+                    taken += len(message.get("body", b""))
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives a body that was read, and then what follows it: that the client has left."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _require_simple(document: Any, limits: ServerLimits) -> None:
+    """Raise ApiError for a body that is deep, wide, or of very many values, before anything is made of it."""
+    containers = [document] if type(document) in _CONTAINERS else []
+    values, seen = 0, 0
+    for _ in range(limits.json_depth + 1):
+        if not containers:
+            return
+        values += sum(map(len, containers))
+        seen += len(containers)
+        if seen > limits.json_containers:
+            raise _too_many(f"more than {limits.json_containers} arrays and objects")
+        if values > limits.json_values:
+            raise _too_many(f"more than {limits.json_values} values")
+        if any(isinstance(value, dict) and len(value) > limits.json_members for value in containers):
+            raise _too_many(f"an object of more than {limits.json_members} members")
+        containers = [
+            inner
+            for value in containers
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if type(inner) in _CONTAINERS  # in a list of 100,000 numbers twice as quick as isinstance
+        ]
+    raise _too_deep(limits)
+
+
+def _too_many(what: str) -> ApiError:
+    return ApiError(400, f"the body has {what}", "send less", code="too_large")
+
+
+def _too_deep(limits: ServerLimits) -> ApiError:
+    return ApiError(400, f"the body nests more than {limits.json_depth} deep", "send less", code="too_deep")
+
+
+def _without_words(bug: Exception) -> tuple[type[Exception], Exception, Any]:
+    kind = type(bug)
+    return kind, kind.__new__(kind), bug.__traceback__  # not kind(): some cannot be made of nothing

@@ -1,0 +1,99 @@
+"""From a request's fields to the library's options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from normistral.errors import UsageError
+from normistral.runtime.structured.structure import Structure
+from normistral.server.errors import ApiError
+from normistral.server.fields import CommonRequest, JsonObjectFormat, SchemaFormat, StructuredOutputs
+from normistral.server.limits import ServerLimits
+from normistral.server.schemas import ChatCompletionRequest, CompletionRequest
+
+_SAME = ("seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_reasoning_tokens", "ignore_eos")
+
+
+def read_options(body: CommonRequest) -> dict[str, Any]:
+    """Fields of `GenerationConfig` that a request gives.
+
+    Raises:
+        ApiError, UsageError: fields that contradict each other, or a malformed structure.
+    """
+    options = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    if body.stop is not None:
+        options["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    if (most := _max_tokens(body)) is not None:
+        options["max_new_tokens"] = most
+    if (logprobs := _logprobs(body)) is not None:
+        options["logprobs"] = logprobs
+    if (structure := _structure(body)) is not None:
+        options["structure"] = structure
+    return options
+
+
+def count_choices(body: CommonRequest, prompts: int, limits: ServerLimits) -> int:
+    """Answers that a request asks for in all.
+
+    Raises:
+        ApiError: more than the server writes for one request.
+    """
+    choices = (body.n or 1) * prompts
+    if choices > limits.choices:
+        raise ApiError(
+            400, f"{choices} answers are more than this server writes for a request ({limits.choices})", param="n"
+        )
+    return choices
+
+
+def require_stream_options(body: CommonRequest) -> None:
+    """Raise ApiError for options of a stream without a stream."""
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options are for streams", "give stream: true", param="stream_options")
+
+
+def _max_tokens(body: CommonRequest) -> int | None:
+    newer = body.max_completion_tokens if isinstance(body, ChatCompletionRequest) else None
+    if newer is not None and body.max_tokens is not None and newer != body.max_tokens:
+        raise ApiError(
+            400, "max_tokens and max_completion_tokens are the same limit, and differ", param="max_completion_tokens"
+        )
+    return body.max_tokens if newer is None else newer
+
+
+def _logprobs(body: CommonRequest) -> int | None:
+    if isinstance(body, CompletionRequest):
+        return body.logprobs
+    assert isinstance(body, ChatCompletionRequest)
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _structure(body: CommonRequest) -> Structure | None:
+    wanted: list[Structure] = []
+    match body.response_format:
+        case JsonObjectFormat():
+            wanted.append(Structure.json_object())
+        case SchemaFormat(json_schema=described):
+            wanted.append(Structure.json_schema(described.json_schema))
+    if body.structured_outputs is not None:
+        wanted += _structures(body.structured_outputs)
+    if len(wanted) > 1:
+        raise UsageError("the answer can have only one form", "give one of response_format and structured_outputs")
+    return wanted[0] if wanted else None
+
+
+def _structures(outputs: StructuredOutputs) -> list[Structure]:
+    wanted = []
+    if outputs.json_schema is not None:
+        wanted.append(Structure.json_schema(outputs.json_schema))
+    if outputs.regex is not None:
+        wanted.append(Structure.regex(outputs.regex))
+    if outputs.choice is not None:
+        wanted.append(Structure.choice(outputs.choice))
+    if outputs.grammar is not None:
+        wanted.append(Structure.grammar(outputs.grammar))
+    if outputs.json_object:
+        wanted.append(Structure.json_object())
+    return wanted

@@ -1,0 +1,226 @@
+"""uvicorn's HTTP/1.1 connection, with a limit in force at every moment.
+
+uvicorn has one time limit, for a connection between two requests; it ends that by a close that waits for what was
+written to be taken. Here each phase of a connection has its own (`_Phase`), and what comes after it is a reset.
+
+What h11 cannot read is answered in OpenAI's shape too, and with the status that h11 proposes (431 for long headers).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+import socket
+import sys
+from contextlib import suppress
+from typing import Any, ClassVar
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from normistral.server.crowd import Crowd
+from normistral.server.errors import ApiError, header_too_large, too_many_connections
+from normistral.server.limits import LINGER_S, ServerLimits
+from normistral.server.strict_http import StrictConnection
+
+_READ_BYTES = 64 * 1024  # at once; what is parsed in one go keeps the others waiting
+_SURPLUS_S = 1.0  # for the head of a request on a connection that is one too many
+_LEAST_BYTES_PER_S = 16 * 1024  # that a reader of a long answer takes
+_SPARE_S = 5.0  # for an answer that its own limits end
+
+
+class _Phase(enum.Enum):
+    """What a connection is doing; how long it may is said in `_seconds`."""
+
+    HEAD = enum.auto()  # waits for a request
+    IDLE = enum.auto()  # waits for a further request
+    BODY = enum.auto()  # waits for the rest of one
+    ANSWER = enum.auto()  # the client waits
+    WRITE = enum.auto()  # an answer waits to be taken
+    REFUSED = enum.auto()  # takes what still comes, so that the sender reads the refusal and no reset
+
+
+class LimitedProtocol(H11Protocol):
+    """One connection.
+
+    Attributes:
+        received: bytes that came before it was made.
+        single: it is closed after one answer.
+    """
+
+    limits: ClassVar[ServerLimits]
+    crowd: ClassVar[Crowd]
+    received = b""
+    single = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.conn = StrictConnection(self.limits)
+        self._served = False
+        self._phase: _Phase | None = None
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._discarded = 0  # bytes behind a request that is being answered or was refused
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Serve it, or let it know that it is one too many."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that is not taken
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
+        limit_unread(transport.get_extra_info("socket"), self.limits.stall_s)
+        self._served = self.crowd.admit(self, len(self.connections))
+        self.app_state = {**self.app_state, "abort": self.leave, "surplus": not self._served}
+        self._enter(_Phase.HEAD)
+        if self.received:
+            received, self.received = self.received, b""
+            self.data_received(received)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self.crowd.gone(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless nothing more is wanted."""
+        if self._phase is _Phase.REFUSED or (self._answering and not self.cycle.more_body):
+            self._discard(len(data))
+            return
+        if self._phase is _Phase.IDLE:
+            self._enter(_Phase.HEAD)
+        super().data_received(data)
+        if self._answering and (self.single or not self._served):
+            self.cycle.keep_alive = False
+        if self._answering and not self.cycle.more_body and self.conn.trailing_data[0]:
+            self._discard(len(data))
+        self._review()
+        if self._phase is _Phase.BODY:
+            self.crowd.wait(self)  # that was progress
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        self._review()
+
+    def pause_writing(self) -> None:
+        """What was written is not taken at once."""
+        super().pause_writing()
+        self._review()
+
+    def resume_writing(self) -> None:
+        """All that was written is taken."""
+        super().resume_writing()
+        self._review()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP."""
+        status = getattr(sys.exception(), "error_status_hint", 400)
+        if status == 431:
+            self._refuse(header_too_large(self.limits))
+        else:
+            self._refuse(ApiError(status, "this is no HTTP/1.1 request that can be read", code="not_http"))
+
+    def leave(self) -> None:
+        """End at once, without waiting for a reader who does not read."""
+        self.transport.abort()
+
+    @property
+    def _answering(self) -> bool:
+        """A request's headers are whole and its answer is not."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _review(self) -> None:
+        """Enter the phase that the connection's state asks for."""
+        if self._phase is _Phase.REFUSED or (self.transport.is_closing() and not self.flow.write_paused):
+            return
+        if self.flow.write_paused:
+            phase = _Phase.WRITE
+        elif self._answering:
+            phase = _Phase.BODY if self.cycle.more_body else _Phase.ANSWER
+        else:
+            begun = self.cycle is None or self.conn.trailing_data[0]
+            phase = _Phase.HEAD if begun else _Phase.IDLE
+        if phase is not self._phase:
+            self._enter(phase)
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase = phase
+        if phase is _Phase.ANSWER:
+            self.crowd.busy(self)
+        else:
+            self.crowd.wait(self)
+        self._deadline = self.loop.time() + self._seconds(phase)
+        if self._timer is None or self._timer.when() > self._deadline:
+            self._set_timer()
+
+    def _seconds(self, phase: _Phase) -> float:
+        limits = self.limits
+        match phase:
+            case _Phase.HEAD:
+                return limits.header_s if self._served else min(limits.header_s, _SURPLUS_S)
+            case _Phase.IDLE:
+                return limits.keep_alive_s + _SPARE_S  # uvicorn closes it before
+            case _Phase.BODY:
+                return limits.body_s + _SPARE_S
+            case _Phase.ANSWER:
+                return limits.queue_s + limits.request_s + _SPARE_S
+            case _Phase.WRITE:
+                return limits.stall_s + self.transport.get_write_buffer_size() / _LEAST_BYTES_PER_S
+            case _Phase.REFUSED:
+                return LINGER_S
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(self._deadline, self._expire)
+
+    def _expire(self) -> None:
+        """The deadline that was in force when the timer was set has come."""
+        if self.loop.time() < self._deadline:
+            self._set_timer()
+        elif self._phase is _Phase.HEAD and not self._served:
+            self._refuse(too_many_connections())
+        else:
+            self.leave()
+
+    def _discard(self, count: int) -> None:
+        """Drop what comes behind a request: no pipelining (RFC 9112, 9.3.2, lets a server close instead)."""
+        self._discarded += count
+        if self._answering:
+            self.cycle.keep_alive = False
+            self.flow.resume_reading()  # h11 has paused it, and nobody would see the client leave
+        if self._discarded > self.limits.body_bytes:
+            self.leave()
+
+    def _refuse(self, error: ApiError) -> None:
+        body = json.dumps(error.document).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        with suppress(h11.LocalProtocolError):  # in the midst of an answer there is nothing to say
+            response = h11.Response(
+                status_code=error.status,
+                headers=[*headers, *error.headers.items()],
+                reason=STATUS_PHRASES[error.status],
+            )
+            events = (response, h11.Data(data=body), h11.EndOfMessage())
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        if self._answering:  # whoever reads the body learns that there is no more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._enter(_Phase.REFUSED)
+        with suppress(OSError, NotImplementedError):
+            self.transport.write_eof()
+
+
+def limit_unread(connection: socket.socket, stall_s: float) -> None:
+    """Let the system end a connection that takes nothing of what it was given, also after we have closed it."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux: tcp(7)
+    if option is not None:
+        with suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, option, int(1000 * stall_s))
+
+
+def limited_protocol(limits: ServerLimits, crowd: Crowd) -> type[LimitedProtocol]:
+    """The protocol with these limits; uvicorn makes its connections itself."""
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "crowd": crowd})

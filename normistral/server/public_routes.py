@@ -1,0 +1,179 @@
+"""Answers to requests without a valid API key, made from the head alone.
+
+They are what the application answers, without its cost: 0.05 ms instead of 0.7 ms. Requests whose answer needs more
+than the head go to the application.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+import msgspec
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES
+
+from normistral.server.auth import Keys
+from normistral.server.errors import ApiError, header_too_large, route_error
+from normistral.server.gate import PROTECTED, require_known_host
+from normistral.server.limits import ServerLimits
+from normistral.server.metrics import Metrics
+
+# A target without escapes, at most 100 headers, no folded lines and no lone CR or LF: nothing that two servers could
+# read in two ways (RFC 9112).
+_HEAD = re.compile(
+    rb"([A-Z]{3,7}) (/[\w./~-]*) HTTP/1\.1\r\n((?:[A-Za-z0-9_-]+:[\t\x20-\x7e\x80-\xff]*\r\n){1,100})\r\n"
+)
+_SINGLE = frozenset((b"host", b"authorization", b"content-length", b"transfer-encoding"))
+_HOP = frozenset((b"connection", b"expect", b"upgrade"))
+_BODILESS = frozenset(("GET", "HEAD", "OPTIONS", "DELETE"))
+_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "DELETE", "POST", "PUT", "PATCH"))
+_JSON = {"content-type": "application/json"}
+
+
+class Head(NamedTuple):
+    """A request up to its empty line.
+
+    Attributes:
+        has_body: bytes of a body follow.
+        close: the client wants no further request on this connection.
+        size: bytes of names and values.
+    """
+
+    method: str
+    path: str
+    host: str
+    authorization: str | None
+    has_body: bool
+    close: bool
+    size: int
+
+
+class PublicAnswer(NamedTuple):
+    """Status, headers and body of an answer, and what the metrics call it."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    route: str = "none"
+    reason: str | None = None
+
+
+Page = Callable[[], PublicAnswer | None]
+
+
+def parse_head(raw: bytes) -> Head | None:
+    """The head of a plain request; None for every other, which h11 has to judge."""
+    match = _HEAD.fullmatch(raw)
+    if match is None:
+        return None
+    values: dict[bytes, bytes] = {}
+    for line in match[3].split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        name = name.lower()
+        if name in _SINGLE or name in _HOP:
+            if name in values:
+                return None
+            values[name] = value.strip(b" \t")
+    method, length = match[1].decode(), values.get(b"content-length", b"0")
+    connection = values.get(b"connection", b"keep-alive").lower()
+    has_body = b"transfer-encoding" in values or length != b"0"
+    if (
+        method not in _METHODS
+        or b"host" not in values
+        or b"expect" in values
+        or b"upgrade" in values
+        or connection not in (b"keep-alive", b"close")
+        or not length.isdigit()
+        or (b"content-length" in values and b"transfer-encoding" in values)
+        or values.get(b"transfer-encoding", b"chunked").lower() != b"chunked"
+        or (has_body and method in _BODILESS)
+    ):
+        return None
+    authorization = values.get(b"authorization")
+    return Head(
+        method,
+        match[2].decode(),
+        values[b"host"].decode("latin-1"),
+        None if authorization is None else authorization.decode("latin-1"),
+        has_body,
+        connection == b"close",
+        len(match[3]) - 3 * match[3].count(b"\r\n"),
+    )
+
+
+class PublicRoutes:
+    """Answers that need no key, and refusals of those who have none.
+
+    Args:
+        hosts: as `Gate` takes them.
+        pages: answers by path; None while the application has to make one.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        limits: ServerLimits,
+        metrics: Metrics,
+        hosts: Collection[str] | None,
+        pages: Mapping[str, Page],
+    ) -> None:
+        self._keys, self._limits, self._metrics, self._hosts, self._pages = keys, limits, metrics, hosts, pages
+
+    def has_access(self, head: Head) -> bool:
+        """The request is for a protected route, and its key is valid or none is needed."""
+        if not head.path.startswith(PROTECTED):
+            return False
+        try:
+            self._keys.tenant(head.authorization)
+        except ApiError:
+            return False
+        return True
+
+    def answer(self, head: Head) -> PublicAnswer | None:
+        """The answer to a request for which `has_access` does not hold; None where the application has to make it."""
+        try:
+            if head.size > self._limits.header_bytes:
+                raise header_too_large(self._limits)
+            require_known_host(head.host, self._hosts)
+            if head.path.startswith(PROTECTED):
+                self._keys.tenant(head.authorization)
+            page = self._pages.get(head.path)
+            if page is None:
+                return _of_router(404, head)
+            if head.method not in ("GET", "HEAD"):
+                return _of_router(405, head, {"allow": "GET"})._replace(route=head.path)
+            return self._open(page, head)
+        except ApiError as error:
+            return refusal(error)
+
+    def _open(self, page: Page, head: Head) -> PublicAnswer | None:
+        try:
+            found = page()
+        except ApiError as error:
+            found = refusal(error)
+        return None if found is None else found._replace(route=head.path)
+
+    def render(self, head: Head | None, answer: PublicAnswer, date: bytes, *, close: bool) -> bytes:
+        """The bytes of an answer; counts it."""
+        self._metrics.requests.labels(answer.route, str(answer.status)).inc()
+        if answer.reason is not None:
+            self._metrics.rejected.labels(answer.reason).inc()
+        lines = [b"HTTP/1.1 %d %s" % (answer.status, STATUS_PHRASES[answer.status]), b"date: " + date]
+        lines += [f"{name.lower()}: {value}".encode("latin-1") for name, value in answer.headers.items()]
+        lines += [b"content-length: %d" % len(answer.body), b"x-request-id: " + os.urandom(16).hex().encode()]
+        if close:
+            lines.append(b"connection: close")
+        body = b"" if head is not None and head.method == "HEAD" else answer.body
+        return b"\r\n".join((*lines, b"", body))
+
+
+def refusal(error: ApiError) -> PublicAnswer:
+    """An error as an answer."""
+    body = msgspec.json.encode(error.document)
+    return PublicAnswer(error.status, error.headers | _JSON, body, reason=error.code or str(error.status))
+
+
+def _of_router(status: int, head: Head, headers: Mapping[str, str] | None = None) -> PublicAnswer:
+    return refusal(route_error(status, head.path, head.method, headers))._replace(reason=None)

@@ -1,0 +1,155 @@
+"""The routes of the API."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import closing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
+
+from normistral.errors import ContextLengthError
+from normistral.runtime.options import GenerationConfig
+from normistral.server.chat_completions import gather_chat, stream_chat
+from normistral.server.completions import gather_text, stream_text
+from normistral.server.errors import ApiError
+from normistral.server.fields import CommonRequest
+from normistral.server.generation import Arrival, Generation
+from normistral.server.options import count_choices, read_options, require_stream_options
+from normistral.server.responses import ChatCompletion, ErrorAnswer, TextCompletion
+from normistral.server.schemas import ChatCompletionRequest, CompletionRequest
+from normistral.server.served import ServedArtifact
+from normistral.server.service import Service
+from normistral.server.streams import Events, EventStream, unless_gone
+from normistral.server.tally import Envelope
+
+
+class _DecodedRequest(Request):
+    """A request whose body the gate has decoded."""
+
+    async def json(self) -> Any:
+        """The body."""
+        return self.state.document
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI's, which would decode the body once more."""
+        handle = super().get_route_handler()
+
+        async def handle_decoded(request: Request) -> Response:
+            return await handle(_DecodedRequest(request.scope, request.receive))
+
+        return handle_decoded
+
+
+router = APIRouter(route_class=_Route)
+
+Prepared = list[tuple[list[int], GenerationConfig]]
+Arrivals = AsyncIterator[Arrival]
+Document = Coroutine[Any, Any, dict[str, Any]]
+
+_EVENT = {
+    "type": "object",
+    "description": "With stream: true. The data of an event is a chunk of the answer as JSON, or an error; or [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+_STREAM = {"text/event-stream": {"schema": _EVENT}}
+_STATUSES = {
+    400: "The request is wrong, or does not fit.",
+    401: "No API key, or an unknown one.",
+    403: "The server is addressed under another name.",
+    404: "No such model.",
+    408: "The body took too long.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    429: "Too many answers are under way; Retry-After says when to ask again.",
+    500: "The engine failed.",
+    503: "No model is ready, or it took too long; Retry-After says when to ask again.",
+}
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How errors of these statuses look, for the description of the API."""
+    return {status: {"model": ErrorAnswer, "description": _STATUSES[status]} for status in statuses}
+
+
+_ERRORS = error_responses(*_STATUSES)
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses=_ERRORS | {200: {"model": ChatCompletion, "content": _STREAM, "description": "The answer."}},
+)
+async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+    """Answer a conversation."""
+    service: Service = request.app.state.service
+    model = service.find(body.model)
+    each = _check(body, 1, service)
+    prompts = await service.prepare(model, each, request, _prepare_chat, model.served, body)
+    envelope = Envelope(f"chatcmpl-{request.state.request_id}", model.served, lambda: model.fingerprint(prompts[0][1]))
+    logprobs, usage = bool(body.logprobs), _wants_usage(body)
+    generation = service.generation(model, prompts, each, request.state)
+    if body.stream:
+        return _stream(generation, lambda a: stream_chat(a, envelope, each, logprobs=logprobs, usage=usage))
+    return await _whole(request, generation, lambda a: gather_chat(a, envelope, each, logprobs=logprobs))
+
+
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses=_ERRORS | {200: {"model": TextCompletion, "content": _STREAM, "description": "The answer."}},
+)
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """Complete a text, without a chat template."""
+    service: Service = request.app.state.service
+    model = service.find(body.model)
+    choices = _check(body, len(body.prompts), service)
+    each = choices // len(body.prompts)
+    prompts = await service.prepare(model, choices, request, _prepare_text, model.served, body)
+    envelope = Envelope(f"cmpl-{request.state.request_id}", model.served, lambda: model.fingerprint(prompts[0][1]))
+    logprobs, usage = body.logprobs is not None, _wants_usage(body)
+    generation = service.generation(model, prompts, each, request.state)
+    if body.stream:
+        return _stream(generation, lambda a: stream_text(a, envelope, choices, each, logprobs=logprobs, usage=usage))
+    return await _whole(request, generation, lambda a: gather_text(a, envelope, choices, each, logprobs=logprobs))
+
+
+def _check(body: CommonRequest, prompts: int, service: Service) -> int:
+    require_stream_options(body)
+    return count_choices(body, prompts, service.limits)
+
+
+def _prepare_chat(served: ServedArtifact, body: ChatCompletionRequest) -> Prepared:
+    options = read_options(body)
+    prompt_ids = served.encode_chat([message.for_template() for message in body.messages])
+    return [(prompt_ids, served.resolve(options, len(prompt_ids)))]
+
+
+def _prepare_text(served: ServedArtifact, body: CompletionRequest) -> Prepared:
+    options = read_options(body)
+    try:
+        encoded = [served.encode_text(prompt) for prompt in body.prompts]
+    except ContextLengthError as error:
+        raise ApiError(400, error.message, error.hint, param="prompt", code="context_length_exceeded") from None
+    return [(prompt_ids, served.resolve(options, len(prompt_ids))) for prompt_ids in encoded]
+
+
+def _wants_usage(body: CommonRequest) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def _stream(generation: Generation, make_events: Callable[[Arrivals], Events]) -> Response:
+    generation.begin()
+    return EventStream(make_events(generation.arrivals()), generation.close)
+
+
+async def _whole(request: Request, generation: Generation, gather: Callable[[Arrivals], Document]) -> Response:
+    with closing(generation):
+        generation.begin()
+        document = await unless_gone(gather(generation.arrivals()), request.receive)
+    return Response(msgspec.json.encode(document), media_type="application/json")

@@ -1,0 +1,176 @@
+"""What the server knows of an artifact without its engine: how a prompt becomes tokens, and what may be asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from normistral.artifact.artifact import Artifact
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.manifest import Manifest
+from normistral.artifact.tokenizer import Tokenizer
+from normistral.errors import ContextLengthError, UsageError
+from normistral.runtime.detokenizer import spell_vocabulary
+from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.runtime.structured.constraint import StructureCompiler
+from normistral.runtime.structured.vocabulary import GrammarVocabulary
+from normistral.server.backends.settings import BatchSettings
+from normistral.server.frames import Load
+
+_PROBES = (2, 8)  # characters for each token of the context; Norwegian and English have 3 to 5
+_MOST_CHARACTERS = 32  # for each token of the context; runs of one character can have more
+_UNSETTLED = 256  # tokens at the end of a beginning that what follows may change
+
+
+@dataclass(frozen=True)
+class ServedArtifact:
+    """One artifact that is served.
+
+    Attributes:
+        name: of the model, in requests.
+        context_length: the most tokens that prompt and answer may take together here.
+        new_tokens: the most of an answer.
+        load: how its worker loads it.
+    """
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    context_length: int
+    new_tokens: int
+    load: Load
+    template: ChatTemplate | None = field(default=None)
+
+    @classmethod
+    def open(
+        cls,
+        artifact: str | Path,
+        batch: BatchSettings,
+        new_tokens: int | None = None,
+        *,
+        name: str | None = None,
+        device: str = "CPU",
+        exact: bool = False,
+        settings: Mapping[str, str] | None = None,
+    ) -> ServedArtifact:
+        """Read tokenizer, template and manifest of an artifact; arguments and errors as `normistral.load`.
+
+        Args:
+            batch: its `context` is what the server allows.
+            new_tokens: the most of an answer; None is as many as fit.
+        """
+        opened = Artifact.find(artifact)
+        opened.warn_of_advice()
+        folder, manifest = opened.folder, opened.manifest
+        load = Load(str(folder.resolve()), device, exact, dict(settings or {}), batch, manifest.sha256)
+        context = min(batch.context, manifest.context_length)
+        most = context - 1 if new_tokens is None else min(new_tokens, context - 1)
+        return cls(
+            name or folder.resolve().name, folder, manifest, opened.tokenizer, context, most, load, opened.chat_template
+        )
+
+    def fingerprint(self, arithmetic: str) -> str:
+        """Names these very weights, and the arithmetic of the process that computes with them."""
+        files = sorted((name, record.sha256) for name, record in self.manifest.files.items())
+        text = repr((files, self.load.exact, arithmetic))
+        return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """What each token adds to the UTF-8 of a text."""
+        return spell_vocabulary(self.tokenizer, self.manifest.architecture.vocabulary)
+
+    @cached_property
+    def structures(self) -> StructureCompiler:
+        """For looking whether an answer can have the form that a request asks for."""
+        vocabulary = self.manifest.architecture.vocabulary
+        return StructureCompiler(GrammarVocabulary(self.tokenizer, vocabulary, self.manifest.stop_token_ids))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            UsageError: this is a base model, or the text is not valid Unicode.
+            TemplateError: the template refuses the messages.
+            ContextLengthError: they leave no room for an answer.
+        """
+        if self.template is None:
+            raise UsageError(f"{self.name} is a base model and knows no conversation", "use /v1/completions")
+        self._require_possible("".join(message["content"] for message in messages))
+        return self._fitting(self.template.encode(messages))
+
+    def encode_text(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt for completion.
+
+        Raises:
+            UsageError: it is empty, not valid Unicode, or holds ids outside the vocabulary.
+            ContextLengthError: it leaves no room for an answer.
+        """
+        if isinstance(prompt, str):
+            self._require_possible(prompt)
+            prompt_ids = self.tokenizer.encode(prompt)
+        else:
+            prompt_ids = list(prompt)
+        vocabulary = self.manifest.architecture.vocabulary
+        if any(not 0 <= token_id < vocabulary for token_id in prompt_ids):
+            raise UsageError("the prompt holds a token id outside the vocabulary", f"ids go from 0 to {vocabulary - 1}")
+        if not prompt or not prompt_ids:
+            raise UsageError("the prompt is empty", "give it some text")
+        return self._fitting(prompt_ids)
+
+    def resolve(self, options: dict[str, Any], prompt_tokens: int) -> GenerationConfig:
+        """The request's options over the authors' over ours, within this server's limits.
+
+        Raises:
+            UsageError: a value out of range, an option that means nothing to this model, more new tokens than this
+                server allows, or a structure that cannot be compiled.
+        """
+        asked = options.get("max_new_tokens")
+        if asked is not None and asked > self.new_tokens:
+            raise UsageError(
+                f"{asked} new tokens are more than this server allows ({self.new_tokens})", "ask for fewer"
+            )
+        config = resolve_options(self.manifest.sampling, options)
+        room = min(config.max_new_tokens, self.new_tokens, self.context_length - prompt_tokens)
+        config = resolve_options(self.manifest.sampling, options | {"max_new_tokens": room})
+        require_applicable(config, self.manifest, self.name)
+        if config.structure is not None:
+            self.structures.require(config.structure, self.manifest.reasoning)
+        return config
+
+    def _require_possible(self, text: str) -> None:
+        """Refuse what is far too long by a beginning of it, before all of it is rendered and tokenised.
+
+        A text goes on from the tokens of its beginning, but for the last few of those. Tokenizers take half a second
+        to two seconds for a megabyte, whatever it holds, so there is an end to what they are given.
+        """
+        too_long = ContextLengthError(
+            f"{len(text)} characters are more than the {self.context_length} tokens for which {self.name} has room, "
+            "answer included",
+            "shorten it",
+        )
+        if len(text) > _MOST_CHARACTERS * self.context_length:
+            raise too_long
+        for factor in _PROBES:
+            characters = factor * self.context_length
+            if len(text) <= characters:
+                return
+            if (
+                len(self.tokenizer.encode(text[:characters], add_special_tokens=False))
+                > self.context_length + _UNSETTLED
+            ):
+                raise too_long
+
+    def _fitting(self, prompt_ids: list[int]) -> list[int]:
+        if len(prompt_ids) >= self.context_length:
+            raise ContextLengthError(
+                f"the prompt takes {len(prompt_ids)} tokens; {self.name} has room for {self.context_length}, "
+                "answer included",
+                "shorten it",
+            )
+        return prompt_ids

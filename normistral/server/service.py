@@ -1,0 +1,203 @@
+"""The models of one server: from a request to its jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request
+
+from normistral.runtime.options import GenerationConfig
+from normistral.server.admission import Admission
+from normistral.server.backends.base import Job
+from normistral.server.backends.openvino_options import find_unhonoured
+from normistral.server.backends.settings import TOGETHER
+from normistral.server.errors import ApiError, unavailable
+from normistral.server.generation import Generation
+from normistral.server.limits import ServerLimits
+from normistral.server.metrics import Metrics
+from normistral.server.served import ServedArtifact
+from normistral.server.streams import unless_gone
+from normistral.server.turns import Turns
+from normistral.server.worker_client import WORKER_MODULE, WorkerClient
+
+T = TypeVar("T")
+
+_PREPARING_THREADS = 2  # templates and tokenizers are quick; more at once would only take turns
+
+
+class ServedModel:
+    """An artifact, its worker, and who waits for it."""
+
+    def __init__(
+        self, served: ServedArtifact, limits: ServerLimits, metrics: Metrics, worker_module: str, *, several: bool
+    ) -> None:
+        self.served = served
+        batch = replace(served.load.batch, one_tenant=not several)
+        self.worker = WorkerClient(
+            served.name, msgspec.structs.replace(served.load, batch=batch), worker_module, self._on_change
+        )
+        self.admission = Admission(self.worker, limits, several=several)
+        self._restarts = metrics.worker_restarts.labels(served.name)
+        self._counted = 0
+        metrics.watch(
+            served.name,
+            lambda: self.admission.waiting,
+            lambda: self.admission.running,
+            lambda: int(self.worker.loaded is not None),
+        )
+
+    def fingerprint(self, config: GenerationConfig) -> str | None:
+        """Names weights and arithmetic: while it is the same, a seed gives the same text again.
+
+        None for an answer that is computed together with others: their number changes the last bits of its logits.
+        """
+        loaded = self.worker.loaded
+        if loaded is None or (loaded.batching == TOGETHER and find_unhonoured(config) is None):
+            return None
+        return self.served.fingerprint(loaded.arithmetic)
+
+    def _on_change(self) -> None:
+        self._restarts.inc(self.worker.restarts - self._counted)
+        self._counted = self.worker.restarts
+        self.admission.pump()
+
+
+class Service:
+    """Everything behind the routes.
+
+    Args:
+        several: there may be several tenants.
+
+    Attributes:
+        models: by the name that requests use.
+        stopping: no new answers are begun.
+    """
+
+    def __init__(
+        self,
+        served: Sequence[ServedArtifact],
+        limits: ServerLimits,
+        metrics: Metrics,
+        worker_module: str = WORKER_MODULE,
+        *,
+        several: bool = True,
+    ) -> None:
+        self.limits, self.metrics = limits, metrics
+        self.models = {one.name: ServedModel(one, limits, metrics, worker_module, several=several) for one in served}
+        self.stopping = False
+        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+        self._turns = Turns(_PREPARING_THREADS, _PREPARING_THREADS - several)
+
+    @property
+    def ready(self) -> bool:
+        """All models can answer."""
+        return not self.stopping and all(model.worker.loaded for model in self.models.values())
+
+    @property
+    def under_way(self) -> int:
+        """Answers that wait or are being written."""
+        return sum(model.admission.waiting + model.admission.running for model in self.models.values())
+
+    def explain_absence(self) -> ApiError:
+        """503: why not all models can answer."""
+        if self.stopping:
+            return unavailable("stopping", code="not_ready", retry_after_s=2)
+        absent = next((model.worker for model in self.models.values() if model.worker.loaded is None), None)
+        if absent is None:
+            return unavailable("ready again", code="not_ready", retry_after_s=1)
+        error = absent.explain_absence()
+        return unavailable(error.message, error.hint, code="not_ready", retry_after_s=2)
+
+    def start(self) -> None:
+        """Begin to load all models."""
+        for model in self.models.values():
+            model.worker.start()
+
+    async def close(self) -> None:
+        """End all workers."""
+        for model in self.models.values():
+            model.admission.abort(_stopping())
+            await model.worker.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def stop_accepting(self) -> None:
+        """Answer no more new requests; what is under way goes on."""
+        self.stopping = True
+        for model in self.models.values():
+            model.admission.refuse(_stopping())
+
+    def abort(self) -> None:
+        """End what is still under way."""
+        for model in self.models.values():
+            model.admission.abort(_stopping())
+
+    def find(self, name: str) -> ServedModel:
+        """The model of this name; raises ApiError, 404."""
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(
+                404, f"there is no model of that name here; there is {known}", param="model", code="model_not_found"
+            )
+        return self.models[name]
+
+    async def prepare(
+        self, model: ServedModel, answers: int, request: Request, work: Callable[..., T], *arguments: Any
+    ) -> T:
+        """Do what takes a processor for long, such as rendering a template, beside the requests of others.
+
+        Tenants take turns, and none has all threads. What was not begun when the client leaves is not done.
+
+        Args:
+            answers: how many are asked for; they count as such from now on.
+
+        Raises:
+            ApiError: as `Admission.submit`; or it took too long, or the client left.
+        """
+        tenant: str = request.state.tenant
+        with model.admission.preparing(tenant, answers):
+            return await unless_gone(self._prepare(tenant, work, *arguments), request.receive)
+
+    async def _prepare(self, tenant: str, work: Callable[..., T], *arguments: Any) -> T:
+        try:
+            async with asyncio.timeout(self.limits.queue_s):
+                await self._turns.take(tenant)
+        except TimeoutError:
+            waited = f"the answer did not begin within {self.limits.queue_s:g} s"
+            raise unavailable(waited, "ask again later", code="queue_timeout") from None
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+        def ended(future: asyncio.Future[T]) -> None:
+            self._turns.give_back(tenant)
+            if not future.cancelled():
+                future.exception()  # nobody else may be there to take it, and asyncio would print it
+
+        running.add_done_callback(ended)
+        return await asyncio.shield(running)  # a thread that has begun goes on to its end
+
+    def generation(
+        self, model: ServedModel, prompts: Sequence[tuple[list[int], GenerationConfig]], each: int, state: Any
+    ) -> Generation:
+        """`each` answers to each prompt; with a seed, every one has a seed of its own.
+
+        Args:
+            state: of the request: its id, tenant and beginning.
+        """
+        jobs = [
+            Job(f"{state.request_id}-{number * each + i}", prompt_ids, _with_seed(config, i), state.tenant)
+            for number, (prompt_ids, config) in enumerate(prompts)
+            for i in range(each)
+        ]
+        return Generation(jobs, model.admission, self.limits, self.metrics, model.served.name, state.began)
+
+
+def _with_seed(config: GenerationConfig, choice: int) -> GenerationConfig:
+    return config if config.seed is None else replace(config, seed=config.seed + choice)
+
+
+def _stopping() -> ApiError:
+    return unavailable("the server is shutting down", "ask again later", code="stopping")

@@ -1,0 +1,172 @@
+"""The process that computes: frames on stdin, frames on stdout, one model.
+
+It ends when stdin does, at once and whatever it is computing, so nothing is left behind by a server that was killed.
+What engines print goes to stderr. A bug ends it too: the server gives every job an error and starts another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from normistral.errors import NormistralError
+from normistral.runtime.chunks import Chunk
+from normistral.runtime.engines.base import describe_arithmetic
+from normistral.server.backends.base import Batch, Progress
+from normistral.server.backends.create import create_batch
+from normistral.server.frames import (
+    Add,
+    Cancel,
+    Failure,
+    FromWorker,
+    Load,
+    Loaded,
+    LoadFailed,
+    Step,
+    ToWorker,
+    encode_frame,
+    read_frame,
+    to_worker,
+)
+from normistral.server.pulse import Pulse
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_BUG = 70  # EX_SOFTWARE of sysexits.h
+
+
+class _Commands:
+    """Frames that have come in, read by a thread of their own."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._arrived: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="commands", daemon=True).start()
+
+    def wait(self) -> ToWorker:
+        """The next one, whenever it comes."""
+        return self._arrived.get()
+
+    def take(self) -> ToWorker | None:
+        """The next one, if it is there."""
+        with suppress(queue.Empty):
+            return self._arrived.get_nowait()
+        return None
+
+    def _read(self) -> None:
+        while (payload := read_frame(self._stream)) is not None:
+            self._arrived.put(to_worker.decode(payload))
+        os._exit(0)  # the server is gone; a forward may take seconds, and threads of the engine do not end by asking
+
+
+class _Answers:
+    """Frames that go out, from two threads."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def send(self, frame: FromWorker) -> None:
+        """Send one."""
+        with self._lock:
+            self._stream.write(encode_frame(frame))
+            self._stream.flush()
+
+
+def serve(requests: BinaryIO, stream: BinaryIO) -> None:
+    """Load what the first frame says, then compute what the others ask for."""
+    answers = _Answers(stream)
+    pulse = Pulse(answers.send)
+    commands = _Commands(requests)
+    load = commands.wait()
+    assert isinstance(load, Load), "Load comes first"
+    try:
+        created = create_batch(
+            Path(load.folder),
+            load.device,
+            load.batch,
+            exact=load.exact,
+            engine_settings=load.settings,
+            manifest_sha256=load.manifest_sha256,
+        )
+    except NormistralError as error:
+        answers.send(LoadFailed(Failure.of(error)))
+        return
+    capabilities = created.capabilities
+    answers.send(
+        Loaded(
+            created.slots,
+            capabilities.name,
+            capabilities.device,
+            capabilities.settings,
+            created.batching,
+            created.cache_tokens,
+            created.cache_bytes,
+            describe_arithmetic(capabilities),
+        ),
+    )
+    while True:
+        _follow(created.batch, commands, answers, pulse)
+        for progress in created.batch.step():
+            answers.send(_as_step(progress))
+        pulse.steps += 1
+
+
+def _follow(batch: Batch, commands: _Commands, answers: _Answers, pulse: Pulse) -> None:
+    """Hand on what came in; wait for something while there is nothing to compute."""
+    pulse.busy = not batch.idle
+    command = commands.take() if pulse.busy else commands.wait()
+    pulse.busy = True
+    while command is not None:
+        match command:
+            case Add(job=job):
+                try:
+                    batch.add(job)
+                except NormistralError as error:
+                    answers.send(_as_step(Progress(job.job_id, error)))
+            case Cancel(job_id=job_id):
+                batch.cancel(job_id)
+        command = commands.take()
+
+
+def _as_step(progress: Progress) -> Step:
+    outcome = progress.outcome
+    if isinstance(outcome, Chunk):
+        return Step(progress.job_id, outcome)
+    return Step(progress.job_id, None, Failure.of(outcome))
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    """Serve this process's stdin and stdout."""
+    _die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # both are for the server, which ends this process by closing stdin
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine's own words are no frames
+    try:
+        serve(sys.stdin.buffer, answers)
+    except BrokenPipeError:
+        os._exit(0)
+    except Exception as bug:
+        # Where it happened, and not its words: they could quote a prompt.
+        where = "".join(traceback.format_tb(bug.__traceback__))
+        print(f"{where}worker: this is a bug in normistral: {type(bug).__name__}", file=sys.stderr, flush=True)
+        os._exit(_BUG)
+    os._exit(0)  # it could not load; the thread that reads commands would be in the way of an orderly end
+
+
+if __name__ == "__main__":
+    main()
