@@ -16,7 +16,7 @@ HTML = PAGE.body.decode()
 
 def test_the_page_belongs_to_the_package():
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    assert "serving/page.html" in project["tool"]["setuptools"]["package-data"]["normistral"]
+    assert "server/page.html" in project["tool"]["setuptools"]["package-data"]["normistral"]
 
 
 @pytest.mark.parametrize("tag", ["script", "style"])
