@@ -21,8 +21,8 @@ import openvino as ov
 
 from normistral import hardware
 from normistral.artifact.manifest import read_manifest
-from normistral.runtime.engines.base import EngineInfo
-from normistral.runtime.engines.openvino import MODEL_FILE, warm_up
+from normistral.runtime.engines.base import EngineInfo, warm_up
+from normistral.runtime.engines.openvino import MODEL_FILE
 from normistral.runtime.engines.openvino_graph import keep_last_logits
 from normistral.runtime.engines.openvino_stateful import StatefulBackend
 

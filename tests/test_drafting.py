@@ -171,7 +171,7 @@ def test_the_cache_keeps_the_answer_without_its_last_token_and_no_rejected_draft
     model = draft_always(make_model(tmp_path, LOGITS))
     for length in range(2, 20):
         answer = model.generate(PROMPT, max_new_tokens=length, ignore_eos=True, seed=length, temperature=0.7)
-        with model._borrow_sequence() as sequence:
+        with model.borrow_sequence() as sequence:
             assert sequence._token_ids == [*PROMPT, *answer.token_ids[:-1]]
 
 

@@ -249,7 +249,7 @@ def test_a_chat_keeps_answers_and_shows_no_old_reasoning_to_the_model(tmp_path, 
 
 def test_tags_of_ordinary_tokens_are_text_for_a_model_whose_tags_are_tokens(tmp_path):
     model = make_model(tmp_path, choose, reasoning=TAG_TOKENS)
-    deaf = model.tokenizer.deaf_to(model.chat_template._encoder.control_tokens, at_start=False)
+    deaf = model.tokenizer.with_tokens_as_text(model.chat_template._encoder.control_tokens, at_start=False)
     ids = [THINK, *deaf.encode("a</think>b"), END_THINK, *deaf.encode("<think>c</think>")]
     completion = spell(tmp_path, ids, TAG_TOKENS).generate([7])
     assert (completion.reasoning, completion.text) == ("a</think>b", "<think>c</think>")

@@ -565,9 +565,9 @@ def test_the_bytes_of_tokens_are_those_of_the_text_that_is_shown(kind, text):
 
 def test_what_the_document_shows_can_be_compiled():
     text = (Path(__file__).parent.parent / "docs" / "structured.md").read_text(encoding="utf-8")
-    schema = re.search(r"^    (\{\n.*?\n    \})$", text, re.DOTALL | re.MULTILINE)[1]
+    schema = re.search(r"^(\{\n.*?\n\})$", text, re.DOTALL | re.MULTILINE)[1]
     compiled = compile_structure(Structure.json_schema(schema), VOCABULARIES["byte-level"])
-    shown = re.findall(r'^    (\{"name".*\})$', text, re.MULTILINE)
+    shown = re.findall(r'^(\{"name".*\})$', text, re.MULTILINE)
     assert shown
     assert all(can_write(compiled, answer) for answer in shown)
     (pattern,) = re.findall(r"--regex '(.*?)'", text)

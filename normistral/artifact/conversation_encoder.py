@@ -118,11 +118,11 @@ class ConversationEncoder:
 
     @cached_property
     def _opening(self) -> Tokenizer:
-        return self._tokenizer.deaf_to(self.control_tokens, at_start=True)
+        return self._tokenizer.with_tokens_as_text(self.control_tokens, at_start=True)
 
     @cached_property
     def _inner(self) -> Tokenizer:
-        return self._tokenizer.deaf_to(self.control_tokens, at_start=False)
+        return self._tokenizer.with_tokens_as_text(self.control_tokens, at_start=False)
 
 
 def _is_markup(text: str) -> bool:

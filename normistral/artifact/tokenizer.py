@@ -150,7 +150,7 @@ class Tokenizer:
         normalizer = self._backend.normalizer
         return normalizer is not None and normalizer.normalize_str(text) != text
 
-    def deaf_to(self, tokens: Sequence[AddedToken], *, at_start: bool) -> Tokenizer:
+    def with_tokens_as_text(self, tokens: Sequence[AddedToken], *, at_start: bool) -> Tokenizer:
         """The same tokenizer, except that it takes these added tokens for ordinary text.
 
         Args:
@@ -160,11 +160,11 @@ class Tokenizer:
         """
         import tokenizers
 
-        deaf = {token.text for token in tokens}
-        assert deaf.issuperset(self.special_tokens)
+        as_text = {token.text for token in tokens}
+        assert as_text.issuperset(self.special_tokens)
         description = json.loads(self._backend.to_str())
         for token in description["added_tokens"]:
-            token["special"] = token["content"] in deaf
+            token["special"] = token["content"] in as_text
         if not at_start:
             _never_prepend_first(description["pre_tokenizer"])
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))

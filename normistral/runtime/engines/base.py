@@ -197,6 +197,17 @@ class Backend(Protocol):
         ...
 
 
+_WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load
+
+
+def warm_up(backend: Backend) -> None:
+    """Run a short prompt and one token, so that the first answer does not pay for compiling kernels."""
+    engine = backend.create_engine()
+    for length in _WARM_UP_LENGTHS:
+        engine.forward([0] * length)
+    engine.close()
+
+
 _BEGIN_ANEW = "begin a new session in another file"
 TensorKinds = dict[str, list[tuple[np.dtype[Any], tuple[int, ...]]]]
 """For each tensor's name, the types and shapes in which it may come."""

@@ -30,6 +30,7 @@ from normistral.runtime.engines.base import (
     EngineInfo,
     Logits,
     check_cache_tensors,
+    warm_up,
 )
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache
 from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
@@ -51,7 +52,6 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "model.onnx"
 ACCURACY_LEVEL = "accuracy_level"  # of MatMulNBits; onnxruntime's CPU kernels know two
 _LEVELS = Setting("[14]", "1 (products in float32) or 4 (activations rounded to int8)", changes_results=True)
-_WARM_UP_LENGTHS = (8, 1)  # a first run prepares kernels and memory: do that at load
 _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -327,11 +327,3 @@ def describe_decoder(
         np.ones((1, limit), np.int64),
         np.arange(limit, dtype=np.int64)[None],
     )
-
-
-def warm_up(backend: OnnxBackend) -> None:
-    """Run a short prompt and one token, so that the first answer does not pay for it."""
-    engine = backend.create_engine()
-    for length in _WARM_UP_LENGTHS:
-        engine.forward([0] * length)
-    engine.close()

@@ -22,6 +22,7 @@ from normistral.runtime.engines.base import (
     EngineConfig,
     EngineInfo,
     load_hint,
+    warm_up,
 )
 from normistral.runtime.engines.openvino_graph import keep_last_logits, page_attention
 from normistral.runtime.engines.openvino_paged import KEYS_BY_TOKEN, PAGED_PRECISIONS, PagedBackend, can_page
@@ -57,7 +58,6 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "openvino_model.xml"
 _VIRTUAL_DEVICES = ("AUTO", "HETERO")  # OpenVINO's own ways to combine devices
-_WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load
 
 
 def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Backend:
@@ -225,11 +225,3 @@ def require_device(device: str, available: Sequence[str]) -> None:
             f"no device {', '.join(missing) or repr(device)} on this machine",
             f"OpenVINO sees: {', '.join([*available, *_VIRTUAL_DEVICES])}",
         )
-
-
-def warm_up(backend: Backend) -> None:
-    """Run a short prompt and one token, so that the first answer does not pay for compiling kernels."""
-    engine = backend.create_engine()
-    for length in _WARM_UP_LENGTHS:
-        engine.forward([0] * length)
-    engine.close()

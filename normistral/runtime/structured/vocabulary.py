@@ -66,7 +66,7 @@ class _Spelling:
         if (
             self._encode("a") is None
         ):  # it puts a blank in front; a copy that does not is dear only in large vocabularies
-            self._tokenizer = tokenizer.deaf_to(
+            self._tokenizer = tokenizer.with_tokens_as_text(
                 [token for token in tokenizer.added_tokens if token.id in controls], at_start=False
             )
 
