@@ -22,9 +22,16 @@ from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.runtime.engines import onnxruntime as onnx
 from normistral.runtime.engines import openvino as ir
 from normistral.runtime.engines import openvino_stateful as stateful
-from normistral.runtime.engines.base import Engine, EngineConfig
+from normistral.runtime.engines.base import Engine
 from normistral.runtime.engines.openvino_graph import keep_last_logits
-from normistral.runtime.engines.settings import ENGINES_KERNEL, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK, override
+from normistral.runtime.engines.settings import (
+    ENGINES_KERNEL,
+    INT4_KERNEL,
+    OUR_KERNEL,
+    PREFILL_CHUNK,
+    EngineConfig,
+    override,
+)
 from normistral.runtime.kernels.openvino_int4 import replace_products
 from normistral.runtime.providers import find_target, import_onnxruntime
 

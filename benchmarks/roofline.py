@@ -30,7 +30,7 @@ from normistral.evaluation.bench.bandwidth import (
 )
 from normistral.evaluation.bench.configuration import Configuration
 from normistral.evaluation.bench.speed import Pass
-from normistral.evaluation.bench.worker import Load, Loaded, MeasureBandwidth, MeasurePass, Worker
+from normistral.evaluation.bench.worker import LoadModel, MeasureBandwidth, MeasurePass, ModelLoaded, Worker
 
 
 def measure_peak(program: Path, threads: int) -> float:
@@ -71,7 +71,7 @@ def main() -> None:
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(one.label)) for one in configurations]
         for worker, one in zip(workers, configurations, strict=True):
-            worker.ask(Load(str(one.folder), one.manifest.format, one.device, one.exact, {}), Loaded)
+            worker.ask(LoadModel(str(one.folder), one.manifest.format, one.engine), ModelLoaded)
             worker.ask(MeasurePass(arguments.prompt, 4, 0), Pass)
         for repeat in range(arguments.repeats):
             gmac_per_s, gb_per_s = measure_peak(arguments.peak, threads), measure_bandwidth(threads)

@@ -27,7 +27,7 @@ from tiny_models import VOCABULARY, write_tokenizer
 from tiny_transformers5 import CASES, STORED, TOKENS, random_state
 
 from normistral.artifact.artifact import Artifact
-from normistral.runtime.engines.base import EngineConfig
+from normistral.runtime.engines.settings import EngineConfig
 
 if TYPE_CHECKING:
     from normistral.artifact.manifest import Manifest

@@ -20,7 +20,8 @@ from tiny_family import TOKENS, WINDOW, reference_logits, source_of, stored_tens
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest, read_manifest
-from normistral.runtime.engines.base import Backend, Engine, EngineConfig
+from normistral.runtime.engines.base import Backend, Engine
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import load_backend
 
 FORMATS = ("openvino", "onnx")

@@ -25,15 +25,16 @@ from normistral.evaluation.bench.speed import Conversation, Pass, SpeedPlan
 from normistral.evaluation.bench.worker import (
     Account,
     Fingerprint,
-    Load,
-    Loaded,
+    LoadModel,
     LookAtProcess,
     MeasureBandwidth,
     MeasureConversation,
     MeasureFirstToken,
     MeasurePass,
+    ModelLoaded,
     Worker,
 )
+from normistral.runtime.engines.settings import EngineConfig
 
 PLAN = SpeedPlan(
     prefill_lengths=(8,), decode_contexts=(4,), decode_tokens=2, question_tokens=6, answer_tokens=2,
@@ -70,10 +71,10 @@ def test_an_artifact_may_bring_settings():
 def test_configurations_have_their_own_settings_over_the_shared_ones(tmp_path):
     write_artifact(tmp_path / "sju")
     name = str(tmp_path / "sju")
-    first, second = read_configurations([name, f"{name}@A=2"], {"A": "1", "B": "3"}, "CPU", exact=True)
-    assert (first.label, dict(first.settings)) == ("sju", {"A": "1", "B": "3"})
-    assert (second.label, dict(second.settings)) == ("sju@A=2", {"A": "2", "B": "3"})
-    assert first.exact
+    first, second = read_configurations([name, f"{name}@A=2"], EngineConfig("CPU", True, {"A": "1", "B": "3"}))
+    assert (first.label, dict(first.engine.settings)) == ("sju", {"A": "1", "B": "3"})
+    assert (second.label, dict(second.engine.settings)) == ("sju@A=2", {"A": "2", "B": "3"})
+    assert first.engine.exact
 
 
 def test_the_same_twice_is_refused_and_the_same_name_is_told_apart(tmp_path):
@@ -81,12 +82,12 @@ def test_the_same_twice_is_refused_and_the_same_name_is_told_apart(tmp_path):
         (tmp_path / folder).mkdir()
         write_artifact(tmp_path / folder / "sju")
     names = [str(tmp_path / folder / "sju") for folder in ("x", "y")]
-    assert [one.label for one in read_configurations(names, {}, "CPU", exact=False)] == names
+    assert [one.label for one in read_configurations(names, EngineConfig())] == names
     for twice in ([names[0], names[0]], [names[0], f"{names[0]}@A=1"]):
         with pytest.raises(UsageError, match="twice"):
-            read_configurations(twice, {"A": "1"}, "CPU", exact=False)
+            read_configurations(twice, EngineConfig(settings={"A": "1"}))
     with pytest.raises(ModelNotFoundError):
-        read_configurations(["nowhere"], {}, "CPU", exact=False)
+        read_configurations(["nowhere"], EngineConfig())
 
 
 def test_threads_are_those_of_the_settings():
@@ -165,7 +166,7 @@ class FakeWorker:
                 raise EngineError(f"{self.name}: it broke", "mend it")
         seen = sum(isinstance(request, type(other)) for name, other in self.asked if name == self.name)
         return {
-            Load: Loaded(0.1, 0.2, "scripted", "rule", self._in_force(request), 2.0, None),
+            LoadModel: ModelLoaded(0.1, 0.2, "scripted", "rule", self._in_force(request), 2.0, None),
             MeasureFirstToken: 1.0,
             MeasureConversation: Conversation(0.5, 0.25, 7),
             Fingerprint: "f" * 64,
@@ -211,7 +212,7 @@ def test_the_bandwidth_is_measured_first_and_before_each_round(fake):
 
 
 def test_each_number_of_threads_has_a_ceiling_of_its_own(fake):
-    three = Configuration("b", Path("b"), make_manifest(), settings={"INFERENCE_NUM_THREADS": "3"})
+    three = Configuration("b", Path("b"), make_manifest(), EngineConfig(settings={"INFERENCE_NUM_THREADS": "3"}))
     run_benchmark([*configurations("a"), three], PLAN)
     threads = {request.threads for _, request in fake.asked if isinstance(request, MeasureBandwidth)}
     assert 3 in threads
@@ -252,7 +253,7 @@ def test_models_that_do_not_fit_are_loaded_in_turns(fake, monkeypatch):
 
 
 @pytest.mark.parametrize("available", [10**12, 10**9])
-@pytest.mark.parametrize("kind", [Load, MeasurePass, Fingerprint])
+@pytest.mark.parametrize("kind", [LoadModel, MeasurePass, Fingerprint])
 def test_one_that_fails_is_left_out_and_the_others_go_on(fake, monkeypatch, kind, available):
     monkeypatch.setattr(runner, "available_memory_bytes", lambda: available)
     fake.fails_at["b"] = (kind, 0)
@@ -283,12 +284,12 @@ def scripted(name):
 
 
 def load_request(name):
-    return Load(name, "openvino", "CPU", False, {})
+    return LoadModel(name, "openvino", EngineConfig())
 
 
 def test_a_worker_answers_what_it_is_asked():
     with scripted("a") as worker:
-        loaded = worker.ask(load_request("a"), Loaded)
+        loaded = worker.ask(load_request("a"), ModelLoaded)
         assert loaded.engine == "scripted"
         assert worker.ask(MeasureFirstToken(6, 1), float) > 0
         measured = worker.ask(MeasurePass(8, 2, 2), Pass)
@@ -314,7 +315,7 @@ def test_a_worker_answers_what_it_is_asked():
 )
 def test_a_process_that_goes_wrong_is_an_error(name, message):
     with scripted(name) as worker, pytest.raises(EngineError, match=message):
-        worker.ask(load_request(name), Loaded)
+        worker.ask(load_request(name), ModelLoaded)
 
 
 def test_a_worker_ends_with_the_process_that_asks():
@@ -372,7 +373,7 @@ def test_what_failed_ends_in_an_error_after_the_others_were_reported(tiny_onnx, 
 
 def test_where_nothing_could_be_measured_nothing_is_reported(fake, tmp_path, capsys):
     write_artifact(tmp_path / "sju")
-    fake.fails_at["sju"] = (Load, 0)
+    fake.fails_at["sju"] = (LoadModel, 0)
     report = tmp_path / "fart.md"
     assert main(["bench", str(tmp_path / "sju"), "--report", str(report)]) == 1
     printed = capsys.readouterr()

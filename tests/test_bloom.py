@@ -17,7 +17,7 @@ from normistral.export.checkpoint.config import read_json, sanitise_config
 from normistral.export.checkpoint.families.bloom import BLOOM
 from normistral.export.onnx.bloom import slopes
 from normistral.export.openvino import convert
-from normistral.runtime.engines.base import EngineConfig
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import load_backend
 
 # Largest difference of a logit as a share of the logits' spread. Float32 sums in another order (3e-7 seen); weights

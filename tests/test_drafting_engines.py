@@ -13,8 +13,8 @@ from tiny_models import make_llama, make_mistral
 
 import normistral
 from normistral.artifact.artifact import Artifact
-from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino_stateful import MaskedPositions
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import load_backend
 
 TOLERANCE = 2e-5

@@ -13,7 +13,8 @@ from dequantise import dequantised
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.errors import ClosedError
-from normistral.runtime.engines.base import EngineConfig, load_hint
+from normistral.runtime.engines.base import load_hint
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import load_backend
 
 TOLERANCES = {"openvino": 2e-4, "onnx": 5e-6}

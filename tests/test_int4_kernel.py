@@ -18,8 +18,8 @@ from normistral.commands.doctor import doctor_lines
 from normistral.errors import EngineError, ResourceError, SessionError, UsageError
 from normistral.hardware import INT8_DOT_PRODUCT, read_machine
 from normistral.runtime.collect_env import collect_env
-from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino import load_openvino
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import build_library, find_library, library_path, open_library
 from normistral.runtime.kernels.openvino_int4 import pack_products, replace_products

@@ -12,8 +12,8 @@ import pytest
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, ResourceError, UsageError
-from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino import MODEL_FILE, pack_for_our_kernel
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.kernels.openvino_int4 import PackedWeights, replace_products
 from normistral.runtime.options import GenerationConfig

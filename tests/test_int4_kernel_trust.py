@@ -16,7 +16,7 @@ from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, UsageError
 from normistral.hardware import read_machine
 from normistral.runtime import collect_env
-from normistral.runtime.engines.base import EngineConfig
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.kernels import library
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import UntrustedKernelError, find_library, name_faster_way, open_library

@@ -20,10 +20,10 @@ from normistral.errors import ArtifactError, EngineError, NormistralError, Usage
 from normistral.hardware import Machine, plan_onnxruntime, plan_threads, read_machine
 from normistral.runtime.engines import onnx_cache
 from normistral.runtime.engines import onnxruntime as onnx_engine
-from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.onnx_graph import OnnxGraph
 from normistral.runtime.engines.onnx_session import session_options
 from normistral.runtime.engines.onnxruntime import load_onnx
+from normistral.runtime.engines.settings import EngineConfig
 
 TOLERANCE = TOLERANCES["onnx"]
 # Float16 has 11 bits, 5e-4 per rounding; over two layers 4e-4 of the spread was seen.

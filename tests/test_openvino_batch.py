@@ -18,7 +18,7 @@ from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import ClosedError, EngineError, NormistralError, UsageError
 from normistral.runtime.chunks import Completion
-from normistral.runtime.engines.base import EngineConfig
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
 from normistral.server.app import create_app
@@ -451,7 +451,7 @@ _QUIET = """
 import json, sys
 from pathlib import Path
 from normistral.artifact.artifact import Artifact
-from normistral.runtime.engines.base import EngineConfig
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
 from normistral.server.backends.base import Job

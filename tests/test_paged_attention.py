@@ -8,7 +8,7 @@ import pytest
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.errors import SessionError
-from normistral.runtime.engines.base import EngineConfig
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import load_backend
 
 TOKENS = np.random.default_rng(3).integers(5, 261, 60).tolist()

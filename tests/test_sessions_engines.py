@@ -13,8 +13,8 @@ import normistral
 from normistral import hardware
 from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, SessionError
-from normistral.runtime.engines.base import EngineConfig
 from normistral.runtime.engines.openvino_stateful import pack, packed_kinds, unpack
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import load_backend
 
 STATEFUL = "openvino-fp16-stateful"

@@ -19,7 +19,7 @@ import numpy as np
 
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import read_manifest
-from normistral.runtime.engines.base import EngineConfig
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.options import GenerationConfig
 from normistral.server.backends.base import Job
 from normistral.server.backends.openvino_batch import OpenVINOBatch

@@ -78,7 +78,7 @@ def bench(
     from normistral.evaluation.bench.runner import Watcher, run_benchmark
 
     _check_files(options)
-    configurations = read_configurations(artifacts, engine.settings, engine.device, exact=engine.exact)
+    configurations = read_configurations(artifacts, engine.config)
     plan = choose_plan(options, configurations)
     with show_progress() as progress, progress.stage("measuring", unit="measurements") as stage:
         watcher = Watcher(stage.set_total, stage.advance, progress.note)

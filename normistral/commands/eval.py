@@ -86,7 +86,7 @@ def evaluate(
     from normistral.evaluation import quality
     from normistral.evaluation.windows import read_text
 
-    settings = engine.settings
+    config = engine.config
     _check_options(options)
     text = read_text(options.text)
     opened = Artifact.find(artifact)
@@ -96,9 +96,7 @@ def evaluate(
         stride=options.stride,
         max_tokens=options.max_tokens,
         reference_cache=options.reference_cache,
-        device=engine.device,
-        exact=engine.exact,
-        settings=settings,
+        engine=config,
     )
     with show_progress() as progress:
         opening = None if options.reference is None else partial(_open_reference, options, progress)

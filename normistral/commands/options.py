@@ -20,7 +20,7 @@ import typer
 from normistral.artifact import store
 from normistral.artifact.presets import PRESETS
 from normistral.commands.console import decode_argument
-from normistral.runtime.engines.settings import parse_settings
+from normistral.runtime.engines.settings import EngineConfig, parse_settings
 from normistral.runtime.options import NUMERIC_OPTIONS, DraftMode, default_of, refuse_draft_table
 
 # Groups of options in the help.
@@ -203,6 +203,11 @@ class EngineArgs(OptionGroup):
             UsageError: one is not KEY=VALUE.
         """
         return parse_settings(self.engine_settings)
+
+    @property
+    def config(self) -> EngineConfig:
+        """The same for the loader; raises UsageError as `settings`."""
+        return EngineConfig(self.device, self.exact, self.settings)
 
 
 @dataclass(frozen=True, slots=True)

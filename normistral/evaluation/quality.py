@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -36,6 +36,7 @@ from normistral.evaluation.windows import (
 from normistral.files import sha256_file
 from normistral.progress import Progress, format_bytes
 from normistral.runtime.engines.base import EngineInfo, Logits
+from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.runtime.model import Model
 
 
@@ -92,7 +93,6 @@ class EvaluationPlan:
         windows: "sliding" or "llama.cpp"; window_tokens, stride: None is the default of `choose_windows`.
         max_tokens: stop after the window that brings the scored tokens to this number; None scores the whole text.
         reference_cache: file of the reference's predictions.
-        device, exact, settings: as in `normistral.load`.
     """
 
     windows: str = "sliding"
@@ -100,9 +100,7 @@ class EvaluationPlan:
     stride: int | None = None
     max_tokens: int | None = None
     reference_cache: Path | None = None
-    device: str = "CPU"
-    exact: bool = False
-    settings: Mapping[str, str] = field(default_factory=dict)
+    engine: EngineConfig = DEFAULT_CONFIG
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +194,7 @@ def _score_artifact(
     from normistral.runtime.loading import load
 
     with progress.stage("loading"):
-        model = load(folder, plan.device, exact=plan.exact, settings=plan.settings)
+        model = load(folder, plan.engine.device, exact=plan.engine.exact, settings=plan.engine.settings)
     with model, progress.stage("scoring", sum(window.scored for window in windows), "tokens") as stage:
         quality = summarise(score(ModelPredictor(model), windows, text, reference, stage.advance))
         return quality, model.capabilities

@@ -8,7 +8,8 @@ from pathlib import Path
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
 from normistral.hardware import read_machine
-from normistral.runtime.engines.base import DEFAULT_CONFIG, Backend, EngineConfig
+from normistral.runtime.engines.base import Backend
+from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.runtime.interpreter_exit import computing
 from normistral.runtime.model import Model
 from normistral.runtime.options import refuse_draft_table

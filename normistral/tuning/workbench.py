@@ -8,7 +8,8 @@ from typing import Self
 
 from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, UsageError
-from normistral.runtime.engines.base import EngineConfig, Logits
+from normistral.runtime.engines.base import Logits
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import open_model
 from normistral.runtime.model import Model
 from normistral.tuning.quality import predict, settings_kl, take_probe

@@ -21,8 +21,8 @@ from normistral.evaluation.bench.results import (
     Spread,
 )
 from normistral.evaluation.bench.speed import Conversation, Pass, SpeedPlan
-from normistral.evaluation.bench.worker import Account, Loaded
-from normistral.runtime.engines.settings import parse_settings
+from normistral.evaluation.bench.worker import Account, ModelLoaded
+from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig, parse_settings
 
 _THREADS = ("INFERENCE_NUM_THREADS", "intra_op_num_threads")  # OpenVINO's name, onnxruntime's
 _WEIGHT_FILES = {"openvino": "openvino_model.", "onnx": "model.onnx"}
@@ -36,15 +36,13 @@ class Configuration:
 
     Attributes:
         label: how tables call it.
-        settings: of the engine, over its plan for this machine.
+        engine: how it is loaded.
     """
 
     label: str
     folder: Path
     manifest: Manifest
-    device: str = "CPU"
-    exact: bool = False
-    settings: Mapping[str, str] = field(default_factory=dict)
+    engine: EngineConfig = DEFAULT_CONFIG
 
     @property
     def weight_bytes_per_token(self) -> int:
@@ -69,14 +67,12 @@ class Configuration:
         return self.least_bytes(tokens) + self.manifest.total_bytes
 
 
-def read_configurations(
-    arguments: Sequence[str], shared: Mapping[str, str], device: str, *, exact: bool
-) -> list[Configuration]:
+def read_configurations(arguments: Sequence[str], shared: EngineConfig) -> list[Configuration]:
     """The configurations that a command line names.
 
     Args:
         arguments: ARTIFACT, or ARTIFACT@KEY=VALUE,KEY=VALUE.
-        shared: settings of all of them; those of a single one come first.
+        shared: device and settings of all of them; settings of a single one come first.
 
     Raises:
         UsageError: settings that cannot be read, or the same configuration twice.
@@ -88,9 +84,10 @@ def read_configurations(
         artifact = Artifact.find(name)
         folder, manifest = artifact.folder, artifact.manifest
         label = folder.name + (f"@{_listed(settings)}" if settings else "")
-        added = Configuration(label, folder.absolute(), manifest, device, exact, {**shared, **settings})
+        engine = replace(shared, settings={**shared.settings, **settings})
+        added = Configuration(label, folder.absolute(), manifest, engine)
         for other in found:
-            if (other.folder.resolve(), other.settings) == (added.folder.resolve(), added.settings):
+            if (other.folder.resolve(), other.engine) == (added.folder.resolve(), added.engine):
                 raise UsageError(
                     f"{argument} is given twice with the same settings",
                     "add settings to one of them, such as: ARTIFACT@INFERENCE_NUM_THREADS=1",
@@ -131,7 +128,7 @@ class Samples:
     """
 
     configuration: Configuration
-    loads: list[tuple[float, Loaded]] = field(default_factory=list)
+    loads: list[tuple[float, ModelLoaded]] = field(default_factory=list)
     first_uses: list[float] = field(default_factory=list)
     passes: dict[int, list[Pass]] = field(default_factory=lambda: defaultdict(list))
     conversations: list[Conversation] = field(default_factory=list)
@@ -141,7 +138,7 @@ class Samples:
 
     def threads(self, planned: int) -> int:
         """How many it computes with; before it was loaded, as far as the settings say that were given."""
-        return count_threads(self.loads[-1][1].settings if self.loads else self.configuration.settings, planned)
+        return count_threads(self.loads[-1][1].settings if self.loads else self.configuration.engine.settings, planned)
 
     def result(self, plan: SpeedPlan, bandwidth_gb_per_s: float | None, planned_threads: int) -> ConfigurationResult:
         """The figures, or the problem."""
@@ -151,9 +148,9 @@ class Samples:
             artifact=configuration.folder.name,
             format=manifest.format,
             weights=manifest.recipe.weights,
-            device=configuration.device,
-            exact=configuration.exact,
-            given_settings=dict(configuration.settings),
+            device=configuration.engine.device,
+            exact=configuration.engine.exact,
+            given_settings=dict(configuration.engine.settings),
             total_bytes=manifest.total_bytes,
             weight_bytes_per_token=configuration.weight_bytes_per_token,
             context_length=manifest.context_length,

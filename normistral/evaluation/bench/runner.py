@@ -23,13 +23,13 @@ from normistral.evaluation.bench.speed import Conversation, Pass, SpeedPlan
 from normistral.evaluation.bench.worker import (
     Account,
     Fingerprint,
-    Load,
-    Loaded,
+    LoadModel,
     LookAtProcess,
     MeasureBandwidth,
     MeasureConversation,
     MeasureFirstToken,
     MeasurePass,
+    ModelLoaded,
     Worker,
 )
 from normistral.hardware import available_memory_bytes
@@ -172,14 +172,12 @@ def _load_in_turns(run: _Run) -> None:
 
 def _start(worker: Worker, samples: Samples, run: _Run) -> None:
     configuration = samples.configuration
-    request = Load(
+    request = LoadModel(
         str(configuration.folder),
         configuration.manifest.format,
-        configuration.device,
-        configuration.exact,
-        dict(configuration.settings),
+        configuration.engine,
     )
-    loaded = worker.ask(request, Loaded)
+    loaded = worker.ask(request, ModelLoaded)
     samples.loads.append((perf_counter() - worker.started, loaded))
     samples.first_uses.append(worker.ask(MeasureFirstToken(run.plan.question_tokens, run.next_seed()), float))
     samples.fingerprints.append(worker.ask(Fingerprint(), str))
@@ -240,6 +238,6 @@ def _summarise_bandwidth(found: list[Bandwidth]) -> BandwidthResult:
 
 
 def _ceiling(samples: Samples, ceilings: dict[int, float], planned_threads: int) -> float | None:
-    if samples.configuration.device != _MEASURABLE_DEVICE:
+    if samples.configuration.engine.device != _MEASURABLE_DEVICE:
         return None
     return ceilings[samples.threads(planned_threads)]

@@ -36,6 +36,7 @@ from normistral.evaluation.bench.speed import (
     measure_pass,
     tokens_per_word,
 )
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.model import Model
 
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
@@ -45,14 +46,12 @@ _ENGINE_MODULES = {"openvino": "openvino", "onnx": "onnxruntime"}
 T = TypeVar("T")
 
 
-class Load(msgspec.Struct, tag=True):
-    """Load a model; answered with `Loaded`."""
+class LoadModel(msgspec.Struct, tag=True):
+    """LoadModel a model; answered with `ModelLoaded`."""
 
     folder: str
     format: str
-    device: str
-    exact: bool
-    settings: dict[str, str]
+    config: EngineConfig
 
 
 class MeasureFirstToken(msgspec.Struct, tag=True):
@@ -92,11 +91,13 @@ class MeasureBandwidth(msgspec.Struct, tag=True):
     buffer_bytes: int
 
 
-Request = Load | MeasureFirstToken | MeasurePass | MeasureConversation | Fingerprint | LookAtProcess | MeasureBandwidth
+Request = (
+    LoadModel | MeasureFirstToken | MeasurePass | MeasureConversation | Fingerprint | LookAtProcess | MeasureBandwidth
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class ModelLoaded:
     """A model that is ready.
 
     Attributes:
@@ -140,7 +141,7 @@ class _State:
     answered: tuple[float, float] | None = field(default=None)  # processor time and time of the last answer
 
     def need_model(self) -> Model:
-        assert self.model is not None, "Load comes first"
+        assert self.model is not None, "LoadModel comes first"
         return self.model
 
 
@@ -168,7 +169,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 def _answer(request: Request, state: _State) -> Any:
     match request:
-        case Load():
+        case LoadModel():
             return _load(request, state)
         case MeasureFirstToken():
             return measure_first_token(state.need_model(), request.question_tokens, request.seed)
@@ -184,18 +185,19 @@ def _answer(request: Request, state: _State) -> Any:
             return measure_read_bandwidth(request.threads, request.buffer_bytes)
 
 
-def _load(request: Load, state: _State) -> Loaded:
+def _load(request: LoadModel, state: _State) -> ModelLoaded:
     from normistral.runtime import loading
 
     start = time.perf_counter()
     with suppress(ImportError):  # `load` says what to install
         importlib.import_module(_ENGINE_MODULES[request.format])
     imported = time.perf_counter()
-    model = loading.load(Path(request.folder), request.device, exact=request.exact, settings=request.settings)
+    config = request.config
+    model = loading.load(Path(request.folder), config.device, exact=config.exact, settings=config.settings)
     ready = time.perf_counter()
     counter = find_energy_counter()
     state.model, state.counter = model, None if isinstance(counter, str) else counter
-    return Loaded(
+    return ModelLoaded(
         import_s=imported - start,
         load_s=ready - imported,
         engine=model.capabilities.name,

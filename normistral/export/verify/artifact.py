@@ -29,7 +29,8 @@ from normistral.export.staging import Staging
 from normistral.export.verify.files import check_config, check_template, check_tokenizer
 from normistral.hardware import available_memory_bytes
 from normistral.progress import Progress
-from normistral.runtime.engines.base import Backend, EngineConfig
+from normistral.runtime.engines.base import Backend
+from normistral.runtime.engines.settings import EngineConfig
 
 # Largest difference between logits step by step and at once, as a share of the largest logit. Both are float32 sums of
 # the same terms in another order (measured: 2e-6 on the demo model); a wrong mask or position costs 0.01 and more.

@@ -8,44 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import EngineError
 from normistral.hardware import available_memory_bytes, read_machine
+from normistral.runtime.engines.settings import SettingsSource
 
 Logits = NDArray[np.float32]
-SettingsSource = Literal["rule", "tuned", "exact"]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """How an artifact is to be loaded.
-
-    Attributes:
-        device: CPU, or another device by its engine's own name.
-        exact: reference arithmetic: float32, and no quantization at run time.
-        settings: the caller's settings, by the engine's own names, over everything else.
-        tuned: settings that `normistral tune` found for this artifact here; None is the rule for this kind of machine.
-    """
-
-    device: str = "CPU"
-    exact: bool = False
-    settings: Mapping[str, str] = field(default_factory=dict)
-    tuned: Mapping[str, str] | None = None
-
-    @property
-    def settings_source(self) -> SettingsSource:
-        """Where the settings come from over which the caller's go."""
-        return "exact" if self.exact else "rule" if self.tuned is None else "tuned"
-
-
-DEFAULT_CONFIG = EngineConfig()
 
 
 class CacheTensor(NamedTuple):

@@ -23,15 +23,7 @@ from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
 from normistral.errors import ArtifactError, ClosedError, EngineError
 from normistral.runtime.engines import onnx_graph
-from normistral.runtime.engines.base import (
-    DEFAULT_CONFIG,
-    CacheTensor,
-    EngineConfig,
-    EngineInfo,
-    Logits,
-    check_cache_tensors,
-    warm_up,
-)
+from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors, warm_up
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache
 from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
 from normistral.runtime.engines.onnx_session import (
@@ -41,7 +33,7 @@ from normistral.runtime.engines.onnx_session import (
     settings_in_force,
     translated,
 )
-from normistral.runtime.engines.settings import PREFILL_CHUNK, Setting, override
+from normistral.runtime.engines.settings import DEFAULT_CONFIG, PREFILL_CHUNK, EngineConfig, Setting, override
 from normistral.runtime.providers import ProviderTarget, find_target, import_onnxruntime, require_all_on
 
 if TYPE_CHECKING:

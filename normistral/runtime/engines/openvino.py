@@ -16,14 +16,7 @@ from normistral import hardware
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
 from normistral.errors import DeviceError, EngineError, UsageError
-from normistral.runtime.engines.base import (
-    DEFAULT_CONFIG,
-    Backend,
-    EngineConfig,
-    EngineInfo,
-    load_hint,
-    warm_up,
-)
+from normistral.runtime.engines.base import Backend, EngineInfo, load_hint, warm_up
 from normistral.runtime.engines.openvino_graph import keep_last_logits, page_attention
 from normistral.runtime.engines.openvino_paged import KEYS_BY_TOKEN, PAGED_PRECISIONS, PagedBackend, can_page
 from normistral.runtime.engines.openvino_settings import (
@@ -39,6 +32,7 @@ from normistral.runtime.engines.openvino_stateful import StatefulBackend
 from normistral.runtime.engines.settings import (
     ATTENTION,
     ATTENTION_SETTING,
+    DEFAULT_CONFIG,
     ENGINES_KERNEL,
     INT4_KERNEL,
     KERNEL,
@@ -46,6 +40,7 @@ from normistral.runtime.engines.settings import (
     PAGED,
     PREFILL_CHUNK,
     STATEFUL,
+    EngineConfig,
     override,
 )
 from normistral.runtime.kernels.library import BUILD, describe_absence, find_library, find_obstacle, open_library

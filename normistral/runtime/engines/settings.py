@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from normistral.errors import UsageError
 
@@ -18,6 +19,34 @@ OUR_KERNEL, ENGINES_KERNEL = "normistral", "openvino"
 ATTENTION = "attention"  # and another: which of OpenVINO's attentions serves
 PAGED, STATEFUL = "paged", "stateful"
 DEFAULT_CHUNK = "256"  # long enough for full speed, short enough that a prompt can be cancelled (docs/decisions.md)
+
+
+SettingsSource = Literal["rule", "tuned", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an artifact is to be loaded.
+
+    Attributes:
+        device: CPU, or another device by its engine's own name.
+        exact: reference arithmetic: float32, and no quantization at run time.
+        settings: the caller's settings, by the engine's own names, over everything else.
+        tuned: settings that `normistral tune` found for this artifact here; None is the rule for this kind of machine.
+    """
+
+    device: str = "CPU"
+    exact: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
+    tuned: Mapping[str, str] | None = None
+
+    @property
+    def settings_source(self) -> SettingsSource:
+        """Where the settings come from over which the caller's go."""
+        return "exact" if self.exact else "rule" if self.tuned is None else "tuned"
+
+
+DEFAULT_CONFIG = EngineConfig()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from normistral.artifact.artifact import Artifact
 from normistral.errors import ArtifactError
 from normistral.runtime import loading
-from normistral.runtime.engines.base import EngineConfig, EngineInfo
+from normistral.runtime.engines.base import EngineInfo
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.backends.base import Batch
 from normistral.server.backends.fair_queue import FairQueue
 from normistral.server.backends.openvino_options import find_unhonoured

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, MissingExtraError, install_extra
-from normistral.runtime.engines.base import DEFAULT_CONFIG, EngineConfig, EngineInfo, load_hint
+from normistral.runtime.engines.base import EngineInfo, load_hint
 from normistral.runtime.engines.openvino import MODEL_FILE, choose_settings, kernel_in_force, pack_for_our_kernel
 from normistral.runtime.engines.openvino_settings import (
     KV_CACHE_SETTINGS,
@@ -19,7 +19,14 @@ from normistral.runtime.engines.openvino_settings import (
     said_first,
     settings_in_force,
 )
-from normistral.runtime.engines.settings import ATTENTION, INT4_KERNEL, OUR_KERNEL, PREFILL_CHUNK
+from normistral.runtime.engines.settings import (
+    ATTENTION,
+    DEFAULT_CONFIG,
+    INT4_KERNEL,
+    OUR_KERNEL,
+    PREFILL_CHUNK,
+    EngineConfig,
+)
 from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.server.backends.cache_plan import plan_cache
 from normistral.server.backends.openvino_batch import OpenVINOBatch, says_not_finite
