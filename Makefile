@@ -44,9 +44,9 @@ help:
 	@echo 'make test-transformers5    compare with checkpoints of transformers 5, in an environment of its own (1 GB)'
 	@echo 'make test-mutations        200 changed fields of config files: the same model, or a refusal'
 	@echo 'make test-cluster          batch jobs and replicas on a real Ray, in an environment of its own (3 GB)'
-	@echo 'make docs                  write anew the documents that are made from the code'
+	@echo 'make docs                  write the documents made from the code, and the API reference into build/api'
 	@echo 'make house                 count files, lines, import circles and repeated class names of the package'
-	@echo 'make check                 formatting, lint, types, import directions'
+	@echo 'make check                 formatting, lint, types, import directions, docstrings of the API reference'
 	@echo 'make format                format, and mend what the linter can'
 	@echo 'make dist                  build sdist and wheels into dist/, check them, install them and chat'
 	@echo 'make clean                 remove the environment, the demo model and all caches'
@@ -118,10 +118,12 @@ check: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
+	@$(RUN) -W error scripts/api_reference.py --check
 
 docs: $(VENV)/.ready-dev
 	@$(RUN) scripts/describe_commands.py > docs/.page && mv docs/.page docs/commands.md
 	@$(RUN) tests/fields_page.py > docs/.page && mv docs/.page docs/fields.md
+	@$(RUN) -W error scripts/api_reference.py build/api
 
 house: $(VENV)/.created
 	@$(RUN) scripts/house.py $(ARGS)

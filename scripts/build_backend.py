@@ -3,12 +3,17 @@
 The kernel has no Python ABI: with it the wheel is py3-none-linux_x86_64 (`auditwheel` finds the manylinux tag), without
 it py3-none-any. OpenVINO's headers are a requirement of the build only where a kernel is built. NORMISTRAL_KERNELS says
 whether it is: `auto` (default: if there is a compiler, on Linux x86-64), `require` or `none`.
+
+The package's description is README.md with links that work elsewhere: below `Source` of pyproject's project.urls where
+there is one, and otherwise without links to files.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import posixpath
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -26,11 +31,19 @@ from setuptools.build_meta import (  # noqa: F401  hooks that are as they are
 )
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent.parent
 _KERNELS = Path("normistral", "runtime", "kernels")
 _COMPILED = "compiled"
 _MODES = ("auto", "require", "none")
+# Markdown: ![text](target) or [text](target), where the target is no address; and comments.
+_RELATIVE = re.compile(r"(!?)\[([^\[\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)")
+_COMMENT = re.compile(r"^<!--.*?-->\n", re.DOTALL | re.MULTILINE)
+_NO_ADDRESS = """
+The files that this text speaks of (README.md with pictures, docs/, examples/) are in the source distribution, because
+the project has no public address yet.
+"""
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
@@ -41,6 +54,34 @@ def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
     """What an editable installation needs."""
     return build_meta.get_requires_for_build_editable(config_settings) + _kernel_requirements()
+
+
+def describe(readme: str, version: str, source: str | None) -> str:
+    """README.md as the package's description: links below the tag of this version at `source`, a repository's address.
+
+    Without an address links become their texts, pictures go, and a line says where the files are.
+    """
+    readme = _COMMENT.sub("", readme)
+    if source is None:
+        return _RELATIVE.sub(lambda link: "" if link[1] else link[2], readme) + _NO_ADDRESS
+
+    def absolute(link: re.Match[str]) -> str:
+        view = "raw" if link[1] else "blob"
+        return f"{link[1]}[{link[2]}]({source.rstrip('/')}/{view}/v{version}/{posixpath.normpath(link[3])})"
+
+    return _RELATIVE.sub(absolute, readme)
+
+
+class EggInfo(egg_info):
+    """Metadata whose description can be read outside of the repository."""
+
+    def run(self) -> None:
+        """As setuptools runs it."""
+        urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        metadata = self.distribution.metadata
+        metadata.long_description = describe(readme, metadata.version, urls.get("Source"))
+        super().run()
 
 
 class BuildPy(build_py):
