@@ -79,3 +79,30 @@ def test_the_commands_are_described_as_their_help_does():
     )
     described = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     assert described == done.stdout.decode("utf-8"), "run: make docs"
+
+
+def test_files_and_modules_that_a_document_names_exist(document):
+    """Paths below the package in backticks or tables, and dotted names that a reader may import."""
+    if document.name == "CHANGELOG.md":
+        pytest.skip("speaks of what is gone, too")
+    text = document.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:normistral|scripts|benchmarks|examples|docs)/[\w./-]+)`", text)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    rooms = [room.name for room in (ROOT / "normistral").iterdir() if (room / "__init__.py").exists()]
+    inner = re.findall(rf"`((?:{'|'.join(rooms)})/(?:[\w/]+/)?(?:\w+\.py)?)`", text)
+    assert [path for path in inner if not (ROOT / "normistral" / path).exists()] == []
+    assert [name for name in re.findall(r"\bnormistral(?:\.\w+)+", text) if not exists(name)] == []
+
+
+def exists(dotted):
+    """Whether this is a module of the package, or a name at the top of one; nothing heavy is imported."""
+    parts = dotted.split(".")
+    if parts[1] in ("json", "service"):  # files
+        return True
+    for count in range(len(parts), 0, -1):
+        base = ROOT.joinpath(*parts[:count])
+        source = next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.exists()), None)
+        if source is not None:
+            rest = parts[count:]
+            return not rest or re.search(rf"\b{rest[0]}\b", source.read_text(encoding="utf-8")) is not None
+    return False
