@@ -23,7 +23,7 @@ from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import build_library, find_library, library_path, open_library
 from normistral.runtime.kernels.openvino_int4 import pack_products, replace_products
-from normistral.tuning.quality import predict, settings_kl
+from normistral.tuning import predict, settings_kl
 
 OURS = {"int4_kernel": "normistral"}
 RUNNABLE = [variant for variant in VARIANTS if read_machine().instruction_sets >= variant.needed]

@@ -7,19 +7,18 @@ from sample_artifacts import make_manifest
 
 from normistral.artifact.manifest import RecipeRecord
 from normistral.errors import UsageError
-from normistral.hardware import Machine, exact_openvino, explain_openvino, limit_instruction_sets, plan_openvino
+from normistral.hardware import Machine, explain_openvino, limit_instruction_sets, plan_openvino
+from normistral.runtime.collect_env import heuristic_settings
 from normistral.runtime.engines.settings import CHUNK, override
 from normistral.runtime.tuned import Tuned, find_strange_setting, make_key
-from normistral.tuning.quality import quality_bound, take_probe
-from normistral.tuning.space import Stage, exact_arithmetic, plan_search, rule_settings
-from normistral.tuning.work import WORK, Work, choose_work
+from normistral.tuning import WORKLOADS, Workload, choose_workload, quality_bound, variants_to_try
 
 AVX2 = frozenset({"sse4_2", "avx", "avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw"}
 VNNI = AVX512 | {"avx512_vnni"}
 BF16 = VNNI | {"avx512_bf16", "avx_vnni"}
 AMX = BF16 | {"avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"}
-CHAT = WORK["chat"]
+CHAT = WORKLOADS["chat"]
 
 
 def machine(instruction_sets=AVX2, cores=4, logical=8, quota=None):
@@ -30,8 +29,8 @@ def manifest(weights="int4", format="openvino", graph=None, **changes):
     return make_manifest(format=format, recipe=RecipeRecord(weights, graph=graph), **changes)
 
 
-def stages(machine, manifest, work=CHAT):
-    return {stage.name: list(stage.variants) for stage in plan_search(machine, manifest, work, {})}
+def tried(machine, manifest, work=CHAT, **start):
+    return list(variants_to_try(machine, manifest, work, start))
 
 
 def values(variants, name):
@@ -53,9 +52,9 @@ def values(variants, name):
     ],
 )
 def test_arithmetic_is_what_the_instruction_sets_can_speed_up(instruction_sets, weights, expected):
-    tried = stages(machine(instruction_sets), manifest(weights))["arithmetic"]
     keys = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
-    assert [" ".join(variant[key] for key in keys) for variant in tried] == expected
+    variants = [variant for variant in tried(machine(instruction_sets), manifest(weights)) if keys[0] in variant]
+    assert [" ".join(variant[key] for key in keys) for variant in variants] == expected
 
 
 @pytest.mark.parametrize(
@@ -67,15 +66,15 @@ def test_arithmetic_is_what_the_instruction_sets_can_speed_up(instruction_sets, 
         (4, 8, None, ["2", "3", "8"]),
         (64, 128, None, ["32", "63", "128"]),
         (8, 16, 2.0, ["1", "3", "4", "8"]),
-        (8, 16, 1.5, ["1", "4", "8"]),
+        (8, 16, 1.5, ["1", "3", "4", "8"]),
         (2, 4, 0.5, ["2"]),
     ],
 )
 def test_threads_are_tried_around_the_rules(cores, logical, quota, expected):
-    tried = stages(machine(cores=cores, logical=logical, quota=quota), manifest())["threads"]
-    assert values(tried, "INFERENCE_NUM_THREADS") == expected
-    assert {"ENABLE_CPU_PINNING": "NO"} in tried
-    for variant in tried:  # OpenVINO keeps to one thread a core unless it is told
+    variants = tried(machine(cores=cores, logical=logical, quota=quota), manifest())
+    assert values(variants, "INFERENCE_NUM_THREADS") == expected
+    assert {"ENABLE_CPU_PINNING": "NO"} in variants
+    for variant in variants:  # OpenVINO keeps to one thread a core unless it is told
         more_than_cores = int(variant.get("INFERENCE_NUM_THREADS", 0)) > cores
         assert ("ENABLE_HYPER_THREADING" in variant) == more_than_cores
 
@@ -83,14 +82,14 @@ def test_threads_are_tried_around_the_rules(cores, logical, quota, expected):
 @pytest.mark.parametrize(
     ("work", "expected"),
     [
-        (Work(200, 1), ["64", "128", "256"]),
-        (Work(1024, 1), ["64", "128", "256", "512", "1024"]),
-        (Work(64, 1), ["64"]),
-        (Work(5000, 1), ["64", "128", "256", "512", "1024"]),
+        (Workload(200, 1), ["64", "128", "256"]),
+        (Workload(1024, 1), ["64", "128", "256", "512", "1024"]),
+        (Workload(64, 1), ["64"]),
+        (Workload(5000, 1), ["64", "128", "256", "512", "1024"]),
     ],
 )
 def test_a_prompt_is_cut_in_ways_that_differ(work, expected):
-    assert values(stages(machine(), manifest(), work)["prefill chunk"], "prefill_chunk") == expected
+    assert values(tried(machine(), manifest(), work), "prefill_chunk") == expected
 
 
 @pytest.mark.parametrize(
@@ -98,33 +97,24 @@ def test_a_prompt_is_cut_in_ways_that_differ(work, expected):
     [("int4", "fused", ["1", "4"]), ("int8", "fused", ["1", "4"]), ("fp32", "plain", [])],
 )
 def test_onnx_has_levels_where_products_are_rounded(weights, graph, levels):
-    tried = stages(machine(), manifest(weights, "onnx", graph))
-    assert values(tried.get("arithmetic", []), "accuracy_level") == levels
-    assert values(tried["spinning"], "session.intra_op.allow_spinning") == ["0", "1"]
-    assert values(tried["threads"], "intra_op_num_threads") == ["2", "3", "8"]
+    variants = tried(machine(), manifest(weights, "onnx", graph))
+    assert values(variants, "accuracy_level") == levels
+    assert values(variants, "session.intra_op.allow_spinning") == ["0", "1"]
+    assert values(variants, "intra_op_num_threads") == ["2", "3", "8"]
 
 
-def test_the_search_begins_with_the_rule():
+def test_the_search_begins_with_the_usual_settings():
     described = machine(VNNI)
-    rule = rule_settings(described, manifest())
+    rule = heuristic_settings(described, manifest())
     assert plan_openvino(described, "int4").items() <= rule.items()
     assert rule["prefill_chunk"] == "256"
-    assert rule_settings(described, manifest("int4", "onnx", "fused"))["intra_op_num_threads"] == "4"
-
-
-def test_the_way_back_is_exact():
-    exact = exact_openvino(machine())
-    assert exact_arithmetic(machine(), manifest("fp16")).items() <= exact.items()
-    assert exact_arithmetic(machine(), manifest()).items() <= (exact | {"int4_kernel": "openvino"}).items()
-    assert exact_arithmetic(machine(), manifest("int4", "onnx", "fused")) == {"accuracy_level": "1"}
-    assert exact_arithmetic(machine(), manifest("fp32", "onnx", "plain")) == {}
+    assert heuristic_settings(described, manifest("int4", "onnx", "fused"))["intra_op_num_threads"] == "4"
 
 
 def test_our_kernel_is_compared_where_it_serves():
-    ours = plan_search(machine(), manifest(), CHAT, {"int4_kernel": "normistral"})
-    assert ours[0] == Stage("int4 kernel", ({"int4_kernel": "openvino"},))
-    theirs = plan_search(machine(), manifest(), CHAT, {"int4_kernel": "openvino"})
-    assert [stage.name for stage in theirs] == [stage.name for stage in ours[1:]]
+    ours = tried(machine(), manifest(), int4_kernel="normistral")
+    assert ours[0] == {"int4_kernel": "openvino"}
+    assert tried(machine(), manifest(), int4_kernel="openvino") == ours[1:]
 
 
 # The work
@@ -132,15 +122,15 @@ def test_our_kernel_is_compared_where_it_serves():
 
 @pytest.mark.parametrize(("context", "prompt"), [(4096, 1024), (1024, 1008), (64, 48)])
 def test_a_short_context_makes_a_short_prompt(context, prompt):
-    assert choose_work("documents", context) == Work(prompt, 32)
+    assert choose_workload("documents", context) == Workload(prompt, 32)
 
 
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(UsageError, match="there is no profile 'speed'") as caught:
-        choose_work("speed", 4096)
+        choose_workload("speed", 4096)
     assert caught.value.hint == "take one of: chat, documents, batch"
     with pytest.raises(UsageError, match="a context of 20 tokens is too short"):
-        choose_work("chat", 20)
+        choose_workload("chat", 20)
 
 
 # The bound
@@ -158,11 +148,6 @@ def test_what_cannot_be_measured_is_refused():
 )
 def test_settings_may_cost_half_of_what_rounding_cost(quality, bound):
     assert quality_bound(manifest(quality=quality)) == pytest.approx(bound)
-
-
-def test_the_probe_fits_the_context():
-    assert take_probe(range(1000), 64) == list(range(64))
-    assert len(take_probe(range(1000), 4096)) == 300
 
 
 # Limits in the environment, and the settings' own rules
@@ -222,14 +207,13 @@ def test_the_reasons_are_those_of_the_rule(instruction_sets, weights):
 @pytest.mark.parametrize("weights", ["int4", "int8", "fp16"])
 @pytest.mark.parametrize("sets", [frozenset(), AVX2, VNNI, AMX])
 def test_whatever_a_search_may_come_to_is_taken_when_it_is_loaded(format, weights, sets):
-    """Rule, exact arithmetic and every variant; `normistral.runtime.tuned` refuses all else."""
+    """The usual settings and every variant; `normistral.runtime.tuned` refuses all else."""
     here = machine(sets, cores=4, logical=8)
     made = manifest(weights, format, graph="fused" if format == "onnx" else None)
-    rule = rule_settings(here, made)
-    stages = [stage for work in WORK.values() for stage in plan_search(here, made, work, rule)]
-    variants = [variant for stage in stages for variant in stage.variants]
+    rule = heuristic_settings(here, made)
+    variants = [variant for work in WORKLOADS.values() for variant in variants_to_try(here, made, work, rule)]
     engine = "openvino" if format == "openvino" else "onnxruntime"
     key = make_key(None, here, engine, "1", "CPU")
-    for settings in ({}, exact_arithmetic(here, made), *variants):
+    for settings in ({}, *variants):
         tuned = Tuned(key, "x", "2026-11-29", "chat", rule | settings, tuple(settings), 1.0, 1.0, 0.0, 0.0, True)
         assert find_strange_setting(tuned) is None

@@ -56,14 +56,13 @@ def tune(
             raise UsageError("--forget measures nothing, so it takes no other option", "give it alone")
         _forget(artifact)
         return
+    from normistral import tuning
     from normistral.runtime.collect_env import tuned_document
-    from normistral.tuning.tune import TuneOptions
-    from normistral.tuning.tune import tune as search
 
-    chosen = TuneOptions(**options)
+    chosen = tuning.TuneOptions(**options)
     folder = store.resolve_artifact(artifact)
     with show_progress() as progress:
-        tuned = search(folder, chosen, progress)
+        tuned = tuning.tune(folder, chosen, progress)
     if as_json:
         print_json(tuned_document(tuned))
     else:

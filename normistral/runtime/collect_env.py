@@ -158,7 +158,8 @@ def describe_artifact(folder: Path, machine: Machine, versions: dict[str, str]) 
     manifest = read_manifest(folder)
     engine = "openvino" if manifest.format == "openvino" else "onnxruntime"
     key = make_key(folder, machine, engine, versions.get(engine, "missing"), "CPU")
-    settings, why = _rule(machine, manifest)
+    settings = heuristic_settings(machine, manifest)
+    why = explain_openvino(machine, manifest.recipe.weights) if engine == "openvino" else []
     problem = None
     try:
         tuned = read_tuned(tuned_path(key))
@@ -174,11 +175,11 @@ def describe_artifact(folder: Path, machine: Machine, versions: dict[str, str]) 
     return {"name": folder.name, "basis": "tuned", "settings": tuned.settings, "why": why, "problem": None}
 
 
-def _rule(machine: Machine, manifest: Manifest) -> tuple[dict[str, str], list[str]]:
+def heuristic_settings(machine: Machine, manifest: Manifest) -> dict[str, str]:
+    """The settings of an artifact that `load` takes without a tuning."""
     if manifest.format == "openvino":
-        weights = manifest.recipe.weights
-        return {**plan_openvino(machine, weights), PREFILL_CHUNK: DEFAULT_CHUNK}, explain_openvino(machine, weights)
-    return {**plan_onnxruntime(machine), PREFILL_CHUNK: DEFAULT_CHUNK}, []
+        return {**plan_openvino(machine, manifest.recipe.weights), PREFILL_CHUNK: DEFAULT_CHUNK}
+    return {**plan_onnxruntime(machine), PREFILL_CHUNK: DEFAULT_CHUNK}
 
 
 def tuned_document(tuned: Tuned) -> dict[str, Any]:

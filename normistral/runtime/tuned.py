@@ -36,7 +36,7 @@ Profile = Literal["chat", "documents", "batch"]
 Seconds = Annotated[float, msgspec.Meta(ge=1e-9, le=1e9)]
 Nats = Annotated[float, msgspec.Meta(ge=0.0, le=1e3)]
 
-# All that a tuning comes to (`normistral.tuning.space`, and what an engine reports of itself), as regular expressions.
+# All that a tuning comes to (`normistral.tuning`, and what an engine reports of itself), as regular expressions.
 # Much else is a setting of the engine, and would be passed on: a folder for its cache, a file to read properties from.
 _CHUNK = "64|128|256|512|1024"
 _PRODUCED = {
