@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from test_gguf import byte_level_vocabulary, write_gguf
+from tiny_gguf import byte_level_vocabulary, write_gguf
 from tiny_models import TEMPLATE, THINKING_TEMPLATE, edit_json, make_llama, make_mistral
 
 from normistral.artifact.manifest import read_manifest

@@ -8,8 +8,8 @@ import fields_page
 import numpy as np
 import pytest
 from compare_transformers5 import run_exact
-from test_gguf import byte_level_vocabulary, write_gguf
 from tiny_bloom import make_bloom
+from tiny_gguf import byte_level_vocabulary, write_gguf
 from tiny_models import edit_json, make_llama, make_mistral
 from tiny_transformers5 import CASES, STORED, make_stored, stored_logits
 from trainer_configs import CONFIGS, GENERATION

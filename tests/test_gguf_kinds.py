@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from broken_gguf import TEXT, gguf, gguf_tensor, gguf_text, meta
 from safetensors.numpy import load_file
-from test_gguf import byte_level_vocabulary, open_gguf, write_gguf
+from tiny_gguf import byte_level_vocabulary, open_gguf, write_gguf
 from tiny_models import make_llama
 
 from normistral.errors import CheckpointError, UsageError

@@ -13,10 +13,10 @@ import pytest
 import torch
 from checkpoint_headers import read_headers
 from peak_memory import peak_bytes
+from sabotage import export as export_sabotaged
+from sabotage import places_of, read_at, write_at
 from safetensors.numpy import load_file, save_file
 from sample_artifacts import make_manifest
-from test_proofs import export as export_sabotaged
-from test_proofs import places_of, read_at, write_at
 from tiny_bloom import make_bloom
 from tiny_family import stored_tensors
 from tiny_models import make_llama, make_mistral

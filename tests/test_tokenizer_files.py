@@ -284,7 +284,7 @@ def test_what_needs_no_weights_is_refused_before_they_are_looked_at(model: Path,
 
 
 def test_a_gguf_files_template_is_refused_before_its_weights_are_unpacked(tmp_path: Path, monkeypatch) -> None:
-    from test_gguf import byte_level_vocabulary, write_gguf
+    from tiny_gguf import byte_level_vocabulary, write_gguf
 
     from normistral.export.checkpoint import gguf
 

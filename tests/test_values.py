@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_gguf import byte_level_vocabulary, write_gguf
 from tiny_bloom import make_bloom
+from tiny_gguf import byte_level_vocabulary, write_gguf
 from tiny_models import make_llama, make_mistral
 
 import normistral

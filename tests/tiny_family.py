@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from test_gguf import byte_level_vocabulary, write_gguf
 from tiny_bloom import make_bloom
+from tiny_gguf import byte_level_vocabulary, write_gguf
 from tiny_models import edit_json, make_llama, make_mistral
 
 from normistral.artifact.presets import PRESETS, Preset, Shape
