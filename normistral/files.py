@@ -1,4 +1,4 @@
-"""Files on this machine: written whole or not at all, read only if they are files, locked.
+"""Files: atomic writes, reads of regular files only, locks, hashes, folders of ours.
 
 One rule for every name that something is written to: only a regular file, or nothing, is replaced. A symbolic link is
 refused and not followed, because in a folder that others may write it leads where they want; so are devices, FIFOs,
@@ -113,7 +113,7 @@ def atomic_write(path: Path, *, private: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_save(path: Path) -> Iterator[BinaryIO]:
-    """`atomic_write` for what somebody wrote and named a place for: readable by its owner only.
+    """`atomic_write` for a user's text at a place the user named: readable by its owner only.
 
     Raises:
         NormistralError: it cannot be written.
@@ -340,7 +340,7 @@ def _take(path: Path) -> int:
             if not is_own(os.fstat(descriptor)):
                 raise RefusedFileError(path, f"{path.name} belongs to another user", f"remove it, or {_ELSEWHERE}")
             _lock(descriptor)
-            # The holder before us may have removed the name between our open and our lock: then this is nobody's lock.
+            # The holder before may have removed the name between open and lock: then the lock is of no name.
             with suppress(FileNotFoundError):
                 if os.path.samestat(path.lstat(), os.fstat(descriptor)):
                     return descriptor
@@ -369,7 +369,7 @@ def _lock(descriptor: int) -> None:
 
 
 def make_own_folder(path: Path) -> None:
-    """Make and mark a folder with permissions 0700: nobody else can put anything into it. Raises OSError."""
+    """Make and mark a folder with permissions 0700: no other user can write into it. Raises OSError."""
     path.mkdir(0o700)
     (path / FOLDER_MARK).touch(0o600)
 

@@ -1,1 +1,1 @@
-"""A folder that an export made: manifest, files, tokenizer, chat template, and where it lies. Knows no engine."""
+"""A folder that an export made: manifest, files, tokenizer, chat template, and the store of them. Knows no engine."""

@@ -1,4 +1,4 @@
-"""Artifacts that an earlier version may have made wrong: what can be said of one, and whether to export it again.
+"""Warnings for artifacts that an earlier version may have made wrong and that should be exported again.
 
 Manifests below schema 6 come from versions that dropped the fields of config.json which they did not know, and took the
 rest for the truth of their proof. transformers 5 writes the angles of positions as such a field (rope_parameters): the

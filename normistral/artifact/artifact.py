@@ -1,4 +1,4 @@
-"""An artifact: the folder that an export made, opened once for everybody who needs a part of it."""
+"""An artifact: the folder that an export made, opened once."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Artifact:
         check_files(self.folder, self.manifest, thorough=False)
 
     def manifest_sha256(self) -> str:
-        """SHA-256 of the file normistral.json as it is now; what is tuned and scored for an artifact is kept by it."""
+        """SHA-256 of the file normistral.json as it is now; key of tuned settings and of stored scores."""
         return sha256_file(self.folder / MANIFEST_NAME)
 
     def warn_of_advice(self) -> None:

@@ -239,7 +239,7 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """Of all that it says, the digests of the artifact's files among it."""
+        """SHA-256 of the serialised manifest, which holds the digests of all files."""
         return hashlib.sha256(serialise_manifest(self)).hexdigest()
 
     @property

@@ -110,7 +110,29 @@ _7B = Shape(
     weight_files=(3, "safetensors"),
 )
 
-_UNSEEN = ("its files were not seen: 11b-warm's architecture is expected, and what the checkpoint says counts",)
+_7B_BASE = Preset(
+    name="7b-warm",
+    repository="norallm/normistral-7b-warm",
+    role="base",
+    licence="Apache-2.0",
+    context_length=2048,
+    parameters=7_248_023_552,
+    weights="int4",
+    quirks=("sliding window of 2048", "completes text; it has no chat template"),
+    shape=_7B,
+)
+# Their files were not seen.
+_UNSEEN = Preset(
+    name="11b-translate",
+    repository="norallm/normistral-11b-translate",
+    role=None,
+    licence=None,
+    context_length=None,
+    parameters=None,
+    weights="int4",
+    quirks=("its files were not seen: 11b-warm's architecture is expected, and what the checkpoint says counts",),
+    shape=None,
+)
 
 PRESETS: tuple[Preset, ...] = (
     Preset(
@@ -163,28 +185,8 @@ PRESETS: tuple[Preset, ...] = (
         ),
         shape=replace(_7B, sliding_window=4096),
     ),
-    Preset(
-        name="7b-warm",
-        repository="norallm/normistral-7b-warm",
-        role="base",
-        licence="Apache-2.0",
-        context_length=2048,
-        parameters=7_248_023_552,
-        weights="int4",
-        quirks=("sliding window of 2048", "completes text; it has no chat template"),
-        shape=_7B,
-    ),
-    Preset(
-        name="7b-scratch",
-        repository="norallm/normistral-7b-scratch",
-        role="base",
-        licence="Apache-2.0",
-        context_length=2048,
-        parameters=7_248_023_552,
-        weights="int4",
-        quirks=("sliding window of 2048", "completes text; it has no chat template"),
-        shape=_7B,
-    ),
+    _7B_BASE,
+    replace(_7B_BASE, name="7b-scratch", repository="norallm/normistral-7b-scratch"),
     Preset(
         name="norbloom-7b-scratch",
         repository="norallm/norbloom-7b-scratch",
@@ -258,28 +260,8 @@ PRESETS: tuple[Preset, ...] = (
         ),
         shape=None,
     ),
-    Preset(
-        name="11b-translate",
-        repository="norallm/normistral-11b-translate",
-        role=None,
-        licence=None,
-        context_length=None,
-        parameters=None,
-        weights="int4",
-        quirks=_UNSEEN,
-        shape=None,
-    ),
-    Preset(
-        name="11b-long",
-        repository="norallm/normistral-11b-long",
-        role=None,
-        licence=None,
-        context_length=None,
-        parameters=None,
-        weights="int4",
-        quirks=_UNSEEN,
-        shape=None,
-    ),
+    _UNSEEN,
+    replace(_UNSEEN, name="11b-long", repository="norallm/normistral-11b-long"),
 )
 
 

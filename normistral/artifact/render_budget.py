@@ -23,7 +23,7 @@ HINT = "the checkpoint's chat template is faulty or hostile: export with another
 
 
 class RenderBudget:
-    """The allowance of one rendering.
+    """Time and sizes left to one rendering.
 
     Args:
         input_size: characters in the messages.
@@ -35,7 +35,7 @@ class RenderBudget:
         self._deadline = time.monotonic() + TIME_LIMIT_S
 
     def tick(self) -> None:
-        """One step of the template.
+        """Check the time; called at every step of the template.
 
         Raises:
             TemplateError: the time is over.

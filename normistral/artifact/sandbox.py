@@ -1,4 +1,4 @@
-"""The jinja2 environment in which chat templates run: as transformers sets it up, watched and under limits.
+"""The jinja2 environment in which chat templates run: as transformers sets it up, with taint tracking and limits.
 
 Three things are added to jinja2's immutable sandbox. Literals of the template and strings of the messages are
 `TaintedStr`, so that the rendered text knows its authors. Loops, calls, filters and operators ask the render budget

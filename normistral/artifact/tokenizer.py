@@ -188,7 +188,7 @@ def _never_prepend_first(pre_tokenizer: dict[str, Any] | None) -> None:
 
 
 def require_unicode(text: str) -> str:
-    """The text, if it can be written as UTF-8; raises UsageError if it holds half a character."""
+    """The text, if it can be encoded as UTF-8; raises UsageError for a lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as exc:

@@ -1,1 +1,1 @@
-"""Template → engine → sampling, stopping → generate → session. Needs no torch and no transformers."""
+"""Engines, sampling, generation, chats, sessions. Needs no torch and no transformers."""

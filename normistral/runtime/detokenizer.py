@@ -237,7 +237,7 @@ class _ReplaceInText:
 
 
 def _make_stages(tokenizer: Tokenizer) -> list[_Stage]:
-    """The incremental twins of a decoder's steps; behind `ByteLevel` or `Fuse` the text is one piece for tokenizers."""
+    """Incremental forms of a decoder's steps; behind `ByteLevel` or `Fuse` the text is one piece for tokenizers."""
     stages: list[_Stage] = []
     is_joined = False
     for description in tokenizer.decoder_stages:
@@ -251,7 +251,7 @@ def _make_stages(tokenizer: Tokenizer) -> list[_Stage]:
 
 
 def _make_stage(description: dict[str, Any]) -> _Stage:
-    """The incremental twin of one decoder step of tokenizer.json (tokenizers 0.22, `decoders`)."""
+    """Incremental form of one decoder step of tokenizer.json (tokenizers 0.22, `decoders`)."""
     match description:
         case {"type": "ByteLevel"}:
             return _ByteLevel()
@@ -289,7 +289,7 @@ def _letters_to_bytes(piece: str) -> bytes:
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and on."""
+    """GPT-2's byte alphabet: printable Latin-1 is itself, the other bytes for U+0100 and on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]

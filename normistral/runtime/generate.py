@@ -1,4 +1,4 @@
-"""The decode loop: the only one, for every engine.
+"""The decode loop, one for all engines.
 
 Two layers: `generate_tokens` goes from token ids to token ids and never sees text; `stream_text` turns its steps into
 chunks by way of a `TextStream`. When the reasoning's budget is used up, that puts the close tag's ids into a queue, and

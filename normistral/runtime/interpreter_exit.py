@@ -1,4 +1,4 @@
-"""The end of the interpreter while threads compute.
+"""Interpreter exit while threads compute: waits for native code, closes models.
 
 A daemon thread that comes back from native code to an interpreter that has ended is unwound there, through frames of
 C++ that do not allow it, and the process aborts ("terminate called without an active exception", status 134). So what
@@ -47,7 +47,7 @@ _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 
 def close_at_exit(closable: Closable) -> None:
-    """Have it closed before the interpreter ends, if it is still there.
+    """Close the object before the interpreter ends, if it still exists.
 
     The interpreter calls first what was registered last, so this comes before what the engine registered.
     """

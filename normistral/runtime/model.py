@@ -106,7 +106,7 @@ class Model(Runner):
         return Prefix(self, header.prefix, sequence)
 
     def score(self, token_ids: Sequence[int], last: int | None = None) -> TokenScores:
-        """How likely the model finds given tokens, each after those before it.
+        """Log-probabilities of given tokens, each after those before it.
 
         Calls that begin with the same tokens as the one before compute those once.
 

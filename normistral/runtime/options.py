@@ -104,7 +104,7 @@ NUMERIC_OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """How to generate.
+    """Options of one generation.
 
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
@@ -157,7 +157,7 @@ class GenerationConfig:
         for name, option in NUMERIC_OPTIONS.items():
             value, default = getattr(self, name), default_of(name)
             if option.all_at_minus_one and _is_minus_one(value):
-                object.__setattr__(self, name, default)  # frozen for everybody else
+                object.__setattr__(self, name, default)  # frozen otherwise
             elif value is not None or default is not None:
                 _require_number(name, value, option)
         if self.top_p == 0.0:

@@ -1,4 +1,4 @@
-"""The beginning of many prompts, computed once: a document that is asked many questions, without a chat template."""
+"""A prompt prefix computed once, for many completions without a chat template."""
 
 from __future__ import annotations
 

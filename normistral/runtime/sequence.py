@@ -96,7 +96,7 @@ class CachedSequence:
         """
         own = self.common_prefix(token_ids, reproducible=reproducible)
         neighbours = list(self._neighbours())
-        with self._lock:  # nobody's engine moves; a cache that is about to change, or just has, is unknown until then
+        with self._lock:  # no engine computes meanwhile; a cache is unknown while its forward runs
             found, donor = max(
                 ((other.common_prefix(token_ids, reproducible=reproducible), other) for other in neighbours),
                 key=lambda pair: pair[0],
@@ -242,12 +242,12 @@ class CachedSequence:
         self._hold(known[:length] if known else [])
 
     def _hold(self, token_ids: list[int]) -> None:
-        """The cache counts for these tokens alone."""
+        """Take the cache to hold these tokens alone."""
         self._canonical = self._whole_chunks(min(self._canonical, len(token_ids)))
         self._token_ids = token_ids
 
     def _forget(self) -> None:
-        """Nothing is known of the cache."""
+        """Take the content of the cache for unknown."""
         self._token_ids = None
         self._canonical = 0
 

@@ -1,4 +1,4 @@
-"""A session on disk: what was said, the tokens it came to, and the KV cache that holds them.
+"""Session files: messages, their tokens, and the KV cache that holds them.
 
     magic     b"normistral session\\n"
     version   4 bytes: the format's

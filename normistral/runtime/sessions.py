@@ -1,4 +1,4 @@
-"""Sequences to files and back: which file fits which model, and what is checked before an engine sees any of it."""
+"""Saves and restores sequences; a file is checked against the model before an engine reads from it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def save_sequence(
 def restore_sequence(
     runner: Runner, path: str | Path, kind: Literal["chat", "prefix"], on_bytes: OnBytes
 ) -> tuple[SessionHeader, CachedSequence]:
-    """Read what `save_sequence` wrote.
+    """Read a session that `save_sequence` wrote.
 
     Raises:
         UsageError, SessionError: as `open_session`; or it is of another kind, artifact, engine or settings.

@@ -189,7 +189,7 @@ TensorKinds = dict[str, list[tuple[np.dtype[Any], tuple[int, ...]]]]
 
 
 def check_cache_tensors(tensors: Iterable[CacheTensor], kinds: TensorKinds) -> Iterator[CacheTensor]:
-    """Pass on tensors that are to be restored, after a look at each: a native library trusts what it is given.
+    """Check tensors that are to be restored, and pass them on: a native library does not check them.
 
     Raises:
         EngineError: one is unknown, comes twice, is missing, or has another type or shape.

@@ -70,7 +70,7 @@ class Cache(Protocol):
         ...
 
     def trim(self, length: int) -> None:
-        """Keep the first `length` positions; 0 also mends what a failed step left."""
+        """Keep the first `length` positions; 0 also clears the state of a failed step."""
         ...
 
     def read(self, length: int) -> Iterator[CacheTensor]:
@@ -78,7 +78,7 @@ class Cache(Protocol):
         ...
 
     def write(self, length: int, tensors: Iterable[CacheTensor]) -> None:
-        """Replace everything by so many positions; all tensors have to come."""
+        """Replace all content by `length` positions; every tensor has to be among them."""
         ...
 
 

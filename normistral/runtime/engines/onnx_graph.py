@@ -1,4 +1,4 @@
-"""Changes an ONNX graph in memory at load: what only this runtime wants never gets into the file.
+"""Changes an ONNX graph in memory at load: changes for this runtime alone, which the file does not get.
 
 The runtime does without the package `onnx`: of a model it reads nodes, and the names of weights. Source of the field
 numbers: onnx.proto of the ONNX repository.
@@ -210,7 +210,7 @@ def is_fused(graph: OnnxGraph) -> bool:
 
 
 def attend_in_place(graph: OnnxGraph) -> None:
-    """Make every attention node read the past where it is bound, and take one sequence for granted.
+    """Make every attention node read the past where it is bound, for a batch of one sequence.
 
     A Reshape between input and attention (it mends an empty past of another width) would be in the way of sharing one
     buffer. One sequence has no padding: what a bias says of padding is left out, and what else it says (ALiBi) stays.
@@ -247,7 +247,7 @@ def _leave_out_padding(graph: OnnxGraph, bias: str) -> str:
 
 
 def remove_unused(graph: OnnxGraph) -> None:
-    """Drop the nodes whose results nobody reads; onnxruntime would compute them."""
+    """Drop the nodes whose results are not read; onnxruntime would compute them."""
     if _readable(lambda: any(node.has_subgraph() for node in graph.nodes)):
         return
     used = set(graph.outputs())

@@ -78,7 +78,7 @@ class BlockPool:
         blocks.clear()
 
     def shrink(self) -> None:
-        """Give memory back if nobody has a block. Not while another thread is in a forward."""
+        """Free the memory if no sequence has a block. Not while another thread is in a forward."""
         if len(self._free) == self._capacity > _FIRST_BLOCKS:
             self._free.clear()
             self._capacity = 0

@@ -31,7 +31,7 @@ _PROPERTIES = {
 }
 _OTHER_PROPERTY = Setting(r"\S+", "what OpenVINO's documentation says", changes_results=True)
 _NO_SETTINGS = {"DEVICE_ID", "LOG_LEVEL", "PERF_COUNT"}  # properties that choose the device or only print
-# Reported even where nobody set them: they decide speed and results.
+# Reported even where they were not set: they decide speed and results.
 REPORTED = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "ENABLE_CPU_PINNING")
 
 KV_CACHE_SETTINGS = (  # those that change the numbers which a KV cache holds
@@ -71,7 +71,7 @@ def _as_text(value: Any) -> str:
 
 
 def require_accepted(core: ov.Core, device: str, name: str, value: str) -> None:
-    """Let the plugin itself look at a value, before anything is loaded; this core is nobody else's."""
+    """Have the plugin check a value before anything is loaded; the core is not shared."""
     try:
         core.set_property(device, {name: value})
     except RuntimeError as exc:
@@ -79,7 +79,7 @@ def require_accepted(core: ov.Core, device: str, name: str, value: str) -> None:
 
 
 def require_taken(overrides: Mapping[str, str], in_force: Mapping[str, str], device: str) -> None:
-    """Refuse what OpenVINO quietly replaced: more threads than there are cores, a precision that is not there."""
+    """Refuse values that OpenVINO replaced silently: more threads than cores, a precision that is not there."""
     for name, value in overrides.items():
         if (actual := in_force.get(name, value)) != value:
             raise UsageError(

@@ -66,7 +66,7 @@ class StatefulBackend:
         self._compiled: ov.CompiledModel | None = compiled
         self._takes_positions = any("position_ids" in port.get_names() for port in compiled.inputs)
         self._position_limit = min(shape.sliding_window or manifest.context_length, manifest.context_length)
-        # ALiBi takes its positions from the running sum of the mask; any other graph without the input, from the slots.
+        # ALiBi takes its positions from the running sum of the mask; any other graph without the input, from the cache.
         self._keeps_dead = self._takes_positions or shape.positions == "alibi"
         # A device that does not say it may keep 8 bits; what does not look like that is left as it is.
         self._cache_precision = capabilities.kv_cache_key.get("KV_CACHE_PRECISION", "u8")
@@ -141,7 +141,7 @@ class StatefulEngine:
 
     @property
     def intact(self) -> int:
-        """Those before the first masked slot; none after a restore that had to quantise values anew."""
+        """Those before the first masked position; none after a restore that had to quantise values anew."""
         return 0 if self._requantised else self._positions.intact
 
     def trim(self, length: int, *, exactly: bool = False) -> None:
@@ -193,14 +193,14 @@ class StatefulEngine:
         self._packed = None
 
     def _compact(self) -> None:
-        """Copy the unmasked positions out and in, and with that get rid of the dead ones."""
+        """Copy the unmasked positions out and in, which drops the masked ones."""
         self.restore(self.length, list(self._read(self.length)))
 
     def _read(self, length: int) -> Iterator[CacheTensor]:
         living = self._positions.living()[:length]
         for state in self._query_states():
             with translated("OpenVINO could not read the KV cache"):
-                values = state.state.data  # [1, kv_heads, slots, head_dim], a copy
+                values = state.state.data  # [1, kv_heads, positions, head_dim], a copy
             yield CacheTensor(state.name, pack(np.ascontiguousarray(values[:, :, living]), self._cache_precision))
 
     def _query_states(self) -> list[Any]:
@@ -226,9 +226,9 @@ class MaskedPositions:
         position  0 1 2 - - 3 4
 
     Args:
-        limit: the most slots that may be used while some are dead. The graph counts a sliding window, and the end of
-            the context, in slots.
-        keeps_dead: whether masked slots leave positions alone in this graph; otherwise none may be dead.
+        limit: most positions in use while some are masked; the graph counts a sliding window, and the end of the
+            context, in positions of the cache.
+        keeps_dead: whether masked positions leave position ids alone in this graph; otherwise none may be masked.
     """
 
     __slots__ = ("_keeps_dead", "_limit", "_mask", "length")
@@ -240,7 +240,7 @@ class MaskedPositions:
         self.length = 0  # tokens: unmasked positions
 
     def extended_mask(self, count: int) -> NDArray[np.int64]:
-        """Mask [1, slots] for a forward of `count` more tokens."""
+        """Mask [1, positions] for a forward of `count` more tokens."""
         return np.concatenate([self._mask, np.ones(count, np.int64)])[None]
 
     def append(self, count: int) -> None:
@@ -249,23 +249,23 @@ class MaskedPositions:
         self.length += count
 
     def trim(self, length: int) -> None:
-        """Kill the slots behind the first `length` tokens."""
+        """Mask the positions behind the first `length` tokens."""
         self._mask[self.living()[length:]] = 0
         self.length = length
 
     def living(self) -> NDArray[np.int64]:
-        """Indices of the slots that hold tokens, in order."""
+        """Indices of the positions that hold tokens, in order."""
         living: NDArray[np.int64] = np.flatnonzero(self._mask)
         return living
 
     @property
     def dead(self) -> int:
-        """MaskedPositions that hold rejected tokens."""
+        """Number of positions that hold rejected tokens."""
         return len(self._mask) - self.length
 
     @property
     def intact(self) -> int:
-        """Tokens before the first dead slot."""
+        """Tokens before the first masked position."""
         return int(self._mask.argmin()) if self.dead else self.length
 
     def must_compact(self, count: int) -> bool:

@@ -26,7 +26,7 @@ SettingsSource = Literal["rule", "tuned", "exact"]
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How an artifact is to be loaded.
+    """Device, arithmetic and settings to load an artifact with.
 
     Attributes:
         device: CPU, or another device by its engine's own name.
@@ -42,7 +42,7 @@ class EngineConfig:
 
     @property
     def settings_source(self) -> SettingsSource:
-        """Where the settings come from over which the caller's go."""
+        """Source of the settings under the caller's overrides."""
         return "exact" if self.exact else "rule" if self.tuned is None else "tuned"
 
 
@@ -91,7 +91,7 @@ def parse_settings(pairs: Iterable[str] | None) -> dict[str, str]:
 def override(
     plan: Mapping[str, str], given: Mapping[str, str], known: Mapping[str, Setting], *, engine: str, exact: bool
 ) -> dict[str, str]:
-    """A plan with what the user gave in the place of what it says, `prefill_chunk` included.
+    """The plan with the user's values in place of its own, `prefill_chunk` included.
 
     Args:
         known: the settings that this engine has here; `prefill_chunk` is known to all.

@@ -1,1 +1,1 @@
-"""Products of our own where an engine's are slower than memory or processor allow."""
+"""Custom int4 matmul kernels for OpenVINO on CPUs."""

@@ -1,4 +1,4 @@
-"""The compiled int4 kernel: whether this machine can run it, where it lies, and whether it may be loaded.
+"""The compiled int4 kernel: support by this machine, location, and checks before it is loaded.
 
 The package may bring it (`compiled` beside this file: its wheels for Linux, and an installation from source where there
 was a compiler); else `normistral build-kernel` puts it beside the local store. One of the package is trusted as the
@@ -52,7 +52,7 @@ class Library:
 
 
 class UntrustedKernelError(EngineError):
-    """Somebody else may have written the kernel."""
+    """Another user could have written the kernel."""
 
 
 def find_obstacle(machine: Machine) -> str | None:
@@ -95,7 +95,7 @@ def describe_absence() -> str:
 
 
 def open_library(path: Path) -> Library:
-    """Check a kernel, and hold on to what was checked.
+    """Check a kernel file and keep the checked descriptor open.
 
     Raises:
         UntrustedKernelError: another user may have written it.
@@ -233,7 +233,7 @@ def name_faster_way(settings: Mapping[str, str], overrides: Mapping[str, str] | 
 
 
 def how_to_build() -> str:
-    """The command, and what it takes before."""
+    """The command that builds the kernel, and what has to be installed for it."""
     try:
         find_compiler()
     except CompileError as exc:

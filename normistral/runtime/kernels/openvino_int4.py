@@ -1,4 +1,4 @@
-"""Our products of int4 weights in an OpenVINO model: which ones the kernel can do, and their weights in its layout.
+"""Custom int4 matmuls in an OpenVINO model: products that the kernel supports, and their weights in its layout.
 
 The IR on disk stays as it is. A product is `x @ (codes - zeros) * scales`, transposed, as NNCF writes it: a constant of
 i4 or u4 [rows, groups, group], converted, zero points subtracted, scales multiplied, reshaped and converted. Products

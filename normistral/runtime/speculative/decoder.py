@@ -59,7 +59,7 @@ class PlainDecoder:
         return self._ahead.pop(0)
 
     def rollback(self) -> None:
-        """Forget what was fed and did not come any more."""
+        """Take jump-forward tokens out of the KV cache that were not reached."""
         self._sequence.drop_last(len(self._ahead))
         self._ahead = []
 
@@ -122,7 +122,7 @@ class SpeculativeDecoder:
         return next((draft for draft in drafts if draft.token_ids), None)
 
     def _cut(self, draft: Draft) -> Draft:
-        """The draft as far as it may come."""
+        """The draft up to the first token that the filter refuses."""
         if self._draft_filter is None:
             return draft
         return Draft(draft.token_ids[: self._draft_filter(draft.token_ids)], draft.source)

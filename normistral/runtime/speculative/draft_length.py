@@ -121,7 +121,7 @@ class Acceptance:
         self._seen: dict[str, list[tuple[float, float]]] = {}  # source -> (right, all) of each position, faded
 
     def observe(self, source: str, accepted: int, drafted: int) -> None:
-        """Of `drafted` tokens the first `accepted` were right; what stands behind the first wrong one says nothing."""
+        """Of `drafted` tokens the first `accepted` were right; tokens behind the first wrong one count for nothing."""
         seen = self._seen.setdefault(source, [])
         for position in range(min(accepted + 1, drafted)):
             if position == len(seen):

@@ -1,4 +1,4 @@
-"""From a structure to a grammar that can be followed, or to an error that says what is wrong with it.
+"""Compiles a structure to a grammar matcher, or to an error that names its fault.
 
 The library behind it is llguidance: an Earley parser over regular expressions by derivatives (docs/decisions.md).
 """
@@ -78,7 +78,7 @@ def _first_trouble(matcher: llguidance.LLMatcher) -> str:
 
 
 def check_structure(structure: Structure) -> None:
-    """Refuse what no model could follow, before one is loaded.
+    """Refuse a structure that no model could follow, before one is loaded.
 
     Raises:
         UsageError: as `compile_structure`, but for what only a vocabulary shows.
@@ -122,7 +122,7 @@ def _texts(text: str) -> list[str]:
 
 
 def _prepare_grammar(text: str) -> str:
-    """A grammar whose JSON schemas are written as ours, and that asks for nothing that would be passed over."""
+    """A grammar with its JSON schemas prepared; parts that the library would ignore are refused."""
     if sum(map(text.count, ":([{")) > MOST_RULES:
         raise UsageError(f"the grammar has more than {MOST_RULES:,} rules and brackets", "write a shorter one")
     if text.count("&") > MOST_INTERSECTIONS:

@@ -1,4 +1,4 @@
-"""A JSON schema made ready for the grammar library, and what would be wrong or too dear there refused.
+"""Prepares a JSON schema for the grammar library; refuses what it would get wrong or take too long for.
 
 The library refuses keywords that it does not implement. What it gets wrong, or takes seconds or the whole stack for, is
 caught here; the figures were measured with llguidance 1.9.1 (docs/decisions.md).
@@ -38,7 +38,7 @@ _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01][0-9a-f]|\x7f")
 
 
 def prepare_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema as the library is to have it.
+    """The schema in the form for the library.
 
     Raises:
         UsageError: it is too large, or cannot be kept to.

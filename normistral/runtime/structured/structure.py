@@ -123,7 +123,7 @@ def close_objects(schema: Any) -> Any:
 
 
 def parse_schema(text: str) -> dict[str, Any]:
-    """The schema that a text is.
+    """Parse a JSON schema.
 
     Raises:
         UsageError: it is not JSON, or no JSON object.

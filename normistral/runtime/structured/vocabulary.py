@@ -1,4 +1,4 @@
-"""A model's tokens as the grammar library sees them: the bytes that each adds to a text, and the ends of an answer."""
+"""A model's tokens as the grammar library sees them: bytes of each token, and stop tokens."""
 
 from __future__ import annotations
 
