@@ -8,8 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from normistral.server.frames import Loaded, encode_frame
-from normistral.server.pulse import Pulse
+from normistral.server.ipc import Loaded, Pulse, encode_frame
 
 
 def main() -> None:

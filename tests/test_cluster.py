@@ -15,9 +15,10 @@ from scripted_cli import command, make_artifact
 from scripted_models import ANSWER_MARKER, END_OF_TURN, make_base_model, make_model, make_tokenizer
 from tiny_models import VOCABULARY
 
-import normistral.batch.one_by_one
+import normistral.batch.answerers
 import normistral.batch.run
-from normistral.batch.documents import Row, index_documents, read_document
+from normistral.batch.answerers import OneByOne
+from normistral.batch.documents import Row, check_instruction, fill, find_prompt, index_documents, read_document
 from normistral.batch.job import MOST_BEGINNINGS, Engine, Job, answer_part, cut_parts
 from normistral.batch.journal import (
     PartJournal,
@@ -27,11 +28,9 @@ from normistral.batch.journal import (
     open_journal,
     parts_folder,
 )
-from normistral.batch.one_by_one import OneByOne
-from normistral.batch.questions import check_instruction, fill, find_prompt
 from normistral.batch.run import Workers, run_batch
 from normistral.batch.together import Together
-from normistral.cluster.cores import share_of_cores, threads_of_each
+from normistral.cluster.ray_local import share_of_cores, threads_of_each
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.progress import NoProgress
 from normistral.runtime.chunks import Chunk, Timings
@@ -93,7 +92,7 @@ def echo(tmp_path, monkeypatch):
         model.chat = watched
         return model
 
-    monkeypatch.setattr(normistral.batch.one_by_one, "load", load)
+    monkeypatch.setattr(normistral.batch.answerers, "load", load)
     return asked
 
 
@@ -419,7 +418,7 @@ def test_a_row_that_takes_its_worker_down_is_given_up(tmp_path, artifact, echo):
 def test_a_base_model_completes_prompts(tmp_path, monkeypatch):
     artifact = make_artifact(tmp_path / "artifact", format="onnx", role="base", template=None)
     monkeypatch.setattr(
-        normistral.batch.one_by_one,
+        normistral.batch.answerers,
         "load",
         lambda folder, **engine: make_base_model(tmp_path / "t", [" Oslo."], after="er"),
     )

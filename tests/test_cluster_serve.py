@@ -9,10 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 from served_models import make_served, open_served
 
-from normistral.cluster.affinity import SHARED_CHARACTERS, routing_key
-from normistral.cluster.call import Call, Start
-from normistral.cluster.metrics import join_metrics
 from normistral.cluster.replica import run_application, wait_until_loaded
+from normistral.cluster.request import SHARED_CHARACTERS, Call, Start, join_metrics, routing_key
 from normistral.cluster.serve import ServeOptions, plan_deployment, read_options, retry_after_s
 from normistral.errors import EngineError, UsageError
 from normistral.server.app import create_app

@@ -24,11 +24,10 @@ from normistral.runtime.structured.structure import Structure
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
 from normistral.server.backends.base import Job
-from normistral.server.backends.cache_plan import BLOCK_TOKENS, plan_cache
 from normistral.server.backends.create import create_batch
-from normistral.server.backends.openvino_options import find_unhonoured, genai_config
+from normistral.server.backends.openvino_job import find_unhonoured, genai_config
 from normistral.server.backends.openvino_pipeline import open_openvino_batch
-from normistral.server.backends.settings import BatchSettings
+from normistral.server.backends.settings import BLOCK_TOKENS, BatchSettings, plan_cache
 from normistral.server.limits import ServerLimits
 from normistral.server.served import ServedArtifact
 from normistral.server.server import background_server

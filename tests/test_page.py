@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from normistral.server.page import load_page
+from normistral.server.public_routes import load_page
 
 PAGE = load_page()
 HTML = PAGE.body.decode()

@@ -19,7 +19,7 @@ from normistral.runtime.options import GenerationConfig
 from normistral.server.backends.base import Job
 from normistral.server.backends.fair_queue import FairQueue
 from normistral.server.backends.settings import BatchSettings, cache_token_bytes
-from normistral.server.frames import Loaded
+from normistral.server.ipc import Loaded
 from normistral.server.service import ServedModel
 
 CHUNK, CONTEXT = 16, 256

@@ -19,8 +19,7 @@ from normistral.server import gate
 from normistral.server.acceptor import Acceptor
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
-from normistral.server.descriptors import ConnectionPlan
-from normistral.server.limits import ServerLimits
+from normistral.server.limits import ConnectionPlan, ServerLimits
 from normistral.server.public_routes import parse_head
 
 KEY = "key-of-ola-nordmann-1"

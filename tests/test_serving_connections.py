@@ -18,8 +18,7 @@ from serving_clients import http, stream, wait_until
 
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
-from normistral.server.crowd import Crowd
-from normistral.server.limits import ServerLimits
+from normistral.server.limits import Crowd, ServerLimits
 from normistral.server.server import ApiServer
 
 LIMITS = ServerLimits(body_s=0.5, header_s=0.5, stall_s=0.5, keep_alive_s=1.0, grace_s=0.2)
@@ -239,7 +238,7 @@ class Guest:
 
 def test_whoever_has_kept_the_server_waiting_longest_makes_room(monkeypatch) -> None:
     now = 0.0
-    monkeypatch.setattr("normistral.server.crowd.time.monotonic", lambda: now)
+    monkeypatch.setattr("normistral.server.limits.time.monotonic", lambda: now)
     crowd, guests = Crowd(3, 2), [Guest() for _ in range(8)]
     for count, guest in enumerate(guests[:3], 1):
         assert crowd.admit(guest, count)
@@ -289,7 +288,7 @@ def test_connections_that_cannot_be_accepted_are_one_line_a_minute(tmp_path, cap
 def test_connections_follow_from_the_limit_of_open_files() -> None:
     script = (
         "import resource, sys\n"
-        "from normistral.server.descriptors import plan_connections\n"
+        "from normistral.server.limits import plan_connections\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))\n"
         "try: plan = plan_connections(256)\n"
         "except Exception as error: print(error.message)\n"

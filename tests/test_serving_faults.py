@@ -12,8 +12,8 @@ from serving_clients import ask, gauge, http, stream, wait_until
 from normistral.errors import EngineError
 from normistral.server.auth import Keys
 from normistral.server.backends.settings import BatchSettings
-from normistral.server.frames import Load
 from normistral.server.gate import Gate
+from normistral.server.ipc import Load
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
 from normistral.server.worker_client import WorkerClient

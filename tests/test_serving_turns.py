@@ -16,10 +16,10 @@ from serving_clients import ask, error_of, gauge, http, wait_until
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError
 from normistral.server import service
+from normistral.server.admission import Turns
 from normistral.server.auth import Keys
 from normistral.server.limits import ServerLimits
 from normistral.server.served import ServedArtifact
-from normistral.server.turns import Turns
 
 OLA, KARI = "key-of-ola-nordmann-1", "key-of-kari-nordmann"
 KEYS = Keys({OLA: "ola", KARI: "kari"})

@@ -10,12 +10,11 @@ import pytest
 from served_models import make_served, serving
 from serving_clients import ask, error_of, http, wait_until
 
-from normistral.server import pulse, worker_client
+from normistral.server import ipc, worker_client
 from normistral.server.auth import KEYS_VARIABLE
 from normistral.server.backends.settings import BatchSettings
-from normistral.server.frames import Beat, Load
+from normistral.server.ipc import BEAT_S, Beat, Load, Vigil
 from normistral.server.limits import ServerLimits
-from normistral.server.pulse import BEAT_S, Vigil
 from normistral.server.worker_client import WorkerClient
 
 LOAD = Load("m", "CPU", False, {}, BatchSettings("auto", 0, 0))
@@ -48,16 +47,16 @@ def run_worker(monkeypatch, tmp_path, how: str, wait_s: float) -> tuple[int, boo
     [("stopped", "it stood still for 1 s"), ("silent", "it stood still for 1 s"), ("busy", "its engine stood still")],
 )
 def test_a_worker_that_stands_still_is_replaced(monkeypatch, tmp_path, caplog, how, told) -> None:
-    monkeypatch.setattr(pulse, "_SILENT_S", 1.0)
-    monkeypatch.setattr(pulse, "_STILL_S", 2.0)
+    monkeypatch.setattr(ipc, "_SILENT_S", 1.0)
+    monkeypatch.setattr(ipc, "_STILL_S", 2.0)
     assert run_worker(monkeypatch, tmp_path, how, 30) == (1, True)
     assert told in caplog.text
     assert "memory" not in caplog.text
 
 
 def test_a_worker_that_computes_or_waits_is_left_alone(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(pulse, "_SILENT_S", 1.0)
-    monkeypatch.setattr(pulse, "_STILL_S", 1.0)
+    monkeypatch.setattr(ipc, "_SILENT_S", 1.0)
+    monkeypatch.setattr(ipc, "_STILL_S", 1.0)
     assert run_worker(monkeypatch, tmp_path, "works", 3) == (0, True)
     assert run_worker(monkeypatch, tmp_path, "idle", 3) == (0, True)
 
@@ -65,7 +64,7 @@ def test_a_worker_that_computes_or_waits_is_left_alone(monkeypatch, tmp_path) ->
 def test_a_step_without_beats_may_last_while_the_processor_works(monkeypatch) -> None:
     """Native code may hold the interpreter while it compiles; a process without processor time does nothing."""
     cpu_s = 0.0
-    monkeypatch.setattr(pulse, "_processor_seconds", lambda pid: cpu_s)
+    monkeypatch.setattr(ipc, "_processor_seconds", lambda pid: cpu_s)
     vigil = Vigil(1)
     for _ in range(int(60 / BEAT_S)):
         cpu_s += BEAT_S
@@ -81,7 +80,7 @@ def test_a_step_without_beats_may_last_while_the_processor_works(monkeypatch) ->
 
 
 def test_a_long_step_ends_a_worker_only_where_nothing_is_computed(monkeypatch) -> None:
-    monkeypatch.setattr(pulse, "_processor_seconds", lambda pid: 0.0)
+    monkeypatch.setattr(ipc, "_processor_seconds", lambda pid: 0.0)
 
     def seconds_until_ended(share: float, loading: bool = False) -> float:
         vigil, ticks = Vigil(1), 0

@@ -16,11 +16,10 @@ import msgspec
 from normistral.batch.answerers import open_answerer
 from normistral.batch.job import Engine, Job, OnRow, Part, answer_part
 from normistral.batch.journal import JOB_NAME
-from normistral.cluster.cores import share_of_cores, threads_of_each
-from normistral.cluster.ray_local import ray_running
+from normistral.cluster.ray_local import ray_running, share_of_cores, threads_of_each
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
-from normistral.server.frames import Failure
+from normistral.server.ipc import Failure
 
 if TYPE_CHECKING:
     from normistral.batch.run import Workers

@@ -18,10 +18,9 @@ from typing import Any
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest
 from normistral.batch.answerers import fits_together, has_genai, open_answerer
-from normistral.batch.documents import Row, index_documents
+from normistral.batch.documents import Row, check_instruction, index_documents
 from normistral.batch.job import Engine, Job, OnRow, Part, answer_part, cut_parts
 from normistral.batch.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
-from normistral.batch.questions import check_instruction
 from normistral.errors import NormistralError, UsageError, install_extra
 from normistral.files import explain, require_place, sha256_file
 from normistral.progress import NoProgress, Progress

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from normistral.artifact.manifest import read_manifest
-from normistral.batch.documents import Document, Row, read_document
+from normistral.batch.documents import Document, Row, find_prompt, read_document, with_system
 from normistral.batch.job import Begin, Engine, Job, Line, answer_line, failure_line
-from normistral.batch.questions import find_prompt, with_system
 from normistral.errors import EngineError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.server.backends.base import Batch

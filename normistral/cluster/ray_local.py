@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from normistral.errors import MissingExtraError, NormistralError, first_line, install_extra
+from normistral.errors import MissingExtraError, NormistralError, UsageError, first_line, install_extra
 from normistral.telemetry import silence_telemetry
 
 # Only places of rows and requests on their way go through it; Ray would take 30 % of the memory.
@@ -66,3 +66,29 @@ def ray_running(address: str | None, cores: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def threads_of_each(cores: int, models: int) -> int:
+    """How many threads each of `models` has where there are `cores`.
+
+    Raises:
+        UsageError: more models than cores.
+    """
+    if models > cores:
+        raise UsageError(f"{models} models cannot share {cores} cores", f"take {cores} or fewer")
+    return cores // models
+
+
+def share_of_cores(format: str, device: str, threads: int, given: Mapping[str, str]) -> dict[str, str]:
+    """Engine settings for a model that has so many threads; those that were given stay.
+
+    OpenVINO binds its threads to cores, counted from the first: two processes would sit on the same ones.
+    """
+    if device != "CPU":
+        return dict(given)
+    ours = (
+        {"INFERENCE_NUM_THREADS": str(threads), "ENABLE_CPU_PINNING": "NO"}
+        if format == "openvino"
+        else {"intra_op_num_threads": str(threads)}
+    )
+    return ours | dict(given)

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Scope
 
-from normistral.cluster.call import Call, Start
+from normistral.cluster.request import Call, Start
 from normistral.errors import EngineError
 from normistral.server.app import create_app
 from normistral.server.auth import Keys

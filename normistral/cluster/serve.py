@@ -17,8 +17,7 @@ from typing import Annotated, Any
 import msgspec
 
 from normistral.artifact.artifact import Artifact
-from normistral.cluster.cores import share_of_cores, threads_of_each
-from normistral.cluster.ray_local import import_ray, ray_running
+from normistral.cluster.ray_local import import_ray, ray_running, share_of_cores, threads_of_each
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
 from normistral.server.backends.settings import FAIR_SLOTS, Batching
@@ -115,7 +114,7 @@ def build(arguments: dict[str, Any]) -> Any:
     import_ray(alone=False)
     from ray import serve
 
-    from normistral.cluster.front import Front
+    from normistral.cluster.ingress import Front
     from normistral.cluster.replica import Replica
     from normistral.server.auth import read_keys
     from normistral.server.startup import EngineOptions

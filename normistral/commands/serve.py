@@ -119,7 +119,7 @@ def serve(
     artifacts = [str(find_or_make(artifact)) for artifact in artifacts]
     from normistral.runtime.kernels.library import name_faster_way
     from normistral.server.app import create_app
-    from normistral.server.descriptors import plan_connections
+    from normistral.server.limits import plan_connections
     from normistral.server.server import ApiServer, bind
     from normistral.server.startup import (
         EngineOptions,

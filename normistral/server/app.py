@@ -11,24 +11,25 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import normistral
 from normistral.server.auth import Keys
-from normistral.server.description import describe_api
-from normistral.server.errors import route_error
+from normistral.server.errors import describe_validation, route_error
 from normistral.server.gate import Gate
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
-from normistral.server.page import load_page
-from normistral.server.public_routes import Page, PublicAnswer, PublicRoutes
+from normistral.server.public_routes import AnswerSource, PublicAnswer, PublicRoutes, load_page
 from normistral.server.responses import ModelCard, ModelList, Status
 from normistral.server.routes import error_responses, router
 from normistral.server.served import ServedArtifact
 from normistral.server.service import Service
-from normistral.server.validation import describe_validation
 from normistral.server.worker_client import WORKER_MODULE
+
+_REQUESTS = ("ChatCompletionRequest", "CompletionRequest")
+_SCHEME = "key"
 
 
 def create_app(
@@ -76,7 +77,7 @@ def create_app(
     return app
 
 
-def _add_looking(app: FastAPI, service: Service) -> dict[str, Page]:
+def _add_looking(app: FastAPI, service: Service) -> dict[str, AnswerSource]:
     """Routes that compute nothing; returns those that need no key."""
 
     @app.get("/health", response_model=Status)
@@ -116,7 +117,7 @@ def _add_looking(app: FastAPI, service: Service) -> dict[str, Page]:
     return {"/health": lambda: _as_json(b'{"status":"ok"}'), "/ready": find_ready}
 
 
-def _add_page(app: FastAPI) -> Page:
+def _add_page(app: FastAPI) -> AnswerSource:
     chat_page = load_page()
 
     @app.get("/", include_in_schema=False)
@@ -127,7 +128,7 @@ def _add_page(app: FastAPI) -> Page:
     return lambda: PublicAnswer(200, chat_page.headers, chat_page.body)
 
 
-def _add_description(app: FastAPI) -> Page:
+def _add_description(app: FastAPI) -> AnswerSource:
     described: asyncio.Future[bytes] | None = None
 
     @app.get("/openapi.json", include_in_schema=False)
@@ -169,3 +170,46 @@ async def _refuse_route(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     error = route_error(exc.status_code, request.url.path, request.method, exc.headers)
     return JSONResponse(error.document, error.status, headers=error.headers)
+
+
+def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:
+    """The description that /openapi.json gives."""
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = document["components"]["schemas"]
+    for name in _REQUESTS:
+        properties = schemas[name]["properties"]
+        properties["model"]["enum"] = list(service.models)
+        _bound(properties["n"], "maximum", service.limits.choices)
+        if not any(model.served.manifest.reasoning for model in service.models.values()):
+            properties["max_reasoning_tokens"] = {"type": "null", "description": "No model here thinks aloud."}
+    chat = schemas["ChatCompletionRequest"]
+    _require_with(chat, "top_logprobs", {"type": "integer", "minimum": 1}, "logprobs")
+    for name in _REQUESTS:
+        _require_with(schemas[name], "stream_options", {"type": "object"}, "stream")
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation.get("responses", {}).pop("422", None)  # FastAPI's own; here it is 400
+            if keys and path.startswith(("/v1/", "/metrics")):
+                operation["security"] = [{_SCHEME: []}]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    if keys:
+        document["components"]["securitySchemes"] = {_SCHEME: {"type": "http", "scheme": "bearer"}}
+    return document
+
+
+def _require_with(schema: dict[str, Any], field: str, given: dict[str, Any], switch: str) -> None:
+    """Say that a field asks for another one that is true."""
+    schema.setdefault("allOf", []).append(
+        {
+            "if": {"properties": {field: given}, "required": [field]},
+            "then": {"properties": {switch: {"const": True}}, "required": [switch]},
+        }
+    )
+
+
+def _bound(schema: dict[str, Any], name: str, value: int) -> None:
+    """Set a bound of a number that may be null."""
+    for alternative in schema["anyOf"]:
+        if alternative["type"] != "null":
+            alternative[name] = value

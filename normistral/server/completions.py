@@ -8,14 +8,14 @@ from typing import Any
 
 from normistral.runtime.chunks import Chunk
 from normistral.server.generation import Arrival
+from normistral.server.responses import Envelope, Tally, describe_token, finish_reason, shown_token
 from normistral.server.served import ServedArtifact
-from normistral.server.tally import Envelope, Tally, describe_token, finish_reason, shown_token
 
 _KIND = "text_completion"
 
 
 @dataclass(slots=True)
-class _Answer:
+class _TextAnswer:
     """One answer as far as it has come; `length` in characters."""
 
     text: list[str] = field(default_factory=list)
@@ -26,7 +26,7 @@ class _Answer:
 
     def add(self, served: ServedArtifact, chunk: Chunk) -> dict[str, list[Any]]:
         """Append a chunk; returns the log-probabilities in it."""
-        described = _logprobs(served, chunk, self.length)
+        described = _text_logprobs(served, chunk, self.length)
         for name, values in described.items():
             self.logprobs[name] += values
         self.text.append(chunk.text)
@@ -40,13 +40,13 @@ async def gather_text(
     arrivals: AsyncIterator[Arrival], envelope: Envelope, choices: int, each: int, *, logprobs: bool
 ) -> dict[str, Any]:
     """The whole answer of a request; `each` of the `choices` belong to one prompt."""
-    answers = [_Answer() for _ in range(choices)]
+    answers = [_TextAnswer() for _ in range(choices)]
     tally = Tally(each)
     async for index, chunk in arrivals:
         tally.add(index, chunk)
         answers[index].add(envelope.served, chunk)
     written = [
-        _choice(
+        _text_choice(
             index,
             "".join(answer.text),
             "".join(answer.reasoning),
@@ -63,7 +63,7 @@ async def stream_text(
 ) -> AsyncIterator[dict[str, Any]]:
     """Its events: what is added, and with the last of an answer why it ended; with `usage` one more at the end."""
     no_usage = {"usage": None} if usage else {}
-    answers = [_Answer() for _ in range(choices)]
+    answers = [_TextAnswer() for _ in range(choices)]
     tally = Tally(each)
     async for index, chunk in arrivals:
         tally.add(index, chunk)
@@ -71,12 +71,12 @@ async def stream_text(
         told = described if logprobs and described["tokens"] else None
         reason = finish_reason(chunk.finish_reason)
         if chunk.text or chunk.reasoning or told or reason:
-            yield envelope.wrap(_KIND, [_choice(index, chunk.text, chunk.reasoning, told, reason)], **no_usage)
+            yield envelope.wrap(_KIND, [_text_choice(index, chunk.text, chunk.reasoning, told, reason)], **no_usage)
     if usage:
         yield envelope.wrap(_KIND, [], usage=tally.usage)
 
 
-def _choice(
+def _text_choice(
     index: int, text: str, reasoning: str, logprobs: dict[str, list[Any]] | None, reason: str | None
 ) -> dict[str, Any]:
     choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -87,7 +87,7 @@ def _no_logprobs() -> dict[str, list[Any]]:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
-def _logprobs(served: ServedArtifact, chunk: Chunk, offset: int) -> dict[str, list[Any]]:
+def _text_logprobs(served: ServedArtifact, chunk: Chunk, offset: int) -> dict[str, list[Any]]:
     """Parallel lists for the chunk's token; `offset` is where its text begins."""
     token_id = shown_token(served, chunk)
     if token_id is None or chunk.logprob is None:
@@ -100,3 +100,83 @@ def _logprobs(served: ServedArtifact, chunk: Chunk, offset: int) -> dict[str, li
         "top_logprobs": [{one["token"]: one["logprob"] for one in top}],
         "text_offset": [offset],
     }
+
+
+@dataclass(slots=True)
+class _ChatAnswer:
+    """One answer as far as it has come."""
+
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+async def gather_chat(
+    arrivals: AsyncIterator[Arrival], envelope: Envelope, choices: int, *, logprobs: bool
+) -> dict[str, Any]:
+    """The whole answer of a request."""
+    answers = [_ChatAnswer() for _ in range(choices)]
+    tally = Tally(choices)
+    async for index, chunk in arrivals:
+        tally.add(index, chunk)
+        answer = answers[index]
+        answer.text.append(chunk.text)
+        answer.reasoning.append(chunk.reasoning)
+        answer.logprobs += _chat_logprobs(envelope.served, chunk)
+        answer.finish_reason = finish_reason(chunk.finish_reason)
+    written = [_chat_choice(index, answer, logprobs=logprobs) for index, answer in enumerate(answers)]
+    return envelope.wrap("chat.completion", written, usage=tally.usage)
+
+
+async def stream_chat(
+    arrivals: AsyncIterator[Arrival], envelope: Envelope, choices: int, *, logprobs: bool, usage: bool
+) -> AsyncIterator[dict[str, Any]]:
+    """Its events: a role, then what is added, then why it ended; with `usage` one more at the end."""
+    kind, no_usage = "chat.completion.chunk", {"usage": None} if usage else {}
+    tally = Tally(choices)
+    begun: set[int] = set()
+    async for index, chunk in arrivals:
+        tally.add(index, chunk)
+        deltas: list[dict[str, Any]] = []
+        if index not in begun:
+            begun.add(index)
+            deltas.append({"role": "assistant", "content": ""})
+        if chunk.reasoning:
+            deltas.append({"reasoning_content": chunk.reasoning})
+        described = _chat_logprobs(envelope.served, chunk) if logprobs else []
+        if chunk.text or described:
+            deltas.append({"content": chunk.text})
+        for delta in deltas:
+            content = {"content": described} if described and delta is deltas[-1] else None
+            yield envelope.wrap(kind, [_chat_event(index, delta, content, None)], **no_usage)
+        if chunk.finish_reason is not None:
+            yield envelope.wrap(kind, [_chat_event(index, {}, None, finish_reason(chunk.finish_reason))], **no_usage)
+    if usage:
+        yield envelope.wrap(kind, [], usage=tally.usage)
+
+
+def _chat_choice(index: int, answer: _ChatAnswer, *, logprobs: bool) -> dict[str, Any]:
+    message = {"role": "assistant", "content": "".join(answer.text)}
+    if reasoning := "".join(answer.reasoning):
+        message["reasoning_content"] = reasoning
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": {"content": answer.logprobs} if logprobs else None,
+        "finish_reason": answer.finish_reason,
+    }
+
+
+def _chat_event(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _chat_logprobs(served: ServedArtifact, chunk: Chunk) -> list[dict[str, Any]]:
+    token_id = shown_token(served, chunk)
+    if token_id is None or chunk.logprob is None:
+        return []
+    top = [describe_token(served, *pair) for pair in chunk.top_logprobs]
+    return [describe_token(served, token_id, chunk.logprob) | {"top_logprobs": top}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from normistral.errors import ContextLengthError, NormistralError, TemplateError, UsageError
@@ -11,6 +11,8 @@ from normistral.server.limits import ServerLimits
 
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_UNKNOWN = "extra_forbidden"
+_ALTERNATIVES = frozenset(("body", "str", "int", "float", "bool"))  # steps of a path that are types and no fields
 
 
 class ApiError(NormistralError):
@@ -81,3 +83,24 @@ def as_api_error(error: NormistralError) -> ApiError:
     if isinstance(error, (UsageError, TemplateError)):
         return ApiError(400, error.message, error.hint)
     return ApiError(500, error.message, error.hint, code=type(error).__name__)
+
+
+def describe_validation(errors: Sequence[Any]) -> ApiError:
+    """The error that tells most; never what was sent.
+
+    Where a field has several types there is an error for each: one about a value says more than one about its type.
+    """
+    error = min(errors, key=lambda one: (one["type"] != _UNKNOWN, one["type"].endswith("_type"), -len(one["loc"])))
+    param = ".".join(_place(error["loc"])) or None
+    if error["type"] == _UNKNOWN:
+        return ApiError(400, f"unknown field {param}", "see /openapi.json", param=param, code="unknown_field")
+    reason = error["msg"].removeprefix("Value error, ")
+    message = f"{param}: {reason}" if param else reason
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+def _place(loc: Sequence[Any]) -> list[str]:
+    """The path to a field, without the names that pydantic gives to alternatives of a type."""
+    return [
+        str(step) for step in loc if isinstance(step, int) or (step not in _ALTERNATIVES and str(step).isidentifier())
+    ]

@@ -20,11 +20,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normistral.errors import NormistralError
+from normistral.server.admission import Turns
 from normistral.server.auth import ANONYMOUS, Keys
 from normistral.server.errors import ApiError, as_api_error, header_too_large, too_many_connections
 from normistral.server.limits import KIB, LINGER_S, ServerLimits
 from normistral.server.metrics import Metrics
-from normistral.server.turns import Turns
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
 
 from normistral.errors import UsageError
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 LINGER_S = 2.0  # for the sender of a refused request to read that, before a reset takes it away
+_OWN = 32  # standard streams, event loop, listener, pipes to workers, files that are read in passing
+_SPARE_SHARE, _HELD_SHARE = 8, 4  # of all descriptors, one in so many at least
+_MOST_SPARE = 64
+_MOST_HELD = 1024
+_LEAST = 8
+_PATIENCE_S = 1.0  # that nobody is sent away for
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +78,119 @@ class ServerLimits:
     def context_of(self, context_length: int) -> int:
         """Tokens that prompt and answer may take together on a model with this context."""
         return context_length if self.context is None else min(self.context, context_length)
+
+
+class ConnectionPlan(NamedTuple):
+    """Sockets that a server may hold at once.
+
+    Attributes:
+        served: connections whose requests are answered.
+        spare: more that are told that there are too many.
+        held: more whose request has not come, or needs no key.
+    """
+
+    served: int
+    spare: int
+    held: int
+
+
+def plan_connections(wanted: int) -> ConnectionPlan:
+    """Raise the soft limit of open files to the hard one, and divide what it gives.
+
+    Args:
+        wanted: connections to serve; the plan has fewer where the limit does not allow as many.
+
+    Raises:
+        UsageError: it hardly allows any.
+    """
+    limit = _raise_limit()
+    if limit is None:
+        return ConnectionPlan(wanted, _MOST_SPARE, _MOST_HELD)
+    spare = min(_MOST_SPARE, limit // _SPARE_SHARE)
+    allowed = limit - _OWN - spare - limit // _HELD_SHARE
+    if allowed < _LEAST:
+        raise UsageError(f"the limit of {limit} open files leaves no room for connections", "raise it: ulimit -n 1024")
+    served = min(wanted, allowed)
+    return ConnectionPlan(served, spare, min(_MOST_HELD, limit - _OWN - served - spare))
+
+
+def _raise_limit() -> int | None:
+    """The limit of open files in force from now on; None where there is none."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (OSError, ValueError):  # macOS has a lower limit than it says
+            pass
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+class Guest(Protocol):
+    """A connection."""
+
+    def leave(self) -> None:
+        """End at once."""
+        ...
+
+
+class Crowd:
+    """Connections that wait for their clients: for a request, for more of it, or for an answer to be taken.
+
+    Args:
+        served: connections that are answered.
+        spare: more that are told that there are too many.
+    """
+
+    def __init__(self, served: int, spare: int) -> None:
+        self._served, self._spare = served, spare
+        self._waiting: dict[Guest, float] = {}  # since when; who has waited longest comes first
+        self._surplus: dict[Guest, None] = {}  # in the order in which they came
+        self._leaving: set[Guest] = set()
+
+    def admit(self, guest: Guest, count: int) -> bool:
+        """Whether a new connection is served, in the place of one that has waited long if need be.
+
+        Otherwise it is one too many, and may only be told so.
+
+        Args:
+            count: connections that are open, with this one.
+        """
+        if count - len(self._surplus) - len(self._leaving) <= self._served:
+            return True
+        longest, since = next(iter(self._waiting.items()), (None, 0.0))
+        if longest is not None and time.monotonic() - since > _PATIENCE_S:
+            self._send_away(longest)
+            return True
+        if len(self._surplus) >= self._spare:
+            self._send_away(next(iter(self._surplus)))
+        self._surplus[guest] = None
+        return False
+
+    def wait(self, guest: Guest) -> None:
+        """From now on it keeps the server waiting."""
+        if guest not in self._surplus:
+            self._waiting.pop(guest, None)
+            self._waiting[guest] = time.monotonic()
+
+    def busy(self, guest: Guest) -> None:
+        """It keeps the server waiting no more."""
+        self._waiting.pop(guest, None)
+
+    def gone(self, guest: Guest) -> None:
+        """It has ended."""
+        self._forget(guest)
+        self._leaving.discard(guest)
+
+    def _send_away(self, guest: Guest) -> None:
+        self._forget(guest)
+        self._leaving.add(guest)
+        guest.leave()
+
+    def _forget(self, guest: Guest) -> None:
+        self._waiting.pop(guest, None)
+        self._surplus.pop(guest, None)

@@ -7,9 +7,15 @@ from typing import Any
 from normistral.errors import UsageError
 from normistral.runtime.structured.structure import Structure
 from normistral.server.errors import ApiError
-from normistral.server.fields import CommonRequest, JsonObjectFormat, SchemaFormat, StructuredOutputs
 from normistral.server.limits import ServerLimits
-from normistral.server.schemas import ChatCompletionRequest, CompletionRequest
+from normistral.server.schemas import (
+    ChatCompletionRequest,
+    CommonRequest,
+    CompletionRequest,
+    JsonObjectFormat,
+    SchemaFormat,
+    StructuredOutputs,
+)
 
 _SAME = ("seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_reasoning_tokens", "ignore_eos")
 

@@ -6,9 +6,12 @@ than the head go to the application.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
+from importlib.resources import files
 from typing import NamedTuple
 
 import msgspec
@@ -60,7 +63,7 @@ class PublicAnswer(NamedTuple):
     reason: str | None = None
 
 
-Page = Callable[[], PublicAnswer | None]
+AnswerSource = Callable[[], PublicAnswer | None]
 
 
 def parse_head(raw: bytes) -> Head | None:
@@ -117,7 +120,7 @@ class PublicRoutes:
         limits: ServerLimits,
         metrics: Metrics,
         hosts: Collection[str] | None,
-        pages: Mapping[str, Page],
+        pages: Mapping[str, AnswerSource],
     ) -> None:
         self._keys, self._limits, self._metrics, self._hosts, self._pages = keys, limits, metrics, hosts, pages
 
@@ -148,7 +151,7 @@ class PublicRoutes:
         except ApiError as error:
             return refusal(error)
 
-    def _open(self, page: Page, head: Head) -> PublicAnswer | None:
+    def _open(self, page: AnswerSource, head: Head) -> PublicAnswer | None:
         try:
             found = page()
         except ApiError as error:
@@ -177,3 +180,48 @@ def refusal(error: ApiError) -> PublicAnswer:
 
 def _of_router(status: int, head: Head, headers: Mapping[str, str] | None = None) -> PublicAnswer:
     return refusal(route_error(status, head.path, head.method, headers))._replace(reason=None)
+
+
+class Page(NamedTuple):
+    """What to answer to a request for the page: UTF-8, and headers by their names in lower case."""
+
+    body: bytes
+    headers: dict[str, str]
+
+
+def load_page() -> Page:
+    """Read the page that comes with the package."""
+    html = files("normistral.server").joinpath("page.html").read_text(encoding="utf-8")
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {_hash_of('script', html)}",
+            f"style-src {_hash_of('style', html)}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        )
+    )
+    return Page(
+        html.encode(),
+        {
+            "content-type": "text/html; charset=utf-8",
+            "content-security-policy": policy,
+            "cache-control": "no-store",  # going back does not show a conversation that was left
+            "referrer-policy": "no-referrer",
+            "x-content-type-options": "nosniff",
+            "cross-origin-opener-policy": "same-origin",
+            "cross-origin-resource-policy": "same-origin",
+        },
+    )
+
+
+def _hash_of(tag: str, html: str) -> str:
+    """The source expression for the one element of this name."""
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

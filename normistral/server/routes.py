@@ -12,18 +12,14 @@ from fastapi.routing import APIRoute
 
 from normistral.errors import ContextLengthError
 from normistral.runtime.options import GenerationConfig
-from normistral.server.chat_completions import gather_chat, stream_chat
-from normistral.server.completions import gather_text, stream_text
+from normistral.server.completions import gather_chat, gather_text, stream_chat, stream_text
 from normistral.server.errors import ApiError
-from normistral.server.fields import CommonRequest
-from normistral.server.generation import Arrival, Generation
+from normistral.server.generation import Arrival, Events, EventStream, Generation, unless_gone
 from normistral.server.options import count_choices, read_options, require_stream_options
-from normistral.server.responses import ChatCompletion, ErrorAnswer, TextCompletion
-from normistral.server.schemas import ChatCompletionRequest, CompletionRequest
+from normistral.server.responses import ChatCompletion, Envelope, ErrorAnswer, TextCompletion
+from normistral.server.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest
 from normistral.server.served import ServedArtifact
 from normistral.server.service import Service
-from normistral.server.streams import Events, EventStream, unless_gone
-from normistral.server.tally import Envelope
 
 
 class _DecodedRequest(Request):

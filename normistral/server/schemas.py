@@ -1,16 +1,146 @@
-"""Requests as OpenAI's clients send them; what is not known or cannot be honoured is refused by name."""
+"""Fields that chat and text completions share, and the ways to refuse what would otherwise be ignored in silence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import core_schema
 
-from normistral.server.fields import CommonRequest, NeverTrue, Only, Strict
-
+_STOPS = 4
 _MOST_MESSAGES = 1024
 _NO_TOOLS = "tools and functions are not supported; ask for JSON with response_format"
+
+
+class Strict(BaseModel):
+    """An object whose fields are all known and of their very types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Only:
+    """Marks a field that takes null and values that ask for nothing; the others are refused with a reason."""
+
+    why: str
+    neutral: Any = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Look at the value before its type does."""
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def _check(self, value: Any) -> Any:
+        if value is None or (value == self.neutral and isinstance(value, bool) == isinstance(self.neutral, bool)):
+            return value
+        raise ValueError(self.why)
+
+
+NoPenalty = Annotated[
+    Annotated[float, Field(ge=0, le=0)] | None,
+    Only("only 0 is possible; there is repetition_penalty", 0),
+    Field(description="Only 0; there is `repetition_penalty`."),
+]
+NoBias = Annotated[
+    Annotated[dict[str, float], Field(max_length=0)] | None,
+    Only("tokens cannot be biased here", {}),
+    Field(description="Only empty."),
+]
+NeverTrue = Annotated[Literal[False] | None, Only("this cannot be switched on", False)]
+StopTexts = (
+    Annotated[str, Field(min_length=1)]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=_STOPS)]
+    | None
+)
+
+
+class JsonSchemaFormat(Strict):
+    """A JSON schema with a name."""
+
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="The answer always fits the schema, whatever this says.")
+
+
+class TextFormat(Strict):
+    """Free text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Strict):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaFormat
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Strict):
+    """The form of the answer, one of these (an extension, as in vLLM)."""
+
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
+    regex: str | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, min_length=1)] | None = None
+    grammar: str | None = Field(None, description="In llguidance's dialect of Lark.")
+    json_object: bool | None = None
+
+
+class StreamOptions(Strict):
+    """What a stream tells besides the answer."""
+
+    include_usage: bool | None = Field(None, description="A last event with the usage of the whole request.")
+    include_obfuscation: bool | None = Field(None, description="Nothing is padded here, so this changes nothing.")
+
+
+class CommonRequest(Strict):
+    """Fields of both kinds of completion; null is the same as leaving out."""
+
+    model: str
+    n: int | None = Field(None, ge=1, description="Answers; with a seed, answer i has the seed + i.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: StopTexts = None
+    seed: int | None = Field(
+        None,
+        ge=-1,
+        le=2**63,
+        description="The same text again, while system_fingerprint is the same and not null; -1 is none.",
+    )
+    temperature: float | None = Field(None, ge=0, le=100, description="Default: the model's authors'.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    max_tokens: int | None = Field(None, ge=1)
+    response_format: ResponseFormat | None = None
+    # Extensions
+    top_k: int | None = Field(None, ge=-1, le=2**31, description="Extension: 0 and -1 are all tokens.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Extension.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Extension.")
+    max_reasoning_tokens: int | None = Field(
+        None, ge=0, le=2**31, description="Extension: ends the reasoning of a thinking model after so many tokens."
+    )
+    ignore_eos: bool | None = Field(None, description="Extension: go on past the end of the answer.")
+    structured_outputs: StructuredOutputs | None = None
+    # Asks for nothing, or for nothing that changes the answer
+    frequency_penalty: NoPenalty = None
+    presence_penalty: NoPenalty = None
+    logit_bias: NoBias = None
+    user: str | None = Field(None, description="Not used.")
+    metadata: dict[str, str] | None = Field(None, description="Not used.")
+    store: NeverTrue = Field(None, description="Nothing is ever stored.")
+    service_tier: str | None = Field(None, description="Not used.")
+    safety_identifier: str | None = Field(None, description="Not used.")
+    prompt_cache_key: str | None = Field(None, description="Not used: beginnings are found by their tokens.")
+    prompt_cache_retention: str | None = Field(None, description="Not used.")
 
 
 class TextPart(Strict):

@@ -19,7 +19,7 @@ from normistral.runtime.options import GenerationConfig, require_applicable, res
 from normistral.runtime.structured.constraint import StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.server.backends.settings import BatchSettings
-from normistral.server.frames import Load
+from normistral.server.ipc import Load
 
 _PROBES = (2, 8)  # characters for each token of the context; Norwegian and English have 3 to 5
 _MOST_CHARACTERS = 32  # for each token of the context; runs of one character can have more

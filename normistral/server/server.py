@@ -23,9 +23,7 @@ from fastapi import FastAPI
 
 from normistral.errors import NormistralError, UsageError
 from normistral.server.acceptor import Acceptor
-from normistral.server.crowd import Crowd
-from normistral.server.descriptors import plan_connections
-from normistral.server.limits import KIB
+from normistral.server.limits import KIB, Crowd, plan_connections
 from normistral.server.protocol import LimitedProtocol, limit_unread, limited_protocol
 from normistral.server.public_routes import PublicRoutes
 from normistral.server.service import Service

@@ -12,17 +12,15 @@ import msgspec
 from fastapi import Request
 
 from normistral.runtime.options import GenerationConfig
-from normistral.server.admission import Admission
+from normistral.server.admission import Admission, Turns
 from normistral.server.backends.base import Job
-from normistral.server.backends.openvino_options import find_unhonoured
+from normistral.server.backends.openvino_job import find_unhonoured
 from normistral.server.backends.settings import TOGETHER
 from normistral.server.errors import ApiError, unavailable
-from normistral.server.generation import Generation
+from normistral.server.generation import Generation, unless_gone
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
 from normistral.server.served import ServedArtifact
-from normistral.server.streams import unless_gone
-from normistral.server.turns import Turns
 from normistral.server.worker_client import WORKER_MODULE, WorkerClient
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from normistral.server.backends.settings import (
     plan_cache_bytes,
     require_one_context,
 )
-from normistral.server.frames import Loaded
+from normistral.server.ipc import Loaded
 from normistral.server.limits import GIB, MIB, ServerLimits
 from normistral.server.served import ServedArtifact
 from normistral.server.server import is_loopback, url_of

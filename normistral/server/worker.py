@@ -22,7 +22,7 @@ from normistral.runtime.chunks import Chunk
 from normistral.runtime.engines.base import describe_arithmetic
 from normistral.server.backends.base import Batch, Progress
 from normistral.server.backends.create import create_batch
-from normistral.server.frames import (
+from normistral.server.ipc import (
     Add,
     Cancel,
     Failure,
@@ -30,13 +30,13 @@ from normistral.server.frames import (
     Load,
     Loaded,
     LoadFailed,
+    Pulse,
     Step,
     ToWorker,
     encode_frame,
     read_frame,
     to_worker,
 )
-from normistral.server.pulse import Pulse
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _BUG = 70  # EX_SOFTWARE of sysexits.h

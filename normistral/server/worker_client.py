@@ -17,7 +17,8 @@ from normistral.runtime.chunks import Chunk
 from normistral.server.auth import KEYS_VARIABLE
 from normistral.server.backends.base import Job
 from normistral.server.errors import ApiError, unavailable
-from normistral.server.frames import (
+from normistral.server.ipc import (
+    BEAT_S,
     Add,
     Beat,
     Cancel,
@@ -26,11 +27,11 @@ from normistral.server.frames import (
     LoadFailed,
     Step,
     ToWorker,
+    Vigil,
     encode_frame,
     from_worker,
     receive_frame,
 )
-from normistral.server.pulse import BEAT_S, Vigil
 
 logger = logging.getLogger(__name__)
 

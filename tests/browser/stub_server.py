@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Self
 
-from normistral.server.page import load_page
+from normistral.server.public_routes import load_page
 
 WAIT_S = 20  # for what a test forgot to open
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +12,10 @@ from normistral.errors import ArtifactError
 from normistral.runtime import loading
 from normistral.runtime.engines.base import EngineInfo
 from normistral.runtime.engines.settings import EngineConfig
-from normistral.server.backends.base import Batch
+from normistral.runtime.options import GenerationConfig
+from normistral.server.backends.base import Batch, Job, Progress
 from normistral.server.backends.fair_queue import FairQueue
-from normistral.server.backends.openvino_options import find_unhonoured
+from normistral.server.backends.openvino_job import find_unhonoured
 from normistral.server.backends.openvino_pipeline import open_openvino_batch
 from normistral.server.backends.settings import (
     BATCHED_DEVICE,
@@ -25,7 +26,6 @@ from normistral.server.backends.settings import (
     cache_token_bytes,
     is_computed_together,
 )
-from normistral.server.backends.side_path import SidePath
 
 
 class Created(NamedTuple):
@@ -97,3 +97,56 @@ def _open(folder: Path, manifest_sha256: str | None) -> Artifact:
             f"{folder.name} is another artifact than was opened at the start", "put that back, or start the server anew"
         )
     return artifact
+
+
+class SidePath:
+    """Both as one `Batch`.
+
+    Args:
+        main: for every job of which `find_unhonoured` says nothing.
+        open_side: loads what takes the others.
+    """
+
+    def __init__(
+        self, main: Batch, open_side: Callable[[], Batch], find_unhonoured: Callable[[GenerationConfig], str | None]
+    ) -> None:
+        self._main = main
+        self._open_side = open_side
+        self._find_unhonoured = find_unhonoured
+        self._side: Batch | None = None
+
+    def add(self, job: Job) -> None:
+        """Take up a job.
+
+        Raises:
+            NormistralError: it is refused, or the library cannot be loaded beside the batch.
+        """
+        if self._find_unhonoured(job.config) is None:
+            self._main.add(job)
+            return
+        if self._side is None:
+            self._side = self._open_side()
+        self._side.add(job)
+
+    def cancel(self, job_id: str) -> None:
+        """Give up a job, wherever it is."""
+        for batch in self._batches:
+            batch.cancel(job_id)
+
+    def step(self) -> list[Progress]:
+        """A step of each that has something to do."""
+        return [progress for batch in self._batches if not batch.idle for progress in batch.step()]
+
+    @property
+    def idle(self) -> bool:
+        """No job is under way."""
+        return all(batch.idle for batch in self._batches)
+
+    def close(self) -> None:
+        """Free both."""
+        for batch in self._batches:
+            batch.close()
+
+    @property
+    def _batches(self) -> list[Batch]:
+        return [self._main] if self._side is None else [self._main, self._side]

@@ -24,9 +24,8 @@ from normistral.runtime.engines.openvino_settings import translated
 from normistral.runtime.kernels.openvino_int4 import PackedWeights
 from normistral.runtime.text_stream import TextStream
 from normistral.server.backends.base import Job, Progress
-from normistral.server.backends.cache_plan import CachePlan
-from normistral.server.backends.openvino_job import Answer
-from normistral.server.backends.openvino_options import find_unhonoured, genai_config
+from normistral.server.backends.openvino_job import Answer, find_unhonoured, genai_config
+from normistral.server.backends.settings import CachePlan
 
 if TYPE_CHECKING:
     import openvino_genai

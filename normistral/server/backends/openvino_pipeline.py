@@ -28,9 +28,8 @@ from normistral.runtime.engines.settings import (
     EngineConfig,
 )
 from normistral.runtime.kernels.openvino_folder import folder_with_kernel
-from normistral.server.backends.cache_plan import plan_cache
 from normistral.server.backends.openvino_batch import OpenVINOBatch, says_not_finite
-from normistral.server.backends.settings import BATCHED_DEVICE, BatchSettings
+from normistral.server.backends.settings import BATCHED_DEVICE, BatchSettings, plan_cache
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,38 @@
-"""Which requests belong to one replica: those that begin alike, because it still has the beginning in its cache."""
+"""A request on its way from the front to a replica, and what comes back: plain data, because it crosses processes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
+Headers = list[tuple[bytes, bytes]]
 SESSION_HEADER = "x-session-id"  # Ray Serve's own default
 SHARED_CHARACTERS = 2048
 _SHARED_TOKENS = 512
+
+
+class Call(NamedTuple):
+    """A request whose body has been read."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: Headers
+    body: bytes
+
+
+class Start(NamedTuple):
+    """What a replica sends first; pieces of the body follow."""
+
+    status: int
+    headers: Headers
 
 
 def routing_key(tenant: str, headers: Mapping[str, str], body: bytes) -> str:
@@ -55,3 +77,28 @@ def _up_to_user(messages: Sequence[Any]) -> Sequence[Any]:
 def _text(message: Any) -> str:
     content = message.get("content") if isinstance(message, dict) else message
     return f"{message.get('role')}: {content}\n" if isinstance(message, dict) else repr(content)
+
+
+def join_metrics(texts: Mapping[str, str]) -> str:
+    """One text in Prometheus' format.
+
+    Args:
+        texts: in the same format, by the value that the label `replica` gets.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Joined(texts))
+    return generate_latest(registry).decode()
+
+
+class _Joined(Collector):
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for replica, text in self._texts.items():
+            for family in text_string_to_metric_families(text):
+                joined = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    joined.add_sample(sample.name, sample.labels | {"replica": replica}, sample.value)
+        yield from families.values()

@@ -17,15 +17,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from normistral.cluster.affinity import routing_key
-from normistral.cluster.call import Call, Start
-from normistral.cluster.metrics import join_metrics
+from normistral.cluster.request import Call, Start, join_metrics, routing_key
 from normistral.server.auth import Keys
 from normistral.server.errors import ApiError, unavailable
 from normistral.server.gate import Gate
+from normistral.server.generation import ClientLeftError, unless_gone
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
-from normistral.server.streams import ClientLeftError, unless_gone
 
 logger = logging.getLogger(__name__)
 
