@@ -140,8 +140,8 @@ def signing_key(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def signed_bundle(bundle_wheels, signing_key, tmp_path_factory) -> Path:
     """A bundle of an artifact without a model, its signature, and beside it `signers`."""
-    from normistral.bundle.bundle import BundleOptions, make_bundle
-    from normistral.bundle.target import choose_target
+    from normistral.bundle.pack import BundleOptions, make_bundle
+    from normistral.bundle.wheels import choose_target
 
     folder = tmp_path_factory.mktemp("bundles")
     artifact = write_small_artifact(folder / "liten")

@@ -21,13 +21,20 @@ from sample_artifacts import make_manifest
 import normistral
 from normistral import cli
 from normistral.artifact.artifact import Artifact
-from normistral.bundle import bundle as bundling
 from normistral.bundle import own_wheel
-from normistral.bundle.bundle import BundleOptions, make_bundle
+from normistral.bundle import pack as bundling
 from normistral.bundle.install import check_bundle
 from normistral.bundle.own_wheel import pack_wheel
-from normistral.bundle.target import Target, choose_target, needed_glibc_minor, supported_pythons
-from normistral.bundle.wheels import Closure, Wheel, collect_wheels
+from normistral.bundle.pack import BundleOptions, make_bundle
+from normistral.bundle.wheels import (
+    Closure,
+    TargetPlatform,
+    Wheel,
+    choose_target,
+    collect_wheels,
+    needed_glibc_minor,
+    supported_pythons,
+)
 from normistral.errors import (
     ArtifactError,
     DownloadError,
@@ -266,14 +273,14 @@ def test_what_only_the_target_requires_is_collected_too(tmp_path):
     for python in (HERE.python, other):
         into = tmp_path / python
         into.mkdir()
-        target = Target(python, HERE.machine, HERE.glibc_minor)
+        target = TargetPlatform(python, HERE.machine, HERE.glibc_minor)
         found[python] = set(collect_wheels(None, [], version, target, folder, into).wheels)
     assert found == {HERE.python: {"normistral", "pip", "unneeded"}, other: {"normistral", "pip", "leaf"}}
 
 
 def test_platforms_are_named_by_glibc_and_processor():
     target = choose_target("3.12", "manylinux_2_17_aarch64")
-    assert target == Target("3.12", "aarch64", 17)
+    assert target == TargetPlatform("3.12", "aarch64", 17)
     asked = target.pip_options()
     assert "manylinux2014_aarch64" in asked
     assert "manylinux_2_17_aarch64" in asked

@@ -17,12 +17,12 @@ from bundle_files import FAKE_NORMISTRAL, write_small_artifact, write_wheel, wri
 from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
 import normistral
-from normistral.bundle import bundle as bundling
 from normistral.bundle import install
-from normistral.bundle.archive import Entry, with_sums, write_archive
-from normistral.bundle.bundle import BundleOptions, make_bundle
+from normistral.bundle import pack as bundling
+from normistral.bundle.archive import ArchiveEntry, with_sums, write_archive
 from normistral.bundle.install import InstallError, check_bundle, is_member_name, member_header
-from normistral.bundle.target import choose_target
+from normistral.bundle.pack import BundleOptions, make_bundle
+from normistral.bundle.wheels import choose_target
 from normistral.errors import UsageError
 
 DESCRIPTION = {
@@ -48,7 +48,7 @@ def pack(**contents):
         LONG: b"\0" * 600,
     }
     stream = io.BytesIO()
-    write_archive(stream, with_sums([Entry.of_bytes(*item) for item in (files | contents).items()]))
+    write_archive(stream, with_sums([ArchiveEntry.of_bytes(*item) for item in (files | contents).items()]))
     return stream.getvalue()
 
 
@@ -213,7 +213,7 @@ def test_names_that_no_list_could_hold_are_not_written():
     for name in ("artifact/a\nb", "artifact/" + "x" * 600, "wheels/..", "elsewhere"):
         assert not is_member_name(name)
         with pytest.raises(UsageError, match="cannot hold"):
-            with_sums([Entry.of_bytes(name, b"")])
+            with_sums([ArchiveEntry.of_bytes(name, b"")])
 
 
 def test_only_keys_of_the_signers_file_count(signed_bundle, tmp_path):
@@ -320,7 +320,10 @@ def test_kernels_that_cannot_be_loaded_are_left_out(tmp_path, monkeypatch, capsy
     write_wheel(wheels, "normistral", normistral.__version__, FAKE_NORMISTRAL, ("leaf>=1", "openvino"))
     write_wheel(wheels, "openvino", "1.0", "")
     loadable = Path(_ctypes.__file__).read_bytes()
-    kernels = [Entry.of_bytes("kernels/good.so", loadable), Entry.of_bytes("kernels/strange.so", loadable[:100])]
+    kernels = [
+        ArchiveEntry.of_bytes("kernels/good.so", loadable),
+        ArchiveEntry.of_bytes("kernels/strange.so", loadable[:100]),
+    ]
     monkeypatch.setattr(bundling, "_compile_kernels", lambda *arguments: kernels)
     artifact = write_small_artifact(tmp_path / "liten")
     make_bundle(artifact, tmp_path / "b.tar", BundleOptions(choose_target(), wheels=wheels))

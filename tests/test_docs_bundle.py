@@ -30,7 +30,7 @@ def test_the_commands_on_the_machine_install(signed_bundle, tmp_path):
         ["sh", "-ec", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    (printed,) = re.findall(r"```\n(Good .*?)```", TEXT, re.DOTALL)
+    (printed,) = re.findall(r"```(?:text)?\n(Good .*?)```", TEXT, re.DOTALL)
     for line in printed.splitlines():
         start = re.match(
             r'Good "normistral-bundle" signature|checking|signed by|unpacking|making|trying|installed;', line

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import normistral
 from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
 from normistral.artifact.presets import PRESETS
-from normistral.bundle.archive import Entry
+from normistral.bundle.archive import ArchiveEntry
 from normistral.bundle.wheels import Closure, Wheel
 
 _BUNDLE, _MODEL = "bundle", "model"
@@ -24,7 +24,7 @@ _OSI = "License :: OSI Approved :: "
 
 
 def write_sbom(
-    name: str, manifest: Manifest, files: dict[str, FileRecord], closure: Closure, kernels: Sequence[Entry] = ()
+    name: str, manifest: Manifest, files: dict[str, FileRecord], closure: Closure, kernels: Sequence[ArchiveEntry] = ()
 ) -> bytes:
     """The document as JSON.
 

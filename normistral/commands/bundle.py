@@ -46,9 +46,9 @@ def bundle(
     bill of materials and a list of SHA-256 sums. pip collects the wheels, from its index as it is configured here.
     Prints the file's SHA-256 and name. docs/bundle.md says more.
     """
-    from normistral.bundle.bundle import BundleOptions, make_bundle
     from normistral.bundle.install import sums_line
-    from normistral.bundle.target import choose_target
+    from normistral.bundle.pack import BundleOptions, make_bundle
+    from normistral.bundle.wheels import choose_target
 
     options = BundleOptions(
         choose_target(python_version, platform), with_server=with_server, key=sign_with, wheels=wheels, force=force

@@ -1,4 +1,4 @@
-"""The story of a bundle: artifact, wheels, bill of materials, installer, list, signature, in one file."""
+"""Packs a bundle: artifact, wheels, bill of materials, installer, list of sums and signature, in one file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from pathlib import Path
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
-from normistral.bundle import install, signature
-from normistral.bundle.archive import Entry, archive_bytes, with_sums, write_archive
+from normistral.bundle import archive, install
+from normistral.bundle.archive import ArchiveEntry, archive_bytes, with_sums, write_archive
 from normistral.bundle.own_wheel import pack_own_wheel
 from normistral.bundle.sbom import write_sbom
-from normistral.bundle.target import Target, needed_glibc_minor
-from normistral.bundle.wheels import Closure, collect_wheels, find_own_wheel
+from normistral.bundle.wheels import (
+    Closure,
+    TargetPlatform,
+    collect_wheels,
+    find_own_wheel,
+    needed_glibc_minor,
+)
 from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.export.staging import translate_full_disk
 from normistral.files import atomic_write, require_place
@@ -39,7 +44,7 @@ class BundleOptions:
         force: replace a file that is there.
     """
 
-    target: Target
+    target: TargetPlatform
     with_server: bool = False
     key: Path | None = None
     wheels: Path | None = None
@@ -73,12 +78,12 @@ def make_bundle(artifact: Path, file: Path, options: BundleOptions, progress: Pr
         entries = with_sums(_entries(artifact, manifest, extras, closure, options.target, kernels))
         _require_disk(file, archive_bytes(entries))
         progress.note(f"{len(closure.wheels)} wheels for Python {options.target.python}, {options.target.machine}")
-        signature_file = file.with_name(file.name + signature.SUFFIX)
+        signature_file = file.with_name(file.name + archive.SUFFIX)
         with atomic_write(file, private=False) as stream:
             size = sum(entry.size for entry in entries)
             with progress.stage(f"writing {file.name}", size, "bytes") as writing:
                 sha256 = write_archive(stream, entries, writing.advance)
-            signed = None if options.key is None else signature.sign(stream, options.key)
+            signed = None if options.key is None else archive.sign(stream, options.key)
             # An old signature is none of the new file: it goes first, so that no moment has the wrong pair.
             signature_file.unlink(missing_ok=True)
         if signed is not None:
@@ -91,7 +96,7 @@ def _check_arguments(artifact: Path, file: Path, options: BundleOptions) -> None
     name = artifact.resolve().name
     if name.startswith(".") or not install.is_member_name(install.ARTIFACT + name):
         raise UsageError(f"an artifact of the name {name!r} could not be installed", "rename its folder")
-    signature_file = file.with_name(file.name + signature.SUFFIX)
+    signature_file = file.with_name(file.name + archive.SUFFIX)
     for place in (file, signature_file):  # an old signature is removed even where no new one is written
         require_place(place)
     if os.path.lexists(file) and not options.force:
@@ -99,7 +104,7 @@ def _check_arguments(artifact: Path, file: Path, options: BundleOptions) -> None
     if options.wheels is not None and not options.wheels.is_dir():
         raise UsageError(f"there is no folder {options.wheels}", "give the folder that holds the wheels")
     if options.key is not None:
-        signature.require_key(options.key)
+        archive.require_key(options.key)
 
 
 def _collect(extras: list[str], options: BundleOptions, folder: Path) -> Closure:
@@ -112,8 +117,8 @@ def _collect(extras: list[str], options: BundleOptions, folder: Path) -> Closure
 
 
 def _compile_kernels(
-    manifest: Manifest, closure: Closure, target: Target, folder: Path, progress: Progress
-) -> list[Entry]:
+    manifest: Manifest, closure: Closure, target: TargetPlatform, folder: Path, progress: Progress
+) -> list[ArchiveEntry]:
     """Our int4 products, where they are of use on the target and can be compiled here against its OpenVINO."""
     wheel = closure.wheels.get("openvino")
     if manifest.format != "openvino" or manifest.recipe.weights != "int4" or wheel is None:
@@ -132,7 +137,7 @@ def _compile_kernels(
     except EngineError as exc:
         progress.note(f"no int4 kernel in it: {exc}")
         return []
-    return [Entry.of_bytes(install.KERNELS + path.name, path.read_bytes()) for path in libraries]
+    return [ArchiveEntry.of_bytes(install.KERNELS + path.name, path.read_bytes()) for path in libraries]
 
 
 def _entries(
@@ -140,9 +145,9 @@ def _entries(
     manifest: Manifest,
     extras: list[str],
     closure: Closure,
-    target: Target,
-    kernels: list[Entry],
-) -> list[Entry]:
+    target: TargetPlatform,
+    kernels: list[ArchiveEntry],
+) -> list[ArchiveEntry]:
     """Everything but the list of sums: the small files first, so that they are found at once."""
     raw = (artifact / MANIFEST_NAME).read_bytes()
     files = {
@@ -163,12 +168,14 @@ def _entries(
         + sum(wheel.path.stat().st_size + wheel.unpacked_bytes for wheel in wheels),
     }
     return [
-        Entry.of_bytes(install.INSTALLER, Path(install.__file__).read_bytes()),
-        Entry.of_bytes(install.DESCRIPTION, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()),
-        Entry.of_bytes(install.SBOM, write_sbom(artifact.resolve().name, manifest, files, closure, kernels)),
+        ArchiveEntry.of_bytes(install.INSTALLER, Path(install.__file__).read_bytes()),
+        ArchiveEntry.of_bytes(
+            install.DESCRIPTION, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()
+        ),
+        ArchiveEntry.of_bytes(install.SBOM, write_sbom(artifact.resolve().name, manifest, files, closure, kernels)),
         *kernels,
-        *(Entry(install.ARTIFACT + name, r.size, r.sha256, artifact / name) for name, r in files.items()),
-        *(Entry(install.WHEELS + w.path.name, w.path.stat().st_size, w.sha256, w.path) for w in wheels),
+        *(ArchiveEntry(install.ARTIFACT + name, r.size, r.sha256, artifact / name) for name, r in files.items()),
+        *(ArchiveEntry(install.WHEELS + w.path.name, w.path.stat().st_size, w.sha256, w.path) for w in wheels),
     ]
 
 
