@@ -114,10 +114,14 @@ class BusyError(NormistralError):
 class ClosedError(NormistralError):
     """The model was closed."""
 
+    def __init__(self, message: str = "the model was closed", hint: str = "load it again") -> None:
+        super().__init__(message, hint)
 
-# Hints that say how this package is installed. It is on no package index yet: a release is a wheel file, or a checkout.
-# pip adds an extra to an installed package by the package's name all the same.
 
+# Hints of several errors. This package is on no package index yet: a release is a wheel file, or a checkout. pip adds
+# an extra to an installed package by the package's name all the same.
+
+EXPORT_AGAIN = "export the model again, or copy the artifact again"
 SOURCE = "a wheel's file, or . in a checkout"
 UPGRADE = f"install a newer normistral: pip install --upgrade SOURCE, which is {SOURCE}"
 REINSTALL = f"install it again: pip install --force-reinstall --no-deps SOURCE, which is {SOURCE}"

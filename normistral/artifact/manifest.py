@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from normistral.errors import UPGRADE, ArtifactError
+from normistral.errors import EXPORT_AGAIN, UPGRADE, ArtifactError
 from normistral.files import sha256_file
 from normistral.progress import OnBytes, ignore_bytes
 
@@ -92,6 +92,11 @@ class Architecture:
     tied_embeddings: bool
     parameters: PositiveInt
     positions: Literal["rotary", "alibi"] = "rotary"
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token adds to the KV cache, keys and values of all layers together."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +280,6 @@ def parse_manifest(raw: bytes, name: str = MANIFEST_NAME) -> Manifest:
     Raises:
         ArtifactError: as `read_manifest`.
     """
-    export_again = "export the model again, or copy the artifact again"
     version = _schema_version(raw)
     if version is not None and version > SCHEMA_VERSION:
         raise ArtifactError(
@@ -284,14 +288,14 @@ def parse_manifest(raw: bytes, name: str = MANIFEST_NAME) -> Manifest:
         )
     found = _CHECKSUM.search(raw)
     if found is None or found[2].decode() != _checksum(raw):
-        raise ArtifactError(f"{name} was changed after the export (its checksum does not match)", export_again)
+        raise ArtifactError(f"{name} was changed after the export (its checksum does not match)", EXPORT_AGAIN)
     try:
         document = msgspec.json.decode(raw)
         document.pop("checksum", None)
         manifest = msgspec.convert(document, Manifest)
         _require_known_fields(document, msgspec.to_builtins(manifest))
     except (msgspec.MsgspecError, ValueError, TypeError, AttributeError, RecursionError) as exc:
-        raise ArtifactError(f"{name} is not a valid manifest: {exc}", export_again) from exc
+        raise ArtifactError(f"{name} is not a valid manifest: {exc}", EXPORT_AGAIN) from exc
     return manifest
 
 
@@ -329,7 +333,7 @@ def check_files(folder: Path, manifest: Manifest, *, thorough: bool) -> None:
     """
     problem = next(find_problems(folder, manifest, thorough=thorough), None)
     if problem is not None:
-        raise ArtifactError(problem, "export the model again, or copy the artifact again")
+        raise ArtifactError(problem, EXPORT_AGAIN)
 
 
 def find_problems(

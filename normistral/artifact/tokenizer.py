@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normistral.errors import ArtifactError, UsageError, first_line
+from normistral.errors import EXPORT_AGAIN, ArtifactError, UsageError, first_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -73,21 +73,20 @@ class Tokenizer:
         import tokenizers
 
         path = folder / TOKENIZER_NAME
-        export_again = "export the model again, or copy the artifact again"
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError as exc:
-            raise ArtifactError(f"{path} is missing", export_again) from exc
+            raise ArtifactError(f"{path} is missing", EXPORT_AGAIN) from exc
         except OSError as exc:
             raise ArtifactError(f"cannot read {path}: {exc.strerror}", "check the folder's permissions") from exc
         except UnicodeDecodeError as exc:
-            raise ArtifactError(f"{path} is not UTF-8 text", export_again) from exc
+            raise ArtifactError(f"{path} is not UTF-8 text", EXPORT_AGAIN) from exc
         try:
             return cls(tokenizers.Tokenizer.from_str(text))
         except BaseException as exc:  # `tokenizers` raises plain Exception, and PanicException for some damage
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 raise
-            raise ArtifactError(f"{path} is not a valid tokenizer: {first_line(exc)[:200]}", export_again) from exc
+            raise ArtifactError(f"{path} is not a valid tokenizer: {first_line(exc)[:200]}", EXPORT_AGAIN) from exc
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, as `transformers` gives them.

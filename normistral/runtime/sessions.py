@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from normistral.artifact.manifest import serialise_manifest
 from normistral.errors import SessionError
 from normistral.progress import OnBytes
 from normistral.runtime.engines.base import describe_arithmetic
@@ -20,7 +19,7 @@ def session_key(runner: Runner) -> SessionKey:
     """Artifact, engine and settings under which sessions of these weights are good."""
     template, capabilities = runner.manifest.template, runner.capabilities
     return SessionKey(
-        artifact_sha256=hashlib.sha256(serialise_manifest(runner.manifest)).hexdigest(),
+        artifact_sha256=runner.manifest.sha256,
         template_sha256="" if template is None else hashlib.sha256(template.text.encode()).hexdigest(),
         engine=capabilities.name,
         device=re.split(r"[.:]", capabilities.device)[0],

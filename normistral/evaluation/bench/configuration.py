@@ -58,8 +58,7 @@ class Configuration:
 
     def least_bytes(self, tokens: int) -> int:
         """Memory without which it cannot run: the weights once, and a KV cache for so many tokens."""
-        shape = self.manifest.architecture
-        cached = 2 * shape.layers * shape.kv_heads * shape.head_dim * _CACHE_ELEMENT_BYTES * tokens
+        cached = self.manifest.architecture.kv_values_per_token * _CACHE_ELEMENT_BYTES * tokens
         return self.manifest.total_bytes + cached
 
     def likely_bytes(self, tokens: int) -> int:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from normistral.errors import ArtifactError
+from normistral.errors import EXPORT_AGAIN, ArtifactError
 from normistral.runtime.engines.protobuf import WireError, WireMessage
 
 LOGITS = "logits"
@@ -279,4 +279,4 @@ def _readable(read: Callable[[], Result]) -> Result:
 
 
 def _damaged(what: str) -> ArtifactError:
-    return ArtifactError(f"model.onnx is damaged: {what}", "export the model again, or copy the artifact again")
+    return ArtifactError(f"model.onnx is damaged: {what}", EXPORT_AGAIN)

@@ -84,7 +84,7 @@ class OnnxBackend:
     def create_engine(self) -> OnnxEngine:
         """A new, empty sequence with a KV cache of its own."""
         if self._decoder is None:
-            raise ClosedError("the model was closed", "load it again")
+            raise ClosedError
         return OnnxEngine(_Sequence(self._decoder))
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class OnnxEngine:
 
     def _open_sequence(self) -> _Sequence:
         if self._sequence is None:
-            raise ClosedError("the model was closed", "load it again")
+            raise ClosedError
         return self._sequence
 
 

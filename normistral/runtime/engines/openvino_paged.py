@@ -132,7 +132,7 @@ class PagedBackend:
     def create_engine(self) -> PagedEngine:
         """A new, empty sequence with blocks of its own."""
         if self._pool is None:
-            raise ClosedError("the model was closed", "load it again")
+            raise ClosedError
         return PagedEngine(self._pool, self._keeps)
 
     def close(self) -> None:
@@ -230,7 +230,7 @@ class PagedEngine:
 
     def _open_pool(self) -> BlockPool:
         if self._pool is None:
-            raise ClosedError("the model was closed", "load it again")
+            raise ClosedError
         return self._pool
 
 

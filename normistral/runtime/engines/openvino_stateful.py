@@ -75,7 +75,7 @@ class StatefulBackend:
     def create_engine(self) -> StatefulEngine:
         """A new, empty sequence with a KV cache of its own."""
         if self._compiled is None:
-            raise ClosedError("the model was closed", "load it again")
+            raise ClosedError
         try:
             request = self._compiled.create_infer_request()
         except RuntimeError as exc:
@@ -209,7 +209,7 @@ class StatefulEngine:
 
     def _open_request(self) -> ov.InferRequest:
         if self._request is None:
-            raise ClosedError("the model was closed", "load it again")
+            raise ClosedError
         return self._request
 
 

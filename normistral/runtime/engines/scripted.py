@@ -32,7 +32,7 @@ class ScriptedBackend:
     def create_engine(self) -> ScriptedEngine:
         """A new, empty sequence."""
         if self.closed:
-            raise ClosedError("the model was closed", "load it again")
+            raise ClosedError
         return ScriptedEngine(self)
 
     def close(self) -> None:

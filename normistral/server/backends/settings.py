@@ -52,8 +52,7 @@ def is_computed_together(manifest: Manifest, batching: Batching, device: str) ->
 
 def cache_token_bytes(manifest: Manifest) -> int:
     """The most that one token takes in a KV cache: keys and values of all layers in float32."""
-    shape = manifest.architecture
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * _FLOAT_BYTES
+    return manifest.architecture.kv_values_per_token * _FLOAT_BYTES
 
 
 def plan_cache_bytes(manifest: Manifest, context: int, sharers: int) -> int:
