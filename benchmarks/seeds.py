@@ -26,6 +26,7 @@ import httpx
 
 import normistral
 from normistral.artifact.manifest import read_manifest
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.model import Model
 
 TEXT = (
@@ -162,7 +163,7 @@ def serve_and_repeat(artifact: Path, repeats: int, batching: str) -> dict[str, A
     manifest = read_manifest(artifact)
     context = min(2048, manifest.context_length)
     batch = BatchSettings(batching, plan_cache_bytes(manifest, context, 1), context)  # type: ignore[arg-type]
-    served = ServedArtifact.open(artifact, batch, settings=SETTINGS)
+    served = ServedArtifact.open(artifact, batch, config=EngineConfig(settings=SETTINGS))
     with background_server(create_app([served], ServerLimits()), 300) as url:
         return asyncio.run(repeat_on_server(f"{url}/v1", artifact.name, repeats))
 

@@ -75,7 +75,7 @@ def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, mon
 
 def test_what_openvino_genai_leaves_to_the_library_shares_the_weights(demo_int4, int4_library):
     assert held() == 0
-    created = create_batch(demo_int4, "CPU", SETTINGS, exact=False, engine_settings={})
+    created = create_batch(demo_int4, SETTINGS, EngineConfig())
     structured = GenerationConfig(max_new_tokens=8, structure=Structure.choice(["Oslo", "Bergen"]))
     (text,) = answer(created.batch, [Job("a", [1, 2, 3], structured, "somebody")])
     assert text in ("Oslo", "Bergen")

@@ -404,7 +404,7 @@ def test_a_closed_batch_says_so(artifact):
 
 
 def test_what_cannot_be_computed_together_goes_through_the_library(artifact, model):
-    created = create_batch(artifact, "CPU", SETTINGS, exact=True, engine_settings={})
+    created = create_batch(artifact, SETTINGS, EngineConfig(exact=True))
     assert (created.batching, created.slots) == ("together", 8)
     asked = prompts(3)
     got = answer(created.batch, job("a", asked[0]), job("b", asked[1], logprobs=3), job("c", asked[2], logprobs=3))
@@ -416,7 +416,7 @@ def test_what_cannot_be_computed_together_goes_through_the_library(artifact, mod
     created.batch.cancel("e")
     assert finish(created.batch) == {}
     created.batch.close()
-    turns = create_batch(artifact, "CPU", replace(SETTINGS, batching="off"), exact=True, engine_settings={})
+    turns = create_batch(artifact, replace(SETTINGS, batching="off"), EngineConfig(exact=True))
     assert turns.batching == "in turns"
     turns.batch.close()
 
@@ -424,7 +424,7 @@ def test_what_cannot_be_computed_together_goes_through_the_library(artifact, mod
 @pytest.mark.parametrize("keys", [{}, {"a" * 16: "one", "b" * 16: "two"}])
 def test_a_server_answers_as_the_library_does(artifact, model, keys):
     """Over HTTP and through the real worker process: several at once, in both routes, of one tenant or two."""
-    served = ServedArtifact.open(artifact, SETTINGS, name="m", exact=True)
+    served = ServedArtifact.open(artifact, SETTINGS, name="m", config=EngineConfig(exact=True))
     app = create_app([served], ServerLimits(), Keys(keys))
 
     def ask_server(url, number, **fields):

@@ -13,6 +13,7 @@ from tiny_models import make_llama
 import normistral
 from normistral.artifact.manifest import hash_files, read_manifest, write_manifest
 from normistral.errors import EngineError
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sampling import Sampler
 from normistral.server.app import create_app
@@ -45,7 +46,9 @@ def artifact(tmp_path_factory):
 
 @pytest.mark.parametrize("batching", ["auto", "off"])
 def test_every_legal_value_is_answered_on_every_route(artifact, batching) -> None:
-    served = ServedArtifact.open(artifact, replace(SETTINGS, batching=batching), name="m", exact=True)
+    served = ServedArtifact.open(
+        artifact, replace(SETTINGS, batching=batching), name="m", config=EngineConfig(exact=True)
+    )
     limits = ServerLimits(grace_s=0.2)
     with (
         background_server(create_app([served], limits)) as url,

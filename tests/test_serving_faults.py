@@ -10,6 +10,7 @@ from served_models import make_served, serving
 from serving_clients import ask, gauge, http, stream, wait_until
 
 from normistral.errors import EngineError
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.auth import Keys
 from normistral.server.backends.settings import BatchSettings
 from normistral.server.gate import Gate
@@ -19,7 +20,7 @@ from normistral.server.metrics import Metrics
 from normistral.server.worker_client import WorkerClient
 
 MESSAGES = [{"role": "user", "content": "Hei"}]
-LOAD = Load("m", "CPU", False, {}, BatchSettings("auto", 0, 0))
+LOAD = Load("m", EngineConfig(), BatchSettings("auto", 0, 0))
 QUICK = ServerLimits(grace_s=0.2)
 
 

@@ -12,6 +12,7 @@ from serving_clients import error_of, http
 
 from normistral.artifact.manifest import read_manifest, write_manifest
 from normistral.errors import UsageError
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.backends.settings import cache_token_bytes
 from normistral.server.limits import MIB, ServerLimits
 from normistral.server.startup import EngineOptions, open_artifacts
@@ -124,6 +125,10 @@ def test_a_cache_too_small_for_one_context_is_refused_where_its_bytes_are_known(
         return open_artifacts([str(folder)], EngineOptions(cache_mib=1, **options), ServerLimits())
 
     assert open_one("openvino")
-    for format, options in (("onnx", {}), ("openvino", {"batching": "off"}), ("openvino", {"device": "GPU"})):
+    for format, options in (
+        ("onnx", {}),
+        ("openvino", {"batching": "off"}),
+        ("openvino", {"config": EngineConfig("GPU")}),
+    ):
         with pytest.raises(UsageError, match=r"1 MiB does not hold one context of 4096 tokens \(2 MiB\)"):
             open_one(format, **options)

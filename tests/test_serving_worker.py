@@ -10,6 +10,7 @@ import pytest
 from served_models import make_served, serving
 from serving_clients import ask, error_of, http, wait_until
 
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.server import ipc, worker_client
 from normistral.server.auth import KEYS_VARIABLE
 from normistral.server.backends.settings import BatchSettings
@@ -17,7 +18,7 @@ from normistral.server.ipc import BEAT_S, Beat, Load, Vigil
 from normistral.server.limits import ServerLimits
 from normistral.server.worker_client import WorkerClient
 
-LOAD = Load("m", "CPU", False, {}, BatchSettings("auto", 0, 0))
+LOAD = Load("m", EngineConfig(), BatchSettings("auto", 0, 0))
 QUICK = ServerLimits(grace_s=0.2)
 
 

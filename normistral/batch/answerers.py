@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
-from normistral.artifact.manifest import Manifest, read_manifest
+from normistral.artifact.manifest import read_manifest
 from normistral.batch.documents import Document, Row, find_prompt, read_document, with_system
 from normistral.batch.job import Answerer, Begin, Engine, Job, Line, answer_line, failure_line
 from normistral.errors import EngineError, UsageError
 from normistral.runtime.chunks import Completion
 from normistral.runtime.loading import load
-
-
-def fits_together(manifest: Manifest, engine: Engine) -> bool:
-    """Whether this model's answers can be computed together, if openvino_genai is there."""
-    return engine.batching == "auto" and manifest.format == "openvino" and engine.device == "CPU"
+from normistral.server.backends.settings import is_computed_together
 
 
 def has_genai() -> bool:
@@ -32,7 +28,7 @@ def open_answerer(job: Job, engine: Engine, workers: int = 1) -> Answerer:
     Raises:
         NormistralError: as `normistral.load`.
     """
-    if fits_together(read_manifest(job.artifact), engine) and has_genai():
+    if is_computed_together(read_manifest(job.artifact), engine.batching, engine.device) and has_genai():
         from normistral.batch.together import open_together
 
         return open_together(job, engine, workers)

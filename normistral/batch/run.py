@@ -17,7 +17,7 @@ from typing import Any
 
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest
-from normistral.batch.answerers import fits_together, has_genai, open_answerer
+from normistral.batch.answerers import has_genai, open_answerer
 from normistral.batch.documents import Row, check_instruction, index_documents
 from normistral.batch.job import Engine, Job, OnRow, Part, answer_part, cut_parts
 from normistral.batch.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
@@ -25,6 +25,7 @@ from normistral.errors import NormistralError, UsageError, install_extra
 from normistral.files import explain, require_place, sha256_file
 from normistral.progress import NoProgress, Progress
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.server.backends.settings import is_computed_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def run_batch(
         if answered:
             progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
         if missing:
-            if fits_together(manifest, engine) and not has_genai():
+            if is_computed_together(manifest, engine.batching, engine.device) and not has_genai():
                 progress.note(f"one after the other: {install_extra('serve')} lets it compute many together")
             with progress.stage("answering", total=len(missing), unit="documents") as stage:
                 _answer(job, missing, manifest, engine, workers, stage.advance)
@@ -143,7 +144,7 @@ def _answer(job: Job, rows: list[Row], manifest: Manifest, engine: Engine, worke
     if workers.count is not None:
         from normistral.batch.ray_data import answer_on_ray
 
-        parts = cut_parts(rows, workers.count, together=fits_together(manifest, engine))
+        parts = cut_parts(rows, workers.count, together=is_computed_together(manifest, engine.batching, engine.device))
         answer_on_ray(job, parts, manifest.format, engine, workers, on_row)
         return
     with closing(open_answerer(job, engine)) as answerer:

@@ -11,6 +11,7 @@ from normistral.batch.documents import Document, Row, find_prompt, read_document
 from normistral.batch.job import Begin, Engine, Job, Line, answer_line, failure_line
 from normistral.errors import EngineError
 from normistral.runtime.chunks import Chunk, Completion
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.backends.base import Batch
 from normistral.server.backends.base import Job as BatchJob
 from normistral.server.backends.create import create_batch
@@ -30,7 +31,7 @@ def open_together(job: Job, engine: Engine, workers: int) -> Together:
     context = manifest.context_length
     settings = BatchSettings(engine.batching, plan_cache_bytes(manifest, context, workers), context, one_tenant=True)
     served = ServedArtifact.open(job.artifact, settings)
-    created = create_batch(job.artifact, engine.device, settings, exact=engine.exact, engine_settings=engine.settings)
+    created = create_batch(job.artifact, settings, EngineConfig(engine.device, engine.exact, engine.settings))
     return Together(job, created.batch, served, created.slots)
 
 

@@ -20,6 +20,7 @@ from normistral.artifact.artifact import Artifact
 from normistral.cluster.ray_local import import_ray, ray_running, share_of_cores, threads_of_each
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.backends.settings import FAIR_SLOTS, Batching
 from normistral.server.limits import ServerLimits
 
@@ -128,7 +129,9 @@ def build(arguments: dict[str, Any]) -> Any:
     artifact = Artifact.find(options.artifact, verify=False)
     threads = options.threads or threads_of_each(plan_threads(read_machine()), options.max_replicas or options.replicas)
     settings = share_of_cores(artifact.manifest.format, options.device, threads, options.settings)
-    engine = EngineOptions(options.device, options.exact, settings, options.batching, options.cache_mib, options.slots)
+    engine = EngineOptions(
+        EngineConfig(options.device, options.exact, settings), options.batching, options.cache_mib, options.slots
+    )
     limits = ServerLimits(
         context=options.max_context,
         new_tokens=options.max_new_tokens,

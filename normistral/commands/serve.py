@@ -138,7 +138,7 @@ def serve(
             f"raise it: ulimit -n {2 * max_connections + 256}",
         )
     limits = replace(limits, connections=served_connections)
-    options = EngineOptions(engine.device, engine.exact, settings, batching, cache_mib, slots)
+    options = EngineOptions(engine.config, batching, cache_mib, slots)
     served = open_artifacts(artifacts, options, limits)
     with bind(host, port) as listener:
         keys = choose_keys(listener, api_key_file, no_api_key=no_api_key)

@@ -15,6 +15,7 @@ import msgspec
 
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.runtime.chunks import Chunk
+from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.backends.base import Job
 from normistral.server.backends.settings import BatchSettings
 
@@ -37,9 +38,7 @@ class Load(msgspec.Struct, tag=True):
     """
 
     folder: str
-    device: str
-    exact: bool
-    settings: dict[str, str]
+    config: EngineConfig
     batch: BatchSettings
     manifest_sha256: str | None = None
 

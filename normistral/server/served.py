@@ -15,6 +15,7 @@ from normistral.artifact.manifest import Manifest
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
 from normistral.runtime.detokenizer import spell_vocabulary
+from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.structured.constraint import StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
@@ -54,11 +55,9 @@ class ServedArtifact:
         new_tokens: int | None = None,
         *,
         name: str | None = None,
-        device: str = "CPU",
-        exact: bool = False,
-        settings: Mapping[str, str] | None = None,
+        config: EngineConfig = DEFAULT_CONFIG,
     ) -> ServedArtifact:
-        """Read tokenizer, template and manifest of an artifact; arguments and errors as `normistral.load`.
+        """Read tokenizer, template and manifest of an artifact; errors as `normistral.load`.
 
         Args:
             batch: its `context` is what the server allows.
@@ -67,7 +66,7 @@ class ServedArtifact:
         opened = Artifact.find(artifact)
         opened.warn_of_advice()
         folder, manifest = opened.folder, opened.manifest
-        load = Load(str(folder.resolve()), device, exact, dict(settings or {}), batch, manifest.sha256)
+        load = Load(str(folder.resolve()), config, batch, manifest.sha256)
         context = min(batch.context, manifest.context_length)
         most = context - 1 if new_tokens is None else min(new_tokens, context - 1)
         return cls(
@@ -77,7 +76,7 @@ class ServedArtifact:
     def fingerprint(self, arithmetic: str) -> str:
         """Names these very weights, and the arithmetic of the process that computes with them."""
         files = sorted((name, record.sha256) for name, record in self.manifest.files.items())
-        text = repr((files, self.load.exact, arithmetic))
+        text = repr((files, self.load.config.exact, arithmetic))
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property

@@ -11,7 +11,7 @@ from pathlib import Path
 from normistral.artifact.artifact import Artifact
 from normistral.errors import UsageError
 from normistral.hardware import available_memory_bytes
-from normistral.runtime.engines.settings import INT4_KERNEL, OUR_KERNEL
+from normistral.runtime.engines.settings import DEFAULT_CONFIG, INT4_KERNEL, OUR_KERNEL, EngineConfig
 from normistral.server.auth import Keys, read_keys
 from normistral.server.backends.settings import (
     TOGETHER,
@@ -43,9 +43,7 @@ class EngineOptions:
         slots: answers at once of each; None is as many as suit its engine.
     """
 
-    device: str = "CPU"
-    exact: bool = False
-    settings: dict[str, str] | None = None
+    config: EngineConfig = DEFAULT_CONFIG
     batching: Batching = "auto"
     cache_mib: int | None = None
     slots: int | None = None
@@ -67,15 +65,13 @@ def open_artifacts(artifacts: Sequence[str], options: EngineOptions, limits: Ser
             else options.cache_mib * MIB
         )
         batch = BatchSettings(options.batching, cache_bytes, context, options.slots)
-        if not is_computed_together(manifest, options.batching, options.device):
+        if not is_computed_together(manifest, options.batching, options.config.device):
             require_one_context(manifest, batch)
         one = ServedArtifact.open(
             artifact,
             batch,
             limits.new_tokens,
-            device=options.device,
-            exact=options.exact,
-            settings=options.settings,
+            config=options.config,
         )
         if one.name in {other.name for other in served}:
             raise UsageError(f"two artifacts are called {one.name}", "rename the folder of one of them")

@@ -90,11 +90,9 @@ def serve(requests: BinaryIO, stream: BinaryIO) -> None:
     try:
         created = create_batch(
             Path(load.folder),
-            load.device,
             load.batch,
-            exact=load.exact,
-            engine_settings=load.settings,
-            manifest_sha256=load.manifest_sha256,
+            load.config,
+            load.manifest_sha256,
         )
     except NormistralError as error:
         answers.send(LoadFailed(Failure.of(error)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,13 +46,7 @@ class Created(NamedTuple):
 
 
 def create_batch(
-    folder: Path,
-    device: str,
-    settings: BatchSettings,
-    *,
-    exact: bool,
-    engine_settings: Mapping[str, str],
-    manifest_sha256: str | None = None,
+    folder: Path, settings: BatchSettings, config: EngineConfig, manifest_sha256: str | None = None
 ) -> Created:
     """Load an artifact for many jobs at once.
 
@@ -64,25 +58,27 @@ def create_batch(
     """
     artifact = _open(folder, manifest_sha256)
     manifest = artifact.manifest
-    if is_computed_together(manifest, settings.batching, device):
-        return _compute_together(artifact, settings, exact, engine_settings)
-    model = loading.load(folder, device, exact=exact, settings=engine_settings)
+    if is_computed_together(manifest, settings.batching, config.device):
+        return _compute_together(artifact, settings, config)
+    model = loading.load(folder, config.device, exact=config.exact, settings=config.settings)
     fair = FairQueue(model, settings)
     slots = settings.slots or FAIR_SLOTS
     return Created(fair, model.capabilities, slots, IN_TURNS, fair.room, fair.room * cache_token_bytes(manifest))
 
 
-def _compute_together(artifact: Artifact, settings: BatchSettings, exact: bool, given: Mapping[str, str]) -> Created:
+def _compute_together(artifact: Artifact, settings: BatchSettings, config: EngineConfig) -> Created:
     """An OpenVINO model on openvino_genai, with the library beside it for what that does not honour."""
     artifact.check_files()
     artifact.tokenizer  # noqa: B018 - a damaged one is found before the weights are loaded
-    tuned = None if exact else loading.find_tuned_settings(artifact, BATCHED_DEVICE)
-    opened = open_openvino_batch(artifact, settings, EngineConfig(BATCHED_DEVICE, exact, given, tuned))
+    tuned = None if config.exact else loading.find_tuned_settings(artifact, BATCHED_DEVICE)
+    opened = open_openvino_batch(artifact, settings, replace(config, tuned=tuned))
 
     def open_side() -> FairQueue:
         _open(artifact.folder, artifact.manifest.sha256)
         side = replace(settings, cache_bytes=0)  # one context
-        return FairQueue(loading.load(artifact.folder, BATCHED_DEVICE, exact=exact, settings=given), side)
+        return FairQueue(
+            loading.load(artifact.folder, config.device, exact=config.exact, settings=config.settings), side
+        )
 
     batch = SidePath(opened.batch, open_side, find_unhonoured)
     plan = opened.batch.plan
