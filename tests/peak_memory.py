@@ -35,10 +35,10 @@ def main(work: str, folder: Path) -> None:
 
     from normistral.export.checkpoint.locate import locate
     from normistral.export.checkpoint.open import open_checkpoint
-    from normistral.export.quantize.calibrate import round_layers
-    from normistral.export.quantize.plan import Plan
+    from normistral.export.quantize.calibrate import quantize_layers
+    from normistral.export.quantize.plan import QuantPlan
     from normistral.export.quantize.sensitivity import measure_sensitivity
-    from normistral.export.quantize.tensor_store import RoundedTables
+    from normistral.export.quantize.tensor_store import QuantizedTensorStore
     from normistral.export.resources import MemoryMeter
     from normistral.progress import NoProgress, Uncounted
 
@@ -51,10 +51,10 @@ def main(work: str, folder: Path) -> None:
         with MemoryMeter() as meter:
             before = meter.peak_bytes or 0
             if work == "round_layers":
-                plan = Plan("search", 4, 64, symmetric=True)
-                round_layers(checkpoint, plan, [WINDOW], RoundedTables(scratch), Uncounted())
+                plan = QuantPlan("scale_search", 4, 64, symmetric=True)
+                quantize_layers(checkpoint, plan, [WINDOW], QuantizedTensorStore(scratch), Uncounted())
             else:
-                plan = Plan("search", 4, 64, symmetric=True, ratio=0.5)
+                plan = QuantPlan("scale_search", 4, 64, symmetric=True, ratio=0.5)
                 measure_sensitivity(checkpoint, plan, [WINDOW], Uncounted())
         peaks[layers] = (meter.peak_bytes or 0) - before
     print(json.dumps(peaks))

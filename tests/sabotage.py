@@ -8,19 +8,19 @@ from pathlib import Path
 import onnx
 
 import normistral
-from normistral.export.verify import artifact as proving
+from normistral.export.verify import artifact as verification
 
 
 def export(checkpoint, output, format, sabotage=None, patch=None, **options):
     """Export; `sabotage(folder, manifest)` comes between writing and verifying, and may return another manifest."""
-    real = proving.verify
+    real = verification.verify_artifact
 
-    def verify(folder, manifest, *rest):
-        changed = None if sabotage is None else sabotage(folder, manifest)
-        return real(folder, changed or manifest, *rest)
+    def verify_artifact(job, manifest, reference):
+        changed = None if sabotage is None else sabotage(job.staging.artifact, manifest)
+        return real(job, changed or manifest, reference)
 
     if patch is not None:
-        patch.setattr(proving, "verify", verify)
+        patch.setattr(verification, "verify_artifact", verify_artifact)
     options = {"weights": "int4", "group_size": 32} | options
     if options["weights"] == "int4":
         options.setdefault("recipe", "fast")

@@ -335,7 +335,7 @@ def test_help_tells_the_defaults_that_are_in_force(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert f"Default: {Recipe().backup}." in text
     assert "Default: symmetric, but for int4 with the recipe best." in text
-    assert f"Default: {Recipe('int4').rounding} for int4, {Recipe('int8').rounding} for int8." in text
+    assert f"Default: {Recipe('int4').recipe_name} for int4, {Recipe('int8').recipe_name} for int8." in text
     assert "--asymmetric" in text
 
 

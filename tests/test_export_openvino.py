@@ -19,7 +19,7 @@ import normistral
 from normistral.artifact.manifest import check_files, read_manifest
 from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError
 from normistral.export import staging
-from normistral.export.openvino import round_to_float16
+from normistral.export.openvino import cast_to_float16
 from normistral.hardware import exact_openvino, read_machine
 
 # Reference and artifact hold the same float16 weights and compute in float32; what is left is the order of sums:
@@ -84,7 +84,7 @@ def reference_logits(folder, ids, scratch, **changes):
     for name, value in changes.items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
-    round_to_float16(model, scratch)
+    cast_to_float16(model, scratch)
     with torch.inference_mode():
         return model.float()(torch.tensor([ids])).logits[0].numpy()
 

@@ -27,15 +27,16 @@ from normistral.commands.info import describe_weights
 from normistral.errors import ArtifactError, ExportError
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import open_checkpoint
-from normistral.export.quantize.plan import Plan, list_by_kind
-from normistral.export.quantize.scale_search import search_steps
-from normistral.export.quantize.scheme import nearest_codes, restore
-from normistral.export.quantize.sensitivity import Sensitivity, choose_finer, measure_sensitivity
+from normistral.export.quantize.plan import QuantPlan, list_by_kind
+from normistral.export.quantize.rtn import quantize
+from normistral.export.quantize.scale_search import search_params
+from normistral.export.quantize.scheme import dequantize
+from normistral.export.quantize.sensitivity import Sensitivity, measure_sensitivity, select_int8
 from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress, Uncounted
 
 WINDOWS = [np.random.default_rng(seed).integers(5, 200, 48).tolist() for seed in range(4)]
-PLAN = Plan("gptq", 4, 16, symmetric=False, ratio=0.5)
+PLAN = QuantPlan("gptq", 4, 16, symmetric=False, ratio=0.5)
 MODELS = {
     "mistral": partial(make_mistral, sliding_window=16),
     "llama": partial(make_llama, dtype="bfloat16", tied=True),
@@ -62,11 +63,11 @@ def test_the_most_is_gained_by_weight_and_the_budget_is_kept():
         "useless": Sensitivity(20, 0.1),
         "tiny": Sensitivity(10, 1.0),
     }
-    assert choose_finer(matrices, 1.0) == set()
-    assert choose_finer(matrices, 0.9) == {"small"}
-    assert choose_finer(matrices, 0.8) == {"small", "tiny"}  # the large one does not fit
-    assert choose_finer(matrices, 0.3) == {"small", "large"}
-    assert choose_finer(matrices, 0.2) == {"small", "large", "tiny"}
+    assert select_int8(matrices, 1.0) == set()
+    assert select_int8(matrices, 0.9) == {"small"}
+    assert select_int8(matrices, 0.8) == {"small", "tiny"}  # the large one does not fit
+    assert select_int8(matrices, 0.3) == {"small", "large"}
+    assert select_int8(matrices, 0.2) == {"small", "large", "tiny"}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -93,9 +94,9 @@ def test_the_streamed_figure_is_that_of_the_whole_model(kind, tmp_path):
     for name in names:
         rows = model.get_parameter(name).detach().numpy()
         moment = torch.cat(inputs[name]).square().mean(dim=0).numpy()
-        grid = PLAN.grid(rows.shape[1])
-        steps = search_steps(rows, grid, moment)
-        error = torch.from_numpy(restore(nearest_codes(rows, steps, grid), steps, grid) - rows)
+        grid = PLAN.scheme(rows.shape[1])
+        steps = search_params(rows, grid, moment)
+        error = torch.from_numpy(dequantize(quantize(rows, steps, grid), steps, grid) - rows)
         changes = [(next(gradients)[0] * (x @ error.T)).sum(-1) for x in inputs[name]]
         expected = torch.cat(changes).double().square().mean().item() / 2
         assert found[name].loss == pytest.approx(expected, rel=0.02), name
@@ -123,7 +124,7 @@ def with_coarse_groups(folder, name):
 def test_a_matrix_that_4_bits_cannot_hold_takes_8(tmp_path, make, name):
     found = measure(with_coarse_groups(make(tmp_path / "model"), name), tmp_path / "scratch")
     total = sum(matrix.weights for matrix in found.values())
-    assert choose_finer(found, 1 - found[name].weights / total - 1e-9) == {name}
+    assert select_int8(found, 1 - found[name].weights / total - 1e-9) == {name}
 
 
 def test_a_matrix_that_4_bits_hold_exactly_costs_nothing(tmp_path):

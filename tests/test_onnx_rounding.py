@@ -14,34 +14,35 @@ from normistral.errors import CheckpointError
 from normistral.export.checkpoint import tensor_reader as reading
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx.graph import ALIGNMENT, ExternalData
-from normistral.export.quantize.scheme import Grid, round_rows
+from normistral.export.quantize.rtn import quantize_rtn
+from normistral.export.quantize.scheme import QuantScheme
 
-GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (16, 32) for symmetric in (True, False)]
+GRIDS = [QuantScheme(bits, group, symmetric) for bits in (4, 8) for group in (16, 32) for symmetric in (True, False)]
 ROWS = arrays.arrays(np.float32, (3, 96), elements=st.floats(-1e4, 1e4, width=32))
 
 
-def restore(rounded, grid):
-    return dequantise(rounded.codes, rounded.scales, rounded.zero_points, grid.bits, grid.group_size)
+def dequantize(rounded, grid):
+    return dequantise(rounded.qweight, rounded.scales, rounded.zero_points, grid.bits, grid.group_size)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @given(rows=ROWS)
 def test_no_weight_moves_by_more_than_its_step_allows(grid, rows):
-    rounded = round_rows(rows, grid)
+    rounded = quantize_rtn(rows, grid)
     step = np.repeat(np.abs(rounded.scales), grid.group_size, axis=1)
     # Half a step; the symmetric grid has one code less on the side away from its largest weight: there a whole one.
     # An asymmetric zero point is a whole code, which may move a weight by another half.
     allowed = step * 1.001 + 2**grid.bits * 1e-37  # scales below 1e-38 count as zero
-    assert (np.abs(restore(rounded, grid) - rows) <= allowed).all()
+    assert (np.abs(dequantize(rounded, grid) - rows) <= allowed).all()
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_most_weights_move_by_half_a_step_at_most(grid):
     rows = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
-    rounded = round_rows(rows, grid)
+    rounded = quantize_rtn(rows, grid)
     step = np.repeat(np.abs(rounded.scales), grid.group_size, axis=1)
-    moved = np.abs(restore(rounded, grid) - rows) <= 0.501 * step
+    moved = np.abs(dequantize(rounded, grid) - rows) <= 0.501 * step
     assert moved.mean() > 0.95
 
 
@@ -52,19 +53,19 @@ def test_weights_on_the_grid_stay_exactly_where_they_are(grid):
     codes[:, :: grid.group_size] = low  # both ends of the grid occur in every block
     codes[:, 1 :: grid.group_size] = low + 2**grid.bits - 1
     rows = (codes * 0.25).astype(np.float32)
-    np.testing.assert_array_equal(restore(round_rows(rows, grid), grid), rows)
+    np.testing.assert_array_equal(dequantize(quantize_rtn(rows, grid), grid), rows)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_blocks_of_zeros_stay_zeros(grid):
-    rounded = round_rows(np.zeros((2, 96), np.float32), grid)
+    rounded = quantize_rtn(np.zeros((2, 96), np.float32), grid)
     assert np.isfinite(rounded.scales).all()
-    np.testing.assert_array_equal(restore(rounded, grid), 0)
+    np.testing.assert_array_equal(dequantize(rounded, grid), 0)
 
 
 def test_an_odd_number_of_zero_points_is_filled_up():
-    grid = Grid(4, 32, symmetric=False)
-    rounded = round_rows(np.random.default_rng(2).standard_normal((5, 96)).astype(np.float32), grid)
+    grid = QuantScheme(4, 32, symmetric=False)
+    rounded = quantize_rtn(np.random.default_rng(2).standard_normal((5, 96)).astype(np.float32), grid)
     assert rounded.zero_points.shape == (5, grid.zero_point_bytes(96)) == (5, 2)
     assert (rounded.zero_points[:, 1] >> 4 == 0).all()
 

@@ -219,7 +219,7 @@ def test_what_fails_can_be_kept_under_another_name(checkpoint, tmp_path, monkeyp
 
 
 def test_a_large_model_is_compared_layer_by_layer(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("normistral.export.onnx.artifact.fits_for_running", lambda architecture: False)
+    monkeypatch.setattr("normistral.export.pipeline.fits_for_running", lambda architecture: False)
     monkeypatch.setattr("normistral.export.verify.artifact.fits_for_running", lambda architecture: False)
     small = export(checkpoint, tmp_path / "small", "onnx")
     assert small.verified == "run"

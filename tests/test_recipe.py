@@ -240,7 +240,7 @@ def test_a_slower_or_busier_machine_takes_longer():
     plan = choose_plan(Recipe(recipe="best"), 64)
     usual = resources.estimate_calibration_s(DEMO, plan, cores=2)
     assert resources.estimate_calibration_s(DEMO, plan, 2, 237e9 / 3) == pytest.approx(3 * usual)
-    measured = resources.measure_products(cores=2)
+    measured = resources.measure_matmul(cores=2)
     assert 1e8 < measured < 1e13
 
 

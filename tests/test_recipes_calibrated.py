@@ -79,8 +79,8 @@ def test_what_does_not_apply_is_refused(tmp_path, options, message):
 def test_products_are_fast_only_while_a_calibration_runs():
     import torch
 
-    from normistral.export.quantize.calibrate import fast_products
+    from normistral.export.quantize.calibrate import fast_matmul
 
-    with fast_products():
+    with fast_matmul():
         assert torch.get_float32_matmul_precision() == "medium"
     assert torch.get_float32_matmul_precision() == "highest"

@@ -17,17 +17,18 @@ from normistral.export import resources
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import open_checkpoint
 from normistral.export.quantize import plan
-from normistral.export.quantize.calibrate import round_layers
-from normistral.export.quantize.gptq import round_with_hessian
-from normistral.export.quantize.plan import Plan, calibration_windows
-from normistral.export.quantize.scale_search import search_steps, weighted_error
-from normistral.export.quantize.scheme import Grid, Steps, nearest_codes, restore, span, storable, unpack
-from normistral.export.quantize.tensor_store import RoundedTables
+from normistral.export.quantize.calibrate import quantize_layers
+from normistral.export.quantize.gptq import quantize_gptq
+from normistral.export.quantize.plan import QuantPlan, calibration_windows
+from normistral.export.quantize.rtn import minmax_params, quantize
+from normistral.export.quantize.scale_search import search_params, weighted_error
+from normistral.export.quantize.scheme import QuantParams, QuantScheme, dequantize, round_scales, unpack
+from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress, Uncounted
 
 GRIDS = [
-    Grid(bits, group, symmetric, float16_scales=True)
+    QuantScheme(bits, group, symmetric, float16_scales=True)
     for bits in (4, 8)
     for group in (16, 32)
     for symmetric in (True, False)
@@ -37,7 +38,7 @@ IMPORTANCE = arrays.arrays(np.float32, (64,), elements=st.floats(0, 100, width=3
 
 
 def half(steps):
-    return Steps(steps.scales.astype(np.float16).astype(np.float32), steps.zero_points)
+    return QuantParams(steps.scales.astype(np.float16).astype(np.float32), steps.zero_points)
 
 
 def gaussian(*shape, seed=0):
@@ -56,75 +57,77 @@ def output_error(rows, restored, inputs):
 @settings(max_examples=25)
 @given(rows=ROWS, importance=IMPORTANCE)
 def test_the_search_is_never_worse_than_the_span_in_any_block(grid, rows, importance):
-    found = search_steps(rows, grid, importance)
+    found = search_params(rows, grid, importance)
     assert np.isfinite(found.scales).all()
     assert (found.zero_points == np.clip(np.rint(found.zero_points), 0, grid.top)).all()
     np.testing.assert_array_equal(found.scales, half(found).scales)
-    plain = weighted_error(rows, half(span(rows, grid)), grid, importance)
+    plain = weighted_error(rows, half(minmax_params(rows, grid)), grid, importance)
     assert (weighted_error(rows, found, grid, importance) <= plain).all()
 
 
 @np.errstate(over="ignore")
 def test_float32_scales_differ_from_float16_ones_only_beyond_its_range():
     scales = np.float32([[1e-20, 1e-6, -3e-5, 0, 1e-3, -0.3, 60000, 1e6, 3e30]])
-    steps = Steps(scales, np.zeros_like(scales))
-    np.testing.assert_array_equal(storable(steps, Grid(4, 32, True, float16_scales=True)).scales, half(steps).scales)
-    found = storable(steps, Grid(4, 32, True)).scales
+    steps = QuantParams(scales, np.zeros_like(scales))
+    np.testing.assert_array_equal(
+        round_scales(steps, QuantScheme(4, 32, True, float16_scales=True)).scales, half(steps).scales
+    )
+    found = round_scales(steps, QuantScheme(4, 32, True)).scales
     held = (np.abs(scales) >= 2.0**-14) & (np.abs(scales) <= 65504)
     np.testing.assert_array_equal(found, np.where(held, half(steps).scales, scales))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_search_takes_a_quarter_off_the_error_of_gaussian_weights_with_uneven_inputs(symmetric):
-    grid, rows, importance = Grid(4, 32, symmetric), gaussian(64, 128), np.exp(2 * gaussian(128, seed=4))
-    plain = weighted_error(rows, half(span(rows, grid)), grid, importance).sum()
-    found = weighted_error(rows, search_steps(rows, grid, importance), grid, importance).sum()
+    grid, rows, importance = QuantScheme(4, 32, symmetric), gaussian(64, 128), np.exp(2 * gaussian(128, seed=4))
+    plain = weighted_error(rows, half(minmax_params(rows, grid)), grid, importance).sum()
+    found = weighted_error(rows, search_params(rows, grid, importance), grid, importance).sum()
     assert found < 0.75 * plain
 
 
 def test_chunks_of_the_search_are_put_together_in_order():
-    grid, rows, importance = Grid(4, 64, True), gaussian(5000, 64), np.ones(64, np.float32)
-    found = search_steps(rows, grid, importance)
-    one = search_steps(rows[4321:4322], grid, importance)
+    grid, rows, importance = QuantScheme(4, 64, True), gaussian(5000, 64), np.ones(64, np.float32)
+    found = search_params(rows, grid, importance)
+    one = search_params(rows[4321:4322], grid, importance)
     np.testing.assert_array_equal(found.scales[4321:4322], one.scales)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_without_correlation_gptq_rounds_to_nearest(grid):
     rows = gaussian(24, 160 if grid.group_size == 16 else 192)
-    steps = half(span(rows, grid))
+    steps = half(minmax_params(rows, grid))
     hessian = torch.eye(rows.shape[1]) * 3
-    codes = round_with_hessian(rows, hessian, steps, grid)
-    np.testing.assert_array_equal(codes, nearest_codes(rows, steps, grid))
+    codes = quantize_gptq(rows, hessian, steps, grid)
+    np.testing.assert_array_equal(codes, quantize(rows, steps, grid))
     assert (hessian == torch.eye(rows.shape[1]) * 3).all()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("columns", [64, 192])  # less than one batch of columns, and more
 def test_gptq_halves_the_outputs_error_on_correlated_inputs(columns, symmetric):
-    grid, rows, inputs = Grid(4, 32, symmetric), gaussian(48, columns), correlated_inputs(columns)
-    steps = half(span(rows, grid))
-    plain = restore(nearest_codes(rows, steps, grid), steps, grid)
-    codes = round_with_hessian(rows, torch.from_numpy(inputs.T @ inputs), steps, grid)
-    assert output_error(rows, restore(codes, steps, grid), inputs) < 0.5 * output_error(rows, plain, inputs)
+    grid, rows, inputs = QuantScheme(4, 32, symmetric), gaussian(48, columns), correlated_inputs(columns)
+    steps = half(minmax_params(rows, grid))
+    plain = dequantize(quantize(rows, steps, grid), steps, grid)
+    codes = quantize_gptq(rows, torch.from_numpy(inputs.T @ inputs), steps, grid)
+    assert output_error(rows, dequantize(codes, steps, grid), inputs) < 0.5 * output_error(rows, plain, inputs)
 
 
 def test_gptq_takes_inputs_that_are_fewer_than_columns_or_always_zero():
-    grid, rows = Grid(4, 32, True), gaussian(16, 64)
+    grid, rows = QuantScheme(4, 32, True), gaussian(16, 64)
     inputs = gaussian(10, 64)
     inputs[:, 5:9] = 0
-    steps = half(span(rows, grid))
-    codes = round_with_hessian(rows, torch.from_numpy(inputs.T @ inputs), steps, grid)
-    error = output_error(rows, restore(codes, steps, grid), inputs)
-    assert error < output_error(rows, restore(nearest_codes(rows, steps, grid), steps, grid), inputs)
-    silent = round_with_hessian(rows, torch.zeros(64, 64), steps, grid)
-    np.testing.assert_array_equal(silent, nearest_codes(rows, steps, grid))
+    steps = half(minmax_params(rows, grid))
+    codes = quantize_gptq(rows, torch.from_numpy(inputs.T @ inputs), steps, grid)
+    error = output_error(rows, dequantize(codes, steps, grid), inputs)
+    assert error < output_error(rows, dequantize(quantize(rows, steps, grid), steps, grid), inputs)
+    silent = quantize_gptq(rows, torch.zeros(64, 64), steps, grid)
+    np.testing.assert_array_equal(silent, quantize(rows, steps, grid))
 
 
 def test_gptq_refuses_inputs_that_are_no_numbers():
-    grid, rows = Grid(4, 32, True), gaussian(4, 32)
+    grid, rows = QuantScheme(4, 32, True), gaussian(4, 32)
     with pytest.raises(ExportError, match="computes values that are not numbers"):
-        round_with_hessian(rows, torch.full((32, 32), torch.nan), span(rows, grid), grid)
+        quantize_gptq(rows, torch.full((32, 32), torch.nan), minmax_params(rows, grid), grid)
 
 
 def test_windows_come_from_all_texts_in_turn_and_have_one_length(monkeypatch):
@@ -156,28 +159,28 @@ def calibrate(folder, scratch, plan, windows=WINDOWS):
     scratch.mkdir()
     (scratch / "tables").mkdir()
     checkpoint = open_checkpoint(locate(str(folder), progress=NoProgress()), scratch, progress=NoProgress())
-    tables = RoundedTables(scratch / "tables")
-    round_layers(checkpoint, plan, windows, tables, Uncounted())
+    tables = QuantizedTensorStore(scratch / "tables")
+    quantize_layers(checkpoint, plan, windows, tables, Uncounted())
     return checkpoint, tables
 
 
 def restored(tables, name):
-    rounded, grid = tables.read(name), tables.grids[name]
+    rounded, grid = tables.read(name), tables.schemes[name]
     zeros = np.full_like(rounded.scales, grid.middle)
     if rounded.zero_points is not None:
         zeros = unpack(rounded.zero_points, grid.bits)[:, : zeros.shape[1]].astype(np.float32)
-    return restore(unpack(rounded.codes, grid.bits), Steps(rounded.scales, zeros), grid)
+    return dequantize(unpack(rounded.qweight, grid.bits), QuantParams(rounded.scales, zeros), grid)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it_give(kind, tmp_path):
     """The whole model in transformers, earlier layers rounded, gives the second layer's inputs: the same codes."""
     folder = MODELS[kind](tmp_path / "model")
-    plan = Plan("gptq", 4, 16, symmetric=False)
+    plan = QuantPlan("gptq", 4, 16, symmetric=False)
     checkpoint, tables = calibrate(folder, tmp_path / "scratch", plan)
     model = load_model(checkpoint, "float32")
-    state = {name: parameter for name, parameter in model.named_parameters() if name in tables.grids}
-    assert state.keys() == tables.grids.keys()
+    state = {name: parameter for name, parameter in model.named_parameters() if name in tables.schemes}
+    assert state.keys() == tables.schemes.keys()
     last = [name for name in state if f"{checkpoint.family.layer_prefix}1." in name]
     assert 2 * len(last) == len(state)
     exact = {name: state[name].detach().numpy().copy() for name in last}
@@ -195,9 +198,9 @@ def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it
     for name in last:
         inputs = torch.cat(seen[name])
         hessian = inputs.T @ inputs / len(inputs)
-        steps = search_steps(exact[name], plan.grid(len(hessian)), hessian.diagonal().numpy().copy())
-        codes = round_with_hessian(exact[name], hessian, steps, plan.grid(len(hessian)))
-        same = (codes == unpack(tables.read(name).codes, 4)).mean()
+        steps = search_params(exact[name], plan.scheme(len(hessian)), hessian.diagonal().numpy().copy())
+        codes = quantize_gptq(exact[name], hessian, steps, plan.scheme(len(hessian)))
+        same = (codes == unpack(tables.read(name).qweight, 4)).mean()
         assert same > 0.995, name  # sums in another order turn a code here and there
 
 
@@ -205,7 +208,7 @@ def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it
 def test_two_calibrations_give_the_same_bytes(method, tmp_path):
     folder = make_mistral(tmp_path / "model")
     for name in ("first", "second"):
-        calibrate(folder, tmp_path / name, Plan(method, 4, 16, symmetric=True))
+        calibrate(folder, tmp_path / name, QuantPlan(method, 4, 16, symmetric=True))
     files = sorted((tmp_path / "first" / "tables").iterdir())
     assert len(files) == 2 * 14  # codes and scales
     for file in files:

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from normistral.artifact.manifest import Architecture
 from normistral.errors import ExportError, first_line
-from normistral.export.checkpoint.open import Checkpoint
+from normistral.export.job import ExportJob
 from normistral.export.openvino_weights import replace_weights
-from normistral.export.quantize.rtn import round_rest
-from normistral.export.quantize.scheme import Grid
-from normistral.export.quantize.tensor_store import RoundedTables
+from normistral.export.quantize.rtn import quantize_remaining
+from normistral.export.quantize.scheme import QuantScheme
+from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.export.recipe import Recipe
-from normistral.export.reference.model import Reference, compute_reference, fits_for_running, load_model, load_reference
-from normistral.export.staging import Staging, require_free_disk
+from normistral.export.reference.model import load_model
+from normistral.export.staging import require_free_disk
 from normistral.export.tools import with_plain_partials
-from normistral.progress import Progress, Stage
+from normistral.progress import Stage
 
 if TYPE_CHECKING:
     import openvino
@@ -39,48 +39,35 @@ IR_NAME = "openvino_model.xml"
 _TASK = "text-generation-with-past"
 
 
-def write_model(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    group_size: int | None,
-    staging: Staging,
-    token_ids: list[int],
-    tables: RoundedTables | None,
-    progress: Progress,
-) -> Reference | None:
-    """Write the IR; torch and its memory-mapped weights are let go of on return.
+def write_model(job: ExportJob, quantized: QuantizedTensorStore | None) -> None:
+    """Write the IR; torch and its memory-mapped weights are released on return.
 
     Args:
-        tables: matrices that are rounded already.
-
-    Returns:
-        what the model itself computes for `token_ids`, or None when it is too large to run.
+        quantized: matrices that a calibration has quantized already.
     """
-    reference = None
-    if fits_for_running(checkpoint.architecture):
-        with progress.stage("running the model for comparison"):
-            reference = compute_reference(load_reference(checkpoint), token_ids)
+    checkpoint, recipe, staging, progress = job.checkpoint, job.recipe, job.staging, job.progress
     with progress.stage("loading the model"):
         model = load_model(checkpoint, checkpoint.dtype)
     if recipe.weights == "fp16":
         with progress.stage("rounding to float16"):
-            round_to_float16(model, staging.workspace / "float16")
+            cast_to_float16(model, staging.workspace / "float16")
     with progress.stage("converting to OpenVINO"):
         graph = convert(model)
     if recipe.weights != "fp16":
         with progress.stage(f"compressing to {recipe.weights}") as compressing:
-            graph = compress(graph, recipe, group_size, compressing)
-            if recipe.weights == "int8" and group_size is not None:
-                tables = RoundedTables.make(staging.workspace) if tables is None else tables
-                round_rest(checkpoint, Grid(8, group_size, recipe.is_symmetric, float16_scales=True), tables)
-            if tables is not None:
-                replace_weights(graph, tables)
+            graph = compress(graph, recipe, job.group_size, compressing)
+            if recipe.weights == "int8" and job.group_size is not None:
+                quantized = QuantizedTensorStore.make(staging.workspace) if quantized is None else quantized
+                quantize_remaining(
+                    checkpoint, QuantScheme(8, job.group_size, recipe.is_symmetric, float16_scales=True), quantized
+                )
+            if quantized is not None:
+                replace_weights(graph, quantized)
     with progress.stage("saving"):
         save(graph, staging.artifact, recipe)
-    return reference
 
 
-def round_to_float16(model: PreTrainedModel, file: Path) -> None:
+def cast_to_float16(model: PreTrainedModel, file: Path) -> None:
     """Replace the matrices of `model` by their float16 rounding, kept in a memory-mapped `file`.
 
     Takes 2 bytes of disk per weight and next to no memory. Vectors (norms) stay as they are.
@@ -155,12 +142,12 @@ def compress(graph: openvino.Model, recipe: Recipe, group_size: int | None, stag
 
     modes = nncf.CompressWeightsMode
     backups = {"int8_asym": nncf.BackupMode.INT8_ASYM, "int8_sym": nncf.BackupMode.INT8_SYM, "fp": nncf.BackupMode.NONE}
-    grid = "SYM" if recipe.is_symmetric else "ASYM"
+    scheme = "SYM" if recipe.is_symmetric else "ASYM"
     try:
         with _report_nncf(stage):
             if recipe.weights == "int8" and not recipe.has_groups:
-                return nncf.compress_weights(graph, mode=modes[f"INT8_{grid}"])
-            four_bits: dict[str, Any] = {"mode": modes[f"INT4_{grid}"], "group_size": group_size}
+                return nncf.compress_weights(graph, mode=modes[f"INT8_{scheme}"])
+            four_bits: dict[str, Any] = {"mode": modes[f"INT4_{scheme}"], "group_size": group_size}
             if recipe.weights == "int8":
                 return nncf.compress_weights(graph, all_layers=True, **four_bits)
             four_bits["ratio"] = 1.0 if recipe.is_mixed else recipe.ratio

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ExportError
-from normistral.export.quantize.scheme import Grid, Rounded, unpack
-from normistral.export.quantize.tensor_store import RoundedTables
+from normistral.export.quantize.scheme import QuantizedTensor, QuantScheme, unpack
+from normistral.export.quantize.tensor_store import QuantizedTensorStore
 
 if TYPE_CHECKING:
     import openvino
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 _MATRIX = re.compile(r"self\.(.+)\.(?:weight|_openvino_orig_weight)(/scale|/zero_point|/zero_point/subtract)?")
 
 
-def replace_weights(graph: openvino.Model, tables: RoundedTables) -> None:
-    """Exchange the constants of every matrix in `tables`, one by one: the graph takes no more memory than it ends with.
+def replace_weights(graph: openvino.Model, quantized: QuantizedTensorStore) -> None:
+    """Replace the constants of every matrix in `quantized`, one by one, so that memory never exceeds the final graph's.
 
     Raises:
-        ExportError: the graph holds a matrix in another way than `tables` does, or not at all.
+        ExportError: the graph holds a matrix in another way than `quantized` does, or not at all.
     """
-    expected = {(name, part) for name, grid in tables.grids.items() for part in _parts(grid)}
+    expected = {(name, part) for name, scheme in quantized.schemes.items() for part in _parts(scheme)}
     for node in graph.get_ops():
         match = _MATRIX.fullmatch(node.get_friendly_name())
-        if match is None or f"{match[1]}.weight" not in tables.grids:
+        if match is None or f"{match[1]}.weight" not in quantized.schemes:
             continue
         name, part = f"{match[1]}.weight", match[2] or ""
-        grid = tables.grids[name]
+        scheme = quantized.schemes[name]
         if part == "/zero_point/subtract":
-            if grid.symmetric:
+            if scheme.symmetric:
                 node.output(0).replace(node.input_value(0))
         elif (name, part) in expected:
             expected.remove((name, part))
-            _replace(node, _values(tables.read(name), grid, part), _type(grid, part))
-        elif grid.bits == 4:
+            _replace(node, _values(quantized.read(name), scheme, part), _type(scheme, part))
+        elif scheme.bits == 4:
             raise ExportError(f"NNCF's graph holds {name}{part}, which was not rounded for it")
     if expected:
         name, part = min(expected)
@@ -49,29 +49,29 @@ def replace_weights(graph: openvino.Model, tables: RoundedTables) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def _parts(grid: Grid) -> tuple[str, ...]:
-    return ("", "/scale") if grid.symmetric else ("", "/scale", "/zero_point")
+def _parts(scheme: QuantScheme) -> tuple[str, ...]:
+    return ("", "/scale") if scheme.symmetric else ("", "/scale", "/zero_point")
 
 
-def _type(grid: Grid, part: str) -> str:
+def _type(scheme: QuantScheme, part: str) -> str:
     """OpenVINO's name of a constant's type."""
-    return "f16" if part == "/scale" else f"{'i' if grid.symmetric else 'u'}{grid.bits}"
+    return "f16" if part == "/scale" else f"{'i' if scheme.symmetric else 'u'}{scheme.bits}"
 
 
-def _values(rounded: Rounded, grid: Grid, part: str) -> NDArray[Any]:
+def _values(rounded: QuantizedTensor, scheme: QuantScheme, part: str) -> NDArray[Any]:
     """The bytes of one constant."""
     if part == "/scale":
         return rounded.scales.astype(np.float16)  # they are float16 values: search_steps made them so
     if part == "/zero_point":
         assert rounded.zero_points is not None
-        zeros = unpack(rounded.zero_points, grid.bits)[:, : rounded.scales.shape[1]]
-        if grid.bits == 8:
+        zeros = unpack(rounded.zero_points, scheme.bits)[:, : rounded.scales.shape[1]]
+        if scheme.bits == 8:
             return np.ascontiguousarray(zeros)
         flat = np.append(zeros.reshape(-1), np.zeros(zeros.size % 2, np.uint8))  # rows share bytes here
         return np.asarray(flat[0::2] | (flat[1::2] << np.uint8(4)))
-    if not grid.symmetric:
-        return rounded.codes
-    return rounded.codes ^ np.uint8(0x88 if grid.bits == 4 else 0x80)  # code - middle, in two's complement
+    if not scheme.symmetric:
+        return rounded.qweight
+    return rounded.qweight ^ np.uint8(0x88 if scheme.bits == 4 else 0x80)  # code - middle, in two's complement
 
 
 def _replace(node: Any, values: NDArray[Any], kind_name: str) -> None:

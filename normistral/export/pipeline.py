@@ -1,8 +1,8 @@
-"""An export as a story: locate → open → companions → model → hash → verify → manifest → move into place.
+"""Export pipeline: locate → open → auxiliary files → calibrate → model → hash → verify → manifest → move into place.
 
 Tokenizer and template are opened, compared with transformers and written before the first weight is read.
 
-Each step lives in a file of its own; this one only puts them in order.
+Each stage has a file of its own; this one puts them in order.
 """
 
 from __future__ import annotations
@@ -26,40 +26,43 @@ from normistral.errors import ExportError, ResourceError
 from normistral.export import openvino
 from normistral.export.checkpoint.chat_templates import read_template_file
 from normistral.export.checkpoint.locate import locate
-from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
+from normistral.export.checkpoint.open import hash_sources, open_checkpoint
 from normistral.export.checkpoint.values import read_magnitudes
-from normistral.export.openvino import save_tokenizer_ir, tokenizer_ir_differs
+from normistral.export.job import ExportJob
 from normistral.export.quantize.float16_range import require_range
 from normistral.export.quantize.plan import (
     SENSITIVITY_TOKENS,
-    Plan,
+    QuantPlan,
     calibration_sha256,
     calibration_windows,
     choose_plan,
     list_by_kind,
 )
-from normistral.export.quantize.tensor_store import RoundedTables
+from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.export.recipe import (
-    Recipe,
-    choose_context,
-    choose_group_size,
     choose_recipe,
     describe_choices,
     inner_weights,
     record_recipe,
 )
-from normistral.export.reference.model import PROBE_TEXT, Reference
+from normistral.export.reference.model import (
+    PROBE_TEXT,
+    ReferenceLogits,
+    compute_reference,
+    fits_for_running,
+    load_reference,
+)
 from normistral.export.resources import (
     MemoryMeter,
     check_resources,
     check_tools_memory,
     estimate_calibration_s,
     estimate_needs,
-    measure_products,
+    measure_matmul,
 )
-from normistral.export.staging import Staging, check_output, stage
+from normistral.export.staging import check_output, stage
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
-from normistral.export.verify.artifact import Proving, choose_proving, prove
+from normistral.export.verify.artifact import VerificationOptions, choose_verification, record_verification
 from normistral.export.verify.positions import check_rotary_buffers
 from normistral.hardware import plan_threads, read_machine
 from normistral.progress import NoProgress, Progress
@@ -112,7 +115,7 @@ def export_model(
     output = default_output(model, weights, format) if output is None else Path(output)
     progress = NoProgress() if progress is None else progress
     check_output(output, force=force)
-    proving = choose_proving(output, verify=verify, keep_failed=keep_failed)
+    options = choose_verification(output, verify=verify, keep_failed=keep_failed)
     template = None if chat_template is None else read_template_file(Path(chat_template))
     silence_telemetry()
     with MemoryMeter() as meter, _translate_system_errors():
@@ -129,7 +132,8 @@ def export_model(
                 chat_template=template,
                 ignore_fields=ignore_fields,
             )
-            manifest = _make_artifact(checkpoint, choice, staging, output, proving, progress)
+            job = ExportJob.settle(checkpoint, choice, staging, progress)
+            manifest = _make_artifact(job, output, options)
     took, size = _in_words(time.perf_counter() - started), manifest.total_bytes
     written = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
     peak = "" if meter.peak_bytes is None else f", peak memory {meter.peak_bytes / 2**30:.1f} GiB"
@@ -137,38 +141,30 @@ def export_model(
     return manifest
 
 
-def _make_artifact(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    staging: Staging,
-    output: Path,
-    proving: Proving,
-    progress: Progress,
-) -> Manifest:
-    """Fill `staging.artifact`, manifest last."""
-    group_size = choose_group_size(checkpoint.architecture, recipe)
-    context = choose_context(checkpoint.architecture, checkpoint.context_length, recipe)
-    needs, if_fast = estimate_needs(checkpoint.architecture, recipe, group_size), None
-    if recipe.rounding != "fast" and not recipe.is_mixed:
-        if_fast = estimate_needs(checkpoint.architecture, replace(recipe, recipe="fast"), group_size)
-    check_resources(output, needs, if_fast)
-    made = [*describe_choices(checkpoint.architecture, checkpoint.context_length, recipe, group_size, context)]
-    made_plain, *made_special = made
-    logger.info(made_plain)
-    for note in made_special:
+def _make_artifact(job: ExportJob, output: Path, options: VerificationOptions) -> Manifest:
+    """Fill `job.staging.artifact`, manifest last."""
+    checkpoint, recipe, progress, artifact = job.checkpoint, job.recipe, job.progress, job.staging.artifact
+    _require_resources(job, output)
+    choices = [
+        *describe_choices(
+            checkpoint.architecture, checkpoint.context_length, recipe, job.group_size, job.context_length
+        )
+    ]
+    logger.info(choices[0])
+    for note in choices[1:]:
         progress.note(note)
 
     with progress.stage("writing tokenizer and configuration"):
-        found = _write_companions(checkpoint, recipe, context, staging.artifact)
-    token_ids = list(checkpoint.tokenizer(PROBE_TEXT)["input_ids"])[:context]
+        found = _write_auxiliary_files(job)
     check_rotary_buffers(checkpoint)
-    with _beside(partial(hash_sources, checkpoint)) as hashed:
+    with _in_background(partial(hash_sources, checkpoint)) as hashed:
         with progress.stage("reading the weights", checkpoint.weight_bytes, "bytes") as reading:
             require_range(read_magnitudes(checkpoint, reading.advance), checkpoint, recipe)
-        tables, record = _calibrate(checkpoint, recipe, group_size, context, staging, progress)
-        reference = _write_model(checkpoint, recipe, group_size, context, staging, token_ids, tables, progress)
-        with progress.stage("hashing", total=folder_bytes(staging.artifact), unit="bytes") as hashing:
-            files = hash_files(staging.artifact, hashing.advance)
+        quantized, record = _calibrate(job)
+        reference = _run_reference(job)
+        _write_model(job, quantized)
+        with progress.stage("hashing", total=folder_bytes(artifact), unit="bytes") as hashing:
+            files = hash_files(artifact, hashing.advance)
         source = hashed.result()
     manifest = Manifest(
         format=recipe.format,
@@ -176,7 +172,7 @@ def _make_artifact(
         source=source,
         role=checkpoint.role,
         architecture=checkpoint.architecture,
-        context_length=context,
+        context_length=job.context_length,
         recipe=record,
         stop_token_ids=checkpoint.stop_token_ids,
         bos_token_id=checkpoint.bos_token_id,
@@ -188,108 +184,106 @@ def _make_artifact(
         reasoning=checkpoint.reasoning,
         ignored_fields=checkpoint.ignored_fields,
         added_tokens=checkpoint.added_tokens,
-        notes=(*checkpoint.notes, *made, *found),
+        notes=(*checkpoint.notes, *choices, *found),
     )
     for note in found:
         progress.note(note)
-    manifest = prove(manifest, checkpoint, token_ids, reference, staging, proving, progress)
-    write_manifest(staging.artifact, manifest)
+    manifest = record_verification(job, manifest, reference, options)
+    write_manifest(artifact, manifest)
     return manifest
 
 
-def _calibrate(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    group_size: int | None,
-    context: int,
-    staging: Staging,
-    progress: Progress,
-) -> tuple[RoundedTables | None, RecipeRecord]:
-    """Round the layers' matrices with our texts, into the workspace; None for a recipe that needs none.
+def _require_resources(job: ExportJob, output: Path) -> None:
+    architecture, recipe = job.checkpoint.architecture, job.recipe
+    if_fast = None
+    if recipe.recipe_name != "fast" and not recipe.is_mixed:
+        if_fast = estimate_needs(architecture, replace(recipe, recipe="fast"), job.group_size)
+    check_resources(output, estimate_needs(architecture, recipe, job.group_size), if_fast)
+
+
+def _calibrate(job: ExportJob) -> tuple[QuantizedTensorStore | None, RecipeRecord]:
+    """Quantize the layers' matrices with calibration texts, into the workspace.
 
     Returns:
-        them, and what the manifest says of it.
+        the matrices, None for a recipe that needs no calibration; and the recipe for the manifest.
     """
-    record = record_recipe(recipe, group_size)
-    plan = choose_plan(recipe, group_size)
+    checkpoint, progress = job.checkpoint, job.progress
+    record = record_recipe(job.recipe, job.group_size)
+    plan = choose_plan(job.recipe, job.group_size)
     if plan is None:
         return None, record
-    from normistral.export.quantize.calibrate import fast_products, round_layers
+    from normistral.export.quantize.calibrate import fast_matmul, quantize_layers
 
-    windows = calibration_windows(lambda text: list(checkpoint.tokenizer(text)["input_ids"]), context)
-    tables = RoundedTables.make(staging.workspace)
+    windows = calibration_windows(lambda text: list(checkpoint.tokenizer(text)["input_ids"]), job.context_length)
+    quantized = QuantizedTensorStore.make(job.staging.workspace)
     cores = plan_threads(read_machine())
-    with fast_products():
-        seconds = estimate_calibration_s(checkpoint.architecture, plan, cores, measure_products(cores))
+    with fast_matmul():
+        seconds = estimate_calibration_s(checkpoint.architecture, plan, cores, measure_matmul(cores))
     progress.note(
-        f"the recipe {recipe.rounding} tries its rounding on sample texts: very roughly {_in_words(seconds)} on this "
-        "machine; --recipe fast goes without"
+        f"the recipe {job.recipe.recipe_name} tries its rounding on sample texts: very roughly {_in_words(seconds)} on "
+        "this machine; --recipe fast goes without"
     )
     tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
-    with fast_products():
-        finer = _choose_finer(checkpoint, plan, windows, progress) if recipe.is_mixed else frozenset()
-        with progress.stage(f"rounding on sample texts ({tokens:,} tokens)", weights, "weights") as rounding:
-            round_layers(checkpoint, plan, windows, tables, rounding, finer)
-    return tables, replace(
+    with fast_matmul():
+        in_int8 = _select_int8(job, plan, windows) if job.recipe.is_mixed else frozenset()
+        with progress.stage(f"rounding on sample texts ({tokens:,} tokens)", weights, "weights") as stage:
+            quantize_layers(checkpoint, plan, windows, quantized, stage, in_int8)
+    return quantized, replace(
         record,
         calibration_sha256=calibration_sha256(),
         calibration_tokens=tokens,
-        eight_bits=list_by_kind(finer, checkpoint.family.layer_prefix) if recipe.is_mixed else None,
+        eight_bits=list_by_kind(in_int8, checkpoint.family.layer_prefix) if job.recipe.is_mixed else None,
     )
 
 
-def _choose_finer(checkpoint: Checkpoint, plan: Plan, windows: list[list[int]], progress: Progress) -> frozenset[str]:
-    """The matrices that take 8 bits."""
-    from normistral.export.quantize.sensitivity import choose_finer, measure_sensitivity
+def _select_int8(job: ExportJob, plan: QuantPlan, windows: list[list[int]]) -> frozenset[str]:
+    """Names of the matrices that take 8 bits in a mixed-precision recipe."""
+    from normistral.export.quantize.sensitivity import measure_sensitivity, select_int8
 
     some = windows[: max(1, SENSITIVITY_TOKENS // len(windows[0]))]
-    tokens, passes = sum(map(len, some)), 2 * checkpoint.architecture.layers
-    with progress.stage(f"finding which weights need 8 bits, on {tokens:,} tokens", passes, "layers") as measuring:
-        return choose_finer(measure_sensitivity(checkpoint, plan, some, measuring), plan.ratio)
+    tokens, passes = sum(map(len, some)), 2 * job.checkpoint.architecture.layers
+    with job.progress.stage(f"finding which weights need 8 bits, on {tokens:,} tokens", passes, "layers") as stage:
+        return select_int8(measure_sensitivity(job.checkpoint, plan, some, stage), plan.ratio)
 
 
-def _write_model(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    group_size: int | None,
-    context: int,
-    staging: Staging,
-    token_ids: list[int],
-    tables: RoundedTables | None,
-    progress: Progress,
-) -> Reference | None:
-    """Write graph and weights.
+def _run_reference(job: ExportJob) -> ReferenceLogits | None:
+    """The model's own logits for the probe text, or None when it is too large to run beside the export."""
+    if not fits_for_running(job.checkpoint.architecture):
+        return None
+    with job.progress.stage("running the model for comparison"):
+        return compute_reference(load_reference(job.checkpoint), job.probe_ids)
 
-    Args:
-        tables: matrices that are rounded already.
 
-    Returns:
-        what the model itself computes for `token_ids`, or None when it is too large to run.
-    """
-    if recipe.format == "onnx":
+def _write_model(job: ExportJob, quantized: QuantizedTensorStore | None) -> None:
+    """Write graph and weights; `quantized` has the matrices that a calibration has quantized already."""
+    if job.recipe.format == "onnx":
         from normistral.export.onnx import artifact
 
-        return artifact.write_model(checkpoint, recipe, group_size, context, staging, token_ids, tables, progress)
-    return openvino.write_model(checkpoint, recipe, group_size, staging, token_ids, tables, progress)
+        artifact.write_model(job, quantized)
+    else:
+        openvino.write_model(job, quantized)
 
 
-def _write_companions(checkpoint: Checkpoint, recipe: Recipe, context: int, folder: Path) -> list[str]:
-    """Write tokenizer and configuration. Returns notes."""
-    copy_companions(checkpoint, folder)
-    if recipe.format == "onnx":
+def _write_auxiliary_files(job: ExportJob) -> list[str]:
+    """Write configuration and tokenizer beside the weights. Returns notes."""
+    checkpoint, folder = job.checkpoint, job.staging.artifact
+    configurations = [checkpoint.folder / "config.json", checkpoint.folder / "generation_config.json"]
+    for file in (*configurations, *checkpoint.tokenizer_files):
+        shutil.copyfile(file, folder / file.name)  # follows links
+    if job.recipe.format == "onnx":
         from normistral.export.onnx.genai import write_genai_config
 
-        write_genai_config(checkpoint, recipe, context, folder)
+        write_genai_config(job)
         return []
     template = None if checkpoint.template is None else checkpoint.template.text
-    save_tokenizer_ir(checkpoint.tokenizer, folder, template)
-    if tokenizer_ir_differs(checkpoint.tokenizer, folder, PROBE_TEXT):
+    openvino.save_tokenizer_ir(checkpoint.tokenizer, folder, template)
+    if openvino.tokenizer_ir_differs(checkpoint.tokenizer, folder, PROBE_TEXT):
         return ["the OpenVINO tokenizer splits text differently than the checkpoint's; this package's own does not"]
     return []
 
 
 @contextmanager
-def _beside(work: Callable[[Callable[[int], None]], Source]) -> Iterator[Future[Source]]:
+def _in_background(work: Callable[[Callable[[int], None]], Source]) -> Iterator[Future[Source]]:
     """Run `work` in a thread while the block runs; it is stopped, at its next report of bytes, when the block ends."""
     stopping = threading.Event()
 
@@ -318,13 +312,6 @@ def _translate_system_errors() -> Iterator[None]:
     except OSError as exc:
         where = f"{exc.filename}: " if exc.filename else ""
         raise ExportError(f"{where}{exc.strerror or exc}", "see that the disk is there and may be written") from exc
-
-
-def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """config.json and generation_config.json as they were checked, the tokenizer's files byte for byte."""
-    configurations = [checkpoint.folder / "config.json", checkpoint.folder / "generation_config.json"]
-    for file in (*configurations, *checkpoint.tokenizer_files):
-        shutil.copyfile(file, folder / file.name)  # follows links
 
 
 def folder_bytes(folder: Path) -> int:

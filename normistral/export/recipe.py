@@ -83,7 +83,7 @@ class Recipe:
         """Raises UsageError for a value out of range, or for one that this format would ignore."""
         _require_one_of("format", self.format, tuple(_WEIGHTS))
         _require_one_of("weights", self.weights, _WEIGHTS["onnx"])
-        _require_one_of("recipe", self.rounding, ("fast", "balanced", "best"))
+        _require_one_of("recipe", self.recipe_name, ("fast", "balanced", "best"))
         _require_one_of("group_size", self.group_size, (None, *GROUP_SIZES, PER_CHANNEL))
         _require_one_of("symmetric", self.symmetric, (None, True, False))
         _require_one_of("backup", self.backup, ("int8_asym", "int8_sym", "fp"))
@@ -128,7 +128,7 @@ class Recipe:
                 f"a plain graph has no {self.weights} weights: onnxruntime's operators for them make it a fused one",
                 "use --graph fused, or fp16 or fp32 weights",
             )
-        if self.ratio != 1.0 and self.rounding == "fast" and self.format == "onnx":
+        if self.ratio != 1.0 and self.recipe_name == "fast" and self.format == "onnx":
             raise UsageError(
                 f"the recipe fast rounds all layers alike in ONNX, so a ratio of {self.ratio:g} is not possible",
                 "leave the ratio out, or use the recipe balanced or best",
@@ -152,14 +152,14 @@ class Recipe:
         return self.graph or ("fused" if self.weights in ("int4", "int8") else "plain")
 
     @property
-    def rounding(self) -> RecipeName:
+    def recipe_name(self) -> RecipeName:
         """`recipe`, or what None takes."""
         return self.recipe or ("best" if self.weights == "int4" else "fast")
 
     @property
     def is_symmetric(self) -> bool:
         """`symmetric`, or what None takes."""
-        return not (self.rounding == "best" and self.weights == "int4") if self.symmetric is None else self.symmetric
+        return not (self.recipe_name == "best" and self.weights == "int4") if self.symmetric is None else self.symmetric
 
     @property
     def has_groups(self) -> bool:
@@ -171,7 +171,7 @@ class Recipe:
     @property
     def is_mixed(self) -> bool:
         """Whether a calibration chooses which matrices take 8 bits."""
-        return self.ratio != 1.0 and self.rounding != "fast"
+        return self.ratio != 1.0 and self.recipe_name != "fast"
 
 
 def choose_recipe(format: str, weights: str, options: dict[str, Any]) -> Recipe:
@@ -268,7 +268,7 @@ def describe_recipe(recipe: Recipe, group_size: int | None) -> str:
         return recipe.weights + graph
     grid = "symmetric" if recipe.is_symmetric else "asymmetric"
     groups = "per channel" if group_size in (None, PER_CHANNEL) else f"group {group_size}"
-    named = "" if recipe.rounding == "fast" else f", recipe {recipe.rounding}"
+    named = "" if recipe.recipe_name == "fast" else f", recipe {recipe.recipe_name}"
     if recipe.weights == "int8":
         return f"int8 {grid}, {groups}{named}{graph}"
     mixed = "" if recipe.ratio == 1.0 else f", {recipe.ratio:.0%} of the layers"
@@ -289,7 +289,7 @@ def record_recipe(recipe: Recipe, group_size: int | None) -> RecipeRecord:
         backup=recipe.backup if "backup" in meant else None,
         output_layer_bits=recipe.output_layer_bits if "output_layer_bits" in meant else None,
         graph=recipe.graph_kind,
-        recipe=recipe.rounding if "recipe" in meant else None,
+        recipe=recipe.recipe_name if "recipe" in meant else None,
     )
 
 
@@ -311,9 +311,9 @@ def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size
     inner = inner_weights(architecture)
     in_four_bits = recipe.ratio * inner + (table if recipe.output_layer_bits == 4 else 0)
     four_bits = _bytes_per_weight(recipe, 4, recipe.is_symmetric, width)
-    finer = _bytes_per_weight(recipe, 8, True, width) if recipe.is_mixed else backup
+    in_int8 = _bytes_per_weight(recipe, 8, True, width) if recipe.is_mixed else backup
     others = architecture.parameters - in_four_bits - (1 - recipe.ratio) * inner
-    return int(four_bits * in_four_bits + finer * (1 - recipe.ratio) * inner + backup * others)
+    return int(four_bits * in_four_bits + in_int8 * (1 - recipe.ratio) * inner + backup * others)
 
 
 def estimate_inner_bytes(architecture: Architecture, recipe: Recipe, group_size: int | None) -> int:
@@ -321,9 +321,9 @@ def estimate_inner_bytes(architecture: Architecture, recipe: Recipe, group_size:
     narrowest = min(input_widths(architecture))
     width = narrowest if group_size in (None, PER_CHANNEL) else group_size
     assert width is not None
-    finer = _bytes_per_weight(recipe, 8, True, width)
+    in_int8 = _bytes_per_weight(recipe, 8, True, width)
     bits = 4 if recipe.weights == "int4" else 8
-    each = recipe.ratio * _bytes_per_weight(recipe, bits, recipe.is_symmetric, width) + (1 - recipe.ratio) * finer
+    each = recipe.ratio * _bytes_per_weight(recipe, bits, recipe.is_symmetric, width) + (1 - recipe.ratio) * in_int8
     return int(each * inner_weights(architecture))
 
 

@@ -14,7 +14,13 @@ from types import TracebackType
 
 from normistral.artifact.manifest import Architecture, Manifest
 from normistral.errors import ResourceError
-from normistral.export.quantize.plan import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, WINDOW_TOKENS, Plan, choose_plan
+from normistral.export.quantize.plan import (
+    CALIBRATION_TOKENS,
+    SENSITIVITY_TOKENS,
+    WINDOW_TOKENS,
+    QuantPlan,
+    choose_plan,
+)
 from normistral.export.recipe import Recipe, estimate_inner_bytes, estimate_weight_bytes, inner_weights
 from normistral.hardware import available_memory_bytes, free_disk_bytes
 
@@ -31,7 +37,7 @@ _SAMPLES_PER_S = 20
 # Float32 operations a second of one core with AVX512 (EPYC): what a calibration comes to in all, its searches included
 # (demo model: 28 s of two cores; layers of the 7B's widths: 134 s of one core each).
 _CORE_OPERATIONS_PER_S = 110e9
-_REFERENCE_PRODUCTS_PER_S = 237e9  # of `measure_products` there: a slower or busier core takes longer in proportion
+_REFERENCE_PRODUCTS_PER_S = 237e9  # of `measure_matmul` there: a slower or busier core takes longer in proportion
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,7 @@ def estimate_needs(
     return Needs(disk, memory)
 
 
-def estimate_calibration_bytes(architecture: Architecture, plan: Plan) -> int:
+def estimate_calibration_bytes(architecture: Architecture, plan: QuantPlan) -> int:
     """Most memory of a calibration: one layer, all tokens' states, and what GPTQ or the choice of 8 bits needs."""
     hidden, wide = architecture.hidden_size, architecture.feed_forward
     layer = 4 * inner_weights(architecture) // architecture.layers
@@ -104,7 +110,7 @@ def estimate_calibration_bytes(architecture: Architecture, plan: Plan) -> int:
     return max(rounding, waiting + 2 * layer + matrices + window)
 
 
-def measure_products(cores: int) -> float:
+def measure_matmul(cores: int) -> float:
     """Operations a second of one core in products of float32 matrices, now and with what else runs; takes 0.2 s."""
     import torch
 
@@ -118,12 +124,12 @@ def measure_products(cores: int) -> float:
 
 
 def estimate_calibration_s(
-    architecture: Architecture, plan: Plan, cores: int, products_per_s: float = _REFERENCE_PRODUCTS_PER_S
+    architecture: Architecture, plan: QuantPlan, cores: int, products_per_s: float = _REFERENCE_PRODUCTS_PER_S
 ) -> float:
     """Roughly how long a calibration takes, in seconds: two passes, GPTQ's share, and that of the choice of 8 bits.
 
     Args:
-        products_per_s: of one core, as `measure_products` gives it.
+        products_per_s: of one core, as `measure_matmul` gives it.
     """
     hidden, wide = architecture.hidden_size, architecture.feed_forward
     operations = 4.0 * CALIBRATION_TOKENS * inner_weights(architecture)

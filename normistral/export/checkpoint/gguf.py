@@ -25,7 +25,7 @@ from normistral.export.checkpoint.config import sanitise_config
 from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.families.base import Shapes
 from normistral.export.checkpoint.fields import IgnoredFields, check_fields
-from normistral.export.checkpoint.gguf_fields import GGUF_FIELDS, is_of_the_model, known_keys
+from normistral.export.checkpoint.gguf_fields import GGUF_FIELDS, describes_model, known_keys
 from normistral.export.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from normistral.export.checkpoint.gguf_tokenizer import write_tokenizer
 from normistral.hardware import available_memory_bytes
@@ -78,7 +78,7 @@ def convert_gguf(
     gguf = read_gguf(path)
     gguf = replace(gguf, metadata=ignored.take_from(gguf.metadata, GGUF_FIELDS, path.name))
     described = _config(gguf)
-    of_the_model = {name: value for name, value in gguf.metadata.items() if is_of_the_model(name)}
+    of_the_model = {name: value for name, value in gguf.metadata.items() if describes_model(name)}
     check_fields(of_the_model, known_keys(of_the_model), path.name)
     config = sanitise_config(described)
     family = find_family(config)

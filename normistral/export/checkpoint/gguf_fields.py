@@ -118,7 +118,7 @@ GGUF_FIELDS: dict[str, KnownField] = {
 }
 
 
-def is_of_the_model(name: str) -> bool:
+def describes_model(name: str) -> bool:
     """Whether a key says anything about the arithmetic or the tokenizer; others describe the file."""
     return name.startswith((ARCHITECTURE_PREFIX, TOKENIZER_PREFIX)) or name in GGUF_FIELDS
 

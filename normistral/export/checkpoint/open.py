@@ -29,7 +29,7 @@ from normistral.export.checkpoint.gguf import convert_gguf
 from normistral.export.checkpoint.gguf_file import gguf_parts
 from normistral.export.checkpoint.locate import Located
 from normistral.export.checkpoint.tensor import Dtype, Tensor
-from normistral.export.checkpoint.tokenizer_check import prove_template, prove_tokenizer
+from normistral.export.checkpoint.tokenizer_check import verify_template, verify_tokenizer
 from normistral.export.checkpoint.tokenizer_files import TOKENIZER_FILES, lay_out_tokenizer, link_or_copy
 from normistral.export.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from normistral.export.checkpoint.weights import (
@@ -215,11 +215,11 @@ def _open_text(
         _write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
         if sampling.max_new_tokens is None and located.preset is not None:
             sampling = replace(sampling, max_new_tokens=located.preset.max_new_tokens)
-        checks = {"tokenizer_tokens": float(prove_tokenizer(view, tokenizer)), "template_conversations": 0.0}
+        checks = {"tokenizer_tokens": float(verify_tokenizer(view, tokenizer)), "template_conversations": 0.0}
         if template is not None:
             file = None if given is None else given.name
             try_template(template, view, vocabulary.reasoning, file)
-            checks["template_conversations"] = float(prove_template(template, view, vocabulary.reasoning, tokenizer))
+            checks["template_conversations"] = float(verify_template(template, view, vocabulary.reasoning, tokenizer))
     return CheckpointText(
         folder=view,
         family=family,

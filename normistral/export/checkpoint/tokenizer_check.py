@@ -45,7 +45,7 @@ _ODD_TEXTS = (
 )
 
 
-def prove_tokenizer(folder: Path, reference: Any) -> int:
+def verify_tokenizer(folder: Path, reference: Any) -> int:
     """Compare ids and decoded text for our texts, and for every added token of either side in several surroundings.
 
     Where transformers builds its tokenizer from other files than tokenizer.json, every piece of the vocabulary is
@@ -167,7 +167,7 @@ _GIVE_ONE = "correct the checkpoint's chat template, or give one in jinja with -
 CONVERSATIONS: tuple[Conversation, ...] = (_TURNS[:1], _TURNS, [_SYSTEM, *_TURNS[:1]], [_SYSTEM, *_TURNS])
 
 
-def prove_template(template: Template, folder: Path, reasoning: ReasoningMarkers | None, reference: Any) -> int:
+def verify_template(template: Template, folder: Path, reasoning: ReasoningMarkers | None, reference: Any) -> int:
     """Compare some conversations.
 
     Args:
@@ -195,7 +195,7 @@ def prove_template(template: Template, folder: Path, reasoning: ReasoningMarkers
             raise CheckpointError(f"in transformers the chat template fails: {refused}", _GIVE_ONE)
         if text != expected:
             raise CheckpointError(
-                f"the chat template writes another text here than in transformers: {where_they_part(text, expected)}",
+                f"the chat template writes another text here than in transformers: {first_difference(text, expected)}",
                 _GIVE_ONE,
             )
         wanted = list(reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
@@ -208,7 +208,7 @@ def prove_template(template: Template, folder: Path, reasoning: ReasoningMarkers
     return len(CONVERSATIONS)
 
 
-def where_they_part(text: str, expected: str) -> str:
+def first_difference(text: str, expected: str) -> str:
     """A few characters of both, around the first that differs."""
     at = next((i for i, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), None)
     at = min(len(text), len(expected)) if at is None else at

@@ -12,14 +12,14 @@ import numpy as np
 from onnx import TensorProto
 
 from normistral.artifact.manifest import Architecture
-from normistral.export.onnx.graph import MICROSOFT, Graph, Table
-from normistral.export.quantize.scheme import Grid
+from normistral.export.onnx.graph import MICROSOFT, Graph, QuantizedMatrix
+from normistral.export.quantize.scheme import QuantScheme
 
 FAST_LEVEL = 4  # MatMulNBits' accuracy_level: activations rounded to int8 in blocks, products in int8
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
+class WeightSchemes:
     """How matrices are stored; None is as floats.
 
     Attributes:
@@ -27,9 +27,9 @@ class Storage:
         output, embedding: of a tied model they are one matrix, and one choice.
     """
 
-    inner: Grid | None
-    output: Grid | None
-    embedding: Grid | None
+    inner: QuantScheme | None
+    output: QuantScheme | None
+    embedding: QuantScheme | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +72,21 @@ def share_lengths(graph: Graph) -> Lengths:
     return Lengths(last, total, total_1d, tokens, row)
 
 
-def embed(graph: Graph, name: str, grid: Grid | None) -> tuple[Table | None, str]:
+def embed(graph: Graph, name: str, scheme: QuantScheme | None) -> tuple[QuantizedMatrix | None, str]:
     """Rows of the embedding `name` for the token ids: [b, s, hidden]."""
-    if grid is None:
+    if scheme is None:
         return None, graph.node("Gather", [graph.matrix(name, [name], transposed=False), "input_ids"], ["embedded"])
-    table = graph.table(name, [name], grid)
+    table = graph.table(name, [name], scheme)
     rows, columns = graph.reader.shape(name)
-    codes = graph.view(table.codes, f"{name}.rows", (rows, grid.code_bytes(columns)))
-    inputs = [codes, "input_ids", graph.use(table.scales), graph.use(table.zero_points)]
+    qweight = graph.view(table.qweight, f"{name}.rows", (rows, scheme.qweight_bytes(columns)))
+    inputs = [qweight, "input_ids", graph.use(table.scales), graph.use(table.zero_points)]
     embedded = graph.node(
         "GatherBlockQuantized",
         trim(inputs),
         ["embedded"],
         MICROSOFT,
-        bits=grid.bits,
-        block_size=grid.group_size,
+        bits=scheme.bits,
+        block_size=scheme.group_size,
         gather_axis=0,
         quantize_axis=1,
     )
@@ -149,7 +149,12 @@ def activate(graph: Graph, x: str, kind: str) -> str:
 
 
 def output_layer(
-    graph: Graph, x: str, architecture: Architecture, grid: Grid | None, embedding: str, table: Table | None
+    graph: Graph,
+    x: str,
+    architecture: Architecture,
+    scheme: QuantScheme | None,
+    embedding: str,
+    table: QuantizedMatrix | None,
 ) -> None:
     """Logits [b, s, vocabulary]; a tied output layer reads the embedding's own bytes.
 
@@ -157,7 +162,7 @@ def output_layer(
         embedding: its name; `table`: where it is rounded, None as floats.
     """
     if not architecture.tied_embeddings:
-        linear(graph, x, "lm_head", ["lm_head"], grid, output="logits")
+        linear(graph, x, "lm_head", ["lm_head"], scheme, output="logits")
     elif table is not None:
         multiply(graph, x, table, "", architecture.hidden_size, architecture.vocabulary, "logits")
     else:
@@ -175,29 +180,29 @@ def multiply_by_embedding(graph: Graph, x: str, embedding: str, architecture: Ar
     return graph.node("Reshape", [product, shape], [output])
 
 
-def linear(graph: Graph, x: str, name: str, parts: list[str], grid: Grid | None, output: str = "") -> str:
+def linear(graph: Graph, x: str, name: str, parts: list[str], scheme: QuantScheme | None, output: str = "") -> str:
     """x times the transposed matrices of `parts`, side by side, plus their biases if they have any.
 
     Args:
-        grid: of those that no calibration has rounded; all parts have one.
+        scheme: of those that no calibration has rounded; all parts have one.
     """
     weights, biases = [f"{part}.weight" for part in parts], [f"{part}.bias" for part in parts]
     bias = graph.vectors(f"{name}.bias", biases) if biases[0] in graph.reader else ""
     output = output or f"{name}.out"
-    if grid is None:
+    if scheme is None:
         matrix = graph.matrix(f"{name}.weight", weights, transposed=True)
         if not bias:
             return graph.node("MatMul", [x, matrix], [output])
         return graph.node("Add", [graph.node("MatMul", [x, matrix], [f"{name}.product"]), bias], [output])
     columns = graph.reader.shape(weights[0])[1]
     rows = sum(graph.reader.shape(weight)[0] for weight in weights)
-    table = graph.table(f"{name}.weight", weights, graph.grid_of(weights[0], grid))
+    table = graph.table(f"{name}.weight", weights, graph.scheme_of(weights[0], scheme))
     return multiply(graph, x, table, bias, columns, rows, output)
 
 
-def multiply(graph: Graph, x: str, table: Table, bias: str, columns: int, rows: int, output: str) -> str:
+def multiply(graph: Graph, x: str, table: QuantizedMatrix, bias: str, columns: int, rows: int, output: str) -> str:
     """x [b, s, columns] times a rounded table [rows, columns], transposed: [b, s, rows]."""
-    inputs = [x, graph.use(table.codes), graph.use(table.scales), graph.use(table.zero_points), "", bias]
+    inputs = [x, graph.use(table.qweight), graph.use(table.scales), graph.use(table.zero_points), "", bias]
     return graph.node(
         "MatMulNBits",
         trim(inputs),
@@ -205,8 +210,8 @@ def multiply(graph: Graph, x: str, table: Table, bias: str, columns: int, rows: 
         MICROSOFT,
         K=columns,
         N=rows,
-        bits=table.grid.bits,
-        block_size=table.grid.group_size,
+        bits=table.scheme.bits,
+        block_size=table.scheme.group_size,
         accuracy_level=FAST_LEVEL,
     )
 

@@ -18,7 +18,7 @@ from normistral.export.checkpoint.families.bloom import BLOOM
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx.blocks import (
     Lengths,
-    Storage,
+    WeightSchemes,
     activate,
     embed,
     group_query_attention,
@@ -27,13 +27,13 @@ from normistral.export.onnx.blocks import (
     share_lengths,
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
-from normistral.export.quantize.scheme import Grid
+from normistral.export.quantize.scheme import QuantScheme
 
 Parts = tuple[str, str, str]
 
 
 def write_decoder(
-    graph: Graph, architecture: Architecture, config: dict[str, Any], storage: Storage, context: int
+    graph: Graph, architecture: Architecture, config: dict[str, Any], storage: WeightSchemes, context: int
 ) -> None:
     """Add the whole decoder: input_ids, attention_mask and past → logits and present.
 
@@ -112,15 +112,15 @@ def attend(
     name: str,
     layer: int,
     architecture: Architecture,
-    grid: Grid | None,
+    scheme: QuantScheme | None,
     lengths: Lengths,
     bias: str,
 ) -> str:
     """Attention over past and new tokens, and its output projection: [b, s, hidden]."""
     projections = split_heads(graph.reader, f"{name}.query_key_value", architecture)
-    packed = linear(graph, x, f"{name}.query_key_value", list(projections), grid)  # [b, s, 3 H d]
+    packed = linear(graph, x, f"{name}.query_key_value", list(projections), scheme)  # [b, s, 3 H d]
     attended = group_query_attention(graph, packed, name, layer, architecture, lengths, bias)
-    return linear(graph, attended, f"{name}.dense", [f"{name}.dense"], grid)
+    return linear(graph, attended, f"{name}.dense", [f"{name}.dense"], scheme)
 
 
 def split_heads(reader: WeightReader, name: str, architecture: Architecture) -> Parts:
@@ -134,8 +134,8 @@ def split_heads(reader: WeightReader, name: str, architecture: Architecture) -> 
     return parts
 
 
-def feed_forward(graph: Graph, x: str, name: str, grid: Grid | None) -> str:
+def feed_forward(graph: Graph, x: str, name: str, scheme: QuantScheme | None) -> str:
     """4h_to_h(gelu(h_to_4h(x))): [b, s, hidden]. BLOOM's GELU is the one with tanh."""
-    wide = linear(graph, x, f"{name}.dense_h_to_4h", [f"{name}.dense_h_to_4h"], grid)  # [b, s, F]
+    wide = linear(graph, x, f"{name}.dense_h_to_4h", [f"{name}.dense_h_to_4h"], scheme)  # [b, s, F]
     activated = activate(graph, wide, "gelu_pytorch_tanh")
-    return linear(graph, activated, f"{name}.dense_4h_to_h", [f"{name}.dense_4h_to_h"], grid)
+    return linear(graph, activated, f"{name}.dense_4h_to_h", [f"{name}.dense_4h_to_h"], scheme)

@@ -6,23 +6,18 @@ Its fields: onnxruntime-genai's src/config.h, as version 0.18 reads them.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from normistral.artifact.manifest import Architecture, SamplingDefaults
-from normistral.export.checkpoint.open import Checkpoint
+from normistral.export.job import ExportJob
 from normistral.export.onnx.graph import GRAPH_NAME
-from normistral.export.recipe import Recipe
 
 GENAI_NAME = "genai_config.json"
 
 
-def write_genai_config(checkpoint: Checkpoint, recipe: Recipe, context: int, folder: Path) -> None:
-    """Write it.
-
-    Args:
-        context: the most tokens that prompt and answer may take.
-    """
+def write_genai_config(job: ExportJob) -> None:
+    """Write the configuration of onnxruntime-genai into the artifact."""
+    checkpoint, context = job.checkpoint, job.context_length
     config = checkpoint.config
     document = {
         "model": {
@@ -36,9 +31,9 @@ def write_genai_config(checkpoint: Checkpoint, recipe: Recipe, context: int, fol
         },
         "search": describe_search(checkpoint.sampling, context)
         # Past and present may be one buffer only for GroupQueryAttention, which then writes the new tokens alone.
-        | {"past_present_share_buffer": recipe.graph_kind == "fused"},
+        | {"past_present_share_buffer": job.recipe.graph_kind == "fused"},
     }
-    (folder / GENAI_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (job.staging.artifact / GENAI_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def describe_decoder(architecture: Architecture) -> dict[str, Any]:

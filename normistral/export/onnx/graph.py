@@ -19,8 +19,9 @@ from onnx import TensorProto
 import normistral
 from normistral.export.checkpoint.tensor_reader import Rows, WeightReader
 from normistral.export.onnx.signature import Signature
-from normistral.export.quantize.scheme import Grid, Rounded, round_rows
-from normistral.export.quantize.tensor_store import RoundedTables
+from normistral.export.quantize.rtn import quantize_rtn
+from normistral.export.quantize.scheme import QuantizedTensor, QuantScheme
+from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.progress import Stage
 
 ALIGNMENT = 4096  # of each tensor in the file: a page, so that mapped tensors share none
@@ -77,13 +78,13 @@ _AHEAD = 3  # blocks being rounded while one is written
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class QuantizedMatrix:
     """A rounded matrix in the data file: its initializers, which the graph may use or look at in another shape."""
 
-    codes: TensorProto
+    qweight: TensorProto
     scales: TensorProto
     zero_points: TensorProto | None
-    grid: Grid
+    scheme: QuantScheme
 
 
 @dataclass(slots=True)
@@ -93,14 +94,14 @@ class Graph:
     Attributes:
         float_type: TensorProto type of activations, scales and vectors.
         stage: advanced by the stored bytes of each tensor that was read.
-        tables: matrices that a calibration has rounded already; the others are rounded to nearest.
+        quantized: matrices that a calibration has rounded already; the others are rounded to nearest.
     """
 
     reader: WeightReader
     data: ExternalData
     stage: Stage
     float_type: int
-    tables: RoundedTables | None = None
+    quantized: QuantizedTensorStore | None = None
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -136,32 +137,32 @@ class Graph:
         self.stage.advance(self.reader.nbytes(parts))
         return self.constant(name, np.concatenate([self._as_floats(self.reader.read(part)) for part in parts]))
 
-    def table(self, name: str, parts: Sequence[str], grid: Grid) -> Table:
+    def table(self, name: str, parts: Sequence[str], scheme: QuantScheme) -> QuantizedMatrix:
         """Matrices [out, in] below each other, rounded on the way into the data file.
 
         Codes are [rows, blocks, bytes], scales [rows, blocks], as MatMulNBits wants them.
         """
         columns = self.reader.shape(parts[0])[1]
         rows = sum(self.reader.shape(part)[0] for part in parts)
-        blocks = columns // grid.group_size
+        blocks = columns // scheme.group_size
         scales: list[NDArray[Any]] = []
         zero_points: list[NDArray[np.uint8]] = []
 
-        def codes() -> Iterator[NDArray[np.uint8]]:
-            for rounded in self._round(parts, grid):
+        def qweight() -> Iterator[NDArray[np.uint8]]:
+            for rounded in self._quantize(parts, scheme):
                 scales.append(self._as_floats(rounded.scales))
                 if rounded.zero_points is not None:
                     zero_points.append(rounded.zero_points)
-                yield rounded.codes
+                yield rounded.qweight
 
-        shape = (rows, blocks, grid.code_bytes(grid.group_size))
-        stored = self.data.write(f"{name}.codes", TensorProto.UINT8, shape, codes())
+        shape = (rows, blocks, scheme.qweight_bytes(scheme.group_size))
+        stored = self.data.write(f"{name}.codes", TensorProto.UINT8, shape, qweight())
         scale = self.data.write(f"{name}.scales", self.float_type, (rows, blocks), scales)
         zeros = None
-        if not grid.symmetric:
-            shape_of_zeros = (rows, grid.zero_point_bytes(columns))
+        if not scheme.symmetric:
+            shape_of_zeros = (rows, scheme.zero_point_bytes(columns))
             zeros = self.data.write(f"{name}.zero_points", TensorProto.UINT8, shape_of_zeros, zero_points)
-        return Table(stored, scale, zeros, grid)
+        return QuantizedMatrix(stored, scale, zeros, scheme)
 
     def matrix(self, name: str, parts: Sequence[str], *, transposed: bool) -> str:
         """Matrices [out, in] below each other, as floats in the data file; transposed they are [in, out]."""
@@ -217,19 +218,19 @@ class Graph:
     def _as_floats(self, values: NDArray[np.float32]) -> NDArray[Any]:
         return values.astype(self.float_dtype, copy=False)
 
-    def grid_of(self, part: str, grid: Grid) -> Grid:
-        """That of the calibration where it has rounded this matrix, else `grid`."""
-        return grid if self.tables is None else self.tables.grids.get(self.reader.source(part)[0], grid)
+    def scheme_of(self, part: str, scheme: QuantScheme) -> QuantScheme:
+        """That of the calibration where it has rounded this matrix, else `scheme`."""
+        return scheme if self.quantized is None else self.quantized.schemes.get(self.reader.source(part)[0], scheme)
 
-    def _round(self, parts: Sequence[str], grid: Grid) -> Iterator[Rounded]:
+    def _quantize(self, parts: Sequence[str], scheme: QuantScheme) -> Iterator[QuantizedTensor]:
         for part in parts:
             name, rows = self.reader.source(part)
-            if self.tables is None or name not in self.tables.grids:
-                yield from _round_ahead(self._read([part]), grid)
+            if self.quantized is None or name not in self.quantized.schemes:
+                yield from _quantize_ahead(self._read([part]), scheme)
                 continue
-            assert self.tables.grids[name] == grid
+            assert self.quantized.schemes[name] == scheme
             for some in rows:
-                yield self.tables.read(name, some.start, some.stop)
+                yield self.quantized.read(name, some.start, some.stop)
             self.stage.advance(self.reader.nbytes([part]))
 
     def _read(self, parts: Sequence[str]) -> Iterator[Rows]:
@@ -240,11 +241,11 @@ class Graph:
                 yield block
 
 
-def _round_ahead(blocks: Iterator[Rows], grid: Grid) -> Iterator[Rounded]:
+def _quantize_ahead(blocks: Iterator[Rows], scheme: QuantScheme) -> Iterator[QuantizedTensor]:
     """The blocks rounded, in order, in two threads (numpy lets go of the interpreter) that are a few blocks ahead."""
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="round") as executor:
-        pending = deque(executor.submit(round_rows, block, grid) for block in islice(blocks, _AHEAD))
+        pending = deque(executor.submit(quantize_rtn, block, scheme) for block in islice(blocks, _AHEAD))
         while pending:
             rounded = pending.popleft().result()
-            pending.extend(executor.submit(round_rows, block, grid) for block in islice(blocks, 1))
+            pending.extend(executor.submit(quantize_rtn, block, scheme) for block in islice(blocks, 1))
             yield rounded

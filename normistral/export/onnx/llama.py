@@ -16,7 +16,7 @@ from normistral.errors import ExportError
 from normistral.export.checkpoint.families.llama import LLAMA
 from normistral.export.onnx.blocks import (
     Lengths,
-    Storage,
+    WeightSchemes,
     activate,
     embed,
     group_query_attention,
@@ -25,13 +25,13 @@ from normistral.export.onnx.blocks import (
     share_lengths,
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
-from normistral.export.quantize.scheme import Grid
+from normistral.export.quantize.scheme import QuantScheme
 
 _HEAD_DIM_STEP = 16  # GroupQueryAttention's rotary embedding refuses others
 
 
 def write_decoder(
-    graph: Graph, architecture: Architecture, config: dict[str, Any], storage: Storage, context: int
+    graph: Graph, architecture: Architecture, config: dict[str, Any], storage: WeightSchemes, context: int
 ) -> None:
     """Add the whole decoder: input_ids, attention_mask, position_ids and past → logits and present.
 
@@ -120,34 +120,34 @@ def add_and_norm(graph: Graph, x: str, skip: str, name: str, config: dict[str, A
 
 
 def attend(
-    graph: Graph, x: str, layer: int, architecture: Architecture, grid: Grid | None, shared: SharedInputs
+    graph: Graph, x: str, layer: int, architecture: Architecture, scheme: QuantScheme | None, shared: SharedInputs
 ) -> str:
     """Rotary grouped-query attention over past and new tokens, and its output projection: [b, s, hidden]."""
     name = f"model.layers.{layer}.self_attn"
-    packed = project(graph, x, name, grid)  # [b, s, (H + 2 K) d]
+    packed = project(graph, x, name, scheme)  # [b, s, (H + 2 K) d]
     attended = group_query_attention(
         graph, packed, name, layer, architecture, shared.lengths, shared.padding, shared.rotary_tables
     )
-    return linear(graph, attended, f"{name}.o_proj", [f"{name}.o_proj"], grid)
+    return linear(graph, attended, f"{name}.o_proj", [f"{name}.o_proj"], scheme)
 
 
-def project(graph: Graph, x: str, name: str, grid: Grid | None) -> str:
+def project(graph: Graph, x: str, name: str, scheme: QuantScheme | None) -> str:
     """Queries, keys and values side by side: [b, s, (H + 2 K) d]. Neighbours on one grid are one product."""
 
-    def grid_of(kind: str) -> Grid | None:
-        return None if grid is None else graph.grid_of(f"{name}.{kind}_proj.weight", grid)
+    def scheme_of(kind: str) -> QuantScheme | None:
+        return None if scheme is None else graph.scheme_of(f"{name}.{kind}_proj.weight", scheme)
 
-    runs = ["".join(kinds) for _, kinds in groupby("qkv", key=grid_of)]
-    products = [linear(graph, x, f"{name}.{run}_proj", [f"{name}.{kind}_proj" for kind in run], grid) for run in runs]
+    runs = ["".join(kinds) for _, kinds in groupby("qkv", key=scheme_of)]
+    products = [linear(graph, x, f"{name}.{run}_proj", [f"{name}.{kind}_proj" for kind in run], scheme) for run in runs]
     return products[0] if len(runs) == 1 else graph.node("Concat", products, [f"{name}.qkv_proj.out"], axis=-1)
 
 
 def feed_forward(
-    graph: Graph, x: str, layer: int, architecture: Architecture, config: dict[str, Any], grid: Grid | None
+    graph: Graph, x: str, layer: int, architecture: Architecture, config: dict[str, Any], scheme: QuantScheme | None
 ) -> str:
     """down(act(gate(x)) * up(x)): [b, s, hidden]."""
     prefix = f"model.layers.{layer}.mlp"
-    gate = linear(graph, x, f"{prefix}.gate_proj", [f"{prefix}.gate_proj"], grid)  # [b, s, F]
-    up = linear(graph, x, f"{prefix}.up_proj", [f"{prefix}.up_proj"], grid)
+    gate = linear(graph, x, f"{prefix}.gate_proj", [f"{prefix}.gate_proj"], scheme)  # [b, s, F]
+    up = linear(graph, x, f"{prefix}.up_proj", [f"{prefix}.up_proj"], scheme)
     gated = graph.node("Mul", [activate(graph, gate, config["hidden_act"]), up], [f"{prefix}.gated"])
-    return linear(graph, gated, f"{prefix}.down_proj", [f"{prefix}.down_proj"], grid)
+    return linear(graph, gated, f"{prefix}.down_proj", [f"{prefix}.down_proj"], scheme)

@@ -1,1 +1,1 @@
-"""Rounding of weights to 4 or 8 bits, for both formats: to nearest, with searched scales, or with GPTQ."""
+"""Weight quantization to 4 or 8 bits, for both formats: RTN, scale search or GPTQ; knows no file format."""

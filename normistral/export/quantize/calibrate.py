@@ -1,10 +1,10 @@
-"""Rounding with regard to what flows through the model: one layer after the other, on the calibration's tokens.
+"""Layer-by-layer quantization with calibration tokens.
 
-The hidden states of all tokens go through a layer, whose linear parts collect the second moments of their inputs; the
-layer's matrices are rounded; the states go through it once more, rounded, and are the next layer's inputs. So each
-layer is rounded for the inputs that it will get, earlier layers' errors included.
+The hidden states of all tokens pass through a layer, whose linear modules collect the second moments of their inputs;
+the layer's matrices are quantized; the states pass through it once more, quantized, and are the next layer's inputs. So
+each layer is quantized for the inputs that it will get, earlier layers' errors included.
 
-What is held is one layer in float32, the hidden states, and the second moments (layerwise.py runs the layers).
+Memory: one layer in float32, the hidden states, and the second moments (reference/layerwise.py runs the layers).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.quantize.gptq import round_with_hessian
-from normistral.export.quantize.plan import Method, Plan
-from normistral.export.quantize.scale_search import search_steps
-from normistral.export.quantize.scheme import Grid, nearest_codes, restore
-from normistral.export.quantize.tensor_store import RoundedTables
+from normistral.export.quantize.gptq import quantize_gptq
+from normistral.export.quantize.plan import Method, QuantPlan
+from normistral.export.quantize.rtn import quantize
+from normistral.export.quantize.scale_search import search_params
+from normistral.export.quantize.scheme import QuantScheme, dequantize
+from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.export.reference.layerwise import LayeredModel
 from normistral.progress import NoProgress, Stage
 
@@ -30,20 +31,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def round_layers(
+def quantize_layers(
     checkpoint: Checkpoint,
-    plan: Plan,
+    plan: QuantPlan,
     windows: list[list[int]],
-    tables: RoundedTables,
+    quantized: QuantizedTensorStore,
     stage: Stage,
-    finer: Set[str] = frozenset(),
+    in_int8: Set[str] = frozenset(),
 ) -> None:
-    """Round every matrix inside the decoder's layers; embedding and output layer are not touched.
+    """Quantize every matrix inside the decoder's layers; embedding and output layer are left.
 
     Args:
         windows: the calibration's token ids, in pieces.
-        finer: names of the matrices that are rounded to `plan.finer_grid`.
-        tables: receives the matrices.
+        in_int8: names of the matrices that take `plan.int8_scheme`.
+        quantized: receives the matrices.
         stage: advanced by the number of weights done.
 
     Raises:
@@ -62,25 +63,30 @@ def round_layers(
             for name, moment in moments.items():
                 weight = layer.get_parameter(f"{name}.weight")
                 stored = f"{model.prefix(index)}{name}.weight"
-                grid = (plan.finer_grid if stored in finer else plan.grid)(weight.shape[1])
-                weight.copy_(_round(stored, weight, moment, plan.method, grid, tables))
+                scheme = (plan.int8_scheme if stored in in_int8 else plan.scheme)(weight.shape[1])
+                weight.copy_(_quantize(stored, weight, moment, plan.method, scheme, quantized))
                 stage.advance(weight.numel())
             for passage in passages:
                 model.run(layer, passage)
 
 
-def _round(
-    name: str, weight: torch.Tensor, moment: torch.Tensor, method: Method, grid: Grid, tables: RoundedTables
+def _quantize(
+    name: str,
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    method: Method,
+    scheme: QuantScheme,
+    quantized: QuantizedTensorStore,
 ) -> torch.Tensor:
-    """Round a matrix [out, in], keep it in `tables`, and return what it stands for now."""
+    """Quantize a matrix [out, in], keep it in `quantized`, and return it dequantized."""
     import torch
 
     rows = weight.numpy()
     importance = moment.diagonal() if method == "gptq" else moment
-    steps = search_steps(rows, grid, np.ascontiguousarray(importance.numpy()))
-    codes = round_with_hessian(rows, moment, steps, grid) if method == "gptq" else nearest_codes(rows, steps, grid)
-    tables.write(name, codes, steps, grid)
-    return torch.from_numpy(restore(codes, steps, grid))
+    params = search_params(rows, scheme, np.ascontiguousarray(importance.numpy()))
+    qweight = quantize_gptq(rows, moment, params, scheme) if method == "gptq" else quantize(rows, params, scheme)
+    quantized.write(name, qweight, params, scheme)
+    return torch.from_numpy(dequantize(qweight, params, scheme))
 
 
 @dataclass(slots=True)
@@ -153,7 +159,7 @@ def collect_moments(layer: nn.Module, *, full: bool) -> Iterator[dict[str, torch
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
+def fast_matmul() -> Iterator[None]:
     """Float32 matrix products by oneDNN while the context is open, as torch's precision "medium" has it.
 
     Without AMX they stay float32 to the last bits, and on AMD run at twice MKL's speed (237 against 109 GFLOP/s of one

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from normistral.errors import ExportError
 from normistral.export.checkpoint.families.base import OUTPUT_LAYER
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.quantize.scheme import smallest_held
+from normistral.export.quantize.scheme import smallest_representable
 from normistral.export.recipe import Recipe
 
 LARGEST_FLOAT16 = 65504.0
@@ -42,7 +42,7 @@ def require_range(largest: Mapping[str, float], checkpoint: Checkpoint, recipe: 
         part = "its weights" if bits == 16 else "the scales of its weights"
         if value > LARGEST_FLOAT16 * (1 if bits == 16 else 2 ** (bits - 1) - 1):
             problem = f"has values up to {value:.6g}, beyond the range of float16"
-        elif value < smallest_held(bits, float16=True) and not name.endswith(".bias"):
+        elif value < smallest_representable(bits, float16=True) and not name.endswith(".bias"):
             problem = f"has no value above {value:.3g}, which is below the range of float16"
         else:
             continue

@@ -1,8 +1,8 @@
-"""GPTQ: every weight that is rounded moves the weights behind it, so that the layer's outputs change least.
+"""GPTQ: the error of every rounded weight is compensated in the following ones, to keep the layer's outputs.
 
 Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-algorithm 1, with its activation order and damping. The steps of every block are settled before the first weight moves
-("static groups"), so that columns may be taken in any order while blocks stay where the formats want them.
+algorithm 1, with its activation order and damping. The parameters of every group are fixed before the first weight
+changes ("static groups"), so that columns may be taken in any order while groups stay in the order of the formats.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ExportError
-from normistral.export.quantize.scheme import Grid, Steps
+from normistral.export.quantize.scheme import QuantParams, QuantScheme
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,10 @@ _MAX_DAMPING = 1.0
 _COLUMNS_AT_ONCE = 128
 
 
-def round_with_hessian(rows: NDArray[np.float32], hessian: torch.Tensor, steps: Steps, grid: Grid) -> NDArray[np.uint8]:
-    """Codes for which (W - Wq) H (W - Wq)ᵀ is small: uint8 [rows, columns].
+def quantize_gptq(
+    rows: NDArray[np.float32], hessian: torch.Tensor, params: QuantParams, scheme: QuantScheme
+) -> NDArray[np.uint8]:
+    """Values for which (W - Wq) H (W - Wq)ᵀ is small: uint8 [rows, columns].
 
     Args:
         rows: float32 [rows, columns].
@@ -38,26 +40,26 @@ def round_with_hessian(rows: NDArray[np.float32], hessian: torch.Tensor, steps: 
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order])  # upper triangle
     weights = torch.from_numpy(rows).T[order].contiguous()  # [columns, rows]: one column at a time, in one piece
-    blocks = (order // grid.group_size).tolist()
-    scales = torch.from_numpy(steps.scales).T.contiguous()  # [blocks, rows]
-    zeros = torch.from_numpy(steps.zero_points).T.contiguous()
+    blocks = (order // scheme.group_size).tolist()
+    scales = torch.from_numpy(params.scales).T.contiguous()  # [blocks, rows]
+    zeros = torch.from_numpy(params.zero_points).T.contiguous()
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    codes = torch.empty(weights.shape, dtype=torch.uint8)
+    qweight = torch.empty(weights.shape, dtype=torch.uint8)
     columns = len(order)
     for start in range(0, columns, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, columns)
         errors = torch.empty(stop - start, weights.shape[1])
         for column in range(start, stop):
             block = blocks[column]
-            code = weights[column].mul(inverse[block]).add_(zeros[block]).round_().clamp_(0, grid.top)
-            codes[column] = code
+            qvalue = weights[column].mul(inverse[block]).add_(zeros[block]).round_().clamp_(0, scheme.top)
+            qweight[column] = qvalue
             error = errors[column - start]
-            torch.sub(weights[column], code.sub_(zeros[block]).mul_(scales[block]), out=error)
+            torch.sub(weights[column], qvalue.sub_(zeros[block]).mul_(scales[block]), out=error)
             error /= factor[column, column]
             weights[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
         weights[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    back = torch.empty_like(codes)
-    back[order] = codes
+    back = torch.empty_like(qweight)
+    back[order] = qweight
     return np.ascontiguousarray(back.T.numpy())
 
 

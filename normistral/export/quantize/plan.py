@@ -1,4 +1,4 @@
-"""What a recipe asks of the rounding: the grid, the method, and the tokens that it is calibrated with."""
+"""A recipe translated for the quantizer: scheme, method, calibration tokens."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from dataclasses import dataclass
 from itertools import chain, groupby, zip_longest
 from typing import Literal
 
-from normistral.export.quantize.scheme import Grid
+from normistral.export.quantize.scheme import QuantScheme
 from normistral.export.recipe import PER_CHANNEL, Recipe, RecipeName
 from normistral.export.texts import load_texts
 
-Method = Literal["search", "gptq"]
+Method = Literal["scale_search", "gptq"]
 
 CALIBRATION_TOKENS = 8192
 SENSITIVITY_TOKENS = 2048  # of them, for the choice of what takes 8 bits
 WINDOW_TOKENS = 512
-_METHODS: dict[RecipeName, Method | None] = {"fast": None, "balanced": "search", "best": "gptq"}
+_METHODS: dict[RecipeName, Method | None] = {"fast": None, "balanced": "scale_search", "best": "gptq"}
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How the matrices inside the layers are rounded.
+class QuantPlan:
+    """How the matrices inside the layers are quantized.
 
     Attributes:
-        method: "search" chooses scales and rounds to nearest; "gptq" chooses scales and lets GPTQ choose the codes.
-        bits, symmetric: of the grid.
+        method: "scale_search" searches scales and rounds to nearest; "gptq" searches scales, and GPTQ chooses the
+            values.
+        bits, symmetric: of the scheme.
         group_size: weights that share a scale; None is a whole row.
-        float16_scales: of the grid.
-        ratio: share of the weights on that grid; the others take `finer_grid`.
+        float16_scales: of the scheme.
+        ratio: share of the weights in that scheme; the others take `int8_scheme`.
     """
 
     method: Method
@@ -39,23 +40,23 @@ class Plan:
     float16_scales: bool = False
     ratio: float = 1.0
 
-    def grid(self, columns: int) -> Grid:
-        """The grid of a matrix."""
-        return Grid(self.bits, self.group_size or columns, self.symmetric, self.float16_scales)
+    def scheme(self, columns: int) -> QuantScheme:
+        """The scheme of a matrix."""
+        return QuantScheme(self.bits, self.group_size or columns, self.symmetric, self.float16_scales)
 
-    def finer_grid(self, columns: int) -> Grid:
-        """Of a matrix that 4 bits would harm most; without zero points, which would take a byte each."""
-        return Grid(8, self.group_size or columns, symmetric=True, float16_scales=self.float16_scales)
+    def int8_scheme(self, columns: int) -> QuantScheme:
+        """The scheme of a matrix that is kept in 8 bits; without zero points, which would take a byte each."""
+        return QuantScheme(8, self.group_size or columns, symmetric=True, float16_scales=self.float16_scales)
 
 
-def choose_plan(recipe: Recipe, group_size: int | None) -> Plan | None:
-    """None where nothing is calibrated and weights are rounded to nearest as they stream by."""
-    method = _METHODS[recipe.rounding]
+def choose_plan(recipe: Recipe, group_size: int | None) -> QuantPlan | None:
+    """The plan of a recipe with calibration; None for "fast", which rounds to nearest while weights are streamed."""
+    method = _METHODS[recipe.recipe_name]
     if method is None:
         return None
     groups = None if group_size in (None, PER_CHANNEL) else group_size
     bits, float16_scales = 4 if recipe.weights == "int4" else 8, recipe.format == "openvino"
-    return Plan(method, bits, groups, recipe.is_symmetric, float16_scales, recipe.ratio)
+    return QuantPlan(method, bits, groups, recipe.is_symmetric, float16_scales, recipe.ratio)
 
 
 def calibration_windows(encode: Callable[[str], list[int]], context: int) -> list[list[int]]:

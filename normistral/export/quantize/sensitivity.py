@@ -1,4 +1,4 @@
-"""Which matrices 4 bits would harm most: those take 8.
+"""Mixed precision: estimated loss of each matrix in 4 bits, and selection of those that take 8.
 
 To second order, rounding a matrix W to W + D changes the model's answer for a token by ½ E[(Σ g·D x)²] nats of KL
 divergence, x being the matrix's inputs and g the gradient at its outputs of the log-probability of a token drawn from
@@ -7,7 +7,7 @@ is left out: it needs thousands of draws to be seen through its noise.
 
 The states go forward through the layers and the gradients back, with one layer in memory; what waits is the states in
 front of every layer. Source of the use for bits: Dong et al. 2020, "HAWQ-V2: Hessian Aware trace-Weighted Quantization
-of Neural Networks", with the rounding's own direction in place of the trace.
+of Neural Networks", with the direction of the rounding error in place of the trace.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 from normistral.errors import ExportError
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.quantize.calibrate import collect_moments, linear_modules
-from normistral.export.quantize.plan import Plan
-from normistral.export.quantize.scale_search import search_steps
-from normistral.export.quantize.scheme import nearest_codes, restore
+from normistral.export.quantize.plan import QuantPlan
+from normistral.export.quantize.rtn import quantize
+from normistral.export.quantize.scale_search import search_params
+from normistral.export.quantize.scheme import dequantize
 from normistral.export.reference.layerwise import LayeredModel, Passage
 from normistral.progress import NoProgress, Stage
 
@@ -39,8 +40,8 @@ class Sensitivity:
     loss: float = 0.0
 
 
-def choose_finer(sensitivities: Mapping[str, Sensitivity], ratio: float) -> frozenset[str]:
-    """The matrices that gain most by each byte, until all but `ratio` of the weights are spent.
+def select_int8(sensitivities: Mapping[str, Sensitivity], ratio: float) -> frozenset[str]:
+    """Names of the matrices with the largest loss per byte, until all but `ratio` of the weights are selected.
 
     A weight costs the same bytes in every matrix, and what 8 bits lose is nothing beside 4 (a 256th): so the gain by
     byte is the loss by weight. One that does not fit in what is left makes room for smaller ones.
@@ -55,9 +56,9 @@ def choose_finer(sensitivities: Mapping[str, Sensitivity], ratio: float) -> froz
 
 
 def measure_sensitivity(
-    checkpoint: Checkpoint, plan: Plan, windows: list[list[int]], stage: Stage
+    checkpoint: Checkpoint, plan: QuantPlan, windows: list[list[int]], stage: Stage
 ) -> dict[str, Sensitivity]:
-    """What rounding each matrix inside the layers would cost, by its name in the checkpoint.
+    """Estimated loss of each matrix inside the layers, by its name in the checkpoint.
 
     Args:
         windows: token ids, in pieces.
@@ -82,7 +83,7 @@ def measure_sensitivity(
     measured: dict[str, Sensitivity] = {}
     for index in reversed(range(model.layers)):
         with model.open_layer(index) as layer:
-            errors = {name: _rounding_error(layer, name, moment, plan) for name, moment in moments.pop().items()}
+            errors = {name: _quantization_error(layer, name, moment, plan) for name, moment in moments.pop().items()}
             with _watch(layer, errors) as sensitivities:
                 gradients = [
                     _step_back(model, layer, passage, hidden, gradient)
@@ -115,14 +116,14 @@ def _gradients_at_the_end(model: LayeredModel, passages: list[Passage]) -> list[
     return gradients
 
 
-def _rounding_error(layer: nn.Module, name: str, moment: torch.Tensor, plan: Plan) -> torch.Tensor:
+def _quantization_error(layer: nn.Module, name: str, moment: torch.Tensor, plan: QuantPlan) -> torch.Tensor:
     """What rounding to nearest, with searched scales, would add to a matrix [out, in]."""
     import torch
 
     weight = layer.get_parameter(f"{name}.weight")
-    rows, grid = weight.numpy(), plan.grid(weight.shape[1])
-    steps = search_steps(rows, grid, moment.numpy())
-    return torch.from_numpy(restore(nearest_codes(rows, steps, grid), steps, grid)).sub_(weight)
+    rows, scheme = weight.numpy(), plan.scheme(weight.shape[1])
+    params = search_params(rows, scheme, moment.numpy())
+    return torch.from_numpy(dequantize(quantize(rows, params, scheme), params, scheme)).sub_(weight)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Rounded matrices in a scratch folder, between the calibration that makes them and the format that stores them.
+"""Quantized matrices in a scratch folder, between quantization and the writer of the format.
 
-They are mapped when they are read: an export that copies them row by row holds no more than those rows.
+They are memory-mapped when read: an export that copies them row by row holds no more than those rows.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normistral.export.quantize.scheme import Grid, Rounded, Steps, pack
+from normistral.export.quantize.scheme import QuantizedTensor, QuantParams, QuantScheme, pack
 
 
 @dataclass(slots=True)
-class RoundedTables:
+class QuantizedTensorStore:
     """The matrices of one export, under the checkpoint's names ("model.layers.0.self_attn.q_proj.weight")."""
 
     folder: Path
-    _grids: dict[str, Grid] = field(default_factory=dict)
+    _schemes: dict[str, QuantScheme] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, workspace: Path) -> RoundedTables:
+    def make(cls, workspace: Path) -> QuantizedTensorStore:
         """An empty collection in a folder of its own."""
         folder = workspace / "rounded"
         folder.mkdir()
         return cls(folder)
 
     @property
-    def grids(self) -> Mapping[str, Grid]:
-        """How each matrix was rounded."""
-        return self._grids
+    def schemes(self) -> Mapping[str, QuantScheme]:
+        """The scheme of each matrix."""
+        return self._schemes
 
-    def write(self, name: str, codes: NDArray[np.uint8], steps: Steps, grid: Grid) -> None:
-        """Keep a matrix: codes [rows, columns], one to a byte."""
-        rounded = pack(codes, steps, grid)
-        np.save(self.folder / f"{name}.codes.npy", rounded.codes)
+    def write(self, name: str, qweight: NDArray[np.uint8], params: QuantParams, scheme: QuantScheme) -> None:
+        """Keep a matrix: values [rows, columns], one to a byte."""
+        rounded = pack(qweight, params, scheme)
+        np.save(self.folder / f"{name}.codes.npy", rounded.qweight)
         np.save(self.folder / f"{name}.scales.npy", rounded.scales)
         if rounded.zero_points is not None:
             np.save(self.folder / f"{name}.zero_points.npy", rounded.zero_points)
-        self._grids[name] = grid
+        self._schemes[name] = scheme
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Rounded:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
         """Rows of a matrix, mapped."""
         rows = slice(start, stop)
-        zeros = None if self._grids[name].symmetric else self._map(name, "zero_points")[rows]
-        return Rounded(self._map(name, "codes")[rows], self._map(name, "scales")[rows], zeros)
+        zeros = None if self._schemes[name].symmetric else self._map(name, "zero_points")[rows]
+        return QuantizedTensor(self._map(name, "codes")[rows], self._map(name, "scales")[rows], zeros)
 
     def _map(self, name: str, part: str) -> NDArray[Any]:
         values: NDArray[Any] = np.load(self.folder / f"{name}.{part}.npy", mmap_mode="r")

@@ -36,7 +36,7 @@ _RUN_LIMIT_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class ReferenceLogits:
     """What the model itself computes: token ids [n] and float32 logits [n, vocabulary]."""
 
     token_ids: list[int]
@@ -105,7 +105,7 @@ def load_model(checkpoint: Checkpoint, dtype: str, config: PretrainedConfig | No
     return model.eval()
 
 
-def compute_reference(model: PreTrainedModel, token_ids: list[int]) -> Reference:
+def compute_reference(model: PreTrainedModel, token_ids: list[int]) -> ReferenceLogits:
     """Logits of the model in float32, before its weights are rounded. Works on a copy unless it is float32 already."""
     import copy
 
@@ -115,7 +115,7 @@ def compute_reference(model: PreTrainedModel, token_ids: list[int]) -> Reference
     with torch.inference_mode():
         exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
         logits = exact(torch.tensor([token_ids])).logits[0]
-    return Reference(token_ids, logits.numpy().astype(np.float32))
+    return ReferenceLogits(token_ids, logits.numpy().astype(np.float32))
 
 
 _NOT_THE_MODEL = {

@@ -22,10 +22,10 @@ from normistral.errors import EngineError, ExportError, UsageError
 from normistral.evaluation.metrics import compare_logits
 from normistral.evaluation.windows import Window
 from normistral.export.checkpoint.open import Checkpoint
+from normistral.export.job import ExportJob
 from normistral.export.reference.layerwise import LayeredModel, Matrices
-from normistral.export.reference.model import PROBE_TOKENS, Logits, Reference, fits_for_running
+from normistral.export.reference.model import PROBE_TOKENS, Logits, ReferenceLogits, fits_for_running
 from normistral.export.resources import estimate_running_bytes
-from normistral.export.staging import Staging
 from normistral.export.verify.files import check_config, check_template, check_tokenizer
 from normistral.hardware import available_memory_bytes
 from normistral.progress import Progress
@@ -50,8 +50,8 @@ _DEAR = "; this rounding costs the model a great deal: think of --weights int8, 
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """What was found.
+class VerificationResult:
+    """Result of a verification that passed.
 
     Attributes:
         summary: a line for everybody.
@@ -66,19 +66,10 @@ class Proof:
     has_run: bool
 
 
-def verify(
-    folder: Path,
-    manifest: Manifest,
-    checkpoint: Checkpoint,
-    token_ids: list[int],
-    reference: Reference | None,
-    progress: Progress,
-) -> Proof:
-    """Check a written artifact.
+def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogits | None) -> VerificationResult:
+    """Check a written artifact, which has all files but the manifest.
 
     Args:
-        folder: all files but the manifest.
-        token_ids: of the probe text.
         reference: the model's own logits, where they are known already.
 
     Raises:
@@ -87,6 +78,7 @@ def verify(
     """
     from normistral.export.verify.weights import ArtifactMatrices  # imports onnx
 
+    checkpoint, folder, progress = job.checkpoint, job.staging.artifact, job.progress
     with progress.stage("verifying the files"):
         check_structure(folder, manifest)
         check_config(folder, checkpoint.folder)
@@ -100,12 +92,12 @@ def verify(
     read = "the same tokenizer, template and matrices"
     if estimate_running_bytes(manifest) > available_memory_bytes():
         summary = f"quality check passed in part: {read} as the original; too large to run here"
-        return Proof(summary, f"verified: {read}; too large to run here", quality, has_run=False)
+        return VerificationResult(summary, f"verified: {read}; too large to run here", quality, has_run=False)
     if reference is None:
-        reference = run_checkpoint(checkpoint, token_ids, progress)
-    expected = run_checkpoint(checkpoint, token_ids, progress, matrices)
+        reference = run_checkpoint(checkpoint, job.probe_ids, progress)
+    expected = run_checkpoint(checkpoint, job.probe_ids, progress, matrices)
     with progress.stage("verifying by running it"):
-        logits = run_artifact(folder, manifest, token_ids)
+        logits = run_artifact(folder, manifest, job.probe_ids)
     quality |= compare_runs(manifest, logits, expected, reference)
     note = (
         f"verified: {read}; computes what transformers does with them ({quality['graph_error']:.1g} of the logits' "
@@ -114,7 +106,7 @@ def verify(
     )
     if quality["probe_kl_nats"] > _DEAR_SHARE * uniform_kl(reference):
         note += _DEAR
-    return Proof(
+    return VerificationResult(
         f"quality check passed: {read} as the original, and the same first choice for "
         f"{quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
         + (_DEAR if note.endswith(_DEAR) else ""),
@@ -126,12 +118,12 @@ def verify(
 
 def run_checkpoint(
     checkpoint: Checkpoint, token_ids: list[int], progress: Progress, matrices: Matrices | None = None
-) -> Reference:
+) -> ReferenceLogits:
     """What a checkpoint of any size computes, layer by layer; with other matrices, if there are any."""
     token_ids = token_ids[:PROBE_TOKENS]
     window = Window((*token_ids, token_ids[0]), 0, len(token_ids))  # the last one is a target and is not fed
     (logits,) = LayeredModel(checkpoint, progress, matrices=matrices).predict([window])
-    return Reference(token_ids, logits)
+    return ReferenceLogits(token_ids, logits)
 
 
 def run_artifact(folder: Path, manifest: Manifest, token_ids: list[int]) -> Logits:
@@ -147,7 +139,9 @@ def run_artifact(folder: Path, manifest: Manifest, token_ids: list[int]) -> Logi
         raise ExportError(f"the written model cannot be run: {exc.message}", exc.hint) from exc
 
 
-def compare_runs(manifest: Manifest, logits: Logits, expected: Reference, reference: Reference) -> dict[str, float]:
+def compare_runs(
+    manifest: Manifest, logits: Logits, expected: ReferenceLogits, reference: ReferenceLogits
+) -> dict[str, float]:
     """The figures; raises ExportError with those that are beyond their bounds.
 
     Args:
@@ -178,7 +172,7 @@ def compare_runs(manifest: Manifest, logits: Logits, expected: Reference, refere
     }
 
 
-def uniform_kl(reference: Reference) -> float:
+def uniform_kl(reference: ReferenceLogits) -> float:
     """What a model that knows nothing would lose, in nats."""
     return compare_logits(reference.logits, np.zeros_like(reference.logits))[0]
 
@@ -257,52 +251,47 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Proving:
+class VerificationOptions:
     """Whether the artifact is verified, and where one that fails is kept; None is nowhere."""
 
     verify: bool
     keep_failed: Path | None
 
 
-def choose_proving(output: Path, *, verify: bool, keep_failed: bool) -> Proving:
+def choose_verification(output: Path, *, verify: bool, keep_failed: bool) -> VerificationOptions:
     """Check the user's choice.
 
     Raises:
         UsageError: nothing can fail without verification, or something stands where it would be kept.
     """
     if not keep_failed:
-        return Proving(verify, None)
+        return VerificationOptions(verify, None)
     if not verify:
         raise UsageError("without verification nothing fails that could be kept", "leave out --keep-failed")
     place = output.absolute().with_name(f"{output.name}.failed")
     if os.path.lexists(place):
         raise UsageError(f"{place} exists already", "remove or rename it, or leave out --keep-failed")
-    return Proving(verify, place)
+    return VerificationOptions(verify, place)
 
 
-def prove(
-    manifest: Manifest,
-    checkpoint: Checkpoint,
-    token_ids: list[int],
-    reference: Reference | None,
-    staging: Staging,
-    proving: Proving,
-    progress: Progress,
+def record_verification(
+    job: ExportJob, manifest: Manifest, reference: ReferenceLogits | None, options: VerificationOptions
 ) -> Manifest:
-    """The manifest with what was proved. What fails is kept under `proving.keep_failed`, if that is a path."""
-    if not proving.verify:
+    """Verify an artifact; returns the manifest with the result. One that fails is kept as `options.keep_failed`."""
+    progress, artifact = job.progress, job.staging.artifact
+    if not options.verify:
         progress.note("not verified: --no-verify")
         return replace(manifest, verified="no", notes=(*manifest.notes, "not verified, as asked"))
     try:
-        proof = verify(staging.artifact, manifest, checkpoint, token_ids, reference, progress)
+        result = verify_artifact(job, manifest, reference)
     except ExportError as failure:
-        if proving.keep_failed is not None:
+        if options.keep_failed is not None:
             notes = (*manifest.notes, f"failed its verification: {failure.message}")
-            write_manifest(staging.artifact, replace(manifest, verified="failed", notes=notes))
-            staging.artifact.rename(proving.keep_failed)
-            failure.hint = f"what was written is kept as {proving.keep_failed}; {failure.hint}"
+            write_manifest(artifact, replace(manifest, verified="failed", notes=notes))
+            artifact.rename(options.keep_failed)
+            failure.hint = f"what was written is kept as {options.keep_failed}; {failure.hint}"
         raise
-    progress.note(proof.summary)
-    logger.info(proof.note)
-    verified: Verified = "run" if proof.has_run else "read"
-    return replace(manifest, verified=verified, quality=proof.quality, notes=(*manifest.notes, proof.note))
+    progress.note(result.summary)
+    logger.info(result.note)
+    verified: Verified = "run" if result.has_run else "read"
+    return replace(manifest, verified=verified, quality=result.quality, notes=(*manifest.notes, result.note))

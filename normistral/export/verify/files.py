@@ -11,7 +11,7 @@ from normistral.errors import ExportError
 from normistral.export.checkpoint.config import read_json
 from normistral.export.checkpoint.fields import shorten
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.tokenizer_check import where_they_part
+from normistral.export.checkpoint.tokenizer_check import first_difference
 from normistral.export.verify import CAUSE
 
 # Compared by its two long lists apart: those are where something goes missing unnoticed.
@@ -54,7 +54,7 @@ def check_template(manifest: Manifest, checkpoint: Checkpoint) -> None:
     if manifest.template == checkpoint.template:
         return
     ours, theirs = ("" if one is None else one.text for one in (manifest.template, checkpoint.template))
-    raise ExportError(f"the artifact's chat template is not the checkpoint's: {where_they_part(ours, theirs)}", CAUSE)
+    raise ExportError(f"the artifact's chat template is not the checkpoint's: {first_difference(ours, theirs)}", CAUSE)
 
 
 def _compare_list(name: str, expected: Any, found: Any) -> None:

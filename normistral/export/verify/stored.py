@@ -54,7 +54,7 @@ def unpack(codes: NDArray[np.uint8], bits: int) -> Values:
     return np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1).astype(np.float32)
 
 
-def dequantise(codes: Values, scales: Values, zero_points: Values | float) -> Values:
+def dequantize(codes: Values, scales: Values, zero_points: Values | float) -> Values:
     """(code - zero point) × scale.
 
     Args:

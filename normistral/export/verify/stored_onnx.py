@@ -13,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 
 from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
-from normistral.export.quantize.scheme import smallest_held
-from normistral.export.verify.stored import StoredMatrix, StoredPositions, Values, dequantise, unpack
+from normistral.export.quantize.scheme import smallest_representable
+from normistral.export.verify.stored import StoredMatrix, StoredPositions, Values, dequantize, unpack
 
 
 class OnnxWeights:
@@ -105,16 +105,16 @@ class OnnxWeights:
 
         def read(rows: Sequence[int]) -> Values:
             values = unpack(self._rows(codes, rows), bits)
-            steps = self._rows(scales, rows).astype(np.float32)
+            scale = self._rows(scales, rows).astype(np.float32)
             if not zeros:
-                return dequantise(values, steps, float(2 ** (bits - 1)))
-            return dequantise(values, steps, unpack(self._rows(zeros, rows), bits)[:, : steps.shape[1]])
+                return dequantize(values, scale, float(2 ** (bits - 1)))
+            return dequantize(values, scale, unpack(self._rows(zeros, rows), bits)[:, : scale.shape[1]])
 
-        return StoredMatrix(name, bits, group_size, smallest_held(bits, float16=False), read)
+        return StoredMatrix(name, bits, group_size, smallest_representable(bits, float16=False), read)
 
     def _floats(self, name: str, tensor: onnx.TensorProto) -> StoredMatrix:
         bits = 16 if tensor.data_type == onnx.TensorProto.FLOAT16 else 32
-        smallest = smallest_held(bits, float16=bits == 16)
+        smallest = smallest_representable(bits, float16=bits == 16)
         if name == self._embedding:
             return StoredMatrix(name, bits, tensor.dims[1], smallest, lambda rows: self._rows(name, rows).astype("f4"))
         return StoredMatrix(name, bits, tensor.dims[0], smallest, partial(self._columns, tensor))

@@ -14,14 +14,14 @@ import numpy as np
 
 from normistral.export.checkpoint.tensor import widen_bfloat16
 from normistral.export.openvino import IR_NAME
-from normistral.export.quantize.scheme import smallest_held
-from normistral.export.verify.stored import StoredMatrix, StoredPositions, Values, dequantise, unpack
+from normistral.export.quantize.scheme import smallest_representable
+from normistral.export.verify.stored import StoredMatrix, StoredPositions, Values, dequantize, unpack
 
 _MATRIX = re.compile(r"self\.(.+)\.(?:weight|_openvino_orig_weight)")  # the second where it was 16 bits wide
 _BITS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8, "f16": 16, "bf16": 16, "f32": 32}
 
 
-class IRWeights:
+class OpenVINOWeights:
     """The constants of openvino_model.xml by name; mapped, as OpenVINO reads them."""
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class IRWeights:
         shape, bits = list(node.output(0).get_shape()), _BITS[_kind(node)]
         columns = int(np.prod(shape[1:]))
         if bits >= 16:
-            smallest = smallest_held(bits, float16=_kind(node) == "f16")
+            smallest = smallest_representable(bits, float16=_kind(node) == "f16")
             return StoredMatrix(name, bits, columns, smallest, lambda rows: _floats(node, shape, rows))
         groups = shape[1] if len(shape) == 3 else 1
         signed = _kind(node).startswith("i")
@@ -76,12 +76,12 @@ class IRWeights:
             codes = _codes(node, shape[0], columns, bits, rows)
             if signed:
                 codes = np.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
-            steps = _floats(scales, [shape[0], groups], rows)
+            scale = _floats(scales, [shape[0], groups], rows)
             if zeros is None:
-                return dequantise(codes, steps, 0.0)
-            return dequantise(codes, steps, _codes(zeros, shape[0], groups, bits, rows))
+                return dequantize(codes, scale, 0.0)
+            return dequantize(codes, scale, _codes(zeros, shape[0], groups, bits, rows))
 
-        smallest = smallest_held(bits, float16=_kind(scales) == "f16")
+        smallest = smallest_representable(bits, float16=_kind(scales) == "f16")
         return StoredMatrix(name, bits, columns // groups, smallest, read)
 
 

@@ -24,7 +24,7 @@ from normistral.export.verify import CAUSE
 from normistral.export.verify.positions import check_positions
 from normistral.export.verify.stored import StoredMatrix
 from normistral.export.verify.stored_onnx import OnnxWeights
-from normistral.export.verify.stored_openvino import IRWeights
+from normistral.export.verify.stored_openvino import OpenVINOWeights
 
 _BLOCK_ROWS = 1024  # read at once: 60 MB of float32 at the 7B's widest
 _ROWS = 16  # of every matrix; every file's bytes are hashed, so this looks for wrong matrices and not for wrong bits
@@ -44,7 +44,7 @@ class ArtifactMatrices:
         self._manifest, self._checkpoint = manifest, checkpoint
         self._reader = WeightReader(checkpoint.tensors)
         self._stored = (
-            OnnxWeights(folder, checkpoint.family.embedding) if manifest.format == "onnx" else IRWeights(folder)
+            OnnxWeights(folder, checkpoint.family.embedding) if manifest.format == "onnx" else OpenVINOWeights(folder)
         )
         self._shapes = {name: shape for name, shape in checkpoint.tensor_shapes.items() if len(shape) == 2}
         # What each stored matrix holds: itself, name of the checkpoint's, row at which that begins.
