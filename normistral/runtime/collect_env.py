@@ -9,7 +9,6 @@ import json
 import platform
 import signal
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +28,7 @@ from normistral.hardware import (
     plan_threads,
     read_machine,
 )
+from normistral.processes import python_command
 from normistral.runtime.engines.settings import DEFAULT_CHUNK, PREFILL_CHUNK
 from normistral.runtime.kernels.library import (
     describe_absence,
@@ -58,16 +58,12 @@ _NO_ONNX = f"not installed: {install_extra('onnx')}"
 _ASKED_FOR_S = 60
 
 _ASK_OPENVINO = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
 import normistral, openvino
 core = openvino.Core()
 devices = {name: core.get_property(name, "FULL_DEVICE_NAME") for name in core.available_devices}
 print(json.dumps({"version": openvino.__version__, "devices": devices}))
 """
 _ASK_ONNXRUNTIME = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
 import normistral, onnxruntime
 from normistral.runtime.providers import PROVIDERS, device_names
 devices = {name: PROVIDERS[name].name for name in device_names(onnxruntime.get_available_providers())}
@@ -115,7 +111,7 @@ def ask_engine(code: str) -> dict[str, Any]:
     """What a script prints about an engine (version, devices), or {"problem": ...} if that cannot be used."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(sys.path)],
+            python_command(code),
             capture_output=True,
             encoding="utf-8",
             errors="replace",

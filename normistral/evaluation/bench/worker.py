@@ -9,7 +9,6 @@ package the process goes on, and it ends when stdin does. What engines print goe
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import subprocess
@@ -36,10 +35,10 @@ from normistral.evaluation.bench.speed import (
     measure_pass,
     tokens_per_word,
 )
+from normistral.processes import main_command
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.model import Model
 
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
 _MODULE = "normistral.evaluation.bench.worker"
 _ENDS_IN_S = 10.0
 _ENGINE_MODULES = {"openvino": "openvino", "onnx": "onnxruntime"}
@@ -235,7 +234,7 @@ class Worker:
         self.started = time.perf_counter()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START.format(module=module), json.dumps(sys.path)],
+            main_command(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
