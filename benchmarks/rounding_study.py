@@ -28,7 +28,7 @@ import torch
 
 from normistral.export.checkpoint.complete_tokenizer import load_tokenizer
 from normistral.export.checkpoint.locate import locate
-from normistral.export.checkpoint.open import open_checkpoint
+from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress
 
@@ -154,7 +154,9 @@ def load_windows(folder: Path, texts: Texts) -> dict[str, torch.Tensor]:
     return windows
 
 
-def load_reference(folder: Path, windows: dict[str, torch.Tensor], cache: Path | None) -> dict[str, torch.Tensor]:
+def load_reference(
+    checkpoint: Checkpoint, windows: dict[str, torch.Tensor], cache: Path | None
+) -> dict[str, torch.Tensor]:
     """The checkpoint's log-probabilities [windows, tokens, vocabulary] of each text, mapped from `cache` if they are
     there; the caller sees to it that a cache has one checkpoint and one set of texts.
     """
@@ -164,7 +166,7 @@ def load_reference(folder: Path, windows: dict[str, torch.Tensor], cache: Path |
         if kept is not None and kept.exists():
             reference[language] = torch.load(kept, mmap=True, weights_only=True)
             continue
-        predict = predict_with(load_model(folder, "float32"))
+        predict = predict_with(load_model(checkpoint, "float32"))
         reference[language] = torch.stack([predict(window) for window in ids])
         if kept is not None:
             torch.save(reference[language], kept)
@@ -187,7 +189,7 @@ def main() -> None:
             locate(arguments.model, progress=NoProgress()), Path(scratch), progress=NoProgress()
         )
         windows = load_windows(checkpoint.folder, arguments.text)
-        reference = load_reference(checkpoint.folder, windows, arguments.cache)
+        reference = load_reference(checkpoint, windows, arguments.cache)
 
         def measure(name: str, predict: Predict, size: dict[str, Any]) -> None:
             quality = {language: compare(reference[language], predict, windows[language]) for language in windows}

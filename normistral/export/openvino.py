@@ -5,7 +5,7 @@ The export configuration, the patches that make a model traceable and the statef
 it. Here NNCF rounds the traced graph itself, whose constants are the memory-mapped weight files: no temporary copy of
 the weights, neither on disk nor in memory.
 
-It does not know what else an artifact holds.
+It does not know the artifact's other files.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def _export_config(model: PreTrainedModel) -> Any:
 
 @contextmanager
 def _traceable_in_16_bits(model: PreTrainedModel) -> Iterator[None]:
-    """Let 16-bit matrices become constants as they are, without a float32 copy, and all arithmetic float32.
+    """Trace 16-bit matrices as constants without a float32 copy, and all arithmetic in float32.
 
     OpenVINO replaces torch.bmm for this, in the whole process, and leaves it so; here it is put back.
     """
@@ -299,7 +299,7 @@ def _feeds_product(node: Any) -> bool:
 
 @contextmanager
 def _report_nncf(stage: Stage) -> Iterator[None]:
-    """Let NNCF's progress go to `stage` instead of a bar on stdout. It offers no other way than its own names."""
+    """Redirect NNCF's progress to `stage` instead of a bar on stdout; patched, because NNCF has no option for it."""
     from nncf.quantization.algorithms.weight_compression import algorithm, mixed_precision
 
     def track(

@@ -304,7 +304,7 @@ def _in_words(seconds: float) -> str:
 
 @contextmanager
 def _translate_system_errors() -> Iterator[None]:
-    """What no step expected of the operating system: say it in one line."""
+    """Translate errors of the operating system that no stage has translated."""
     try:
         yield
     except MemoryError as exc:

@@ -1,6 +1,6 @@
-"""How the weights are stored: the choices, their one default each, and what they come to in bytes.
+"""The recipe of an export: options for storing weights, their defaults, resulting sizes in bytes.
 
-It knows nothing of the tool that does the rounding.
+It does not know the tool that quantizes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NAMES: dict[ArtifactFormat, str] = {"openvino": "OpenVINO", "onnx": "ONNX"}
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What the user may choose; the defaults are the ones in force everywhere.
+    """Options of the user; the only place of their defaults.
 
     Attributes:
         weights: "int4", "int8", "fp16", or in ONNX "fp32".
@@ -140,7 +140,7 @@ class Recipe:
             )
 
     def _elsewhere(self, name: str) -> str:
-        """Where an option does mean something."""
+        """Weight formats that an option applies to."""
         users = [f"{weights} in {_NAMES[format]}" for (format, weights), names in _MEANINGFUL.items() if name in names]
         return f"it is for {', '.join(users)}"
 
@@ -245,7 +245,7 @@ def choose_context(architecture: Architecture, trained: int | None, recipe: Reci
 def describe_choices(
     architecture: Architecture, trained: int | None, recipe: Recipe, group_size: int | None, context: int
 ) -> Iterator[str]:
-    """What the user should know before the work: the recipe in words, and what was chosen for a reason of the model's.
+    """Notes for the user before the work: the recipe in words, and choices that depend on the model.
 
     Args:
         trained: the checkpoint's context in tokens; None where it gives none.

@@ -1,6 +1,6 @@
-"""What an export needs of the machine: estimated before the start, measured on the way.
+"""Disk and memory of an export: estimated before the start, measured during it.
 
-It knows bytes, not models' names: the coefficients below say on what they were measured.
+It knows sizes, not models; each coefficient below names the measurement that it comes from.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _REFERENCE_PRODUCTS_PER_S = 237e9  # of `measure_matmul` there: a slower or busi
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class ResourceNeeds:
     """Bytes that an export takes beside the checkpoint.
 
     Attributes:
@@ -55,8 +55,8 @@ class Needs:
 
 def estimate_needs(
     architecture: Architecture, recipe: Recipe, group_size: int | None, *, workspace_bytes: int = 0
-) -> Needs:
-    """What an export will take.
+) -> ResourceNeeds:
+    """Estimate an export's disk and memory.
 
     Args:
         workspace_bytes: what the opened checkpoint put, or will put, on OUTPUT's disk.
@@ -87,7 +87,7 @@ def estimate_needs(
         disk += estimate_inner_bytes(architecture, recipe, group_size)
     if plan is not None:  # before anything is written
         memory = max(memory, _PROGRAM_BYTES + estimate_calibration_bytes(architecture, plan))
-    return Needs(disk, memory)
+    return ResourceNeeds(disk, memory)
 
 
 def estimate_calibration_bytes(architecture: Architecture, plan: QuantPlan) -> int:
@@ -161,7 +161,7 @@ def check_tools_memory() -> None:
         )
 
 
-def check_resources(output: Path, needs: Needs, if_fast: Needs | None = None) -> None:
+def check_resources(output: Path, needs: ResourceNeeds, if_fast: ResourceNeeds | None = None) -> None:
     """Refuse before the start what cannot end well.
 
     Args:

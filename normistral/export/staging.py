@@ -1,4 +1,4 @@
-"""Writes an artifact beside its place and moves it there when it is whole.
+"""Atomic writing of an artifact: beside its place, moved there when it is whole.
 
 While OUTPUT is being made, its parent holds two hidden neighbours:
 

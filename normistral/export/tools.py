@@ -1,4 +1,4 @@
-"""The packages that an export works with: whether they are there, how they are kept quiet, which versions they are."""
+"""The packages of an export: presence, output, versions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EXTRAS: dict[ArtifactFormat, tuple[str, ...]] = {"openvino": ("export",), "onnx
 
 
 def find_export_tools(format: ArtifactFormat) -> None:
-    """See that everything an export needs is installed, before any work and without the seconds that importing takes.
+    """Check that all packages of an export are installed, without importing them.
 
     Raises:
         MissingExtraError: an extra is not installed.
@@ -56,7 +56,7 @@ def require_export_tools(format: ArtifactFormat) -> None:
 
 @contextmanager
 def _patient_threads() -> Iterator[None]:
-    """Let the OpenMP that PyTorch loads sleep while its threads wait for each other; it reads its environment once.
+    """Set PyTorch's OpenMP threads to sleep while they wait for each other; OpenMP reads its environment once.
 
     By default they spin, and on cores that others use too the spinning takes the time of whom they wait for: beside the
     export of a 7B, one of the demo model was not done after ten minutes, in place of two. Alone it costs 3 %.

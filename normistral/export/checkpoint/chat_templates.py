@@ -1,4 +1,4 @@
-"""Where a model's chat template comes from: a file that the user gives, or the checkpoint; and whether it works at all.
+"""Source of a model's chat template, the user's file or the checkpoint, and a trial rendering.
 
 A template is jinja2 source. Ollama's are in Go's template language, and stand in published .gguf files all the same:
 they are recognised and refused, as llama.cpp fails on them too.
@@ -105,7 +105,7 @@ def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def require_template(folder: Path) -> None:
-    """Blame a template of a form that nobody reads before transformers stops at it with words of its own.
+    """Refuse a template of an unreadable form before transformers fails on it with a message of its own.
 
     Raises:
         CheckpointError: as `find_template`.

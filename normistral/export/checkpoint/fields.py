@@ -116,7 +116,7 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class KnownField:
-    """What is known of one field.
+    """Knowledge of one field.
 
     Attributes:
         reason: what it is used for, or why it is without effect.
@@ -216,7 +216,7 @@ def check_fields(document: Document, known: Mapping[str, KnownField], file: str,
 
 
 def _numbers(values: tuple[Any, ...]) -> list[Any]:
-    """Whole numbers also as floats: JSON writers do not tell 1 from 1.0."""
+    """Values with integers also as floats and back: JSON writers do not distinguish 1 from 1.0."""
     wide = [float(value) for value in values if isinstance(value, int) and not isinstance(value, bool)]
     narrow = [int(value) for value in values if isinstance(value, float) and value.is_integer()]
     return [*values, *wide, *narrow]

@@ -1,7 +1,7 @@
 """Recognise a file that is something else than its name says, from its first bytes.
 
 A clone without Git LFS holds pointers, a link to a web page saves the page, a broken download leaves zeros or nothing.
-Each is refused by its reader anyway; here the refusal gets its cause, and a hint that leads to the file that was meant.
+Each is refused by its reader anyway; here the error gets its cause, and a hint how to get the right file.
 Nothing beyond the first bytes is read, and a file of the right kind is never named.
 """
 
@@ -31,14 +31,14 @@ _FETCH = "download the file again"
 
 @dataclass(frozen=True, slots=True)
 class ForeignFile:
-    """What a file is, as the end of "NAME is ...", and how to come by the one that was meant."""
+    """Kind of a file, as the end of "NAME is ...", and a hint how to get the right one."""
 
     what: str
     hint: str
 
 
 def recognise(path: Path, *, text: bool | None = None) -> ForeignFile | None:
-    """What a file is, where that is not what its name says; None for all others, and for one that cannot be read.
+    """The kind of a file that is not what its name says; None for others, and for one that cannot be read.
 
     Args:
         text: whether it should be a text; None goes by the name's ending.

@@ -1,6 +1,6 @@
 """Recognise a folder that holds something else than a whole checkpoint of a language model, by its files' names.
 
-Each would be refused anyway, for lack of a config.json or of weights; here the refusal gets its cause and the way on.
+Each would be refused anyway for lack of a config.json or of weights; here the error gets its cause and a hint.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _KINDS = (
 
 
 def recognise_folder(folder: Path) -> ForeignFile | None:
-    """What a folder without config.json or weights is, as the end of "FOLDER is ..."; None if nothing tells."""
+    """Kind of a folder without config.json or weights, as the end of "FOLDER is ..."; None if unknown."""
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
     if (folder / "snapshots").is_dir() and (folder / "blobs").is_dir():

@@ -46,7 +46,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class _RemoteFile:
-    """What the hub says of one file, checked: a plain name, bytes, and the hash that is its name among the blobs."""
+    """One file in the hub's listing, checked: a plain name, size in bytes, and the hash that names its blob."""
 
     name: str
     size: int
@@ -103,7 +103,7 @@ class _ConnectionBrokenError(Exception):
 
 
 class _Transport:
-    """What is asked of the hub about one repository, with errors translated."""
+    """Requests to the hub about one repository, with errors translated."""
 
     def __init__(self, repository: str, revision: str, endpoint: str | None, cache: Path) -> None:
         self.repository, self.revision, self.endpoint, self.cache = repository, revision, endpoint, cache

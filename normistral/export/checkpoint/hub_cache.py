@@ -55,21 +55,21 @@ class RepositoryCache:
         self._storage, self._locks = cache / self._name, cache / ".locks" / self._name
 
     def folder(self, commit: str) -> Path:
-        """Of a commit's files; it need not exist."""
+        """Folder of a commit's files; it need not exist."""
         assert is_commit(commit)
         return self._storage / "snapshots" / commit
 
     def blob(self, etag: str) -> Path:
-        """Where the bytes with this hash are, or will be."""
+        """File of the bytes with this hash; it need not exist."""
         assert is_hash(etag)
         return self._storage / "blobs" / etag
 
     def partial(self, etag: str) -> Path:
-        """Where they are while they come."""
+        """File of the bytes during their download."""
         return self.blob(etag).with_name(f"{etag}.incomplete")
 
     def lock(self, etag: str) -> Path:
-        """What huggingface_hub locks while it writes them."""
+        """Lock file that huggingface_hub holds while it writes the blob."""
         return self._locks / f"{self.blob(etag).name}.lock"
 
     def make(self, commit: str) -> None:
@@ -118,7 +118,7 @@ class RepositoryCache:
         return commit if is_commit(commit) else None
 
     def recorded_hash(self, place: Path) -> str:
-        """What a file of a snapshot should have: its blob's name.
+        """The expected hash of a snapshot's file: its blob's name.
 
         Raises:
             DownloadError: it is not one of the blobs.

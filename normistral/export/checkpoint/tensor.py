@@ -112,7 +112,7 @@ _PREFIXES = {"_orig_mod.": "torch.compile", "module.": "torch's DataParallel"}
 
 
 def recognise_tensors(names: Iterable[str]) -> ForeignFile | None:
-    """What weights are whose tensors a config.json does not describe."""
+    """The tool that wrote tensors which config.json does not describe; None if unknown."""
     names = list(names)
     for pattern, what in _TENSORS.items():
         if any(re.search(pattern, name) for name in names):

@@ -190,7 +190,7 @@ def _builds_from_model(settings: dict[str, Any]) -> bool:
 def _translate_from_5(
     settings: dict[str, Any], config: dict[str, Any], model_type: str, tokenizer: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What transformers 5 makes of tokenizer_config.json, in the words of 4.57.
+    """Translate tokenizer_config.json as transformers 5 reads it to the fields of 4.57.
 
     Version 5 reads tokenizer.json as it is: it ignores add_bos_token and add_eos_token, and add_prefix_space, which
     4.57 would write into a byte-level pre-tokenizer.
@@ -267,7 +267,7 @@ def _is_built_by_llama(settings: dict[str, Any], tokenizer: dict[str, Any]) -> b
 
 
 def _is_built_by_gpt2(settings: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
-    """As `_is_built_by_llama`, for GPT2Tokenizer."""
+    """Whether tokenizer.json is what GPT2Tokenizer of transformers 5 builds of its vocabulary and merges."""
     pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
     return (
         tokenizer.get("normalizer") is None
@@ -280,7 +280,7 @@ def _is_built_by_gpt2(settings: dict[str, Any], tokenizer: dict[str, Any]) -> bo
 
 
 def _flags(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """What the model's section says beside its lists, as far as it is switched on."""
+    """The fields of the model's section that are set, without its lists."""
     model = tokenizer.get("model")
     given = model.items() if isinstance(model, dict) else ()
     return {key: value for key, value in given if key not in ("vocab", "merges", "unk_token") and value}

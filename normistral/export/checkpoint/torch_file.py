@@ -37,14 +37,14 @@ _NAME = re.compile(r"[^/\\\0]+(/[^/\\\0]+)*/?")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ZipEntry:
     """The bytes of one entry in the zip file."""
 
     start: int
     nbytes: int
 
 
-def read_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
+def read_entries(file: BinaryIO, size: int) -> dict[str, ZipEntry]:
     """The entries of a zip file by name.
 
     Args:
@@ -58,7 +58,7 @@ def read_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
     if table_bytes > _MAX_TABLE_BYTES:
         raise ValueError(f"a table of contents of {table_bytes} bytes")
     table = _read(file, table_start, table_bytes)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ZipEntry] = {}
     position = 0
     for _ in range(count):
         signature, _, _, flags, method, _, _, _, packed, unpacked, *lengths, _, _, _, header = _ENTRY.unpack_from(
@@ -84,7 +84,7 @@ def read_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
         start = _start_of(file, header, raw_name, table_start)
         if start + unpacked > table_start:
             raise ValueError(f"the entry {name[:80]!a} ends at byte {start + unpacked} of {table_start}")
-        entries[name] = Entry(start, unpacked)
+        entries[name] = ZipEntry(start, unpacked)
     if position != table_bytes:
         raise ValueError(f"the table of contents has {table_bytes - position} bytes too many")
     for before, after in pairwise(sorted(entries.values(), key=lambda entry: entry.start)):
@@ -129,7 +129,7 @@ def _wide(extra: bytes, *values: int) -> list[int]:
 
 
 def _start_of(file: BinaryIO, header: int, name: bytes, table_start: int) -> int:
-    """Where an entry's bytes begin: behind its local header, whose extra field differs from the table's."""
+    """Start of an entry's bytes: behind its local header, whose extra field differs from the table's."""
     if header + _LOCAL.size > table_start:
         raise ValueError(f"an entry begins at byte {header} of {table_start}")
     signature, _, flags, method, *_, name_bytes, extra_bytes = _LOCAL.unpack(_read(file, header, _LOCAL.size))
@@ -169,7 +169,7 @@ _DISTRUST = "use a checkpoint that its authors publish as safetensors, and do no
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """What a pickle would import: its name, and no more."""
+    """Name of an object that a pickle would import."""
 
     name: str
 
@@ -224,7 +224,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read {path}: {exc.strerror}", "check the file's permissions") from exc
 
 
-def _read_tensors(path: Path, file: BinaryIO, entries: dict[str, Entry]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, file: BinaryIO, entries: dict[str, ZipEntry]) -> dict[str, Tensor]:
     pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(pickles) != 1:
         raise CheckpointError(f"{path.name} is a zip file, but not one that torch.save wrote", _AGAIN)
@@ -249,7 +249,7 @@ def _read_tensors(path: Path, file: BinaryIO, entries: dict[str, Entry]) -> dict
     }
 
 
-def _content(path: Path, file: BinaryIO, entry: Entry, limit: int) -> bytes:
+def _content(path: Path, file: BinaryIO, entry: ZipEntry, limit: int) -> bytes:
     if entry.nbytes > limit:
         raise CheckpointError(
             f"{path.name} holds more than tensors: {entry.nbytes} bytes describe them, where {limit} are enough", _ALONE
@@ -258,7 +258,7 @@ def _content(path: Path, file: BinaryIO, entry: Entry, limit: int) -> bytes:
     return file.read(entry.nbytes)
 
 
-def _place(path: Path, name: str, view: _View, entry: Entry | None) -> Tensor:
+def _place(path: Path, name: str, view: _View, entry: ZipEntry | None) -> Tensor:
     """Find a tensor's bytes in the file."""
     if entry is None:
         raise CheckpointError(f"{path.name} is damaged: the bytes of {shown(name)} are missing", _AGAIN)
@@ -289,7 +289,7 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _interpret(path: Path, pickle: bytes) -> object:
-    """What the pickle would build, as inert records.
+    """Interpret the pickle into inert records.
 
     Raises:
         CheckpointError: it names or does something that tensors do not need. Nothing of it was done.

@@ -1,4 +1,4 @@
-"""What a checkpoint's tokenizer files say: the vocabulary, the special tokens, the chat template, the reasoning's tags.
+"""Facts from a checkpoint's tokenizer files: special tokens, end-of-sequence ids, chat template, reasoning tags.
 
 The `tokenizers` library is the measure, because it is what the runtime uses; transformers is asked for the names of the
 special tokens, which a chat template sees.
@@ -27,7 +27,7 @@ _AFTER_CONTENT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What the tokenizer says.
+    """Facts from the tokenizer files.
 
     Attributes:
         specials: transformers' special_tokens_map: bos_token, eos_token, additional_special_tokens and so on.

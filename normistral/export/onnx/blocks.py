@@ -1,4 +1,4 @@
-"""Building blocks of the fused graphs: what flows between them is named by strings, its shape stands beside each line.
+"""Building blocks of the fused graphs. Tensors are named by strings; their shapes stand beside each line.
 
 Shapes: b sequences of s tokens, t = past + s; H heads, K KV heads of width d.
 Operators outside the ONNX standard are onnxruntime's (ContribOperators.md in its repository).
@@ -20,7 +20,7 @@ FAST_LEVEL = 4  # MatMulNBits' accuracy_level: activations rounded to int8 in bl
 
 @dataclass(frozen=True, slots=True)
 class WeightSchemes:
-    """How matrices are stored; None is as floats.
+    """Quantization schemes of a model's matrices; None is floats.
 
     Attributes:
         inner: attention and feed-forward.
@@ -33,8 +33,8 @@ class WeightSchemes:
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
-    """What every layer's attention counts with: names of tensors."""
+class SequenceLengths:
+    """Names of the length tensors that every layer's attention reads."""
 
     last_position: str  # int32 [b]: index of the last token
     total: str  # int32 []: t
@@ -43,7 +43,7 @@ class Lengths:
     padding_row: str  # [b, 1, 1, t]: 0 where a token is, the lowest float where padding is
 
 
-def share_lengths(graph: Graph) -> Lengths:
+def add_lengths(graph: Graph) -> SequenceLengths:
     """Lengths and padding from the attention mask.
 
     Padded sequences count as long as the batch and their padding is masked: GroupQueryAttention takes lengths that are
@@ -69,7 +69,7 @@ def share_lengths(graph: Graph) -> Lengths:
     graph.node("Sub", ["one.float", "mask.float"], ["mask.padded"])
     graph.node("Mul", ["mask.padded", "lowest"], ["mask.bias"])  # [b, t]
     row = graph.node("Unsqueeze", ["mask.bias", graph.constant("axes.1.2", np.array([1, 2]))], ["mask.row"])
-    return Lengths(last, total, total_1d, tokens, row)
+    return SequenceLengths(last, total, total_1d, tokens, row)
 
 
 def embed(graph: Graph, name: str, scheme: QuantScheme | None) -> tuple[QuantizedMatrix | None, str]:
@@ -99,7 +99,7 @@ def group_query_attention(
     name: str,
     layer: int,
     architecture: Architecture,
-    lengths: Lengths,
+    lengths: SequenceLengths,
     bias: str,
     rotary_tables: tuple[str, str] = ("", ""),
 ) -> str:

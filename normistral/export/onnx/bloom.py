@@ -17,14 +17,14 @@ from normistral.artifact.manifest import Architecture
 from normistral.export.checkpoint.families.bloom import BLOOM
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx.blocks import (
-    Lengths,
+    SequenceLengths,
     WeightSchemes,
     activate,
+    add_lengths,
     embed,
     group_query_attention,
     linear,
     output_layer,
-    share_lengths,
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
 from normistral.export.quantize.scheme import QuantScheme
@@ -41,7 +41,7 @@ def write_decoder(
         config: sanitised config.json.
         context: not used: ALiBi has no table of positions.
     """
-    lengths = share_lengths(graph)
+    lengths = add_lengths(graph)
     bias = alibi(graph, architecture.heads, lengths)
     table, embedded = embed(graph, BLOOM.embedding, storage.embedding)  # [b, s, hidden]
     hidden, skip = add_and_norm(graph, embedded, "", "transformer.word_embeddings_layernorm", config)[0], ""
@@ -58,7 +58,7 @@ def write_decoder(
     output_layer(graph, normed, architecture, storage.output, BLOOM.embedding, table)
 
 
-def alibi(graph: Graph, heads: int, lengths: Lengths) -> str:
+def alibi(graph: Graph, heads: int, lengths: SequenceLengths) -> str:
     """slope × (key's position - query's position), and padding: [b, H, s, t].
 
     transformers multiplies by the key's position alone. Along a row that differs by a constant, which the softmax does
@@ -113,7 +113,7 @@ def attend(
     layer: int,
     architecture: Architecture,
     scheme: QuantScheme | None,
-    lengths: Lengths,
+    lengths: SequenceLengths,
     bias: str,
 ) -> str:
     """Attention over past and new tokens, and its output projection: [b, s, hidden]."""

@@ -219,7 +219,7 @@ class Graph:
         return values.astype(self.float_dtype, copy=False)
 
     def scheme_of(self, part: str, scheme: QuantScheme) -> QuantScheme:
-        """That of the calibration where it has rounded this matrix, else `scheme`."""
+        """The scheme of the calibration if it has quantized this matrix, else `scheme`."""
         return scheme if self.quantized is None else self.quantized.schemes.get(self.reader.source(part)[0], scheme)
 
     def _quantize(self, parts: Sequence[str], scheme: QuantScheme) -> Iterator[QuantizedTensor]:
@@ -242,7 +242,7 @@ class Graph:
 
 
 def _quantize_ahead(blocks: Iterator[Rows], scheme: QuantScheme) -> Iterator[QuantizedTensor]:
-    """The blocks rounded, in order, in two threads (numpy lets go of the interpreter) that are a few blocks ahead."""
+    """Quantize blocks in order, in two threads that run a few blocks ahead (numpy releases the GIL)."""
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="round") as executor:
         pending = deque(executor.submit(quantize_rtn, block, scheme) for block in islice(blocks, _AHEAD))
         while pending:

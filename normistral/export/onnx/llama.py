@@ -1,4 +1,4 @@
-"""The fused graph of Llama and Mistral: one function per block, the shape of what flows beside each line.
+"""The fused graph of Llama and Mistral: one function per block, shapes beside each line.
 
 Shapes as in blocks.py; F is the feed-forward width.
 """
@@ -15,14 +15,14 @@ from normistral.artifact.manifest import Architecture
 from normistral.errors import ExportError
 from normistral.export.checkpoint.families.llama import LLAMA
 from normistral.export.onnx.blocks import (
-    Lengths,
+    SequenceLengths,
     WeightSchemes,
     activate,
+    add_lengths,
     embed,
     group_query_attention,
     linear,
     output_layer,
-    share_lengths,
 )
 from normistral.export.onnx.graph import MICROSOFT, Graph
 from normistral.export.quantize.scheme import QuantScheme
@@ -45,7 +45,7 @@ def write_decoder(
             f"not {architecture.head_dim}",
             "use --graph plain, with fp16 or fp32 weights",
         )
-    shared = share_inputs(graph, config, architecture, context)
+    shared = add_shared_inputs(graph, config, architecture, context)
     table, hidden = embed(graph, LLAMA.embedding, storage.embedding)  # [b, s, hidden]
     skip = ""
     for layer in range(architecture.layers):
@@ -59,21 +59,21 @@ def write_decoder(
 
 @dataclass(frozen=True, slots=True)
 class SharedInputs:
-    """What every layer's attention reads: names of tensors."""
+    """Names of the tensors that every layer's attention reads."""
 
-    lengths: Lengths
+    lengths: SequenceLengths
     padding: str  # [b, 1, s, t]: 0 where a token is, the lowest float where padding is
     rotary_tables: tuple[str, str]  # cosines and sines: [context, d/2]
 
 
-def share_inputs(graph: Graph, config: dict[str, Any], architecture: Architecture, context: int) -> SharedInputs:
+def add_shared_inputs(graph: Graph, config: dict[str, Any], architecture: Architecture, context: int) -> SharedInputs:
     """Lengths, padding and the rotary tables.
 
     GroupQueryAttention counts positions itself, padding included: rotary attention depends on differences only. Of
     position_ids, its kernel for CPUs would take the first row's start for all rows in a prompt, and every row's own in
     the next steps.
     """
-    lengths = share_lengths(graph)
+    lengths = add_lengths(graph)
     graph.constant("ones", np.array([1]))
     graph.node("Concat", ["ones", "ones", lengths.tokens_1d, lengths.total_1d], ["padding.shape"], axis=0)
     padding = graph.node("Expand", [lengths.padding_row, "padding.shape"], ["padding"])  # [b, 1, s, t]

@@ -32,7 +32,7 @@ _OPEN = (None, None)  # batch and tokens: sizes that were left as traced would b
 
 
 class _Product(torch.autograd.Function):
-    """What nn.Linear computes, as a node Linear."""
+    """nn.Linear as a placeholder node Linear."""
 
     @staticmethod
     def forward(
@@ -51,7 +51,7 @@ class _Product(torch.autograd.Function):
 
 
 class _LookUp(torch.autograd.Function):
-    """What nn.Embedding computes, as a node Embedding."""
+    """nn.Embedding as a placeholder node Embedding."""
 
     @staticmethod
     def forward(context: Any, ids: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ class _LookUp(torch.autograd.Function):
 
 
 class _Normalisation(torch.autograd.Function):
-    """What nn.LayerNorm computes, as the standard's node."""
+    """nn.LayerNorm as the standard's node."""
 
     @staticmethod
     def forward(

@@ -26,13 +26,13 @@ class Port:
     shape: tuple[Axis, ...]
 
     def value_info(self) -> onnx.ValueInfoProto:
-        """As the graph declares it."""
+        """The declaration in the graph."""
         return onnx.helper.make_tensor_value_info(self.name, self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """Of a whole decoder; `opset` is what Optimum exports this architecture with."""
+    """Inputs and outputs of a decoder; `opset` is the one that Optimum exports this architecture with."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]

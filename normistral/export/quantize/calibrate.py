@@ -54,20 +54,20 @@ def quantize_layers(
     import torch
 
     model = LayeredModel(checkpoint, NoProgress())
-    passages = model.enter(windows)
+    sequences = model.embed(windows)
     for index in range(model.layers):
         with model.open_layer(index) as layer, torch.inference_mode():
             with collect_moments(layer, full=plan.method == "gptq") as moments:
-                for passage in passages:
-                    model.run(layer, replace(passage))  # the original stays in front of the layer
+                for sequence in sequences:
+                    model.run(layer, replace(sequence))  # the original stays in front of the layer
             for name, moment in moments.items():
                 weight = layer.get_parameter(f"{name}.weight")
                 stored = f"{model.prefix(index)}{name}.weight"
                 scheme = (plan.int8_scheme if stored in in_int8 else plan.scheme)(weight.shape[1])
                 weight.copy_(_quantize(stored, weight, moment, plan.method, scheme, quantized))
                 stage.advance(weight.numel())
-            for passage in passages:
-                model.run(layer, passage)
+            for sequence in sequences:
+                model.run(layer, sequence)
 
 
 def _quantize(

@@ -15,14 +15,14 @@ from normistral.export.texts import load_texts
 Method = Literal["scale_search", "gptq"]
 
 CALIBRATION_TOKENS = 8192
-SENSITIVITY_TOKENS = 2048  # of them, for the choice of what takes 8 bits
+SENSITIVITY_TOKENS = 2048  # of these, for the mixed-precision selection
 WINDOW_TOKENS = 512
 _METHODS: dict[RecipeName, Method | None] = {"fast": None, "balanced": "scale_search", "best": "gptq"}
 
 
 @dataclass(frozen=True, slots=True)
 class QuantPlan:
-    """How the matrices inside the layers are quantized.
+    """Quantization of the matrices inside the layers.
 
     Attributes:
         method: "scale_search" searches scales and rounds to nearest; "gptq" searches scales, and GPTQ chooses the
@@ -60,7 +60,7 @@ def choose_plan(recipe: Recipe, group_size: int | None) -> QuantPlan | None:
 
 
 def calibration_windows(encode: Callable[[str], list[int]], context: int) -> list[list[int]]:
-    """Pieces of our texts, of one length, about 8,192 tokens in all, from every text in turn.
+    """Calibration windows: token ids of one length, taken from every text in turn, about 8,192 tokens in all.
 
     Args:
         encode: text to token ids, as the checkpoint does it.
@@ -76,7 +76,7 @@ def calibration_windows(encode: Callable[[str], list[int]], context: int) -> lis
 
 
 def calibration_sha256() -> str:
-    """Of the texts, one after the other, in UTF-8: the manifest says with what a model was calibrated."""
+    """SHA-256 of the concatenated calibration texts in UTF-8, for the manifest."""
     return hashlib.sha256("".join(load_texts().values()).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ _SMALLEST_FLOAT16, _SMALLEST_FLOAT16_SCALE = 2.0**-14, 2.0**-19
 
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
-    """How a matrix is stored: 4 or 8 `bits`, a scale for every `group_size` weights of a row, zero points or none.
+    """Storage of a matrix: 4 or 8 `bits`, a scale per `group_size` weights of a row, with or without zero points.
 
     Scales are float16 in OpenVINO, and float32 in ONNX.
     """
@@ -78,9 +78,9 @@ def smallest_representable(bits: int, *, float16: bool) -> float:
     return float(2 ** (bits - 1) * (_SMALLEST_FLOAT16_SCALE if float16 else SMALLEST_SCALE))
 
 
-@np.errstate(over="ignore")  # beyond float16; float16_range.py lets none pass where that matters
+@np.errstate(over="ignore")  # beyond float16; float16_range.py refuses them where it matters
 def round_scales(params: QuantParams, scheme: QuantScheme) -> QuantParams:
-    """The same with scales rounded to float16, which both formats hold; in float32 those beyond its range stay."""
+    """Round scales to float16, which both formats hold; with float32 scales those outside its range are kept."""
     rounded = params.scales.astype(np.float16).astype(np.float32)
     if not scheme.float16_scales:
         size = np.abs(params.scales)

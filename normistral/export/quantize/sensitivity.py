@@ -24,7 +24,7 @@ from normistral.export.quantize.plan import QuantPlan
 from normistral.export.quantize.rtn import quantize
 from normistral.export.quantize.scale_search import search_params
 from normistral.export.quantize.scheme import dequantize
-from normistral.export.reference.layerwise import LayeredModel, Passage
+from normistral.export.reference.layerwise import LayeredModel, SequenceState
 from normistral.progress import NoProgress, Stage
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Sensitivity:
-    """Of one matrix: `loss` in nats per token once it is rounded to the plan's coarser grid; its `weights`."""
+    """One matrix: estimated `loss` in nats per token in the plan's low-bit scheme; number of `weights`."""
 
     weights: int
     loss: float = 0.0
@@ -44,7 +44,7 @@ def select_int8(sensitivities: Mapping[str, Sensitivity], ratio: float) -> froze
     """Names of the matrices with the largest loss per byte, until all but `ratio` of the weights are selected.
 
     A weight costs the same bytes in every matrix, and what 8 bits lose is nothing beside 4 (a 256th): so the gain by
-    byte is the loss by weight. One that does not fit in what is left makes room for smaller ones.
+    byte is the loss by weight. A matrix that does not fit in the rest is skipped for smaller ones.
     """
     left = round((1 - ratio) * sum(matrix.weights for matrix in sensitivities.values()))
     chosen = set()
@@ -69,25 +69,25 @@ def measure_sensitivity(
         CheckpointError: the weights cannot be read.
     """
     model = LayeredModel(checkpoint, NoProgress())
-    passages = model.enter(windows)
+    sequences = model.embed(windows)
     states: list[list[torch.Tensor]] = []  # in front of every layer
     moments: list[dict[str, torch.Tensor]] = []
     for index in range(model.layers):
-        states.append([passage.hidden for passage in passages])
+        states.append([sequence.hidden for sequence in sequences])
         with model.open_layer(index) as layer, collect_moments(layer, full=False) as found:
-            for passage in passages:
-                model.run(layer, passage)
+            for sequence in sequences:
+                model.run(layer, sequence)
         moments.append(found)
         stage.advance(1)
-    gradients = _gradients_at_the_end(model, passages)
+    gradients = _gradients_at_the_end(model, sequences)
     measured: dict[str, Sensitivity] = {}
     for index in reversed(range(model.layers)):
         with model.open_layer(index) as layer:
             errors = {name: _quantization_error(layer, name, moment, plan) for name, moment in moments.pop().items()}
             with _watch(layer, errors) as sensitivities:
                 gradients = [
-                    _step_back(model, layer, passage, hidden, gradient)
-                    for passage, hidden, gradient in zip(passages, states.pop(), gradients, strict=True)
+                    _step_back(model, layer, sequence, hidden, gradient)
+                    for sequence, hidden, gradient in zip(sequences, states.pop(), gradients, strict=True)
                 ]
             measured |= {f"{model.prefix(index)}{name}.weight": matrix for name, matrix in sensitivities.items()}
         stage.advance(1)
@@ -97,15 +97,15 @@ def measure_sensitivity(
     return measured
 
 
-def _gradients_at_the_end(model: LayeredModel, passages: list[Passage]) -> list[torch.Tensor]:
+def _gradients_at_the_end(model: LayeredModel, sequences: list[SequenceState]) -> list[torch.Tensor]:
     """Behind the last layer, of the log-probability of tokens drawn from the model's own answers."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
     gradients: list[torch.Tensor] = []
     with model.open_output() as output:
-        for passage in passages:
-            hidden = passage.hidden.requires_grad_()
+        for sequence in sequences:
+            hidden = sequence.hidden.requires_grad_()
             logits = output(hidden)
             answers = logits.detach().softmax(-1)  # [tokens, vocabulary]
             if not torch.isfinite(answers).all():
@@ -117,7 +117,7 @@ def _gradients_at_the_end(model: LayeredModel, passages: list[Passage]) -> list[
 
 
 def _quantization_error(layer: nn.Module, name: str, moment: torch.Tensor, plan: QuantPlan) -> torch.Tensor:
-    """What rounding to nearest, with searched scales, would add to a matrix [out, in]."""
+    """Error of rounding a matrix [out, in] to nearest with searched scales."""
     import torch
 
     weight = layer.get_parameter(f"{name}.weight")
@@ -150,11 +150,11 @@ def _watch(layer: nn.Module, errors: Mapping[str, torch.Tensor]) -> Iterator[dic
 
 
 def _step_back(
-    model: LayeredModel, layer: nn.Module, passage: Passage, hidden: torch.Tensor, gradient: torch.Tensor
+    model: LayeredModel, layer: nn.Module, sequence: SequenceState, hidden: torch.Tensor, gradient: torch.Tensor
 ) -> torch.Tensor:
     """The gradient in front of a layer, from the one behind it."""
     import torch
 
-    passage.hidden = hidden.requires_grad_()
-    (before,) = torch.autograd.grad(model.call(layer, passage), hidden, gradient)
+    sequence.hidden = hidden.requires_grad_()
+    (before,) = torch.autograd.grad(model.call(layer, sequence), hidden, gradient)
     return before

@@ -1,4 +1,4 @@
-"""A checkpoint of any size, run in float32 by transformers, layer by layer: as a reference, and to calibrate with.
+"""Layer-by-layer execution of a checkpoint of any size in float32, for references and calibration.
 
 Sequences go through the model in groups: their hidden states wait in memory while one decoder layer after the other is
 read from the mapped file, turned to float32, run over all of them and dropped. At one time there is one layer in
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 _GROUP_TOKENS = 8192
 
 
-class Matrices(Protocol):
-    """Other values for some of the checkpoint's matrices."""
+class MatrixSource(Protocol):
+    """Replacement values for some of the checkpoint's matrices."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -45,11 +45,11 @@ class Matrices(Protocol):
 
 
 @dataclass(slots=True)
-class Passage:
-    """One sequence on its way: hidden states [1, tokens, hidden], and what transformers gives each layer besides."""
+class SequenceState:
+    """One sequence between two layers: hidden states [1, tokens, hidden], and the other arguments of each layer."""
 
     hidden: torch.Tensor
-    beside: dict[str, Any]
+    layer_arguments: dict[str, Any]
 
 
 class LayeredModel:
@@ -58,7 +58,7 @@ class LayeredModel:
     Args:
         checkpoint: an opened one; its folder has to stay.
         group_tokens: tokens that go through the layers together.
-        matrices: taken instead of the checkpoint's, as far as they go: those of an artifact.
+        matrices: replace the checkpoint's matrices of the same names: those of an artifact.
 
     Raises:
         ExportError: transformers cannot build the model.
@@ -70,7 +70,7 @@ class LayeredModel:
         progress: Progress,
         *,
         group_tokens: int = _GROUP_TOKENS,
-        matrices: Matrices | None = None,
+        matrices: MatrixSource | None = None,
     ) -> None:
         import torch
 
@@ -88,27 +88,27 @@ class LayeredModel:
             self._fill(self._model, tensor, tensor)
 
     def predict(self, windows: Sequence[Window]) -> Iterator[Logits]:
-        """As `Predictor`; nothing comes before a group has gone through all layers."""
+        """Logits of each window, as `Predictor`; the first ones come when a whole group has passed all layers."""
         groups = _group(windows, self._group_tokens)
         for number, group in enumerate(groups, start=1):
             what = "reference" if self._matrices is None else "the artifact's weights in transformers"
             title = f"{what}, layer by layer" + (f", part {number} of {len(groups)}" if len(groups) > 1 else "")
             with self._progress.stage(title, self.layers, "layers") as stage:
-                passages = self.enter([window.fed_ids for window in group])
+                sequences = self.embed([window.fed_ids for window in group])
                 for index in range(self.layers):
                     with self.open_layer(index) as layer:
-                        for passage in passages:
-                            self.run(layer, passage)
+                        for sequence in sequences:
+                            self.run(layer, sequence)
                     stage.advance(1)
-            yield from self._finish(group, passages)
+            yield from self._finish(group, sequences)
 
     @property
     def layers(self) -> int:
-        """How many there are."""
+        """Number of layers."""
         return len(self._layers)
 
-    def enter(self, sequences: Sequence[Sequence[int]]) -> list[Passage]:
-        """Up to the first layer: token ids to what it is called with."""
+    def embed(self, sequences: Sequence[Sequence[int]]) -> list[SequenceState]:
+        """Embed token ids: the inputs of the first layer."""
         import torch
 
         with self._filled(self._model, {self._family.embedding: self._family.embedding}), torch.no_grad():
@@ -123,19 +123,19 @@ class LayeredModel:
             yield layer
 
     def prefix(self, index: int) -> str:
-        """What the checkpoint puts before the names of a layer's parameters."""
+        """Prefix of a layer's parameter names in the checkpoint."""
         return f"{self._family.layer_prefix}{index}."
 
-    def run(self, layer: torch.nn.Module, passage: Passage) -> None:
-        """Take a sequence through an open layer."""
+    def run(self, layer: torch.nn.Module, sequence: SequenceState) -> None:
+        """Pass a sequence through an open layer."""
         import torch
 
         with torch.no_grad():
-            passage.hidden = self.call(layer, passage)
+            sequence.hidden = self.call(layer, sequence)
 
-    def call(self, layer: torch.nn.Module, passage: Passage) -> torch.Tensor:
-        """What an open layer makes of a sequence [1, tokens, hidden]; with a gradient where torch is to take one."""
-        out = layer(passage.hidden, **passage.beside)
+    def call(self, layer: torch.nn.Module, sequence: SequenceState) -> torch.Tensor:
+        """Output of an open layer [1, tokens, hidden]; with a gradient if torch records one."""
+        out = layer(sequence.hidden, **sequence.layer_arguments)
         self._answers_tuple = isinstance(out, tuple)  # BLOOM's layers do, Llama's do not
         hidden: torch.Tensor = out[0] if self._answers_tuple else out
         return hidden
@@ -155,23 +155,23 @@ class LayeredModel:
         with self._filled(self._model, {OUTPUT_LAYER: OUTPUT_LAYER}):
             yield logits
 
-    def _start(self, token_ids: torch.Tensor) -> Passage:
-        """What the first layer is called with."""
+    def _start(self, token_ids: torch.Tensor) -> SequenceState:
+        """Inputs of the first layer."""
         self._probe.answer = None
         try:
             self._model(token_ids, use_cache=False)
         except _LayersReachedError as reached:
-            return Passage(reached.hidden, reached.beside)
+            return SequenceState(reached.hidden, reached.layer_arguments)
         raise ExportError(f"transformers' {type(self._model).__name__} has no layers where they were expected")
 
-    def _finish(self, windows: Sequence[Window], passages: Sequence[Passage]) -> Iterator[Logits]:
+    def _finish(self, windows: Sequence[Window], sequences: Sequence[SequenceState]) -> Iterator[Logits]:
         """Last norm and output layer, at the scored places only."""
         import torch
 
         with self.open_output() as output:
-            for window, passage in zip(windows, passages, strict=True):
+            for window, sequence in zip(windows, sequences, strict=True):
                 with torch.inference_mode():
-                    logits = output(passage.hidden[:, -window.scored :])
+                    logits = output(sequence.hidden[:, -window.scored :])
                 yield logits.numpy().astype(np.float32, copy=False)
 
     @contextmanager
@@ -213,23 +213,23 @@ def _group(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
 
 
 class _LayersReachedError(Exception):
-    """Not a failure: carries what the layers are called with out of transformers' code."""
+    """Not a failure: carries the layers' inputs out of transformers' code."""
 
-    def __init__(self, hidden: torch.Tensor, beside: dict[str, Any]) -> None:
+    def __init__(self, hidden: torch.Tensor, layer_arguments: dict[str, Any]) -> None:
         super().__init__()
-        self.hidden, self.beside = hidden, beside
+        self.hidden, self.layer_arguments = hidden, layer_arguments
 
 
 def _make_probe() -> Any:
-    """A module in the place of all layers: it answers `answer`, or raises with what it was called with."""
+    """A module in place of all layers: it returns `answer`, or raises with its inputs."""
     import torch
 
     class Probe(torch.nn.Module):
         answer: Any = None
 
-        def forward(self, hidden: torch.Tensor, **beside: Any) -> Any:
+        def forward(self, hidden: torch.Tensor, **layer_arguments: Any) -> Any:
             if self.answer is None:
-                raise _LayersReachedError(hidden, beside)
+                raise _LayersReachedError(hidden, layer_arguments)
             return self.answer
 
     return Probe()

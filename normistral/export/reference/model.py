@@ -37,7 +37,7 @@ _RUN_LIMIT_BYTES = 2 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLogits:
-    """What the model itself computes: token ids [n] and float32 logits [n, vocabulary]."""
+    """Outputs of the original model: token ids [n] and float32 logits [n, vocabulary]."""
 
     token_ids: list[int]
     logits: Logits
@@ -50,7 +50,7 @@ def fits_for_running(architecture: Architecture) -> bool:
 
 
 def load_reference(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model as config.json describes it, in float32, by a reader that shares nothing with the exporter's.
+    """The model in float32 from config.json as it was given; shares no reader with the exporter.
 
     Raises:
         ExportError: as `load_model`.

@@ -1,7 +1,7 @@
-"""The proof before an artifact gets its name: it opens, holds what the checkpoint holds, and computes the same.
+"""Verification before an artifact gets its name: it opens, holds the checkpoint's content, and computes the same.
 
-The cheap parts come first, and name what differs: inputs and outputs, configuration, tokenizer, template, some rows of
-every matrix. (That tokenizer and template give transformers' ids was proved before the export began.) Then the model is
+The cheap parts come first, and name the difference: inputs and outputs, configuration, tokenizer, template, some rows
+of every matrix. (Tokenizer and template were compared with transformers before the export began.) Then the model is
 run by this package's own engine, step by step against all at once, and against transformers in float32: with the
 artifact's matrices, which has to agree, and with the checkpoint's, which says what rounding costs. A large model goes
 through transformers layer by layer, and is never in memory with the artifact.
@@ -23,7 +23,7 @@ from normistral.evaluation.metrics import compare_logits
 from normistral.evaluation.windows import Window
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.job import ExportJob
-from normistral.export.reference.layerwise import LayeredModel, Matrices
+from normistral.export.reference.layerwise import LayeredModel, MatrixSource
 from normistral.export.reference.model import PROBE_TOKENS, Logits, ReferenceLogits, fits_for_running
 from normistral.export.resources import estimate_running_bytes
 from normistral.export.verify.files import check_config, check_template, check_tokenizer
@@ -44,9 +44,9 @@ _GRAPH_TOLERANCE = {"float32": 5e-3, "float16": 3e-2}
 # KL divergence in nats of float weights from their model; rounding to float16 alone costs 1e-6 to 1e-5 (demo model).
 # What rounding to 4 or 8 bits costs is the model's affair and bounds nothing: it is reported.
 _FLOAT_KL_LIMIT = 1e-3
-_DEAR_SHARE = 0.5  # of what a model that knows nothing would lose: worth a word
+_WARNING_SHARE = 0.5  # of the uniform distribution's KL divergence; from there on the result gets a warning
 
-_DEAR = "; this rounding costs the model a great deal: think of --weights int8, or --recipe best"
+_WARNING = "; this rounding costs the model a great deal: think of --weights int8, or --recipe best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +104,12 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
         f"spread), step by step as at once; {quality['probe_kl_nats']:.2g} nats from the checkpoint and the same first "
         f"choice at {quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
     )
-    if quality["probe_kl_nats"] > _DEAR_SHARE * uniform_kl(reference):
-        note += _DEAR
+    if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl(reference):
+        note += _WARNING
     return VerificationResult(
         f"quality check passed: {read} as the original, and the same first choice for "
         f"{quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
-        + (_DEAR if note.endswith(_DEAR) else ""),
+        + (_WARNING if note.endswith(_WARNING) else ""),
         note,
         quality,
         has_run=True,
@@ -117,9 +117,9 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
 
 
 def run_checkpoint(
-    checkpoint: Checkpoint, token_ids: list[int], progress: Progress, matrices: Matrices | None = None
+    checkpoint: Checkpoint, token_ids: list[int], progress: Progress, matrices: MatrixSource | None = None
 ) -> ReferenceLogits:
-    """What a checkpoint of any size computes, layer by layer; with other matrices, if there are any."""
+    """Run a checkpoint of any size layer by layer, with `matrices` in place of its own if they are given."""
     token_ids = token_ids[:PROBE_TOKENS]
     window = Window((*token_ids, token_ids[0]), 0, len(token_ids))  # the last one is a target and is not fed
     (logits,) = LayeredModel(checkpoint, progress, matrices=matrices).predict([window])
@@ -127,7 +127,7 @@ def run_checkpoint(
 
 
 def run_artifact(folder: Path, manifest: Manifest, token_ids: list[int]) -> Logits:
-    """What the artifact computes, with exact arithmetic; raises ExportError where it cannot be run."""
+    """Run the artifact with exact arithmetic; raises ExportError if it cannot be run."""
     answer = _ANSWER_TOKENS if fits_for_running(manifest.architecture) else _ANSWER_TOKENS_OF_LARGE
     try:
         backend = load_exact(folder, manifest)
@@ -173,7 +173,7 @@ def compare_runs(
 
 
 def uniform_kl(reference: ReferenceLogits) -> float:
-    """What a model that knows nothing would lose, in nats."""
+    """KL divergence of the uniform distribution from the reference, in nats."""
     return compare_logits(reference.logits, np.zeros_like(reference.logits))[0]
 
 
@@ -239,7 +239,7 @@ def run(backend: Backend, token_ids: list[int], tolerance: float, answer: int = 
 
 
 def split_in_turns(token_ids: list[int], answer: int) -> list[list[int]]:
-    """As a conversation feeds them: a prompt, an answer token by token, a second prompt."""
+    """Split token ids like a conversation: a prompt, an answer token by token, a second prompt."""
     start = (len(token_ids) - answer) // 2
     stop = start + answer
     if start < 1:

@@ -1,4 +1,4 @@
-"""How positions enter attention: inverse frequencies, the factor of cosines and sines, and the sliding window.
+"""Position constants of attention: inverse frequencies, factor of cosines and sines, sliding window.
 
 Computed here from config.json as it was given, by the published formulas, and compared with what transformers computes
 for the reference and with the constants of the artifact.
@@ -87,7 +87,7 @@ def _llama3(frequencies: NDArray[np.float64], form: dict[str, Any]) -> NDArray[n
 def _yarn(
     frequencies: NDArray[np.float64], form: dict[str, Any], theta: float, width: int, trained: int
 ) -> NDArray[np.float64]:
-    """As `_llama3`, but the line is drawn over the number of the dimension, from beta_fast to beta_slow turns."""
+    """As `_llama3`, with the ramp over the number of the dimension, from beta_fast to beta_slow turns."""
 
     def dimension(turns: float) -> float:
         return width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -1,4 +1,6 @@
-"""One matrix of a written artifact, and how its rows are read back; the formats' own readers make these."""
+"""One matrix of a written artifact and a function that reads its rows back, for both formats.
+
+Unpacking and dequantization are written anew here on purpose: shared code would check the writer with its own error."""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ class StoredMatrix:
 
 @dataclass(frozen=True, slots=True)
 class StoredPositions:
-    """How positions enter an artifact's attention; None for what cannot be found.
+    """Position constants of an artifact's attention; None for those that cannot be found.
 
     Attributes:
         frequencies: radians a position, [head_dim/2].

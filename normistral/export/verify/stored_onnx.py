@@ -64,7 +64,7 @@ class OnnxWeights:
         made = {node.output[0]: node for node in self._nodes}
 
         def constants(*names: str) -> list[NDArray[Any]]:
-            """What nodes of these names read of constants."""
+            """Constants that nodes of these names read."""
             read = [made.get(name) for node in self._nodes if node.name in names for name in node.input]
             return [
                 onnx.numpy_helper.to_array(node.attribute[0].t) for node in read if node and node.op_type == "Constant"

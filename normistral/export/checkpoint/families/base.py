@@ -1,4 +1,4 @@
-"""What an exporter has to know of a family of architectures; one value of `Family` for each."""
+"""A family of architectures: config fields, tensor names and shapes; one value of `Family` each."""
 
 from __future__ import annotations
 
