@@ -15,7 +15,7 @@ from typing import Any
 
 from normistral.artifact.manifest import ReasoningMarkers, Template
 from normistral.errors import CheckpointError, TemplateError, UsageError
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.config import read_json, write_json
 from normistral.export.checkpoint.file_kinds import recognise
 from normistral.files import explain, read_input
 
@@ -155,8 +155,7 @@ def override_template(view: Path, given: TemplateFile) -> None:
     settings = view / "tokenizer_config.json"
     if settings.exists() and "chat_template" in (document := read_json(settings)):
         del document["chat_template"]
-        settings.unlink()
-        settings.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(settings, document)
 
 
 def _choose_default(several: dict[Any, Any] | list[Any]) -> object:

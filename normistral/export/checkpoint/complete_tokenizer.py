@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, first_line
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.config import read_json, write_json
 from normistral.export.checkpoint.file_kinds import recognise, unreadable
-from normistral.export.checkpoint.tokenizer_files import replace_json
 
 TOKENIZER_NAME = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
@@ -75,7 +74,7 @@ def complete_tokenizer(folder: Path, reference: Any, notes: list[str]) -> tuple[
         changed["pre_tokenizer"] = built["pre_tokenizer"]
         notes.append(f"whether a text begins with a blank follows add_prefix_space of {_SETTINGS}, as in transformers")
     if changed:
-        replace_json(path, given | changed)
+        write_json(path, given | changed)
     return added
 
 

@@ -53,6 +53,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON file in UTF-8; a link in its place is replaced, not followed."""
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _why_no_json(exc: ValueError | RecursionError) -> str:
     if isinstance(exc, UnicodeDecodeError):
         return f"is not UTF-8 at byte {exc.start}"

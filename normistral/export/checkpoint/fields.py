@@ -13,6 +13,7 @@ from typing import Any
 
 from normistral.errors import CheckpointError, UsageError
 
+DOWNLOAD_AGAIN = "download or copy the file again"
 AS_PUBLISHED = "use a checkpoint whose config.json is as its authors published it"
 
 MAX_POSITIONS = 2**26

@@ -24,14 +24,13 @@ from normistral.errors import CheckpointError, ResourceError, UnsupportedArchite
 from normistral.export.checkpoint.config import sanitise_config
 from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.families.base import Shapes
-from normistral.export.checkpoint.fields import IgnoredFields, check_fields
+from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN, IgnoredFields, check_fields
 from normistral.export.checkpoint.gguf_fields import GGUF_FIELDS, describes_model, known_keys
 from normistral.export.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from normistral.export.checkpoint.gguf_tokenizer import write_tokenizer
 from normistral.hardware import available_memory_bytes
 from normistral.progress import OnBytes, Progress
 
-_AGAIN = "download or copy the file again"
 _ORIGINAL = "export the original checkpoint instead of the .gguf file"
 _MARGIN_BYTES = 2**30  # the converter itself, and the largest tensor while it is unpacked
 _LAYER_NAMES = {
@@ -171,15 +170,17 @@ def _match_tensors(gguf: GgufFile, expected: Shapes) -> dict[str, GgufTensor]:
             raise CheckpointError(f"{gguf.path.name} holds the unknown tensor {ascii(name)[:80]}", _ORIGINAL)
     for name, shape in expected.items():
         if name not in sources:
-            raise CheckpointError(f"{gguf.path.name} lacks {name}", _AGAIN)
+            raise CheckpointError(f"{gguf.path.name} lacks {name}", DOWNLOAD_AGAIN)
         if sources[name].shape != shape:
             raise CheckpointError(
                 f"{gguf.path.name}: {name} has shape {list(sources[name].shape)}, its metadata asks for {list(shape)}",
-                _AGAIN,
+                DOWNLOAD_AGAIN,
             )
     extra = sorted(sources.keys() - expected.keys())
     if extra:
-        raise CheckpointError(f"{gguf.path.name} holds {extra[0]}, which its metadata does not describe", _AGAIN)
+        raise CheckpointError(
+            f"{gguf.path.name} holds {extra[0]}, which its metadata does not describe", DOWNLOAD_AGAIN
+        )
     return {name: sources[name] for name in expected}
 
 

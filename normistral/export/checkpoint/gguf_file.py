@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError
+from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
 from normistral.export.checkpoint.file_kinds import unreadable
-from normistral.export.checkpoint.tensor import shown
+from normistral.export.checkpoint.tensor import shown, some_names
 
-_AGAIN = "download or copy the file again"
 _ORIGINAL = "export the original checkpoint instead of the .gguf file"
 _PROSE = ("general.", "quantize.", "split.")
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -72,8 +72,10 @@ def read_gguf(path: Path) -> GgufFile:
     parts = gguf_parts(path)
     missing = [part.name for part in parts if not part.is_file()] if len(parts) > 1 else []
     if missing:
+        verb = "is" if len(missing) == 1 else "are"
         raise CheckpointError(
-            f"{path.name} is one of {len(parts)} parts of a model; {_some(missing)} missing from {path.parent}",
+            f"{path.name} is one of {len(parts)} parts of a model; {some_names(missing)} {verb} missing from "
+            f"{path.parent}",
             "put all parts into one folder",
         )
     first, *others = [_read_one(part) for part in parts]
@@ -88,7 +90,9 @@ def read_gguf(path: Path) -> GgufFile:
     for part in others:
         twice = tensors.keys() & part.tensors.keys()
         if twice:
-            raise CheckpointError(f"{part.path.name} holds {shown(min(twice))}, which another part holds too", _AGAIN)
+            raise CheckpointError(
+                f"{part.path.name} holds {shown(min(twice))}, which another part holds too", DOWNLOAD_AGAIN
+            )
         tensors |= part.tensors
     total = first.metadata.get("split.tensors.count")
     if len(parts) > 1 and isinstance(total, int) and total != len(tensors):
@@ -97,12 +101,6 @@ def read_gguf(path: Path) -> GgufFile:
             "the parts belong to different models: download all of them again",
         )
     return GgufFile(path, first.metadata, tensors)
-
-
-def _some(names: list[str]) -> str:
-    shown_names = ", ".join(ascii(name)[1:-1][:80] for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{shown_names}{more} {'is' if len(names) == 1 else 'are'}"
 
 
 def _read_one(path: Path) -> GgufFile:
@@ -116,7 +114,7 @@ def _read_one(path: Path) -> GgufFile:
     except OSError as exc:
         raise CheckpointError(f"cannot read {path}: {exc.strerror}", "check the file's permissions") from exc
     except (struct.error, ValueError, IndexError, OverflowError, RecursionError) as exc:
-        raise CheckpointError(f"{path.name} is truncated or damaged: {exc}", _AGAIN) from exc
+        raise CheckpointError(f"{path.name} is truncated or damaged: {exc}", DOWNLOAD_AGAIN) from exc
 
 
 class _Reader:

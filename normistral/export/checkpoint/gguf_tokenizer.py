@@ -7,15 +7,15 @@ one splits words differently from how the model learnt them, and nothing else wo
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError
+from normistral.export.checkpoint.config import write_json
+from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
 
-_AGAIN = "download or copy the file again"
 _ORIGINAL = "export the original checkpoint instead of the .gguf file"
 _CONTROL, _UNKNOWN, _USER_DEFINED = 3, 2, 4
 # Llama 3's split; https://huggingface.co/meta-llama/Meta-Llama-3-8B tokenizer.json.
@@ -90,8 +90,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> tuple[str, ...]:
     template = metadata.get("tokenizer.chat_template")
     if template is not None:
         settings["chat_template"] = list(template) if isinstance(template, array) else template
-    text = json.dumps(settings, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
     return notes
 
 
@@ -101,7 +100,7 @@ def _byte_level_bpe(tokens: list[str], merges: Sequence[Any], pre: object) -> An
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if any(len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys() for pair in pairs):
-        raise CheckpointError("the .gguf file's merges do not fit its vocabulary", _AGAIN)
+        raise CheckpointError("the .gguf file's merges do not fit its vocabulary", DOWNLOAD_AGAIN)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in _GPT2 or pre in _SINGLE_DIGITS)
     if pre in _GPT2:
         splits = []
@@ -177,7 +176,7 @@ def _token(metadata: dict[str, Any], tokens: list[str], key: str) -> str | None:
         return None
     if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
         raise CheckpointError(
-            f"the .gguf file's {key} token is {ascii(token_id)[:40]}, but ids run to {len(tokens) - 1}", _AGAIN
+            f"the .gguf file's {key} token is {ascii(token_id)[:40]}, but ids run to {len(tokens) - 1}", DOWNLOAD_AGAIN
         )
     return tokens[token_id]
 

@@ -8,7 +8,6 @@ where they contradict each other the rules stand beside the functions below.
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from normistral.artifact.presets import Preset, Role
 from normistral.errors import CheckpointError, ResourceError
 from normistral.export.checkpoint.chat_templates import TemplateFile, override_template, require_template, try_template
 from normistral.export.checkpoint.complete_tokenizer import complete_tokenizer, load_tokenizer
-from normistral.export.checkpoint.config import read_json, sanitise_config
+from normistral.export.checkpoint.config import read_json, sanitise_config, write_json
 from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.families.base import Family
 from normistral.export.checkpoint.fields import IgnoredFields, check_fields, read_token_ids
@@ -212,7 +211,7 @@ def _open_text(
         stops = _stop_token_ids(config, generation, vocabulary)
         template = _choose_template(vocabulary, located.preset, given, notes)
         sampling = read_sampling_defaults(generation, notes.append)
-        _write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
+        write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
         if sampling.max_new_tokens is None and located.preset is not None:
             sampling = replace(sampling, max_new_tokens=located.preset.max_new_tokens)
         checks = {"tokenizer_tokens": float(verify_tokenizer(view, tokenizer)), "template_conversations": 0.0}
@@ -261,7 +260,7 @@ def _open_weights(located: Located, folder: Path, text: CheckpointText, progress
         config["torch_dtype"] = dtype = stored_dtype(tensors)
         for name in (*files.names, *([files.index] if files.index is not None else [])):
             link_or_copy(folder / name, text.folder / name)
-        _write_json(text.folder / "config.json", config)
+        write_json(text.folder / "config.json", config)
         source, unhashed = _origin(located, folder, files.names)
     for note in notes:
         progress.note(note)
@@ -406,7 +405,3 @@ def _origin(located: Located, folder: Path, weights: Sequence[str]) -> tuple[Sou
             hashes[name] = sha256_file(folder / name)
     unhashed = tuple((name, folder / name) for name in weights if name not in hashes)
     return Source(kind=located.kind, id=located.id, revision=located.revision, files=hashes), unhashed
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError
+from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
 from normistral.export.checkpoint.file_kinds import ForeignFile
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 _DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _ITEM_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MAX_DIMENSIONS = 8
-_AGAIN = "download or copy the file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def make_tensor(file: Path, name: str, dtype: object, shape: object, start: int)
         or len(shape) > _MAX_DIMENSIONS
         or not all(isinstance(width, int) and not isinstance(width, bool) and 0 <= width < 2**40 for width in shape)
     ):
-        raise CheckpointError(f"{file.name} is damaged: the shape of {shown(name)} is wrong", _AGAIN)
+        raise CheckpointError(f"{file.name} is damaged: the shape of {shown(name)} is wrong", DOWNLOAD_AGAIN)
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         if (other := recognise_tensors([name])) is not None:
             raise CheckpointError(f"the weights of {file.name} are {other.what}: they hold {shown(name)}", other.hint)
@@ -90,6 +90,12 @@ def map_tensor(tensor: Tensor) -> torch.Tensor:
     values = np.memmap(tensor.file, stored, mode="c", offset=tensor.start, shape=tensor.shape)
     # No writer that is in use leaves a tensor between two items; torch does not promise to read one from there.
     return torch.from_numpy(values if values.flags.aligned else np.array(values)).view(kind)
+
+
+def some_names(names: Sequence[str], kind: str = "") -> str:
+    """Up to three names out of a file for a one-line message, and how many more (of a `kind`)."""
+    first = ", ".join(ascii(name)[1:-1][:80] for name in names[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more{' ' if kind else ''}{kind}"
 
 
 def shown(name: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError
+from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
 from normistral.export.checkpoint.tensor import Tensor, widen_bfloat16
 
 Rows = NDArray[np.float32]
@@ -82,6 +83,6 @@ class WeightReader:
         # Read and not mapped: a mapped checkpoint counts as resident until the kernel needs the pages elsewhere.
         values = np.fromfile(tensor.file, stored, count, offset=tensor.start + start * tensor.row_bytes)
         if values.size != count:
-            raise CheckpointError(f"{tensor.file.name} ended while it was read", "download or copy the file again")
+            raise CheckpointError(f"{tensor.file.name} ended while it was read", DOWNLOAD_AGAIN)
         rows = widen_bfloat16(values) if tensor.dtype == "bfloat16" else values.astype(np.float32, copy=False)
         return rows.reshape(stop - start, *tensor.shape[1:])

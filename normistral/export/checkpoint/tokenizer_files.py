@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.config import read_json, write_json
 from normistral.export.checkpoint.file_kinds import unreadable
 
 TOKENIZER_FILES = (
@@ -81,7 +81,7 @@ def lay_out_tokenizer(folder: Path, view: Path, config: dict[str, Any], model_ty
             del settings["add_prefix_space"]  # transformers would look for tokenizer.model, and fail
             notes.append("tokenizer_config.json's add_prefix_space is without effect: there is no tokenizer.model")
     if settings != given:
-        replace_json(view / _SETTINGS, settings)
+        write_json(view / _SETTINGS, settings)
 
 
 def _require_one_description(settings: dict[str, Any], special_map: Path) -> None:
@@ -105,7 +105,7 @@ def _rename_extra_tokens(path: Path) -> None:
     extra = document.pop("extra_special_tokens", None)
     if isinstance(extra, list):
         known = document.get("additional_special_tokens") or []
-        replace_json(path, document | {"additional_special_tokens": [*known, *(e for e in extra if e not in known)]})
+        write_json(path, document | {"additional_special_tokens": [*known, *(e for e in extra if e not in known)]})
 
 
 def is_saved_by_5(config: dict[str, Any], settings: dict[str, Any]) -> bool:
@@ -122,12 +122,6 @@ def is_saved_by_5(config: dict[str, Any], settings: dict[str, Any]) -> bool:
     version = config.get("transformers_version")
     major = version.partition(".")[0] if isinstance(version, str) else ""
     return major.isascii() and major.isdigit() and len(major) < 4 and int(major) >= 5
-
-
-def replace_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON file anew, in the place of a link if it is one."""
-    path.unlink(missing_ok=True)
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def link_or_copy(source: Path, target: Path) -> None:

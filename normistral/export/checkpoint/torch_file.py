@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from normistral.errors import CheckpointError
+from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
 from normistral.export.checkpoint.file_kinds import unreadable
 from normistral.export.checkpoint.tensor import Tensor, make_tensor, shown
 
@@ -162,7 +163,6 @@ _STORED = {"BFloat16": ("BF16", 2), "Half": ("F16", 2), "Float": ("F32", 4)}
 _PUSHES = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_AGAIN = "download or copy the file again"
 _ALONE = "save the model's state_dict alone"
 _DISTRUST = "use a checkpoint that its authors publish as safetensors, and do not load this file with other tools"
 
@@ -217,7 +217,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
                 raise unreadable(
                     path,
                     f"{path.name} is truncated, damaged, or in torch's format from before version 1.6: {reason}",
-                    f"{_AGAIN}, or save it anew with a current torch",
+                    f"{DOWNLOAD_AGAIN}, or save it anew with a current torch",
                 ) from exc
             return _read_tensors(path, file, entries)
     except OSError as exc:
@@ -227,7 +227,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 def _read_tensors(path: Path, file: BinaryIO, entries: dict[str, ZipEntry]) -> dict[str, Tensor]:
     pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(pickles) != 1:
-        raise CheckpointError(f"{path.name} is a zip file, but not one that torch.save wrote", _AGAIN)
+        raise CheckpointError(f"{path.name} is a zip file, but not one that torch.save wrote", DOWNLOAD_AGAIN)
     root = pickles[0].removesuffix("data.pkl")
     order = _content(path, file, entries[f"{root}byteorder"], 16) if f"{root}byteorder" in entries else b"little"
     if order != b"little":
@@ -239,7 +239,7 @@ def _read_tensors(path: Path, file: BinaryIO, entries: dict[str, ZipEntry]) -> d
         state = _interpret(path, _content(path, file, entries[pickles[0]], _MAX_PICKLE_BYTES))
     except (ValueError, IndexError, TypeError) as exc:
         raise CheckpointError(
-            f"{path.name} is damaged: its pickle is broken ({ascii(str(exc))[1:-1][:120]})", _AGAIN
+            f"{path.name} is damaged: its pickle is broken ({ascii(str(exc))[1:-1][:120]})", DOWNLOAD_AGAIN
         ) from exc
     if not isinstance(state, _Table) or not all(isinstance(view, _View) for view in state.items.values()):
         raise CheckpointError(f"{path.name} holds more than tensors by name", _ALONE)
@@ -261,13 +261,13 @@ def _content(path: Path, file: BinaryIO, entry: ZipEntry, limit: int) -> bytes:
 def _place(path: Path, name: str, view: _View, entry: ZipEntry | None) -> Tensor:
     """Find a tensor's bytes in the file."""
     if entry is None:
-        raise CheckpointError(f"{path.name} is damaged: the bytes of {shown(name)} are missing", _AGAIN)
+        raise CheckpointError(f"{path.name} is damaged: the bytes of {shown(name)} are missing", DOWNLOAD_AGAIN)
     kind, item_bytes = _STORED.get(view.storage.kind, (view.storage.kind, 0))
     tensor = make_tensor(path, name, kind, list(view.shape), entry.start + view.offset * item_bytes)
     if view.storage.items * item_bytes != entry.nbytes or view.offset * item_bytes + tensor.nbytes > entry.nbytes:
         raise CheckpointError(
             f"{path.name} is damaged: {shown(name)} does not fit in the {entry.nbytes} bytes that are there for it",
-            _AGAIN,
+            DOWNLOAD_AGAIN,
         )
     if not _is_contiguous(view.shape, view.stride):
         raise CheckpointError(
@@ -406,7 +406,9 @@ def _set_items(path: Path, table: object, pairs: list[Any]) -> None:
         if not isinstance(name, str):
             raise CheckpointError(f"{path.name} holds more than tensors by name", _ALONE)
         if name in table.items:
-            raise CheckpointError(f"{path.name} is damaged: it holds two values of the name {shown(name)}", _AGAIN)
+            raise CheckpointError(
+                f"{path.name} is damaged: it holds two values of the name {shown(name)}", DOWNLOAD_AGAIN
+            )
         table.items[name] = value
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError
+from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor import Dtype, Tensor, shown, widen_bfloat16
 from normistral.progress import OnBytes, ignore_bytes
@@ -52,7 +53,7 @@ def _blocks(tensor: Tensor) -> Iterator[NDArray[Any]]:
         for start in range(0, tensor.nbytes, _BLOCK_BYTES):
             block = memoryview(buffer)[: min(_BLOCK_BYTES, tensor.nbytes - start)]
             if file.readinto(block) != len(block):
-                raise CheckpointError(f"{tensor.file.name} ended while it was read", "download or copy the file again")
+                raise CheckpointError(f"{tensor.file.name} ended while it was read", DOWNLOAD_AGAIN)
             yield np.frombuffer(block, _BITS[tensor.dtype])
 
 

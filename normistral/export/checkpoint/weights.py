@@ -14,15 +14,15 @@ from typing import TypeVar
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint.config import read_json
 from normistral.export.checkpoint.families.base import OUTPUT_LAYER, Family
+from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
 from normistral.export.checkpoint.folder_kinds import recognise_folder
 from normistral.export.checkpoint.safetensors_file import read_safetensors
-from normistral.export.checkpoint.tensor import Dtype, Tensor, recognise_tensors
+from normistral.export.checkpoint.tensor import Dtype, Tensor, recognise_tensors, some_names
 from normistral.export.checkpoint.torch_file import read_torch_file
 
 T = TypeVar("T")
 
 _INDEXED = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
-_AGAIN = "download or copy the file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,14 @@ def read_tensors(files: WeightFiles) -> dict[str, Tensor]:
         if weight_map is not None:
             lacking = [name for name, where in weight_map.items() if where == file and name not in found]
             if lacking:
-                raise CheckpointError(f"{file} does not hold {_some(lacking)}, which the index says", _AGAIN)
+                raise CheckpointError(
+                    f"{file} does not hold {some_names(lacking, 'tensors')}, which the index says", DOWNLOAD_AGAIN
+                )
         twice = sorted(tensors.keys() & found.keys())
         if twice:
-            raise CheckpointError(f"{file} holds {_some(twice)}, which another shard holds too", _AGAIN)
+            raise CheckpointError(
+                f"{file} holds {some_names(twice, 'tensors')}, which another shard holds too", DOWNLOAD_AGAIN
+            )
         tensors |= found
     return tensors
 
@@ -103,7 +107,7 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
         hint = "give the folder of a whole checkpoint"
         if missing == [OUTPUT_LAYER]:
             hint = "it may have been saved without its output layer; export the causal language model"
-        raise CheckpointError(f"the weights lack {_some(missing)}, which config.json asks for", hint)
+        raise CheckpointError(f"the weights lack {some_names(missing, 'tensors')}, which config.json asks for", hint)
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise CheckpointError(
@@ -113,9 +117,9 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
     extra = [name for name in found if name not in expected and not family.is_computed(name)]
     if extra and extra != [OUTPUT_LAYER]:
         if (other := recognise_tensors(extra)) is not None:
-            raise CheckpointError(f"the weights are {other.what}: they hold {_some(extra)}", other.hint)
+            raise CheckpointError(f"the weights are {other.what}: they hold {some_names(extra, 'tensors')}", other.hint)
         raise CheckpointError(
-            f"the weights hold {_some(extra)}, which config.json does not describe",
+            f"the weights hold {some_names(extra, 'tensors')}, which config.json does not describe",
             "config.json and weights belong to different models",
         )
 
@@ -161,7 +165,7 @@ def stored_dtype(tensors: dict[str, Tensor]) -> Dtype:
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index.name} has no weight_map", _AGAIN)
+        raise CheckpointError(f"{index.name} has no weight_map", DOWNLOAD_AGAIN)
     suffix = index.name.removesuffix(".index.json").rpartition(".")[2]
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._-]*\.{suffix}", file):
@@ -177,15 +181,9 @@ def _missing_files(folder: Path, absent: list[str], count: int) -> CheckpointErr
     reason = f"{'weight file' if count == 1 else 'shard'} {absent[0]} is missing from {folder}"
     if len(absent) > 1:
         numbers = [match[1].lstrip("0") for name in absent if (match := re.search(r"-(\d+)-of-\d+\.", name))]
-        which = ", ".join(numbers) if len(numbers) == len(absent) else _some(absent, "files")
+        which = ", ".join(numbers) if len(numbers) == len(absent) else some_names(absent, "files")
         reason = f"{len(absent)} of {count} shards are missing from {folder}: {which}"
     found = recognise_folder(folder)
     if found is not None and "did not finish" in found.what:
         return CheckpointError(f"{reason}; it holds {found.what}", found.hint)
     return CheckpointError(reason, "download or copy the checkpoint again")
-
-
-def _some(names: list[str], kind: str = "tensors") -> str:
-    """Up to three names, and how many more."""
-    shown = ", ".join(ascii(name)[1:-1][:80] for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}"
