@@ -13,7 +13,7 @@ from normistral.artifact.presets import WeightFormat
 from normistral.commands import console
 from normistral.commands.options import Debug, Verbose, complete_preset, given
 from normistral.commands.progress import show_progress
-from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, Backup, Recipe, RecipeName
+from normistral.export.recipe import FUSED_CONTEXT, GROUP_SIZES, PER_CHANNEL, FallbackDtype, Recipe, RecipeName
 
 _RECIPE = Recipe()
 
@@ -66,7 +66,7 @@ def export(
         ),
     ] = None,
     backup: Annotated[
-        Backup | None,
+        FallbackDtype | None,
         typer.Option(help=f"Layers that are not int4: int8_asym, int8_sym or fp. Default: {_RECIPE.backup}."),
     ] = None,
     output_layer_bits: Annotated[

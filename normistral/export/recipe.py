@@ -21,7 +21,7 @@ MIN_CONTEXT = 16  # tokens
 FUSED_CONTEXT = 32768  # tokens; the fused graph holds a table of every position's rotary angles: 512 bytes each
 UNSTATED_CONTEXT = 2048  # tokens; where no file gives a context, as NorBLOOM's: the sequence length of the first BLOOM
 
-Backup = Literal["int8_asym", "int8_sym", "fp"]
+FallbackDtype = Literal["int8_asym", "int8_sym", "fp"]
 RecipeName = Literal["fast", "balanced", "best"]
 
 _WEIGHTS: dict[ArtifactFormat, tuple[WeightFormat, ...]] = {
@@ -73,7 +73,7 @@ class Recipe:
     group_size: int | None = None
     symmetric: bool | None = None
     ratio: float = 1.0
-    backup: Backup = "int8_asym"
+    backup: FallbackDtype = "int8_asym"
     output_layer_bits: int = 8
     graph: GraphKind | None = None
     context_length: int | None = None
