@@ -61,7 +61,7 @@ def _type(scheme: QuantScheme, part: str) -> str:
 def _values(rounded: QuantizedTensor, scheme: QuantScheme, part: str) -> NDArray[Any]:
     """The bytes of one constant."""
     if part == "/scale":
-        return rounded.scales.astype(np.float16)  # they are float16 values: search_steps made them so
+        return rounded.scales.astype(np.float16)  # they are float16 values: search_params rounds them
     if part == "/zero_point":
         assert rounded.zero_points is not None
         zeros = unpack(rounded.zero_points, scheme.bits)[:, : rounded.scales.shape[1]]
@@ -71,7 +71,7 @@ def _values(rounded: QuantizedTensor, scheme: QuantScheme, part: str) -> NDArray
         return np.asarray(flat[0::2] | (flat[1::2] << np.uint8(4)))
     if not scheme.symmetric:
         return rounded.qweight
-    return rounded.qweight ^ np.uint8(0x88 if scheme.bits == 4 else 0x80)  # code - middle, in two's complement
+    return rounded.qweight ^ np.uint8(0x88 if scheme.bits == 4 else 0x80)  # value - middle, in two's complement
 
 
 def _replace(node: Any, values: NDArray[Any], kind_name: str) -> None:

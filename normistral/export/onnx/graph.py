@@ -24,7 +24,13 @@ from normistral.export.quantize.scheme import QuantizedTensor, QuantScheme
 from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.progress import Stage
 
+MICROSOFT = "com.microsoft"  # operators that onnxruntime adds to the standard ones
+GRAPH_NAME = "model.onnx"
+DATA_NAME = "model.onnx.data"
+
 ALIGNMENT = 4096  # of each tensor in the file: a page, so that mapped tensors share none
+_IR_VERSION = 10  # what onnx 1.16 wrote: old enough for every runtime that knows the operators used here
+_AHEAD = 3  # blocks being rounded while one is written
 
 
 class ExternalData:
@@ -67,14 +73,6 @@ def point_to(
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
     return tensor
-
-
-MICROSOFT = "com.microsoft"  # operators that onnxruntime adds to the standard ones
-GRAPH_NAME = "model.onnx"
-DATA_NAME = "model.onnx.data"
-
-_IR_VERSION = 10  # what onnx 1.16 wrote: old enough for every runtime that knows the operators used here
-_AHEAD = 3  # blocks being rounded while one is written
 
 
 @dataclass(frozen=True, slots=True)
