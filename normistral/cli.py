@@ -6,12 +6,13 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
 from typing import Annotated, Any
 
@@ -19,25 +20,8 @@ import typer
 
 import normistral
 from normistral.commands import console
-from normistral.commands.batch import batch
-from normistral.commands.bench import bench
-from normistral.commands.build_kernel import build_kernel
-from normistral.commands.bundle import bundle
-from normistral.commands.chat import chat
-from normistral.commands.doctor import doctor
-from normistral.commands.draft_table import draft_table
-from normistral.commands.eval import evaluate
-from normistral.commands.export import export
-from normistral.commands.generate import generate
 from normistral.commands.help import HelpCommand, HelpGroup
-from normistral.commands.info import info
-from normistral.commands.list import list_
-from normistral.commands.models import models
 from normistral.commands.options import DEFAULTS_NOTE, Debug, with_option_groups
-from normistral.commands.rm import rm
-from normistral.commands.serve import serve
-from normistral.commands.show import show
-from normistral.commands.tune import tune
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.files import explain
 
@@ -51,12 +35,33 @@ _SIGNS_OF_NO_MEMORY = (  # in other packages' exceptions: of the loader, C++, an
 _COMPLETE = "_NORMISTRAL_COMPLETE"  # the variable through which typer's shell scripts ask
 _logger = logging.getLogger("normistral")
 
-app = typer.Typer(
-    cls=HelpGroup,
-    rich_markup_mode=None,  # `terminal.help` chooses
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+_MODELS, _USE, _MEASURE, _MACHINE = "Models", "Use a model", "Measure and tune", "This machine, and others"
+_CHAT_EXAMPLES = (
+    'Examples: normistral chat demo; normistral chat demo --prompt "What is the capital of Norway?"; '
+    "normistral chat demo < question.txt. "
 )
+# Name -> panel of the help and further options for typer, in the order of the help. Each is a module of
+# normistral.commands with a function of the same name (_ for -), or that of _FUNCTIONS.
+_COMMANDS: dict[str, dict[str, Any]] = {
+    "models": {"rich_help_panel": _MODELS},
+    "export": {"rich_help_panel": _MODELS, "epilog": "Example: normistral export 7b-warm-instruct"},
+    "list": {"rich_help_panel": _MODELS},
+    "show": {"rich_help_panel": _MODELS},
+    "rm": {"rich_help_panel": _MODELS},
+    "info": {"rich_help_panel": _MODELS},
+    "chat": {"rich_help_panel": _USE, "epilog": _CHAT_EXAMPLES + DEFAULTS_NOTE},
+    "generate": {"rich_help_panel": _USE, "epilog": DEFAULTS_NOTE},
+    "batch": {"rich_help_panel": _USE, "epilog": DEFAULTS_NOTE},
+    "serve": {"rich_help_panel": _USE, "epilog": "Example: normistral serve demo"},
+    "bench": {"rich_help_panel": _MEASURE},
+    "eval": {"rich_help_panel": _MEASURE},
+    "tune": {"rich_help_panel": _MEASURE},
+    "draft-table": {"hidden": True, "context_settings": {"ignore_unknown_options": True}},
+    "doctor": {"rich_help_panel": _MACHINE},
+    "build-kernel": {"rich_help_panel": _MACHINE},
+    "bundle": {"rich_help_panel": _MACHINE},
+}
+_FUNCTIONS = {"list": "list_", "eval": "evaluate"}  # where Python has another meaning for the name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _invoke(arguments: Sequence[str]) -> int:
     """Parse and call; errors are the caller's. (Typer's own `main` would print them in its way.)"""
-    command = typer.main.get_command(app)
+    named = arguments[0] if arguments and arguments[0] in _COMMANDS else None
+    command = typer.main.get_command(build_app(named))
     code = 0
     try:
         with command.make_context("normistral", list(arguments)) as context:
@@ -148,7 +154,6 @@ def _print_version(on: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _normistral(
     context: typer.Context,
     version: Annotated[
@@ -165,42 +170,31 @@ def _normistral(
         typer.echo(context.get_help())
 
 
-_MODELS, _USE, _MEASURE, _MACHINE = "Models", "Use a model", "Measure and tune", "This machine, and others"
+def build_app(only: str | None = None) -> typer.Typer:
+    """The command line.
 
-_CHAT_EXAMPLES = (
-    'Examples: normistral chat demo; normistral chat demo --prompt "What is the capital of Norway?"; '
-    "normistral chat demo < question.txt. "
-)
-
-
-def _add(command: Callable[..., None], name: str | None = None, **options: Any) -> None:
-    app.command(name, cls=HelpCommand, **options)(with_option_groups(command))
-
-
-# In the order in which the help lists them.
-_add(models, rich_help_panel=_MODELS)
-_add(export, rich_help_panel=_MODELS, epilog="Example: normistral export 7b-warm-instruct")
-_add(list_, "list", rich_help_panel=_MODELS)
-_add(show, rich_help_panel=_MODELS)
-_add(rm, rich_help_panel=_MODELS)
-_add(info, rich_help_panel=_MODELS)
-_add(chat, rich_help_panel=_USE, epilog=_CHAT_EXAMPLES + DEFAULTS_NOTE)
-_add(generate, rich_help_panel=_USE, epilog=DEFAULTS_NOTE)
-_add(batch, rich_help_panel=_USE, epilog=DEFAULTS_NOTE)
-_add(serve, rich_help_panel=_USE, epilog="Example: normistral serve demo")
-_add(bench, rich_help_panel=_MEASURE)
-_add(evaluate, "eval", rich_help_panel=_MEASURE)
-_add(tune, rich_help_panel=_MEASURE)
-_add(draft_table, "draft-table", hidden=True, context_settings={"ignore_unknown_options": True})
-_add(doctor, rich_help_panel=_MACHINE)
-_add(build_kernel, "build-kernel", rich_help_panel=_MACHINE)
-_add(bundle, rich_help_panel=_MACHINE)
+    Args:
+        only: the one command that is imported; None imports all of them.
+    """
+    app = typer.Typer(
+        cls=HelpGroup,
+        rich_markup_mode=None,  # `commands.help` chooses
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_normistral)
+    for name, options in _COMMANDS.items() if only is None else [(only, _COMMANDS[only])]:
+        plain = name.replace("-", "_")
+        module = importlib.import_module(f"normistral.commands.{plain}")
+        command = getattr(module, _FUNCTIONS.get(name, plain))
+        app.command(name, cls=HelpCommand, **options)(with_option_groups(command))
+    return app
 
 
 def _complete() -> int:
     """Answer the shell, which asks through the environment; nothing that goes wrong is shown."""
     with suppress(BaseException), redirect_stderr(io.StringIO()):
-        typer.main.get_command(app).main([], prog_name="normistral", standalone_mode=False)
+        typer.main.get_command(build_app()).main([], prog_name="normistral", standalone_mode=False)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer.main
 
-from normistral.cli import app
+from normistral.cli import build_app
 
 HEAD = """# Commands
 
@@ -22,7 +22,7 @@ are an `error:` and a `hint:` line on stderr. `normistral --debug COMMAND` shows
 
 def describe() -> str:
     """The whole document."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(build_app())
     outer = group.make_context("normistral", [], resilient_parsing=True)
     sections = [HEAD]
     for name in group.list_commands(outer):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import normistral
 from normistral.artifact.advisory import find_advice
 from normistral.artifact.manifest import Source, read_manifest, write_manifest
-from normistral.cli import app
+from normistral.cli import build_app
 from normistral.files import sha256_file
 
 FIVE = {"rope_theta": ..., "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
@@ -125,8 +125,8 @@ def test_load_serve_and_info_say_it(place, caplog):
     with caplog.at_level(logging.WARNING):
         open_artifacts([str(artifact)], EngineOptions(), ServerLimits())
     assert f"artifact: {FOUND}" in caplog.messages
-    assert FOUND in " ".join(CliRunner().invoke(app, ["info", str(artifact)]).output.split())
-    assert json.loads(CliRunner().invoke(app, ["info", "--json", str(artifact)]).output)["advice"] == FOUND
+    assert FOUND in " ".join(CliRunner().invoke(build_app(), ["info", str(artifact)]).output.split())
+    assert json.loads(CliRunner().invoke(build_app(), ["info", "--json", str(artifact)]).output)["advice"] == FOUND
 
 
 def _parents(path):

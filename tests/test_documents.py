@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from normistral.cli import app
+from normistral.cli import build_app
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -29,7 +29,7 @@ def document(request):
 @pytest.fixture(scope="module")
 def commands():
     """Options of every command, by its name."""
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(build_app())
     outer = group.make_context("normistral", [], resilient_parsing=True)
     options = {}
     for name in group.list_commands(outer):

@@ -80,9 +80,9 @@ def test_an_unknown_field_is_refused_by_name_or_ignored_knowingly(tmp_path):
     assert made.ignored_fields == ("mystery",)
     assert made.verified == "run"
     assert read_manifest(tmp_path / "out") == made
-    from normistral.cli import app
+    from normistral.cli import build_app
 
-    shown = CliRunner().invoke(app, ["info", str(tmp_path / "out")]).output
+    shown = CliRunner().invoke(build_app(), ["info", str(tmp_path / "out")]).output
     assert "ignored as asked: mystery" in " ".join(shown.split())
 
 

@@ -1,4 +1,4 @@
-"""How --help looks: commands and options in groups; framed and coloured on a wide terminal, plain lines elsewhere."""
+"""Layout of --help: commands and options in groups; framed and coloured on a wide terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -65,20 +65,25 @@ def _grouped(items: Iterable[Any], default: str) -> dict[str, list[Any]]:
     return groups
 
 
-class HelpCommand(TyperCommand):
-    """A command whose help has groups in both looks."""
+class _GroupedHelp:
+    """Framed or plain help; text breaks between words, and not at hyphens as click's does."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """As a frame, or plain."""
         if _is_framed():
-            self.rich_markup_mode = "rich"
-            _escape_markup(self)
+            command: Any = self
+            command.rich_markup_mode = "rich"
+            _escape_markup(command)
         _fit(formatter)
-        super().format_help(ctx, formatter)
+        super().format_help(ctx, formatter)  # type: ignore[misc]  # typer's, in the classes below
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
-        """What it does; lines break between words, and not at hyphens as click's do."""
-        _write_paragraphs(formatter, self.help or "")
+        """The docstring."""
+        _write_paragraphs(formatter, getattr(self, "help", None) or "")
+
+
+class HelpCommand(_GroupedHelp, TyperCommand):
+    """A command whose options are grouped, framed or plain."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Examples and notes."""
@@ -90,20 +95,8 @@ class HelpCommand(TyperCommand):
         _write_parameters(self.get_params(ctx), ctx, formatter)
 
 
-class HelpGroup(TyperGroup):
-    """The list of commands, in groups in both looks."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """As a frame, or plain."""
-        if _is_framed():
-            self.rich_markup_mode = "rich"
-            _escape_markup(self)
-        _fit(formatter)
-        super().format_help(ctx, formatter)
-
-    def format_help_text(self, ctx: Any, formatter: Any) -> None:
-        """What it does."""
-        _write_paragraphs(formatter, self.help or "")
+class HelpGroup(_GroupedHelp, TyperGroup):
+    """The list of commands, grouped, framed or plain."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Options, then commands by group."""

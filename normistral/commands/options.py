@@ -259,6 +259,9 @@ def _optional(name: str, kind: Any, option: Any) -> Parameter:
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer is to see it: every `OptionGroup` among its parameters as the options that it stands for."""
+    known = {group.__name__ for group in OptionGroup.__subclasses__()}
+    if not known & {*map(str, command.__annotations__.values())}:
+        return command  # evaluating annotations takes time, and typer does it too
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[type[OptionGroup], list[Parameter]]] = {}
     parameters: list[Parameter] = []
