@@ -174,7 +174,7 @@ def require_movable(path: Path) -> None:
     """Refuse what a sticky folder such as /tmp lets only its owner move.
 
     Raises:
-        RefusedFileError: it belongs to somebody else.
+        RefusedFileError: it belongs to another user.
     """
     parent = path.parent.stat()
     if os.name != "posix" or not parent.st_mode & stat.S_ISVTX:

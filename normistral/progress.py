@@ -1,6 +1,6 @@
 """Progress of long work: stages with amounts, and notes.
 
-Who works opens stages and advances them; the caller chooses who shows them: a terminal, a log, a test, nobody.
+Long work opens stages and advances them; its caller chooses where they are shown: a terminal, a log, a test, nowhere.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Progress(Protocol):
 
 
 class Uncounted:
-    """A stage whose amounts nobody shows."""
+    """A stage whose amounts are not shown."""
 
     def advance(self, amount: int) -> None:
         """Dropped."""
@@ -56,7 +56,7 @@ class NoProgress:
 
     @contextmanager
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Stage]:
-        """A stage that nobody sees."""
+        """A stage that is not shown."""
         yield Uncounted()
 
     def note(self, text: str) -> None:

@@ -126,7 +126,7 @@ class ConversationEncoder:
 
 
 def _is_markup(text: str) -> bool:
-    """Like <think> or [INST]: not a word or blanks that somebody added to the vocabulary."""
+    """Like <think> or [INST]: not an added token that is a word or blanks."""
     return not any(char.isalnum() or char.isspace() for char in (text[0], text[-1]))
 
 

@@ -1,8 +1,8 @@
 """Interpreter exit while threads compute: waits for native code, closes models.
 
 A daemon thread that comes back from native code to an interpreter that has ended is unwound there, through frames of
-C++ that do not allow it, and the process aborts ("terminate called without an active exception", status 134). So what
-is being computed is counted, stopped and waited for before.
+C++ that do not allow it, and the process aborts ("terminate called without an active exception", status 134). So
+running computations are counted, cancelled and waited for before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class _End:
-    """Behind the last item."""
+    """Marks the end of an iterator."""
 
 
 _END = _End()
@@ -32,10 +32,10 @@ _computing = 0
 
 
 class Closable(Protocol):
-    """Whatever computes until it is closed."""
+    """An object that computes until it is closed."""
 
     def cancel(self) -> None:
-        """Let what is running end by itself, soon."""
+        """Ask running computations to end soon."""
         ...
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ def computing_each(items: Generator[T, None, None]) -> Iterator[T]:
 def _close_all() -> None:
     for closable in list(_open):
         closable.cancel()
-    _wait_until_idle(_CANCEL_S)  # whoever waits for its turn would meet a closed model, and tell its user of it
+    _wait_until_idle(_CANCEL_S)  # a thread that waits for its turn would raise ClosedError to its user
     for closable in list(_open):
         closable.close()
     _wait_until_idle(_MOST_S)

@@ -111,7 +111,7 @@ class Runner:
         with (
             computing(),
             self._forward_lock,
-        ):  # whoever is in a forward finishes it; their next one finds the engine closed
+        ):  # a running forward ends first; the next one finds the engine closed
             for sequence in self._living_sequences():
                 sequence.close()
             self._backend.close()

@@ -34,7 +34,7 @@ class TextStream:
     """The text of one generation.
 
     Attributes:
-        forced: ids that have to come next, without asking the model; whoever generates takes them from the front.
+        forced: ids that have to come next, without asking the model; the decode loop takes them from the front.
     """
 
     def __init__(

@@ -135,7 +135,7 @@ class Engine(Protocol):
     def save(self, length: int) -> Iterator[CacheTensor]:
         """The first `length` tokens of the KV cache, without loss, one tensor after the other.
 
-        Each is read when it is asked for, so that nobody has to hold them all; the engine must not be used in between.
+        Each is read when it is asked for, so that they are never all in memory; the engine must not be used in between.
 
         Raises:
             EngineError: the engine failed.

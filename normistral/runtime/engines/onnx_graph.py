@@ -156,7 +156,7 @@ def keep_last_logits(graph: OnnxGraph) -> None:
     """Compute the output layer from position `logits_start` on only, a new input [1]; -1 is the last position.
 
     The file computes logits of every position, as other loaders expect: for a prompt of 1,500 tokens that is a large
-    product and 200 MB nobody reads.
+    product and 200 MB that are not read.
 
     Raises:
         ArtifactError: the logits do not come from a matrix product.
@@ -252,7 +252,7 @@ def remove_unused(graph: OnnxGraph) -> None:
         return
     used = set(graph.outputs())
     kept = []
-    for node in reversed(graph.nodes):  # nodes are in order: whoever reads a node's result stands behind it
+    for node in reversed(graph.nodes):  # nodes are in order: readers of a result stand behind its node
         if used.intersection(node.outputs):
             used.update(node.inputs)
             kept.append(node)

@@ -163,7 +163,7 @@ def pack_for_our_kernel(model: ov.Model, model_file: Path, *, required: bool) ->
 
     Raises:
         UsageError: they are required, and there is no kernel, or no product that suits it.
-        EngineError: they are required, and the kernel is damaged, of somebody else's making, or cannot be loaded.
+        EngineError: they are required, and the kernel is damaged, not trusted, or cannot be loaded.
     """
     machine = hardware.read_machine()
     library = find_library(machine)

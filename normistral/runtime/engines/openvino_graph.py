@@ -33,7 +33,7 @@ def keep_last_logits(model: ov.Model, axis: int = 1) -> None:
     """Compute the output layer for the last positions only, as many as the new input `last_positions` [1] says.
 
     The exported IR computes logits of every position, as other loaders expect: for a prompt of 1,500 tokens that is
-    a large product and 200 MB nobody reads.
+    a large product and 200 MB that are not read.
 
     Args:
         axis: of the positions in the hidden states: [1, n, hidden], or [n, 1, hidden] after `page_attention`.

@@ -55,7 +55,7 @@ class BlockPool:
             port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()
         }
         # Blocks come back from any thread, and from the garbage collector in the midst of anything: no lock can be
-        # taken then, and a deque needs none. All else runs while nobody else computes.
+        # taken then, and a deque needs none. All else runs while no other sequence computes.
         self._free: deque[int] = deque()
         self._capacity = 0
         self._bytes: dict[str, NDArray[np.uint8]] = {}  # [blocks, kv_heads, 32, row bytes]
@@ -147,7 +147,7 @@ class PagedEngine:
         self._pool: BlockPool | None = pool
         self._keeps = keeps
         self._blocks: list[int] = []  # the block table
-        self._release = weakref.finalize(self, pool.release, self._blocks)  # also where nobody closes it
+        self._release = weakref.finalize(self, pool.release, self._blocks)  # also where it is not closed
         self._release.atexit = False
         self.length = 0
 

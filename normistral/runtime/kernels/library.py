@@ -3,7 +3,7 @@
 The package may bring it (`compiled` beside this file: its wheels for Linux, and an installation from source where there
 was a compiler); else `normistral build-kernel` puts it beside the local store. One of the package is trusted as the
 package's Python is. One of the store is code that any program may have put there: it has to belong to this user or to
-root, in a folder that nobody else may write to. What was checked is what is loaded, because both go by a descriptor.
+root, in a folder that no other user may write to. What was checked is what is loaded, because both go by a descriptor.
 """
 
 from __future__ import annotations

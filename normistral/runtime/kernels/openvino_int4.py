@@ -79,7 +79,7 @@ _sharing = threading.Lock()
 
 
 def pack_products(model: ov.Model, model_file: Path, library: Library) -> PackedWeights | None:
-    """The weights of a model as read from this file; whoever loads it twice in one process holds them once.
+    """The weights of a model as read from this file; a file that is loaded twice in one process is packed once.
 
     Args:
         library: the kernel, compiled for the installed OpenVINO, as it was checked.

@@ -17,7 +17,7 @@ from normistral.errors import UsageError
 from normistral.runtime.structured.structure import DATA_KEYWORDS
 
 # How JSON is written: with one blank behind comma and colon and none elsewhere. That is what models write most readily;
-# and whoever may write blanks may write them without end. Named escapes only: "\u0061" would be another spelling of a
+# and where blanks are allowed they may go on without end. Named escapes only: "\u0061" would be another spelling of a
 # key that is listed.
 WRITING = {
     "item_separator": ", ",
