@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from normistral.errors import UsageError
+from normistral.runtime.options import NUMERIC_OPTIONS
 from normistral.runtime.structured.structure import Structure
 from normistral.server.errors import ApiError
 from normistral.server.limits import ServerLimits
@@ -17,7 +18,11 @@ from normistral.server.schemas import (
     StructuredOutputs,
 )
 
-_SAME = ("seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_reasoning_tokens", "ignore_eos")
+# Options that a request calls as the library does, and that are the same for chat and text completions.
+_SAME = (
+    *(name for name, spec in NUMERIC_OPTIONS.items() if spec.api_name == name != "logprobs"),
+    "ignore_eos",
+)
 
 
 def read_options(body: CommonRequest) -> dict[str, Any]:

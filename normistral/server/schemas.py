@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
+from normistral.runtime.options import NUMERIC_OPTIONS
+
 _STOPS = 4
 _MOST_MESSAGES = 1024
 _NO_TOOLS = "tools and functions are not supported; ask for JSON with response_format"
@@ -103,6 +105,19 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = Field(None, description="Nothing is padded here, so this changes nothing.")
 
 
+def _option(name: str, gt: float | None = None) -> Any:
+    """Field of an option as `NUMERIC_OPTIONS` declares it; `gt` is an exclusive lower bound in place of its own."""
+    spec = NUMERIC_OPTIONS[name]
+    low, high = spec.api_range or (spec.low, spec.high)
+    at_least = None if gt is not None else _as_written(low)
+    return Field(None, ge=at_least, gt=gt, le=_as_written(high), description=spec.api_help)
+
+
+def _as_written(bound: float | None) -> float | None:
+    """Whole numbers without a decimal point, as a reader of the description expects them."""
+    return bound if bound is None or bound != int(bound) else int(bound)
+
+
 class CommonRequest(Strict):
     """Fields of both kinds of completion; null is the same as leaving out."""
 
@@ -111,23 +126,16 @@ class CommonRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: StopTexts = None
-    seed: int | None = Field(
-        None,
-        ge=-1,
-        le=2**63,
-        description="The same text again, while system_fingerprint is the same and not null; -1 is none.",
-    )
-    temperature: float | None = Field(None, ge=0, le=100, description="Default: the model's authors'.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
+    seed: int | None = _option("seed")
+    temperature: float | None = _option("temperature")
+    top_p: float | None = _option("top_p", gt=0)
+    max_tokens: int | None = _option("max_new_tokens")
     response_format: ResponseFormat | None = None
     # Extensions
-    top_k: int | None = Field(None, ge=-1, le=2**31, description="Extension: 0 and -1 are all tokens.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Extension.")
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Extension.")
-    max_reasoning_tokens: int | None = Field(
-        None, ge=0, le=2**31, description="Extension: ends the reasoning of a thinking model after so many tokens."
-    )
+    top_k: int | None = _option("top_k")
+    min_p: float | None = _option("min_p")
+    repetition_penalty: float | None = _option("repetition_penalty")
+    max_reasoning_tokens: int | None = _option("max_reasoning_tokens")
     ignore_eos: bool | None = Field(None, description="Extension: go on past the end of the answer.")
     structured_outputs: StructuredOutputs | None = None
     # Asks for nothing, or for nothing that changes the answer
