@@ -157,14 +157,14 @@ def serve_and_repeat(artifact: Path, repeats: int, batching: str) -> dict[str, A
     from normistral.server.app import create_app
     from normistral.server.backends.settings import BatchSettings, plan_cache_bytes
     from normistral.server.limits import ServerLimits
-    from normistral.server.served import ServedArtifact
+    from normistral.server.model_handler import ModelHandler
     from normistral.server.server import background_server
 
     manifest = read_manifest(artifact)
     context = min(2048, manifest.context_length)
     batch = BatchSettings(batching, plan_cache_bytes(manifest, context, 1), context)  # type: ignore[arg-type]
-    served = ServedArtifact.open(artifact, batch, config=EngineConfig(settings=SETTINGS))
-    with background_server(create_app([served], ServerLimits()), 300) as url:
+    handler = ModelHandler.open(artifact, batch, config=EngineConfig(settings=SETTINGS))
+    with background_server(create_app([handler], ServerLimits()), 300) as url:
         return asyncio.run(repeat_on_server(f"{url}/v1", artifact.name, repeats))
 
 

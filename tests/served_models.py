@@ -24,7 +24,7 @@ from normistral.server.app import create_app
 from normistral.server.auth import Keys
 from normistral.server.backends.settings import BatchSettings
 from normistral.server.limits import ServerLimits
-from normistral.server.served import ServedArtifact
+from normistral.server.model_handler import ModelHandler
 from normistral.server.server import background_server
 
 CONTEXT = 400
@@ -77,14 +77,14 @@ def load(folder: Path, device: str = "CPU", *, exact: bool = False, settings=Non
     return model
 
 
-def open_served(folder: Path, limits: ServerLimits, **options) -> ServedArtifact:
+def open_served(folder: Path, limits: ServerLimits, **options) -> ModelHandler:
     batch = BatchSettings(
         "off",
         options.pop("cache_bytes", 2**20),
         limits.context_of(read_manifest(folder).context_length),
         options.pop("slots", None),
     )
-    return ServedArtifact.open(folder, batch, limits.new_tokens, **options)
+    return ModelHandler.open(folder, batch, limits.new_tokens, **options)
 
 
 @contextmanager

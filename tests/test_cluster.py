@@ -17,9 +17,10 @@ from tiny_models import VOCABULARY
 
 import normistral.batch.answerers
 import normistral.batch.run
-from normistral.batch.answerers import OneByOne
+from normistral.batch.answerers import SequentialAnswerer
+from normistral.batch.continuous import ContinuousAnswerer
 from normistral.batch.documents import Row, check_instruction, fill, find_prompt, index_documents, read_document
-from normistral.batch.job import MOST_BEGINNINGS, Engine, Job, answer_part, cut_parts
+from normistral.batch.job import MOST_BEGINNINGS, BatchJob, WorkerEngine, Workers, answer_part, cut_parts
 from normistral.batch.journal import (
     PartJournal,
     begin_run,
@@ -28,15 +29,14 @@ from normistral.batch.journal import (
     open_journal,
     parts_folder,
 )
-from normistral.batch.run import Workers, run_batch
-from normistral.batch.together import Together
-from normistral.cluster.ray_local import share_of_cores, threads_of_each
+from normistral.batch.run import run_batch
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.progress import NoProgress
+from normistral.ray_runtime import cpu_settings, threads_per_model
 from normistral.runtime.chunks import Chunk, Timings
 from normistral.runtime.structured.structure import Structure
-from normistral.server.backends.base import Progress
-from normistral.server.served import ServedArtifact
+from normistral.server.backends.base import JobUpdate
+from normistral.server.model_handler import ModelHandler
 
 USER_MARKER = "<|im_start|> user\n"
 
@@ -303,14 +303,14 @@ def test_every_row_is_in_one_part_and_no_worker_gets_too_much(count, workers, to
 
 
 def test_models_share_the_cores_and_never_more():
-    assert [threads_of_each(8, models) for models in (1, 2, 3, 8)] == [8, 4, 2, 1]
+    assert [threads_per_model(8, models) for models in (1, 2, 3, 8)] == [8, 4, 2, 1]
     with pytest.raises(UsageError, match="3 models cannot share 2 cores"):
-        threads_of_each(2, 3)
-    openvino = share_of_cores("openvino", "CPU", 2, {})
+        threads_per_model(2, 3)
+    openvino = cpu_settings("openvino", "CPU", 2, {})
     assert openvino == {"INFERENCE_NUM_THREADS": "2", "ENABLE_CPU_PINNING": "NO"}
-    assert share_of_cores("onnx", "CPU", 2, {"a": "b"}) == {"intra_op_num_threads": "2", "a": "b"}
-    assert share_of_cores("onnx", "CPU", 2, {"intra_op_num_threads": "1"}) == {"intra_op_num_threads": "1"}
-    assert share_of_cores("onnx", "CUDA", 2, {}) == {}
+    assert cpu_settings("onnx", "CPU", 2, {"a": "b"}) == {"intra_op_num_threads": "2", "a": "b"}
+    assert cpu_settings("onnx", "CPU", 2, {"intra_op_num_threads": "1"}) == {"intra_op_num_threads": "1"}
+    assert cpu_settings("onnx", "CUDA", 2, {}) == {}
 
 
 # the job
@@ -394,7 +394,7 @@ def test_a_job_that_was_stopped_goes_on_and_repeats_nothing(tmp_path, artifact, 
 def test_another_question_is_another_job(tmp_path, artifact, echo):
     source = write_lines(tmp_path / "in.jsonl", {"text": "a"})
     output = tmp_path / "out.jsonl"
-    with open_journal(output, normistral.batch.run._identity(artifact, "0", "{text}", None, Engine(), {})):
+    with open_journal(output, normistral.batch.run._identity(artifact, "0", "{text}", None, WorkerEngine(), {})):
         pass
     with pytest.raises(UsageError, match="differs in documents, instruction"):
         run_batch(artifact, source, output, instruction="Hva er {text}?")
@@ -405,11 +405,11 @@ def test_a_row_that_takes_its_worker_down_is_given_up(tmp_path, artifact, echo):
     (part,) = cut_parts(index_documents(source).rows, 1, together=False)[:1]
     folder = tmp_path / "journal"
     folder.mkdir()
-    job = Job(artifact, source, folder, begin_run(folder))
+    job = BatchJob(artifact, source, folder, begin_run(folder))
     for _ in range(MOST_BEGINNINGS):
         with PartJournal(folder, job.run, part.number) as journal:
             journal.begin(1)  # and then it died
-    list(answer_part(OneByOne(job, Engine()), job, part))
+    list(answer_part(SequentialAnswerer(job, WorkerEngine()), job, part))
     _, lines = find_answers(folder)
     assert lines[1].error["message"] == "3 workers ended while they answered this row"
     assert echo == []
@@ -447,11 +447,11 @@ class Juggler:
         job_id, job = self._jobs.popitem()
         said = self._tokenizer.decode(job.prompt_ids)
         if "break" in said:
-            return [Progress(job_id, (EngineError if "engine" in said else NormistralError)("broken"))]
+            return [JobUpdate(job_id, (EngineError if "engine" in said else NormistralError)("broken"))]
         timings = Timings(len(job.prompt_ids), 0, 0.1, 0.1, 2, 0.1)
         return [
-            Progress(job_id, Chunk(f"{job.tenant}: ", 1, None, (), None, timings)),
-            Progress(job_id, Chunk(said, None, None, (), "stop", timings)),
+            JobUpdate(job_id, Chunk(f"{job.tenant}: ", 1, None, (), None, timings)),
+            JobUpdate(job_id, Chunk(said, None, None, (), "stop", timings)),
         ]
 
 
@@ -461,10 +461,12 @@ def test_rows_computed_together_keep_their_answers_apart(tmp_path):
     prompts = [f"tekst {number}" for number in range(9)]
     prompts[3], prompts[5], prompts[7] = "refuse", "break", "x" * 5000
     source = write_lines(tmp_path / "in.jsonl", *({"id": n, "prompt": text} for n, text in enumerate(prompts)))
-    job = Job(artifact, source, tmp_path, begin_run(tmp_path))
-    served = ServedArtifact("tiny", artifact, make_manifest(context_length=400), tokenizer, 400, 399, load=None)
+    job = BatchJob(artifact, source, tmp_path, begin_run(tmp_path))
+    handler = ModelHandler("tiny", artifact, make_manifest(context_length=400), tokenizer, 400, 399, load=None)
     batch, begun = Juggler(tokenizer), []
-    lines = list(Together(job, batch, served, slots=3).answer_all(index_documents(source).rows, begun.append))
+    lines = list(
+        ContinuousAnswerer(job, batch, handler, slots=3).answer_all(index_documents(source).rows, begun.append)
+    )
     assert begun == list(range(1, 10))
     assert batch.most == 3
     assert sorted(line["row"] for line in lines) == begun
@@ -479,7 +481,7 @@ def test_rows_computed_together_keep_their_answers_apart(tmp_path):
         "ContextLengthError",
     ]
     write_lines(source, {"prompt": "break the engine"}, {"prompt": "en"})
-    answers = Together(job, batch, served, slots=3).answer_all(index_documents(source).rows, begun.append)
+    answers = ContinuousAnswerer(job, batch, handler, slots=3).answer_all(index_documents(source).rows, begun.append)
     assert next(answers)["row"] == 2
     with pytest.raises(EngineError):
         next(answers)
@@ -488,7 +490,7 @@ def test_rows_computed_together_keep_their_answers_apart(tmp_path):
 def test_an_engine_that_failed_ends_the_job_and_loses_no_answer(tmp_path, artifact, echo, monkeypatch):
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "en"}, {"prompt": "to"}, {"prompt": "tre"})
     output = tmp_path / "out.jsonl"
-    complete = OneByOne._complete
+    complete = SequentialAnswerer._complete
 
     def fails(self, document):
         if document["prompt"] == "to":
@@ -496,7 +498,7 @@ def test_an_engine_that_failed_ends_the_job_and_loses_no_answer(tmp_path, artifa
         return complete(self, document)
 
     with monkeypatch.context() as patched:
-        patched.setattr(OneByOne, "_complete", fails)
+        patched.setattr(SequentialAnswerer, "_complete", fails)
         with pytest.raises(EngineError):
             run_batch(artifact, source, output)
     assert run_batch(artifact, source, output).found == 1
@@ -575,7 +577,7 @@ def test_a_structure_belongs_to_the_job_and_holds_for_every_answer(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {line["text"] for line in read_lines(output)} <= {"ja", "nei"}
     identity = normistral.batch.run._identity(
-        artifact, "0", None, None, Engine(), {"structure": Structure.choice(["ja", "nei"])}
+        artifact, "0", None, None, WorkerEngine(), {"structure": Structure.choice(["ja", "nei"])}
     )
     with open_journal(tmp_path / "b.jsonl", identity):
         pass

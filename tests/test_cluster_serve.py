@@ -10,7 +10,7 @@ import pytest
 from served_models import make_served, open_served
 
 from normistral.cluster.replica import run_application, wait_until_loaded
-from normistral.cluster.request import SHARED_CHARACTERS, Call, Start, join_metrics, routing_key
+from normistral.cluster.request import SHARED_CHARACTERS, ResponseStart, ServeRequest, join_metrics, routing_key
 from normistral.cluster.serve import ServeOptions, plan_deployment, read_options, retry_after_s
 from normistral.errors import EngineError, UsageError
 from normistral.server.app import create_app
@@ -119,7 +119,7 @@ def test_a_refused_client_waits_longer_the_longer_the_queue():
 # a request through a replica
 
 
-CALL = Call("POST", "/v1/chat/completions", b"a=b", [(b"content-type", b"application/json")], b'{"hei": 1}')
+CALL = ServeRequest("POST", "/v1/chat/completions", b"a=b", [(b"content-type", b"application/json")], b'{"hei": 1}')
 
 
 def gather(app, *, at_most=None):
@@ -148,7 +148,7 @@ async def echo(scope, receive, send):
 
 def test_status_headers_and_body_come_through():
     told = b"POST /v1/chat/completions a=b "
-    assert gather(echo) == [Start(201, [(b"a", b"b")]), told, b'{"hei": 1}']
+    assert gather(echo) == [ResponseStart(201, [(b"a", b"b")]), told, b'{"hei": 1}']
 
 
 def test_who_stops_listening_is_a_client_who_has_left():
@@ -163,7 +163,7 @@ def test_who_stops_listening_is_a_client_who_has_left():
             await asyncio.sleep(0)
         heard.append((await leaving)["type"])
 
-    assert gather(writes_on, at_most=3) == [Start(200, []), b"x", b"x"]
+    assert gather(writes_on, at_most=3) == [ResponseStart(200, []), b"x", b"x"]
     assert heard == ["http.disconnect"]
 
 

@@ -19,7 +19,7 @@ from normistral.runtime.kernels.openvino_int4 import PackedWeights, replace_prod
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
 from normistral.server.backends.base import Job
-from normistral.server.backends.create import create_batch
+from normistral.server.backends.create import create_backend
 from normistral.server.backends.openvino_pipeline import open_openvino_batch
 from normistral.server.backends.settings import BatchSettings
 
@@ -75,7 +75,7 @@ def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, mon
 
 def test_what_openvino_genai_leaves_to_the_library_shares_the_weights(demo_int4, int4_library):
     assert held() == 0
-    created = create_batch(demo_int4, SETTINGS, EngineConfig())
+    created = create_backend(demo_int4, SETTINGS, EngineConfig())
     structured = GenerationConfig(max_new_tokens=8, structure=Structure.choice(["Oslo", "Bergen"]))
     (text,) = answer(created.batch, [Job("a", [1, 2, 3], structured, "somebody")])
     assert text in ("Oslo", "Bergen")

@@ -24,12 +24,12 @@ from normistral.runtime.structured.structure import Structure
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
 from normistral.server.backends.base import Job
-from normistral.server.backends.create import create_batch
-from normistral.server.backends.openvino_job import find_unhonoured, genai_config
+from normistral.server.backends.create import create_backend
 from normistral.server.backends.openvino_pipeline import open_openvino_batch
+from normistral.server.backends.openvino_sequence import find_unsupported, genai_config
 from normistral.server.backends.settings import BLOCK_TOKENS, BatchSettings, plan_cache
 from normistral.server.limits import ServerLimits
-from normistral.server.served import ServedArtifact
+from normistral.server.model_handler import ModelHandler
 from normistral.server.server import background_server
 
 CONTEXT = 256
@@ -79,13 +79,13 @@ def finish(batch):
     """What comes of each job under way: its chunks put together, or the error that ended it."""
     chunks, errors = {}, {}
     while not batch.idle:
-        for job_id, outcome in batch.step():
+        for job_id, output in batch.step():
             assert job_id not in errors
-            if isinstance(outcome, NormistralError):
-                errors[job_id] = outcome
+            if isinstance(output, NormistralError):
+                errors[job_id] = output
             else:
                 assert not chunks.get(job_id) or chunks[job_id][-1].finish_reason is None
-                chunks.setdefault(job_id, []).append(outcome)
+                chunks.setdefault(job_id, []).append(output)
     return {name: Completion.from_chunks(some) for name, some in chunks.items() if name not in errors} | errors
 
 
@@ -140,7 +140,7 @@ def test_a_job_may_come_while_others_are_under_way(batch, model):
     batch.add(job("second", second))
     got = finish(batch)
     assert told(got["second"]) == told(ask(model, second))
-    whole = tuple(progress.outcome.token_id for progress in early) + got["first"].token_ids
+    whole = tuple(progress.output.token_id for progress in early) + got["first"].token_ids
     assert whole == ask(model, first, max_new_tokens=20, ignore_eos=True).token_ids
 
 
@@ -312,7 +312,7 @@ def test_the_cache_takes_what_was_planned(artifact, precision):
 def test_what_openvino_genai_cannot_do_is_refused(batch, options, said):
     with pytest.raises(UsageError, match=said):
         batch.add(job("a", prompts(1)[0], **options))
-    assert said in find_unhonoured(GenerationConfig(**options))
+    assert said in find_unsupported(GenerationConfig(**options))
 
 
 def test_every_option_reaches_openvino_genai():
@@ -404,7 +404,7 @@ def test_a_closed_batch_says_so(artifact):
 
 
 def test_what_cannot_be_computed_together_goes_through_the_library(artifact, model):
-    created = create_batch(artifact, SETTINGS, EngineConfig(exact=True))
+    created = create_backend(artifact, SETTINGS, EngineConfig(exact=True))
     assert (created.batching, created.slots) == ("together", 8)
     asked = prompts(3)
     got = answer(created.batch, job("a", asked[0]), job("b", asked[1], logprobs=3), job("c", asked[2], logprobs=3))
@@ -416,7 +416,7 @@ def test_what_cannot_be_computed_together_goes_through_the_library(artifact, mod
     created.batch.cancel("e")
     assert finish(created.batch) == {}
     created.batch.close()
-    turns = create_batch(artifact, replace(SETTINGS, batching="off"), EngineConfig(exact=True))
+    turns = create_backend(artifact, replace(SETTINGS, batching="off"), EngineConfig(exact=True))
     assert turns.batching == "in turns"
     turns.batch.close()
 
@@ -424,8 +424,8 @@ def test_what_cannot_be_computed_together_goes_through_the_library(artifact, mod
 @pytest.mark.parametrize("keys", [{}, {"a" * 16: "one", "b" * 16: "two"}])
 def test_a_server_answers_as_the_library_does(artifact, model, keys):
     """Over HTTP and through the real worker process: several at once, in both routes, of one tenant or two."""
-    served = ServedArtifact.open(artifact, SETTINGS, name="m", config=EngineConfig(exact=True))
-    app = create_app([served], ServerLimits(), Keys(keys))
+    handler = ModelHandler.open(artifact, SETTINGS, name="m", config=EngineConfig(exact=True))
+    app = create_app([handler], ServerLimits(), Keys(keys))
 
     def ask_server(url, number, **fields):
         key = [*keys, ""][number % max(1, len(keys))]
@@ -457,7 +457,7 @@ from normistral.server.backends.base import Job
 from normistral.server.backends.openvino_pipeline import open_openvino_batch
 from normistral.server.backends.settings import BatchSettings
 from normistral.server.limits import ServerLimits
-from normistral.server.served import ServedArtifact
+from normistral.server.model_handler import ModelHandler
 from normistral.server.server import background_server
 from normistral.runtime.options import GenerationConfig
 folder = Path(sys.argv[1])

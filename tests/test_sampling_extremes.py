@@ -18,7 +18,7 @@ from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sampling import Sampler
 from normistral.server.app import create_app
 from normistral.server.limits import ServerLimits
-from normistral.server.served import ServedArtifact
+from normistral.server.model_handler import ModelHandler
 from normistral.server.server import background_server
 
 TINY = 5e-324
@@ -46,12 +46,12 @@ def artifact(tmp_path_factory):
 
 @pytest.mark.parametrize("batching", ["auto", "off"])
 def test_every_legal_value_is_answered_on_every_route(artifact, batching) -> None:
-    served = ServedArtifact.open(
+    handler = ModelHandler.open(
         artifact, replace(SETTINGS, batching=batching), name="m", config=EngineConfig(exact=True)
     )
     limits = ServerLimits(grace_s=0.2)
     with (
-        background_server(create_app([served], limits)) as url,
+        background_server(create_app([handler], limits)) as url,
         httpx.Client(base_url=url, timeout=60) as client,
         normistral.load(artifact, exact=True) as model,
     ):

@@ -17,7 +17,7 @@ from normistral.runtime.chunks import Completion
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.options import GenerationConfig
 from normistral.server.backends.base import Job
-from normistral.server.backends.fair_queue import FairQueue
+from normistral.server.backends.scheduler import RoundRobinScheduler
 from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 from normistral.server.ipc import Loaded
 from normistral.server.service import ServedModel
@@ -48,7 +48,7 @@ def artifact(request, checkpoint, tmp_path_factory):
 @pytest.fixture(params=[False, True], ids=["default", "exact"])
 def model(request, artifact, monkeypatch):
     monkeypatch.setattr("normistral.runtime.sequence.WORTH_COPYING", 8)
-    monkeypatch.setattr("normistral.server.backends.fair_queue.WORTH_COPYING", 8)
+    monkeypatch.setattr("normistral.server.backends.scheduler.WORTH_COPYING", 8)
     with normistral.load(artifact, exact=request.param, settings={"prefill_chunk": str(CHUNK)}) as model:
         yield model
 
@@ -122,7 +122,7 @@ def test_jobs_in_turns_compute_the_same_bits(model):
     def job(name, prompt, **options):
         return Job(name, prompt, model.resolve(options), "a")
 
-    queue = FairQueue(model, BatchSettings("off", 8 * CONTEXT * cache_token_bytes(model.manifest), CONTEXT))
+    queue = RoundRobinScheduler(model, BatchSettings("off", 8 * CONTEXT * cache_token_bytes(model.manifest), CONTEXT))
     first = bits(model.generate(PROMPT, **SEEDED))
     chunks: dict[str, list] = {}
     for number in range(6):
@@ -252,7 +252,7 @@ def test_the_fingerprint_is_null_where_a_seed_promises_nothing(tmp_path, batchin
     from normistral.server.limits import ServerLimits
 
     model = ServedModel.__new__(ServedModel)
-    model.served = open_served(make_served(tmp_path / "model", answers=["Hei"]), ServerLimits())
+    model.handler = open_served(make_served(tmp_path / "model", answers=["Hei"]), ServerLimits())
     prints = []
     for arithmetic in "aab":
         model.worker = _Worker(batching, arithmetic)

@@ -15,7 +15,7 @@ import pytest
 from served_models import make_served, open_served, serving
 from serving_clients import http
 
-from normistral.server import gate
+from normistral.server import middleware
 from normistral.server.acceptor import Acceptor
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
@@ -193,7 +193,7 @@ def test_a_flood_without_a_key_has_its_share_while_others_are_answered(tmp_path,
 def test_a_large_body_is_decoded_once_and_the_next_one_after_a_rest(tmp_path, monkeypatch) -> None:
     app = create_app([open_served(make_served(tmp_path / "m"), LIMITS)], LIMITS)
     decoded = []
-    decode = gate.msgspec.json.decode
+    decode = middleware.msgspec.json.decode
 
     def slowly(body: bytes):
         if len(body) > 32 * 1024:
@@ -201,7 +201,7 @@ def test_a_large_body_is_decoded_once_and_the_next_one_after_a_rest(tmp_path, mo
             time.sleep(0.01)
         return decode(body)
 
-    monkeypatch.setattr(gate.msgspec.json, "decode", slowly)
+    monkeypatch.setattr(middleware.msgspec.json, "decode", slowly)
     monkeypatch.setattr("starlette.requests.json.loads", lambda body: pytest.fail("decoded again"))
     content = b'{"model": "m", "prompt": "' + b" " * 40_000 + b'"}'
 

@@ -18,7 +18,7 @@ from serving_clients import http, stream, wait_until
 
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
-from normistral.server.limits import Crowd, ServerLimits
+from normistral.server.limits import ConnectionPool, ServerLimits
 from normistral.server.server import ApiServer
 
 LIMITS = ServerLimits(body_s=0.5, header_s=0.5, stall_s=0.5, keep_alive_s=1.0, grace_s=0.2)
@@ -228,7 +228,7 @@ def test_no_body_is_read_without_a_key_or_where_none_is_taken(tmp_path) -> None:
             assert line.split()[1] == status
 
 
-class Guest:
+class PoolMember:
     def __init__(self) -> None:
         self.left = False
 
@@ -239,7 +239,7 @@ class Guest:
 def test_whoever_has_kept_the_server_waiting_longest_makes_room(monkeypatch) -> None:
     now = 0.0
     monkeypatch.setattr("normistral.server.limits.time.monotonic", lambda: now)
-    crowd, guests = Crowd(3, 2), [Guest() for _ in range(8)]
+    crowd, guests = ConnectionPool(3, 2), [PoolMember() for _ in range(8)]
     for count, guest in enumerate(guests[:3], 1):
         assert crowd.admit(guest, count)
         crowd.wait(guest)

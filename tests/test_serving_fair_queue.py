@@ -12,7 +12,7 @@ from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.options import GenerationConfig
 from normistral.server.backends.base import Job
-from normistral.server.backends.fair_queue import FairQueue
+from normistral.server.backends.scheduler import RoundRobinScheduler
 from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 
 CONTEXT = 400
@@ -23,20 +23,22 @@ def model(tmp_path):
     return make_base_model(tmp_path / "model", random_logits(VOCABULARY))
 
 
-def make_queue(model, contexts: float = 8) -> FairQueue:
-    return FairQueue(model, BatchSettings("off", int(contexts * CONTEXT * cache_token_bytes(model.manifest)), CONTEXT))
+def make_queue(model, contexts: float = 8) -> RoundRobinScheduler:
+    return RoundRobinScheduler(
+        model, BatchSettings("off", int(contexts * CONTEXT * cache_token_bytes(model.manifest)), CONTEXT)
+    )
 
 
 def job(name: str, prompt: list[int], tenant: str = "a", **options) -> Job:
     return Job(name, prompt, GenerationConfig(**({"max_new_tokens": 6, "ignore_eos": True} | options)), tenant)
 
 
-def run(queue: FairQueue) -> tuple[dict[str, list[Chunk | NormistralError]], list[str]]:
+def run(queue: RoundRobinScheduler) -> tuple[dict[str, list[Chunk | NormistralError]], list[str]]:
     """Outcomes of every job, and the order in which they came."""
     outcomes, order = {}, []
     while not queue.idle:
-        for job_id, outcome in queue.step():
-            outcomes.setdefault(job_id, []).append(outcome)
+        for job_id, output in queue.step():
+            outcomes.setdefault(job_id, []).append(output)
             order.append(job_id)
     return outcomes, order
 

@@ -13,10 +13,10 @@ from normistral.errors import EngineError
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.auth import Keys
 from normistral.server.backends.settings import BatchSettings
-from normistral.server.gate import Gate
 from normistral.server.ipc import Load
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
+from normistral.server.middleware import RequestMiddleware
 from normistral.server.worker_client import WorkerClient
 
 MESSAGES = [{"role": "user", "content": "Hei"}]
@@ -195,7 +195,7 @@ def test_a_bug_is_told_without_its_words_whatever_it_is_made_of(caplog):
     async def broken(scope, receive, send):
         b"hemmelig \xff".decode()
 
-    gate = Gate(broken, keys=Keys({}), limits=ServerLimits(), metrics=Metrics(), hosts=None)
+    gate = RequestMiddleware(broken, keys=Keys({}), limits=ServerLimits(), metrics=Metrics(), hosts=None)
     sent = []
 
     async def receive():

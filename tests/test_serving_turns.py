@@ -16,10 +16,10 @@ from serving_clients import ask, error_of, gauge, http, wait_until
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError
 from normistral.server import service
-from normistral.server.admission import Turns
+from normistral.server.admission import RoundRobinSemaphore
 from normistral.server.auth import Keys
 from normistral.server.limits import ServerLimits
-from normistral.server.served import ServedArtifact
+from normistral.server.model_handler import ModelHandler
 
 OLA, KARI = "key-of-ola-nordmann-1", "key-of-kari-nordmann"
 KEYS = Keys({OLA: "ola", KARI: "kari"})
@@ -27,7 +27,7 @@ KEYS = Keys({OLA: "ola", KARI: "kari"})
 
 def test_places_go_round_the_tenants() -> None:
     async def run() -> list[str]:
-        turns, got = Turns(2, 1), []
+        turns, got = RoundRobinSemaphore(2, 1), []
 
         async def work(tenant: str, number: int) -> None:
             async with turns.turn(tenant):
@@ -42,17 +42,17 @@ def test_places_go_round_the_tenants() -> None:
 
 def test_whoever_gives_up_waiting_leaves_no_gap() -> None:
     async def run() -> None:
-        turns = Turns(1)
-        await turns.take("a")
-        waiting = [asyncio.ensure_future(turns.take("a")) for _ in range(3)]
+        turns = RoundRobinSemaphore(1)
+        await turns.acquire("a")
+        waiting = [asyncio.ensure_future(turns.acquire("a")) for _ in range(3)]
         await asyncio.sleep(0)
         waiting[0].cancel()
         await asyncio.sleep(0)
-        turns.give_back("a")
+        turns.release("a")
         waiting[1].cancel()  # it has its place, and does not know yet
         await asyncio.wait_for(waiting[2], 1)
-        turns.give_back("a")
-        await asyncio.wait_for(turns.take("b"), 1)
+        turns.release("a")
+        await asyncio.wait_for(turns.acquire("b"), 1)
         assert list(turns._waiting) == []
 
     asyncio.run(run())
@@ -61,14 +61,14 @@ def test_whoever_gives_up_waiting_leaves_no_gap() -> None:
 @pytest.fixture
 def slow(monkeypatch):
     """Preparing takes a quarter of a second; the prompts that were begun."""
-    begun, encode = [], ServedArtifact.encode_text
+    begun, encode = [], ModelHandler.encode_text
 
     def slowly(self, prompt):
         begun.append(prompt)
         time.sleep(0.25)
         return encode(self, prompt)
 
-    monkeypatch.setattr(ServedArtifact, "encode_text", slowly)
+    monkeypatch.setattr(ModelHandler, "encode_text", slowly)
     return begun
 
 
@@ -126,10 +126,13 @@ def test_preparing_ends_in_time_and_frees_what_it_had(tmp_path, slow, monkeypatc
 
 def test_a_text_that_is_far_too_long_costs_next_to_nothing(tmp_path) -> None:
     """Tokenizers take up to two seconds for a megabyte, whatever it holds."""
-    served = open_served(make_served(tmp_path / "m"), ServerLimits())
+    handler = open_served(make_served(tmp_path / "m"), ServerLimits())
     for text in (" ", "a", "\n", "\u200d", "e\u0301", "漢", "7", "-"):
         began = time.process_time()
-        for encode in (served.encode_text, lambda content: served.encode_chat([{"role": "user", "content": content}])):
+        for encode in (
+            handler.encode_text,
+            lambda content: handler.encode_chat([{"role": "user", "content": content}]),
+        ):
             with pytest.raises(ContextLengthError):
                 encode(text * (900_000 // len(text.encode())))
         assert time.process_time() - began < 0.1

@@ -14,7 +14,7 @@ from normistral.runtime.engines.settings import EngineConfig
 from normistral.server import ipc, worker_client
 from normistral.server.auth import KEYS_VARIABLE
 from normistral.server.backends.settings import BatchSettings
-from normistral.server.ipc import BEAT_S, Beat, Load, Vigil
+from normistral.server.ipc import HEARTBEAT_S, Heartbeat, HeartbeatMonitor, Load
 from normistral.server.limits import ServerLimits
 from normistral.server.worker_client import WorkerClient
 
@@ -66,29 +66,29 @@ def test_a_step_without_beats_may_last_while_the_processor_works(monkeypatch) ->
     """Native code may hold the interpreter while it compiles; a process without processor time does nothing."""
     cpu_s = 0.0
     monkeypatch.setattr(ipc, "_processor_seconds", lambda pid: cpu_s)
-    vigil = Vigil(1)
-    for _ in range(int(60 / BEAT_S)):
-        cpu_s += BEAT_S
-        assert vigil.tick(loading=False) is None
-    reasons = [vigil.tick(loading=False) for _ in range(int(5 / BEAT_S))]
+    monitor = HeartbeatMonitor(1)
+    for _ in range(int(60 / HEARTBEAT_S)):
+        cpu_s += HEARTBEAT_S
+        assert monitor.tick(loading=False) is None
+    reasons = [monitor.tick(loading=False) for _ in range(int(5 / HEARTBEAT_S))]
     assert reasons[-1] == "it stood still for 5 s"
-    vigil = Vigil(1)
+    monitor = HeartbeatMonitor(1)
     ticks = 0
-    while (reason := vigil.tick(loading=False)) is None:
-        cpu_s += BEAT_S
+    while (reason := monitor.tick(loading=False)) is None:
+        cpu_s += HEARTBEAT_S
         ticks += 1
-    assert (reason, ticks * BEAT_S) == ("it gave no sign of life for 120 s", pytest.approx(120, abs=1))
+    assert (reason, ticks * HEARTBEAT_S) == ("it gave no sign of life for 120 s", pytest.approx(120, abs=1))
 
 
 def test_a_long_step_ends_a_worker_only_where_nothing_is_computed(monkeypatch) -> None:
     monkeypatch.setattr(ipc, "_processor_seconds", lambda pid: 0.0)
 
     def seconds_until_ended(share: float, loading: bool = False) -> float:
-        vigil, ticks = Vigil(1), 0
-        while vigil.tick(loading=loading) is None and ticks * BEAT_S < 1e4:
+        monitor, ticks = HeartbeatMonitor(1), 0
+        while monitor.tick(loading=loading) is None and ticks * HEARTBEAT_S < 1e4:
             ticks += 1
-            vigil.hear(Beat(True, 0, ticks * BEAT_S * share))
-        return ticks * BEAT_S
+            monitor.hear(Heartbeat(True, 0, ticks * HEARTBEAT_S * share))
+        return ticks * HEARTBEAT_S
 
     assert seconds_until_ended(0.0) == pytest.approx(15, abs=1)
     assert seconds_until_ended(0.0, loading=True) == pytest.approx(180, abs=1)

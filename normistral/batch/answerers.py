@@ -7,11 +7,11 @@ from importlib.util import find_spec
 
 from normistral.artifact.manifest import read_manifest
 from normistral.batch.documents import Document, Row, find_prompt, read_document, with_system
-from normistral.batch.job import Answerer, Begin, Engine, Job, Line, answer_line, failure_line
+from normistral.batch.job import Answerer, BatchJob, Begin, Line, WorkerEngine, answer_line, failure_line
 from normistral.errors import EngineError, UsageError
 from normistral.runtime.chunks import Completion
 from normistral.runtime.loading import load
-from normistral.server.backends.settings import is_computed_together
+from normistral.server.backends.settings import uses_continuous_batching
 
 
 def has_genai() -> bool:
@@ -19,7 +19,7 @@ def has_genai() -> bool:
     return find_spec("openvino_genai") is not None
 
 
-def open_answerer(job: Job, engine: Engine, workers: int = 1) -> Answerer:
+def open_answerer(job: BatchJob, engine: WorkerEngine, workers: int = 1) -> Answerer:
     """Load the model, in the process that is to answer.
 
     Args:
@@ -28,19 +28,17 @@ def open_answerer(job: Job, engine: Engine, workers: int = 1) -> Answerer:
     Raises:
         NormistralError: as `normistral.load`.
     """
-    if is_computed_together(read_manifest(job.artifact), engine.batching, engine.device) and has_genai():
-        from normistral.batch.together import open_together
+    if uses_continuous_batching(read_manifest(job.artifact), engine.batching, engine.device) and has_genai():
+        from normistral.batch.continuous import open_continuous
 
-        return open_together(job, engine, workers)
-    from normistral.batch.answerers import OneByOne
-
-    return OneByOne(job, engine)
+        return open_continuous(job, engine, workers)
+    return SequentialAnswerer(job, engine)
 
 
-class OneByOne:
+class SequentialAnswerer:
     """What the documents begin with in common, such as an instruction, is computed once."""
 
-    def __init__(self, job: Job, engine: Engine) -> None:
+    def __init__(self, job: BatchJob, engine: WorkerEngine) -> None:
         self._job = job
         self._model = load(job.artifact, device=engine.device, exact=engine.exact, settings=engine.settings)
         self._chat = None if self._model.manifest.template is None else self._model.chat()

@@ -25,7 +25,7 @@ OnRow = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class WorkerEngine:
     """How the model is loaded, in every worker; as `normistral.load` takes it.
 
     Attributes:
@@ -40,7 +40,22 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Workers:
+    """Where the models run.
+
+    Attributes:
+        count: models side by side under Ray; None is one, in this process and without Ray.
+        threads: each one's; None divides the processors that there are.
+        address: of a running Ray cluster; None starts one on this machine for as long as the job takes.
+    """
+
+    count: int | None = None
+    threads: int | None = None
+    address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchJob:
     """What is asked of every document, and where everything is; small, for it goes to every worker.
 
     Attributes:
@@ -94,7 +109,7 @@ def cut_parts(rows: Sequence[Row], workers: int, *, together: bool) -> list[Part
     return [Part(number, list(rows[start : start + size])) for number, start in enumerate(range(0, len(rows), size))]
 
 
-def answer_part(answerer: Answerer, job: Job, part: Part) -> Iterator[int]:
+def answer_part(answerer: Answerer, job: BatchJob, part: Part) -> Iterator[int]:
     """Answer the rows of a part that nobody has answered yet; gives each row's number once its answer is on disk."""
     with PartJournal(job.folder, job.run, part.number) as journal:
         yield from sorted(journal.answered)

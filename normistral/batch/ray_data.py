@@ -9,26 +9,25 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from normistral.batch.answerers import open_answerer
-from normistral.batch.job import Engine, Job, OnRow, Part, answer_part
+from normistral.batch.job import BatchJob, OnRow, Part, WorkerEngine, Workers, answer_part
 from normistral.batch.journal import JOB_NAME
-from normistral.cluster.ray_local import ray_running, share_of_cores, threads_of_each
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
+from normistral.ray_runtime import cpu_settings, ray_running, threads_per_model
 from normistral.server.ipc import Failure
-
-if TYPE_CHECKING:
-    from normistral.batch.run import Workers
 
 # Two parts wait at each worker, so that none stands still between them; more would be missing elsewhere at the end.
 _PARTS_AT_A_WORKER = 2
 
 
-def answer_on_ray(job: Job, parts: list[Part], format: str, engine: Engine, workers: Workers, on_row: OnRow) -> None:
+def answer_on_ray(
+    job: BatchJob, parts: list[Part], format: str, engine: WorkerEngine, workers: Workers, on_row: OnRow
+) -> None:
     """Answer all parts with `workers.count` models at once.
 
     Raises:
@@ -39,10 +38,10 @@ def answer_on_ray(job: Job, parts: list[Part], format: str, engine: Engine, work
     assert workers.count is not None
     here = plan_threads(read_machine())
     if workers.address is None:
-        threads_of_each(here, workers.count)
+        threads_per_model(here, workers.count)
     with ray_running(workers.address, here) as ray:
         cores = int(ray.cluster_resources().get("CPU", 0))
-        threads = workers.threads or threads_of_each(cores, workers.count)
+        threads = workers.threads or threads_per_model(cores, workers.count)
         if threads * workers.count > cores:
             raise UsageError(
                 f"{workers.count} workers of {threads} threads cannot share {cores} cores", "take fewer of either"
@@ -54,7 +53,7 @@ def answer_on_ray(job: Job, parts: list[Part], format: str, engine: Engine, work
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        settings = share_of_cores(format, engine.device, threads, engine.settings)
+        settings = cpu_settings(format, engine.device, threads, engine.settings)
         try:
             answered = from_items(
                 [{"part": msgspec.json.encode(part)} for part in parts], override_num_blocks=len(parts)
@@ -83,7 +82,7 @@ class _Worker:
     What goes wrong is told as data: out of an exception, Ray would make a text with a traceback.
     """
 
-    def __init__(self, job: Job, engine: Engine, workers: int) -> None:
+    def __init__(self, job: BatchJob, engine: WorkerEngine, workers: int) -> None:
         self._job = job
         self._failure: NormistralError | None = None
         try:

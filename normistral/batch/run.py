@@ -19,32 +19,17 @@ from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest
 from normistral.batch.answerers import has_genai, open_answerer
 from normistral.batch.documents import Row, check_instruction, index_documents
-from normistral.batch.job import Engine, Job, OnRow, Part, answer_part, cut_parts
+from normistral.batch.job import BatchJob, OnRow, Part, WorkerEngine, Workers, answer_part, cut_parts
 from normistral.batch.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
 from normistral.errors import NormistralError, UsageError, install_extra
 from normistral.files import explain, require_place, sha256_file
 from normistral.progress import NoProgress, Progress
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
-from normistral.server.backends.settings import is_computed_together
+from normistral.server.backends.settings import uses_continuous_batching
 
 
 @dataclass(frozen=True, slots=True)
-class Workers:
-    """Where the models run.
-
-    Attributes:
-        count: models side by side under Ray; None is one, in this process and without Ray.
-        threads: each one's; None divides the processors that there are.
-        address: of a running Ray cluster; None starts one on this machine for as long as the job takes.
-    """
-
-    count: int | None = None
-    threads: int | None = None
-    address: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
+class BatchSummary:
     """What became of a job.
 
     Attributes:
@@ -73,12 +58,12 @@ def run_batch(
     *,
     instruction: str | None = None,
     system: str | None = None,
-    engine: Engine | None = None,
+    engine: WorkerEngine | None = None,
     workers: Workers | None = None,
     force: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> Summary:
+) -> BatchSummary:
     """Answer every document and write OUTPUT, a line of JSON for each.
 
     Args:
@@ -95,7 +80,7 @@ def run_batch(
             call goes on from there.
     """
     started = time.perf_counter()
-    engine, workers, progress = engine or Engine(), workers or Workers(), progress or NoProgress()
+    engine, workers, progress = engine or WorkerEngine(), workers or Workers(), progress or NoProgress()
     opened = Artifact.find(artifact)
     folder, manifest = opened.folder.absolute(), opened.manifest
     source, output = Path(source).absolute(), Path(output).absolute()
@@ -110,11 +95,11 @@ def run_batch(
         run = begin_run(parts)
         answered, _ = find_answers(parts)
         missing = [row for row in index.rows if row.number not in answered]
-        job = Job(folder, source, parts, run, instruction, system, options)
+        job = BatchJob(folder, source, parts, run, instruction, system, options)
         if answered:
             progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
         if missing:
-            if is_computed_together(manifest, engine.batching, engine.device) and not has_genai():
+            if uses_continuous_batching(manifest, engine.batching, engine.device) and not has_genai():
                 progress.note(f"one after the other: {install_extra('serve')} lets it compute many together")
             with progress.stage("answering", total=len(missing), unit="documents") as stage:
                 _answer(job, missing, manifest, engine, workers, stage.advance)
@@ -128,7 +113,7 @@ def run_batch(
             reason, hint = explain(exc)
             raise NormistralError(f"cannot write {output}: {reason}", f"{hint}; then run the same again") from exc
         remove_journal(parts)
-    return Summary(
+    return BatchSummary(
         output=str(output),
         rows=len(index.rows),
         failed=sum(line.error is not None for line in lines.values()),
@@ -140,11 +125,15 @@ def run_batch(
     )
 
 
-def _answer(job: Job, rows: list[Row], manifest: Manifest, engine: Engine, workers: Workers, on_row: OnRow) -> None:
+def _answer(
+    job: BatchJob, rows: list[Row], manifest: Manifest, engine: WorkerEngine, workers: Workers, on_row: OnRow
+) -> None:
     if workers.count is not None:
         from normistral.batch.ray_data import answer_on_ray
 
-        parts = cut_parts(rows, workers.count, together=is_computed_together(manifest, engine.batching, engine.device))
+        parts = cut_parts(
+            rows, workers.count, together=uses_continuous_batching(manifest, engine.batching, engine.device)
+        )
         answer_on_ray(job, parts, manifest.format, engine, workers, on_row)
         return
     with closing(open_answerer(job, engine)) as answerer:
@@ -181,7 +170,12 @@ def _check(
 
 
 def _identity(
-    folder: Path, documents: str, instruction: str | None, system: str | None, engine: Engine, options: dict[str, Any]
+    folder: Path,
+    documents: str,
+    instruction: str | None,
+    system: str | None,
+    engine: WorkerEngine,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """All that decides about the answers; where and by how many they are computed does not."""
     return {

@@ -1,5 +1,6 @@
-"""Earlier place of `normistral.batch.run`."""
+"""Earlier place of `normistral.batch.run`; a documented path."""
 
-from normistral.batch.run import Summary, Workers, run_batch
+from normistral.batch.job import Workers
+from normistral.batch.run import run_batch
 
-__all__ = ["Summary", "Workers", "run_batch"]
+__all__ = ["Workers", "run_batch"]

@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from normistral.cluster.request import Call, Start, join_metrics, routing_key
+from normistral.cluster.request import ResponseStart, ServeRequest, join_metrics, routing_key
 from normistral.server.auth import Keys
 from normistral.server.errors import ApiError, unavailable
-from normistral.server.gate import Gate
 from normistral.server.generation import ClientLeftError, unless_gone
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
+from normistral.server.middleware import RequestMiddleware
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _NOT_READY_S = 2.0
 _NOT_PASSED_ON = {b"x-request-id", b"content-length", b"transfer-encoding", b"connection"}
 
 
-class Front:
+class Ingress:
     """The ingress; it has no model, and takes as many connections as one server.
 
     Args:
@@ -44,7 +44,7 @@ class Front:
         self._models, self._limits, self._busy_s = models, limits, busy_s
         self._metrics = Metrics()
         self._under_way = 0
-        self._app = Gate(self._route, keys=keys, limits=limits, metrics=self._metrics, hosts=None)
+        self._app = RequestMiddleware(self._route, keys=keys, limits=limits, metrics=self._metrics, hosts=None)
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request; the answer is computed while it is sent."""
@@ -74,9 +74,9 @@ class Front:
         """
         body = (await receive()).get("body", b"")
         headers = Headers(scope=scope)
-        call = Call(scope["method"], scope["path"], scope["query_string"], list(scope["headers"]), body)
+        request = ServeRequest(scope["method"], scope["path"], scope["query_string"], list(scope["headers"]), body)
         key = routing_key(scope["state"]["tenant"], headers, body)
-        pieces = self._models.options(session_id=key, stream=True).answer.remote(call)
+        pieces = self._models.options(session_id=key, stream=True).answer.remote(request)
         try:
             start = await unless_gone(self._first(pieces), receive)
             await send({"type": "http.response.start", "status": start.status, "headers": _passed_on(start.headers)})
@@ -87,10 +87,10 @@ class Front:
             with suppress(BackPressureError):  # told again of a request that was refused
                 pieces.cancel()
 
-    async def _first(self, pieces: AsyncIterator[Any]) -> Start:
+    async def _first(self, pieces: AsyncIterator[Any]) -> ResponseStart:
         try:
             async with asyncio.timeout(self._limits.queue_s + self._limits.request_s):
-                return Start(*await anext(pieces))
+                return ResponseStart(*await anext(pieces))
         except BackPressureError:
             raise self._too_many() from None
         except TimeoutError:
@@ -98,7 +98,7 @@ class Front:
         except (RayError, StopAsyncIteration) as exc:
             raise _lost(exc) from None
 
-    async def _rest(self, pieces: AsyncIterator[Any], start: Start, send: Send) -> None:
+    async def _rest(self, pieces: AsyncIterator[Any], start: ResponseStart, send: Send) -> None:
         try:
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -159,7 +159,7 @@ def _passed_on(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in headers if name.lower() not in _NOT_PASSED_ON]
 
 
-def _is_event_stream(start: Start) -> bool:
+def _is_event_stream(start: ResponseStart) -> bool:
     return any(name.lower() == b"content-type" and b"event-stream" in value for name, value in start.headers)
 
 

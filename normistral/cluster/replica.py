@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Scope
 
-from normistral.cluster.request import Call, Start
+from normistral.cluster.request import ResponseStart, ServeRequest
 from normistral.errors import EngineError
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
@@ -30,7 +30,7 @@ class Replica:
         await self._lifespan.__aenter__()
         await wait_until_loaded(self._service, None)
 
-    async def answer(self, call: Call) -> AsyncIterator[Start | bytes]:
+    async def answer(self, request: ServeRequest) -> AsyncIterator[ResponseStart | bytes]:
         """The answer's status and headers, then its body as it is written.
 
         Whoever stops listening frees the slot: to the application that is a client who has left. A worker process that
@@ -38,7 +38,7 @@ class Replica:
         """
         with suppress(TimeoutError):  # the application refuses it
             await wait_until_loaded(self._service, self._service.limits.queue_s)
-        async for piece in run_application(self._app, call):
+        async for piece in run_application(self._app, request):
             yield piece
 
     async def metrics(self) -> tuple[str, str]:
@@ -84,11 +84,11 @@ def _raise_failure(service: Service) -> None:
             raise model.worker.failure
 
 
-async def run_application(app: ASGIApp, call: Call) -> AsyncIterator[Start | bytes]:
+async def run_application(app: ASGIApp, request: ServeRequest) -> AsyncIterator[ResponseStart | bytes]:
     """Call an ASGI application and give what it sends; when this is closed, it hears that the client has left."""
     sent: asyncio.Queue[Message | None] = asyncio.Queue(_WAITING_PIECES)
     left = asyncio.Event()
-    bodies = [call.body]
+    bodies = [request.body]
 
     async def receive() -> Message:
         if bodies:
@@ -102,7 +102,7 @@ async def run_application(app: ASGIApp, call: Call) -> AsyncIterator[Start | byt
 
     async def run() -> None:
         try:
-            await app(_scope(call, running.cancel), receive, send)
+            await app(_scope(request, running.cancel), receive, send)
         finally:
             await send(None)
 
@@ -110,7 +110,9 @@ async def run_application(app: ASGIApp, call: Call) -> AsyncIterator[Start | byt
     try:
         while (message := await sent.get()) is not None:
             if message["type"] == "http.response.start":
-                yield Start(message["status"], [(bytes(key), bytes(value)) for key, value in message["headers"]])
+                yield ResponseStart(
+                    message["status"], [(bytes(key), bytes(value)) for key, value in message["headers"]]
+                )
             elif message.get("body"):
                 yield message["body"]
         await running
@@ -121,18 +123,18 @@ async def run_application(app: ASGIApp, call: Call) -> AsyncIterator[Start | byt
         await asyncio.wait([running])
 
 
-def _scope(call: Call, abort: Callable[[], object]) -> Scope:
+def _scope(request: ServeRequest, abort: Callable[[], object]) -> Scope:
     return {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
-        "method": call.method,
+        "method": request.method,
         "scheme": "http",
-        "path": call.path,
-        "raw_path": call.path.encode(),
+        "path": request.path,
+        "raw_path": request.path.encode(),
         "root_path": "",
-        "query_string": call.query,
-        "headers": call.headers,
+        "query_string": request.query,
+        "headers": request.headers,
         "client": None,
         "server": None,
         "state": {"abort": abort},

@@ -18,7 +18,7 @@ SHARED_CHARACTERS = 2048
 _SHARED_TOKENS = 512
 
 
-class Call(NamedTuple):
+class ServeRequest(NamedTuple):
     """A request whose body has been read."""
 
     method: str
@@ -28,7 +28,7 @@ class Call(NamedTuple):
     body: bytes
 
 
-class Start(NamedTuple):
+class ResponseStart(NamedTuple):
     """What a replica sends first; pieces of the body follow."""
 
     status: int

@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import msgspec
 
 from normistral.artifact.artifact import Artifact
-from normistral.cluster.ray_local import import_ray, ray_running, share_of_cores, threads_of_each
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
+from normistral.ray_runtime import cpu_settings, import_ray, ray_running, threads_per_model
 from normistral.runtime.engines.settings import EngineConfig
-from normistral.server.backends.settings import FAIR_SLOTS, Batching
+from normistral.server.backends.settings import ROUND_ROBIN_SLOTS, Batching
 from normistral.server.limits import ServerLimits
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -50,7 +50,7 @@ class ServeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     replicas: Count = 1
     max_replicas: Count | None = None
     threads: Count | None = None
-    slots: Count = FAIR_SLOTS
+    slots: Count = ROUND_ROBIN_SLOTS
     max_queue: Count = 64
     api_key_file: str | None = None
     no_api_key: bool = False
@@ -115,7 +115,7 @@ def build(arguments: dict[str, Any]) -> Any:
     import_ray(alone=False)
     from ray import serve
 
-    from normistral.cluster.ingress import Front
+    from normistral.cluster.ingress import Ingress
     from normistral.cluster.replica import Replica
     from normistral.server.auth import read_keys
     from normistral.server.startup import EngineOptions
@@ -127,8 +127,10 @@ def build(arguments: dict[str, Any]) -> Any:
             "give either api_key_file or NORMISTRAL_API_KEYS, or no_api_key=true to let everybody in",
         )
     artifact = Artifact.find(options.artifact, verify=False)
-    threads = options.threads or threads_of_each(plan_threads(read_machine()), options.max_replicas or options.replicas)
-    settings = share_of_cores(artifact.manifest.format, options.device, threads, options.settings)
+    threads = options.threads or threads_per_model(
+        plan_threads(read_machine()), options.max_replicas or options.replicas
+    )
+    settings = cpu_settings(artifact.manifest.format, options.device, threads, options.settings)
     engine = EngineOptions(
         EngineConfig(options.device, options.exact, settings), options.batching, options.cache_mib, options.slots
     )
@@ -147,7 +149,7 @@ def build(arguments: dict[str, Any]) -> Any:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_FRONTS_AT_ONCE,
         graceful_shutdown_timeout_s=options.grace_seconds,
-    )(Front)
+    )(Ingress)
     return front.bind(models, limits, keys, retry_after_s(options))
 
 

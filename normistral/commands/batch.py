@@ -64,13 +64,13 @@ def batch(
     OUTPUT has a line of JSON for each, in their order: its answer, or the error that it met. Until all are done, the
     answers are kept beside it in OUTPUT.parts: after a kill or a crash, the same command goes on from there.
     """
-    from normistral.batch.job import Engine
-    from normistral.batch.run import Workers, run_batch
+    from normistral.batch.job import WorkerEngine, Workers
+    from normistral.batch.run import run_batch
 
     def decoded(text: str | None) -> str | None:
         return None if text is None else decode_argument(text)
 
-    named = Engine(engine.device, engine.exact, engine.settings, batching)
+    named = WorkerEngine(engine.device, engine.exact, engine.settings, batching)
     options = sampling.options() | given(structure=read_structure(structure))
     with show_progress() as progress, redirect_stdout(sys.stderr):  # Ray prints that a worker died
         summary = run_batch(

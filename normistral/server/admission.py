@@ -18,7 +18,7 @@ from normistral.errors import NormistralError
 from normistral.server.backends.base import Job
 from normistral.server.errors import ApiError, unavailable
 from normistral.server.limits import ServerLimits
-from normistral.server.worker_client import Outcome, WorkerClient
+from normistral.server.worker_client import JobOutput, WorkerClient
 
 _TENANT_SHARE = 0.75
 _AVERAGE_WEIGHT = 0.2  # of the latest job, in the mean time that a job holds a slot
@@ -29,7 +29,7 @@ class _Entry:
     """A job that waits or runs."""
 
     job: Job
-    deliver: Callable[[str, Outcome], None]
+    deliver: Callable[[str, JobOutput], None]
     expiry: asyncio.TimerHandle | None
     began: float = 0.0
 
@@ -75,7 +75,7 @@ class Admission:
             self._preparing[tenant] -= answers
             self._preparing += Counter()  # without those that have none
 
-    def submit(self, jobs: Sequence[Job], deliver: Callable[[str, Outcome], None]) -> None:
+    def submit(self, jobs: Sequence[Job], deliver: Callable[[str, JobOutput], None]) -> None:
         """Take up the jobs of one request, or none of them.
 
         Args:
@@ -111,7 +111,7 @@ class Admission:
             entry.began = time.monotonic()
             job_id = entry.job.job_id
             self._running[job_id] = entry
-            self._worker.add(entry.job, lambda outcome, job_id=job_id: self._arrived(job_id, outcome))  # type: ignore[misc]
+            self._worker.add(entry.job, lambda output, job_id=job_id: self._arrived(job_id, output))  # type: ignore[misc]
 
     def refuse(self, error: ApiError) -> None:
         """From now on answer new requests with this."""
@@ -147,15 +147,15 @@ class Admission:
             self._waiting[tenant] = entries
         return entry
 
-    def _arrived(self, job_id: str, outcome: Outcome) -> None:
+    def _arrived(self, job_id: str, output: JobOutput) -> None:
         entry = self._running.get(job_id)
         if entry is None:
             return
-        if isinstance(outcome, NormistralError) or outcome.finish_reason is not None:
+        if isinstance(output, NormistralError) or output.finish_reason is not None:
             del self._running[job_id]
             self._mean_s += _AVERAGE_WEIGHT * (time.monotonic() - entry.began - self._mean_s)
             self.pump()
-        entry.deliver(job_id, outcome)
+        entry.deliver(job_id, output)
 
     def _expire(self, job_id: str) -> None:
         entry = self._take_waiting(job_id)
@@ -191,7 +191,7 @@ class Admission:
             entry.expiry = None
 
 
-class Turns:
+class RoundRobinSemaphore:
     """A semaphore that goes round the tenants.
 
     Args:
@@ -210,13 +210,13 @@ class Turns:
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
         """Have a place while the context is open; the next one has it after a round of the event loop."""
-        await self.take(tenant)
+        await self.acquire(tenant)
         try:
             yield
         finally:
-            asyncio.get_running_loop().call_soon(self.give_back, tenant)
+            asyncio.get_running_loop().call_soon(self.release, tenant)
 
-    async def take(self, tenant: str) -> None:
+    async def acquire(self, tenant: str) -> None:
         """Wait for a place; it has to be given back."""
         granted = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(granted)
@@ -225,12 +225,12 @@ class Turns:
             await granted
         except asyncio.CancelledError:
             if granted.done() and not granted.cancelled():
-                self.give_back(tenant)
+                self.release(tenant)
             else:
                 self._leave(tenant, granted)
             raise
 
-    def give_back(self, tenant: str) -> None:
+    def release(self, tenant: str) -> None:
         """Leave a place to the next."""
         self._free += 1
         self._taken[tenant] -= 1

@@ -18,13 +18,13 @@ from starlette.exceptions import HTTPException
 import normistral
 from normistral.server.auth import Keys
 from normistral.server.errors import describe_validation, route_error
-from normistral.server.gate import Gate
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
+from normistral.server.middleware import RequestMiddleware
+from normistral.server.model_handler import ModelHandler
 from normistral.server.public_routes import AnswerSource, PublicAnswer, PublicRoutes, load_page
 from normistral.server.responses import ModelCard, ModelList, Status
 from normistral.server.routes import error_responses, router
-from normistral.server.served import ServedArtifact
 from normistral.server.service import Service
 from normistral.server.worker_client import WORKER_MODULE
 
@@ -33,7 +33,7 @@ _SCHEME = "key"
 
 
 def create_app(
-    served: Sequence[ServedArtifact],
+    handler: Sequence[ModelHandler],
     limits: ServerLimits | None = None,
     keys: Keys | None = None,
     hosts: Collection[str] | None = None,
@@ -43,11 +43,11 @@ def create_app(
 
     Args:
         keys: who is let in; None is everybody.
-        hosts: as `Gate` takes them.
+        hosts: as `RequestMiddleware` takes them.
         worker_module: whose `main` the worker processes run.
     """
     limits, keys, metrics = limits or ServerLimits(), keys or Keys(), Metrics()
-    service = Service(served, limits, metrics, worker_module, several=len(keys) > 1)
+    service = Service(handler, limits, metrics, worker_module, several=len(keys) > 1)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,7 +71,7 @@ def create_app(
     app.include_router(router)
     pages = {"/": _add_page(app), "/openapi.json": _add_description(app)} | _add_looking(app, service)
     app.state.public_routes = PublicRoutes(keys, limits, metrics, hosts, pages)
-    app.add_middleware(Gate, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
+    app.add_middleware(RequestMiddleware, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(HTTPException, _refuse_route)
     return app
@@ -102,12 +102,12 @@ def _add_looking(app: FastAPI, service: Service) -> dict[str, AnswerSource]:
     @app.get("/v1/models", response_model=ModelList, responses=error_responses(401))
     async def models() -> dict[str, Any]:
         """The models that are served."""
-        return {"object": "list", "data": [_card(model.served) for model in service.models.values()]}
+        return {"object": "list", "data": [_card(model.handler) for model in service.models.values()]}
 
     @app.get("/v1/models/{model}", response_model=ModelCard, responses=error_responses(401, 404))
     async def model(model: str) -> dict[str, Any]:
         """One of them."""
-        return _card(service.find(model).served)
+        return _card(service.find(model).handler)
 
     def find_ready() -> PublicAnswer:
         if not service.ready:
@@ -146,16 +146,16 @@ def _as_json(body: bytes) -> PublicAnswer:
     return PublicAnswer(200, {"content-type": "application/json"}, body)
 
 
-def _card(served: ServedArtifact) -> dict[str, Any]:
-    created = int(datetime.fromisoformat(served.manifest.created).timestamp())
+def _card(handler: ModelHandler) -> dict[str, Any]:
+    created = int(datetime.fromisoformat(handler.manifest.created).timestamp())
     return {
-        "id": served.name,
+        "id": handler.name,
         "object": "model",
         "created": created,
-        "owned_by": served.manifest.source.id.partition("/")[0],
-        "context_length": served.context_length,
-        "max_new_tokens": served.new_tokens,
-        "role": served.manifest.role,
+        "owned_by": handler.manifest.source.id.partition("/")[0],
+        "context_length": handler.context_length,
+        "max_new_tokens": handler.new_tokens,
+        "role": handler.manifest.role,
     }
 
 
@@ -180,7 +180,7 @@ def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:
         properties = schemas[name]["properties"]
         properties["model"]["enum"] = list(service.models)
         _bound(properties["n"], "maximum", service.limits.choices)
-        if not any(model.served.manifest.reasoning for model in service.models.values()):
+        if not any(model.handler.manifest.reasoning for model in service.models.values()):
             properties["max_reasoning_tokens"] = {"type": "null", "description": "No model here thinks aloud."}
     chat = schemas["ChatCompletionRequest"]
     _require_with(chat, "top_logprobs", {"type": "integer", "minimum": 1}, "logprobs")

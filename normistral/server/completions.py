@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from normistral.runtime.chunks import Chunk
-from normistral.server.generation import Arrival
-from normistral.server.responses import Envelope, Tally, describe_token, finish_reason, shown_token
-from normistral.server.served import ServedArtifact
+from normistral.server.generation import SequenceOutput
+from normistral.server.model_handler import ModelHandler
+from normistral.server.responses import ResponseHeader, UsageCounter, describe_token, finish_reason, shown_token
 
 _KIND = "text_completion"
 
@@ -24,9 +24,9 @@ class _TextAnswer:
     length: int = 0
     finish_reason: str | None = None
 
-    def add(self, served: ServedArtifact, chunk: Chunk) -> dict[str, list[Any]]:
+    def add(self, handler: ModelHandler, chunk: Chunk) -> dict[str, list[Any]]:
         """Append a chunk; returns the log-probabilities in it."""
-        described = _text_logprobs(served, chunk, self.length)
+        described = _text_logprobs(handler, chunk, self.length)
         for name, values in described.items():
             self.logprobs[name] += values
         self.text.append(chunk.text)
@@ -37,14 +37,14 @@ class _TextAnswer:
 
 
 async def gather_text(
-    arrivals: AsyncIterator[Arrival], envelope: Envelope, choices: int, each: int, *, logprobs: bool
+    outputs: AsyncIterator[SequenceOutput], header: ResponseHeader, choices: int, each: int, *, logprobs: bool
 ) -> dict[str, Any]:
     """The whole answer of a request; `each` of the `choices` belong to one prompt."""
     answers = [_TextAnswer() for _ in range(choices)]
-    tally = Tally(each)
-    async for index, chunk in arrivals:
-        tally.add(index, chunk)
-        answers[index].add(envelope.served, chunk)
+    counter = UsageCounter(each)
+    async for index, chunk in outputs:
+        counter.add(index, chunk)
+        answers[index].add(header.handler, chunk)
     written = [
         _text_choice(
             index,
@@ -55,25 +55,31 @@ async def gather_text(
         )
         for index, answer in enumerate(answers)
     ]
-    return envelope.wrap(_KIND, written, usage=tally.usage)
+    return header.wrap(_KIND, written, usage=counter.usage)
 
 
 async def stream_text(
-    arrivals: AsyncIterator[Arrival], envelope: Envelope, choices: int, each: int, *, logprobs: bool, usage: bool
+    outputs: AsyncIterator[SequenceOutput],
+    header: ResponseHeader,
+    choices: int,
+    each: int,
+    *,
+    logprobs: bool,
+    usage: bool,
 ) -> AsyncIterator[dict[str, Any]]:
     """Its events: what is added, and with the last of an answer why it ended; with `usage` one more at the end."""
     no_usage = {"usage": None} if usage else {}
     answers = [_TextAnswer() for _ in range(choices)]
-    tally = Tally(each)
-    async for index, chunk in arrivals:
-        tally.add(index, chunk)
-        described = answers[index].add(envelope.served, chunk)
+    counter = UsageCounter(each)
+    async for index, chunk in outputs:
+        counter.add(index, chunk)
+        described = answers[index].add(header.handler, chunk)
         told = described if logprobs and described["tokens"] else None
         reason = finish_reason(chunk.finish_reason)
         if chunk.text or chunk.reasoning or told or reason:
-            yield envelope.wrap(_KIND, [_text_choice(index, chunk.text, chunk.reasoning, told, reason)], **no_usage)
+            yield header.wrap(_KIND, [_text_choice(index, chunk.text, chunk.reasoning, told, reason)], **no_usage)
     if usage:
-        yield envelope.wrap(_KIND, [], usage=tally.usage)
+        yield header.wrap(_KIND, [], usage=counter.usage)
 
 
 def _text_choice(
@@ -87,13 +93,13 @@ def _no_logprobs() -> dict[str, list[Any]]:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
-def _text_logprobs(served: ServedArtifact, chunk: Chunk, offset: int) -> dict[str, list[Any]]:
+def _text_logprobs(handler: ModelHandler, chunk: Chunk, offset: int) -> dict[str, list[Any]]:
     """Parallel lists for the chunk's token; `offset` is where its text begins."""
-    token_id = shown_token(served, chunk)
+    token_id = shown_token(handler, chunk)
     if token_id is None or chunk.logprob is None:
         return _no_logprobs()
-    token = describe_token(served, token_id, chunk.logprob)
-    top = [describe_token(served, *pair) for pair in chunk.top_logprobs]
+    token = describe_token(handler, token_id, chunk.logprob)
+    top = [describe_token(handler, *pair) for pair in chunk.top_logprobs]
     return {
         "tokens": [token["token"]],
         "token_logprobs": [token["logprob"]],
@@ -113,47 +119,47 @@ class _ChatAnswer:
 
 
 async def gather_chat(
-    arrivals: AsyncIterator[Arrival], envelope: Envelope, choices: int, *, logprobs: bool
+    outputs: AsyncIterator[SequenceOutput], header: ResponseHeader, choices: int, *, logprobs: bool
 ) -> dict[str, Any]:
     """The whole answer of a request."""
     answers = [_ChatAnswer() for _ in range(choices)]
-    tally = Tally(choices)
-    async for index, chunk in arrivals:
-        tally.add(index, chunk)
+    counter = UsageCounter(choices)
+    async for index, chunk in outputs:
+        counter.add(index, chunk)
         answer = answers[index]
         answer.text.append(chunk.text)
         answer.reasoning.append(chunk.reasoning)
-        answer.logprobs += _chat_logprobs(envelope.served, chunk)
+        answer.logprobs += _chat_logprobs(header.handler, chunk)
         answer.finish_reason = finish_reason(chunk.finish_reason)
     written = [_chat_choice(index, answer, logprobs=logprobs) for index, answer in enumerate(answers)]
-    return envelope.wrap("chat.completion", written, usage=tally.usage)
+    return header.wrap("chat.completion", written, usage=counter.usage)
 
 
 async def stream_chat(
-    arrivals: AsyncIterator[Arrival], envelope: Envelope, choices: int, *, logprobs: bool, usage: bool
+    outputs: AsyncIterator[SequenceOutput], header: ResponseHeader, choices: int, *, logprobs: bool, usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
     """Its events: a role, then what is added, then why it ended; with `usage` one more at the end."""
     kind, no_usage = "chat.completion.chunk", {"usage": None} if usage else {}
-    tally = Tally(choices)
+    counter = UsageCounter(choices)
     begun: set[int] = set()
-    async for index, chunk in arrivals:
-        tally.add(index, chunk)
+    async for index, chunk in outputs:
+        counter.add(index, chunk)
         deltas: list[dict[str, Any]] = []
         if index not in begun:
             begun.add(index)
             deltas.append({"role": "assistant", "content": ""})
         if chunk.reasoning:
             deltas.append({"reasoning_content": chunk.reasoning})
-        described = _chat_logprobs(envelope.served, chunk) if logprobs else []
+        described = _chat_logprobs(header.handler, chunk) if logprobs else []
         if chunk.text or described:
             deltas.append({"content": chunk.text})
         for delta in deltas:
             content = {"content": described} if described and delta is deltas[-1] else None
-            yield envelope.wrap(kind, [_chat_event(index, delta, content, None)], **no_usage)
+            yield header.wrap(kind, [_chat_event(index, delta, content, None)], **no_usage)
         if chunk.finish_reason is not None:
-            yield envelope.wrap(kind, [_chat_event(index, {}, None, finish_reason(chunk.finish_reason))], **no_usage)
+            yield header.wrap(kind, [_chat_event(index, {}, None, finish_reason(chunk.finish_reason))], **no_usage)
     if usage:
-        yield envelope.wrap(kind, [], usage=tally.usage)
+        yield header.wrap(kind, [], usage=counter.usage)
 
 
 def _chat_choice(index: int, answer: _ChatAnswer, *, logprobs: bool) -> dict[str, Any]:
@@ -174,9 +180,9 @@ def _chat_event(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _chat_logprobs(served: ServedArtifact, chunk: Chunk) -> list[dict[str, Any]]:
-    token_id = shown_token(served, chunk)
+def _chat_logprobs(handler: ModelHandler, chunk: Chunk) -> list[dict[str, Any]]:
+    token_id = shown_token(handler, chunk)
     if token_id is None or chunk.logprob is None:
         return []
-    top = [describe_token(served, *pair) for pair in chunk.top_logprobs]
-    return [describe_token(served, token_id, chunk.logprob) | {"top_logprobs": top}]
+    top = [describe_token(handler, *pair) for pair in chunk.top_logprobs]
+    return [describe_token(handler, token_id, chunk.logprob) | {"top_logprobs": top}]

@@ -19,7 +19,7 @@ from normistral.server.backends.base import Job
 from normistral.server.errors import ApiError, as_api_error, unavailable
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
-from normistral.server.worker_client import Outcome
+from normistral.server.worker_client import JobOutput
 
 T = TypeVar("T")
 Events = AsyncIterator[dict[str, Any]]
@@ -27,7 +27,7 @@ Events = AsyncIterator[dict[str, Any]]
 _DONE = b"data: [DONE]\n\n"
 
 
-class Arrival(NamedTuple):
+class SequenceOutput(NamedTuple):
     """The next chunk of one of the answers."""
 
     choice: int
@@ -56,7 +56,7 @@ class Generation:
         self._index = {job.job_id: index for index, job in enumerate(jobs)}
         self._open: set[str] = set()  # handed in and not ended
         self._started: set[str] = set()
-        self._arrived: asyncio.Queue[tuple[int, Outcome]] = asyncio.Queue()
+        self._arrived: asyncio.Queue[tuple[int, JobOutput]] = asyncio.Queue()
 
     def begin(self) -> None:
         """Hand in the jobs; raises ApiError as `Admission.submit`."""
@@ -70,7 +70,7 @@ class Generation:
             self._admission.cancel(job_id)
             self._metrics.cancelled.labels(self._model).inc()
 
-    async def arrivals(self) -> AsyncIterator[Arrival]:
+    async def outputs(self) -> AsyncIterator[SequenceOutput]:
         """Every chunk of every answer, until all have ended.
 
         Raises:
@@ -81,34 +81,34 @@ class Generation:
         while ended < len(self._jobs):
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    index, outcome = await self._arrived.get()
+                    index, output = await self._arrived.get()
             except TimeoutError:
                 raise unavailable(
                     f"the answer took more than {self._limits.request_s:g} s", "ask for less", code="request_timeout"
                 ) from None
-            if isinstance(outcome, NormistralError):
-                raise outcome
-            if outcome.finish_reason == "cancelled":
+            if isinstance(output, NormistralError):
+                raise output
+            if output.finish_reason == "cancelled":
                 raise unavailable("the answer was given up", "ask again")
-            ended += outcome.finish_reason is not None
-            yield Arrival(index, outcome)
+            ended += output.finish_reason is not None
+            yield SequenceOutput(index, output)
 
-    def _deliver(self, job_id: str, outcome: Outcome) -> None:
-        if isinstance(outcome, Chunk):
-            if outcome.token_id is not None:
+    def _deliver(self, job_id: str, output: JobOutput) -> None:
+        if isinstance(output, Chunk):
+            if output.token_id is not None:
                 self._metrics.generated_tokens.labels(self._model).inc()
                 if job_id not in self._started:
                     self._started.add(job_id)
                     self._metrics.first_token.labels(self._model).observe(time.monotonic() - self._began)
-            if outcome.finish_reason is not None:
+            if output.finish_reason is not None:
                 self._open.discard(job_id)
-                self._count(outcome.timings)
+                self._count(output.timings)
         else:
             self._open.discard(job_id)
         if self._arrived.qsize() >= self._limits.backlog:
             self.close()
-            outcome = ApiError(408, "the answer was not read in time", code="reader_too_slow")
-        self._arrived.put_nowait((self._index[job_id], outcome))
+            output = ApiError(408, "the answer was not read in time", code="reader_too_slow")
+        self._arrived.put_nowait((self._index[job_id], output))
 
     def _count(self, timings: Timings) -> None:
         self._metrics.prompt_tokens.labels(self._model).inc(timings.prompt_tokens)

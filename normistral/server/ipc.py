@@ -21,7 +21,7 @@ from normistral.server.backends.settings import BatchSettings
 
 _LENGTH = struct.Struct(">I")
 _MOST_BYTES = 64 * 2**20
-BEAT_S = 0.5
+HEARTBEAT_S = 0.5
 _SILENT_S = 5.0  # without a beat, and without processor time
 _STILL_S = 15.0  # of one step, without processor time
 _HELD_S = 120.0  # without a beat: native code may hold the interpreter while it compiles
@@ -111,7 +111,7 @@ class Step(msgspec.Struct, tag=True):
     failure: Failure | None = None
 
 
-class Beat(msgspec.Struct, tag=True):
+class Heartbeat(msgspec.Struct, tag=True):
     """The process lives; sent twice a second from its start.
 
     Attributes:
@@ -125,20 +125,20 @@ class Beat(msgspec.Struct, tag=True):
     cpu_s: float
 
 
-FromWorker = Loaded | LoadFailed | Step | Beat
+FromWorker = Loaded | LoadFailed | Step | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 to_worker = msgspec.msgpack.Decoder(ToWorker)
 from_worker = msgspec.msgpack.Decoder(FromWorker)
 
 
-def encode_frame(frame: ToWorker | FromWorker) -> bytes:
+def encode_message(frame: ToWorker | FromWorker) -> bytes:
     """A frame with its length."""
     payload = _encoder.encode(frame)
     return _LENGTH.pack(len(payload)) + payload
 
 
-def read_frame(stream: BinaryIO) -> bytes | None:
+def read_message(stream: BinaryIO) -> bytes | None:
     """The next frame's payload; None where the stream ends."""
     header = stream.read(_LENGTH.size)
     if len(header) < _LENGTH.size:
@@ -147,8 +147,8 @@ def read_frame(stream: BinaryIO) -> bytes | None:
     return payload if len(payload) == _LENGTH.unpack(header)[0] else None
 
 
-async def receive_frame(stream: asyncio.StreamReader) -> bytes | None:
-    """As `read_frame`; None also for a length that no worker sends."""
+async def receive_message(stream: asyncio.StreamReader) -> bytes | None:
+    """As `read_message`; None also for a length that no worker sends."""
     try:
         length: int = _LENGTH.unpack(await stream.readexactly(_LENGTH.size))[0]
         return await stream.readexactly(length) if length <= _MOST_BYTES else None
@@ -156,7 +156,7 @@ async def receive_frame(stream: asyncio.StreamReader) -> bytes | None:
         return None
 
 
-class Pulse:
+class HeartbeatSender:
     """The worker's end: a thread that beats.
 
     Args:
@@ -167,7 +167,7 @@ class Pulse:
         steps: that have ended.
     """
 
-    def __init__(self, send: Callable[[Beat], None]) -> None:
+    def __init__(self, send: Callable[[Heartbeat], None]) -> None:
         self.busy, self.steps = True, 0
         self._send = send
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
@@ -175,27 +175,27 @@ class Pulse:
     def _run(self) -> None:
         while True:
             try:
-                self._send(Beat(self.busy, self.steps, time.process_time()))
+                self._send(Heartbeat(self.busy, self.steps, time.process_time()))
             except OSError:  # the server is gone
                 return
-            time.sleep(BEAT_S)
+            time.sleep(HEARTBEAT_S)
 
 
-class Vigil:
-    """The server's end, of one process. Call `tick` every `BEAT_S`."""
+class HeartbeatMonitor:
+    """The server's end, of one process. Call `tick` every `HEARTBEAT_S`."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._last = Beat(True, 0, 0.0)
+        self._last = Heartbeat(True, 0, 0.0)
         self._heard = False
         self._silent = self._held = self._still = self._same = 0  # ticks
         self._cpu_s = 0.0
 
-    def hear(self, beat: Beat) -> None:
+    def hear(self, beat: Heartbeat) -> None:
         """A beat came."""
         self._heard = True
         moved = not beat.busy or beat.steps != self._last.steps
-        worked = beat.cpu_s - self._last.cpu_s > _WORKING_SHARE * BEAT_S
+        worked = beat.cpu_s - self._last.cpu_s > _WORKING_SHARE * HEARTBEAT_S
         self._still = 0 if moved or worked else self._still + 1
         self._same = 0 if moved else self._same + 1
         self._last = beat
@@ -203,7 +203,7 @@ class Vigil:
     def tick(self, *, loading: bool) -> str | None:
         """Why the process has to be ended; None while it lives."""
         cpu_s = _processor_seconds(self._pid)
-        worked = cpu_s is None or cpu_s - self._cpu_s > _WORKING_SHARE * BEAT_S
+        worked = cpu_s is None or cpu_s - self._cpu_s > _WORKING_SHARE * HEARTBEAT_S
         self._cpu_s = cpu_s or 0.0
         self._held = 0 if self._heard else self._held + 1
         self._silent = 0 if self._heard or worked else self._silent + 1
@@ -215,7 +215,7 @@ class Vigil:
             (self._still, _STILL_S, "its engine stood still"),
             (self._same, _STEP_S, "one step did not end"),
         ):
-            if ticks * BEAT_S >= times * most_s:
+            if ticks * HEARTBEAT_S >= times * most_s:
                 return f"{what} for {times * most_s:g} s"
         return None
 

@@ -130,7 +130,7 @@ def _raise_limit() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-class Guest(Protocol):
+class PoolMember(Protocol):
     """A connection."""
 
     def leave(self) -> None:
@@ -138,7 +138,7 @@ class Guest(Protocol):
         ...
 
 
-class Crowd:
+class ConnectionPool:
     """Connections that wait for their clients: for a request, for more of it, or for an answer to be taken.
 
     Args:
@@ -148,11 +148,11 @@ class Crowd:
 
     def __init__(self, served: int, spare: int) -> None:
         self._served, self._spare = served, spare
-        self._waiting: dict[Guest, float] = {}  # since when; who has waited longest comes first
-        self._surplus: dict[Guest, None] = {}  # in the order in which they came
-        self._leaving: set[Guest] = set()
+        self._waiting: dict[PoolMember, float] = {}  # since when; who has waited longest comes first
+        self._surplus: dict[PoolMember, None] = {}  # in the order in which they came
+        self._leaving: set[PoolMember] = set()
 
-    def admit(self, guest: Guest, count: int) -> bool:
+    def admit(self, guest: PoolMember, count: int) -> bool:
         """Whether a new connection is served, in the place of one that has waited long if need be.
 
         Otherwise it is one too many, and may only be told so.
@@ -171,26 +171,26 @@ class Crowd:
         self._surplus[guest] = None
         return False
 
-    def wait(self, guest: Guest) -> None:
+    def wait(self, guest: PoolMember) -> None:
         """From now on it keeps the server waiting."""
         if guest not in self._surplus:
             self._waiting.pop(guest, None)
             self._waiting[guest] = time.monotonic()
 
-    def busy(self, guest: Guest) -> None:
+    def busy(self, guest: PoolMember) -> None:
         """It keeps the server waiting no more."""
         self._waiting.pop(guest, None)
 
-    def gone(self, guest: Guest) -> None:
+    def gone(self, guest: PoolMember) -> None:
         """It has ended."""
         self._forget(guest)
         self._leaving.discard(guest)
 
-    def _send_away(self, guest: Guest) -> None:
+    def _send_away(self, guest: PoolMember) -> None:
         self._forget(guest)
         self._leaving.add(guest)
         guest.leave()
 
-    def _forget(self, guest: Guest) -> None:
+    def _forget(self, guest: PoolMember) -> None:
         self._waiting.pop(guest, None)
         self._surplus.pop(guest, None)

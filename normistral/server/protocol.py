@@ -21,7 +21,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from normistral.server.errors import ApiError, header_too_large, too_many_connections
-from normistral.server.limits import LINGER_S, Crowd, ServerLimits
+from normistral.server.limits import LINGER_S, ConnectionPool, ServerLimits
 
 _READ_BYTES = 64 * 1024  # at once; what is parsed in one go keeps the others waiting
 _SURPLUS_S = 1.0  # for the head of a request on a connection that is one too many
@@ -58,7 +58,7 @@ class LimitedProtocol(H11Protocol):
     """
 
     limits: ClassVar[ServerLimits]
-    crowd: ClassVar[Crowd]
+    crowd: ClassVar[ConnectionPool]
     received = b""
     single = False
 
@@ -229,7 +229,7 @@ def limit_unread(connection: socket.socket, stall_s: float) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, option, int(1000 * stall_s))
 
 
-def limited_protocol(limits: ServerLimits, crowd: Crowd) -> type[LimitedProtocol]:
+def limited_protocol(limits: ServerLimits, crowd: ConnectionPool) -> type[LimitedProtocol]:
     """The protocol with these limits; uvicorn makes its connections itself."""
     return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "crowd": crowd})
 

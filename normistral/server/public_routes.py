@@ -19,9 +19,9 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES
 
 from normistral.server.auth import Keys
 from normistral.server.errors import ApiError, header_too_large, route_error
-from normistral.server.gate import PROTECTED, require_known_host
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
+from normistral.server.middleware import PROTECTED, require_known_host
 
 # A target without escapes, at most 100 headers, no folded lines and no lone CR or LF: nothing that two servers could
 # read in two ways (RFC 9112).
@@ -110,7 +110,7 @@ class PublicRoutes:
     """Answers that need no key, and refusals of those who have none.
 
     Args:
-        hosts: as `Gate` takes them.
+        hosts: as `RequestMiddleware` takes them.
         pages: answers by path; None while the application has to make one.
     """
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from normistral.runtime.chunks import Chunk, FinishReason
-from normistral.server.served import ServedArtifact
+from normistral.server.model_handler import ModelHandler
 
 ApiFinishReason = Literal["stop", "length"]
 _LEAST_LOGPROB = -9999.0  # as OpenAI writes what has no chance; JSON has no infinity
@@ -159,7 +159,7 @@ class Status(BaseModel):
 
 
 @dataclass(slots=True)
-class Tally:
+class UsageCounter:
     """Tokens of a request with `choices` answers to each of its prompts.
 
     Attributes:
@@ -195,7 +195,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Envelope:
+class ResponseHeader:
     """What every answer and event of a request begins with.
 
     Attributes:
@@ -203,7 +203,7 @@ class Envelope:
     """
 
     id: str
-    served: ServedArtifact
+    handler: ModelHandler
     fingerprint: Callable[[], str | None]
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -213,7 +213,7 @@ class Envelope:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.served.name,
+            "model": self.handler.name,
             "system_fingerprint": self.fingerprint(),
             "choices": list(choices),
             **more,
@@ -225,16 +225,16 @@ def finish_reason(reason: FinishReason | None) -> str | None:
     return "length" if reason == "context" else reason
 
 
-def describe_token(served: ServedArtifact, token_id: int, logprob: float) -> dict[str, Any]:
+def describe_token(handler: ModelHandler, token_id: int, logprob: float) -> dict[str, Any]:
     """A token with its log-probability; bytes that are no whole character come out as U+FFFD in its text."""
-    spelled = served.token_bytes[token_id]
+    spelled = handler.token_bytes[token_id]
     text = spelled.decode("utf-8", "replace")
     return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(spelled)}
 
 
-def shown_token(served: ServedArtifact, chunk: Chunk) -> int | None:
+def shown_token(handler: ModelHandler, chunk: Chunk) -> int | None:
     """The token of a chunk if it belongs to the answer: not to the reasoning, and not the one that ends it."""
     if chunk.logprob is None or chunk.reasoning or chunk.reasoning_open:
         return None
-    ended = chunk.finish_reason == "stop" and chunk.token_id in served.manifest.stop_token_ids
+    ended = chunk.finish_reason == "stop" and chunk.token_id in handler.manifest.stop_token_ids
     return None if ended else chunk.token_id

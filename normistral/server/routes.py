@@ -14,11 +14,11 @@ from normistral.errors import ContextLengthError
 from normistral.runtime.options import GenerationConfig
 from normistral.server.completions import gather_chat, gather_text, stream_chat, stream_text
 from normistral.server.errors import ApiError
-from normistral.server.generation import Arrival, Events, EventStream, Generation, unless_gone
+from normistral.server.generation import Events, EventStream, Generation, SequenceOutput, unless_gone
+from normistral.server.model_handler import ModelHandler
 from normistral.server.options import count_choices, read_options, require_stream_options
-from normistral.server.responses import ChatCompletion, Envelope, ErrorAnswer, TextCompletion
+from normistral.server.responses import ChatCompletion, ErrorAnswer, ResponseHeader, TextCompletion
 from normistral.server.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest
-from normistral.server.served import ServedArtifact
 from normistral.server.service import Service
 
 
@@ -44,7 +44,7 @@ class _Route(APIRoute):
 router = APIRouter(route_class=_Route)
 
 Prepared = list[tuple[list[int], GenerationConfig]]
-Arrivals = AsyncIterator[Arrival]
+SequenceOutputs = AsyncIterator[SequenceOutput]
 Document = Coroutine[Any, Any, dict[str, Any]]
 
 _EVENT = {
@@ -86,13 +86,15 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     service: Service = request.app.state.service
     model = service.find(body.model)
     each = _check(body, 1, service)
-    prompts = await service.prepare(model, each, request, _prepare_chat, model.served, body)
-    envelope = Envelope(f"chatcmpl-{request.state.request_id}", model.served, lambda: model.fingerprint(prompts[0][1]))
+    prompts = await service.prepare(model, each, request, _prepare_chat, model.handler, body)
+    header = ResponseHeader(
+        f"chatcmpl-{request.state.request_id}", model.handler, lambda: model.fingerprint(prompts[0][1])
+    )
     logprobs, usage = bool(body.logprobs), _wants_usage(body)
     generation = service.generation(model, prompts, each, request.state)
     if body.stream:
-        return _stream(generation, lambda a: stream_chat(a, envelope, each, logprobs=logprobs, usage=usage))
-    return await _whole(request, generation, lambda a: gather_chat(a, envelope, each, logprobs=logprobs))
+        return _stream(generation, lambda a: stream_chat(a, header, each, logprobs=logprobs, usage=usage))
+    return await _whole(request, generation, lambda a: gather_chat(a, header, each, logprobs=logprobs))
 
 
 @router.post(
@@ -106,13 +108,13 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     model = service.find(body.model)
     choices = _check(body, len(body.prompts), service)
     each = choices // len(body.prompts)
-    prompts = await service.prepare(model, choices, request, _prepare_text, model.served, body)
-    envelope = Envelope(f"cmpl-{request.state.request_id}", model.served, lambda: model.fingerprint(prompts[0][1]))
+    prompts = await service.prepare(model, choices, request, _prepare_text, model.handler, body)
+    header = ResponseHeader(f"cmpl-{request.state.request_id}", model.handler, lambda: model.fingerprint(prompts[0][1]))
     logprobs, usage = body.logprobs is not None, _wants_usage(body)
     generation = service.generation(model, prompts, each, request.state)
     if body.stream:
-        return _stream(generation, lambda a: stream_text(a, envelope, choices, each, logprobs=logprobs, usage=usage))
-    return await _whole(request, generation, lambda a: gather_text(a, envelope, choices, each, logprobs=logprobs))
+        return _stream(generation, lambda a: stream_text(a, header, choices, each, logprobs=logprobs, usage=usage))
+    return await _whole(request, generation, lambda a: gather_text(a, header, choices, each, logprobs=logprobs))
 
 
 def _check(body: CommonRequest, prompts: int, service: Service) -> int:
@@ -120,32 +122,32 @@ def _check(body: CommonRequest, prompts: int, service: Service) -> int:
     return count_choices(body, prompts, service.limits)
 
 
-def _prepare_chat(served: ServedArtifact, body: ChatCompletionRequest) -> Prepared:
+def _prepare_chat(handler: ModelHandler, body: ChatCompletionRequest) -> Prepared:
     options = read_options(body)
-    prompt_ids = served.encode_chat([message.for_template() for message in body.messages])
-    return [(prompt_ids, served.resolve(options, len(prompt_ids)))]
+    prompt_ids = handler.encode_chat([message.for_template() for message in body.messages])
+    return [(prompt_ids, handler.resolve(options, len(prompt_ids)))]
 
 
-def _prepare_text(served: ServedArtifact, body: CompletionRequest) -> Prepared:
+def _prepare_text(handler: ModelHandler, body: CompletionRequest) -> Prepared:
     options = read_options(body)
     try:
-        encoded = [served.encode_text(prompt) for prompt in body.prompts]
+        encoded = [handler.encode_text(prompt) for prompt in body.prompts]
     except ContextLengthError as error:
         raise ApiError(400, error.message, error.hint, param="prompt", code="context_length_exceeded") from None
-    return [(prompt_ids, served.resolve(options, len(prompt_ids))) for prompt_ids in encoded]
+    return [(prompt_ids, handler.resolve(options, len(prompt_ids))) for prompt_ids in encoded]
 
 
 def _wants_usage(body: CommonRequest) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)
 
 
-def _stream(generation: Generation, make_events: Callable[[Arrivals], Events]) -> Response:
+def _stream(generation: Generation, make_events: Callable[[SequenceOutputs], Events]) -> Response:
     generation.begin()
-    return EventStream(make_events(generation.arrivals()), generation.close)
+    return EventStream(make_events(generation.outputs()), generation.close)
 
 
-async def _whole(request: Request, generation: Generation, gather: Callable[[Arrivals], Document]) -> Response:
+async def _whole(request: Request, generation: Generation, gather: Callable[[SequenceOutputs], Document]) -> Response:
     with closing(generation):
         generation.begin()
-        document = await unless_gone(gather(generation.arrivals()), request.receive)
+        document = await unless_gone(gather(generation.outputs()), request.receive)
     return Response(msgspec.json.encode(document), media_type="application/json")

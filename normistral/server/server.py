@@ -23,7 +23,7 @@ from fastapi import FastAPI
 
 from normistral.errors import NormistralError, UsageError
 from normistral.server.acceptor import Acceptor
-from normistral.server.limits import KIB, Crowd, plan_connections
+from normistral.server.limits import KIB, ConnectionPool, plan_connections
 from normistral.server.protocol import LimitedProtocol, limit_unread, limited_protocol
 from normistral.server.public_routes import PublicRoutes
 from normistral.server.service import Service
@@ -67,7 +67,7 @@ class ApiServer(uvicorn.Server):
         self.service: Service = app.state.service
         limits = self.service.limits
         plan = plan_connections(limits.connections)
-        protocol = limited_protocol(limits, Crowd(plan.served, plan.spare))
+        protocol = limited_protocol(limits, ConnectionPool(plan.served, plan.spare))
         super().__init__(
             uvicorn.Config(
                 app,

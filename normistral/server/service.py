@@ -12,15 +12,15 @@ import msgspec
 from fastapi import Request
 
 from normistral.runtime.options import GenerationConfig
-from normistral.server.admission import Admission, Turns
+from normistral.server.admission import Admission, RoundRobinSemaphore
 from normistral.server.backends.base import Job
-from normistral.server.backends.openvino_job import find_unhonoured
-from normistral.server.backends.settings import TOGETHER
+from normistral.server.backends.openvino_sequence import find_unsupported
+from normistral.server.backends.settings import CONTINUOUS
 from normistral.server.errors import ApiError, unavailable
 from normistral.server.generation import Generation, unless_gone
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
-from normistral.server.served import ServedArtifact
+from normistral.server.model_handler import ModelHandler
 from normistral.server.worker_client import WORKER_MODULE, WorkerClient
 
 T = TypeVar("T")
@@ -32,18 +32,18 @@ class ServedModel:
     """An artifact, its worker, and who waits for it."""
 
     def __init__(
-        self, served: ServedArtifact, limits: ServerLimits, metrics: Metrics, worker_module: str, *, several: bool
+        self, handler: ModelHandler, limits: ServerLimits, metrics: Metrics, worker_module: str, *, several: bool
     ) -> None:
-        self.served = served
-        batch = replace(served.load.batch, one_tenant=not several)
+        self.handler = handler
+        batch = replace(handler.load.batch, one_tenant=not several)
         self.worker = WorkerClient(
-            served.name, msgspec.structs.replace(served.load, batch=batch), worker_module, self._on_change
+            handler.name, msgspec.structs.replace(handler.load, batch=batch), worker_module, self._on_change
         )
         self.admission = Admission(self.worker, limits, several=several)
-        self._restarts = metrics.worker_restarts.labels(served.name)
+        self._restarts = metrics.worker_restarts.labels(handler.name)
         self._counted = 0
         metrics.watch(
-            served.name,
+            handler.name,
             lambda: self.admission.waiting,
             lambda: self.admission.running,
             lambda: int(self.worker.loaded is not None),
@@ -55,9 +55,9 @@ class ServedModel:
         None for an answer that is computed together with others: their number changes the last bits of its logits.
         """
         loaded = self.worker.loaded
-        if loaded is None or (loaded.batching == TOGETHER and find_unhonoured(config) is None):
+        if loaded is None or (loaded.batching == CONTINUOUS and find_unsupported(config) is None):
             return None
-        return self.served.fingerprint(loaded.arithmetic)
+        return self.handler.fingerprint(loaded.arithmetic)
 
     def _on_change(self) -> None:
         self._restarts.inc(self.worker.restarts - self._counted)
@@ -78,7 +78,7 @@ class Service:
 
     def __init__(
         self,
-        served: Sequence[ServedArtifact],
+        handler: Sequence[ModelHandler],
         limits: ServerLimits,
         metrics: Metrics,
         worker_module: str = WORKER_MODULE,
@@ -86,10 +86,10 @@ class Service:
         several: bool = True,
     ) -> None:
         self.limits, self.metrics = limits, metrics
-        self.models = {one.name: ServedModel(one, limits, metrics, worker_module, several=several) for one in served}
+        self.models = {one.name: ServedModel(one, limits, metrics, worker_module, several=several) for one in handler}
         self.stopping = False
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
-        self._turns = Turns(_PREPARING_THREADS, _PREPARING_THREADS - several)
+        self._turns = RoundRobinSemaphore(_PREPARING_THREADS, _PREPARING_THREADS - several)
 
     @property
     def ready(self) -> bool:
@@ -163,14 +163,14 @@ class Service:
     async def _prepare(self, tenant: str, work: Callable[..., T], *arguments: Any) -> T:
         try:
             async with asyncio.timeout(self.limits.queue_s):
-                await self._turns.take(tenant)
+                await self._turns.acquire(tenant)
         except TimeoutError:
             waited = f"the answer did not begin within {self.limits.queue_s:g} s"
             raise unavailable(waited, "ask again later", code="queue_timeout") from None
         running = asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
         def ended(future: asyncio.Future[T]) -> None:
-            self._turns.give_back(tenant)
+            self._turns.release(tenant)
             if not future.cancelled():
                 future.exception()  # nobody else may be there to take it, and asyncio would print it
 
@@ -190,7 +190,7 @@ class Service:
             for number, (prompt_ids, config) in enumerate(prompts)
             for i in range(each)
         ]
-        return Generation(jobs, model.admission, self.limits, self.metrics, model.served.name, state.began)
+        return Generation(jobs, model.admission, self.limits, self.metrics, model.handler.name, state.began)
 
 
 def _with_seed(config: GenerationConfig, choice: int) -> GenerationConfig:

@@ -14,16 +14,16 @@ from normistral.hardware import available_memory_bytes
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, INT4_KERNEL, OUR_KERNEL, EngineConfig
 from normistral.server.auth import Keys, read_keys
 from normistral.server.backends.settings import (
-    TOGETHER,
+    CONTINUOUS,
     Batching,
     BatchSettings,
-    is_computed_together,
     plan_cache_bytes,
     require_one_context,
+    uses_continuous_batching,
 )
 from normistral.server.ipc import Loaded
 from normistral.server.limits import GIB, MIB, ServerLimits
-from normistral.server.served import ServedArtifact
+from normistral.server.model_handler import ModelHandler
 from normistral.server.server import is_loopback, url_of
 
 _SIDE_PATH = (
@@ -49,13 +49,13 @@ class EngineOptions:
     slots: int | None = None
 
 
-def open_artifacts(artifacts: Sequence[str], options: EngineOptions, limits: ServerLimits) -> list[ServedArtifact]:
+def open_artifacts(artifacts: Sequence[str], options: EngineOptions, limits: ServerLimits) -> list[ModelHandler]:
     """Everything of the artifacts but their engines.
 
     Raises:
-        NormistralError: as `ServedArtifact.open`; or two have one name, or the KV cache is too small.
+        NormistralError: as `ModelHandler.open`; or two have one name, or the KV cache is too small.
     """
-    served: list[ServedArtifact] = []
+    handler: list[ModelHandler] = []
     for artifact in artifacts:
         manifest = Artifact.find(artifact, verify=False).manifest
         context = limits.context_of(manifest.context_length)
@@ -65,18 +65,18 @@ def open_artifacts(artifacts: Sequence[str], options: EngineOptions, limits: Ser
             else options.cache_mib * MIB
         )
         batch = BatchSettings(options.batching, cache_bytes, context, options.slots)
-        if not is_computed_together(manifest, options.batching, options.config.device):
+        if not uses_continuous_batching(manifest, options.batching, options.config.device):
             require_one_context(manifest, batch)
-        one = ServedArtifact.open(
+        one = ModelHandler.open(
             artifact,
             batch,
             limits.new_tokens,
             config=options.config,
         )
-        if one.name in {other.name for other in served}:
+        if one.name in {other.name for other in handler}:
             raise UsageError(f"two artifacts are called {one.name}", "rename the folder of one of them")
-        served.append(one)
-    return served
+        handler.append(one)
+    return handler
 
 
 def choose_keys(listener: socket.socket, key_file: Path | None, *, no_api_key: bool) -> Keys:
@@ -104,21 +104,21 @@ def allowed_hosts(listener: socket.socket, keys: Keys, more: Sequence[str]) -> s
 
 
 def describe_server(
-    served: Sequence[ServedArtifact], limits: ServerLimits, keys: Keys, listener: socket.socket
+    handler: Sequence[ModelHandler], limits: ServerLimits, keys: Keys, listener: socket.socket
 ) -> Iterator[str]:
     """What is served, where, for whom, within which limits, and what memory it may take."""
-    names = ", ".join(f"{one.name} ({one.manifest.format}, {one.manifest.role})" for one in served)
+    names = ", ".join(f"{one.name} ({one.manifest.format}, {one.manifest.role})" for one in handler)
     whom = f"{len(keys)} API keys" if keys else "no API key asked for"
     yield f"serving {names} at {url_of(listener)}/v1, {whom}"
-    for one in served:
+    for one in handler:
         yield f"{one.name}: prompt and answer take at most {one.context_length} tokens, an answer {one.new_tokens}"
     yield (
         f"limits: {limits.jobs} answers under way ({limits.tenant_jobs} for one key), {limits.choices} for a request, "
         f"{limits.queue_s:g} s until one begins, {limits.request_s:g} s until it is whole, "
         f"{limits.body_bytes // 2**10} KiB for a body, {limits.connections} connections"
     )
-    weights = sum(one.manifest.total_bytes for one in served)
-    caches = sum(one.load.batch.cache_bytes for one in served)
+    weights = sum(one.manifest.total_bytes for one in handler)
+    caches = sum(one.load.batch.cache_bytes for one in handler)
     bodies = limits.connections * limits.body_bytes
     yield (
         f"memory: weights {weights / GIB:.2f} GiB, KV caches at most {caches / GIB:.2f} GiB, requests at most "
@@ -129,7 +129,7 @@ def describe_server(
 
 def describe_model(name: str, loaded: Loaded) -> str:
     """How a model that was loaded answers many at once."""
-    second = _SIDE_PATH if loaded.batching == TOGETHER else ""
+    second = _SIDE_PATH if loaded.batching == CONTINUOUS else ""
     if second and loaded.settings.get(INT4_KERNEL) == OUR_KERNEL:
         second += _SHARED
     return (
@@ -138,15 +138,13 @@ def describe_model(name: str, loaded: Loaded) -> str:
     )
 
 
-def describe_start(
-    served: Sequence[ServedArtifact], limits: ServerLimits, listener: socket.socket
-) -> dict[str, object]:
+def describe_start(handler: Sequence[ModelHandler], limits: ServerLimits, listener: socket.socket) -> dict[str, object]:
     """The same for programs."""
     return {
         "url": url_of(listener),
         "pid": os.getpid(),
-        "models": [one.name for one in served],
-        "weights_bytes": sum(one.manifest.total_bytes for one in served),
-        "cache_bytes": sum(one.load.batch.cache_bytes for one in served),
+        "models": [one.name for one in handler],
+        "weights_bytes": sum(one.manifest.total_bytes for one in handler),
+        "cache_bytes": sum(one.load.batch.cache_bytes for one in handler),
         "requests_bytes": limits.connections * limits.body_bytes,
     }

@@ -20,21 +20,21 @@ from typing import BinaryIO
 from normistral.errors import NormistralError
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.engines.base import describe_arithmetic
-from normistral.server.backends.base import Batch, Progress
-from normistral.server.backends.create import create_batch
+from normistral.server.backends.base import BatchBackend, JobUpdate
+from normistral.server.backends.create import create_backend
 from normistral.server.ipc import (
     Add,
     Cancel,
     Failure,
     FromWorker,
+    HeartbeatSender,
     Load,
     Loaded,
     LoadFailed,
-    Pulse,
     Step,
     ToWorker,
-    encode_frame,
-    read_frame,
+    encode_message,
+    read_message,
     to_worker,
 )
 
@@ -42,7 +42,7 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 
 
-class _Commands:
+class _Inbox:
     """Frames that have come in, read by a thread of their own."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -61,12 +61,12 @@ class _Commands:
         return None
 
     def _read(self) -> None:
-        while (payload := read_frame(self._stream)) is not None:
+        while (payload := read_message(self._stream)) is not None:
             self._arrived.put(to_worker.decode(payload))
         os._exit(0)  # the server is gone; a forward may take seconds, and threads of the engine do not end by asking
 
 
-class _Answers:
+class _Outbox:
     """Frames that go out, from two threads."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -76,29 +76,29 @@ class _Answers:
     def send(self, frame: FromWorker) -> None:
         """Send one."""
         with self._lock:
-            self._stream.write(encode_frame(frame))
+            self._stream.write(encode_message(frame))
             self._stream.flush()
 
 
 def serve(requests: BinaryIO, stream: BinaryIO) -> None:
     """Load what the first frame says, then compute what the others ask for."""
-    answers = _Answers(stream)
-    pulse = Pulse(answers.send)
-    commands = _Commands(requests)
-    load = commands.wait()
+    outbox = _Outbox(stream)
+    heartbeat = HeartbeatSender(outbox.send)
+    inbox = _Inbox(requests)
+    load = inbox.wait()
     assert isinstance(load, Load), "Load comes first"
     try:
-        created = create_batch(
+        created = create_backend(
             Path(load.folder),
             load.batch,
             load.config,
             load.manifest_sha256,
         )
     except NormistralError as error:
-        answers.send(LoadFailed(Failure.of(error)))
+        outbox.send(LoadFailed(Failure.of(error)))
         return
     capabilities = created.capabilities
-    answers.send(
+    outbox.send(
         Loaded(
             created.slots,
             capabilities.name,
@@ -111,34 +111,34 @@ def serve(requests: BinaryIO, stream: BinaryIO) -> None:
         ),
     )
     while True:
-        _follow(created.batch, commands, answers, pulse)
+        _poll(created.batch, inbox, outbox, heartbeat)
         for progress in created.batch.step():
-            answers.send(_as_step(progress))
-        pulse.steps += 1
+            outbox.send(_as_step(progress))
+        heartbeat.steps += 1
 
 
-def _follow(batch: Batch, commands: _Commands, answers: _Answers, pulse: Pulse) -> None:
+def _poll(batch: BatchBackend, inbox: _Inbox, outbox: _Outbox, heartbeat: HeartbeatSender) -> None:
     """Hand on what came in; wait for something while there is nothing to compute."""
-    pulse.busy = not batch.idle
-    command = commands.take() if pulse.busy else commands.wait()
-    pulse.busy = True
+    heartbeat.busy = not batch.idle
+    command = inbox.take() if heartbeat.busy else inbox.wait()
+    heartbeat.busy = True
     while command is not None:
         match command:
             case Add(job=job):
                 try:
                     batch.add(job)
                 except NormistralError as error:
-                    answers.send(_as_step(Progress(job.job_id, error)))
+                    outbox.send(_as_step(JobUpdate(job.job_id, error)))
             case Cancel(job_id=job_id):
                 batch.cancel(job_id)
-        command = commands.take()
+        command = inbox.take()
 
 
-def _as_step(progress: Progress) -> Step:
-    outcome = progress.outcome
-    if isinstance(outcome, Chunk):
-        return Step(progress.job_id, outcome)
-    return Step(progress.job_id, None, Failure.of(outcome))
+def _as_step(progress: JobUpdate) -> Step:
+    output = progress.output
+    if isinstance(output, Chunk):
+        return Step(progress.job_id, output)
+    return Step(progress.job_id, None, Failure.of(output))
 
 
 def _die_with_parent() -> None:
@@ -152,10 +152,10 @@ def main() -> None:
     _die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # both are for the server, which ends this process by closing stdin
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    outbox = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine's own words are no frames
     try:
-        serve(sys.stdin.buffer, answers)
+        serve(sys.stdin.buffer, outbox)
     except BrokenPipeError:
         os._exit(0)
     except Exception as bug:

@@ -18,19 +18,19 @@ from normistral.server.auth import KEYS_VARIABLE
 from normistral.server.backends.base import Job
 from normistral.server.errors import ApiError, unavailable
 from normistral.server.ipc import (
-    BEAT_S,
+    HEARTBEAT_S,
     Add,
-    Beat,
     Cancel,
+    Heartbeat,
+    HeartbeatMonitor,
     Load,
     Loaded,
     LoadFailed,
     Step,
     ToWorker,
-    Vigil,
-    encode_frame,
+    encode_message,
     from_worker,
-    receive_frame,
+    receive_message,
 )
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _DYING_S = 1.0  # from the end of its output until it is ended, so that what is told is what it died of
 _STEADY_S = 60.0  # a worker that lived so long did not die of its start
 
-Outcome = Chunk | NormistralError
-Deliver = Callable[[Outcome], None]
+JobOutput = Chunk | NormistralError
+Deliver = Callable[[JobOutput], None]
 
 
 class WorkerClient:
@@ -141,12 +141,12 @@ class WorkerClient:
         )
         self._process, self.pid, self._ending = process, process.pid, None
         assert process.stdout is not None
-        vigil = Vigil(process.pid)
-        watching = asyncio.create_task(self._watch(process, vigil))
+        monitor = HeartbeatMonitor(process.pid)
+        watching = asyncio.create_task(self._watch(process, monitor))
         try:
             self._send(self._load)
-            while (payload := await receive_frame(process.stdout)) is not None:
-                self._take(payload, vigil)
+            while (payload := await receive_message(process.stdout)) is not None:
+                self._take(payload, monitor)
             with suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _DYING_S)
         finally:
@@ -157,11 +157,11 @@ class WorkerClient:
             code = await process.wait()
             self._fail_jobs(self._ending or _describe(code))
 
-    async def _watch(self, process: asyncio.subprocess.Process, vigil: Vigil) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process, monitor: HeartbeatMonitor) -> None:
         """End a process that stands still."""
         while True:
-            await asyncio.sleep(BEAT_S)
-            reason = vigil.tick(loading=self.loaded is None)
+            await asyncio.sleep(HEARTBEAT_S)
+            reason = monitor.tick(loading=self.loaded is None)
             if reason is not None:
                 self._end(process, reason)
                 return
@@ -172,10 +172,10 @@ class WorkerClient:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
 
-    def _take(self, payload: bytes, vigil: Vigil) -> None:
+    def _take(self, payload: bytes, monitor: HeartbeatMonitor) -> None:
         match frame := from_worker.decode(payload):
-            case Beat():
-                vigil.hear(frame)
+            case Heartbeat():
+                monitor.hear(frame)
             case Loaded():
                 self.loaded, self._trouble = frame, None
                 self._on_change()
@@ -187,13 +187,13 @@ class WorkerClient:
             case Step():
                 self._deliver(frame.job_id, frame.chunk if frame.failure is None else frame.failure.as_error())
 
-    def _deliver(self, job_id: str, outcome: Outcome | None) -> None:
+    def _deliver(self, job_id: str, output: JobOutput | None) -> None:
         deliver = self._jobs.get(job_id)
-        if deliver is None or outcome is None:  # it was cancelled while this was under way
+        if deliver is None or output is None:  # it was cancelled while this was under way
             return
-        if isinstance(outcome, NormistralError) or outcome.finish_reason is not None:
+        if isinstance(output, NormistralError) or output.finish_reason is not None:
             del self._jobs[job_id]
-        deliver(outcome)
+        deliver(output)
 
     def _fail_jobs(self, cause: str) -> None:
         jobs, self._jobs = list(self._jobs.values()), {}
@@ -205,7 +205,7 @@ class WorkerClient:
     def _send(self, frame: ToWorker) -> None:
         if self._process is not None and self._process.stdin is not None:
             with suppress(ConnectionError, RuntimeError):  # its death is noticed where it is read
-                self._process.stdin.write(encode_frame(frame))
+                self._process.stdin.write(encode_message(frame))
 
 
 def _describe(code: int) -> str:

@@ -28,14 +28,14 @@ class Job:
     tenant: str
 
 
-class Progress(NamedTuple):
+class JobUpdate(NamedTuple):
     """What became of a job: the next chunk (the last one has a finish reason), or the error that ended it."""
 
     job_id: str
-    outcome: Chunk | NormistralError
+    output: Chunk | NormistralError
 
 
-class Batch(Protocol):
+class BatchBackend(Protocol):
     """Jobs under way on one model; used from one thread."""
 
     def add(self, job: Job) -> None:
@@ -50,7 +50,7 @@ class Batch(Protocol):
         """Give up a job, if it is still under way; nothing more is heard of it."""
         ...
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[JobUpdate]:
         """Compute for a moment: about a token for each job that has its turn, or a piece of a prompt.
 
         Empty when idle, and while prompts are being computed.

@@ -13,22 +13,22 @@ from normistral.runtime import loading
 from normistral.runtime.engines.base import EngineInfo
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.options import GenerationConfig
-from normistral.server.backends.base import Batch, Job, Progress
-from normistral.server.backends.fair_queue import FairQueue
-from normistral.server.backends.openvino_job import find_unhonoured
+from normistral.server.backends.base import BatchBackend, Job, JobUpdate
 from normistral.server.backends.openvino_pipeline import open_openvino_batch
+from normistral.server.backends.openvino_sequence import find_unsupported
+from normistral.server.backends.scheduler import RoundRobinScheduler
 from normistral.server.backends.settings import (
     BATCHED_DEVICE,
-    FAIR_SLOTS,
-    IN_TURNS,
-    TOGETHER,
+    CONTINUOUS,
+    ROUND_ROBIN,
+    ROUND_ROBIN_SLOTS,
     BatchSettings,
     cache_token_bytes,
-    is_computed_together,
+    uses_continuous_batching,
 )
 
 
-class Created(NamedTuple):
+class LoadedBackend(NamedTuple):
     """A batch, and what there is to say of it.
 
     Attributes:
@@ -37,7 +37,7 @@ class Created(NamedTuple):
         cache_tokens, cache_bytes: what the KV caches of all jobs hold at most, and take for it.
     """
 
-    batch: Batch
+    batch: BatchBackend
     capabilities: EngineInfo
     slots: int
     batching: str
@@ -45,9 +45,9 @@ class Created(NamedTuple):
     cache_bytes: int
 
 
-def create_batch(
+def create_backend(
     folder: Path, settings: BatchSettings, config: EngineConfig, manifest_sha256: str | None = None
-) -> Created:
+) -> LoadedBackend:
     """Load an artifact for many jobs at once.
 
     Args:
@@ -58,31 +58,33 @@ def create_batch(
     """
     artifact = _open(folder, manifest_sha256)
     manifest = artifact.manifest
-    if is_computed_together(manifest, settings.batching, config.device):
+    if uses_continuous_batching(manifest, settings.batching, config.device):
         return _compute_together(artifact, settings, config)
     model = loading.load(folder, config.device, exact=config.exact, settings=config.settings)
-    fair = FairQueue(model, settings)
-    slots = settings.slots or FAIR_SLOTS
-    return Created(fair, model.capabilities, slots, IN_TURNS, fair.room, fair.room * cache_token_bytes(manifest))
+    fair = RoundRobinScheduler(model, settings)
+    slots = settings.slots or ROUND_ROBIN_SLOTS
+    return LoadedBackend(
+        fair, model.capabilities, slots, ROUND_ROBIN, fair.room, fair.room * cache_token_bytes(manifest)
+    )
 
 
-def _compute_together(artifact: Artifact, settings: BatchSettings, config: EngineConfig) -> Created:
+def _compute_together(artifact: Artifact, settings: BatchSettings, config: EngineConfig) -> LoadedBackend:
     """An OpenVINO model on openvino_genai, with the library beside it for what that does not honour."""
     artifact.check_files()
     artifact.tokenizer  # noqa: B018 - a damaged one is found before the weights are loaded
     tuned = None if config.exact else loading.find_tuned_settings(artifact, BATCHED_DEVICE)
     opened = open_openvino_batch(artifact, settings, replace(config, tuned=tuned))
 
-    def open_side() -> FairQueue:
+    def open_side() -> RoundRobinScheduler:
         _open(artifact.folder, artifact.manifest.sha256)
         side = replace(settings, cache_bytes=0)  # one context
-        return FairQueue(
+        return RoundRobinScheduler(
             loading.load(artifact.folder, config.device, exact=config.exact, settings=config.settings), side
         )
 
-    batch = SidePath(opened.batch, open_side, find_unhonoured)
+    batch = FallbackBackend(opened.batch, open_side, find_unsupported)
     plan = opened.batch.plan
-    return Created(batch, opened.capabilities, plan.jobs, TOGETHER, plan.tokens, plan.bytes)
+    return LoadedBackend(batch, opened.capabilities, plan.jobs, CONTINUOUS, plan.tokens, plan.bytes)
 
 
 def _open(folder: Path, manifest_sha256: str | None) -> Artifact:
@@ -95,21 +97,24 @@ def _open(folder: Path, manifest_sha256: str | None) -> Artifact:
     return artifact
 
 
-class SidePath:
-    """Both as one `Batch`.
+class FallbackBackend:
+    """Both as one `BatchBackend`.
 
     Args:
-        main: for every job of which `find_unhonoured` says nothing.
+        main: for every job of which `find_unsupported` says nothing.
         open_side: loads what takes the others.
     """
 
     def __init__(
-        self, main: Batch, open_side: Callable[[], Batch], find_unhonoured: Callable[[GenerationConfig], str | None]
+        self,
+        main: BatchBackend,
+        open_side: Callable[[], BatchBackend],
+        find_unsupported: Callable[[GenerationConfig], str | None],
     ) -> None:
         self._main = main
         self._open_side = open_side
-        self._find_unhonoured = find_unhonoured
-        self._side: Batch | None = None
+        self._find_unhonoured = find_unsupported
+        self._side: BatchBackend | None = None
 
     def add(self, job: Job) -> None:
         """Take up a job.
@@ -129,7 +134,7 @@ class SidePath:
         for batch in self._batches:
             batch.cancel(job_id)
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[JobUpdate]:
         """A step of each that has something to do."""
         return [progress for batch in self._batches if not batch.idle for progress in batch.step()]
 
@@ -144,5 +149,5 @@ class SidePath:
             batch.close()
 
     @property
-    def _batches(self) -> list[Batch]:
+    def _batches(self) -> list[BatchBackend]:
         return [self._main] if self._side is None else [self._main, self._side]

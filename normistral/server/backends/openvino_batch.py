@@ -23,8 +23,8 @@ from normistral.errors import ClosedError, EngineError, UsageError
 from normistral.runtime.engines.openvino_settings import translated
 from normistral.runtime.kernels.openvino_int4 import PackedWeights
 from normistral.runtime.text_stream import TextStream
-from normistral.server.backends.base import Job, Progress
-from normistral.server.backends.openvino_job import Answer, find_unhonoured, genai_config
+from normistral.server.backends.base import Job, JobUpdate
+from normistral.server.backends.openvino_sequence import RunningSequence, find_unsupported, genai_config
 from normistral.server.backends.settings import CachePlan
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _NO_SUM = "m_full_vocab_log_sum_exp was not computed"
 class _Request:
     """An answer that the pipeline works on, and the blocks of the KV cache that are kept for it."""
 
-    answer: Answer
+    answer: RunningSequence
     handle: Any
     blocks: int
 
@@ -73,7 +73,7 @@ class OpenVINOBatch:
         self._tokenizer = tokenizer
         self._one_tenant = one_tenant
         self._tenant: str | None = None  # the first one
-        self._waiting: deque[Answer] = deque()
+        self._waiting: deque[RunningSequence] = deque()
         self._running: dict[str, _Request] = {}
         self._leaving: list[_Request] = []  # their blocks are free after the next step
         self._request_ids = itertools.count()
@@ -87,13 +87,13 @@ class OpenVINOBatch:
             ClosedError: the batch was closed.
         """
         self._open_pipeline()
-        if problem := find_unhonoured(job.config):
+        if problem := find_unsupported(job.config):
             raise UsageError(f"this cannot be computed together with other answers: {problem}", "leave it out")
         if self._one_tenant and job.tenant != (self._tenant or job.tenant):
             raise UsageError("this model was loaded for one tenant, and there is another", "load it for many")
         self._tenant = job.tenant
         text = TextStream.after_prompt(self._tokenizer, self._manifest.reasoning, job.prompt_ids, job.config)
-        answer = Answer(job, text, self._manifest.stop_token_ids, self._manifest.context_length)
+        answer = RunningSequence(job, text, self._manifest.stop_token_ids, self._manifest.context_length)
         if self._blocks(answer) > self.plan.blocks:
             raise UsageError(
                 f"{len(job.prompt_ids)} tokens and {answer.room} new ones do not fit the KV cache of "
@@ -108,7 +108,7 @@ class OpenVINOBatch:
         if job_id in self._running:
             self._end(job_id)
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[JobUpdate]:
         """Let in whom there is room for, and compute one step of all: a token each, or a piece of a prompt.
 
         The list may be empty while prompts are being computed.
@@ -141,28 +141,28 @@ class OpenVINOBatch:
         self._pipeline = None
         self._packed = None
 
-    def _let_in(self) -> Iterator[Progress]:
+    def _let_in(self) -> Iterator[JobUpdate]:
         while self._waiting and len(self._running) < self.plan.jobs and self._has_room(self._waiting[0]):
             answer = self._waiting.popleft()
             try:
                 yield from self._start(answer)
             except EngineError as exc:
-                yield Progress(answer.job.job_id, exc)
+                yield JobUpdate(answer.job.job_id, exc)
 
-    def _has_room(self, answer: Answer) -> bool:
+    def _has_room(self, answer: RunningSequence) -> bool:
         kept = sum(request.blocks for request in (*self._running.values(), *self._leaving))
         return kept + self._blocks(answer) <= self.plan.blocks
 
-    def _blocks(self, answer: Answer) -> int:
+    def _blocks(self, answer: RunningSequence) -> int:
         return math.ceil(answer.tokens / self.plan.block_tokens)
 
-    def _start(self, answer: Answer) -> Iterator[Progress]:
+    def _start(self, answer: RunningSequence) -> Iterator[JobUpdate]:
         if not self._finite:
             raise not_finite()
         answer.begin()
         while answer.must_force:
             chunk = answer.force()
-            yield Progress(answer.job.job_id, chunk)
+            yield JobUpdate(answer.job.job_id, chunk)
             if chunk.finish_reason is not None:
                 return
         config = genai_config(answer.job.config, answer.left, self._manifest.stop_token_ids, answer.part)
@@ -177,16 +177,16 @@ class OpenVINOBatch:
         prompt = ov.Tensor(np.array([token_ids], np.int64))
         return self._open_pipeline().add_request(next(self._request_ids), prompt, config)
 
-    def _read(self, request: _Request) -> Iterator[Progress]:
+    def _read(self, request: _Request) -> Iterator[JobUpdate]:
         """The chunks of what this step gave one request."""
         answer, job_id = request.answer, request.answer.job.job_id
         for token_id, logprob in _read_tokens(request.handle):
             if math.isnan(logprob):
                 self._end(job_id)
-                yield Progress(job_id, not_finite())
+                yield JobUpdate(job_id, not_finite())
                 return
             chunk = answer.push(token_id, logprob)
-            yield Progress(job_id, chunk)
+            yield JobUpdate(job_id, chunk)
             if chunk.finish_reason is not None:
                 self._end(job_id)
                 return
@@ -196,7 +196,7 @@ class OpenVINOBatch:
                 return
         if not _is_running(request.handle):
             self._end(job_id)
-            yield Progress(job_id, EngineError("openvino_genai ended an answer on its own", "ask again"))
+            yield JobUpdate(job_id, EngineError("openvino_genai ended an answer on its own", "ask again"))
 
     def _end(self, job_id: str) -> None:
         request = self._running.pop(job_id)
@@ -204,12 +204,12 @@ class OpenVINOBatch:
             request.handle.cancel()
             self._leaving.append(request)
 
-    def _give_up(self, error: EngineError) -> list[Progress]:
+    def _give_up(self, error: EngineError) -> list[JobUpdate]:
         """After an error in the pipeline, nobody knows what the caches hold: everything under way ends."""
         job_ids = list(self._running)
         for job_id in job_ids:
             self._end(job_id)
-        return [Progress(job_id, error) for job_id in job_ids]
+        return [JobUpdate(job_id, error) for job_id in job_ids]
 
     def _open_pipeline(self) -> openvino_genai.ContinuousBatchingPipeline:
         if self._pipeline is None:

@@ -13,9 +13,9 @@ from normistral.hardware import available_memory_bytes
 
 Batching = Literal["auto", "off"]
 
-TOGETHER, IN_TURNS = "together", "in turns"  # how an engine computes the answers under way
+CONTINUOUS, ROUND_ROBIN = "together", "in turns"  # how an engine computes the answers under way
 BATCHED_DEVICE = "CPU"  # where answers are computed together; elsewhere nothing was tried
-FAIR_SLOTS = 8  # answers that take turns token by token; more would only be slower each
+ROUND_ROBIN_SLOTS = 8  # answers that take turns token by token; more would only be slower each
 _FLOAT_BYTES = 4
 _CACHE_SHARE = 4  # of the memory that the weights leave, the KV caches take one in so many
 _MOST_CONTEXTS = 8  # that the KV caches hold, unless told otherwise
@@ -45,7 +45,7 @@ class BatchSettings:
     one_tenant: bool = False
 
 
-def is_computed_together(manifest: Manifest, batching: Batching, device: str) -> bool:
+def uses_continuous_batching(manifest: Manifest, batching: Batching, device: str) -> bool:
     """Whether one step of the engine is one of all answers under way; otherwise they take turns."""
     return batching == "auto" and manifest.format == "openvino" and device == BATCHED_DEVICE
 

@@ -16,7 +16,7 @@ from normistral.errors import EngineError, NormistralError
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.model import Model
 from normistral.runtime.sequence import WORTH_COPYING, CachedSequence
-from normistral.server.backends.base import Job, Progress
+from normistral.server.backends.base import Job, JobUpdate
 from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 
 
@@ -42,8 +42,8 @@ class _Running:
     chunks: Iterator[Chunk] | None = None
 
 
-class FairQueue:
-    """A `Batch` for any model of the library.
+class RoundRobinScheduler:
+    """A `BatchBackend` for any model of the library.
 
     Args:
         model: closed with the batch.
@@ -73,7 +73,7 @@ class FairQueue:
         if job_id in self._running:
             self._retire(job_id)
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[JobUpdate]:
         """One turn: a slice of a prompt (then nothing is to be told), or a token."""
         failed = self._start_waiting()
         if failed or not self._running:
@@ -83,12 +83,12 @@ class FairQueue:
             chunk = self._advance(running)
         except NormistralError as error:
             self._drop(running.job.job_id).sequence.close()
-            return [Progress(running.job.job_id, error)]
+            return [JobUpdate(running.job.job_id, error)]
         if chunk is None:
             return []
         if chunk.finish_reason is not None:
             self._retire(running.job.job_id)
-        return [Progress(running.job.job_id, chunk)]
+        return [JobUpdate(running.job.job_id, chunk)]
 
     def close(self) -> None:
         """Free engine and caches."""
@@ -98,7 +98,7 @@ class FairQueue:
         self._kept.clear()
         self._model.close()
 
-    def _start_waiting(self) -> list[Progress]:
+    def _start_waiting(self) -> list[JobUpdate]:
         """Give sequences to waiting jobs in their order, as far as there is room."""
         while self._waiting:
             job = self._waiting[0]
@@ -110,7 +110,7 @@ class FairQueue:
                 sequence = self._take_sequence(job)
                 cached = sequence.reuse(job.prompt_ids, reproducible=job.config.reproducible)
             except NormistralError as error:
-                return [Progress(job.job_id, error)]
+                return [JobUpdate(job.job_id, error)]
             self._running[job.job_id] = _Running(job, sequence, cost, cached, prefilled=cached)
             self._turns.setdefault(job.tenant, deque()).append(job.job_id)
         return []

@@ -28,7 +28,7 @@ _UNSETTLED = 256  # tokens at the end of a beginning that what follows may chang
 
 
 @dataclass(frozen=True)
-class ServedArtifact:
+class ModelHandler:
     """One artifact that is served.
 
     Attributes:
@@ -56,7 +56,7 @@ class ServedArtifact:
         *,
         name: str | None = None,
         config: EngineConfig = DEFAULT_CONFIG,
-    ) -> ServedArtifact:
+    ) -> ModelHandler:
         """Read tokenizer, template and manifest of an artifact; errors as `normistral.load`.
 
         Args:

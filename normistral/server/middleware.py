@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normistral.errors import NormistralError
-from normistral.server.admission import Turns
+from normistral.server.admission import RoundRobinSemaphore
 from normistral.server.auth import ANONYMOUS, Keys
 from normistral.server.errors import ApiError, as_api_error, header_too_large, too_many_connections
 from normistral.server.limits import KIB, LINGER_S, ServerLimits
@@ -36,7 +36,7 @@ _CONTAINERS = (dict, list)
 _JSON_PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
-class Gate:
+class RequestMiddleware:
     """The middleware.
 
     Args:
@@ -48,7 +48,7 @@ class Gate:
         self, app: ASGIApp, keys: Keys, limits: ServerLimits, metrics: Metrics, hosts: Collection[str] | None
     ) -> None:
         self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
-        self._decoding = Turns(1)
+        self._decoding = RoundRobinSemaphore(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -97,13 +97,13 @@ class Gate:
             scope["state"]["document"] = self._decode(headers, body)
         else:
             tenant = scope["state"]["tenant"]
-            await self._decoding.take(tenant)
+            await self._decoding.acquire(tenant)
             began = time.monotonic()
             try:
                 scope["state"]["document"] = self._decode(headers, body)
             finally:
                 rest_s = _REST * (time.monotonic() - began)
-                asyncio.get_running_loop().call_later(rest_s, self._decoding.give_back, tenant)
+                asyncio.get_running_loop().call_later(rest_s, self._decoding.release, tenant)
         return body
 
     def _decode(self, headers: Headers, body: bytes) -> Any:

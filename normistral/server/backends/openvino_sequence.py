@@ -22,7 +22,7 @@ _GREEDY_BELOW = 1e-6
 _SINGLE_TOKEN_P = 1e-6  # below it, top_p is reached by the first token of any vocabulary
 
 
-class Answer:
+class RunningSequence:
     """One job's answer.
 
     Attributes:
@@ -97,7 +97,7 @@ class Answer:
         )
 
 
-def find_unhonoured(config: GenerationConfig) -> str | None:
+def find_unsupported(config: GenerationConfig) -> str | None:
     """What of these options openvino_genai cannot do as the library does it; None if it honours all."""
     if config.structure is not None:
         return "structured output: openvino_genai has another grammar library, which takes and writes other forms"

@@ -68,7 +68,7 @@ def ray_running(address: str | None, cores: int) -> Iterator[Any]:
         ray.shutdown()
 
 
-def threads_of_each(cores: int, models: int) -> int:
+def threads_per_model(cores: int, models: int) -> int:
     """How many threads each of `models` has where there are `cores`.
 
     Raises:
@@ -79,7 +79,7 @@ def threads_of_each(cores: int, models: int) -> int:
     return cores // models
 
 
-def share_of_cores(format: str, device: str, threads: int, given: Mapping[str, str]) -> dict[str, str]:
+def cpu_settings(format: str, device: str, threads: int, given: Mapping[str, str]) -> dict[str, str]:
     """Engine settings for a model that has so many threads; those that were given stay.
 
     OpenVINO binds its threads to cores, counted from the first: two processes would sit on the same ones.

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 
 from normistral.artifact.manifest import read_manifest
 from normistral.batch.documents import Document, Row, find_prompt, read_document, with_system
-from normistral.batch.job import Begin, Engine, Job, Line, answer_line, failure_line
+from normistral.batch.job import BatchJob, Begin, Line, WorkerEngine, answer_line, failure_line
 from normistral.errors import EngineError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.engines.settings import EngineConfig
-from normistral.server.backends.base import Batch
-from normistral.server.backends.base import Job as BatchJob
-from normistral.server.backends.create import create_batch
+from normistral.server.backends.base import BatchBackend
+from normistral.server.backends.base import Job as GenerationJob
+from normistral.server.backends.create import create_backend
 from normistral.server.backends.settings import BatchSettings, plan_cache_bytes
-from normistral.server.served import ServedArtifact
+from normistral.server.model_handler import ModelHandler
 
 _TENANT = "batch"  # all documents are one owner's
 
 
-def open_together(job: Job, engine: Engine, workers: int) -> Together:
+def open_continuous(job: BatchJob, engine: WorkerEngine, workers: int) -> ContinuousAnswerer:
     """Load the model.
 
     Args:
@@ -30,9 +30,9 @@ def open_together(job: Job, engine: Engine, workers: int) -> Together:
     manifest = read_manifest(job.artifact)
     context = manifest.context_length
     settings = BatchSettings(engine.batching, plan_cache_bytes(manifest, context, workers), context, one_tenant=True)
-    served = ServedArtifact.open(job.artifact, settings)
-    created = create_batch(job.artifact, settings, EngineConfig(engine.device, engine.exact, engine.settings))
-    return Together(job, created.batch, served, created.slots)
+    served = ModelHandler.open(job.artifact, settings)
+    created = create_backend(job.artifact, settings, EngineConfig(engine.device, engine.exact, engine.settings))
+    return ContinuousAnswerer(job, created.batch, served, created.slots)
 
 
 @dataclass(slots=True)
@@ -42,14 +42,14 @@ class _UnderWay:
     chunks: list[Chunk] = field(default_factory=list)
 
 
-class Together:
+class ContinuousAnswerer:
     """Keeps as many rows under way as suit the engine.
 
     Args:
         slots: rows at once.
     """
 
-    def __init__(self, job: Job, batch: Batch, served: ServedArtifact, slots: int) -> None:
+    def __init__(self, job: BatchJob, batch: BatchBackend, served: ModelHandler, slots: int) -> None:
         self._job, self._batch, self._served, self._slots = job, batch, served, slots
 
     def answer_all(self, rows: Sequence[Row], begin: Begin) -> Iterator[Line]:
@@ -83,11 +83,11 @@ class Together:
         """As `Answerer`."""
         self._batch.close()
 
-    def _make_job(self, row: Row, document: Document) -> BatchJob:
+    def _make_job(self, row: Row, document: Document) -> GenerationJob:
         prompt = find_prompt(document, self._job.instruction)
         if isinstance(prompt, str) and self._served.template is None:
             prompt_ids = self._served.encode_text(prompt)
         else:
             prompt_ids = self._served.encode_chat(with_system(prompt, self._job.system))
         config = self._served.resolve(self._job.options, len(prompt_ids))
-        return BatchJob(str(row.number), prompt_ids, config, _TENANT)
+        return GenerationJob(str(row.number), prompt_ids, config, _TENANT)
