@@ -65,10 +65,8 @@ def batch(shared):
     assert shared.idle
 
 
-def open_exact(artifact, settings=SETTINGS, **options):
-    return open_openvino_batch(
-        Artifact.open(artifact, verify=False), settings, EngineConfig(exact=True, **options)
-    ).batch
+def open_exact(artifact, batch=SETTINGS, **options):
+    return open_openvino_batch(Artifact.open(artifact, verify=False), batch, EngineConfig(exact=True, **options)).batch
 
 
 def job(name, prompt_ids, tenant="somebody", **options):
@@ -347,7 +345,7 @@ def test_prefixes_are_kept_for_one_tenant_only(artifact):
         batch.add(job("a", ids, tenant=tenant, max_new_tokens=1))
         return next(steps for steps in range(1, 9) if batch.step())
 
-    options = {"given": {"prefill_chunk": "31"}}  # and a token for the one job
+    options = {"settings": {"prefill_chunk": "31"}}  # and a token for the one job
     kept = open_exact(artifact, replace(SETTINGS, slots=1, one_tenant=True), **options)
     assert {(count_steps(kept, ids, "one"), count_steps(kept, ids, "one")) for ids in asked} == {(3, 1)}
     with pytest.raises(UsageError, match="for one tenant"):
