@@ -70,17 +70,17 @@ test-browser: $(DEMO)/normistral.json $(VENV)/.ready-dev .venv-browser/.ready
 	@touch $@
 
 test-clients: $(VENV)/.ready-clients $(DEMO)/normistral.json
-	@$(RUN) tests/clients.py $(DEMO)
+	@$(RUN) tests/scripts/clients.py $(DEMO)
 
 test-faults: $(VENV)/.ready-dev $(DEMO)/normistral.json
-	@$(RUN) tests/show_faults.py $(DEMO)
-	@PYTHONPATH=. $(RUN) tests/show_planted.py
+	@$(RUN) tests/scripts/show_faults.py $(DEMO)
+	@PYTHONPATH=. $(RUN) tests/scripts/show_planted.py
 
 test-cycles: $(VENV)/.ready-dev $(DEMO)/normistral.json $(DEMO_ONNX)/normistral.json
-	@$(RUN) tests/show_cycles.py $(DEMO) $(DEMO_ONNX) $(ARGS)
+	@$(RUN) tests/scripts/show_cycles.py $(DEMO) $(DEMO_ONNX) $(ARGS)
 
 test-fuzz: $(VENV)/.ready-clients
-	@$(RUN) tests/fuzz_api.py $(ARGS)
+	@$(RUN) tests/scripts/fuzz_api.py $(ARGS)
 
 # The harness brings 430 MB that nothing else here needs, and pulls at the same packages as the export tools.
 test-lm-eval:
@@ -91,10 +91,10 @@ compare-lm-eval: $(VENV)/.ready-lm-eval
 
 # transformers 5 does not go with the export tools.
 test-transformers5: $(VENV)/.ready-dev
-	@$(RUN) tests/compare_transformers5.py .venv-transformers5 $(ARGS)
+	@$(RUN) tests/scripts/compare_transformers5.py .venv-transformers5 $(ARGS)
 
 test-mutations: $(VENV)/.ready-dev
-	@$(RUN) tests/mutate_configs.py $(ARGS)
+	@$(RUN) tests/scripts/mutate_configs.py $(ARGS)
 
 # Ray brings 600 MB that nothing else here needs.
 test-cluster:
@@ -122,7 +122,7 @@ check: $(VENV)/.ready-dev
 
 docs: $(VENV)/.ready-dev
 	@$(RUN) scripts/describe_commands.py > docs/.page && mv docs/.page docs/commands.md
-	@$(RUN) tests/fields_page.py > docs/.page && mv docs/.page docs/fields.md
+	@$(RUN) tests/scripts/fields_page.py > docs/.page && mv docs/.page docs/fields.md
 	@$(RUN) -W error scripts/api_reference.py build/api
 
 house: $(VENV)/.created

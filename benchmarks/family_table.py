@@ -2,9 +2,9 @@
 
     python benchmarks/family_table.py [--mutations] [--json FILE] > TABLE.md
 
-Cells and checks are those of tests/test_family.py: the largest difference of a logit from transformers in float32 with
+Cells and checks are those of test_family.py: the largest difference of a logit from transformers in float32 with
 the artifact's own matrices, as a share of the logits' spread, over 48 tokens fed in several ways. With --mutations also
-what each quirk's mutation does to its cell (tests/test_family_mutations.py).
+what each quirk's mutation does to its cell (test_family_mutations.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "export"))
 
 import pytest
 from family_cells import FORMATS, ROUNDING, TOLERANCE, WAYS, WEIGHTS, make_cell

@@ -151,7 +151,7 @@ def ask_ort_genai(artifact: str, ours: Document) -> Document:
 
 def make_tiny(folder: Path) -> None:
     """A window of 16 and an odd head size; a tied output layer; biases and scaled rotary angles."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in ("helpers", "export/onnx")]
     from test_onnx_plain import LLAMA3, add_biases
     from tiny_models import edit_json, make_llama, make_mistral
 
@@ -164,8 +164,8 @@ def make_tiny(folder: Path) -> None:
 
 
 def make_family(folder: Path) -> None:
-    """Every preset's tiny random checkpoint (tests/tiny_family.py), exported in both formats at int8 and int4."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    """Every preset's tiny random checkpoint (tiny_family.py), exported in both formats at int8 and int4."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
     from family_cells import FORMATS, WEIGHTS
     from tiny_family import ROWS, make_tiny
 

@@ -32,7 +32,7 @@ from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 WINDOW_TOKENS = 512
 WINDOWS = 3

