@@ -27,9 +27,7 @@ from normistral.export import openvino
 from normistral.export.checkpoint.chat_templates import read_template_file
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import hash_sources, open_checkpoint
-from normistral.export.checkpoint.values import read_magnitudes
 from normistral.export.job import ExportJob
-from normistral.export.quantize.float16_range import require_range
 from normistral.export.quantize.plan import (
     SENSITIVITY_TOKENS,
     QuantPlan,
@@ -39,6 +37,7 @@ from normistral.export.quantize.plan import (
     list_by_kind,
 )
 from normistral.export.quantize.tensor_store import QuantizedTensorStore
+from normistral.export.quantize.weight_values import read_magnitudes, require_range
 from normistral.export.recipe import (
     choose_recipe,
     describe_choices,

@@ -25,7 +25,7 @@ from normistral.artifact.manifest import RecipeRecord, check_files, read_manifes
 from normistral.errors import ExportError, MissingExtraError, ResourceError, UsageError
 from normistral.export import staging
 from normistral.export.onnx import artifact as writing
-from normistral.export.onnx.structure import check_structure
+from normistral.export.onnx.signature import check_structure
 
 FILES = {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}

@@ -19,8 +19,7 @@ import normistral
 from normistral.errors import CheckpointError, ExportError
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
-from normistral.export.checkpoint.values import read_magnitudes
-from normistral.export.quantize.float16_range import require_range
+from normistral.export.quantize.weight_values import read_magnitudes, require_range
 from normistral.export.recipe import choose_recipe
 from normistral.export.verify.positions import check_rotary_buffers
 from normistral.progress import NoProgress

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from onnx import TensorProto
-
-from normistral.artifact.presets import WeightFormat
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.job import ExportJob
 from normistral.export.onnx import bloom, llama
 from normistral.export.onnx.blocks import WeightSchemes
-from normistral.export.onnx.graph import DATA_NAME, ExternalData, Graph
+from normistral.export.onnx.graph import ExternalData, Graph
 from normistral.export.onnx.plain import write_plain
-from normistral.export.onnx.signature import read_signature
+from normistral.export.onnx.signature import DATA_NAME, float_type, read_signature
 from normistral.export.quantize.scheme import QuantScheme
 from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.export.recipe import Recipe
@@ -57,11 +54,6 @@ def write_fused(job: ExportJob, quantized: QuantizedTensorStore | None, stage: S
         graph = Graph(WeightReader(checkpoint.tensors), data, stage, floats, quantized)
         _WRITERS[checkpoint.family.model_type](graph, architecture, config, storage, job.context_length)
         graph.save(folder, signature)
-
-
-def float_type(weights: WeightFormat) -> int:
-    """TensorProto.DataType of keys, values and logits."""
-    return TensorProto.FLOAT16 if weights == "fp16" else TensorProto.FLOAT
 
 
 def choose_schemes(recipe: Recipe, group_size: int | None, checkpoint: Checkpoint) -> WeightSchemes:

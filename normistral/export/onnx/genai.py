@@ -10,7 +10,7 @@ from typing import Any
 
 from normistral.artifact.manifest import Architecture, SamplingDefaults
 from normistral.export.job import ExportJob
-from normistral.export.onnx.graph import GRAPH_NAME
+from normistral.export.onnx.signature import GRAPH_NAME
 
 GENAI_NAME = "genai_config.json"
 

@@ -18,15 +18,13 @@ from onnx import TensorProto
 
 import normistral
 from normistral.export.checkpoint.tensor_reader import Rows, WeightReader
-from normistral.export.onnx.signature import Signature
+from normistral.export.onnx.signature import GRAPH_NAME, Signature
 from normistral.export.quantize.rtn import quantize_rtn
 from normistral.export.quantize.scheme import QuantizedTensor, QuantScheme
 from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.progress import Stage
 
 MICROSOFT = "com.microsoft"  # operators that onnxruntime adds to the standard ones
-GRAPH_NAME = "model.onnx"
-DATA_NAME = "model.onnx.data"
 
 ALIGNMENT = 4096  # of each tensor in the file: a page, so that mapped tensors share none
 _IR_VERSION = 10  # what onnx 1.16 wrote: old enough for every runtime that knows the operators used here

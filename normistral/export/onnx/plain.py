@@ -21,8 +21,8 @@ from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.onnx import placeholders
 from normistral.export.onnx.blocks import multiply_by_embedding, past_input
-from normistral.export.onnx.graph import DATA_NAME, ExternalData, Graph
-from normistral.export.onnx.signature import read_signature
+from normistral.export.onnx.graph import ExternalData, Graph
+from normistral.export.onnx.signature import DATA_NAME, read_signature
 from normistral.progress import Stage
 
 _TYPES = {"float32": (torch.float32, TensorProto.FLOAT), "float16": (torch.float16, TensorProto.FLOAT16)}

@@ -185,7 +185,7 @@ def check_structure(folder: Path, manifest: Manifest) -> None:
         ResourceError: the disk is full.
     """
     if manifest.format == "onnx":
-        from normistral.export.onnx.structure import check_structure as check_onnx
+        from normistral.export.onnx.signature import check_structure as check_onnx
 
         check_onnx(folder, manifest)
     else:

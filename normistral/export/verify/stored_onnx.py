@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
+from normistral.export.onnx.signature import DATA_NAME, GRAPH_NAME
 from normistral.export.quantize.scheme import smallest_representable
 from normistral.export.verify.stored import StoredMatrix, StoredPositions, Values, dequantize, unpack
 

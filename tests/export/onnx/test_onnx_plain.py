@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import QUIRKS, edit_json, make_llama, make_mistral
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from normistral.export.onnx.graph import DATA_NAME, GRAPH_NAME
 from normistral.export.onnx.plain import write_plain
-from normistral.export.onnx.signature import read_signature
+from normistral.export.onnx.signature import DATA_NAME, GRAPH_NAME, read_signature
 from normistral.progress import Uncounted
 
 # Of the logits' spread (about 15). The same float32 weights and arithmetic: what is left is the order of sums, 3e-7 as
