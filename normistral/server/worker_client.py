@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from normistral.errors import EngineError, NormistralError
+from normistral.processes import main_command
 from normistral.runtime.chunks import Chunk
 from normistral.server.auth import KEYS_VARIABLE
 from normistral.server.backends.base import Job
@@ -36,7 +35,6 @@ from normistral.server.ipc import (
 logger = logging.getLogger(__name__)
 
 WORKER_MODULE = "normistral.server.worker"
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _DYING_S = 1.0  # from the end of its output until it is ended, so that what is told is what it died of
 _STEADY_S = 60.0  # a worker that lived so long did not die of its start
@@ -131,10 +129,7 @@ class WorkerClient:
     async def _run_process(self) -> None:
         """One process from start to death."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            _START.format(module=self._module),
-            json.dumps(sys.path),
+            *main_command(self._module),
             env={name: value for name, value in os.environ.items() if name != KEYS_VARIABLE},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
