@@ -100,30 +100,28 @@ def find_circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return [list(group) for group in sorted(groups) if group]
 
 
-def find_upward(root: Path, modules: dict[str, Module]) -> list[str]:
-    """Imports against the layers that pyproject.toml gives to import-linter, lazy ones and its exceptions included.
+def find_upward(root: Path, modules: dict[str, Module]) -> tuple[list[str], list[str]]:
+    """Imports against the layers that pyproject.toml gives to import-linter, lazy ones too; those that it excepts.
 
     The package's own `__init__`, which loads its public names lazily, and `__main__` may import upward.
     """
     with (root / "pyproject.toml").open("rb") as file:
         contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
-    upward = []
+    upward, excepted = set(), set()
     for contract in (contract for contract in contracts if contract["type"] == "layers"):
-        floors = {}
-        for floor, layer in enumerate(reversed(contract["layers"])):
+        floors: dict[str, int] = {}
+        for height, layer in enumerate(reversed(contract["layers"])):
             for name in layer.replace("|", ":").split(":"):
                 for container in contract.get("containers", [""]):
                     inner = name.strip(" ()")
-                    floors[f"{container}.{inner}" if container else inner] = floor
+                    floors[f"{container}.{inner}" if container else inner] = height
         for module in modules.values():
             floor = _floor(module.name, floors)
-            if module.name in (PACKAGE, f"{PACKAGE}.__main__") or floor is None:
-                continue
-            for other in sorted(module.named):
-                above = _floor(other, floors)
-                if above is not None and above > floor:
-                    upward.append(f"{module.name} -> {other}")
-    return sorted(set(upward))
+            if floor is not None and module.name not in (PACKAGE, f"{PACKAGE}.__main__"):
+                above = {other for other in module.named if (_floor(other, floors) or 0) > floor}
+                upward |= {f"{module.name} -> {other}" for other in above}
+        excepted |= upward & set(contract.get("ignore_imports", []))
+    return sorted(upward - excepted), sorted(excepted)
 
 
 def _floor(name: str, floors: dict[str, int]) -> int | None:
@@ -150,6 +148,7 @@ def examine(root: Path) -> dict[str, Any]:
         if module.lines < SMALL_LINES and len(importers[module.name]) == 1
         if not module.is_package and module.path.stem not in ("__main__", "_version") and module.room != "commands"
     ]
+    upward, excepted = find_upward(root, modules)
     sizes = {str(module.path): module.lines for module in modules.values()}
     longest = max(sizes, key=lambda path: sizes[path])
     return {
@@ -162,7 +161,8 @@ def examine(root: Path) -> dict[str, Any]:
         "circles with lazy imports": [
             ", ".join(c) for c in find_circles({name: m.named - {PACKAGE} for name, m in modules.items()})
         ],
-        "upward imports": find_upward(root, modules),
+        "upward imports": upward,
+        "upward imports, excepted by name": excepted,
         f"files under {SMALL_LINES} lines, one importer": sorted(small),
         "class names twice": [f"{n}: {', '.join(at)}" for n, at in sorted(homes.items()) if len(at) > 1],
         "rooms": {room or "(ground floor)": [len(of), sum(of)] for room, of in sorted(rooms.items())},
@@ -180,7 +180,8 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(rows, indent=1))
     else:
-        for name, (files, lines) in counts.pop("rooms").items():
+        counts.pop("rooms")
+        for name, (files, lines) in rows["rooms"].items():
             print(f"{name:38}{files:4} files {lines:6} lines")
         for name, value in counts.items():
             print(f"{name:38}{value}")

@@ -74,6 +74,15 @@ def test_circles_and_directions(package, text, row, place, code):
     assert found == code
 
 
+def test_an_import_that_import_linter_excepts_is_listed_apart(package):
+    place = "normistral.lower.small -> normistral.upper.face"
+    (package / "normistral/lower/small.py").write_text("def late():\n    import normistral.upper.face")
+    with (package / "pyproject.toml").open("a") as file:
+        file.write(f'ignore_imports = ["{place}"]\n')
+    code, rows = count(package)
+    assert (code, rows["upward imports"], rows["upward imports, excepted by name"]) == (0, [], [place])
+
+
 def test_this_package():
     code, rows = count(ROOT)
     assert (code, rows["import circles"], rows["upward imports"]) == (0, [], [])
