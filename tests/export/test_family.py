@@ -30,7 +30,7 @@ def cell(request, checkpoint, tmp_path_factory):
 
 
 def test_logits_are_those_of_transformers_however_tokens_are_fed(cell):
-    assert cell[1].problems() == []
+    assert list(cell[1].problems()) == []
 
 
 def test_the_artifact_says_what_the_checkpoint_is(cell):

@@ -2,14 +2,16 @@
 
 Each mutation is an export that does not know the quirk, of a checkpoint whose reference does: the window is ignored,
 positions are turned by other angles, a bias is dropped. Red is a figure beyond the tolerance, a wrong fact in the
-manifest, or an export that is refused.
+manifest, or an export that is refused; the export's own verification is left out, so that the cells are tested alone.
+
+Every quirk is dropped in both formats and from every row that has it; where rows share it, they take turns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -155,27 +157,25 @@ ONLY_ONNX = ("a million positions",)  # OpenVINO's graph computes the angles
 CASES = [
     (quirk, row, format)
     for quirk, (rows, _) in MUTATIONS.items()
-    for row in rows
-    for format in FORMATS
-    if format == "onnx" or quirk not in ONLY_ONNX
+    for turn, row in enumerate(rows)
+    for format in (("onnx",) if quirk in ONLY_ONNX else (FORMATS[turn % 2],) if len(rows) > 1 else FORMATS)
 ]
 
 
-def problems(cell: Cell, row: str) -> list[str]:
-    """What test_family.py would find."""
-    found = cell.problems()
+def problems(cell: Cell, row: str) -> Iterator[str]:
+    """What test_family.py would find, the cheapest first."""
     manifest = cell.manifest
     if set(manifest.stop_token_ids) != stops_of(ROWS[row]):
-        found.append("stop tokens")
+        yield "stop tokens"
     if (manifest.reasoning is None) != (row != "11b-thinking"):
-        found.append("reasoning")
+        yield "reasoning"
     published = read_json(cell.source / "tokenizer_config.json").get("chat_template")
     if published != (None if manifest.template is None else manifest.template.text):
-        found.append("template")
+        yield "template"
     files = {name: record.size for name, record in manifest.files.items() if "token" not in name}
     if sum(files.values()) > 1.5 * manifest.architecture.parameters + 2**20 + 4 * 32768 * 16:
-        found.append("size")
-    return found
+        yield "size"
+    yield from cell.problems()
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +192,8 @@ def test_an_export_that_overlooks_a_quirk_turns_its_cell_red(quirk, row, format,
         MUTATIONS[quirk][1](mutant, patch)
         given = as_gguf(mutant) if shape_of(ROWS[row]).weight_files[1] == "gguf" else mutant
         try:
-            cell = make_cell(given, tmp_path / "artifact", format, "int8")
+            cell = make_cell(given, tmp_path / "artifact", format, "int8", verify=False)
         except NormistralError:
             return  # red: refused, with a clear error
     cell.source = original
-    assert problems(cell, row)
+    assert next(problems(cell, row), None) is not None

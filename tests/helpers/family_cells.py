@@ -8,6 +8,7 @@ The reference is transformers in float32 with the matrices that the artifact hol
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +59,7 @@ class Cell:
 
     def errors(self) -> dict[str, float]:
         """Largest difference of a logit, as a share of the logits' spread, for every way to feed 48 tokens."""
-        return {name: self._error(feed(self.backend.create_engine())) for name, feed in WAYS.items()}
+        return {name: self._error_of(name) for name in WAYS}
 
     def rounding_error(self) -> float:
         """Largest distance of a matrix of the artifact from the checkpoint's, as a share of its norm.
@@ -73,22 +74,24 @@ class Cell:
             for name, matrix in stored.items()
         )
 
-    def problems(self) -> list[str]:
+    def problems(self) -> Iterator[str]:
         """What is beyond its bound."""
-        found = [f"{name}: {error:.1e}" for name, error in self.errors().items() if not error <= TOLERANCE]
-        distance = self.rounding_error()
-        return found + ([] if distance <= ROUNDING[self.weights] else [f"matrices: {distance:.1e}"])
+        for name in WAYS:
+            if not (error := self._error_of(name)) <= TOLERANCE:
+                yield f"{name}: {error:.1e}"
+        if not (distance := self.rounding_error()) <= ROUNDING[self.weights]:
+            yield f"matrices: {distance:.1e}"
 
-    def _error(self, logits: np.ndarray) -> float:
+    def _error_of(self, way: str) -> float:
+        logits = WAYS[way](self.backend.create_engine())
         expected = self.expected[-len(logits) :]
         return float(np.abs(logits - expected).max() / np.ptp(self.expected))
 
 
-def make_cell(given: Path, folder: Path, format: str, weights: str) -> Cell:
+def make_cell(given: Path, folder: Path, format: str, weights: str, *, verify: bool = True) -> Cell:
     """Export it."""
-    normistral.export_model(
-        str(given), folder, format=format, weights=weights, recipe="fast" if weights == "int4" else None
-    )
+    recipe = "fast" if weights == "int4" else None
+    normistral.export_model(str(given), folder, format=format, weights=weights, recipe=recipe, verify=verify)
     return Cell(source_of(given), folder, weights)
 
 
