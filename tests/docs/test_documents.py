@@ -88,10 +88,25 @@ def test_files_and_modules_that_a_document_names_exist(document):
     text = document.read_text(encoding="utf-8")
     named = re.findall(r"`((?:normistral|scripts|benchmarks|examples|docs)/[\w./-]+)`", text)
     assert [path for path in named if not (ROOT / path).exists()] == []
-    rooms = [room.name for room in (ROOT / "normistral").iterdir() if (room / "__init__.py").exists()]
-    inner = re.findall(rf"`((?:{'|'.join(rooms)})/(?:[\w/]+/)?(?:\w+\.py)?)`", text)
+    inner = re.findall(rf"`((?:{'|'.join(rooms())})/(?:[\w/]+/)?(?:\w+\.py)?)`", text)
     assert [path for path in inner if not (ROOT / "normistral" / path).exists()] == []
     assert [name for name in re.findall(r"\bnormistral(?:\.\w+)+", text) if not exists(name)] == []
+
+
+def test_every_file_that_the_architecture_names_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "normistral").rglob("*.py")}
+    named = set(re.findall(r"(?<![\w./])(?:\w+/)*\w+\.py\b", text))
+    assert len(named) > 20
+    assert [one for one in named if not any(f"/{file}".endswith(f"/{one}") for file in files)] == []
+    # Which rooms there are: a new one has to be described.
+    assert [room for room in rooms() if f"normistral/{room}/__init__.py)" not in text] == []
+
+
+def rooms():
+    """Folders of the package but for `serving`, an earlier name."""
+    folders = (path.parent.name for path in (ROOT / "normistral").glob("*/__init__.py"))
+    return [name for name in folders if name != "serving"]
 
 
 def exists(dotted):
