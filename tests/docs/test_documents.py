@@ -93,6 +93,14 @@ def test_files_and_modules_that_a_document_names_exist(document):
     assert [name for name in re.findall(r"\bnormistral(?:\.\w+)+", text) if not exists(name)] == []
 
 
+def test_every_dependency_has_its_reason():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    names = {re.match(r"[\w-]+", one)[0] for one in wanted} - {"normistral", "onnxruntime", "onnxruntime-gpu"}
+    reasons = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(names) if f"`{name}`" not in reasons] == []
+
+
 def test_every_file_that_the_architecture_names_exists():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "normistral").rglob("*.py")}
