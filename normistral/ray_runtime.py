@@ -1,4 +1,4 @@
-"""Ray: imported with its usage report off, and started on this machine where nobody else can reach it."""
+"""Import and start of Ray: usage report off, loopback only; processors per model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def ray_running(address: str | None, cores: int) -> Iterator[Any]:
 
 
 def threads_per_model(cores: int, models: int) -> int:
-    """How many threads each of `models` has where there are `cores`.
+    """Threads of each of `models` on `cores`.
 
     Raises:
         UsageError: more models than cores.
@@ -80,7 +80,7 @@ def threads_per_model(cores: int, models: int) -> int:
 
 
 def cpu_settings(format: str, device: str, threads: int, given: Mapping[str, str]) -> dict[str, str]:
-    """Engine settings for a model that has so many threads; those that were given stay.
+    """Engine settings for a number of threads; given settings take precedence.
 
     OpenVINO binds its threads to cores, counted from the first: two processes would sit on the same ones.
     """

@@ -1,1 +1,1 @@
-"""Answers to many documents: input and output files, a journal of what is done, models on this machine or on Ray."""
+"""Batch jobs: input and output files, a journal for resuming, models on this machine or on Ray."""

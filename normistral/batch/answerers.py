@@ -1,4 +1,4 @@
-"""Which way a batch job's answers are computed, and the model loaded for it."""
+"""Choice of the engine for a batch job, and sequential generation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from normistral.server.backends.settings import uses_continuous_batching
 
 
 def has_genai() -> bool:
-    """Whether openvino_genai is there."""
+    """Whether openvino_genai is installed."""
     return find_spec("openvino_genai") is not None
 
 
 def open_answerer(job: BatchJob, engine: WorkerEngine, workers: int = 1) -> Answerer:
-    """Load the model, in the process that is to answer.
+    """Load the model in this process.
 
     Args:
         workers: how many share the machine's memory.
@@ -36,7 +36,7 @@ def open_answerer(job: BatchJob, engine: WorkerEngine, workers: int = 1) -> Answ
 
 
 class SequentialAnswerer:
-    """What the documents begin with in common, such as an instruction, is computed once."""
+    """Sequential generation; a common prefix of the documents is computed once."""
 
     def __init__(self, job: BatchJob, engine: WorkerEngine) -> None:
         self._job = job

@@ -1,4 +1,4 @@
-"""Many answers computed together, as the server does it."""
+"""Continuous batching of the rows of a batch job, on the server's backend."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _UnderWay:
 
 
 class ContinuousAnswerer:
-    """Keeps as many rows under way as suit the engine.
+    """Generation of many rows at once.
 
     Args:
         slots: rows at once.

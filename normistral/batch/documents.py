@@ -1,6 +1,6 @@
-"""The documents of a batch job: lines of a JSONL file, or texts in a folder.
+"""Documents of a batch job (lines of a JSONL file, or texts in a folder) and their prompts.
 
-They are read where they are needed, and stay on disk until then: what goes to a worker is where they are.
+Documents are read where they are needed; a worker receives their positions only.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Row(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Where all documents are, and the SHA-256 of everything that they hold."""
+    """Positions of all documents, and the SHA-256 of their content."""
 
     rows: list[Row]
     sha256: str
 
 
 def index_documents(source: Path) -> Index:
-    """Find the documents; lines without anything are none.
+    """Index the documents; blank lines are skipped.
 
     Raises:
         UsageError: there is nothing at `source`, or it cannot be read.
@@ -117,7 +117,7 @@ def _files(source: Path, digest: hashlib._Hash) -> Iterator[Row]:
 
 
 def check_instruction(instruction: str) -> None:
-    """Refuse an instruction that would ask the same of every document.
+    """Refuse an instruction without a field.
 
     Raises:
         UsageError: it names no field.
@@ -129,7 +129,7 @@ def check_instruction(instruction: str) -> None:
 
 
 def fill(instruction: str, document: Mapping[str, Any]) -> str:
-    """The instruction with every {field} that it names; other braces stay as they are.
+    """Fill in every {field} of the instruction; other braces are kept.
 
     Raises:
         UsageError: the document has no such field, or no text or number there.
@@ -146,7 +146,7 @@ def fill(instruction: str, document: Mapping[str, Any]) -> str:
 
 
 def find_prompt(document: Document, instruction: str | None) -> str | Messages:
-    """A text to complete or to be said by the user; or a conversation that ends with the user's turn.
+    """Prompt of a document: a text, or a conversation that ends with the user's turn.
 
     Raises:
         UsageError: the document has neither "prompt" nor "messages", both, or something else in them.

@@ -1,4 +1,4 @@
-"""A batch job as its workers see it: what is asked, and how one part of the rows is answered."""
+"""Batch job as its workers receive it, and generation of one part of its rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """What is asked of every document, and where everything is; small, for it goes to every worker.
+    """Prompt options and paths of a batch job; small, because it is sent to every worker.
 
     Attributes:
         artifact, source, folder: the model, the documents and the journal, as paths that every worker can open.
@@ -76,7 +76,7 @@ class BatchJob:
 
 
 class Part(NamedTuple):
-    """Rows that one worker answers."""
+    """Rows for one worker."""
 
     number: int
     rows: list[Row]
@@ -86,7 +86,7 @@ class Answerer(Protocol):
     """A loaded model that answers rows."""
 
     def answer_all(self, rows: Sequence[Row], begin: Begin) -> Iterator[Line]:
-        """The line about each row, in the order in which they are done: its answer, or the error that it met.
+        """Output line of each row in order of completion: its answer or its error.
 
         Raises:
             EngineError: the engine failed; what was given so far holds.
@@ -99,7 +99,7 @@ class Answerer(Protocol):
 
 
 def cut_parts(rows: Sequence[Row], workers: int, *, together: bool) -> list[Part]:
-    """Pieces small enough that no worker is left alone with much at the end, and not more than needed for that.
+    """Split rows into parts, small enough to balance the workers at the end.
 
     Args:
         together: the rows of a part are computed together, so that they should be several.
@@ -110,7 +110,7 @@ def cut_parts(rows: Sequence[Row], workers: int, *, together: bool) -> list[Part
 
 
 def answer_part(answerer: Answerer, job: BatchJob, part: Part) -> Iterator[int]:
-    """Answer the rows of a part that nobody has answered yet; gives each row's number once its answer is on disk."""
+    """Answer the unanswered rows of a part; yields each row's number once its answer is on disk."""
     with PartJournal(job.folder, job.run, part.number) as journal:
         yield from sorted(journal.answered)
         missing = [row for row in part.rows if row.number not in journal.answered]
@@ -124,7 +124,7 @@ def answer_part(answerer: Answerer, job: BatchJob, part: Part) -> Iterator[int]:
 
 
 def answer_line(row: Row, document: Document, completion: Completion) -> Line:
-    """A document's answer."""
+    """Output line of an answer."""
     return (
         _heading(row, document)
         | {"text": completion.text}
@@ -135,7 +135,7 @@ def answer_line(row: Row, document: Document, completion: Completion) -> Line:
 
 
 def failure_line(row: Row, document: Document, exc: Exception) -> Line:
-    """The error that a document met."""
+    """Output line of an error."""
     error = {"type": type(exc).__name__, "message": first_line(exc)}
     if isinstance(exc, NormistralError) and exc.hint:
         error["hint"] = exc.hint

@@ -1,4 +1,4 @@
-"""What a batch job has done so far, kept so that a kill at any moment loses no answer.
+"""Journal of a batch job: finished rows on disk, so that a kill at any moment loses no answer.
 
 While OUTPUT is being made there are beside it
 
@@ -52,7 +52,7 @@ class Line(msgspec.Struct):
 
 
 class Place(NamedTuple):
-    """Where an answer is."""
+    """Position of an answer in a journal file."""
 
     file: Path
     start: int
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 
 def parts_folder(output: Path) -> Path:
-    """Where the job that makes OUTPUT keeps what it has done."""
+    """Folder of the journal for OUTPUT."""
     return output.with_name(output.name + ".parts")
 
 
@@ -199,7 +199,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _part_files(folder: Path) -> list[Path]:
-    """The files of all workers, in the order of their names."""
+    """Files of all workers, sorted by name."""
     return sorted(file for file in folder.glob("*.jsonl") if _PART.fullmatch(file.name) and not file.is_symlink())
 
 

@@ -1,7 +1,7 @@
 """A batch job on Ray Data: a pool of actors with one model each.
 
-What goes through Ray is where the rows are, never what they say. When a worker dies, Ray starts another and gives it
-the part again; the journal tells what of that part is done.
+Only positions of rows go through Ray, never their text. When a worker dies, Ray restarts it and repeats the part; the
+journal records the finished rows of that part.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Answers about many documents, in a file; a job that was killed goes on where it was.
+"""Batch jobs: answers to many documents in a file; a killed job resumes.
 
     from normistral.batch.run import run_batch
     run_batch("normistral-int4", "letters.jsonl", "summaries.jsonl", instruction="Summarise: {text}", workers=4)
 
-The answers are in the order of the documents. What keeps them from being lost: `normistral.batch.journal`.
+The answers are in the order of the documents. Durability: `normistral.batch.journal`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from normistral.server.backends.settings import uses_continuous_batching
 
 @dataclass(frozen=True, slots=True)
 class BatchSummary:
-    """What became of a job.
+    """Result of a batch job.
 
     Attributes:
         rows: documents, and so lines of the output.
@@ -152,7 +152,7 @@ def _check(
     *,
     force: bool,
 ) -> None:
-    """Refuse what cannot work before anything is read or loaded."""
+    """Validate the arguments before anything is read or loaded."""
     require_applicable(resolve_options(manifest.sampling, options), manifest, name)
     if instruction is not None:
         check_instruction(instruction)
@@ -177,7 +177,7 @@ def _identity(
     engine: WorkerEngine,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """All that decides about the answers; where and by how many they are computed does not."""
+    """Inputs that determine the answers; workers and machines do not."""
     return {
         "artifact": sha256_file(folder / MANIFEST_NAME),
         "documents": documents,

@@ -1,1 +1,1 @@
-"""Many machines: replicas behind Ray Serve, batch jobs on Ray Data."""
+"""Replicas of the server behind Ray Serve."""

@@ -1,4 +1,4 @@
-"""What the outside meets: checks a request as the single server does, and hands it to the replica where it belongs."""
+"""Ingress of the deployment: checks requests as the single server does, and routes them to replicas."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NOT_PASSED_ON = {b"x-request-id", b"content-length", b"transfer-encoding", b"co
 
 
 class Ingress:
-    """The ingress; it has no model, and takes as many connections as one server.
+    """Ingress without a model, with the connection limits of one server.
 
     Args:
         models: of the deployment whose replicas answer.
@@ -121,7 +121,7 @@ class Ingress:
         await Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")(scope, receive, send)
 
     async def _ask_all(self, method: str) -> list[Any]:
-        """What all replicas answer, or the exceptions that they met; also of those that have no free slot.
+        """Results or exceptions of all replicas, including those without a free slot.
 
         Raises:
             ApiError: they took too long.
@@ -145,7 +145,7 @@ class Ingress:
 
 
 class _Running(Response):
-    """Lets an ASGI application answer where Serve expects a response."""
+    """Adapter: ASGI application as the response that Serve expects."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ _WAITING_PIECES = 16  # that nobody has fetched yet; then the answer waits for i
 
 
 class Replica:
-    """What Serve keeps alive, asks whether it is well, and sends requests to."""
+    """Deployment class of a replica: lifecycle, health checks and requests of Serve."""
 
     async def __init__(self, artifact: str, engine: EngineOptions, limits: ServerLimits, keys: Keys) -> None:  # type: ignore[misc]
         self._app = create_app(open_artifacts([artifact], engine, limits), limits, keys)

@@ -1,4 +1,4 @@
-"""A request on its way from the front to a replica, and what comes back: plain data, because it crosses processes."""
+"""Requests between ingress and replica as plain data, their router key, and joined metrics of replicas."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class ServeRequest(NamedTuple):
 
 
 class ResponseStart(NamedTuple):
-    """What a replica sends first; pieces of the body follow."""
+    """Status and headers of a response; pieces of the body follow."""
 
     status: int
     headers: Headers
 
 
 def routing_key(tenant: str, headers: Mapping[str, str], body: bytes) -> str:
-    """A name that the requests have in common which one replica should answer.
+    """Router key: requests with a common prefix go to one replica, which has its KV cache.
 
     With a session header its value decides. Otherwise the beginning of the conversation up to its first user message
     does, which all its turns share; of that the first 2,048 characters, so that questions about one long text share it

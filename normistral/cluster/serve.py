@@ -1,4 +1,4 @@
-"""Many replicas of `normistral serve` behind Ray Serve, which starts, scales, watches and replaces them.
+"""Replicas of `normistral serve` behind Ray Serve, which starts, scales, monitors and replaces them.
 
     serve run normistral.cluster.serve:build artifact=/models/normistral-int4 replicas=2 threads=8 no_api_key=true
 
@@ -33,7 +33,7 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class ServeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a deployment is told; by these names in a configuration file.
+    """Options of a deployment, under these names in a configuration file.
 
     Attributes:
         artifact: folder or name, on every machine.
@@ -82,7 +82,7 @@ def read_options(arguments: Mapping[str, Any]) -> ServeOptions:
 
 
 def plan_deployment(options: ServeOptions, threads: int) -> dict[str, Any]:
-    """What Serve is told about the deployment of the models."""
+    """Options of Serve for the deployment of the models."""
     scale: dict[str, Any] = {"num_replicas": options.replicas}
     if options.max_replicas is not None:
         scale = {
@@ -154,7 +154,7 @@ def build(arguments: dict[str, Any]) -> Any:
 
 
 def retry_after_s(options: ServeOptions) -> float:
-    """What a refused client is told to wait: a guess, for nobody knows how long the answers before it are."""
+    """Retry-After of refused requests: an estimate, as lengths of queued answers are unknown."""
     return max(1.0, options.max_queue / options.slots / options.replicas)
 
 

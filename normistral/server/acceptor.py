@@ -1,12 +1,12 @@
-"""Accepts connections and holds them as bare sockets until a request comes that the application has to answer.
+"""Listening sockets and connections that have sent no request for the application yet.
 
-A connection of asyncio costs 0.3 ms before it has sent a byte, and a request 0.7 ms in the application. Here they cost
-0.02 and 0.05 ms, within a share of the event loop, so a flood without a key does not hold up requests with one:
+A connection of asyncio costs 0.3 ms before its first byte, and a request 0.7 ms in the application. Here they cost 0.02
+and 0.05 ms, within a share of the event loop, so that a flood without a key does not delay requests with a key:
 
-- a connection that is silent costs a socket; the oldest is closed when there are too many;
-- a request without access is answered here (`PublicRoutes`);
-- a request with access gets a protocol of its own, and its connection stays with that;
-- every other one too, but few at a time, and its connection is closed after the answer.
+- A silent connection is a bare socket; the oldest is closed when there are too many.
+- A request without a valid key is answered from its head (`PublicRoutes`).
+- A request with a valid key moves its connection to a `LimitedProtocol` for good.
+- Any other request does so too, one every 5 ms, and its connection is closed after the answer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _HEAD_END = re.compile(rb"\n\r?\n")
 
 
 class _Connection:
-    """A held socket."""
+    """Socket without a protocol."""
 
     __slots__ = (
         "deadline",
@@ -76,7 +76,7 @@ class _Connection:
 
 
 class Acceptor:
-    """The listening sockets of a server, and its connections that no protocol has yet.
+    """Listening sockets of a server, and connections without a protocol.
 
     Args:
         make_protocol: as `asyncio.loop.create_server` takes it.
@@ -120,7 +120,7 @@ class Acceptor:
         self._sweep()
 
     def close(self) -> None:
-        """Accept no more, and end what is held; protocols keep their connections."""
+        """Stop accepting and close the held sockets."""
         self._pause()
         for timer in self._timers.values():
             timer.cancel()
@@ -143,7 +143,7 @@ class Acceptor:
         return (self._selector, *self._listeners)
 
     def _turn(self) -> None:
-        """Serve and accept for a while; then wait until the share of the event loop allows more."""
+        """Accept and serve for at most 3 ms; pause when the share of the event loop is used up."""
         began, began_cpu_s = time.monotonic(), time.thread_time()  # others may take the processor in between
         if self._is_busy():
             self._busy_until = began + _BUSY_S
@@ -162,7 +162,7 @@ class Acceptor:
     def _serve_ready(self) -> None:
         """Serve connections in the order of start-time fair queuing (Goyal, Vin and Cheng, 1996).
 
-        Who asks now and then comes before who asks all the time.
+        A connection with few requests precedes one with many.
         """
         for key, _ in self._selector.select(0):
             self._queue(key.data)
@@ -213,7 +213,7 @@ class Acceptor:
         return oldest is not None and time.monotonic() - oldest.since < _PATIENCE_S
 
     def _make_room(self) -> None:
-        """End the connection that has been silent for longest, unless its request has just come."""
+        """Close the oldest held connection; a request that has arrived meanwhile is served first."""
         oldest = next(iter(self._held.values()), None)
         if oldest is None:
             return
@@ -251,7 +251,7 @@ class Acceptor:
             self._answer(connection)
 
     def _answer(self, connection: _Connection) -> None:
-        """Answer a request whose head is whole, or give it to a protocol."""
+        """Answer a complete head, or hand the connection over."""
         received = connection.received
         end = _HEAD_END.search(received)
         if end is None:
@@ -298,7 +298,7 @@ class Acceptor:
         self._held[descriptor] = self._held.pop(descriptor)  # behind those that are silent
 
     def _defer(self, connection: _Connection) -> None:
-        """Let the application answer a request without access, after those that came before."""
+        """Queue a request without access for the application."""
         received, taken = connection.received, self._release(connection)
         if not self._deferred and "deferred" not in self._timers:
             self._hand_over(taken, received, single=True)
@@ -335,7 +335,7 @@ class Acceptor:
         connection.socket.close()
 
     def _sweep(self) -> None:
-        """End connections whose deadline has come."""
+        """Close connections past their deadline."""
         now = time.monotonic()
         for connection in [one for one in self._held.values() if one.deadline < now]:
             self._end(connection)
@@ -348,12 +348,12 @@ class Acceptor:
 
 
 def _is_last(head: Head, rest: bytes) -> bool:
-    """No further request is read on this connection: the client wants none, or something follows (no pipelining)."""
+    """Whether the connection closes after this answer: asked for, with a body, or pipelined."""
     return head.close or head.has_body or bool(rest)
 
 
 def _queue_length(listener: socket.socket) -> int:
-    """Connections that wait to be accepted; 0 where the system does not tell."""
+    """Length of the accept queue; 0 where it is unknown."""
     if sys.platform != "linux":
         return 0
     # struct tcp_info of linux/tcp.h: of a listening socket, tcpi_unacked is the length of the queue

@@ -1,4 +1,4 @@
-"""Who is let in, and whose answer is computed next.
+"""Admission of jobs and the order in which they reach the worker.
 
 Jobs wait here, not in the worker, which gets as many as it has slots for: so order, limits and waiting times are the
 same on every engine. Slots go round the tenants. Where there are several, none holds more than three quarters of them,
@@ -26,7 +26,7 @@ _AVERAGE_WEIGHT = 0.2  # of the latest job, in the mean time that a job holds a 
 
 @dataclass(slots=True)
 class _Entry:
-    """A job that waits or runs."""
+    """Queued or running job."""
 
     job: Job
     deliver: Callable[[str, JobOutput], None]
@@ -52,12 +52,12 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait for a slot."""
+        """Number of queued jobs."""
         return sum(map(len, self._waiting.values()))
 
     @property
     def running(self) -> int:
-        """Jobs that the worker has."""
+        """Number of jobs in the worker."""
         return len(self._running)
 
     @contextmanager
@@ -114,11 +114,11 @@ class Admission:
             self._worker.add(entry.job, lambda output, job_id=job_id: self._arrived(job_id, output))  # type: ignore[misc]
 
     def refuse(self, error: ApiError) -> None:
-        """From now on answer new requests with this."""
+        """Refuse all further requests with this error."""
         self._refusal = error
 
     def abort(self, error: ApiError) -> None:
-        """End everything with this error."""
+        """Fail all queued and running jobs with this error."""
         entries = [*self._running.values(), *(entry for entries in self._waiting.values() for entry in entries)]
         for entry in entries:
             self.cancel(entry.job.job_id)
@@ -136,7 +136,7 @@ class Admission:
             raise self._too_many("this key has", self._limits.tenant_jobs, "tenant_queue_full")
 
     def _next(self, most: int) -> _Entry | None:
-        """The oldest job of the tenant whose turn it is."""
+        """Oldest queued job of the next tenant in round-robin order."""
         holds = Counter(entry.job.tenant for entry in self._running.values())
         tenant = next((tenant for tenant in self._waiting if holds[tenant] < most), None)
         if tenant is None:
@@ -181,7 +181,7 @@ class Admission:
         return ApiError(429, message, "ask again later", code=code, retry_after_s=self._wait_s())
 
     def _wait_s(self) -> float:
-        """About how long until a slot has become free for one more."""
+        """Estimated seconds until a slot is free for one more job."""
         slots = 1 if self._worker.loaded is None else self._worker.loaded.slots
         return min(60.0, self._mean_s * (1 + self.waiting / slots))
 
@@ -192,7 +192,7 @@ class Admission:
 
 
 class RoundRobinSemaphore:
-    """A semaphore that goes round the tenants.
+    """Semaphore that grants its places to tenants in round-robin order.
 
     Args:
         places: that may be taken at once.
@@ -209,7 +209,7 @@ class RoundRobinSemaphore:
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Have a place while the context is open; the next one has it after a round of the event loop."""
+        """Hold a place while the context is open; it is released one iteration of the event loop later."""
         await self.acquire(tenant)
         try:
             yield
@@ -217,7 +217,7 @@ class RoundRobinSemaphore:
             asyncio.get_running_loop().call_soon(self.release, tenant)
 
     async def acquire(self, tenant: str) -> None:
-        """Wait for a place; it has to be given back."""
+        """Wait for a place; `release` has to follow."""
         granted = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(granted)
         self._grant()
@@ -231,7 +231,7 @@ class RoundRobinSemaphore:
             raise
 
     def release(self, tenant: str) -> None:
-        """Leave a place to the next."""
+        """Return a place and grant it to the next waiter."""
         self._free += 1
         self._taken[tenant] -= 1
         if not self._taken[tenant]:
@@ -239,7 +239,7 @@ class RoundRobinSemaphore:
         self._grant()
 
     def _grant(self) -> None:
-        """Give what is free to those whose last turn is longest ago."""
+        """Grant free places to the tenants that were served least recently."""
         while self._free:
             entitled = [tenant for tenant in self._waiting if self._taken[tenant] < self._tenant_places]
             if not entitled:

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, gate, and the workers that live as long as it does."""
+"""ASGI application: routes, middleware, and worker processes tied to its lifespan."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def create_app(
     hosts: Collection[str] | None = None,
     worker_module: str = WORKER_MODULE,
 ) -> FastAPI:
-    """The application; its workers start and end with its lifespan.
+    """Create the application; its workers start and stop with its lifespan.
 
     Args:
-        keys: who is let in; None is everybody.
+        keys: accepted API keys; None accepts every request.
         hosts: as `RequestMiddleware` takes them.
         worker_module: whose `main` the worker processes run.
     """
@@ -78,7 +78,7 @@ def create_app(
 
 
 def _add_looking(app: FastAPI, service: Service) -> dict[str, AnswerSource]:
-    """Routes that compute nothing; returns those that need no key."""
+    """Add the routes that need no engine; returns the answers of those that need no key."""
 
     @app.get("/health", response_model=Status)
     async def health() -> dict[str, str]:
@@ -173,7 +173,7 @@ async def _refuse_route(request: Request, exc: Exception) -> Response:
 
 
 def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:
-    """The description that /openapi.json gives."""
+    """OpenAPI document of this server: models, limits, and whether a key is required."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document["components"]["schemas"]
     for name in _REQUESTS:
@@ -199,7 +199,7 @@ def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:
 
 
 def _require_with(schema: dict[str, Any], field: str, given: dict[str, Any], switch: str) -> None:
-    """Say that a field asks for another one that is true."""
+    """Declare that a field requires a switch to be true."""
     schema.setdefault("allOf", []).append(
         {
             "if": {"properties": {field: given}, "required": [field]},
@@ -209,7 +209,7 @@ def _require_with(schema: dict[str, Any], field: str, given: dict[str, Any], swi
 
 
 def _bound(schema: dict[str, Any], name: str, value: int) -> None:
-    """Set a bound of a number that may be null."""
+    """Set a bound of a nullable number."""
     for alternative in schema["anyOf"]:
         if alternative["type"] != "null":
             alternative[name] = value

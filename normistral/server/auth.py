@@ -1,4 +1,4 @@
-"""Who asks: API keys, compared in constant time and never written anywhere."""
+"""Authentication by API key: comparison in constant time; keys are never logged or stored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHORTEST = 16  # characters; what `openssl rand -hex 8` gives
 
 
 class Keys:
-    """The keys that are let in; with none of them, everybody is.
+    """Accepted API keys; an empty set accepts every request.
 
     Args:
         names: tenant by key. A tenant with several keys has one queue and one cache.
@@ -39,7 +39,7 @@ class Keys:
         return len(self._tenants)
 
     def tenant(self, authorization: str | None) -> str:
-        """Whose request this is.
+        """Tenant of a request.
 
         Args:
             authorization: the header, as `Bearer KEY`.
@@ -65,7 +65,7 @@ class Keys:
 
 
 def read_keys(file: Path | None, environ: Mapping[str, str] = os.environ) -> Keys:
-    """Keys of a file, or else those in NORMISTRAL_API_KEYS.
+    """Read keys from a file, or from NORMISTRAL_API_KEYS where `file` is None.
 
     The file has a key on each line, and after a blank the name of whom it belongs to; a line that begins with # is a
     comment. The variable has such entries with commas between, and no comments.
@@ -98,7 +98,7 @@ def read_keys(file: Path | None, environ: Mapping[str, str] = os.environ) -> Key
 
 
 def _read_lines(file: Path) -> list[str]:
-    """Lines of a regular file of modest size; nothing else is read from, or waited for."""
+    """Read the lines of a regular file of at most 1 MiB; refuses FIFOs and devices without blocking."""
     hint = "it is a text file with a key on each line"
     try:
         # A FIFO without a writer would keep us waiting.
@@ -124,5 +124,5 @@ def _read_lines(file: Path) -> list[str]:
 
 
 def _digest(key: str) -> bytes:
-    """All of one length, so that comparing tells nothing of theirs."""
+    """SHA-256 of a key: equal lengths, so that the comparison leaks no length."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

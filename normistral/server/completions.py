@@ -1,4 +1,4 @@
-"""/v1/completions: a text in, how it goes on out."""
+"""Response bodies and stream events of /v1/completions and /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KIND = "text_completion"
 
 @dataclass(slots=True)
 class _TextAnswer:
-    """One answer as far as it has come; `length` in characters."""
+    """Text completion so far; `length` in characters."""
 
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ class _TextAnswer:
 async def gather_text(
     outputs: AsyncIterator[SequenceOutput], header: ResponseHeader, choices: int, each: int, *, logprobs: bool
 ) -> dict[str, Any]:
-    """The whole answer of a request; `each` of the `choices` belong to one prompt."""
+    """Response body of /v1/completions; `each` of the `choices` belong to one prompt."""
     answers = [_TextAnswer() for _ in range(choices)]
     counter = UsageCounter(each)
     async for index, chunk in outputs:
@@ -67,7 +67,7 @@ async def stream_text(
     logprobs: bool,
     usage: bool,
 ) -> AsyncIterator[dict[str, Any]]:
-    """Its events: what is added, and with the last of an answer why it ended; with `usage` one more at the end."""
+    """Stream events of /v1/completions: text deltas, the last with a finish reason; `usage` adds a final event."""
     no_usage = {"usage": None} if usage else {}
     answers = [_TextAnswer() for _ in range(choices)]
     counter = UsageCounter(each)
@@ -94,7 +94,7 @@ def _no_logprobs() -> dict[str, list[Any]]:
 
 
 def _text_logprobs(handler: ModelHandler, chunk: Chunk, offset: int) -> dict[str, list[Any]]:
-    """Parallel lists for the chunk's token; `offset` is where its text begins."""
+    """Parallel lists for the chunk's token; `offset` is the first character of its text."""
     token_id = shown_token(handler, chunk)
     if token_id is None or chunk.logprob is None:
         return _no_logprobs()
@@ -110,7 +110,7 @@ def _text_logprobs(handler: ModelHandler, chunk: Chunk, offset: int) -> dict[str
 
 @dataclass(slots=True)
 class _ChatAnswer:
-    """One answer as far as it has come."""
+    """Chat completion so far."""
 
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -121,7 +121,7 @@ class _ChatAnswer:
 async def gather_chat(
     outputs: AsyncIterator[SequenceOutput], header: ResponseHeader, choices: int, *, logprobs: bool
 ) -> dict[str, Any]:
-    """The whole answer of a request."""
+    """Response body of /v1/chat/completions."""
     answers = [_ChatAnswer() for _ in range(choices)]
     counter = UsageCounter(choices)
     async for index, chunk in outputs:
@@ -138,7 +138,7 @@ async def gather_chat(
 async def stream_chat(
     outputs: AsyncIterator[SequenceOutput], header: ResponseHeader, choices: int, *, logprobs: bool, usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
-    """Its events: a role, then what is added, then why it ended; with `usage` one more at the end."""
+    """Stream events of /v1/chat/completions: role, deltas, finish reason; `usage` adds a final event."""
     kind, no_usage = "chat.completion.chunk", {"usage": None} if usage else {}
     counter = UsageCounter(choices)
     begun: set[int] = set()

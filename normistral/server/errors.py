@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}, and what statuses ours have."""
+"""Errors in OpenAI's format, {"error": {"message", "type", "param", "code"}}, with HTTP status codes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ALTERNATIVES = frozenset(("body", "str", "int", "float", "bool"))  # steps of a
 
 
 class ApiError(NormistralError):
-    """What a request is answered with instead of an answer.
+    """HTTP error response.
 
     Args:
-        status: of HTTP.
-        param: the field that is to blame.
-        code: for programs.
-        retry_after_s: when it may be worth asking again.
+        status: HTTP status code.
+        param: invalid field.
+        code: error code for programs.
+        retry_after_s: value of the header Retry-After.
     """
 
     def __init__(
@@ -45,25 +45,25 @@ class ApiError(NormistralError):
 
     @property
     def document(self) -> dict[str, Any]:
-        """The answer's body."""
+        """Response body."""
         text = self.message if not self.hint else f"{self.message} ({self.hint})"
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": text, "type": kind, "param": self.param, "code": self.code}}
 
 
 def unavailable(message: str, hint: str = "", *, code: str = "unavailable", retry_after_s: float = 5) -> ApiError:
-    """503: not now."""
+    """503 with Retry-After."""
     return ApiError(503, message, hint, code=code, retry_after_s=retry_after_s)
 
 
 def header_too_large(limits: ServerLimits) -> ApiError:
-    """431."""
+    """431: headers over the limit."""
     message = f"the headers have more than {limits.header_bytes} bytes"
     return ApiError(431, message, "send less", code="header_too_large")
 
 
 def too_many_connections() -> ApiError:
-    """503: of one connection too many."""
+    """503: the limit of connections is reached."""
     return unavailable("too many connections", "ask again later", code="connections")
 
 
@@ -75,7 +75,7 @@ def route_error(status: int, path: str, method: str, headers: Mapping[str, str] 
 
 
 def as_api_error(error: NormistralError) -> ApiError:
-    """An error of the package as an answer: the caller's fault is 400, the engine's 500."""
+    """Map an error of the package to a status: 400 for usage errors, 500 for engine errors."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):
@@ -86,7 +86,7 @@ def as_api_error(error: NormistralError) -> ApiError:
 
 
 def describe_validation(errors: Sequence[Any]) -> ApiError:
-    """The error that tells most; never what was sent.
+    """The most specific validation error; never quotes the request.
 
     Where a field has several types there is an error for each: one about a value says more than one about its type.
     """

@@ -1,4 +1,4 @@
-"""The answers to one request: its jobs, and what comes of them, as it comes."""
+"""Generation for one request: its jobs, their output, and server-sent events."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class SequenceOutput(NamedTuple):
-    """The next chunk of one of the answers."""
+    """Next chunk of one of the sequences of a request."""
 
     choice: int
     chunk: Chunk
 
 
 class Generation:
-    """Jobs of one request. Whoever begins it closes it.
+    """Jobs of one request; `close` has to follow `begin`.
 
     Args:
         model: name, for the metrics.
@@ -59,19 +59,19 @@ class Generation:
         self._arrived: asyncio.Queue[tuple[int, JobOutput]] = asyncio.Queue()
 
     def begin(self) -> None:
-        """Hand in the jobs; raises ApiError as `Admission.submit`."""
+        """Submit the jobs; raises ApiError as `Admission.submit`."""
         self._admission.submit(self._jobs, self._deliver)
         self._open = set(self._index)
 
     def close(self) -> None:
-        """Give up what is not finished."""
+        """Cancel unfinished jobs."""
         for job_id in list(self._open):
             self._open.discard(job_id)
             self._admission.cancel(job_id)
             self._metrics.cancelled.labels(self._model).inc()
 
     async def outputs(self) -> AsyncIterator[SequenceOutput]:
-        """Every chunk of every answer, until all have ended.
+        """All chunks of all sequences, until all have finished.
 
         Raises:
             ApiError, NormistralError: what ended one of them.
@@ -118,14 +118,14 @@ class Generation:
 
 
 class ClientLeftError(ApiError):
-    """Nobody is there any more who could read an answer."""
+    """The client has disconnected."""
 
     def __init__(self) -> None:
         super().__init__(499, "the client left", code="client_left")
 
 
 async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of `work`, which is cancelled as soon as the client leaves.
+    """Run `work`; cancel it when the client disconnects.
 
     Raises:
         ClientLeftError: it left.
@@ -160,7 +160,7 @@ class EventStream(Response):
         self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events; the connection of a reader who takes none is ended, and then the client has left."""
+        """Send the events until the client disconnects; the protocol closes a stalled connection."""
         try:
             await unless_gone(self._send(send), receive)
         except ClientLeftError:

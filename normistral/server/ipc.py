@@ -1,4 +1,10 @@
-"""What server and worker tell each other: msgpack (msgpack.org), each frame after its length in 4 bytes, big-endian."""
+"""Messages between server and worker process, and the heartbeat that shows that a worker is alive.
+
+A message is msgpack (msgpack.org) after its length in 4 bytes, big-endian. A worker that computes is left alone,
+however long a step takes: either the thread beside its engine sends heartbeats with processor time, or, where native
+code holds the interpreter, the system reports that time. Time is counted in iterations of the server's own event loop,
+so neither a suspended machine nor a starved server kills a worker.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +37,7 @@ _WORKING_SHARE = 0.02  # of a processor; a beat takes a hundredth of that
 
 
 class Load(msgspec.Struct, tag=True):
-    """The first frame: what to load; answered with `Loaded` or `LoadFailed`.
+    """First message: the model to load. Reply: `Loaded` or `LoadFailed`.
 
     Attributes:
         manifest_sha256: of the artifact that the server opened; None takes what is there.
@@ -44,13 +50,13 @@ class Load(msgspec.Struct, tag=True):
 
 
 class Add(msgspec.Struct, tag=True):
-    """Take up a job; answered with steps."""
+    """Start a job. Replies: `Step`."""
 
     job: Job
 
 
 class Cancel(msgspec.Struct, tag=True):
-    """Give up a job; not answered."""
+    """Cancel a job. No reply."""
 
     job_id: str
 
@@ -80,7 +86,7 @@ class Loaded(msgspec.Struct, tag=True):
 
 
 class Failure(msgspec.Struct, tag=True):
-    """An error of the package."""
+    """Error of the package, serialized."""
 
     kind: str
     message: str
@@ -88,11 +94,11 @@ class Failure(msgspec.Struct, tag=True):
 
     @classmethod
     def of(cls, error: NormistralError) -> Failure:
-        """Of an error here."""
+        """Serialize an error."""
         return cls(type(error).__name__, error.message, error.hint)
 
     def as_error(self) -> NormistralError:
-        """The error there: a caller's if it was one, otherwise the engine's."""
+        """UsageError if it was one, otherwise EngineError."""
         kind = UsageError if self.kind == "UsageError" else EngineError
         return kind(self.message, self.hint)
 
@@ -104,7 +110,7 @@ class LoadFailed(msgspec.Struct, tag=True):
 
 
 class Step(msgspec.Struct, tag=True):
-    """The next of a job: a chunk, or the error that ended it."""
+    """Next chunk of a job, or the error that ended it."""
 
     job_id: str
     chunk: Chunk | None
@@ -133,13 +139,13 @@ from_worker = msgspec.msgpack.Decoder(FromWorker)
 
 
 def encode_message(frame: ToWorker | FromWorker) -> bytes:
-    """A frame with its length."""
+    """Encode a message with its length."""
     payload = _encoder.encode(frame)
     return _LENGTH.pack(len(payload)) + payload
 
 
 def read_message(stream: BinaryIO) -> bytes | None:
-    """The next frame's payload; None where the stream ends."""
+    """Payload of the next message; None at the end of the stream."""
     header = stream.read(_LENGTH.size)
     if len(header) < _LENGTH.size:
         return None
@@ -148,7 +154,7 @@ def read_message(stream: BinaryIO) -> bytes | None:
 
 
 async def receive_message(stream: asyncio.StreamReader) -> bytes | None:
-    """As `read_message`; None also for a length that no worker sends."""
+    """As `read_message`; None also for a length over 64 MiB."""
     try:
         length: int = _LENGTH.unpack(await stream.readexactly(_LENGTH.size))[0]
         return await stream.readexactly(length) if length <= _MOST_BYTES else None
@@ -157,7 +163,7 @@ async def receive_message(stream: asyncio.StreamReader) -> bytes | None:
 
 
 class HeartbeatSender:
-    """The worker's end: a thread that beats.
+    """Worker side: thread that sends `Heartbeat` twice a second.
 
     Args:
         send: may be called from any thread.
@@ -182,7 +188,7 @@ class HeartbeatSender:
 
 
 class HeartbeatMonitor:
-    """The server's end, of one process. Call `tick` every `HEARTBEAT_S`."""
+    """Server side, for one process. Call `tick` every `HEARTBEAT_S`."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -192,7 +198,7 @@ class HeartbeatMonitor:
         self._cpu_s = 0.0
 
     def hear(self, beat: Heartbeat) -> None:
-        """A beat came."""
+        """Record a heartbeat."""
         self._heard = True
         moved = not beat.busy or beat.steps != self._last.steps
         worked = beat.cpu_s - self._last.cpu_s > _WORKING_SHARE * HEARTBEAT_S
@@ -201,7 +207,7 @@ class HeartbeatMonitor:
         self._last = beat
 
     def tick(self, *, loading: bool) -> str | None:
-        """Why the process has to be ended; None while it lives."""
+        """Reason to kill the process; None while it is alive."""
         cpu_s = _processor_seconds(self._pid)
         worked = cpu_s is None or cpu_s - self._cpu_s > _WORKING_SHARE * HEARTBEAT_S
         self._cpu_s = cpu_s or 0.0

@@ -1,4 +1,4 @@
-"""What a server takes on at most; every limit has its one default here."""
+"""Limits of a server and their defaults; connections by open files (`ulimit -n`, getrlimit(2)) and their eviction."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class ServerLimits:
 
 
 class ConnectionPlan(NamedTuple):
-    """Sockets that a server may hold at once.
+    """Division of the file descriptors among connections.
 
     Attributes:
-        served: connections whose requests are answered.
-        spare: more that are told that there are too many.
-        held: more whose request has not come, or needs no key.
+        served: connections with requests for the application.
+        spare: further ones, answered with 503.
+        held: connections without a request, or with requests that need no key.
     """
 
     served: int
@@ -95,13 +95,13 @@ class ConnectionPlan(NamedTuple):
 
 
 def plan_connections(wanted: int) -> ConnectionPlan:
-    """Raise the soft limit of open files to the hard one, and divide what it gives.
+    """Raise the soft limit of open files to the hard limit, and divide it.
 
     Args:
         wanted: connections to serve; the plan has fewer where the limit does not allow as many.
 
     Raises:
-        UsageError: it hardly allows any.
+        UsageError: it leaves fewer than 8 connections.
     """
     limit = _raise_limit()
     if limit is None:
@@ -115,7 +115,7 @@ def plan_connections(wanted: int) -> ConnectionPlan:
 
 
 def _raise_limit() -> int | None:
-    """The limit of open files in force from now on; None where there is none."""
+    """Raise the limit of open files; returns the new one, or None for unlimited."""
     if sys.platform == "win32":
         return None
     import resource
@@ -131,19 +131,19 @@ def _raise_limit() -> int | None:
 
 
 class PoolMember(Protocol):
-    """A connection."""
+    """Connection of a `ConnectionPool`."""
 
     def leave(self) -> None:
-        """End at once."""
+        """Close without waiting for the peer."""
         ...
 
 
 class ConnectionPool:
-    """Connections that wait for their clients: for a request, for more of it, or for an answer to be taken.
+    """Admission and eviction of connections; a connection that waits for its client may be evicted.
 
     Args:
-        served: connections that are answered.
-        spare: more that are told that there are too many.
+        served: most connections with requests for the application.
+        spare: further ones, answered with 503.
     """
 
     def __init__(self, served: int, spare: int) -> None:
@@ -153,9 +153,9 @@ class ConnectionPool:
         self._leaving: set[PoolMember] = set()
 
     def admit(self, guest: PoolMember, count: int) -> bool:
-        """Whether a new connection is served, in the place of one that has waited long if need be.
+        """Admit a connection, if need be in place of the one that has waited longest for its client.
 
-        Otherwise it is one too many, and may only be told so.
+        Returns False for a surplus connection, which is answered with 503.
 
         Args:
             count: connections that are open, with this one.
@@ -172,17 +172,17 @@ class ConnectionPool:
         return False
 
     def wait(self, guest: PoolMember) -> None:
-        """From now on it keeps the server waiting."""
+        """Mark a connection as waiting for its client."""
         if guest not in self._surplus:
             self._waiting.pop(guest, None)
             self._waiting[guest] = time.monotonic()
 
     def busy(self, guest: PoolMember) -> None:
-        """It keeps the server waiting no more."""
+        """Mark a connection as busy: not evicted."""
         self._waiting.pop(guest, None)
 
     def gone(self, guest: PoolMember) -> None:
-        """It has ended."""
+        """Remove a closed connection."""
         self._forget(guest)
         self._leaving.discard(guest)
 

@@ -1,4 +1,4 @@
-"""Figures for Prometheus; no text of anybody is ever in them."""
+"""Prometheus metrics; labels never hold text of requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SPEEDS = (1, 2, 5, 10, 15, 20, 30, 40, 60, 80, 120, 200)
 
 
 class Metrics:
-    """Counters of one server."""
+    """Metrics of one server."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -37,12 +37,12 @@ class Metrics:
     def watch(
         self, model: str, queued: Callable[[], int], running: Callable[[], int], ready: Callable[[], int]
     ) -> None:
-        """Read a model's gauges from here whenever they are asked for."""
+        """Register callbacks for a model's gauges."""
         for gauge, read in ((self.queued, queued), (self.running, running), (self.ready, ready)):
             gauge.labels(model).set_function(read)
 
     def render(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, description: str, *labels: str) -> Counter:

@@ -1,7 +1,7 @@
-"""Before every route: who asks, from where, and whether what they send is small enough to be read at all.
+"""ASGI middleware before every route: host, API key, size and nesting of the body, error responses.
 
-An ASGI middleware. It reads the whole body, within limits of size, time and nesting, so routes get all or nothing; and
-it is where every error becomes an answer in OpenAI's shape.
+The whole body is read within limits of size, time and nesting before a route runs. Every error becomes a response in
+OpenAI's format here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _JSON_PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
 class RequestMiddleware:
-    """The middleware.
+    """ASGI middleware.
 
     Args:
         hosts: names under which the server may be addressed; None is any. A page elsewhere can make a browser here ask
@@ -51,7 +51,7 @@ class RequestMiddleware:
         self._decoding = RoundRobinSemaphore(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it."""
+        """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -76,7 +76,7 @@ class RequestMiddleware:
             logger.debug("%s: %s %d in %.3f s", scope["state"]["request_id"], route, answer.status, seconds)
 
     async def _check(self, scope: Scope, receive: Receive, answer: _Answer) -> bytes:
-        """The body; raises ApiError for what is refused."""
+        """Check a request; returns its body, raises ApiError."""
         headers = Headers(scope=scope)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
             raise header_too_large(self._limits)  # h11 looks at those only that did not come at once
@@ -167,7 +167,7 @@ def require_known_host(host: str, hosts: Collection[str] | None) -> None:
 
 
 class _Answer:
-    """The way out: adds the request's id, and ends the connection where the request's body is not read.
+    """Response of a request: adds its id; closes the connection where the body was not read.
 
     Attributes:
         status: what was sent; 0 is nothing.
@@ -194,7 +194,7 @@ class _Answer:
         await self._send(message)
 
     async def _linger(self) -> None:
-        """Take the rest of the body until its sender has read the answer: a reset would take that away."""
+        """Discard the rest of the body while the client reads the answer; a reset would discard the answer."""
         taken = 0
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
@@ -203,7 +203,7 @@ class _Answer:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives a body that was read, and then what follows it: that the client has left."""
+    """ASGI receive that replays a body, then waits for the disconnect."""
     given = False
 
     async def replay() -> Message:
@@ -217,7 +217,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _require_simple(document: Any, limits: ServerLimits) -> None:
-    """Raise ApiError for a body that is deep, wide, or of very many values, before anything is made of it."""
+    """Raise ApiError for a body over the limits of depth, width and number of values."""
     containers = [document] if type(document) in _CONTAINERS else []
     values, seen = 0, 0
     for _ in range(limits.json_depth + 1):

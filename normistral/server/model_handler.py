@@ -1,4 +1,4 @@
-"""What the server knows of an artifact without its engine: how a prompt becomes tokens, and what may be asked."""
+"""Model of a server without its engine: prompt to token ids, resolution and limits of options."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNSETTLED = 256  # tokens at the end of a beginning that what follows may chang
 
 @dataclass(frozen=True)
 class ModelHandler:
-    """One artifact that is served.
+    """Served artifact: manifest, tokenizer, template, limits.
 
     Attributes:
         name: of the model, in requests.
@@ -74,19 +74,19 @@ class ModelHandler:
         )
 
     def fingerprint(self, arithmetic: str) -> str:
-        """Names these very weights, and the arithmetic of the process that computes with them."""
+        """Hash of weights and arithmetic, for `system_fingerprint`."""
         files = sorted((name, record.sha256) for name, record in self.manifest.files.items())
         text = repr((files, self.load.config.exact, arithmetic))
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """What each token adds to the UTF-8 of a text."""
+        """UTF-8 bytes of each token."""
         return spell_vocabulary(self.tokenizer, self.manifest.architecture.vocabulary)
 
     @cached_property
     def structures(self) -> StructureCompiler:
-        """For looking whether an answer can have the form that a request asks for."""
+        """Compiler that validates requested structures."""
         vocabulary = self.manifest.architecture.vocabulary
         return StructureCompiler(GrammarVocabulary(self.tokenizer, vocabulary, self.manifest.stop_token_ids))
 
@@ -123,7 +123,7 @@ class ModelHandler:
         return self._fitting(prompt_ids)
 
     def resolve(self, options: dict[str, Any], prompt_tokens: int) -> GenerationConfig:
-        """The request's options over the authors' over ours, within this server's limits.
+        """Options of a request over the model's defaults over ours, within the server's limits.
 
         Raises:
             UsageError: a value out of range, an option that means nothing to this model, more new tokens than this
@@ -143,7 +143,7 @@ class ModelHandler:
         return config
 
     def _require_possible(self, text: str) -> None:
-        """Refuse what is far too long by a beginning of it, before all of it is rendered and tokenised.
+        """Refuse a text that is far too long after tokenizing a prefix of it.
 
         A text goes on from the tokens of its beginning, but for the last few of those. Tokenizers take half a second
         to two seconds for a megabyte, whatever it holds, so there is an end to what they are given.

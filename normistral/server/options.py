@@ -1,4 +1,4 @@
-"""From a request's fields to the library's options."""
+"""Conversion of request fields to `GenerationConfig` options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SAME = (
 
 
 def read_options(body: CommonRequest) -> dict[str, Any]:
-    """Fields of `GenerationConfig` that a request gives.
+    """Options of a request, as fields of `GenerationConfig`.
 
     Raises:
         ApiError, UsageError: fields that contradict each other, or a malformed structure.
@@ -44,7 +44,7 @@ def read_options(body: CommonRequest) -> dict[str, Any]:
 
 
 def count_choices(body: CommonRequest, prompts: int, limits: ServerLimits) -> int:
-    """Answers that a request asks for in all.
+    """Number of sequences of a request.
 
     Raises:
         ApiError: more than the server writes for one request.

@@ -1,9 +1,11 @@
 """uvicorn's HTTP/1.1 connection, with a limit in force at every moment.
 
-uvicorn has one time limit, for a connection between two requests; it ends that by a close that waits for what was
-written to be taken. Here each phase of a connection has its own (`_Phase`), and what comes after it is a reset.
+uvicorn limits only the time between two requests, and closes gracefully, which waits for the reader. Here each phase of
+a connection has a deadline (`_Phase`), after which the connection is reset.
 
-What h11 cannot read is answered in OpenAI's shape too, and with the status that h11 proposes (431 for long headers).
+h11 accepts heads that proxies and other servers may parse differently, which enables request smuggling: a length beside
+chunks, lines without CR, folded headers; and any number of header lines and chunks. `StrictConnection` refuses them
+(RFC 9112). Parse errors are answered in OpenAI's format with the status that h11 proposes (431 for long headers).
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ _BODILESS = (b"GET", b"HEAD", b"OPTIONS", b"DELETE")
 
 
 class _Phase(enum.Enum):
-    """What a connection is doing; how long it may is said in `_seconds`."""
+    """Phase of a connection; `_seconds` gives its time limit."""
 
     HEAD = enum.auto()  # waits for a request
     IDLE = enum.auto()  # waits for a further request
@@ -72,7 +74,7 @@ class LimitedProtocol(H11Protocol):
         self._discarded = 0  # bytes behind a request that is being answered or was refused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Serve it, or let it know that it is one too many."""
+        """Admit the connection, or mark it as surplus."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that is not taken
         transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
@@ -85,14 +87,14 @@ class LimitedProtocol(H11Protocol):
             self.data_received(received)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Release timer and place in the pool."""
         self.crowd.gone(self)
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, unless nothing more is wanted."""
+        """Parse received bytes, or discard them after the last request."""
         if self._phase is _Phase.REFUSED or (self._answering and not self.cycle.more_body):
             self._discard(len(data))
             return
@@ -108,22 +110,22 @@ class LimitedProtocol(H11Protocol):
             self.crowd.wait(self)  # that was progress
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Update the phase after a response."""
         super().on_response_complete()
         self._review()
 
     def pause_writing(self) -> None:
-        """What was written is not taken at once."""
+        """Update the phase: the peer reads too slowly."""
         super().pause_writing()
         self._review()
 
     def resume_writing(self) -> None:
-        """All that was written is taken."""
+        """Update the phase: the write buffer is empty."""
         super().resume_writing()
         self._review()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP."""
+        """Refuse input that is not HTTP/1.1."""
         status = getattr(sys.exception(), "error_status_hint", 400)
         if status == 431:
             self._refuse(header_too_large(self.limits))
@@ -131,12 +133,12 @@ class LimitedProtocol(H11Protocol):
             self._refuse(ApiError(status, "this is no HTTP/1.1 request that can be read", code="not_http"))
 
     def leave(self) -> None:
-        """End at once, without waiting for a reader who does not read."""
+        """Close at once; unsent data is dropped."""
         self.transport.abort()
 
     @property
     def _answering(self) -> bool:
-        """A request's headers are whole and its answer is not."""
+        """A response is in progress."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _review(self) -> None:
@@ -194,7 +196,7 @@ class LimitedProtocol(H11Protocol):
             self.leave()
 
     def _discard(self, count: int) -> None:
-        """Drop what comes behind a request: no pipelining (RFC 9112, 9.3.2, lets a server close instead)."""
+        """Discard pipelined data (RFC 9112, 9.3.2, lets a server close instead)."""
         self._discarded += count
         if self._answering:
             self.cycle.keep_alive = False
@@ -222,7 +224,7 @@ class LimitedProtocol(H11Protocol):
 
 
 def limit_unread(connection: socket.socket, stall_s: float) -> None:
-    """Let the system end a connection that takes nothing of what it was given, also after we have closed it."""
+    """Set TCP_USER_TIMEOUT: the system drops a connection whose peer does not read, also after close."""
     option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux: tcp(7)
     if option is not None:
         with suppress(OSError):

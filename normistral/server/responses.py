@@ -1,4 +1,4 @@
-"""Answers as OpenAI's clients read them: the description of what the routes send."""
+"""Response schemas of the API, token usage, and fields that all responses share."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from normistral.server.service import Service
 
 
 class _DecodedRequest(Request):
-    """A request whose body the gate has decoded."""
+    """Request whose body the middleware has decoded."""
 
     async def json(self) -> Any:
         """The body."""
