@@ -152,7 +152,7 @@ class ConnectionPool:
         self._surplus: dict[PoolMember, None] = {}  # in the order in which they came
         self._leaving: set[PoolMember] = set()
 
-    def admit(self, guest: PoolMember, count: int) -> bool:
+    def admit(self, member: PoolMember, count: int) -> bool:
         """Admit a connection, if need be in place of the one that has waited longest for its client.
 
         Returns False for a surplus connection, which is answered with 503.
@@ -164,33 +164,33 @@ class ConnectionPool:
             return True
         longest, since = next(iter(self._waiting.items()), (None, 0.0))
         if longest is not None and time.monotonic() - since > _PATIENCE_S:
-            self._send_away(longest)
+            self._evict(longest)
             return True
         if len(self._surplus) >= self._spare:
-            self._send_away(next(iter(self._surplus)))
-        self._surplus[guest] = None
+            self._evict(next(iter(self._surplus)))
+        self._surplus[member] = None
         return False
 
-    def wait(self, guest: PoolMember) -> None:
+    def mark_waiting(self, member: PoolMember) -> None:
         """Mark a connection as waiting for its client."""
-        if guest not in self._surplus:
-            self._waiting.pop(guest, None)
-            self._waiting[guest] = time.monotonic()
+        if member not in self._surplus:
+            self._waiting.pop(member, None)
+            self._waiting[member] = time.monotonic()
 
-    def busy(self, guest: PoolMember) -> None:
+    def mark_busy(self, member: PoolMember) -> None:
         """Mark a connection as busy: not evicted."""
-        self._waiting.pop(guest, None)
+        self._waiting.pop(member, None)
 
-    def gone(self, guest: PoolMember) -> None:
+    def remove(self, member: PoolMember) -> None:
         """Remove a closed connection."""
-        self._forget(guest)
-        self._leaving.discard(guest)
+        self._forget(member)
+        self._leaving.discard(member)
 
-    def _send_away(self, guest: PoolMember) -> None:
-        self._forget(guest)
-        self._leaving.add(guest)
-        guest.leave()
+    def _evict(self, member: PoolMember) -> None:
+        self._forget(member)
+        self._leaving.add(member)
+        member.leave()
 
-    def _forget(self, guest: PoolMember) -> None:
-        self._waiting.pop(guest, None)
-        self._surplus.pop(guest, None)
+    def _forget(self, member: PoolMember) -> None:
+        self._waiting.pop(member, None)
+        self._surplus.pop(member, None)

@@ -60,7 +60,7 @@ class LimitedProtocol(H11Protocol):
     """
 
     limits: ClassVar[ServerLimits]
-    crowd: ClassVar[ConnectionPool]
+    pool: ClassVar[ConnectionPool]
     received = b""
     single = False
 
@@ -79,7 +79,7 @@ class LimitedProtocol(H11Protocol):
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that is not taken
         transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         limit_unread(transport.get_extra_info("socket"), self.limits.stall_s)
-        self._served = self.crowd.admit(self, len(self.connections))
+        self._served = self.pool.admit(self, len(self.connections))
         self.app_state = {**self.app_state, "abort": self.leave, "surplus": not self._served}
         self._enter(_Phase.HEAD)
         if self.received:
@@ -88,7 +88,7 @@ class LimitedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release timer and place in the pool."""
-        self.crowd.gone(self)
+        self.pool.remove(self)
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
@@ -107,7 +107,7 @@ class LimitedProtocol(H11Protocol):
             self._discard(len(data))
         self._review()
         if self._phase is _Phase.BODY:
-            self.crowd.wait(self)  # that was progress
+            self.pool.mark_waiting(self)  # that was progress
 
     def on_response_complete(self) -> None:
         """Update the phase after a response."""
@@ -158,9 +158,9 @@ class LimitedProtocol(H11Protocol):
     def _enter(self, phase: _Phase) -> None:
         self._phase = phase
         if phase is _Phase.ANSWER:
-            self.crowd.busy(self)
+            self.pool.mark_busy(self)
         else:
-            self.crowd.wait(self)
+            self.pool.mark_waiting(self)
         self._deadline = self.loop.time() + self._seconds(phase)
         if self._timer is None or self._timer.when() > self._deadline:
             self._set_timer()
@@ -231,9 +231,9 @@ def limit_unread(connection: socket.socket, stall_s: float) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, option, int(1000 * stall_s))
 
 
-def limited_protocol(limits: ServerLimits, crowd: ConnectionPool) -> type[LimitedProtocol]:
+def limited_protocol(limits: ServerLimits, pool: ConnectionPool) -> type[LimitedProtocol]:
     """The protocol with these limits; uvicorn makes its connections itself."""
-    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "crowd": crowd})
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "pool": pool})
 
 
 class StrictConnection(h11.Connection):

@@ -91,7 +91,7 @@ class ApiServer(uvicorn.Server):
         self._stop_asked = False
         self._deadline: float | None = None
         self._quiet_until = 0.0
-        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # the gate says what there is to say, without texts
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # the middleware logs, without texts of requests
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came. (uvicorn would raise it again at the end, and the exit code would be its.)"""

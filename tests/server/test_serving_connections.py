@@ -239,18 +239,18 @@ class PoolMember:
 def test_whoever_has_kept_the_server_waiting_longest_makes_room(monkeypatch) -> None:
     now = 0.0
     monkeypatch.setattr("normistral.server.limits.time.monotonic", lambda: now)
-    crowd, guests = ConnectionPool(3, 2), [PoolMember() for _ in range(8)]
+    pool, guests = ConnectionPool(3, 2), [PoolMember() for _ in range(8)]
     for count, guest in enumerate(guests[:3], 1):
-        assert crowd.admit(guest, count)
-        crowd.wait(guest)
-    assert [crowd.admit(guest, 4 + i) for i, guest in enumerate(guests[3:5])] == [False, False]  # nobody waited long
-    assert not crowd.admit(guests[5], 6)
+        assert pool.admit(guest, count)
+        pool.mark_waiting(guest)
+    assert [pool.admit(guest, 4 + i) for i, guest in enumerate(guests[3:5])] == [False, False]  # nobody waited long
+    assert not pool.admit(guests[5], 6)
     assert guests[3].left  # of those that are too many, the first
-    crowd.gone(guests[3])
-    crowd.busy(guests[0])
-    crowd.wait(guests[1])
+    pool.remove(guests[3])
+    pool.mark_busy(guests[0])
+    pool.mark_waiting(guests[1])
     now = 2.0
-    assert crowd.admit(guests[6], 6)
+    assert pool.admit(guests[6], 6)
     assert [guest.left for guest in guests[:3]] == [False, False, True]
 
 
