@@ -97,7 +97,7 @@ def export_model(
         chat_template: a file of jinja that takes the place of the checkpoint's chat template.
         ignore_fields: fields of config.json or generation_config.json, or keys of a .gguf file, that would be refused
             because they may change what the model computes; the manifest names them.
-        verify: prove that the artifact is still the model; without, the manifest says that nobody did.
+        verify: compare the artifact with the checkpoint; otherwise the manifest says that it was not verified.
         keep_failed: keep an artifact that fails this as OUTPUT.failed; otherwise nothing stays.
         progress: receives stages and notes; None shows nothing.
         recipe: the other fields of `normistral.export.recipe.Recipe`.

@@ -294,7 +294,7 @@ def record_recipe(recipe: Recipe, group_size: int | None) -> RecipeRecord:
 
 
 def estimate_weight_bytes(architecture: Architecture, recipe: Recipe, group_size: int | None) -> int:
-    """Size of the stored weights in bytes: what the bits come to, scales and zero points included."""
+    """Size of the stored weights in bytes, scales and zero points included."""
     if recipe.weights in ("fp16", "fp32"):
         return (2 if recipe.weights == "fp16" else 4) * architecture.parameters
     narrowest = min(input_widths(architecture))

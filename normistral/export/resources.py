@@ -34,7 +34,7 @@ _BLOCKS_BYTES = 256 * 2**20
 _SMALL_FILES_BYTES = 64 * 2**20
 _RUNNING_SHARE = 1.6  # memory of a running artifact over its size on disk (benchmarks/load_memory.py: 1.2 to 1.5)
 _SAMPLES_PER_S = 20
-# Float32 operations a second of one core with AVX512 (EPYC): what a calibration comes to in all, its searches included
+# Float32 operations a second of one core with AVX512 (EPYC), over a whole calibration, its searches included
 # (demo model: 28 s of two cores; layers of the 7B's widths: 134 s of one core each).
 _CORE_OPERATIONS_PER_S = 110e9
 _REFERENCE_PRODUCTS_PER_S = 237e9  # of `measure_matmul` there: a slower or busier core takes longer in proportion

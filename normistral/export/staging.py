@@ -2,7 +2,7 @@
 
 While OUTPUT is being made, its parent holds two hidden neighbours:
 
-    .OUTPUT.lock              held (flock) by the running export; the system lets go of it when the process dies
+    .OUTPUT.lock              held (flock) by the running export; the system releases it when the process dies
     .OUTPUT.partial-XXXXXXXX  `artifact`, which becomes OUTPUT, and `workspace`, which is thrown away; marked as ours
 
 A new OUTPUT appears by one rename, an old one is exchanged for the new one by one rename: at every moment the name

@@ -139,9 +139,9 @@ class _Transport:
                 continue
             etag = file.lfs.sha256 if file.lfs is not None else file.blob_id
             if not is_hash(etag) or type(size) is not int or not 0 <= size <= _MOST_BYTES:
-                raise self._lie(f"gives no hash or size of {name} that can be")
+                raise self._protocol_error(f"gives no hash or size of {name} that can be")
             if files.setdefault(name.lower(), _RemoteFile(name, size, etag)).etag != etag:
-                raise self._lie(f"lists {name} twice, perhaps in another case")
+                raise self._protocol_error(f"lists {name} twice, perhaps in another case")
         return list(files.values())
 
     def fetch(self, files: list[_RemoteFile], commit: str, title: str, progress: Progress) -> dict[str, str]:
@@ -234,7 +234,7 @@ class _Transport:
                     stream.write(block[:left])
                     left -= len(block)
                     if left < 0:
-                        raise self._lie(f"sends more bytes of {file.name} than it has")
+                        raise self._protocol_error(f"sends more bytes of {file.name} than it has")
                     report(file.size - left)
                 if left > 0:
                     raise _ConnectionBrokenError from requests.ConnectionError()
@@ -243,9 +243,9 @@ class _Transport:
         except requests.RequestException as exc:
             self._translate(exc, file)
         except ValueError as exc:  # from the depths of requests: an address that is none
-            raise self._lie(f"redirects {file.name} to no address") from exc
+            raise self._protocol_error(f"redirects {file.name} to no address") from exc
 
-    def _lie(self, what: str) -> DownloadError:
+    def _protocol_error(self, what: str) -> DownloadError:
         return DownloadError(f"{self._host()} {what}", "check HF_ENDPOINT: what answers there is not as the hub is")
 
     def _require_disk(self, missing: list[_RemoteFile]) -> None:
@@ -308,7 +308,7 @@ class _Transport:
                 "free some space and run the same command again: it continues",
             ) from exc
         if isinstance(exc, requests.exceptions.InvalidSchema | requests.exceptions.InvalidURL):
-            raise self._lie(f"redirects {what} to where nothing can be fetched") from exc
+            raise self._protocol_error(f"redirects {what} to where nothing can be fetched") from exc
         if isinstance(exc, OSError) and exc.errno and not isinstance(exc, requests.RequestException):
             raise DownloadError(
                 f"cannot write to the cache {self.cache}: {explain(exc)[0]}", "point HF_HOME at a folder you can write"

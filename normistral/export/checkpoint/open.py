@@ -186,7 +186,7 @@ def _open_text(
     given: TemplateFile | None,
     progress: Progress,
 ) -> CheckpointText:
-    """Read and prove what needs no weights; the tensors' names and shapes are not looked at either."""
+    """Read and verify everything but the weights; their tensor headers are not read either."""
     notes: list[str] = []
     with progress.stage("Checking tokenizer and template"):
         family, raw_config, config = _read_config(folder, located.preset, ignored, notes)

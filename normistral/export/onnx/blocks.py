@@ -129,7 +129,7 @@ def group_query_attention(
 
 
 def past_input(graph: Graph, name: str, architecture: Architecture) -> str:
-    """A past tensor [b, K, past, d]; an empty one of another width, which ORTModelForCausalLM passes, is mended."""
+    """A past tensor [b, K, past, d]; an empty one of another width, which ORTModelForCausalLM passes, is reshaped."""
     if architecture.head_dim * architecture.heads == architecture.hidden_size:
         return name
     shape = np.array([0, 0, 0, architecture.head_dim])  # 0 is: as it comes

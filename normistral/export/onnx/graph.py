@@ -121,7 +121,7 @@ class Graph:
         return name
 
     def store(self, name: str, values: NDArray[Any]) -> str:
-        """Floats of our own making in the data file: model.onnx stays so small that every load can hash it."""
+        """Computed floats in the data file, so that model.onnx stays small enough to be hashed at every load."""
         return self.use(self.data.write(name, self.float_type, values.shape, [self._as_floats(values)]))
 
     def vector(self, name: str) -> str:

@@ -1,6 +1,6 @@
 """A decoder without weights, and the graph that Optimum's exporter traces from it.
 
-Every matrix product and every look-up becomes one node of a domain of our own, which names the weights that it wants:
+Every matrix product and every look-up becomes one node of the domain normistral.placeholder, which names its weights:
 
     Linear(x [..., in], weight, bias?) → [..., out]        Embedding(ids [...], weight) → [..., width]
 

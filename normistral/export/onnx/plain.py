@@ -61,13 +61,13 @@ def fill(graph: Graph, traced: onnx.GraphProto, architecture: Architecture, embe
         embedding: name of its matrix.
         weights: names of the checkpoint's tensors.
     """
-    mended = {
+    past_inputs = {
         value.name: past_input(graph, value.name, architecture)
         for value in traced.input
         if value.name.startswith("past_key_values.")
     }
     for node in traced.node:
-        node.input[:] = [mended.get(name, name) for name in node.input]
+        node.input[:] = [past_inputs.get(name, name) for name in node.input]
         if node.domain != placeholders.DOMAIN:
             for name in node.input:
                 if name in weights:
