@@ -111,6 +111,13 @@ def test_every_file_that_the_architecture_names_exists():
     assert [room for room in rooms() if f"normistral/{room}/__init__.py)" not in text] == []
 
 
+def test_names_of_the_architecture_are_in_the_files_beside_them():
+    for row in re.findall(r"^\|.*", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE):
+        linked = re.findall(r"\]\(\.\./(normistral/[\w/]+\.py)\)", row)
+        code = "".join((ROOT / path).read_text(encoding="utf-8") for path in linked)
+        assert not linked or [name for name in re.findall(r"`(\w+)`", row) if name not in code] == [], row
+
+
 def rooms():
     """Folders of the package but for `serving`, an earlier name."""
     folders = (path.parent.name for path in (ROOT / "normistral").glob("*/__init__.py"))
