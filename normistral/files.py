@@ -138,7 +138,7 @@ def require_place(path: Path, what: str = "") -> None:
     name = f"{what} {path}" if what else str(path)
     try:
         path = checked(path).absolute()
-        if not path.parent.is_dir():
+        if not _is_folder(path.parent):
             raise UsageError(
                 f"cannot write {name}: there is no folder {path.parent}", "make it, or name a file elsewhere"
             )
@@ -148,6 +148,16 @@ def require_place(path: Path, what: str = "") -> None:
     except OSError as exc:
         reason, hint = explain(exc)
         raise UsageError(f"cannot write {name}: {reason}", hint) from exc
+
+
+def _is_folder(path: Path) -> bool:
+    """`Path.is_dir`, which from Python 3.14 on hides why it could not look: a name too long, no permission."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
 
 
 def require_replaceable(path: Path) -> None:

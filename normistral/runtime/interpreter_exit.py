@@ -27,8 +27,9 @@ _END = _End()
 _POLL_S = 0.002
 _CANCEL_S = 2.0
 _MOST_S = 60.0  # a forward, or compiling a model
-_lock = threading.Lock()
-_computing = 0
+# Thread -> contexts that it has open. Each thread changes its own entry only, so no lock is needed, and an interrupt in
+# the main thread between counting and opening a context leaves no count that others wait for.
+_computing: dict[int, int] = {}
 
 
 class Closable(Protocol):
@@ -59,14 +60,15 @@ def close_at_exit(closable: Closable) -> None:
 @contextmanager
 def computing() -> Iterator[None]:
     """The interpreter does not end while the context is open in a thread, but for a minute at most."""
-    global _computing
-    with _lock:
-        _computing += 1
+    thread = threading.get_ident()
+    _computing[thread] = _computing.get(thread, 0) + 1
     try:
         yield
     finally:
-        with _lock:
-            _computing -= 1
+        if _computing[thread] == 1:
+            del _computing[thread]
+        else:
+            _computing[thread] -= 1
 
 
 def computing_each(items: Generator[T, None, None]) -> Iterator[T]:
@@ -90,6 +92,7 @@ def _close_all() -> None:
 
 
 def _wait_until_idle(most_s: float) -> None:
-    deadline = time.monotonic() + most_s
-    while _computing and time.monotonic() < deadline:
+    """Wait for the other threads; this one does not compute."""
+    deadline, this_thread = time.monotonic() + most_s, threading.get_ident()
+    while _computing.keys() - {this_thread} and time.monotonic() < deadline:
         time.sleep(_POLL_S)

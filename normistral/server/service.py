@@ -175,7 +175,8 @@ class Service:
                 future.exception()  # nobody else may be there to take it, and asyncio would print it
 
         running.add_done_callback(ended)
-        return await asyncio.shield(running)  # a thread that has begun goes on to its end
+        await asyncio.wait({running})  # not `shield`, which prints what fails after the client has left (Python 3.14)
+        return running.result()
 
     def generation(
         self, model: ServedModel, prompts: Sequence[tuple[list[int], GenerationConfig]], each: int, state: Any

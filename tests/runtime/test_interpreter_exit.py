@@ -71,3 +71,17 @@ def test_an_interrupt_ends_a_program_as_it_ends_others(folders, engine) -> None:
         process.kill()
     assert process.returncode == -signal.SIGINT
     assert stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_a_count_that_an_interrupt_left_behind_holds_nothing_up(folders) -> None:
+    """An interrupt may come to the main thread when it has counted a computation and not yet begun it."""
+    script = """
+import sys
+import normistral
+from normistral.runtime.interpreter_exit import computing
+
+model = normistral.load(sys.argv[1])
+interrupted = computing()
+interrupted.__enter__()
+"""
+    subprocess.run([sys.executable, "-c", script, str(folders["onnx"])], check=True, timeout=30)

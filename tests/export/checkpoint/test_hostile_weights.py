@@ -53,7 +53,7 @@ from normistral.progress import NoProgress
 # What the interpreter itself takes while reading a file of a few hundred bytes: compiled patterns, the traceback, a
 # buffer of the file, Python objects of 50 bytes for what is one byte in the file. Every promise of the broken files
 # that is not a matter of arithmetic alone is several times larger.
-FLOOR_BYTES = 4 * 2**20
+FLOOR_BYTES = 5 * 2**20  # objects 100,000 deep take 4.2 MiB until Python 3.14 gives up
 # The same for a file at the reader's own limit on operations or header, where small records do add up.
 LIMIT_BYTES = 32 * 2**20
 HOSTILE = RUNNING | DORMANT
@@ -237,7 +237,7 @@ def test_arrays_of_a_gguf_file_take_no_more_than_in_the_file(tmp_path: Path) -> 
     finally:
         tracemalloc.stop()
     assert (len(metadata["bytes"]), metadata["k"]) == (count, "v")
-    assert peak <= path.stat().st_size + FLOOR_BYTES / 4
+    assert peak <= path.stat().st_size + 2**20
 
 
 def test_a_table_of_contents_of_any_size_is_not_read(tmp_path: Path) -> None:
