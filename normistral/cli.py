@@ -1,4 +1,4 @@
-"""The command line: the commands of `normistral.commands`, and what becomes of their errors.
+"""Entry point of the command line: parses, runs a command of `normistral.commands`, and prints its errors.
 
 Nothing heavy is imported before a command needs it, so that `--help` answers at once.
 """
@@ -126,7 +126,7 @@ def _invoke(arguments: Sequence[str]) -> int:
 
 
 def _memory_hint() -> str | None:
-    """What to do where a limit of this process may be to blame; None where there is none."""
+    """Hint on a memory limit of this process; None without one."""
     if sys.platform == "win32":
         return None
     import resource

@@ -308,7 +308,7 @@ class _Search:
             self.best, self.ratio = settings, self.ratio * ratio
 
     def keeps_quality(self, settings: Settings) -> bool:
-        """Whether the KL divergence is within the bound; says so."""
+        """True if the KL divergence is within the bound; prints a note."""
         kl = self.kl(settings)
         changes = {name: value for name, value in settings.items() if self.best.get(name) != value}
         verdict = "passes" if kl <= self.bound else "fails"

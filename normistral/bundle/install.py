@@ -67,7 +67,7 @@ _GET_AGAIN = "do not use it; copy or get it again"
 
 
 class InstallError(Exception):
-    """What went wrong, and what to do next; one line each."""
+    """Message and hint, one line each."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -114,7 +114,7 @@ def member_header(name: str, size: int) -> bytes:
 
 
 def is_member_name(name: str) -> bool:
-    """Whether a bundle may hold it: one of four names, or a plain name in one of three folders."""
+    """True for one of four names, or a plain name in one of three folders."""
     for folder in (ARTIFACT, WHEELS, KERNELS):
         if name.startswith(folder):
             plain = name.removeprefix(folder)
@@ -124,7 +124,7 @@ def is_member_name(name: str) -> bool:
 
 
 def sums_line(sha256: str, name: str) -> str:
-    """A line as sha256sum writes and reads it."""
+    """A line of sha256sum."""
     return f"{sha256}  {name}\n"
 
 
@@ -410,14 +410,14 @@ def _numbers(version: str) -> list[int]:
 
 
 def _runtime_name(bundle: Bundle) -> str:
-    """The same for the same wheels, so that bundles of several artifacts share one runtime."""
+    """Version and hash of the wheels, so that bundles of several artifacts share one runtime."""
     wheels = "".join(sums_line(m.sha256, n) for n, m in sorted(bundle.members.items()) if n.startswith(WHEELS))
     version = bundle.description["requirement"].rpartition("==")[2]
     return f"{version}-{hashlib.sha256(wheels.encode()).hexdigest()[:12]}"
 
 
 def _is_there(bundle: Bundle, artifact: Path) -> bool:
-    """Whether PREFIX holds just this artifact already."""
+    """True if PREFIX holds just this artifact already."""
     if not os.path.lexists(artifact):
         return False
     for name, member in bundle.members.items():
@@ -543,7 +543,7 @@ def _is_own(status: os.stat_result) -> bool:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make it, or see that nobody else can exchange what is put there."""
+    """Make a folder, or require that no other user can exchange its content."""
     folder.mkdir(parents=True, exist_ok=True)
     status = folder.stat()
     open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
@@ -563,7 +563,7 @@ def _require_usable(runtime: Path) -> None:
 
 @contextmanager
 def _staging(parent: Path) -> Iterator[Path]:
-    """A new folder that nobody else can write to, deleted in the end."""
+    """A new private folder, deleted in the end."""
     folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
     try:
         (folder / _MARK).touch()
@@ -601,7 +601,7 @@ def _locked(prefix: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(prefix: Path) -> None:
-    """What did not become whole and carries our mark; to be asked only while holding the lock."""
+    """Delete unfinished folders with our mark; only while holding the lock."""
     places = [(name, _STAGING + "*") for name in ("artifacts", "kernels", "bin", "runtimes")]
     for path in [path for name, pattern in (*places, ("runtimes", "*")) for path in (prefix / name).glob(pattern)]:
         try:

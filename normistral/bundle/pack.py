@@ -35,7 +35,7 @@ from normistral.runtime.kernels.library import collect_for_others
 
 @dataclass(frozen=True, slots=True)
 class BundleOptions:
-    """How a bundle is made.
+    """Options of a bundle.
 
     Attributes:
         with_server: bring what `normistral serve` needs.

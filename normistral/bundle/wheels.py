@@ -220,7 +220,7 @@ def _download(requirements: list[str], target: TargetPlatform, source: Path | No
 
 
 def _close(wheels: dict[str, Wheel], extras: Sequence[str], target: TargetPlatform) -> tuple[Closure, set[str]]:
-    """What is reached from normistral on the target, and the requirements that no wheel meets."""
+    """The wheels that normistral needs on the target, and the requirements that no wheel meets."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

@@ -28,7 +28,7 @@ _REPORTS = (".html", ".htm", ".md")
 
 @dataclass(frozen=True, slots=True)
 class BenchArgs(OptionGroup):
-    """What is measured, and where the results go."""
+    """Options of a measurement and of its results."""
 
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a report with charts: FILE.html or FILE.md.")
@@ -133,7 +133,7 @@ def choose_plan(options: BenchArgs, configurations: Sequence[Configuration]) -> 
 
 
 def result_lines(result: BenchResult) -> Iterator[str]:
-    """The result for people at a terminal."""
+    """Lines of the result for a terminal."""
     from normistral.evaluation.bench.advice import summarise
     from normistral.evaluation.bench.tables import configuration_table, machine_table, speed_tables
 

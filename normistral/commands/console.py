@@ -1,6 +1,6 @@
-"""How text gets to the terminal: answers on stdout, all else on stderr, one `error:` and one `hint:` line.
+"""Output and input of the terminal: answers on stdout, all else on stderr, one `error:` and one `hint:` line.
 
-It knows nothing of models; and nothing heavy, so that errors and the help come at once.
+Independent of models, and of heavy imports, so that errors and the help come at once.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def require_stdout() -> None:
 
 
 def is_writable(stream: TextIO) -> bool:
-    """Whether an empty write gets through; a stream without a descriptor takes everything."""
+    """True if an empty write succeeds, or the stream has no file descriptor."""
     try:
         os.write(stream.fileno(), b"")
     except (OSError, ValueError) as exc:
@@ -83,12 +83,12 @@ def is_writable(stream: TextIO) -> bool:
 
 
 def drop_stdout() -> None:
-    """Let what is still to be written go nowhere, or the interpreter complains when it ends."""
+    """Redirect stdout to /dev/null, so that the interpreter can flush it when it ends."""
     _drop(1)
 
 
 def drop_unwritable() -> None:
-    """The same for stdout and stderr where they cannot take what is left: Python 3.13 would end with exit code 120."""
+    """Redirect stdout and stderr to /dev/null if they cannot be flushed: Python 3.13 would end with exit code 120."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
@@ -111,7 +111,7 @@ def _is_open(number: int) -> bool:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person looks at this stream (or types into it)."""
+    """True for an open stream that is a terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
@@ -226,12 +226,12 @@ class AnswerWriter:
 
 
 def _word_wrapper(stream: TextIO | None) -> WordWrapper | None:
-    """None where nobody looks."""
+    """A wrapper for a terminal; None for any other stream."""
     return WordWrapper(lambda: terminal_columns(stream)) if stream is not None and is_terminal(stream) else None
 
 
 def _last_word(words: WordWrapper | None) -> str:
-    """What waits for the end of its word; afterwards the wrapper is at the start of a line."""
+    """The unfinished word; afterwards the wrapper is at the start of a line."""
     if words is None:
         return ""
     rest = words.finish()
@@ -240,7 +240,7 @@ def _last_word(words: WordWrapper | None) -> str:
 
 
 def read_piped_prompt() -> str | None:
-    """What is piped into stdin, without `echo`'s line end; None if stdin is a terminal or closed.
+    """The text piped into stdin, without the line end of `echo`; None if stdin is a terminal or closed.
 
     Raises:
         UsageError: it is not UTF-8.
@@ -332,7 +332,7 @@ def _print_labelled(label: str, sgr: str, text: str) -> None:
 
 
 def is_verbose() -> bool:
-    """Whether details are wanted: --verbose, or --debug."""
+    """True with --verbose or --debug."""
     return logging.getLogger("normistral").isEnabledFor(logging.INFO)
 
 

@@ -35,7 +35,7 @@ def doctor(
 
 
 def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
-    """The document for people."""
+    """Lines of the report."""
     machine = report["machine"]
     quota = "none" if machine["cpu_quota"] is None else f"{machine['cpu_quota']:g} CPUs"
     memory = f"{_gib(machine['available_memory_bytes'])} of {_gib(machine['total_memory_bytes'])} available"
@@ -76,7 +76,7 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _tuned_table(described: list[dict[str, Any]]) -> Iterator[str]:
-    """`describe_tuned` for people."""
+    """Lines about tuned settings."""
     if not described:
         return
     yield "Tuned settings"
@@ -93,7 +93,7 @@ def _tuned_table(described: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _artifact_lines(described: dict[str, Any]) -> Iterator[str]:
-    """`describe_artifact` for people."""
+    """Lines about an artifact."""
     origin = {"rule": "settings chosen for this kind of machine", "tuned": "settings tuned on this machine"}
     yield f"What will be used for {described['name']}: {origin[described['basis']]}"
     yield format_columns(list(described["settings"].items()), indent=2)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EvalArgs(OptionGroup):
-    """What is scored, and where the figures go."""
+    """Options of an evaluation and of its results."""
 
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="Text to predict, in UTF-8.", show_default=False)]
     reference: Annotated[
@@ -163,7 +163,7 @@ def _document(folder: Path, options: EvalArgs, engine: EngineArgs, result: Evalu
 
 
 def _lines(folder: Path, options: EvalArgs, result: Evaluation) -> Iterator[str]:
-    """The figures for people."""
+    """Lines of the figures."""
     manifest, settings, quality, in_use = result.manifest, result.settings, result.quality, result.engine
     arithmetic = {"exact": "exact", "rule": "default settings", "tuned": "tuned settings"}[in_use.settings_source]
     arithmetic += "".join(f", {name}={in_use.settings[name]}" for name in in_use.overrides)
@@ -187,14 +187,16 @@ def _lines(folder: Path, options: EvalArgs, result: Evaluation) -> Iterator[str]
         rows += [
             ("reference's perplexity", *_figure(compared.reference_perplexity, "{:.2f}")),
             ("ratio of perplexities", *_figure(compared.perplexity_ratio, "{:.4f}")),
-            ("KL, mean", *_figure(compared.kl_mean, "{:#.3g}")),
-            ("KL, median", *_figure(compared.kl_median, "{:#.3g}")),
-            ("KL, 99 % below", *_figure(compared.kl_p99, "{:#.3g}")),
-            ("KL, largest", f"{compared.kl_max:#.3g}", ""),
+            ("difference, mean", *_figure(compared.kl_mean, "{:#.3g}")),
+            ("difference, median", *_figure(compared.kl_median, "{:#.3g}")),
+            ("difference, 99 % below", *_figure(compared.kl_p99, "{:#.3g}")),
+            ("difference, largest", f"{compared.kl_max:#.3g}", ""),
             ("same first choice", *_figure(compared.top1_agreement, "{:.1%}")),
         ]
     known = quality.perplexity.low is not None
     yield format_columns([("", "", "95 % interval" if known else ""), *rows])
+    if quality.comparison is not None:
+        yield "difference: of the predictions from the reference's; 0 is none (KL divergence of a token, in nats)"
     if not known:
         yield "too few tokens for intervals"
 

@@ -53,7 +53,7 @@ def _offer(preset: Preset, missing: ModelNotFoundError) -> Path:
 
 
 def _describe_cost(preset: Preset) -> str:
-    """What making an artifact takes, in words."""
+    """Download size and time of an export, in words."""
     if preset.repository is None:
         return f"It can be made from the package {preset.package}, which takes about a minute."
     size = "" if preset.parameters is None else f" {format_bytes(_STORED_BYTES * preset.parameters)}"

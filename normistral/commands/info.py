@@ -68,7 +68,7 @@ def info_document(folder: Path, manifest: Manifest, problems: list[str] | None) 
 
 
 def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """The manifest for people."""
+    """Lines of the manifest."""
     shape, source = manifest.architecture, manifest.source
     heads = f"{shape.heads} heads, {shape.kv_heads} of keys and values, {shape.head_dim} wide"
     heads += ", ALiBi" if shape.positions == "alibi" else ""
@@ -105,7 +105,7 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def describe_weights(recipe: RecipeRecord) -> str:
-    """How the weights are stored, in a few words."""
+    """Format of the stored weights, in a few words."""
     graph = "" if recipe.graph is None else f"; {recipe.graph} graph"
     if recipe.symmetric is None:
         return recipe.weights + graph
@@ -138,7 +138,7 @@ def _notes(manifest: Manifest) -> list[str]:
 
 
 def _certificate(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """What was proved at export."""
+    """Rows of the verification at export."""
     yield "verified", _VERIFIED[manifest.verified]
     if manifest.ignored_fields:
         yield "", f"but for these fields of the checkpoint, ignored as asked: {', '.join(manifest.ignored_fields)}"

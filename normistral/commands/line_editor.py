@@ -52,7 +52,7 @@ class LineEditor:
 
 
 def wants_more(text: str) -> bool:
-    """Whether Enter begins another line: after a backslash, and inside of a text block."""
+    """True if Enter begins another line: after a backslash, and inside of a text block."""
     return text.endswith("\\") or _block_is_open(text)
 
 

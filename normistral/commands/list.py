@@ -36,7 +36,7 @@ def list_document(folder: Path, artifacts: list[StoredArtifact]) -> dict[str, An
 
 
 def list_lines(folder: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
-    """The store for people."""
+    """Lines of the store."""
     if not artifacts:
         yield f"There are no models yet in {folder}."
         yield f"Make one with: {PRESETS[0].export_command}"

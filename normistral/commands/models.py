@@ -45,7 +45,7 @@ def models_document(folder: Path, artifacts: list[StoredArtifact]) -> dict[str, 
 
 
 def models_lines(folder: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
-    """Presets and local artifacts for people."""
+    """Lines of presets and local artifacts."""
     presets = [
         (
             preset.name,

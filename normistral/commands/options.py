@@ -174,7 +174,7 @@ class OptionGroup:
 
     @classmethod
     def parameters(cls) -> list[Parameter]:
-        """What typer is to see."""
+        """Parameters for typer."""
         hints = get_type_hints(cls, include_extras=True)
         return [
             Parameter(
@@ -189,7 +189,7 @@ class OptionGroup:
 
 @dataclass(frozen=True, slots=True)
 class EngineArgs(OptionGroup):
-    """How an engine is loaded."""
+    """Options of an engine."""
 
     exact: Exact = False
     device: Device = "CPU"

@@ -36,7 +36,7 @@ def show_progress() -> Iterator[Progress]:
     from rich.text import Text
 
     class Row(ProgressColumn):
-        """What fits of a stage."""
+        """One running stage."""
 
         max_refresh = None
 
@@ -66,7 +66,7 @@ def show_progress() -> Iterator[Progress]:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """How far a stage is; None where that is not known."""
+    """State of a running stage; None where a figure is not known."""
 
     title: str
     unit: str

@@ -1,4 +1,4 @@
-"""The conversation at a terminal: reads a message, streams the answer, and obeys commands that begin with a slash."""
+"""Interactive chat: reads messages, streams answers, and runs commands that begin with a slash."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Repl:
                 show_error(error)
 
     def handle(self, text: str) -> None:
-        """Obey a command, or answer a message; an empty one is nothing."""
+        """Run a command, or answer a message; an empty one is ignored."""
         if not text.strip():
             return
         if text.strip().lower() in _LEAVING_WORDS:

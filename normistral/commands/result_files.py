@@ -51,7 +51,7 @@ def write_result(path: Path, text: str) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether it is a FIFO of this user, or /dev/null."""
+    """True for a FIFO of this user, and for /dev/null."""
     try:
         status = checked(path).lstat()
     except OSError:

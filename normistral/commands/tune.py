@@ -35,8 +35,8 @@ def tune(
         float | None,
         typer.Option(
             metavar="KL",
-            help="Most that settings may change answers: mean KL divergence from exact arithmetic, in nats. "
-            "Default: half of what quantizing the weights cost, within 0.001 to 0.02.",
+            help="Most that settings may move predictions away from those of exact arithmetic, as mean KL divergence "
+            "(nats). Default: half of what quantizing the weights cost, within 0.001 to 0.02.",
         ),
     ] = None,
     forget: Annotated[bool, typer.Option("--forget", help="Drop what was tuned for this artifact, and end.")] = False,
@@ -76,7 +76,7 @@ def _forget(artifact: str) -> None:
 
 
 def tuned_lines(tuned: Tuned) -> Iterator[str]:
-    """A result for people."""
+    """Lines of a result."""
     from normistral.runtime.collect_env import describe_gain
 
     changed = ", ".join(f"{name}={tuned.settings[name]}" for name in tuned.changed)

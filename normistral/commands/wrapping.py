@@ -57,11 +57,11 @@ class WordWrapper:
 
     @property
     def at_line_start(self) -> bool:
-        """Whether nothing is on the current line, nor waits for it."""
+        """True if the current line is empty, and no word waits for it."""
         return not (self._column or self._blanks or self._word)
 
     def feed(self, text: str) -> str:
-        """What can be written after the next piece of the text."""
+        """The text that can be written once this piece is there."""
         return "".join(self._take(character) for character in text)
 
     def finish(self) -> str:

@@ -1,1 +1,4 @@
-"""How well an artifact predicts text, alone and beside a reference; and how fast it is."""
+"""Quality of an artifact (perplexity, KL divergence to a reference, lm-evaluation-harness) and its speed (`bench`).
+
+Independent of export: a reference is known by its predictions alone.
+"""

@@ -27,7 +27,7 @@ Report = Callable[[int, Any], None]
 
 
 def ignore(index: int, answer: Any) -> None:
-    """A `Report` for nobody."""
+    """A `Report` that does nothing."""
 
 
 class Harness:
@@ -158,7 +158,7 @@ class Harness:
         return context_ids, continuation_ids
 
     def _text(self, completion: Completion, stop: Sequence[str]) -> str:
-        """What was generated, decoded by itself as the harness does it: some tokenizers then drop a first blank."""
+        """The generated text, decoded by itself as the harness does it: some tokenizers then drop a first blank."""
         manifest, token_ids = self._model.manifest, completion.token_ids
         if manifest.reasoning is not None:
             return completion.text.lstrip()

@@ -107,7 +107,7 @@ class NormistralLM(LM):  # type: ignore[misc]  # lm_eval is not installed where 
         return self.model.manifest.files["tokenizer.json"].sha256
 
     def get_model_info(self) -> dict[str, Any]:
-        """What ran, for the harness's results."""
+        """Model and engine, for the results of the harness."""
         manifest, engine = self.model.manifest, self.model.capabilities
         return {
             "model_num_parameters": manifest.architecture.parameters,

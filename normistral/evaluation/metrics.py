@@ -1,4 +1,4 @@
-"""How well tokens were predicted: perplexity, distance to a reference, and how sure the figures are.
+"""Perplexity, KL divergence to a reference, and confidence intervals.
 
 Intervals are 95 % percentile intervals of a block bootstrap (Künsch 1989): blocks of 64 consecutive scored tokens are
 drawn with replacement, as many as there are, 1,000 times, from a fixed seed. Blocks, because neighbouring tokens err
@@ -38,7 +38,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class ScoredTokens:
-    """What was found of each scored token, in the order of the text; all arrays are [n].
+    """Scores of each token, in the order of the text; all arrays are [n].
 
     Attributes:
         nll: -log of the probability that it got, in nats.

@@ -76,7 +76,7 @@ class ModelPredictor:
         self._model = model
 
     def predict(self, windows: Sequence[Window]) -> Iterator[Logits]:
-        """As `Predictor`."""
+        """Logits of each window, as in `Predictor`."""
         sequence = self._model.create_sequence()
         try:
             for window in windows:

@@ -1,4 +1,4 @@
-"""What a reference predicts, on disk: one file for a text, a model and its windows, written window by window.
+"""Predictions of a reference on disk: one file for a text, a model and its windows, written window by window.
 
 A row for each scored token: the log-probability of the token that came and of the likeliest one's id, then all
 log-probabilities in 16 bits. That takes 2 · vocabulary + 16 bytes: **65.6 MB for 1,000 tokens** of a vocabulary of
@@ -56,7 +56,7 @@ _WHAT = {
 
 @dataclass(frozen=True, slots=True)
 class ReferenceKey:
-    """What a file belongs to; if any of it differs, the file is of no use.
+    """Key of a file; one whose key differs in anything is refused.
 
     Attributes:
         tokenizer_sha256: of the reference's tokenizer.json.
@@ -226,7 +226,7 @@ def encode_rows(logits: Logits, targets: NDArray[np.int64], row_type: np.dtype[A
 
 
 def decode_rows(rows: NDArray[Any]) -> ReferenceRows:
-    """What `encode_rows` was given, within half a step; the probabilities of a row sum to 1."""
+    """The input of `encode_rows`, within half a quantization step; the probabilities of a row sum to 1."""
     stored = rows["low"][:, None].astype(np.float64) + rows["step"][:, None].astype(np.float64) * rows["codes"]
     return ReferenceRows(
         log_probabilities=log_softmax(stored),

@@ -81,7 +81,7 @@ def tokenise(text: str, tokenizer: Tokenizer) -> TokenizedText:
 
 @dataclass(frozen=True, slots=True)
 class WindowSettings:
-    """How a text is cut.
+    """Settings of the windows of a text.
 
     Attributes:
         convention: "sliding" or "llama.cpp"; see above.
@@ -112,7 +112,7 @@ class Window:
 
     @property
     def fed_ids(self) -> tuple[int, ...]:
-        """What the model is fed. Its last `scored` logits are the predictions of the scored tokens."""
+        """Input of the model. Its last `scored` logits are the predictions of the scored tokens."""
         return self.token_ids[:-1]
 
     @property

@@ -108,7 +108,7 @@ def collect_env(artifact: Path | None = None) -> dict[str, Any]:
 
 
 def ask_engine(code: str) -> dict[str, Any]:
-    """What a script prints about an engine (version, devices), or {"problem": ...} if that cannot be used."""
+    """Version and devices of an engine as a script prints them, or {"problem": ...} if it cannot be used."""
     try:
         done = subprocess.run(
             python_command(code),
@@ -150,7 +150,7 @@ def describe_tuned(machine: Machine, versions: dict[str, str]) -> list[dict[str,
 
 
 def describe_artifact(folder: Path, machine: Machine, versions: dict[str, str]) -> dict[str, Any]:
-    """What loading an artifact on the CPU would use, and why, for `doctor`."""
+    """Settings that loading an artifact on the CPU would use, and reasons, for `doctor`."""
     manifest = read_manifest(folder)
     engine = "openvino" if manifest.format == "openvino" else "onnxruntime"
     key = make_key(folder, machine, engine, versions.get(engine, "missing"), "CPU")
@@ -185,7 +185,7 @@ def tuned_document(tuned: Tuned) -> dict[str, Any]:
 
 
 def describe_gain(tuned: Tuned) -> str:
-    """What it gained, and at what."""
+    """Gain of tuned settings, in words."""
     seconds = f"{tuned.tuned_s:.3g} s for {tuned.rule_s:.3g} s"
     return f"{tuned.gain - 1:+.0%} in speed at {tuned.profile} ({seconds})" if tuned.changed else "none"
 

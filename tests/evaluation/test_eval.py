@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,7 +274,7 @@ def test_the_table_is_on_stdout_and_the_json_in_its_file(capsys, text, tiny_onnx
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
     assert f"{found['perplexity']['value']:.2f}" in rows["perplexity of a token"]
-    assert f"{found['comparison']['kl_mean']['value']:#.3g}" in rows["KL, mean"]
+    assert f"{found['comparison']['kl_mean']['value']:#.3g}" in rows["difference, mean"]
     assert f"{found['comparison']['top1_agreement']['value']:.1%}" in rows["same first choice"]
     assert f"{found['scored_tokens']:,} tokens scored" in rows["text"]
     assert rows["too few tokens for intervals"]
@@ -313,6 +314,7 @@ def require_error(capsys, code, message, artifact, *arguments):
         (["--window-tokens", "65"], 2, "a window of 65 tokens is not possible"),
         (["--max-tokens", "0"], 2, "--max-tokens 0 leaves nothing to score"),
         (["--reference-cache", "x"], 2, "--reference-cache means nothing without --reference"),
+        (["--ignore-field", "x"], 2, "--ignore-field means nothing without --reference"),
         (["--json", "nowhere/out.json"], 2, "there is no folder"),
         (["--reference", "no-such-model"], 1, "no preset and no folder is called 'no-such-model'"),
         (["--device", "GPU.77"], 1, "GPU.77"),
@@ -350,6 +352,16 @@ def test_a_reference_with_less_context_is_refused(capsys, fp32, text, tmp_path):
         capsys, 2, "a window of 64 tokens does not fit the reference's context, 32", fp32, "--text", text,
         "--reference", short,
     )  # fmt: skip
+
+
+def test_a_field_of_the_reference_is_ignored_as_asked(capsys, fp32, text, tiny_checkpoint, tmp_path):
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    edit_json(checkpoint / "config.json", mystery=1)
+    arguments = ["--text", text, "--max-tokens", "60", "--reference", checkpoint]
+    require_error(capsys, 1, "the field mystery is unknown here", fp32, *arguments)
+    found = evaluate(capsys, fp32, *arguments, "--ignore-field", "mystery")
+    assert found["comparison"]["kl_mean"]["value"] < 1e-6
+    require_error(capsys, 2, "is an artifact", fp32, "--text", text, "--reference", fp32, "--ignore-field", "mystery")
 
 
 def test_the_cache_of_something_else_is_refused_and_kept(capsys, fp32, text, tiny_onnx, tmp_path):

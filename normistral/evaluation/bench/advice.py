@@ -1,4 +1,4 @@
-"""What a person who buys hardware can take from the figures, in sentences. Everything here is computed from them."""
+"""Sentences about a result, computed from its figures: speed, what limits it, which hardware would help, doubts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Bound = Literal["memory", "both", "compute"]
 
 
 def judge_bound(share: float) -> Bound:
-    """What limits decoding that reaches this share of the read bandwidth."""
+    """The limit of decoding that reaches this share of the read bandwidth."""
     if share >= _MEMORY_BOUND:
         return "memory"
     return "both" if share >= _COMPUTE_BOUND else "compute"
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """What the figures say, in sentences.
+class BenchSummary:
+    """Sentences about the figures.
 
     Attributes:
         comparison: of the fastest ones; empty where there is nothing to compare.
@@ -42,10 +42,10 @@ class Summary:
     doubts: tuple[str, ...]
 
 
-def summarise(result: BenchResult) -> Summary:
+def summarise(result: BenchResult) -> BenchSummary:
     """The sentences that a report begins with."""
     configurations = {one.label: tuple(_describe(one, result)) for one in result.configurations}
-    return Summary(tuple(_compare(result)), configurations, tuple(find_doubts(result)))
+    return BenchSummary(tuple(_compare(result)), configurations, tuple(find_doubts(result)))
 
 
 def _describe(one: ConfigurationResult, result: BenchResult) -> Iterator[str]:
@@ -83,7 +83,7 @@ def _beside_reading(words_per_s: float) -> str:
 
 
 def _estimate(words: float) -> str:
-    """What a word is differs from text to text: two digits at most."""
+    """At most two digits: tokens per word differ from text to text."""
     return f"{words:.0f}" if words >= 9.95 else f"{words:.1f}"
 
 
@@ -100,7 +100,7 @@ def describe_reading(figures: Figures) -> str:
 
 
 def describe_bound(one: ConfigurationResult, figures: Figures, result: BenchResult) -> str:
-    """What limits writing, and so which hardware would help."""
+    """The limit of decoding, and the hardware that would help."""
     decode = figures.decode[0]
     if decode.share is None:
         return f"The memory of {one.device} was not measured, so nothing is said of what limits it."
@@ -123,7 +123,7 @@ def _is_cached(one: ConfigurationResult, result: BenchResult) -> bool:
 
 
 def _compare(result: BenchResult) -> Iterator[str]:
-    """Who is fastest, where that can be told."""
+    """The fastest configuration, where the measurements tell."""
     if len(result.measured) < 2:
         return
     kinds: list[tuple[str, Callable[[Figures], Spread]]] = [

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the ceiling of decoding, which reads every weight for every token.
+"""Read bandwidth of memory: the ceiling of decoding, which reads every weight for every token.
 
 Kernels of numpy, which release the interpreter's lock, one thread each on a part of its own; the best of three
 counts, because which one saturates memory depends on the processor. Compared with a loop of AVX2 loads in C:

@@ -100,7 +100,7 @@ def read_configurations(arguments: Sequence[str], shared: EngineConfig) -> list[
 
 
 def count_threads(settings: Mapping[str, str], planned: int) -> int:
-    """How many an engine with these settings computes with; `planned` where they do not say."""
+    """Threads of an engine with these settings; `planned` where they do not say."""
     given = next((settings[name] for name in _THREADS if name in settings), "")
     return int(given) if given.isdigit() and int(given) > 0 else planned
 
@@ -136,7 +136,7 @@ class Samples:
     problem: str | None = None
 
     def threads(self, planned: int) -> int:
-        """How many it computes with; before it was loaded, as far as the settings say that were given."""
+        """Threads in use; before loading, those of the given settings."""
         return count_threads(self.loads[-1][1].settings if self.loads else self.configuration.engine.settings, planned)
 
     def result(self, plan: SpeedPlan, bandwidth_gb_per_s: float | None, planned_threads: int) -> ConfigurationResult:

@@ -24,7 +24,7 @@ _RAPL_PACKAGE = re.compile(r"^intel-rapl:\d+$")  # AMD's too; intel-rapl:0:0 is 
 
 @dataclass(frozen=True, slots=True)
 class MachineReport:
-    """What figures depend on.
+    """Machine and versions.
 
     Attributes:
         cpu_quota: CPU seconds per second that a container allows; None is no limit.

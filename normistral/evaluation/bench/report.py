@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from html import escape
 
-from normistral.evaluation.bench.advice import Summary, summarise
+from normistral.evaluation.bench.advice import BenchSummary, summarise
 from normistral.evaluation.bench.charts import COLOURS, Plot, draw_plots
 from normistral.evaluation.bench.results import BenchResult
 from normistral.evaluation.bench.tables import (
-    Table,
+    ReportTable,
     configuration_table,
     describe_machine,
     describe_method,
@@ -91,7 +91,7 @@ def _page_lines(result: BenchResult) -> Iterator[str]:
     yield "</section>\n</main>\n</body>\n</html>"
 
 
-def _summary(summary: Summary) -> Iterator[str]:
+def _summary(summary: BenchSummary) -> Iterator[str]:
     yield '<section class="summary">'
     if summary.comparison:
         yield f'<p class="first">{escape(" ".join(summary.comparison))}</p>'
@@ -111,7 +111,7 @@ def _figure(plot: Plot) -> str:
     return f'<figure><figcaption>{escape(plot.title)}</figcaption>{plot.svg}<div class="legend">{legend}</div></figure>'
 
 
-def _table_html(table: Table, kind: str = "part") -> str:
+def _table_html(table: ReportTable, kind: str = "part") -> str:
     heading, *rows = table.rows
     lines = [f'<section class="{kind}"><h2>{escape(table.title)}</h2><div class="scroll"><table>']
     if any(heading):
@@ -120,7 +120,7 @@ def _table_html(table: Table, kind: str = "part") -> str:
     return "\n".join([*lines, "</table></div></section>"])
 
 
-def _cells(table: Table, row: tuple[str, ...], tag: str) -> Iterator[str]:
+def _cells(table: ReportTable, row: tuple[str, ...], tag: str) -> Iterator[str]:
     for index, cell in enumerate(row):
         if index < table.text_columns:
             yield f"<{tag}>{_breakable(cell)}</{tag}>"
@@ -159,7 +159,7 @@ def _markdown_lines(result: BenchResult) -> Iterator[str]:
         yield from (_escape_markdown(paragraph), "")
 
 
-def _markdown_table(table: Table) -> Iterator[str]:
+def _markdown_table(table: ReportTable) -> Iterator[str]:
     heading, *rows = table.rows
     yield _markdown_row(heading)
     yield _markdown_row(["---" if index < table.text_columns else "---:" for index in range(len(heading))])

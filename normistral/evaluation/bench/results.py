@@ -1,4 +1,4 @@
-"""What a benchmark found: figures with their spread, and everything that a reader needs to judge them."""
+"""Result of a benchmark: figures with their spread, and the machine, plan and settings they belong to."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Spread:
         return (self.high - self.low) / self.median if self.median else 0.0
 
     def overlaps(self, other: Spread) -> bool:
-        """Whether a value could belong to both."""
+        """True if the ranges have a value in common."""
         return self.low <= other.high and other.low <= self.high
 
 

@@ -40,7 +40,7 @@ _MEASURABLE_DEVICE = "CPU"  # the bandwidth of other devices' memory is not meas
 
 @dataclass(frozen=True, slots=True)
 class Watcher:
-    """Who is told how many measurements there will be if nothing fails, when some are done, and lines."""
+    """Callbacks: the number of measurements to come, those done, and lines of text."""
 
     expect: Callable[[int], None] = lambda count: None
     advance: Callable[[int], None] = lambda count: None
@@ -116,7 +116,7 @@ def run_benchmark(
 
 
 def choose_interleaving(configurations: Sequence[Configuration], plan: SpeedPlan, available_bytes: int) -> Interleaving:
-    """Whether all models may stand in memory at once.
+    """ "together" if all models fit into memory at once, else "reloaded".
 
     Raises:
         ResourceError: one of them does not fit by itself.

@@ -33,7 +33,7 @@ _PROSE = (
 
 @dataclass(frozen=True, slots=True)
 class SpeedPlan:
-    """What is measured, in tokens; the defaults are `normistral bench`'s.
+    """Lengths in tokens, and numbers of measurements; the defaults are those of `normistral bench`.
 
     Attributes:
         prefill_lengths: prompts that are read from the first token on.
@@ -188,5 +188,5 @@ def fingerprint(model: Model) -> str:
 
 
 def tokens_per_word(tokenizer: Tokenizer) -> float:
-    """How many tokens a word of Norwegian prose takes, on a short text."""
+    """Tokens per word of Norwegian prose, on a short text."""
     return len(tokenizer.encode(_PROSE, add_special_tokens=False)) / len(_PROSE.split())

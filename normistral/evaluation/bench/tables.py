@@ -1,4 +1,4 @@
-"""The tables of a result as rows of text, the first one the heading; and its figures as people read them.
+"""Tables of a result as rows of text, the first one the heading; and the formats of its figures.
 
 Terminal, Markdown and HTML show the same.
 """
@@ -15,7 +15,7 @@ _Cells = Callable[[ConfigurationResult, Figures], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ReportTable:
     """A title, and rows; the columns behind the first `text_columns` hold numbers."""
 
     title: str
@@ -23,8 +23,8 @@ class Table:
     text_columns: int = 1
 
 
-def speed_tables(result: BenchResult) -> list[Table]:
-    """What was measured."""
+def speed_tables(result: BenchResult) -> list[ReportTable]:
+    """Tables of the measurements."""
     if not result.measured:
         return []
     tables = [
@@ -69,8 +69,8 @@ def describe_machine(result: BenchResult) -> str:
     return f"{result.machine.cpu}, {cores}, {bytes_(result.machine.total_memory_bytes)} of memory"
 
 
-def machine_table(result: BenchResult) -> Table:
-    """Where it was measured."""
+def machine_table(result: BenchResult) -> ReportTable:
+    """Table of the machine."""
     machine = result.machine
     quota = "none" if machine.cpu_quota is None else f"{machine.cpu_quota:g} CPUs"
     bandwidth = [
@@ -101,11 +101,11 @@ def machine_table(result: BenchResult) -> Table:
         ),
         ("measured", result.created),
     ]
-    return Table("Machine", (("", ""), *rows), text_columns=2)
+    return ReportTable("Machine", (("", ""), *rows), text_columns=2)
 
 
-def configuration_table(result: BenchResult) -> Table:
-    """What was compared, and which tokens each writes."""
+def configuration_table(result: BenchResult) -> ReportTable:
+    """Table of the configurations, with the hash of the output of each."""
     rows = []
     for one in result.configurations:
         figures = one.figures
@@ -123,11 +123,11 @@ def configuration_table(result: BenchResult) -> Table:
                 settings or (one.problem or ""),
             )
         )
-    return Table("Compared", (("", "kind", "weights/token", "output's hash", "settings in force"), *rows), 5)
+    return ReportTable("Compared", (("", "kind", "weights/token", "output's hash", "settings in force"), *rows), 5)
 
 
 def describe_method(result: BenchResult) -> list[str]:
-    """How it was measured, for a reader who wants to judge or repeat it."""
+    """Paragraphs on the method, to judge or repeat the measurements."""
     plan = result.plan
     turns = (
         "All models stood in memory and took turns at every single measurement, in another order each round."
@@ -152,9 +152,11 @@ def describe_method(result: BenchResult) -> list[str]:
     ]
 
 
-def _by_configuration(title: str, corner: str, result: BenchResult, columns: Sequence[str], cells: _Cells) -> Table:
+def _by_configuration(
+    title: str, corner: str, result: BenchResult, columns: Sequence[str], cells: _Cells
+) -> ReportTable:
     rows = [(one.label, *cells(one, figures)) for one, figures in result.measured]
-    return Table(title, ((corner, *columns), *rows))
+    return ReportTable(title, ((corner, *columns), *rows))
 
 
 def _decode_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:

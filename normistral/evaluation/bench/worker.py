@@ -117,7 +117,7 @@ class ModelLoaded:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What the process took until now.
+    """Resources that the process has used so far.
 
     Attributes:
         peak_anonymous: the largest of those after each request.
