@@ -46,8 +46,17 @@ def checkpoints(tmp_path_factory):
     return {name: make_bloom(folder / name.replace(" ", "-"), **options) for name, options in VARIATIONS.items()}
 
 
-@pytest.mark.parametrize("variation", VARIATIONS)
-@pytest.mark.parametrize("export", EXPORTS)
+# Every variation in our own graph and in OpenVINO. Optimum's plain graph and float16 in ONNX read a checkpoint in no
+# other way: they take the published form, and the one that is stored in 16 bits.
+CELLS = [
+    (variation, export)
+    for variation in VARIATIONS
+    for export in EXPORTS
+    if export in ("onnx-fp32-fused", "openvino-fp16") or variation in ("as published", "bfloat16")
+]
+
+
+@pytest.mark.parametrize(("variation", "export"), CELLS)
 def test_every_variation_computes_what_transformers_does(checkpoints, variation, export, tmp_path):
     options, tolerance = EXPORTS[export]
     normistral.export_model(str(checkpoints[variation]), tmp_path / "out", **options)

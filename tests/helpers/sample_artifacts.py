@@ -1,6 +1,8 @@
 """Small artifacts for tests: a valid manifest and a few files, no model."""
 
 import dataclasses
+import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from normistral.artifact.manifest import (
     write_manifest,
 )
 
-BIG_FILE = "openvino_model.bin"
+BIG_FILE, BIG_FILE_BYTES = "openvino_model.bin", HASHED_AT_LOAD_BYTES + 1
 SMALL_FILE = "config.json"
 
 
@@ -62,8 +64,14 @@ def write_artifact(folder: Path, **changes: Any) -> Manifest:
     folder.mkdir(parents=True)
     (folder / SMALL_FILE).write_text('{"name": "ærlig"}', encoding="utf-8")
     (folder / "tokens.txt").write_text("æ ø å", encoding="utf-8")
+    files = hash_files(folder)
     with (folder / BIG_FILE).open("wb") as file:
-        file.truncate(HASHED_AT_LOAD_BYTES + 1)
-    manifest = make_manifest(files=hash_files(folder), **changes)
+        file.truncate(BIG_FILE_BYTES)
+    manifest = make_manifest(files=files | {BIG_FILE: _zeros()}, **changes)
     write_manifest(folder, manifest)
     return manifest
+
+
+@cache
+def _zeros() -> FileRecord:
+    return FileRecord(BIG_FILE_BYTES, hashlib.sha256(bytes(BIG_FILE_BYTES)).hexdigest())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from real_tokenizers import (
@@ -54,6 +56,24 @@ CHATS = [
     ),
     *("a <|im_start|> b", "<|im_start|>"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def merges_found_once() -> Iterator[None]:
+    """transformers looks for the merges of a sentencepiece vocabulary once; each search takes a second."""
+    from transformers import convert_slow_tokenizer
+
+    find, found = convert_slow_tokenizer.generate_merges, {}
+
+    def find_once(vocabulary: Any, scores: Any) -> Any:
+        key = (tuple(vocabulary.items()), None if scores is None else tuple(dict(scores).items()))
+        if key not in found:
+            found[key] = find(vocabulary, scores)
+        return list(found[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert_slow_tokenizer, "generate_merges", find_once)
+        yield
 
 
 def open_folder(folder: Path) -> Checkpoint:
