@@ -128,7 +128,7 @@ def test_a_descriptor_is_kept_for_each_file_and_not_for_each_load(stored):
 
 def test_another_openvino_than_the_packages_kernel_is_for(tiny_int4, stored, monkeypatch):
     monkeypatch.setattr(library, "PACKAGED", stored.parent)
-    for module in ("advice", "compiler", "library"):
+    for module in ("compiler", "library"):
         monkeypatch.setattr(f"normistral.runtime.kernels.{module}.version", lambda name: "2026.4.2")
     with normistral.load(tiny_int4) as model:
         assert model.capabilities.settings["int4_kernel"] == "openvino"
