@@ -133,7 +133,7 @@ format: $(VENV)/.ready-dev
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	@rm -rf $(VENV) .venv-browser .venv-lm-eval .venv-cluster .venv-dist .venv-transformers5 artifacts build dist *.egg-info .*_cache .hypothesis
+	@rm -rf $(VENV) .venv-browser .venv-lm-eval .venv-cluster .venv-dist .venv-transformers5 artifacts build dist *.egg-info .*_cache .hypothesis .schemathesis
 
 $(DEMO)/normistral.json: | $(VENV)/.ready-export
 	@echo "converting the demo model (half a minute, once)" >&2
