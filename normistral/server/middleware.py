@@ -29,7 +29,7 @@ from normistral.server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _HEAVY_BYTES = 32 * KIB  # bodies that take milliseconds to decode and check, one after the other
-_REST = 16  # times as long as decoding one took, until the next: with what follows, an eighth of the event loop
+_REST = 16  # times the duration of decoding, until the next beside other requests: an eighth of the event loop
 _FOR_MONITORS = ("/health", "/ready")
 PROTECTED = ("/v1/", "/metrics")  # beginnings of paths that need a key
 _CONTAINERS = (dict, list)
@@ -49,6 +49,8 @@ class RequestMiddleware:
     ) -> None:
         self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
         self._decoding = RoundRobinSemaphore(1)
+        self._in_progress = 0  # requests
+        self._rest_until = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -59,6 +61,7 @@ class RequestMiddleware:
         # A copy: the server goes on with its own, and sends no body where the method was HEAD.
         scope = {**scope, "state": state, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
         answer = _Answer(scope, receive, send, self._limits.body_bytes)
+        self._in_progress += 1
         try:
             body = await self._check(scope, receive, answer)
             await self._app(scope, _replay(body, receive), answer.send)
@@ -70,6 +73,7 @@ class RequestMiddleware:
             told = ApiError(500, "this is a bug in normistral", f"report {type(bug).__name__}", code="bug")
             await self._refuse(told, scope, answer)
         finally:
+            self._in_progress -= 1
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(answer.status)).inc()
             seconds = time.monotonic() - scope["state"]["began"]
@@ -96,15 +100,21 @@ class RequestMiddleware:
         if len(body) < _HEAVY_BYTES:
             scope["state"]["document"] = self._decode(headers, body)
         else:
-            tenant = scope["state"]["tenant"]
-            await self._decoding.acquire(tenant)
+            scope["state"]["document"] = await self._decode_large(scope["state"]["tenant"], headers, body)
+        return body
+
+    async def _decode_large(self, tenant: str, headers: Headers, body: bytes) -> Any:
+        """Decode in round-robin order of the tenants; beside other requests, after a rest for those."""
+        async with self._decoding.turn(tenant):
+            rest_s = self._rest_until - time.monotonic()
+            if rest_s > 0 and self._in_progress > 1:
+                await asyncio.sleep(rest_s)
             began = time.monotonic()
             try:
-                scope["state"]["document"] = self._decode(headers, body)
+                return self._decode(headers, body)
             finally:
-                rest_s = _REST * (time.monotonic() - began)
-                asyncio.get_running_loop().call_later(rest_s, self._decoding.release, tenant)
-        return body
+                now = time.monotonic()
+                self._rest_until = now + _REST * (now - began)
 
     def _decode(self, headers: Headers, body: bytes) -> Any:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
