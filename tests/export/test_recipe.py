@@ -247,12 +247,12 @@ def test_a_slower_or_busier_machine_takes_longer():
 def test_a_shortage_is_said_with_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(resources, "free_disk_bytes", lambda path: 5 * GB)
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: 2 * GB)
-    resources.check_resources(tmp_path / "out", resources.Needs(disk=5 * GB, memory=2 * GB))
+    resources.check_resources(tmp_path / "out", resources.ResourceNeeds(disk=5 * GB, memory=2 * GB))
     with pytest.raises(ResourceError) as error:
-        resources.check_resources(tmp_path / "out", resources.Needs(disk=6 * GB, memory=GB))
+        resources.check_resources(tmp_path / "out", resources.ResourceNeeds(disk=6 * GB, memory=GB))
     assert error.value.message == (f"this export needs about 6.00 GB of disk at {tmp_path}; 5.00 GB are free")
     with pytest.raises(ResourceError) as error:
-        resources.check_resources(tmp_path / "out", resources.Needs(disk=GB, memory=3 * GB))
+        resources.check_resources(tmp_path / "out", resources.ResourceNeeds(disk=GB, memory=3 * GB))
     assert error.value.message == "this export needs about 3.00 GB of memory; 2.00 GB are available"
 
 
