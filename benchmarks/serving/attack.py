@@ -23,6 +23,7 @@ import http.client
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -162,8 +163,9 @@ class Server:
             if files is not None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
-        folder = Path(tempfile.mkdtemp(prefix="attack-")) / "m"
-        folder.symlink_to(Path(artifact).resolve())
+        self.folder = Path(tempfile.mkdtemp(prefix="attack-"))
+        folder = self.folder / "m"
+        shutil.copytree(artifact, folder)  # the server calls a link by the name of what it leads to
         self.process = subprocess.Popen(
             [sys.executable, "-m", "normistral", "serve", str(folder), "--port", "0", "--json", "--grace-seconds", "1"],
             stdout=subprocess.PIPE,
@@ -185,6 +187,7 @@ class Server:
     def end(self) -> None:
         self.process.terminate()
         self.process.wait(30)
+        shutil.rmtree(self.folder)
 
 
 def accept_only(seconds: float) -> tuple[int, threading.Thread]:
