@@ -335,10 +335,12 @@ class Acceptor:
         connection.socket.close()
 
     def _sweep(self) -> None:
-        """Close connections past their deadline."""
+        """Close connections past their deadline, unless what is waited for has come while this process was busy."""
         now = time.monotonic()
         for connection in [one for one in self._held.values() if one.deadline < now]:
-            self._end(connection)
+            self._continue(connection)
+            if self._held.get(connection.socket.fileno()) is connection and connection.deadline < now:
+                self._end(connection)
         self._set_timer("sweep", _SWEEP_S, self._sweep)
 
     def _set_timer(self, name: str, seconds: float, act: Callable[[], None]) -> None:

@@ -148,6 +148,14 @@ def test_silent_connections_take_nobodys_place(tmp_path, monkeypatch) -> None:
         assert 180 <= ended < 200  # the oldest made room; the others are held
 
 
+def test_a_request_that_came_in_time_is_answered_by_a_server_that_was_busy(tmp_path, monkeypatch) -> None:
+    limits = ServerLimits(grace_s=0.2, header_s=0.2)
+    with serving(make_served(tmp_path / "m"), limits, Keys({KEY: "ola"})) as url, connect(url) as connection:
+        monkeypatch.setattr(Acceptor, "_serve_ready", lambda self: None)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
 FLOOD = """
 import socket, sys, time
 connections = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), 10) for _ in range(16)]
