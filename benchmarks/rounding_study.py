@@ -120,10 +120,10 @@ def onnx_model(folder: Path, parameters: int) -> tuple[Predict, dict[str, float]
     import numpy as np
     import onnxruntime
 
-    from normistral.runtime.engines.onnx_graph import OnnxGraph, multiply_in_float
+    from normistral.runtime.engines.onnx_graph import OnnxGraph, set_accuracy_level
 
     graph = OnnxGraph((folder / "model.onnx").read_bytes())
-    multiply_in_float(graph)
+    set_accuracy_level(graph, 1)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
