@@ -1,4 +1,4 @@
-"""Interpreter exit while threads compute: waits for native code, closes models.
+"""Interrupts and interpreter exit while threads compute: locks stay free, native code is waited for, models are closed.
 
 A daemon thread that comes back from native code to an interpreter that has ended is unwound there, through frames of
 C++ that do not allow it, and the process aborts ("terminate called without an active exception", status 134). So
@@ -7,12 +7,13 @@ running computations are counted, cancelled and waited for before.
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -30,6 +31,25 @@ _MOST_S = 60.0  # a forward, or compiling a model
 # Thread -> contexts that it has open. Each thread changes its own entry only, so no lock is needed, and an interrupt in
 # the main thread between counting and opening a context leaves no count that others wait for.
 _computing: dict[int, int] = {}
+
+
+class InterruptSafeLock(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
+    """Lock for `with` that an interrupt (Ctrl-C) does not leave locked.
+
+    From Python 3.14 on, KeyboardInterrupt may be raised when `with` has taken a lock and before the block that
+    releases it. That is likely where threads wait for the lock; every later forward, and the end of the program, then
+    waits for good. A reentrant lock knows whether this thread holds it. `__exit__` has to stay the one in C: a method
+    in Python may be interrupted before its first line.
+    """
+
+    def __enter__(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Take the lock; it is free again where this is interrupted."""
+        try:
+            return self.acquire(blocking, timeout)
+        except BaseException:
+            with suppress(RuntimeError):  # not taken yet
+                self.release()
+            raise
 
 
 class Closable(Protocol):

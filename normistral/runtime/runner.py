@@ -17,7 +17,7 @@ from normistral.runtime.chunks import Chunk
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.engines.base import Backend, EngineInfo
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
-from normistral.runtime.interpreter_exit import close_at_exit, computing, computing_each
+from normistral.runtime.interpreter_exit import InterruptSafeLock, close_at_exit, computing, computing_each
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.sequence import CachedSequence
@@ -78,8 +78,8 @@ class Runner:
             GrammarVocabulary(tokenizer, manifest.architecture.vocabulary, manifest.stop_token_ids)
         )
         self._speculative = SpeculativeDecoding()
-        self._forward_lock = threading.Lock()
-        self._list_lock = threading.Lock()  # of what is alive and what is idle
+        self._forward_lock = InterruptSafeLock()
+        self._list_lock = InterruptSafeLock()  # of what is alive and what is idle
         self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it
         self._sequences: weakref.WeakSet[CachedSequence] = weakref.WeakSet()
         self._running: weakref.WeakSet[threading.Event] = weakref.WeakSet()

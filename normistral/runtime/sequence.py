@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 from normistral.errors import ClosedError
 from normistral.runtime.engines.base import CacheTensor, Engine, Logits
-from normistral.runtime.interpreter_exit import computing
+from normistral.runtime.interpreter_exit import InterruptSafeLock, computing
 from normistral.runtime.speculative.draft_length import Acceptance
 
 WORTH_COPYING = 128  # tokens; computing so many takes seconds at 7B, copying the longest cache a second at most.
@@ -54,7 +53,7 @@ class CachedSequence:
         self,
         engine: Engine,
         prefill_chunk: int,
-        lock: threading.Lock,
+        lock: InterruptSafeLock,
         neighbours: Callable[[], Iterable[CachedSequence]] = lambda: (),
     ) -> None:
         self._engine = engine

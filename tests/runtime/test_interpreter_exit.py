@@ -3,9 +3,12 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+
+from normistral.runtime.interpreter_exit import InterruptSafeLock
 
 SCRIPT = """
 import signal, sys, threading, time
@@ -85,3 +88,51 @@ interrupted = computing()
 interrupted.__enter__()
 """
     subprocess.run([sys.executable, "-c", script, str(folders["onnx"])], check=True, timeout=30)
+
+
+def test_a_lock_is_free_after_an_interrupt_that_came_when_it_was_taken() -> None:
+    class Interrupted(InterruptSafeLock):
+        def acquire(self, *arguments, **named) -> bool:
+            super().acquire(*arguments, **named)
+            raise KeyboardInterrupt
+
+    lock, free = Interrupted(), []
+    with pytest.raises(KeyboardInterrupt), lock:
+        pass
+    thread = threading.Thread(target=lambda: free.append(InterruptSafeLock.acquire(lock, blocking=False)))
+    thread.start()
+    thread.join()
+    assert free == [True]
+
+
+CONTENDED = """
+import signal, threading, time
+from normistral.runtime.interpreter_exit import InterruptSafeLock
+
+lock = InterruptSafeLock()
+
+def contend():
+    while True:
+        with lock:
+            sum(range(200))
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+for _ in range(3):
+    threading.Thread(target=contend, daemon=True).start()
+signal.signal(signal.SIGALRM, interrupt)
+for _ in range(300):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.002)
+        while True:
+            with lock:
+                sum(range(50))
+    except KeyboardInterrupt:
+        assert not lock._is_owned()
+"""
+
+
+def test_a_contended_lock_is_free_after_each_of_300_interrupts() -> None:
+    """With threading.RLock on Python 3.14, two in three leave it locked."""
+    subprocess.run([sys.executable, "-c", CONTENDED], check=True, timeout=60)

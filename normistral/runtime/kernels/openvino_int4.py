@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import EngineError
+from normistral.runtime.interpreter_exit import InterruptSafeLock
 from normistral.runtime.kernels.library import BUILD, Library
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class PackedWeights:
 
 
 _shared: WeakValueDictionary[tuple[object, ...], PackedWeights] = WeakValueDictionary()
-_sharing = threading.Lock()
+_sharing = InterruptSafeLock()
 
 
 def pack_products(model: ov.Model, model_file: Path, library: Library) -> PackedWeights | None:

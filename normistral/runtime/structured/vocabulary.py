@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.runtime.detokenizer import spell_vocabulary
+from normistral.runtime.interpreter_exit import InterruptSafeLock
 
 if TYPE_CHECKING:
     import llguidance
@@ -31,7 +31,7 @@ class GrammarVocabulary:
     def __init__(self, tokenizer: Tokenizer, size: int, stop_token_ids: Collection[int]) -> None:
         self.tokenizer, self.size = tokenizer, size
         self.stop_token_ids = tuple(sorted(token_id for token_id in stop_token_ids if token_id < size))
-        self._lock = threading.Lock()
+        self._lock = InterruptSafeLock()
 
     @property
     def engine(self) -> llguidance.LLTokenizer:
