@@ -102,7 +102,7 @@ def run_prompts(arguments: argparse.Namespace) -> dict[str, Any]:
             ratio = statistics.median(row["ratio"] for row in rows)
             print(f"{kind}: median ratio {ratio:.2f}, least {min(row['ratio'] for row in rows):.2f}", flush=True)
             report[kind] = {"median_ratio": ratio, "rows": rows}
-        report["step_costs_ms"] = step_costs(model._drafting.costs)
+        report["step_costs_ms"] = step_costs(model._speculative.costs)
     return report
 
 
@@ -164,10 +164,12 @@ def run_replay(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"prompt_tokens": arguments.prompt, "rows": rows, "step_costs_ms": step_costs(costs)}
 
 
-def step_costs(costs: StepCosts) -> dict[int, float]:
-    """Milliseconds of a step of n tokens, as drafting learned them (without the steps of `draft="off"`)."""
-    seen = sorted(costs._seen.items())
-    return {size: round(1e3 * statistics.median(seconds), 2) for size, seconds in seen if seconds}
+def step_costs(costs: StepCosts) -> dict[int, dict[int, float]]:
+    """Milliseconds of a step of n tokens by depth, as drafting learned them (without the steps of `draft="off"`)."""
+    return {
+        depth: {size: round(1e3 * statistics.median(times), 2) for size, times in sorted(seen.items()) if times}
+        for depth, seen in sorted(costs._seen.items())
+    }
 
 
 def main() -> None:

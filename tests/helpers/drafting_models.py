@@ -12,7 +12,7 @@ class FixedLength(StepCosts):
         super().__init__()
         self.length = length
 
-    def choose(self, rates):
+    def choose(self, rates, context=0):
         return min(self.length, len(rates))
 
 

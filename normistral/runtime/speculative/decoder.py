@@ -106,8 +106,9 @@ class SpeculativeDecoder:
         if self._draft is not None:
             self._fed = self._draft.token_ids[: self._choose_length(self._draft)]
             self.drafted += len(self._fed)
+        context = self._sequence.length
         self._logits = list(self._sequence.append_each([token_id, *self._fed]))
-        self._costs.observe(1 + len(self._fed), self._sequence.forward_s, self._sequence.trim_s)
+        self._costs.observe(1 + len(self._fed), self._sequence.forward_s, self._sequence.trim_s, context)
         return self._logits[0]
 
     def rollback(self) -> None:
@@ -128,7 +129,8 @@ class SpeculativeDecoder:
         return Draft(draft.token_ids[: self._draft_filter(draft.token_ids)], draft.source)
 
     def _choose_length(self, draft: Draft) -> int:
-        return self._costs.choose(self._sequence.acceptance.rates(draft.source, len(draft.token_ids)))
+        rates = self._sequence.acceptance.rates(draft.source, len(draft.token_ids))
+        return self._costs.choose(rates, self._sequence.length)
 
     def _observe_acceptance(self, token_id: int) -> None:
         """Note how far the draft was right. One that was not fed was right or wrong about this token."""

@@ -17,7 +17,8 @@ from operator import mul
 MOST_DRAFTED = 15
 _STEP_SIZES = (2, 3, 4, 6, 8, 12, 16)  # tokens of a drafted step; engines compile kernels for each, so there are few
 _GUESSED_SLOPE = 0.1  # of one token's cost, for each further one, until it was measured: 0.07 to 0.2 on two cores
-_MEASUREMENTS = 5  # of each size, the latest; their median counts
+_MEASUREMENTS = 5  # of each size at each depth, the latest; their median counts
+_SHALLOW_BITS = 9  # contexts of fewer than 512 tokens cost about the same
 _WORTH_IT = 1.05  # a draft must promise that much: its costs are only estimated
 _PROBE_SHARE = 0.01  # of the time since the last one may go into a probe of a size that seems too dear
 _FORGETTING = 0.9  # weight of what was seen, with each new observation
@@ -71,47 +72,70 @@ def cost_curve(measured: Mapping[int, float], longest: int = MOST_DRAFTED + 1) -
 
 
 class StepCosts:
-    """Seconds of steps of n tokens on these weights and this machine, measured while generating."""
+    """Seconds of steps of n tokens on these weights and this machine, measured while generating.
+
+    Contexts of up to 511 tokens have measurements in common, and so has each doubling from there. A size that was not
+    measured at a depth is taken from the nearest one, plus the difference of the sizes that both have.
+    """
 
     def __init__(self) -> None:
         # Replaced, never changed: several threads may learn here, and losing a measurement is no harm.
-        self._seen: dict[int, tuple[float, ...]] = {}
+        self._seen: dict[int, dict[int, tuple[float, ...]]] = {}  # depth -> size -> seconds
+        self._compiled: frozenset[int] = frozenset()  # sizes
         self._rejections: tuple[float, ...] = ()
-        self._curve: list[float] | None = None
         self._since_probe_s = 0.0
 
-    def observe(self, size: int, seconds: float, rejection_s: float | None = None) -> None:
-        """Learn from a step of `size` tokens, and from the rejection before it if there was one.
+    def observe(self, size: int, seconds: float, rejection_s: float | None = None, context: int = 0) -> None:
+        """Learn from a step of `size` tokens behind `context` others, and from the rejection before it if there was
+        one.
 
         The first step of a size compiles kernels and is left out.
         """
-        seen = self._seen.get(size)
-        recent = () if seen is None else (*seen, seconds)[-_MEASUREMENTS:]
-        self._seen = {**self._seen, size: recent}
+        depth = _depth(context)
+        if size in self._compiled:
+            self._note(depth, size, (*self._seen.get(depth, {}).get(size, ()), seconds)[-_MEASUREMENTS:])
+        self._compiled |= {size}
         if rejection_s is not None:
             self._rejections = (*self._rejections, rejection_s)[-_MEASUREMENTS:]
         self._since_probe_s += seconds
-        self._curve = None
 
-    def choose(self, rates: Sequence[float]) -> int:
-        """Tokens to draft at these rates; 0 until plain steps have been measured.
+    def choose(self, rates: Sequence[float], context: int = 0) -> int:
+        """Tokens to draft at these rates behind `context` tokens; 0 until plain steps have been measured.
 
         A size that seems too dear is tried again now and then, if the rates are good: it may have been measured while
         the machine was busy. The price of that is at most 1 % of the time.
         """
-        measured = {size: statistics.median(seen) for size, seen in self._seen.items() if seen}
+        depth = _depth(context)
+        measured = self._measured(depth)
         if 1 not in measured:
             return 0
-        curve = self._curve = self._curve or cost_curve(measured)
+        curve = cost_curve(measured)
         rejection_s = statistics.median(self._rejections) if self._rejections else 0.0
         drafted = choose_length(rates, curve, rejection_s)
         if drafted == 0 and (hoped := choose_length(rates, cost_curve({1: measured[1]}))):
             price_s = curve[hoped] - curve[0] + rejection_s
             if price_s <= _PROBE_SHARE * self._since_probe_s:
                 self._since_probe_s = 0.0
-                self._seen = {**self._seen, 1 + hoped: ()}  # the probe measures it anew
+                self._note(depth, 1 + hoped, ())  # the probe measures it anew
                 return hoped
         return drafted
+
+    def _note(self, depth: int, size: int, seconds: tuple[float, ...]) -> None:
+        self._seen = {**self._seen, depth: {**self._seen.get(depth, {}), size: seconds}}
+
+    def _measured(self, depth: int) -> dict[int, float]:
+        """Median seconds by size: those of this depth, then what nearer and farther ones say of the others."""
+        found: dict[int, float] = {}
+        for other in sorted(self._seen, key=lambda one: abs(one - depth)):
+            there = {size: statistics.median(seen) for size, seen in self._seen[other].items() if seen}
+            both = found.keys() & there.keys()
+            more_s = statistics.median(found[size] - there[size] for size in both) if both else 0.0
+            found = {size: seconds + more_s for size, seconds in there.items()} | found
+        return found
+
+
+def _depth(context: int) -> int:
+    return max(0, context.bit_length() - _SHALLOW_BITS)
 
 
 class Acceptance:
