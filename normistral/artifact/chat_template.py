@@ -63,19 +63,32 @@ class ChatTemplate:
         """
         return self._render(messages, add_generation_prompt)[0]
 
-    def encode(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """The conversation as token ids, as `apply_chat_template(messages)` where no message holds control text.
 
         Otherwise every control token that stands wholly in text of the template is one, and every other is tokenised
         as ordinary text: one typed into a content, a role or any other field, and one that would only come about where
         a message meets the template.
 
+        Args:
+            continue_final_message: end with the last message's content, so that the model goes on inside it, as in
+                transformers.
+
         Raises:
             TemplateError: as `render`; or a message may hold control text and the template treats it in a way that
                 cannot be followed.
             UsageError: the text is not valid Unicode.
         """
-        text, sources = self._render(messages, add_generation_prompt)
+        text, sources = self._render(messages, add_generation_prompt and not continue_final_message)
+        if continue_final_message:
+            end = _end_of_final(text, sources, messages[-1]["content"])
+            text, sources = text[:end], sources[:end]
         if UNKNOWN in sources and not any(map(self._encoder.could_write_control_text, _typed_strings(messages))):
             sources = sources.replace(UNKNOWN, TEMPLATE)
         return self._encoder.encode(text, sources)
@@ -137,6 +150,15 @@ def _compile(source: str) -> jinja2.Template:
         raise TemplateError(f"the chat template has an error in {where}", _BAD_TEMPLATE) from exc
     except Exception as exc:  # nested too deep for jinja2 or for Python's own compiler
         raise TemplateError(f"the chat template cannot be compiled: {_quote(exc)}", _BAD_TEMPLATE) from exc
+
+
+def _end_of_final(text: str, sources: str, content: str) -> int:
+    """Where the final message's content ends, blanks at its end aside; a template may strip those."""
+    content = content.strip()
+    at = text.rfind(content) if content else -1
+    if at < 0 or TEMPLATE in sources[at : at + len(content)]:
+        raise TemplateError("the final message does not stand in the conversation as it is", _BAD_MESSAGES)
+    return at + len(content)
 
 
 def _track_message(message: Mapping[str, Any]) -> dict[str, Any]:

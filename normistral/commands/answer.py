@@ -35,6 +35,8 @@ WHY_IT_ENDED: dict[FinishReason, str] = {
     "cancelled": "it was stopped",
 }
 
+_WITHOUT_GREEDY = {"temperature", "top_k", "top_p", "min_p", "typical_p", "xtc_probability", "xtc_threshold"}
+
 
 def generation_options(
     sampling: SamplingArgs,
@@ -51,7 +53,7 @@ def generation_options(
     """
     options = sampling.options(further_stops) | given(draft=draft, structure=structure)
     if greedy:
-        pointless = sorted({"temperature", "top_k", "top_p", "min_p"} & options.keys())
+        pointless = sorted(options.keys() & _WITHOUT_GREEDY)
         if pointless:
             named = ", ".join("--" + name.replace("_", "-") for name in pointless)
             raise UsageError(f"--greedy leaves {named} nothing to do", "leave one of them out")

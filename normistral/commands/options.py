@@ -18,14 +18,17 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from normistral.artifact import store
+from normistral.artifact.manifest import SamplingDefaults
 from normistral.artifact.presets import PRESETS
 from normistral.commands.console import decode_argument
+from normistral.errors import UsageError
 from normistral.runtime.engines.settings import EngineConfig, parse_settings
 from normistral.runtime.options import NUMERIC_OPTIONS, DraftMode, default_of, refuse_draft_table
 
 # Groups of options in the help.
 SAMPLING, FORM, ENGINE, OUTPUT = "How to write", "Form of the answer", "Engine", "What is shown"
 
+_PUBLISHED = frozenset(field.name for field in fields(SamplingDefaults))
 DEFAULTS_NOTE = "(*) What the model's authors published comes first; the figure is the default where they say nothing."
 
 
@@ -228,29 +231,65 @@ class SamplingArgs(OptionGroup):
 
     @classmethod
     def parameters(cls) -> list[Parameter]:
-        """An option for each number of `GenerationConfig` but log-probabilities, and --stop before the last one."""
+        """An option for each number of `GenerationConfig` but log-probabilities, and the lists before the last one."""
         parameters = []
         for name, spec in NUMERIC_OPTIONS.items():
-            if name != "logprobs":
-                default = default_of(name)
-                note = "" if default is None else f" (*) {default:g}"
+            if name not in ("logprobs", "prompt_logprobs"):
+                note = _default_note(name, spec.at_minus_one)
                 option = typer.Option(metavar=spec.metavar, help=spec.help + note, rich_help_panel=SAMPLING)
                 parameters.append(_optional(name, spec.kind, option))
         stop = typer.Option(
             metavar="TEXT", help="End before this text; may be given several times.", rich_help_panel=SAMPLING
         )
-        return [*parameters[:-1], _optional("stop", list[str], stop), parameters[-1]]
+        bias = typer.Option(
+            metavar="ID=B",
+            help="Add B to the logit of a token id, from -100 to 100; may be given several times.",
+            rich_help_panel=SAMPLING,
+        )
+        breaker = typer.Option(
+            metavar="TEXT",
+            help="DRY looks for no sequence across this text, instead of line end, colon, quote and asterisk; may be "
+            "given several times.",
+            rich_help_panel=SAMPLING,
+        )
+        lists = [
+            _optional("stop", list[str], stop),
+            _optional("logit_bias", list[str], bias),
+            _optional("dry_sequence_breaker", list[str], breaker),
+        ]
+        return [*parameters[:-1], *lists, parameters[-1]]
 
     def options(self, further_stops: Sequence[str] = ()) -> dict[str, Any]:
         """Keyword arguments of a generation.
 
         Raises:
-            UsageError: a stop text is not UTF-8.
+            UsageError: a text is not UTF-8, or a bias is not ID=B.
         """
         options = dict(self._options)
+        if bias := options.pop("logit_bias", ()):
+            options["logit_bias"] = tuple(map(_parse_bias, bias))
+        if breakers := options.pop("dry_sequence_breaker", ()):
+            options["dry_sequence_breakers"] = tuple(map(decode_argument, breakers))
         if stops := [*map(decode_argument, options.pop("stop", ())), *further_stops]:
             options["stop"] = tuple(stops)
         return options
+
+
+def _default_note(name: str, at_minus_one: Any) -> str:
+    """The default; (*) where the model's authors may have published one."""
+    default = default_of(name)
+    if default is None:
+        return ""
+    shown = "-1" if default == at_minus_one and default else f"{default:g}"
+    return f" (*) {shown}" if name in _PUBLISHED else f" Default: {shown}"
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError as exc:
+        raise UsageError(f"--logit-bias takes ID=B, not {text}", "such as --logit-bias 42=-100") from exc
 
 
 def _optional(name: str, kind: Any, option: Any) -> Parameter:

@@ -13,6 +13,10 @@ FinishReason = Literal["stop", "length", "context", "cancelled"]
 """stop: a stop token or stop text; length: max_new_tokens; context: the model's context is full; cancelled."""
 
 
+TokenLogprobs = tuple[float | None, tuple[tuple[int, float], ...]]
+"""Log-probability of a token, and (token id, log-probability) of the most likely ones in its place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Times of one generation up to this chunk, in seconds from the call (load is not in them).
@@ -57,6 +61,8 @@ class Chunk:
         timings: up to and including this step.
         reasoning: as `text`, of what a thinking model writes before it answers; without the tags around it.
         reasoning_open: whether the reasoning had begun and not ended after this token.
+        prompt_logprobs: of each token of the prompt, its log-probability (the first has none) and the most likely
+            tokens in its place, when asked for; only the first chunk has them.
     """
 
     text: str
@@ -67,6 +73,7 @@ class Chunk:
     timings: Timings
     reasoning: str = ""
     reasoning_open: bool = False
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,7 @@ class Completion:
     logprobs: tuple[float, ...] = ()
     reasoning: str = ""
     reasoning_open: bool = False
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @classmethod
     def from_chunks(cls, chunks: Iterable[Chunk]) -> Completion:
@@ -98,4 +106,5 @@ class Completion:
             logprobs=tuple(chunk.logprob for chunk in gathered if chunk.logprob is not None),
             reasoning="".join(chunk.reasoning for chunk in gathered),
             reasoning_open=last.reasoning_open,
+            prompt_logprobs=gathered[0].prompt_logprobs,
         )

@@ -16,7 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from normistral.runtime.chunks import Chunk, FinishReason, Timings
+from normistral.runtime.chunks import Chunk, FinishReason, Timings, TokenLogprobs
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sampling import Sampler, log_softmax
@@ -65,7 +65,12 @@ def generate_tokens(
     clock = _Clock(len(prompt_ids), decoder)
     clock.reused(sequence.reuse(prompt_ids, reproducible=config.reproducible))
     sampler = Sampler(config, prompt_ids)
-    logits = sequence.prefill(prompt_ids, limits.cancelled, reproducible=config.reproducible)
+    of_prompt: tuple[TokenLogprobs, ...] = ()
+    logits: Logits | None
+    if config.prompt_logprobs is None:
+        logits = sequence.prefill(prompt_ids, limits.cancelled, reproducible=config.reproducible)
+    else:
+        logits, of_prompt = score_prompt(sequence, prompt_ids, config.prompt_logprobs, limits.cancelled)
     clock.prefilled()
     jump_forward: deque[int] = deque(constraint.jump_forward_tokens() if constraint is not None else ())
     room = min(config.max_new_tokens, limits.context_length - len(prompt_ids))
@@ -89,7 +94,8 @@ def generate_tokens(
             finish_reason = None
         if complete or finish_reason is not None:
             decoder.rollback()
-        yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read())
+        yield TokenStep(token_id, logprob, top_logprobs, finish_reason, clock.read(), of_prompt)
+        of_prompt = ()
         if finish_reason is not None:
             return
         if complete:
@@ -131,6 +137,21 @@ def report_logprobs(
     logprobs = log_softmax(logits)
     best = np.argsort(-logprobs, kind="stable")[:wanted]
     return float(logprobs[token_id]), tuple((int(i), float(logprobs[i])) for i in best)
+
+
+def score_prompt(
+    sequence: CachedSequence, prompt_ids: Sequence[int], wanted: int, cancelled: Callable[[], bool]
+) -> tuple[Logits | None, tuple[TokenLogprobs, ...]]:
+    """Compute the whole prompt: logits after it, None if `cancelled`, and the log-probabilities of its tokens."""
+    scored: list[TokenLogprobs] = [(None, ())]
+    logits: Logits | None = None
+    for piece in sequence.logits_of_last(prompt_ids, len(prompt_ids), from_scratch=True):
+        if cancelled():
+            return None, ()
+        for logits in piece:
+            if len(scored) < len(prompt_ids):
+                scored.append(report_logprobs(logits, prompt_ids[len(scored)], wanted))
+    return logits, tuple(scored)
 
 
 class _Clock:

@@ -6,14 +6,21 @@ model published (in the manifest) come between these and what the caller asks fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 from normistral.artifact.manifest import Manifest, SamplingDefaults
 from normistral.errors import UsageError
 from normistral.runtime.structured.structure import Structure
 
+if TYPE_CHECKING:
+    from normistral.artifact.tokenizer import Tokenizer
+
 DraftMode = Literal["auto", "off"]
+
+_ALL = 2**31  # more than any context
+_STRONGEST_BIAS = 100.0  # as OpenAI bounds logit_bias; it decides alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +35,7 @@ class OptionSpec:
         api_name: field of a request to the server.
         api_range: (low, high) of that field where it differs from `low` and `high`; None is unbounded.
         api_help: description of that field.
-        all_at_minus_one: -1 is accepted and becomes the default, as in vLLM and llama.cpp.
+        at_minus_one: -1 is accepted and becomes this, as in vLLM and llama.cpp; "refused" is no such value.
     """
 
     kind: type[int] | type[float]
@@ -39,12 +46,23 @@ class OptionSpec:
     api_name: str
     api_range: tuple[float | None, float | None] | None = None
     api_help: str | None = None
-    all_at_minus_one: bool = False
+    at_minus_one: int | Literal["refused"] | None = "refused"
 
 
-# In the order of the commands' help. The other options (stop, ignore_eos, draft, structure) are no numbers.
+# In the order of the commands' help. The other options (stop, logit_bias, dry_sequence_breakers, ignore_eos, draft,
+# structure) are no single numbers.
 NUMERIC_OPTIONS = {
-    "max_new_tokens": OptionSpec(int, 1, 2**31, "N", "Most tokens to write.", "max_tokens", (1, None)),
+    "max_new_tokens": OptionSpec(
+        int,
+        1,
+        _ALL,
+        "N",
+        "Most tokens to write; -1 is as many as fit.",
+        "max_tokens",
+        (-1, None),
+        "-1 is as many as fit.",
+        at_minus_one=_ALL,
+    ),
     "temperature": OptionSpec(
         float,
         0.0,
@@ -63,11 +81,20 @@ NUMERIC_OPTIONS = {
         "top_k",
         (-1, 2**31),
         "Extension: 0 and -1 are all tokens.",
-        all_at_minus_one=True,
+        at_minus_one=0,
     ),
     "top_p": OptionSpec(float, 0.0, 1.0, "P", "Sample among the likeliest that reach probability P.", "top_p"),
     "min_p": OptionSpec(
         float, 0.0, 1.0, "P", "Leave out tokens below P times the likeliest one.", "min_p", api_help="Extension."
+    ),
+    "typical_p": OptionSpec(
+        float,
+        0.0,
+        1.0,
+        "P",
+        "Sample among the tokens of most typical probability that reach P.",
+        "typical_p",
+        api_help="Extension: locally typical sampling; 1 is off.",
     ),
     "repetition_penalty": OptionSpec(
         float,
@@ -78,6 +105,68 @@ NUMERIC_OPTIONS = {
         "repetition_penalty",
         api_help="Extension.",
     ),
+    "presence_penalty": OptionSpec(
+        float, -2.0, 2.0, "R", "Above 0 makes tokens of the answer less likely to come again.", "presence_penalty"
+    ),
+    "frequency_penalty": OptionSpec(
+        float, -2.0, 2.0, "R", "The same for each time that a token has come.", "frequency_penalty"
+    ),
+    "dry_multiplier": OptionSpec(
+        float,
+        0.0,
+        100.0,
+        "R",
+        "Above 0 makes tokens less likely that would go on with a repeated sequence (DRY).",
+        "dry_multiplier",
+        api_help="Extension: weight of the DRY penalty; 0 is off.",
+    ),
+    "dry_base": OptionSpec(
+        float,
+        1.0,
+        100.0,
+        "R",
+        "Growth of the DRY penalty with each repeated token.",
+        "dry_base",
+        api_help="Extension: growth of the DRY penalty with each repeated token.",
+    ),
+    "dry_allowed_length": OptionSpec(
+        int,
+        1,
+        _ALL,
+        "N",
+        "Repeated tokens from which the DRY penalty begins.",
+        "dry_allowed_length",
+        api_help="Extension: repeated tokens from which the DRY penalty begins.",
+    ),
+    "dry_penalty_last_n": OptionSpec(
+        int,
+        0,
+        _ALL,
+        "N",
+        "Tokens before the next that DRY looks at; -1 is all.",
+        "dry_penalty_last_n",
+        (-1, _ALL),
+        "Extension: tokens that DRY looks at, prompt included; -1 is all.",
+        at_minus_one=_ALL,
+    ),
+    "xtc_probability": OptionSpec(
+        float,
+        0.0,
+        1.0,
+        "P",
+        "How often to leave out the likeliest of several good tokens (XTC).",
+        "xtc_probability",
+        api_help="Extension: chance at each token that XTC acts; 0 is off.",
+    ),
+    "xtc_threshold": OptionSpec(
+        float,
+        0.0,
+        0.5,
+        "P",
+        "Probability from which XTC takes a token for a good one.",
+        "xtc_threshold",
+        api_help="Extension: probability from which XTC takes a token for a good one.",
+    ),
     "seed": OptionSpec(
         int,
         0,
@@ -87,9 +176,12 @@ NUMERIC_OPTIONS = {
         "seed",
         (-1, 2**63),
         "The same text again, while system_fingerprint is the same and not null; -1 is none.",
-        all_at_minus_one=True,
+        at_minus_one=None,
     ),
     "logprobs": OptionSpec(int, 0, 100, "N", "Report log-probabilities of the N likeliest tokens.", "logprobs"),
+    "prompt_logprobs": OptionSpec(
+        int, 0, 100, "N", "Report log-probabilities of the prompt's tokens too.", "prompt_logprobs"
+    ),
     "max_reasoning_tokens": OptionSpec(
         int,
         0,
@@ -114,6 +206,19 @@ class GenerationConfig:
         min_p: leave out tokens less likely than min_p times the most likely one; 0 is none.
         repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens seen before, prompt
             included (Keskar et al. 2019, as in transformers); 1 is off.
+        typical_p: sample among the smallest set of tokens closest to the typical surprise that reaches p; 1 is all.
+        presence_penalty: subtracted from the logits of tokens that the answer holds.
+        frequency_penalty: the same for each time that it holds them.
+        dry_multiplier: weight of a penalty for tokens that would go on with a sequence that came before (DRY); 0 is
+            off. The penalty is multiplier * base ** (repeated tokens - allowed_length).
+        dry_base, dry_allowed_length: of that penalty.
+        dry_penalty_last_n: the last tokens of prompt and answer in which repeated sequences are looked for.
+        dry_sequence_breakers: texts, or token ids, across which no sequence is looked for. Of a text it is the last
+            token that ends sequences.
+        xtc_probability: chance at each token that all tokens of at least `xtc_threshold` but the least likely of them
+            are left out (XTC); 0 is off.
+        xtc_threshold: a probability; above 0.5 XTC could never act.
+        logit_bias: (token id, what is added to its logit, from -100 to 100) pairs; a mapping may be given.
         seed: the same seed, input and options give the same text on the same artifact, settings, versions and machine,
             whatever was asked before or beside it. For that, the beginning of a prompt is reused only in whole chunks
             computed from position 0, and nothing is drafted: a chat computes its last answer anew at each turn
@@ -123,6 +228,7 @@ class GenerationConfig:
         ignore_eos: go on past stop tokens (for benchmarks).
         logprobs: report log-probabilities (nats, of the model's own distribution before any of the above): None not
             at all, n for the chosen token and the n most likely ones.
+        prompt_logprobs: the same for each token of the prompt, in the first chunk; the whole prompt is then computed.
         max_reasoning_tokens: of a thinking model: after so many tokens of reasoning its closing tag is written for it,
             and the answer follows. 0 is no reasoning, None as much as it likes. Tags and reasoning count towards
             `max_new_tokens` too.
@@ -139,10 +245,22 @@ class GenerationConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = _ALL
+    dry_sequence_breakers: tuple[str | int, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     max_reasoning_tokens: int | None = None
     draft: DraftMode = "auto"
     structure: Structure | None = None
@@ -156,12 +274,21 @@ class GenerationConfig:
         """Raises UsageError for a value out of range; -1 for `seed` and `top_k` becomes what it stands for."""
         for name, option in NUMERIC_OPTIONS.items():
             value, default = getattr(self, name), default_of(name)
-            if option.all_at_minus_one and _is_minus_one(value):
-                object.__setattr__(self, name, default)  # frozen otherwise
+            if option.at_minus_one != "refused" and _is_minus_one(value):
+                object.__setattr__(self, name, option.at_minus_one)  # frozen otherwise
             elif value is not None or default is not None:
                 _require_number(name, value, option)
-        if self.top_p == 0.0:
-            raise UsageError("top_p must be above 0", "use temperature=0 for greedy decoding")
+        for name in ("top_p", "typical_p"):
+            if getattr(self, name) == 0.0:
+                raise UsageError(f"{name} must be above 0", "use temperature=0 for greedy decoding")
+        _require_bias(self.logit_bias)
+        if not isinstance(self.dry_sequence_breakers, tuple) or not all(
+            (isinstance(one, str) and one) or _is_id(one) for one in self.dry_sequence_breakers
+        ):
+            raise UsageError(
+                f"dry_sequence_breakers must be texts or token ids, not {self.dry_sequence_breakers!r}",
+                "leave it out for the usual ones, or give none: ()",
+            )
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop must be texts that are not empty, not {self.stop!r}", "leave it out for none")
         if not isinstance(self.ignore_eos, bool):
@@ -190,7 +317,7 @@ def resolve_options(authors: SamplingDefaults, options: dict[str, Any]) -> Gener
 
     Args:
         authors: sampling defaults of the manifest.
-        options: fields of `GenerationConfig` by name; `stop` may be one text or a sequence of them.
+        options: fields of `GenerationConfig` by name; `stop` may be one text or a list of them.
 
     Raises:
         UsageError: an unknown option, or a value of the wrong type or out of range.
@@ -199,12 +326,14 @@ def resolve_options(authors: SamplingDefaults, options: dict[str, Any]) -> Gener
     unknown = sorted(set(options) - known)
     if unknown:
         raise UsageError(f"unknown option {', '.join(unknown)}", f"options are: {', '.join(sorted(known))}")
-    stop = options.get("stop", ())
-    if isinstance(stop, str):
-        stop = (stop,)
-    elif isinstance(stop, list):
-        stop = tuple(stop)
-    given = {**options, "stop": () if stop is None else stop}
+    given = dict(options)
+    stop = given.get("stop")
+    stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    given["stop"] = tuple(stop) if isinstance(stop, list) else stop
+    if isinstance(breakers := given.get("dry_sequence_breakers"), list):
+        given["dry_sequence_breakers"] = tuple(breakers)
+    if isinstance(bias := given.get("logit_bias"), Mapping):
+        given["logit_bias"] = tuple(bias.items())
     published = {field.name: value for field in fields(authors) if (value := getattr(authors, field.name)) is not None}
     return replace(GenerationConfig(), **(published | given))
 
@@ -219,6 +348,24 @@ def require_applicable(config: GenerationConfig, manifest: Manifest, name: str) 
         raise UsageError(
             f"max_reasoning_tokens means nothing here: {name} is no model that marks its reasoning", "leave it out"
         )
+    vocabulary = manifest.architecture.vocabulary
+    for option, token_ids in (
+        ("logit_bias", [token_id for token_id, _ in config.logit_bias]),
+        ("dry_sequence_breakers", [one for one in config.dry_sequence_breakers if isinstance(one, int)]),
+    ):
+        if (worst := max(token_ids, default=0)) >= vocabulary:
+            raise UsageError(f"{option}: {worst} is no token id of {name}", f"ids go from 0 to {vocabulary - 1}")
+
+
+def encode_breakers(config: GenerationConfig, tokenizer: Tokenizer) -> GenerationConfig:
+    """`dry_sequence_breakers` as token ids, where DRY is asked for: of a text its last token, behind a letter."""
+    if config.dry_multiplier == 0.0 or not any(isinstance(one, str) for one in config.dry_sequence_breakers):
+        return config
+    ids = [
+        one if isinstance(one, int) else tokenizer.encode("a" + one, add_special_tokens=False)[-1]
+        for one in config.dry_sequence_breakers
+    ]
+    return replace(config, dry_sequence_breakers=tuple(dict.fromkeys(ids)))
 
 
 def refuse_draft_table(name: str) -> NoReturn:
@@ -231,6 +378,20 @@ def refuse_draft_table(name: str) -> NoReturn:
 
 def _is_minus_one(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value == -1
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _require_bias(bias: object) -> None:
+    hint = f"give a mapping of token ids to numbers from {-_STRONGEST_BIAS:g} to {_STRONGEST_BIAS:g}"
+    if not isinstance(bias, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in bias):
+        raise UsageError("logit_bias must be pairs of a token id and a number", hint)
+    for token_id, value in bias:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not _is_id(token_id) or not number or not -_STRONGEST_BIAS <= value <= _STRONGEST_BIAS:
+            raise UsageError(f"logit_bias cannot be {value!r} for the token id {token_id!r}", hint)
 
 
 def _require_number(name: str, value: object, option: OptionSpec) -> None:

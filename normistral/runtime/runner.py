@@ -18,7 +18,7 @@ from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.engines.base import Backend, EngineInfo
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.interpreter_exit import InterruptSafeLock, close_at_exit, computing, computing_each
-from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.runtime.options import GenerationConfig, encode_breakers, require_applicable, resolve_options
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.speculative.decoder import Decoder, PlainDecoder, SpeculativeDecoding
@@ -122,7 +122,7 @@ class Runner:
         require_applicable(config, self.manifest, self.name)
         if config.structure is not None:
             self.structures.require(config.structure, self.manifest.reasoning)
-        return config
+        return encode_breakers(config, self.tokenizer)
 
     def create_sequence(self, neighbours: Callable[[], Iterable[CachedSequence]] | None = None) -> CachedSequence:
         """A new KV cache on these weights.

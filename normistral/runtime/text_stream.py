@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from normistral.artifact.manifest import ReasoningMarkers
 from normistral.artifact.tokenizer import Tokenizer
-from normistral.runtime.chunks import Chunk, FinishReason, Timings
+from normistral.runtime.chunks import Chunk, FinishReason, Timings, TokenLogprobs
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
@@ -28,6 +28,7 @@ class TokenStep:
     top_logprobs: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
     timings: Timings
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class TextStream:
@@ -101,6 +102,7 @@ class TextStream:
             step.timings,
             reasoning,
             splitter.inside,
+            step.prompt_logprobs,
         )
 
     def _finish(self) -> tuple[str, str]:

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from normistral.runtime.chunks import Chunk
+from normistral.runtime.chunks import Chunk, TokenLogprobs
 from normistral.server.generation import SequenceOutput
 from normistral.server.model_handler import ModelHandler
-from normistral.server.responses import ResponseHeader, UsageCounter, describe_token, finish_reason, shown_token
+from normistral.server.responses import (
+    LEAST_LOGPROB,
+    ResponseHeader,
+    UsageCounter,
+    describe_token,
+    finish_reason,
+    shown_token,
+)
 
 _KIND = "text_completion"
+
+
+@dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """A prompt before its answer."""
+
+    handler: ModelHandler
+    token_ids: Sequence[int]
+
+    @property
+    def text(self) -> str:
+        """As it is decoded; control tokens are written out."""
+        return self.handler.tokenizer.decode(self.token_ids, skip_special_tokens=False)
+
+    def logprobs(self, scored: Sequence[TokenLogprobs]) -> dict[str, list[Any]]:
+        """Parallel lists for its tokens; those of the first are null."""
+        lists, offset = _no_logprobs(), 0
+        for token_id, (logprob, top) in zip(self.token_ids, scored, strict=True):
+            token = describe_token(self.handler, token_id, 0.0)["token"]
+            likely = [describe_token(self.handler, *pair) for pair in top]
+            lists["tokens"].append(token)
+            lists["token_logprobs"].append(None if logprob is None else max(logprob, LEAST_LOGPROB))
+            lists["top_logprobs"].append(None if logprob is None else {one["token"]: one["logprob"] for one in likely})
+            lists["text_offset"].append(offset)
+            offset += len(token)
+        return lists
 
 
 @dataclass(slots=True)
@@ -23,24 +56,39 @@ class _TextAnswer:
     logprobs: dict[str, list[Any]] = field(default_factory=lambda: _no_logprobs())
     length: int = 0
     finish_reason: str | None = None
+    echo: EchoedPrompt | None = None
 
-    def add(self, handler: ModelHandler, chunk: Chunk) -> dict[str, list[Any]]:
-        """Append a chunk; returns the log-probabilities in it."""
-        described = _text_logprobs(handler, chunk, self.length)
+    def add(self, handler: ModelHandler, chunk: Chunk) -> tuple[str, dict[str, list[Any]]]:
+        """Append a chunk; returns what it adds to the text and its log-probabilities, an echoed prompt before both."""
+        text, described = chunk.text, _no_logprobs()
+        if self.echo is not None:
+            text = self.echo.text + text
+            self.length = len(self.echo.text)
+            if chunk.prompt_logprobs:
+                described = self.echo.logprobs(chunk.prompt_logprobs)
+            self.echo = None
+        for name, values in _text_logprobs(handler, chunk, self.length).items():
+            described[name] += values
         for name, values in described.items():
             self.logprobs[name] += values
-        self.text.append(chunk.text)
+        self.text.append(text)
         self.reasoning.append(chunk.reasoning)
         self.length += len(chunk.text)
         self.finish_reason = finish_reason(chunk.finish_reason)
-        return described
+        return text, described
 
 
 async def gather_text(
-    outputs: AsyncIterator[SequenceOutput], header: ResponseHeader, choices: int, each: int, *, logprobs: bool
+    outputs: AsyncIterator[SequenceOutput],
+    header: ResponseHeader,
+    choices: int,
+    each: int,
+    echo: Sequence[EchoedPrompt],
+    *,
+    logprobs: bool,
 ) -> dict[str, Any]:
-    """Response body of /v1/completions; `each` of the `choices` belong to one prompt."""
-    answers = [_TextAnswer() for _ in range(choices)]
+    """Response body of /v1/completions; `each` of the `choices` belong to one prompt, which `echo` repeats."""
+    answers = [_TextAnswer(echo=echo[index // each] if echo else None) for index in range(choices)]
     counter = UsageCounter(each)
     async for index, chunk in outputs:
         counter.add(index, chunk)
@@ -63,21 +111,22 @@ async def stream_text(
     header: ResponseHeader,
     choices: int,
     each: int,
+    echo: Sequence[EchoedPrompt],
     *,
     logprobs: bool,
     usage: bool,
 ) -> AsyncIterator[dict[str, Any]]:
     """Stream events of /v1/completions: text deltas, the last with a finish reason; `usage` adds a final event."""
     no_usage = {"usage": None} if usage else {}
-    answers = [_TextAnswer() for _ in range(choices)]
+    answers = [_TextAnswer(echo=echo[index // each] if echo else None) for index in range(choices)]
     counter = UsageCounter(each)
     async for index, chunk in outputs:
         counter.add(index, chunk)
-        described = answers[index].add(header.handler, chunk)
+        text, described = answers[index].add(header.handler, chunk)
         told = described if logprobs and described["tokens"] else None
         reason = finish_reason(chunk.finish_reason)
-        if chunk.text or chunk.reasoning or told or reason:
-            yield header.wrap(_KIND, [_text_choice(index, chunk.text, chunk.reasoning, told, reason)], **no_usage)
+        if text or chunk.reasoning or told or reason:
+            yield header.wrap(_KIND, [_text_choice(index, text, chunk.reasoning, told, reason)], **no_usage)
     if usage:
         yield header.wrap(_KIND, [], usage=counter.usage)
 

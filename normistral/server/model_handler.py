@@ -16,7 +16,7 @@ from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
 from normistral.runtime.detokenizer import spell_vocabulary
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
-from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.runtime.options import GenerationConfig, encode_breakers, require_applicable, resolve_options
 from normistral.runtime.structured.constraint import StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.server.backends.settings import BatchSettings
@@ -90,8 +90,11 @@ class ModelHandler:
         vocabulary = self.manifest.architecture.vocabulary
         return StructureCompiler(GrammarVocabulary(self.tokenizer, vocabulary, self.manifest.stop_token_ids))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], **how: bool) -> list[int]:
         """Token ids of a conversation.
+
+        Args:
+            how: as `ChatTemplate.encode` takes it.
 
         Raises:
             UsageError: this is a base model, or the text is not valid Unicode.
@@ -101,7 +104,7 @@ class ModelHandler:
         if self.template is None:
             raise UsageError(f"{self.name} is a base model and knows no conversation", "use /v1/completions")
         self._require_possible("".join(message["content"] for message in messages))
-        return self._fitting(self.template.encode(messages))
+        return self._fitting(self.template.encode(messages, **how))
 
     def encode_text(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt for completion.
@@ -130,6 +133,9 @@ class ModelHandler:
                 server allows, or a structure that cannot be compiled.
         """
         asked = options.get("max_new_tokens")
+        if asked == -1:
+            asked = self.new_tokens
+            options = options | {"max_new_tokens": asked}
         if asked is not None and asked > self.new_tokens:
             raise UsageError(
                 f"{asked} new tokens are more than this server allows ({self.new_tokens})", "ask for fewer"
@@ -140,7 +146,7 @@ class ModelHandler:
         require_applicable(config, self.manifest, self.name)
         if config.structure is not None:
             self.structures.require(config.structure, self.manifest.reasoning)
-        return config
+        return encode_breakers(config, self.tokenizer)
 
     def _require_possible(self, text: str) -> None:
         """Refuse a text that is far too long after tokenizing a prefix of it.

@@ -20,9 +20,11 @@ from normistral.server.schemas import (
 
 # Options that a request calls as the library does, and that are the same for chat and text completions.
 _SAME = (
-    *(name for name, spec in NUMERIC_OPTIONS.items() if spec.api_name == name != "logprobs"),
+    *(name for name, spec in NUMERIC_OPTIONS.items() if spec.api_name == name and not name.endswith("logprobs")),
+    "dry_sequence_breakers",
     "ignore_eos",
 )
+_EFFORTS = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096}
 
 
 def read_options(body: CommonRequest) -> dict[str, Any]:
@@ -33,14 +35,40 @@ def read_options(body: CommonRequest) -> dict[str, Any]:
     """
     options = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     if body.stop is not None:
-        options["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+        options["stop"] = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop) if text]
+    if body.logit_bias:
+        options["logit_bias"] = {int(token_id): value for token_id, value in body.logit_bias.items()}
     if (most := _max_tokens(body)) is not None:
         options["max_new_tokens"] = most
     if (logprobs := _logprobs(body)) is not None:
         options["logprobs"] = logprobs
+        if isinstance(body, CompletionRequest) and body.echo:
+            options["prompt_logprobs"] = logprobs
     if (structure := _structure(body)) is not None:
         options["structure"] = structure
     return options
+
+
+def read_reasoning_budget(body: ChatCompletionRequest) -> dict[str, int]:
+    """Tokens that `reasoning_effort` and `enable_thinking` leave for reasoning, as an option; none without a limit.
+
+    A model without reasoning keeps to every such limit, so for that they mean nothing.
+
+    Raises:
+        ApiError: they, or `max_reasoning_tokens`, contradict each other.
+    """
+    limits: dict[str, int | None] = {}
+    if body.reasoning_effort is not None:
+        limits["reasoning_effort"] = _EFFORTS.get(body.reasoning_effort)
+    thinking = body.chat_template_kwargs and body.chat_template_kwargs.enable_thinking
+    if thinking is not None and (not thinking or 0 in limits.values()):
+        limits["enable_thinking"] = None if thinking else 0
+    if body.max_reasoning_tokens is not None:
+        limits["max_reasoning_tokens"] = body.max_reasoning_tokens
+    if len(set(limits.values())) > 1:
+        raise ApiError(400, f"{' and '.join(limits)} ask for different limits", "give one", param=next(iter(limits)))
+    limit = next(iter(limits.values()), None)
+    return {} if limit is None else {"max_reasoning_tokens": limit}
 
 
 def count_choices(body: CommonRequest, prompts: int, limits: ServerLimits) -> int:

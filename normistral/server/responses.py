@@ -13,7 +13,7 @@ from normistral.runtime.chunks import Chunk, FinishReason
 from normistral.server.model_handler import ModelHandler
 
 ApiFinishReason = Literal["stop", "length"]
-_LEAST_LOGPROB = -9999.0  # as OpenAI writes what has no chance; JSON has no infinity
+LEAST_LOGPROB = -9999.0  # as OpenAI writes what has no chance; JSON has no infinity
 
 
 class ErrorBody(BaseModel):
@@ -103,11 +103,11 @@ class ChatCompletion(BaseModel):
 
 
 class TextLogprobs(BaseModel):
-    """In parallel: tokens, what they had, what could have come, where they begin in the text."""
+    """In parallel: tokens, what they had (null at the start of a prompt), what could have come, where they begin."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -229,7 +229,7 @@ def describe_token(handler: ModelHandler, token_id: int, logprob: float) -> dict
     """A token with its log-probability; bytes that are no whole character come out as U+FFFD in its text."""
     spelled = handler.token_bytes[token_id]
     text = spelled.decode("utf-8", "replace")
-    return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(spelled)}
+    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(spelled)}
 
 
 def shown_token(handler: ModelHandler, chunk: Chunk) -> int | None:

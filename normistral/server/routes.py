@@ -12,11 +12,11 @@ from fastapi.routing import APIRoute
 
 from normistral.errors import ContextLengthError
 from normistral.runtime.options import GenerationConfig
-from normistral.server.completions import gather_chat, gather_text, stream_chat, stream_text
+from normistral.server.completions import EchoedPrompt, gather_chat, gather_text, stream_chat, stream_text
 from normistral.server.errors import ApiError
 from normistral.server.generation import Events, EventStream, Generation, SequenceOutput, unless_gone
 from normistral.server.model_handler import ModelHandler
-from normistral.server.options import count_choices, read_options, require_stream_options
+from normistral.server.options import count_choices, read_options, read_reasoning_budget, require_stream_options
 from normistral.server.responses import ChatCompletion, ErrorAnswer, ResponseHeader, TextCompletion
 from normistral.server.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest
 from normistral.server.service import Service
@@ -86,6 +86,9 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     service: Service = request.app.state.service
     model = service.find(body.model)
     each = _check(body, 1, service)
+    if body.continue_final_message and (body.add_generation_prompt or body.messages[-1].role != "assistant"):
+        message = "continue_final_message goes on inside a last message of the assistant"
+        raise ApiError(400, message, "leave add_generation_prompt out", param="continue_final_message")
     prompts = await service.prepare(model, each, request, _prepare_chat, model.handler, body)
     header = ResponseHeader(
         f"chatcmpl-{request.state.request_id}", model.handler, lambda: model.fingerprint(prompts[0][1])
@@ -111,10 +114,13 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     prompts = await service.prepare(model, choices, request, _prepare_text, model.handler, body)
     header = ResponseHeader(f"cmpl-{request.state.request_id}", model.handler, lambda: model.fingerprint(prompts[0][1]))
     logprobs, usage = body.logprobs is not None, _wants_usage(body)
+    echo = [EchoedPrompt(model.handler, prompt_ids) for prompt_ids, _ in prompts] if body.echo else []
     generation = service.generation(model, prompts, each, request.state)
     if body.stream:
-        return _stream(generation, lambda a: stream_text(a, header, choices, each, logprobs=logprobs, usage=usage))
-    return await _whole(request, generation, lambda a: gather_text(a, header, choices, each, logprobs=logprobs))
+        return _stream(
+            generation, lambda a: stream_text(a, header, choices, each, echo, logprobs=logprobs, usage=usage)
+        )
+    return await _whole(request, generation, lambda a: gather_text(a, header, choices, each, echo, logprobs=logprobs))
 
 
 def _check(body: CommonRequest, prompts: int, service: Service) -> int:
@@ -123,8 +129,14 @@ def _check(body: CommonRequest, prompts: int, service: Service) -> int:
 
 
 def _prepare_chat(handler: ModelHandler, body: ChatCompletionRequest) -> Prepared:
-    options = read_options(body)
-    prompt_ids = handler.encode_chat([message.for_template() for message in body.messages])
+    options, budget = read_options(body), read_reasoning_budget(body)
+    if handler.manifest.reasoning is not None:
+        options |= budget
+    prompt_ids = handler.encode_chat(
+        [message.for_template() for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+        continue_final_message=bool(body.continue_final_message),
+    )
     return [(prompt_ids, handler.resolve(options, len(prompt_ids)))]
 
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
 from normistral.runtime.options import NUMERIC_OPTIONS
 
-_STOPS = 4
+_STOPS = 16
+_BREAKERS = 64
+_BIASES = 1024
 _MOST_MESSAGES = 1024
 _NO_TOOLS = "tools and functions are not supported; ask for JSON with response_format"
 
@@ -39,22 +41,13 @@ class Only:
         raise ValueError(self.why)
 
 
-NoPenalty = Annotated[
-    Annotated[float, Field(ge=0, le=0)] | None,
-    Only("only 0 is possible; there is repetition_penalty", 0),
-    Field(description="Only 0; there is `repetition_penalty`."),
-]
-NoBias = Annotated[
-    Annotated[dict[str, float], Field(max_length=0)] | None,
-    Only("tokens cannot be biased here", {}),
-    Field(description="Only empty."),
-]
 NeverTrue = Annotated[Literal[False] | None, Only("this cannot be switched on", False)]
-StopTexts = (
-    Annotated[str, Field(min_length=1)]
-    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=_STOPS)]
-    | None
-)
+StopTexts = Annotated[
+    str | Annotated[list[str], Field(fail_fast=True, max_length=_STOPS)] | None,
+    Field(description='Texts that end the answer; "" is none.'),
+]
+TokenBias = Annotated[float, Field(ge=-100, le=100)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class JsonSchemaFormat(Strict):
@@ -118,6 +111,12 @@ def _as_written(bound: float | None) -> float | None:
     return bound if bound is None or bound != int(bound) else int(bound)
 
 
+def _require_some(tokens: int | None) -> int | None:
+    if tokens == 0:
+        raise ValueError("an answer has at least 1 token; -1 is as many as fit")
+    return tokens
+
+
 class CommonRequest(Strict):
     """Fields of both kinds of completion; null is the same as leaving out."""
 
@@ -129,19 +128,32 @@ class CommonRequest(Strict):
     seed: int | None = _option("seed")
     temperature: float | None = _option("temperature")
     top_p: float | None = _option("top_p", gt=0)
-    max_tokens: int | None = _option("max_new_tokens")
+    max_tokens: Annotated[int | None, AfterValidator(_require_some)] = _option("max_new_tokens")
     response_format: ResponseFormat | None = None
     # Extensions
     top_k: int | None = _option("top_k")
     min_p: float | None = _option("min_p")
     repetition_penalty: float | None = _option("repetition_penalty")
+    typical_p: float | None = _option("typical_p", gt=0)
+    dry_multiplier: float | None = _option("dry_multiplier")
+    dry_base: float | None = _option("dry_base")
+    dry_allowed_length: int | None = _option("dry_allowed_length")
+    dry_penalty_last_n: int | None = _option("dry_penalty_last_n")
+    dry_sequence_breakers: (
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=_BREAKERS)] | None
+    ) = Field(None, description="Extension: texts across which DRY looks for no sequence.")
+    xtc_probability: float | None = _option("xtc_probability")
+    xtc_threshold: float | None = _option("xtc_threshold")
     max_reasoning_tokens: int | None = _option("max_reasoning_tokens")
     ignore_eos: bool | None = Field(None, description="Extension: go on past the end of the answer.")
     structured_outputs: StructuredOutputs | None = None
+    frequency_penalty: float | None = _option("frequency_penalty")
+    presence_penalty: float | None = _option("presence_penalty")
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], TokenBias], Field(max_length=_BIASES)] | None
+    ) = Field(None, description="Added to the logits of tokens, by their ids.")
     # Asks for nothing, or for nothing that changes the answer
-    frequency_penalty: NoPenalty = None
-    presence_penalty: NoPenalty = None
-    logit_bias: NoBias = None
+    keep_alive: str | int | float | None = Field(None, description="Not used: the model stays loaded.")
     user: str | None = Field(None, description="Not used.")
     metadata: dict[str, str] | None = Field(None, description="Not used.")
     store: NeverTrue = Field(None, description="Nothing is ever stored.")
@@ -180,7 +192,7 @@ class Message(Strict):
         Field(description="Text; parts of text are joined by line ends."),
     ]
     reasoning_content: str | None = Field(None, description="Of an earlier answer; models do not read it again.")
-    name: Annotated[None, Only("the template knows no names")] = None
+    name: str | None = Field(None, description="For templates that read it.")
     tool_calls: Annotated[None, Only(_NO_TOOLS)] = None
     tool_call_id: Annotated[None, Only(_NO_TOOLS)] = None
     function_call: Annotated[None, Only(_NO_TOOLS)] = None
@@ -195,14 +207,23 @@ class Message(Strict):
 
     def for_template(self) -> dict[str, str]:
         """As chat templates take it."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text, **name}
+
+
+class ChatTemplateOptions(Strict):
+    """Variables of chat templates, as vLLM and llama-server take them."""
+
+    enable_thinking: bool | None = Field(None, description="false is no reasoning.")
 
 
 class ChatCompletionRequest(CommonRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=_MOST_MESSAGES)]
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
+    max_completion_tokens: Annotated[int | None, AfterValidator(_require_some)] = Field(
+        None, ge=-1, description="The same as max_tokens."
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs.")
     parallel_tool_calls: bool | None = Field(None, description="There are no tools, so this changes nothing.")
@@ -213,8 +234,19 @@ class ChatCompletionRequest(CommonRequest):
     function_call: Annotated[None, Only(_NO_TOOLS)] = None
     audio: Annotated[None, Only("this server does not speak")] = None
     prediction: Annotated[None, Only("answers cannot be predicted")] = None
-    reasoning_effort: Annotated[None, Only("there is max_reasoning_tokens")] = None
-    verbosity: Annotated[None, Only("verbosity cannot be set")] = None
+    reasoning_effort: ReasoningEffort | None = Field(
+        None,
+        description="Most tokens of a thinking model's reasoning: none 0, minimal 256, low 1024, medium 4096, beyond "
+        "that no limit.",
+    )
+    chat_template_kwargs: ChatTemplateOptions | None = None
+    add_generation_prompt: Annotated[
+        bool | None, Field(description="Extension: false lets the model go on behind the last message as it is.")
+    ] = None
+    continue_final_message: bool | None = Field(
+        None, description="Extension: go on inside the last message, which has to be the assistant's."
+    )
+    verbosity: Annotated[Literal["medium"] | None, Only("verbosity cannot be set", "medium")] = None
     web_search_options: Annotated[None, Only("this server searches nothing")] = None
 
 
@@ -232,7 +264,7 @@ class CompletionRequest(CommonRequest):
         Field(description="Text or token ids, or a list of them: then each has n answers."),
     ]
     logprobs: int | None = Field(None, ge=0, le=5)
-    echo: NeverTrue = Field(None, description="The prompt is not repeated.")
+    echo: bool | None = Field(None, description="Repeat the prompt before the answer, with its log-probabilities.")
     best_of: Annotated[int | None, Field(ge=1, le=1)] = None
     suffix: Annotated[None, Only("text cannot be inserted before a suffix")] = None
 

@@ -38,24 +38,39 @@ def test_values_in_range_are_kept(name: str, values: list[Any]) -> None:
 
 def test_minus_one_is_any_seed_and_all_tokens() -> None:
     """Clients of vLLM and llama.cpp send it."""
-    config = resolve_options(NOTHING_PUBLISHED, {"seed": -1, "top_k": -1})
+    config = resolve_options(
+        NOTHING_PUBLISHED, {"seed": -1, "top_k": -1, "max_new_tokens": -1, "dry_penalty_last_n": -1}
+    )
     assert (config.seed, config.top_k) == (None, 0)
+    assert (config.max_new_tokens, config.dry_penalty_last_n) == (2**31, 2**31)
     assert replace(config, seed=-1).seed is None
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_new_tokens", [0, -1, 2**31 + 1, 1.0, "10", None, True]),
+        ("max_new_tokens", [0, -2, 2**31 + 1, 1.0, "10", None, True]),
         ("temperature", [-0.1, 100.1, float("nan"), float("inf"), "hot", None, True]),
         ("top_k", [-2, -1.0, 1.5, "40", None, False]),
         ("top_p", [0, 0.0, -0.1, 1.01, float("nan"), None]),
         ("min_p", [-0.1, 1.1, float("nan"), None]),
         ("repetition_penalty", [0, 0.0, -1.0, 101, float("inf"), None]),
+        ("typical_p", [0, 0.0, -0.1, 1.01, float("nan"), None]),
+        ("presence_penalty", [-2.1, 2.1, float("nan"), "0", None, True]),
+        ("frequency_penalty", [-2.1, 2.1, float("nan"), "0", None, True]),
+        ("dry_multiplier", [-0.1, 101, None]),
+        ("dry_base", [0.9, 101, float("inf"), None]),
+        ("dry_allowed_length", [0, 1.0, None]),
+        ("dry_penalty_last_n", [-2, 1.0, None]),
+        ("dry_sequence_breakers", [("",), (-1,), (True,), "a", (1.0,), None]),
+        ("xtc_probability", [-0.1, 1.1, None]),
+        ("xtc_threshold", [-0.1, 0.6, None]),
+        ("logit_bias", [{"5": 1}, {5: 101}, {-1: 1}, {5: None}, {5: True}, [(5, 1)], ((5,),), 5, None]),
         ("seed", [-2, -1.0, 2**64, 1.0, "1", True]),
         ("stop", [("",), ["a", ""], (1,), 7, {"a"}, b"a"]),
         ("ignore_eos", [1, 0, "yes", None]),
         ("logprobs", [-1, 101, 1.0, True]),
+        ("prompt_logprobs", [-1, 101, 1.0, True]),
         ("max_reasoning_tokens", [-1, 2**31 + 1, 1.0, "5", False]),
         ("draft", ["on", "", None, True, 4, ["auto"]]),
         ("structure", ["json", {"type": "object"}, True]),

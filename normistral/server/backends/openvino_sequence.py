@@ -11,7 +11,7 @@ import numpy as np
 
 from normistral.runtime.chunks import Chunk, Timings
 from normistral.runtime.generate import find_finish_reason
-from normistral.runtime.options import GenerationConfig
+from normistral.runtime.options import GenerationConfig, default_of
 from normistral.runtime.text_stream import TextStream, TokenStep
 from normistral.server.backends.base import Job
 
@@ -20,6 +20,15 @@ _SEED_BITS = 32  # mt19937 takes no more
 # and openvino_genai, which divides in float32, would come to infinity.
 _GREEDY_BELOW = 1e-6
 _SINGLE_TOKEN_P = 1e-6  # below it, top_p is reached by the first token of any vocabulary
+_LIBRARY_ONLY = (
+    "prompt_logprobs",
+    "typical_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "dry_multiplier",
+    "xtc_probability",
+    "logit_bias",
+)
 
 
 class RunningSequence:
@@ -101,6 +110,8 @@ def find_unsupported(config: GenerationConfig) -> str | None:
     """What of these options openvino_genai cannot do as the library does it; None if it honours all."""
     if config.structure is not None:
         return "structured output: openvino_genai has another grammar library, which takes and writes other forms"
+    if changed := [name for name in _LIBRARY_ONLY if getattr(config, name) != default_of(name)]:
+        return f"{changed[0]}: a sampler of the library"
     if config.logprobs is not None and config.logprobs > 0:
         return f"logprobs={config.logprobs}: openvino_genai tells the log-probability of the chosen token alone"
     if config.logprobs is not None and config.max_reasoning_tokens is not None:
