@@ -24,7 +24,7 @@ struct Weights {
 // would share the same few sets of the first cache.
 struct Activations {
     size_t tokens;
-    const int8_t* codes;   // [tokens / width, rounded up][columns / 4][width][4], width tokens to a tile
+    const int8_t* codes;   // [tiles][columns / 4][tokens of the tile][4]
     const float* scales;   // [tokens][groups]
     const int32_t* sums;   // [tokens][groups], of codes
 };

@@ -15,7 +15,6 @@
 constexpr int kLanes = 8;     // rows in a vector
 constexpr int kRows = 2;      // vectors of rows in a tile of several tokens
 constexpr int kTokens = 4;    // tokens in a tile: 8 sums in int16, and 4 operands from codes, in 16 registers
-constexpr int kFewRows = 1;    // vectors of rows in a tile of fewer tokens
 constexpr int kAloneRows = 4;  // vectors of rows in a tile of one token: what it takes to read as fast as memory gives
 
 inline __attribute__((always_inline)) __m256i broadcast_four(const int8_t* from) {
@@ -52,7 +51,7 @@ inline __attribute__((always_inline)) __m256i widen(__m256i sum) { return _mm256
 #endif
 
 // Outputs of `tokens` tokens and `rows` vectors of rows.
-template <int tokens, int rows, int width>
+template <int tokens, int rows>
 inline __attribute__((always_inline)) void multiply_tile(const Weights& weights, const Activations& x, float* out, int row,
                                                          size_t token) {
     const int groups = weights.groups(), columns = weights.columns, fitting = fitting_columns(weights.group);
@@ -89,8 +88,8 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
                     high[r] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
                 }
                 UNROLL for (int t = 0; t < tokens; t++) {
-                    const int8_t* four = activations + (size_t(column) * width + t * 4);
-                    const __m256i first = broadcast_four(four), second = broadcast_four(four + 4 * width);
+                    const int8_t* four = activations + (size_t(column) * tokens + t * 4);
+                    const __m256i first = broadcast_four(four), second = broadcast_four(four + 4 * tokens);
                     UNROLL for (int r = 0; r < rows; r++) add_products(narrow[r][t], low[r], first);
                     UNROLL for (int r = 0; r < rows; r++) add_products(narrow[r][t], high[r], second);
                 }

@@ -47,7 +47,7 @@
 namespace {
 
 constexpr int kStep = 32;  // rows: whole tiles of either kind
-static_assert(kStep % (kLanes * kRows) == 0 && kStep % (kLanes * kFewRows) == 0 && kStep % (kLanes * kAloneRows) == 0);
+static_assert(kStep % (kLanes * kRows) == 0 && kStep % (kLanes * kAloneRows) == 0);
 constexpr int kPartsPerThread = 8;  // of a prompt's product, so that a thread that is held up holds nobody up
 constexpr size_t kQuantisedAlone = 8;  // fewer tokens are rounded by one thread
 
@@ -55,29 +55,21 @@ constexpr size_t kQuantisedAlone = 8;  // fewer tokens are rounded by one thread
 template <int tokens>
 void multiply_rest(const Weights& weights, const Activations& x, float* out, int row, size_t token) {
     if (x.tokens - token == tokens) {
-        multiply_tile<tokens, kRows, kTokens>(weights, x, out, row, token);
+        multiply_tile<tokens, kRows>(weights, x, out, row, token);
     } else if constexpr (tokens > 1) {
         multiply_rest<tokens - 1>(weights, x, out, row, token);
     }
 }
 
-// Fewer tokens than a tile has: weights are read as fast as memory gives them.
-template <int tokens>
-void multiply_few(const Weights& weights, const Activations& x, float* out, int begin, int end) {
-    constexpr int rows = tokens == 1 ? kAloneRows : kFewRows;
-    if (x.tokens == tokens) {
-        for (int row = begin; row < end; row += kLanes * rows) multiply_tile<tokens, rows, tokens>(weights, x, out, row, 0);
-    } else if constexpr (tokens > 1) {
-        multiply_few<tokens - 1>(weights, x, out, begin, end);
-    }
-}
-
 // The weights of a tile's rows stay in the cache while all tokens go by.
 void multiply_rows(const Weights& weights, const Activations& x, float* out, int begin, int end) {
-    if (x.tokens < kTokens) return multiply_few<kTokens - 1>(weights, x, out, begin, end);
+    if (x.tokens == 1) {
+        for (int row = begin; row < end; row += kLanes * kAloneRows) multiply_tile<1, kAloneRows>(weights, x, out, row, 0);
+        return;
+    }
     for (int row = begin; row < end; row += kLanes * kRows) {
         size_t token = 0;
-        for (; token + kTokens <= x.tokens; token += kTokens) multiply_tile<kTokens, kRows, kTokens>(weights, x, out, row, token);
+        for (; token + kTokens <= x.tokens; token += kTokens) multiply_tile<kTokens, kRows>(weights, x, out, row, token);
         multiply_rest<kTokens - 1>(weights, x, out, row, token);
     }
 }
@@ -87,13 +79,14 @@ void multiply(const Weights& weights, const float* x, size_t tokens, float* out)
     thread_local std::vector<int8_t> codes;
     thread_local std::vector<float> scales;
     thread_local std::vector<int32_t> sums;
-    const int width = std::clamp(int(tokens), 1, kTokens);
-    codes.resize((tokens + width - 1) / width * width * columns);
+    codes.resize(tokens * columns);
     scales.resize(tokens * groups);
     sums.resize(tokens * groups);
     const Activations rounded{tokens, codes.data(), scales.data(), sums.data()};
     const auto round = [&, c = codes.data(), s = scales.data(), z = sums.data()](size_t t) {
-        int8_t* to = c + t / width * width * columns + t % width * 4;
+        const size_t tile = t / kTokens * kTokens;
+        const int width = int(std::min(tokens - tile, size_t(kTokens)));
+        int8_t* to = c + tile * columns + (t - tile) * 4;
         quantise(x + t * columns, columns, weights.group, width, to, s + t * groups, z + t * groups);
     };
     if (tokens < kQuantisedAlone) {
@@ -173,20 +166,65 @@ private:
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<Int4MatMul>>()}));
 
+namespace {
+
+// Eight codes of 4 bits, columns 0 to 7 from the lowest: columns 0 to 3 to the low nibbles of four bytes, 4 to 7 to the
+// high ones.
+inline __attribute__((always_inline)) __m256i pair_nibbles(__m256i eight) {
+    const auto spread = [](__m256i four) {  // 16 bits to the low nibbles of 32
+        four = _mm256_and_si256(_mm256_or_si256(four, _mm256_slli_epi32(four, 8)), _mm256_set1_epi32(0x00ff00ff));
+        return _mm256_and_si256(_mm256_or_si256(four, _mm256_slli_epi32(four, 4)), _mm256_set1_epi32(0x0f0f0f0f));
+    };
+    const __m256i low = spread(_mm256_and_si256(eight, _mm256_set1_epi32(0xffff)));
+    return _mm256_or_si256(low, _mm256_slli_epi32(spread(_mm256_srli_epi32(eight, 16)), 4));
+}
+
+// 8 rows of 64 columns, `stride` bytes apart, to 8 vectors of 8 columns, kLanes * 4 bytes apart.
+inline void pack_square(const uint8_t* from, int64_t stride, uint8_t* to, __m256i flip) {
+    __m256i r[8], s[8];
+    UNROLL for (int k = 0; k < 8; k++) {
+        r[k] = pair_nibbles(_mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k * stride)), flip));
+    }
+    UNROLL for (int k = 0; k < 8; k += 2) {
+        s[k] = _mm256_unpacklo_epi32(r[k], r[k + 1]);
+        s[k + 1] = _mm256_unpackhi_epi32(r[k], r[k + 1]);
+    }
+    UNROLL for (int k = 0; k < 8; k += 4) {
+        UNROLL for (int half = 0; half < 2; half++) {
+            r[k + 2 * half] = _mm256_unpacklo_epi64(s[k + half], s[k + half + 2]);
+            r[k + 2 * half + 1] = _mm256_unpackhi_epi64(s[k + half], s[k + half + 2]);
+        }
+    }
+    UNROLL for (int k = 0; k < 4; k++) {
+        const __m256i low = _mm256_permute2x128_si256(r[k], r[k + 4], 0x20), high = _mm256_permute2x128_si256(r[k], r[k + 4], 0x31);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k * kLanes * 4), low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (k + 4) * kLanes * 4), high);
+    }
+}
+
+}  // namespace
+
 // Codes as OpenVINO stores them, [rows][columns / 2] with even columns in the low nibbles, to the layout above. `flip` is
 // 0x88888888 for signed codes, which become unsigned with a zero point of 8, and 0 for unsigned ones.
 extern "C" void normistral_pack_int4(const uint8_t* from, uint8_t* to, int64_t rows, int64_t columns, uint32_t flip) {
+    constexpr int64_t kSquare = 64;  // columns that are packed at once
+    const int64_t stride = columns / 2, squares = columns / kSquare * kSquare;
+    const __m256i flips = _mm256_set1_epi32(int32_t(flip));
     tbb::parallel_for(int64_t(0), rows / kLanes, [=](int64_t block) {
-        for (int64_t column = 0; column < columns; column += kColumns) {
-            uint8_t* out = to + (block * (columns / kColumns) + column / kColumns) * kLanes * 4;
-            for (int row = 0; row < kLanes; row++, out += 4) {
+        const uint8_t* of_block = from + block * kLanes * stride;
+        uint8_t* out = to + block * kLanes * stride;
+        for (int64_t column = 0; column < squares; column += kSquare) {
+            for (int row = 0; row < kLanes; row += 8) {
+                pack_square(of_block + row * stride + column / 2, stride, out + column * kLanes / 2 + row * 4, flips);
+            }
+        }
+        for (int64_t column = squares; column < columns; column += kColumns) {
+            for (int row = 0; row < kLanes; row++) {
                 uint32_t eight;
-                std::memcpy(&eight, from + ((block * kLanes + row) * columns + column) / 2, sizeof eight);
-                eight ^= flip;
-                for (int k = 0; k < 4; k++) {
-                    const uint32_t low = eight >> (4 * k) & 15, high = eight >> (4 * k + 16) & 15;
-                    out[k] = uint8_t(low | high << 4);
-                }
+                std::memcpy(&eight, of_block + row * stride + column / 2, sizeof eight);
+                const __m256i packed = pair_nibbles(_mm256_set1_epi32(int32_t(eight ^ flip)));
+                const int32_t four = _mm_cvtsi128_si32(_mm256_castsi256_si128(packed));
+                std::memcpy(out + column * kLanes / 2 + row * 4, &four, sizeof four);
             }
         }
     });
