@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,18 +32,29 @@ class Environment:
 
     Attributes:
         steps: lists of pip's arguments. torch comes alone, so that pip takes the build it is pointed to.
-        built: compiled here, for this processor; without the cache, which knows no compiler options.
+        cmake_options: of what is compiled here, for this processor; without the cache, which knows no such options.
     """
 
     steps: tuple[tuple[str, ...], ...]
-    built: bool = False
+    cmake_options: Callable[[], str] | None = None
+
+
+def llama_cpp_options() -> str:
+    """CMake options for exactly what this processor has, but AMX, with which llama.cpp crashes (2026-11-24)."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
+    given = [f"-D{option}={'ON' if flag in flags else 'OFF'}" for option, flag in LLAMA_CPP_FLAGS.items()]
+    return " ".join(["-DGGML_NATIVE=OFF", *given])
+
+
+def compile_from_source(package: str) -> tuple[str, ...]:
+    name = package.partition("==")[0]
+    return ("numpy", "--no-binary", name, "--no-cache-dir", package)
 
 
 TORCH = ("torch==2.13.0",)
 ENVIRONMENTS = {
-    "llama.cpp": Environment(
-        (("numpy", "--no-binary", "llama-cpp-python", "--no-cache-dir", "llama-cpp-python==0.3.36"),), built=True
-    ),
+    "llama.cpp": Environment((compile_from_source("llama-cpp-python==0.3.36"),), llama_cpp_options),
+    "ik_llama.cpp": Environment((compile_from_source("ik-llama-cpp-python==0.1.5"),), lambda: "-DGGML_NATIVE=ON"),
     "openvino-genai": Environment((("numpy", "openvino-genai==2026.4.1.0"),)),
     "optimum-intel": Environment(
         (TORCH, ("optimum-intel==1.27.0", "openvino==2026.4.1", "nncf==3.4.0", "transformers==4.57.6"))
@@ -54,7 +66,7 @@ ENVIRONMENTS = {
 
 
 def install_all(folder: Path) -> None:
-    """Make what is not there yet. llama.cpp is compiled for this processor: some minutes.
+    """Make what is not there yet. llama.cpp and ik_llama.cpp are compiled for this processor: some minutes each.
 
     Raises:
         subprocess.CalledProcessError: pip failed; it said why.
@@ -67,8 +79,8 @@ def install_all(folder: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
         variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        if environment.built:
-            variables["CMAKE_ARGS"] = llama_cpp_options()
+        if environment.cmake_options is not None:
+            variables["CMAKE_ARGS"] = environment.cmake_options()
         for step in environment.steps:
             pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet", *step]
             subprocess.run(pip, check=True, env=variables)
@@ -84,10 +96,3 @@ def interpreter(folder: Path, name: str) -> Path:
     if not (folder / name / DONE).exists():
         sys.exit(f"error: {name} is not installed in {folder}\nhint: compare.py --install {folder}")
     return folder / name / "bin" / "python"
-
-
-def llama_cpp_options() -> str:
-    """CMake options for exactly what this processor has, but AMX, with which llama.cpp crashes (2026-11-24)."""
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
-    given = [f"-D{option}={'ON' if flag in flags else 'OFF'}" for option, flag in LLAMA_CPP_FLAGS.items()]
-    return " ".join(["-DGGML_NATIVE=OFF", *given])

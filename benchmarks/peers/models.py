@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from normistral.artifact.manifest import read_manifest
 from normistral.evaluation.bench.configuration import Configuration
 from normistral.export.checkpoint.locate import locate
+from normistral.export.checkpoint.weights import find_weight_files, read_tensors
 from normistral.progress import NoProgress
 
 BENCHMARKS = Path(__file__).parents[1]
 SHAPES = ("demo", "half", "7b", "tiny")
+IK_TYPES = ("IQ4_KS", "IQ4_KSS", "IQ4_KT")  # GGUF types that only ik_llama.cpp has
 TINY = {"hidden": 256, "feed_forward": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "positions": 4096}
 
 
@@ -24,11 +28,12 @@ class Models:
     """Files of one shape in a folder; what is missing is made when it is asked for.
 
     Attributes:
-        llama_python: interpreter with llama-cpp-python, whose quantiser makes the GGUF files.
+        quantisers: interpreters with llama-cpp-python ("llama.cpp") and ik-llama-cpp-python ("ik_llama.cpp"), whose
+            quantisers make the GGUF files.
     """
 
-    def __init__(self, shape: str, folder: Path, llama_python: Path | None) -> None:
-        self.shape, self.folder, self.llama_python = shape, folder.resolve(), llama_python
+    def __init__(self, shape: str, folder: Path, quantisers: Mapping[str, Path]) -> None:
+        self.shape, self.folder, self.quantisers = shape, folder.resolve(), quantisers
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, kind: str) -> Path:
@@ -46,14 +51,14 @@ class Models:
         return self._made(self.folder / f"{self.shape}-{kind}.gguf", lambda output: self._quantise(kind, output))
 
     def vocabulary(self) -> int:
-        config = json.loads((self.path("checkpoint") / "config.json").read_text(encoding="utf-8"))
-        return int(config["vocab_size"])
+        return int(self._config()["vocab_size"])
 
     def bytes_per_token(self, kind: str, dtype: str | None = None) -> int:
         """Bytes of weights that one decoded token reads: all but an input embedding that is not the output layer too,
-        of which it reads one row. The KV cache is not counted.
+        of which it reads one row. The KV cache is not counted; of a GGUF file, an embedding is taken to have as many
+        bits a weight as the whole file.
         """
-        config = json.loads((self.path("checkpoint") / "config.json").read_text(encoding="utf-8"))
+        config = self._config()
         unread = 0 if config["tie_word_embeddings"] else config["vocab_size"] * config["hidden_size"]
         path = self.path(kind)
         if kind == "checkpoint":
@@ -62,11 +67,23 @@ class Models:
             return stored * element // (4 if config["torch_dtype"] == "float32" else 2) - unread * element
         if kind in ("openvino", "onnx"):
             return Configuration(kind, path, read_manifest(path)).weight_bytes_per_token
-        import gguf
+        embedded = config["vocab_size"] * config["hidden_size"]
+        weights = sum(math.prod(shape) for shape in self._shapes())
+        return int(path.stat().st_size * (1 - (unread and embedded / weights)))
 
-        tensors = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
-        embedding = tensors["token_embd.weight"] if "output.weight" in tensors else 0
-        return sum(tensors.values()) - embedding
+    def cache_elements_per_token(self) -> int:
+        """Values that the KV cache holds for a token."""
+        config = self._config()
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim)
+
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.path("checkpoint") / "config.json").read_text(encoding="utf-8"))
+        return config
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        tensors = read_tensors(find_weight_files(self.path("checkpoint")))
+        return [tuple(tensor.shape) for tensor in tensors.values()]
 
     def _made(self, path: Path, make: Callable[[Path], None]) -> Path:
         if not path.exists():
@@ -95,8 +112,11 @@ class Models:
         run([BENCHMARKS / "make_gguf.py", "convert", self.path("checkpoint"), output])
 
     def _quantise(self, kind: str, output: Path) -> None:
-        arguments = ["quantise", self.path("f16"), output, "--type", kind]
-        run([BENCHMARKS / "make_gguf.py", *arguments], self.llama_python)
+        if kind in IK_TYPES:
+            run(["-m", "ik_llama_cpp.quantize", self.path("f16"), output, kind], self.quantisers["ik_llama.cpp"])
+        else:
+            arguments = ["quantise", self.path("f16"), output, "--type", kind]
+            run([BENCHMARKS / "make_gguf.py", *arguments], self.quantisers["llama.cpp"])
 
 
 def unpack_demo(output: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,6 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from watch import PRIVATE, descendants, read_memory
 
-COOL_DOWN_S = 0.5  # spinning threads of the last one have gone to sleep by then
 SAMPLE_S = 0.05
 PATIENCE_S = 3600.0
 LAST_WORDS = 2000  # characters
@@ -48,12 +48,12 @@ class Process:
         # A stopped process outlives whoever started it, with all its memory: the kernel ends it with this one.
         libc = ctypes.CDLL(None)
         pipe, variables = subprocess.PIPE, os.environ | VARIABLES
+        self._received = b""
         self._process = subprocess.Popen(
             command,
             stdin=pipe,
             stdout=pipe,
             stderr=self._errors,
-            text=True,
             env=variables,
             preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
         )
@@ -69,37 +69,51 @@ class Process:
             self._process.stdin.close()
         self._errors.close()
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any], at_mark: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Let it run, and wait for its answer. Loading is watched all the time, measuring only at its end.
+
+        Args:
+            at_mark: called while it stands still at the beginning of each segment.
 
         Raises:
             StackError: there will be no answer.
         """
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.send_signal(signal.SIGCONT)
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise StackError(self._last_words()) from None
-        watched = request["do"] == "load"
-        deadline = time.monotonic() + PATIENCE_S
-        while not select.select([self._process.stdout], [], [], SAMPLE_S if watched else PATIENCE_S)[0]:
-            self._sample()
+        while True:
+            reply: dict[str, Any] = json.loads(self._read_line(watched=request["do"] == "load"))
+            if "mark" not in reply:
+                self._process.send_signal(signal.SIGSTOP)  # at a mark it stops itself, at the token
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if self._process.poll() is not None:
+                raise StackError(self._last_words())
+            if "mark" not in reply:
+                break
+            at_mark()
+            self._process.send_signal(signal.SIGCONT)
+        self._sample()
+        return reply
+
+    def _read_line(self, *, watched: bool) -> bytes:
+        assert self._process.stdout is not None
+        pipe, deadline = self._process.stdout.fileno(), time.monotonic() + PATIENCE_S
+        while b"\n" not in self._received:
             if time.monotonic() > deadline:
                 raise StackError(f"no answer within {PATIENCE_S:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise StackError(self._last_words())
-        self._sample()
-        time.sleep(COOL_DOWN_S)
-        if self._process.poll() is not None:
-            raise StackError(self._last_words())
-        self._process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it stands still from here on
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+            if watched:
+                self._sample()
+            if select.select([pipe], [], [], SAMPLE_S if watched else PATIENCE_S)[0]:
+                more = os.read(pipe, 2**20)
+                if not more:
+                    raise StackError(self._last_words())
+                self._received += more
+        line, _, self._received = self._received.partition(b"\n")
+        return line
 
     def cpu_s(self) -> float:
         """Processor time that it has taken."""
@@ -107,6 +121,8 @@ class Process:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _sample(self) -> None:
+        if self._process.poll() is not None:
+            return
         memory = [read_memory(pid) for pid in descendants(self._process.pid)]
         anonymous = sum(kinds[kind] for kinds in memory for kind in PRIVATE)
         self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous)

@@ -12,8 +12,14 @@ from models import Models
 from normistral import hardware
 
 HERE = Path(__file__).parent
-OVERHEAD_BYTES = 700_000_000  # of a process with its libraries and caches
-COPY = 1.3  # libraries keep some weights in an order of their own beside the mapped file
+KV_BYTES = {  # of a value in the KV cache, by environment; scale and zero point of 128 values of 8 bits included
+    "normistral": {"openvino": 1 + 8 / 128, "onnx": 4.0},
+    "openvino-genai": {"openvino": 1 + 8 / 128},
+    "optimum-intel": {"openvino": 1 + 8 / 128},
+    "onnxruntime-genai": {"onnx": 4.0},
+    "transformers": {"bfloat16": 2.0, "float32": 4.0},
+}
+GGUF_KV_BYTES = 2.0  # llama.cpp's and ik_llama.cpp's default is float16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,10 @@ class Stack:
     def bytes_per_token(self, models: Models) -> int:
         return models.bytes_per_token(self.model, self.settings.get("dtype"))
 
-    def likely_bytes(self, models: Models) -> int:
-        """Memory that it will take, roughly."""
-        return int(self.bytes_per_token(models) * COPY) + OVERHEAD_BYTES
+    def cache_bytes_per_token(self, models: Models) -> float:
+        kinds = KV_BYTES.get(self.environment, {})
+        element = kinds.get(self.settings.get("dtype", self.model), GGUF_KV_BYTES)
+        return models.cache_elements_per_token() * element
 
 
 def list_stacks(threads: int, context: int, given: dict[str, dict[str, str]]) -> list[Stack]:
@@ -66,6 +73,9 @@ def list_stacks(threads: int, context: int, given: dict[str, dict[str, str]]) ->
             name = f"llama.cpp {kind}" + (", no flash attention" if attention == "off" else "")
             settings = t | c | {"flash_attention": attention}
             stacks.append(Stack(name, "llama.cpp", "run_llama_cpp.py", kind, settings))
+    for kind, repack in (("IQ4_KS", "off"), ("Q4_K_M", "on"), ("Q4_0", "on")):
+        name = f"ik_llama.cpp {kind}" + (", repacked" if repack == "on" else "")
+        stacks.append(Stack(name, "ik_llama.cpp", "run_ik_llama_cpp.py", kind, t | c | {"repack": repack}))
     for library, worker in (("openvino-genai", "run_openvino_genai.py"), ("optimum-intel", "run_optimum_intel.py")):
         stacks.append(Stack(f"{library}, defaults", library, worker, "openvino"))
         stacks.append(Stack(f"{library}, our settings", library, worker, "openvino", plan))
@@ -80,21 +90,6 @@ def list_stacks(threads: int, context: int, given: dict[str, dict[str, str]]) ->
         settings = t | {"dtype": dtype}
         stacks.append(Stack(f"transformers {dtype}", "transformers", "run_transformers.py", "checkpoint", settings))
     return stacks
-
-
-def choose_resident(likely: dict[str, int], available: int) -> set[str]:
-    """Stacks that stay loaded through all repeats: the smallest, as long as the largest of the others still fits
-    beside them. The others are loaded anew for each repeat.
-
-    Args:
-        likely: bytes by name; available: bytes.
-    """
-    order = sorted(likely, key=lambda name: likely[name])
-    for count in range(len(order), 0, -1):
-        resident, others = order[:count], order[count:]
-        if sum(likely[name] for name in resident) + max((likely[name] for name in others), default=0) <= available:
-            return set(resident)
-    return set()
 
 
 def describe_revision() -> str:

@@ -1,21 +1,81 @@
-"""Medians, intervals and the table of a comparison; it knows the document that compare.py writes and no process."""
+"""Medians, intervals and tables of a comparison, from the lines that compare.py writes; it knows no process.
+
+python benchmarks/peers/summary.py FILE.jsonl [STACK]      the report, in Markdown; STACK is the reference
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from normistral.evaluation.bench.bandwidth import is_steady
+
 RESAMPLES = 10_000
-Document = dict[str, Any]
+APART = 1.25  # phases of a memory whose means are nearer than this are one
+REFERENCE = "normistral OpenVINO"
+Record = dict[str, Any]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Its lines, but for those that a killed run left unfinished."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def measurements(records: Iterable[Record]) -> list[Record]:
+    """One line for each stack, length and round: what was done by measurements that did not fail."""
+    return [record for record in records if record["kind"] == "measurement"]
+
+
+def split_phases(bandwidths: Sequence[float]) -> float | None:
+    """The bandwidth that parts a slow phase of the memory from a fast one, None if there is one phase: two means in
+    logarithms, with the least squares within.
+    """
+    logs = np.log(np.sort(bandwidths))
+    cuts = range(1, len(logs))
+    if not cuts:
+        return None
+    within = [logs[:cut].var() * cut + logs[cut:].var() * (len(logs) - cut) for cut in cuts]
+    cut = cuts[int(np.argmin(within))]
+    if logs[cut:].mean() - logs[:cut].mean() < np.log(APART):
+        return None
+    return float(np.exp((logs[cut - 1] + logs[cut]) / 2))
+
+
+def decodes(record: Record) -> list[Record]:
+    """The segments of a measurement: tokens/s, GB/s of the memory around it and if that stood still, and the share of
+    it that weights and KV cache took.
+    """
+    found = []
+    for number, segment in enumerate(record["segments"]):
+        before, after = record["bandwidth_gb_per_s"][number : number + 2]
+        tokens, memory = record["decode_tokens"], (before + after) / 2
+        context = record["length"] + tokens * (number + 0.5)
+        read = record["weight_bytes"] + record["cache_bytes"] * context
+        speed = tokens / segment["decode_s"]
+        share = speed * read / 1e9 / memory
+        steady = is_steady(before, after)
+        figures = {"round": record["round"], "tokens_per_s": speed, "memory": memory, "share": share, "steady": steady}
+        found.append(figures | {"cores": segment["decode_cpu_s"] / segment["decode_s"]})
+    return found
 
 
 def ratio_interval(ours: list[float], theirs: list[float], seed: int = 0) -> tuple[float, float, float]:
-    """Ratio of the medians, and its 95 % interval by resampling repeats (percentile bootstrap).
+    """Ratio of the medians, and its 95 % interval by resampling rounds (percentile bootstrap).
 
     Args:
-        ours, theirs: one figure a repeat; the same index is the same repeat, so what disturbs one disturbs both.
+        ours, theirs: one figure a round; the same index is the same round, so what disturbs one disturbs both.
     """
     above, below = np.array(ours), np.array(theirs)
     drawn = np.random.default_rng(seed).integers(len(above), size=(RESAMPLES, len(above)))
@@ -24,87 +84,146 @@ def ratio_interval(ours: list[float], theirs: list[float], seed: int = 0) -> tup
     return float(np.median(above) / np.median(below)), float(low), float(high)
 
 
-def speeds(measurements: list[dict[str, Any]], prompt: int, decode: int) -> dict[str, list[float]]:
-    """Tokens/s, processor time over time, and what others took of the machine, for each repeat."""
-    return {
-        "prefill": [prompt / one["prefill_s"] for one in measurements],
-        "decode": [decode / one["decode_s"] for one in measurements],
-        "first_token_s": [one["prefill_s"] for one in measurements],
-        "prefill_cores": [one["prefill_cpu_s"] / one["prefill_s"] for one in measurements],
-        "decode_cores": [one["decode_cpu_s"] / one["decode_s"] for one in measurements],
-        "busy": [one["busy"] for one in measurements],
-    }
-
-
-def summarise(document: Document) -> dict[str, dict[str, Any]]:
-    """Figures of each stack that was measured, by name; medians over the repeats.
-
-    "prefill_ratio" and "decode_ratio" are the reference's speed over this one's: [ratio, low, high], over the repeats
-    that both have.
+def pooled_ratio(ours: list[Record], theirs: list[Record], key: str, seed: int = 0) -> tuple[float, float, float]:
+    """Ratio of the medians of figures of which rounds have different numbers, and its 95 % interval by resampling the
+    rounds of each side.
     """
-    prompt, decode = document["prompt_tokens"], document["decode_tokens"]
-    columns = {
-        name: speeds(stack["measurements"], prompt, decode)
-        for name, stack in document["stacks"].items()
-        if stack.get("measurements")
+    luck = np.random.default_rng(seed)
+
+    def resampled(figures: list[Record]) -> Any:
+        by_round: dict[int, list[float]] = {}
+        for one in figures:
+            by_round.setdefault(one["round"], []).append(one[key])
+        groups = list(by_round.values())
+        drawn = luck.integers(len(groups), size=(RESAMPLES // 5, len(groups)))
+        return np.array([np.median(np.concatenate([groups[i] for i in row])) for row in drawn])
+
+    low, high = np.quantile(resampled(ours) / resampled(theirs), (0.025, 0.975))
+    medians = [statistics.median(one[key] for one in figures) for figures in (ours, theirs)]
+    return medians[0] / medians[1], float(low), float(high)
+
+
+def summarise(records: list[Record], reference: str = REFERENCE) -> dict[int, dict[str, dict[str, Any]]]:
+    """By length and stack: medians over rounds, decoding by phase of the memory ("slow", "fast"; "all" where there is
+    one), and ratios of the reference's speed to this one's: [ratio, low, high].
+    """
+    found = measurements(records)
+    steady = [one["memory"] for record in found for one in decodes(record) if one["steady"]]
+    limit = split_phases(steady)
+    lengths = sorted({record["length"] for record in found})
+    return {
+        length: _summarise_length([r for r in found if r["length"] == length], limit, reference) for length in lengths
     }
+
+
+def _summarise_length(found: list[Record], limit: float | None, reference: str) -> dict[str, dict[str, Any]]:
+    stacks = list(dict.fromkeys(record["stack"] for record in found))
+    prefills: dict[str, dict[int, float]] = {stack: {} for stack in stacks}
+    phases: dict[str, dict[str, list[Record]]] = {stack: {} for stack in stacks}
+    for record in found:
+        prefills[record["stack"]][record["round"]] = record["length"] / record["prefill_s"]
+        for one in decodes(record):
+            if one["steady"]:
+                phase = "all" if limit is None else "slow" if one["memory"] < limit else "fast"
+                phases[record["stack"]].setdefault(phase, []).append(one)
     rows = {}
-    for name, column in columns.items():
-        stack = document["stacks"][name]
-        row = {key: statistics.median(values) for key, values in column.items()}
-        row["gb_per_s"] = row["decode"] * stack["bytes_per_token"] / 1e9
-        row["bandwidth_share"] = row["gb_per_s"] / document["bandwidth"]["gb_per_s"]
-        row["load_s"] = statistics.median(stack["load_s"])
-        row["cold_first_token_s"] = statistics.median(stack["cold_first_token_s"])
-        if reference := columns.get(document["reference"]):
-            both = min(len(reference["decode"]), len(column["decode"]))
-            for kind in ("prefill", "decode"):
-                row[f"{kind}_ratio"] = ratio_interval(reference[kind][:both], column[kind][:both])
-        rows[name] = row
+    for stack in stacks:
+        own = [record for record in found if record["stack"] == stack]
+        tried = [one for record in own for one in decodes(record)]
+        row: dict[str, Any] = {
+            "rounds": len(own),
+            "prefill": statistics.median(prefills[stack].values()),
+            "dropped": sum(not one["steady"] for one in tried),
+            "tried": len(tried),
+            "decode": {},
+            "decode_cores": statistics.median(one["cores"] for one in tried),
+            "prefill_cores": statistics.median(record["prefill_cpu_s"] / record["prefill_s"] for record in own),
+            "busy": statistics.median(record["busy"] for record in own),
+        }
+        for kind in ("load_s", "cold_first_token_s", "peak_resident_bytes", "peak_anonymous_bytes"):
+            row[kind] = statistics.median(record[kind] for record in own)
+        both = sorted(prefills[stack].keys() & prefills.get(reference, {}).keys())
+        if both:
+            sides = ([prefills[name][turn] for turn in both] for name in (reference, stack))
+            row["prefill_ratio"] = ratio_interval(*sides)
+        for phase, figures in phases[stack].items():
+            row["decode"][phase] = {
+                "tokens_per_s": statistics.median(one["tokens_per_s"] for one in figures),
+                "share": statistics.median(one["share"] for one in figures),
+                "memory": statistics.median(one["memory"] for one in figures),
+                "figures": len(figures),
+                "rounds": len({one["round"] for one in figures}),
+            }
+            if theirs := phases.get(reference, {}).get(phase):
+                for name, key in (("ratio", "tokens_per_s"), ("share_ratio", "share")):
+                    row["decode"][phase][name] = pooled_ratio(theirs, figures, key)
+        rows[stack] = row
     return rows
 
 
-def report(document: Document) -> str:
+def report(records: list[Record], reference: str = REFERENCE) -> str:
     """Markdown."""
-    machine, bandwidth, reference = document["machine"], document["bandwidth"], document["reference"]
+    run = next(record for record in reversed(records) if record["kind"] == "run")
+    revisions = dict.fromkeys(record["revision"] for record in records if record["kind"] == "run")
+    machine, found = run["machine"], measurements(records)
+    steady = [one["memory"] for record in found for one in decodes(record) if one["steady"]]
+    limit = split_phases(steady)
+    phase_names = ["all"] if limit is None else ["slow", "fast"]
+    memory = f"read at {min(steady, default=0):.0f} to {max(steady, default=0):.0f} GB/s while decoding "
+    memory += "(one phase)" if limit is None else f"(slow and fast phase parted at {limit:.0f} GB/s)"
     lines = [
-        f"# {document['shape']}: the same work through several libraries, {document['date']}",
+        f"# {run['shape']}: the same work through several libraries, {run['date']}",
         "",
         f"{machine['cpu']}, {machine['threads']} threads, {', '.join(machine['instruction_sets'])}; "
-        f"{machine['memory_gb']:.0f} GB of memory, read at **{bandwidth['gb_per_s']:.1f} GB/s** "
-        f"({bandwidth['kernel']}). {document['prompt_tokens']} prompt tokens, the same for all and new in "
-        f"each repeat, then {document['decode_tokens']} greedy ones; {document['repeats']} repeats in turn, medians, "
-        f"tokens/s. normistral at {document['revision']}.",
+        f"{machine['memory_gb']:.0f} GB of memory, {memory}. Prompts are the same for all and new in each round; "
+        f"greedy tokens after them. normistral at {', '.join(revisions)}.",
         "",
-        f"× is the speed of {reference} over that of the row, with the 95 % interval over repeats. GB/s is decode "
-        "times the bytes of weights that a token reads; share is of the bandwidth, which was measured first. Load is "
-        "that of weights, without imports; cold is the time to the first token of the first answer after it. Cores is "
-        "processor time over time; busy is what everybody else took meanwhile, in cores: above a few hundredths, "
-        "measure again.",
-        "",
-        "| stack | prefill | × | decode | × | GB/s | share | first token, s | load + cold, s "
-        "| peak RSS / anonymous, GB | cores pp / tg | busy |",
-        "|" + "---|" * 12,
+        f"Medians, tokens/s. × is the speed of {reference} over that of the row, with the 95 % interval over rounds; "
+        "for decoding within the phase of the memory. A decode figure counts where the bandwidth just before and just "
+        "after it agree within 10 %; the others are dropped. Share: bytes of weights and KV cache that a token reads, "
+        "by time, by that bandwidth. Load is that of weights, without imports; cold is the first answer after it. Busy "
+        "is the processor time that everybody else took during the prompt, in cores.",
     ]
-    for name, row in summarise(document).items():
-        stack = document["stacks"][name]
-        cells = [name + ("" if stack["resident"] else " *")]
-        for kind in ("prefill", "decode"):
-            ratio = row.get(f"{kind}_ratio")
-            interval = "" if ratio is None or name == reference else "{:.2f} ({:.2f}–{:.2f})".format(*ratio)
-            cells += [f"{row[kind]:.{1 if kind == 'prefill' else 2}f}", interval]
-        cells += [f"{row['gb_per_s']:.1f}", f"{row['bandwidth_share']:.0%}", f"{row['first_token_s']:.2f}"]
-        cells.append(f"{row['load_s']:.1f} + {row['cold_first_token_s']:.2f}")
-        cells.append(f"{stack['peak_resident_bytes'] / 1e9:.2f} / {stack['peak_anonymous_bytes'] / 1e9:.2f}")
-        cells += [f"{row['prefill_cores']:.2f} / {row['decode_cores']:.2f}", f"{row['busy']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    if any(not stack["resident"] for stack in document["stacks"].values()):
-        lines += ["", "\\* loaded anew for each repeat, for want of memory."]
-    lines += ["", "| stack | library | settings |", "|---|---|---|"]
-    for name, stack in document["stacks"].items():
-        settings = ", ".join(f"{key}={value}" for key, value in stack.get("settings", {}).items()).replace("|", "/")
-        lines.append(f"| {name} | {stack.get('library', '')} | {settings} |")
-    failed = {name: stack["error"] for name, stack in document["stacks"].items() if "error" in stack}
-    for name, error in failed.items():
-        lines += ["", f"**{name} failed:**", "", *(f"    {line}" for line in error.splitlines())]
+    for length, rows in summarise(records, reference).items():
+        decode = "".join(f"| decode, {name} memory | share | × " for name in phase_names)
+        lines += [
+            "",
+            f"## {length:,} tokens",
+            "",
+            f"| stack | rounds | prefill | × {decode}| dropped | load + cold, s ",
+        ]
+        lines[-1] += "| peak RSS / anonymous, GB | cores pp / tg | busy |"
+        lines.append("|" + "---|" * (9 + 3 * len(phase_names)))
+        for name, row in rows.items():
+            cells = [name, str(row["rounds"]), f"{row['prefill']:.1f}"]
+            cells.append("" if name == reference else _interval(row.get("prefill_ratio")))
+            for phase in phase_names:
+                figures = row["decode"].get(phase)
+                if figures is None:
+                    cells += ["", "", ""]
+                    continue
+                cells.append(f"{figures['tokens_per_s']:.2f} ({figures['figures']} in {figures['rounds']})")
+                cells.append(f"{figures['share']:.0%} of {figures['memory']:.0f}")
+                cells.append("" if name == reference else _interval(figures.get("ratio")))
+            cells += [f"{row['dropped']} of {row['tried']}", f"{row['load_s']:.1f} + {row['cold_first_token_s']:.2f}"]
+            cells.append(f"{row['peak_resident_bytes'] / 1e9:.2f} / {row['peak_anonymous_bytes'] / 1e9:.2f}")
+            cells += [f"{row['prefill_cores']:.2f} / {row['decode_cores']:.2f}", f"{row['busy']:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| stack | library | weights / KV cache, bytes a token | settings |", "|---|---|---|---|"]
+    for record in {record["stack"]: record for record in found}.values():
+        settings = ", ".join(f"{key}={value}" for key, value in record["settings"].items()).replace("|", "/")
+        sizes = f"{record['weight_bytes'] / 1e9:.3f} GB / {record['cache_bytes'] / 1e3:.1f} kB"
+        lines.append(f"| {record['stack']} | {record['library']} | {sizes} | {settings} |")
+    for record in records:
+        if record["kind"] == "failure":
+            lines += ["", f"**{record['stack']} failed in round {record['round']}:**", ""]
+            lines += [f"    {line}" for line in record["error"].splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def _interval(ratio: tuple[float, float, float] | None) -> str:
+    return "" if ratio is None else "{:.2f} ({:.2f}–{:.2f})".format(*ratio)
+
+
+if __name__ == "__main__":
+    print(report(read_records(Path(sys.argv[1])), *sys.argv[2:3]))

@@ -26,6 +26,7 @@ _CACHES = 4  # times the last-level cache: what is left of the pass before is th
 _MEMORY_SHARE = 4  # a fourth of the available memory at most
 _PASSES = 6
 _PAGE_BYTES = 4096
+_STEADY = 0.1  # memory of virtual machines changes its speed within a minute, by half and more
 
 Floats = NDArray[np.float32]
 _KERNELS: dict[str, Callable[[Floats], Any]] = {
@@ -56,6 +57,11 @@ def choose_buffer_bytes(last_level_cache_bytes: int, available_bytes: int) -> in
     """At least four times the cache and 512 MiB, or as much as a fourth of the memory allows."""
     wanted = max(MIN_BUFFER_BYTES, _CACHES * last_level_cache_bytes)
     return max(_PAGE_BYTES, min(wanted, available_bytes // _MEMORY_SHARE))
+
+
+def is_steady(before: float, after: float) -> bool:
+    """True if the bandwidths before and after a measurement agree within 10 %: else it mixes two speeds of memory."""
+    return abs(before - after) <= _STEADY * max(before, after)
 
 
 def last_level_cache_bytes(root: Path = Path("/")) -> int:
