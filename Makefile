@@ -44,7 +44,7 @@ help:
 	@echo 'make test-transformers5    compare with checkpoints of transformers 5, in an environment of its own (1 GB)'
 	@echo 'make test-mutations        200 changed fields of config files: the same model, or a refusal'
 	@echo 'make test-cluster          batch jobs and replicas on a real Ray, in an environment of its own (3 GB)'
-	@echo 'make docs                  write the documents made from the code, and the API reference into build/api'
+	@echo 'make docs                  write what is made from other files: documents, API reference (build/api), nb.mo'
 	@echo 'make house                 count files, lines, import circles and repeated class names of the package'
 	@echo 'make check                 formatting, lint, types, import directions, docstrings of the API reference'
 	@echo 'make format                format, and mend what the linter can'
@@ -121,6 +121,7 @@ check: $(VENV)/.ready-dev
 	@$(RUN) -W error scripts/api_reference.py --check
 
 docs: $(VENV)/.ready-dev
+	@$(RUN) scripts/catalogue.py
 	@$(RUN) scripts/describe_commands.py > docs/.page && mv docs/.page docs/commands.md
 	@$(RUN) tests/scripts/fields_page.py > docs/.page && mv docs/.page docs/fields.md
 	@$(RUN) -W error scripts/api_reference.py build/api

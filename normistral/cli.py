@@ -20,8 +20,9 @@ import typer
 
 import normistral
 from normistral.commands import console
-from normistral.commands.help import HelpCommand, HelpGroup
+from normistral.commands.help import HelpCommand, HelpGroup, localise
 from normistral.commands.options import DEFAULTS_NOTE, Debug, with_option_groups
+from normistral.commands.translate import choose_language
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.files import explain
 
@@ -38,7 +39,7 @@ _logger = logging.getLogger("normistral")
 _MODELS, _USE, _MEASURE, _MACHINE = "Models", "Use a model", "Measure and tune", "This machine, and others"
 _CHAT_EXAMPLES = (
     'Examples: normistral chat demo; normistral chat demo --prompt "What is the capital of Norway?"; '
-    "normistral chat demo < question.txt. "
+    "normistral chat demo < question.txt."
 )
 # Name -> panel of the help and further options for typer, in the order of the help. Each is a module of
 # normistral.commands with a function of the same name (_ for -), or that of _FUNCTIONS.
@@ -49,7 +50,7 @@ _COMMANDS: dict[str, dict[str, Any]] = {
     "show": {"rich_help_panel": _MODELS},
     "rm": {"rich_help_panel": _MODELS},
     "info": {"rich_help_panel": _MODELS},
-    "chat": {"rich_help_panel": _USE, "epilog": _CHAT_EXAMPLES + DEFAULTS_NOTE},
+    "chat": {"rich_help_panel": _USE, "epilog": f"{_CHAT_EXAMPLES}\n\n{DEFAULTS_NOTE}"},
     "generate": {"rich_help_panel": _USE, "epilog": DEFAULTS_NOTE},
     "batch": {"rich_help_panel": _USE, "epilog": DEFAULTS_NOTE},
     "serve": {"rich_help_panel": _USE, "epilog": "Example: normistral serve demo"},
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _logger.setLevel(logging.WARNING)
     _logger.handlers[:] = [console.WarningLines()]
     try:
+        choose_language()
         given = sys.argv[1:] if arguments is None else arguments
         _require_arguments(given)
         return _invoke(given)
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _invoke(arguments: Sequence[str]) -> int:
     """Parse and call; errors are the caller's. (Typer's own `main` would print them in its way.)"""
     named = arguments[0] if arguments and arguments[0] in _COMMANDS else None
-    command = typer.main.get_command(build_app(named))
+    command = localise(typer.main.get_command(build_app(named)))
     code = 0
     try:
         with command.make_context("normistral", list(arguments)) as context:
@@ -194,7 +196,7 @@ def build_app(only: str | None = None) -> typer.Typer:
 def _complete() -> int:
     """Answer the shell, which asks through the environment; nothing that goes wrong is shown."""
     with suppress(BaseException), redirect_stderr(io.StringIO()):
-        typer.main.get_command(build_app()).main([], prog_name="normistral", standalone_mode=False)
+        localise(typer.main.get_command(build_app())).main([], prog_name="normistral", standalone_mode=False)
     return 0
 
 

@@ -19,6 +19,7 @@ from normistral.runtime.kernels.library import build_library, find_library, find
 # The models are so small that torch's threads wait for each other longer than they compute, and there is a process of
 # pytest for every processor. Read when torch is first imported; commands that a test starts inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["NORMISTRAL_LANG"] = "en"  # whatever the locale of who runs them
 
 # A shell's background jobs inherit that SIGINT is ignored, and so would every command that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,6 +21,7 @@ from normistral.commands.console import (
     warn,
 )
 from normistral.commands.options import SamplingArgs, StructureArgs, given
+from normistral.commands.translate import translate
 from normistral.errors import NormistralError, UsageError
 from normistral.files import explain, read_input
 from normistral.runtime.chunks import Chunk, Completion, FinishReason, Timings
@@ -201,9 +202,10 @@ def completion_document(completion: Completion) -> dict[str, Any]:
 
 def describe_timings(timings: Timings) -> str:
     """One line on a generation."""
-    guessed = f"; {timings.accepted_tokens} of {timings.drafted_tokens} guessed tokens were right"
-    return (
+    line = translate(
         f"{timings.new_tokens} tokens at {timings.tokens_per_s:.1f} tokens/s, the first after {timings.ttft_s:.2f} s; "
         f"prompt of {timings.prompt_tokens} tokens, {timings.cached_tokens} of them known from before"
-        f"{guessed if timings.drafted_tokens else ''}"
     )
+    if not timings.drafted_tokens:
+        return line
+    return f"{line}; " + translate(f"{timings.accepted_tokens} of {timings.drafted_tokens} guessed tokens were right")

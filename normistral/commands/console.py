@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
+from normistral.commands.translate import translate
 from normistral.commands.wrapping import WordWrapper, cell_width, terminal_columns, wrap_text
 from normistral.errors import NormistralError, UsageError
 from normistral.text_input import BOM, decode_text
@@ -133,7 +134,7 @@ def one_line(text: str) -> str:
 
 def say(text: str) -> None:
     """A line about what is going on, on stderr."""
-    print_diagnostic(colour(_fitted(one_line(text), sys.stderr), DIM, sys.stderr))
+    print_diagnostic(colour(_fitted(one_line(translate(text)), sys.stderr), DIM, sys.stderr))
 
 
 def warn(text: str) -> None:
@@ -147,7 +148,8 @@ def confirm(question: str, *, default: bool) -> bool:
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
-    print(f"{question} [{'Y/n' if default else 'y/N'}] ", end="", file=sys.stderr, flush=True)
+    choices = translate("[Y/n]") if default else translate("[y/N]")
+    print(f"{translate(question)} {choices} ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
         print(file=sys.stderr)
@@ -327,7 +329,7 @@ def _fitted(line: str, stream: TextIO, indent: str = "  ") -> str:
 
 
 def _print_labelled(label: str, sgr: str, text: str) -> None:
-    line = _fitted(f"{label} {one_line(text)}", sys.stderr)
+    line = _fitted(f"{label} {one_line(translate(text))}", sys.stderr)
     print_diagnostic(colour(label, sgr, sys.stderr) + line.removeprefix(label))
 
 

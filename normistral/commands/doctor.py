@@ -12,6 +12,7 @@ from normistral.artifact import store
 from normistral.commands import console
 from normistral.commands.console import format_columns
 from normistral.commands.options import Debug, Verbose
+from normistral.commands.translate import translate
 from normistral.hardware import instruction_set_limit
 from normistral.progress import format_bytes
 
@@ -37,78 +38,90 @@ def doctor(
 def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     """Lines of the report."""
     machine = report["machine"]
-    quota = "none" if machine["cpu_quota"] is None else f"{machine['cpu_quota']:g} CPUs"
-    memory = f"{_gib(machine['available_memory_bytes'])} of {_gib(machine['total_memory_bytes'])} available"
+    quota = translate("none" if machine["cpu_quota"] is None else f"{machine['cpu_quota']:g} CPUs")
+    memory = translate(f"{_gib(machine['available_memory_bytes'])} of {_gib(machine['total_memory_bytes'])} available")
     free = report["store"]["free_bytes"]
-    yield "Machine"
+    yield translate("Machine")
     yield format_columns(
         [
-            ("processor", machine["cpu"]),
-            ("cores", f"{machine['physical_cores']} ({machine['logical_cpus']} logical CPUs)"),
-            ("CPU limit", quota),
-            ("memory", memory),
-            ("instructions", (" ".join(machine["instruction_sets"]) or "not known here") + _limit()),
-            ("system", report["system"]),
-            ("store", f"{report['store']['path']}, {'?' if free is None else format_bytes(free)} free"),
+            (translate("processor"), machine["cpu"]),
+            (translate("cores"), translate(f"{machine['physical_cores']} ({machine['logical_cpus']} logical CPUs)")),
+            (translate("CPU limit"), quota),
+            (translate("memory"), memory),
+            (
+                translate("instructions"),
+                (" ".join(machine["instruction_sets"]) or translate("not known here")) + _limit(),
+            ),
+            (translate("system"), report["system"]),
+            (
+                translate("store"),
+                report["store"]["path"] + ("" if free is None else ", " + translate(f"{format_bytes(free)} free")),
+            ),
         ],
         indent=2,
     )
     yield "OpenVINO"
     yield _describe_engine(report["openvino"])
-    yield "onnxruntime, for ONNX artifacts: --device and its execution providers"
+    yield translate("onnxruntime, for ONNX artifacts: --device and its execution providers")
     yield _describe_engine(report["onnxruntime"])
-    yield "Packages"
+    yield translate("Packages")
     packages = {"python": report["python"], "normistral": report["normistral"]} | report["packages"]
-    yield format_columns([(name, version or "not installed") for name, version in packages.items()], indent=2)
-    yield f"  exporting is {report['export']}"
-    yield "What will be used on the CPU"
-    yield f"  {report['threads']} threads: {report['threads_because']}"
+    yield format_columns(
+        [(name, version or translate("not installed")) for name, version in packages.items()], indent=2
+    )
+    yield "  " + translate(f"exporting is {report['export']}")
+    yield translate("What will be used on the CPU")
+    yield "  " + translate(f"{report['threads']} threads: {report['threads_because']}")
     plans = {f"OpenVINO, {weights}": settings for weights, settings in report["settings"].items()}
     plans["onnxruntime"] = report["onnx_settings"]
     rows = [(name, ", ".join(f"{key}={value}" for key, value in settings.items())) for name, settings in plans.items()]
-    yield format_columns([*rows, ("int4 on OpenVINO", report["int4_kernel"])], indent=2)
+    yield format_columns([*rows, (translate("int4 on OpenVINO"), translate(report["int4_kernel"]))], indent=2)
     yield from _tuned_table(report["tuned"])
     if report["artifact"]:
         yield from _artifact_lines(report["artifact"])
     if report["problems"]:
-        yield "Problems"
-        yield from (f"  {problem}" for problem in report["problems"])
+        yield translate("Problems")
+        yield from ("  " + translate(problem) for problem in report["problems"])
 
 
 def _tuned_table(described: list[dict[str, Any]]) -> Iterator[str]:
     """Lines about tuned settings."""
     if not described:
         return
-    yield "Tuned settings"
+    yield translate("Tuned settings")
     rows = []
     for result in described:
         if "artifact" in result:
             facts = f"{result['profile']}, {result['created'][:10]}, {result['gain'] - 1:+.0%}"
             rows.append(
-                (result["artifact"], facts, f"not here: {result['problem']}" if result["problem"] else "holds here")
+                (
+                    result["artifact"],
+                    facts,
+                    translate(f"not here: {result['problem']}" if result["problem"] else "holds here"),
+                )
             )
         else:
-            rows.append((result["file"], "", result["problem"]))
+            rows.append((result["file"], "", translate(result["problem"])))
     yield format_columns(rows, indent=2)
 
 
 def _artifact_lines(described: dict[str, Any]) -> Iterator[str]:
     """Lines about an artifact."""
     origin = {"rule": "settings chosen for this kind of machine", "tuned": "settings tuned on this machine"}
-    yield f"What will be used for {described['name']}: {origin[described['basis']]}"
+    yield translate(f"What will be used for {described['name']}: {origin[described['basis']]}")
     yield format_columns(list(described["settings"].items()), indent=2)
-    yield from (f"  {reason}" for reason in described["why"])
+    yield from ("  " + translate(reason) for reason in described["why"])
 
 
 def _describe_engine(answer: dict[str, Any]) -> str:
     if "problem" in answer:
-        return f"  cannot be used: {answer['problem']}"
-    return format_columns([("version", answer["version"]), *answer["devices"].items()], indent=2)
+        return "  " + translate(f"cannot be used: {answer['problem']}")
+    return format_columns([(translate("version"), answer["version"]), *answer["devices"].items()], indent=2)
 
 
 def _limit() -> str:
     limit = instruction_set_limit(os.environ)
-    return f" (as ONEDNN_MAX_CPU_ISA={limit} allows)" if limit else ""
+    return " " + translate(f"(as ONEDNN_MAX_CPU_ISA={limit} allows)") if limit else ""
 
 
 def _gib(count: int) -> str:

@@ -9,6 +9,7 @@ from normistral.artifact import store
 from normistral.artifact.presets import Preset, find_preset
 from normistral.commands.console import confirm, is_terminal, say
 from normistral.commands.progress import show_progress
+from normistral.commands.translate import translate
 from normistral.errors import MissingExtraError, ModelNotFoundError
 from normistral.progress import format_bytes
 
@@ -41,7 +42,7 @@ def _offer(preset: Preset, missing: ModelNotFoundError) -> Path:
         find_export_tools("openvino")
     except MissingExtraError as exc:
         raise MissingExtraError(f"{missing.message}, and making one needs more: {exc.message}", exc.hint) from exc
-    say(f"{preset.name} is not on this machine yet. {_describe_cost(preset)}")
+    say(translate(f"{preset.name} is not on this machine yet.") + " " + translate(_describe_cost(preset)))
     if not confirm("Make it now?", default=True):
         raise ModelNotFoundError(missing.message, f"make it later with: {preset.export_command}") from missing
     from normistral.export.pipeline import export_model
@@ -56,5 +57,6 @@ def _describe_cost(preset: Preset) -> str:
     """Download size and time of an export, in words."""
     if preset.repository is None:
         return f"It can be made from the package {preset.package}, which takes about a minute."
-    size = "" if preset.parameters is None else f" {format_bytes(_STORED_BYTES * preset.parameters)}"
-    return f"Making it downloads{size} from {preset.repository} and takes up to an hour; then it starts in seconds."
+    size = "" if preset.parameters is None else format_bytes(_STORED_BYTES * preset.parameters)
+    amount = f"{size} from " if size else ""
+    return f"Making it downloads {amount}{preset.repository} and takes up to an hour; then it starts in seconds."

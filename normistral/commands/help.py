@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from normistral.commands.console import is_terminal
+from normistral.commands.translate import is_translated, translate, translate_paragraphs
 from normistral.commands.wrapping import terminal_columns, wrap_text
 
+_DEFAULT = re.compile(r" (\(\*\)|Default:) [-\d.]+$")  # at the end of an option's help, after its own text
 _LEAST_FRAMED = 100  # columns; in narrower frames options and choices would be broken in the midst of words
 _GAP = 2
 _LEAST_TEXT = 20  # cells beside the names; with fewer the text goes below them
@@ -24,6 +27,39 @@ def _fit(formatter: Any) -> None:
     """Give a plain formatter the terminal's real width: click's own has at least 50 columns."""
     if is_terminal(sys.stdout):
         formatter.width = max(_LEAST_TEXT, min(terminal_columns(sys.stdout), 80) - 1)
+
+
+def localise(command: Any) -> Any:
+    """A command of typer with help, groups and names of values in the user's language; and its commands."""
+    if not is_translated():
+        return command
+    for item in (command, *command.params):
+        for name in ("help", "epilog", "short_help"):
+            if text := getattr(item, name, None):
+                default = note[0] if (note := _DEFAULT.search(text)) else ""
+                setattr(item, name, translate_paragraphs(text.removesuffix(default)) + translate(default))
+        for name in ("metavar", "rich_help_panel", "options_metavar", "subcommand_metavar"):
+            if text := getattr(item, name, None):
+                setattr(item, name, translate(text))
+    for one in getattr(command, "commands", {}).values():
+        localise(one)
+    return command
+
+
+def _localise_frames() -> None:
+    """The words of typer's frames."""
+    from typer import rich_utils
+
+    for name in ("DEFAULT_STRING", "REQUIRED_LONG_STRING", "ARGUMENTS_PANEL_TITLE", "OPTIONS_PANEL_TITLE"):
+        setattr(rich_utils, name, translate(getattr(rich_utils, name)))
+
+
+def _localise_extras(text: str) -> str:
+    """The default and the like at the end of an option's help."""
+    begin, bracket, extras = text.rpartition("[")
+    if not bracket or not is_translated():
+        return text
+    return f"{begin}[{'; '.join(translate(extra) for extra in extras[:-1].split('; '))}]"
 
 
 def _escape_markup(command: Any) -> None:
@@ -74,8 +110,22 @@ class _GroupedHelp:
             command: Any = self
             command.rich_markup_mode = "rich"
             _escape_markup(command)
+            if is_translated():
+                _localise_frames()
         _fit(formatter)
         super().format_help(ctx, formatter)  # type: ignore[misc]  # typer's, in the classes below
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        """The line that begins with "Usage"."""
+        command: Any = self
+        formatter.write_usage(ctx.command_path, " ".join(command.collect_usage_pieces(ctx)), translate("Usage: "))
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """typer's own option, in the user's language."""
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None and option.help:
+            option.help = translate(option.help)
+        return option
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """The docstring."""
@@ -106,16 +156,16 @@ class HelpGroup(_GroupedHelp, TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Commands by group, each with its first line."""
         commands = [command for command in self.commands.values() if not command.hidden]
-        for title, group in _grouped(commands, "Commands").items():
+        for title, group in _grouped(commands, translate("Commands")).items():
             _write_rows(formatter, title, [(one.name or "", one.get_short_help_str(200)) for one in group])
 
 
 def _write_parameters(parameters: Iterable[Any], ctx: Any, formatter: Any) -> None:
-    described = [(one, one.get_help_record(ctx)) for one in parameters]
-    arguments = [record for one, record in described if record and one.param_type_name == "argument"]
+    described = [(one, record) for one in parameters if (record := one.get_help_record(ctx))]
+    rows = {id(one): (names, _localise_extras(text)) for one, (names, text) in described}
+    arguments = [rows[id(one)] for one, _ in described if one.param_type_name == "argument"]
     if arguments:
-        _write_rows(formatter, "Arguments", arguments)
-    options = [one for one, record in described if record and one.param_type_name == "option"]
-    records = {id(one): record for one, record in described}
-    for title, group in _grouped(options, "Options").items():
-        _write_rows(formatter, title, [records[id(one)] for one in group])
+        _write_rows(formatter, translate("Arguments"), arguments)
+    options = [one for one, _ in described if one.param_type_name == "option"]
+    for title, group in _grouped(options, translate("Options")).items():
+        _write_rows(formatter, title, [rows[id(one)] for one in group])

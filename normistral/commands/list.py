@@ -15,6 +15,7 @@ from normistral.artifact.store import StoredArtifact
 from normistral.commands import console
 from normistral.commands.console import format_columns
 from normistral.commands.options import Debug
+from normistral.commands.translate import translate
 from normistral.progress import format_bytes
 
 
@@ -38,16 +39,16 @@ def list_document(folder: Path, artifacts: list[StoredArtifact]) -> dict[str, An
 def list_lines(folder: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
     """Lines of the store."""
     if not artifacts:
-        yield f"There are no models yet in {folder}."
-        yield f"Make one with: {PRESETS[0].export_command}"
+        yield translate(f"There are no models yet in {folder}.")
+        yield translate(f"Make one with: {PRESETS[0].export_command}")
         return
     rows = []
     for name, _, content in artifacts:
         if isinstance(content, Manifest):
-            rows.append((name, format_bytes(content.total_bytes), describe_use(content), content.source.id))
+            rows.append((name, format_bytes(content.total_bytes), translate(describe_use(content)), content.source.id))
         else:
-            rows.append((name, "?", "damaged", content))
-    yield format_columns([("name", "size", "for", "made from"), *rows])
+            rows.append((name, "?", translate("damaged"), translate(content)))
+    yield format_columns([tuple(map(translate, ("name", "size", "for", "made from"))), *rows])
 
 
 def describe_use(manifest: Manifest) -> str:

@@ -17,6 +17,7 @@ from normistral.commands import console
 from normistral.commands.console import format_columns
 from normistral.commands.list import artifact_document
 from normistral.commands.options import Debug, Verbose
+from normistral.commands.translate import translate
 from normistral.progress import format_bytes
 
 _UNKNOWN = "?"  # not published; read from the checkpoint
@@ -57,20 +58,25 @@ def models_lines(folder: Path, artifacts: list[StoredArtifact]) -> Iterator[str]
         )
         for preset in PRESETS
     ]
-    yield "Presets (normistral export NAME)"
-    yield format_columns([("name", "from", "role", "context", "licence", "recommended"), *presets], indent=2)
+    yield translate("Presets (normistral export NAME)")
+    yield format_columns(
+        [tuple(map(translate, ("name", "from", "role", "context", "licence", "recommended"))), *presets], indent=2
+    )
     yield ""
-    yield f"Artifacts in {folder} (normistral chat NAME)"
+    yield translate(f"Artifacts in {folder} (normistral chat NAME)")
     if not artifacts:
-        yield "  none yet; make one with: normistral export demo"
+        yield "  " + translate("none yet; make one with: normistral export demo")
         return
     usable = [artifact for artifact in artifacts if isinstance(artifact.content, Manifest)]
     if usable:
         rows = [_artifact_row(artifact.name, artifact.content) for artifact in usable]  # type: ignore[arg-type]
-        yield format_columns([("name", "size", "format", "weights", "role", "context", "made from"), *rows], indent=2)
+        yield format_columns(
+            [tuple(map(translate, ("name", "size", "format", "weights", "role", "context", "made from"))), *rows],
+            indent=2,
+        )
     for artifact in artifacts:
         if isinstance(artifact.content, str):
-            yield f"  {artifact.name}: {artifact.content}"
+            yield f"  {artifact.name}: {translate(artifact.content)}"
 
 
 def _artifact_row(name: str, manifest: Manifest) -> tuple[str, ...]:

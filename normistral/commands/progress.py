@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from normistral.commands.console import colour, is_terminal, one_line, print_diagnostic
+from normistral.commands.translate import translate, translate_number
 from normistral.commands.wrapping import cell_width, crop, wrap_text
 from normistral.progress import Progress, Stage, Uncounted, format_bytes
 
@@ -97,11 +98,11 @@ def _facts(stage: Running) -> list[str]:
         return [format_duration(stage.elapsed_s), *counted]
     facts = [f"{min(1.0, stage.done / stage.total):.0%}"]
     if stage.remaining_s is not None:
-        facts.append(f"{format_duration(stage.remaining_s)} left")
+        facts.append(translate(f"{format_duration(stage.remaining_s)} left"))
     if stage.done and stage.per_s:
         facts.append(f"{_amount(stage.per_s, stage.unit)}/s")
-    done = _amount(stage.done, stage.unit).removesuffix(stage.unit if stage.unit != "bytes" else "").rstrip()
-    return [*facts, f"{done} of {_amount(stage.total, stage.unit)}"]
+    done = _amount(stage.done, stage.unit).removesuffix(translate(stage.unit) if stage.unit != "bytes" else "").rstrip()
+    return [*facts, translate(f"{done} of {_amount(stage.total, stage.unit)}")]
 
 
 def _bar(stage: Running, cells: int) -> str:
@@ -119,15 +120,15 @@ class PlainProgress:
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Stage]:
         """Announce the stage; a log has no use for more."""
         size = f" ({_amount(total, unit)})" if total else ""
-        print_diagnostic(one_line(title + size))
+        print_diagnostic(one_line(translate(title) + size))
         started = time.perf_counter()
         yield Uncounted()
         if (took := time.perf_counter() - started) >= _WORTH_TELLING_S:
-            print_diagnostic(f"  done in {format_duration(took)}")
+            print_diagnostic(f"  {translate(f'done in {format_duration(took)}')}")
 
     def note(self, text: str) -> None:
         """Print it."""
-        print_diagnostic(f"  {one_line(text)}")
+        print_diagnostic(f"  {one_line(translate(text))}")
 
 
 class BarProgress:
@@ -139,18 +140,19 @@ class BarProgress:
     @contextmanager
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Stage]:
         """Draw the stage until it is done."""
-        task = self._bars.add_task(one_line(title), total=total, unit=unit)
+        title = one_line(translate(title))
+        task = self._bars.add_task(title, total=total, unit=unit)
         started = time.perf_counter()
         try:
             yield _Bar(self._bars, task)
         finally:
             self._bars.remove_task(task)
         took = format_duration(time.perf_counter() - started)
-        self._print(f"✓ {one_line(title)}  {took}", mark=True)
+        self._print(f"✓ {title}  {took}", mark=True)
 
     def note(self, text: str) -> None:
         """Print it above the bars."""
-        self._print(f"  {one_line(text)}")
+        self._print(f"  {one_line(translate(text))}")
 
     def _print(self, line: str, *, mark: bool = False) -> None:
         from rich.text import Text
@@ -175,7 +177,7 @@ class _Bar:
 def format_duration(seconds: float) -> str:
     """A time in the two largest of seconds, minutes and hours."""
     if seconds < 10:
-        return f"{seconds:.1f} s"
+        return translate_number(f"{seconds:.1f} s")
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -185,6 +187,9 @@ def format_duration(seconds: float) -> str:
 
 def _amount(count: float, unit: str) -> str:
     if unit == "bytes":
-        return format_bytes(round(count))
-    number = f"{count / 1e6:,.1f} million" if count >= 1e6 else f"{count:,.0f}" if count >= 10 else f"{count:.2g}"
-    return f"{number} {unit}".rstrip()
+        return translate_number(format_bytes(round(count)))
+    if count >= 1e6:
+        number = translate(f"{count / 1e6:,.1f} million")
+    else:
+        number = translate_number(f"{count:,.0f}" if count >= 10 else f"{count:.2g}")
+    return f"{number} {translate(unit)}".rstrip()

@@ -24,6 +24,7 @@ from normistral.commands.console import (
 )
 from normistral.commands.line_editor import TEXT_BLOCK, LineEditor
 from normistral.commands.saved_chats import load_conversation, save_conversation, save_session
+from normistral.commands.translate import translate
 from normistral.commands.wrapping import cell_width, terminal_columns
 from normistral.errors import ContextLengthError, NormistralError, UsageError
 from normistral.runtime.chunks import FinishReason, Timings
@@ -137,13 +138,13 @@ class Repl:
     def status(self) -> str:
         """The status line: as much of it as the terminal has room for."""
         name, last = self._model.name, self._totals.last
-        speed = [] if last is None else [f"{last.tokens_per_s:.1f} tokens/s"]
-        first = [] if last is None else [f"first token after {last.ttft_s:.2f} s"]
-        left = f"{self._context_left:,} of {self._model.context_length:,} tokens"
+        speed = [] if last is None else [translate(f"{last.tokens_per_s:.1f} tokens/s")]
+        first = [] if last is None else [translate(f"first token after {last.ttft_s:.2f} s")]
+        of = self._model.context_length
         candidates = (
-            [name, *speed, *first, f"{left} of context left"],
-            [name, *speed, f"{left} left"],
-            [*speed, f"{self._context_left:,} tokens left"],
+            [name, *speed, *first, translate(f"{self._context_left:,} of {of:,} tokens of context left")],
+            [name, *speed, translate(f"{self._context_left:,} of {of:,} tokens left")],
+            [*speed, translate(f"{self._context_left:,} tokens left")],
         )
         lines = [" · ".join(parts) for parts in candidates]
         columns = terminal_columns(sys.stdout)
@@ -209,19 +210,24 @@ class Repl:
 
     def _suggest(self, name: str) -> str:
         close = get_close_matches(name.lower(), self._commands, n=1)
-        suggestion = f"did you mean /{close[0]}? " if close else ""
-        return suggestion + "/help lists the commands; // at the beginning sends a /"
+        hint = "/help lists the commands; // at the beginning sends a /"
+        return f"did you mean /{close[0]}? {hint}" if close else hint
 
     def _help(self, _: str) -> None:
-        rows = [(f"/{name} {takes}".rstrip(), what) for name, (takes, what, _) in self._commands.items() if what]
+        rows = [
+            (f"/{name} {translate(takes)}".rstrip(), translate(what))
+            for name, (takes, what, _) in self._commands.items()
+            if what
+        ]
         keys = [
+            ("//TEXT", "send a message that begins with a slash"),
             ("Enter", "send the message"),
             ("Alt-Enter", "another line; so does a backslash at the end of a line"),
             (TEXT_BLOCK, f"begins a text of several lines; {TEXT_BLOCK} ends it. Pasted text keeps its lines."),
             ("Ctrl-C", "stop the answer, or clear the message"),
             ("Arrow up", "an earlier message; Ctrl-R searches them"),
         ]
-        print_lines([format_columns([*rows, ("//TEXT", "send a message that begins with a slash"), *keys], indent=2)])
+        print_lines([format_columns([*rows, *((translate(key), translate(what)) for key, what in keys)], indent=2)])
 
     def _reset(self, _: str) -> None:
         self._chat.reset(system=self._system_message())
@@ -230,7 +236,7 @@ class Repl:
     def _system(self, text: str) -> None:
         if not text:
             current = self._system_message()
-            print_lines(["no system message" if current is None else current])
+            print_lines([translate("no system message") if current is None else current])
             return
         turns = [message for message in self._chat.messages if message["role"] != "system"]
         system = [] if text == '""' else [{"role": "system", "content": text}]
@@ -260,12 +266,13 @@ class Repl:
     def _stats(self, _: str) -> None:
         totals, last, capabilities = self._totals, self._totals.last, self._model.capabilities
         left, length = self._chat.context_left, self._model.context_length
-        left_out = f", the oldest {self._chat.dropped} left out for lack of room" if self._chat.dropped else ""
         rows = [
             ("model", f"{self._model.name}, {capabilities.name} on {capabilities.device}"),
-            ("messages", f"{len(self._chat.messages)} in this conversation{left_out}"),
+            ("messages", f"{len(self._chat.messages)} in this conversation"),
             ("room", f"{left:,} of {length:,} tokens are left; a token is a short word or a part of one"),
         ]
+        if self._chat.dropped:
+            rows.append(("left out", f"the oldest {self._chat.dropped} messages, for lack of room"))
         if self._options:
             rows.append(("options", ", ".join(f"{key} {value}" for key, value in self._options.items())))
         if last is not None:
@@ -277,7 +284,7 @@ class Repl:
         if is_verbose():
             settings = ", ".join(f"{key}={value}" for key, value in capabilities.settings.items())
             rows.append(("settings", settings or "none"))
-        print_lines([format_columns(rows, indent=2)])
+        print_lines([format_columns([(translate(name), translate(text)) for name, text in rows], indent=2)])
 
     def _exit(self, _: str) -> None:
         if self._session is not None and not self._cannot_save:

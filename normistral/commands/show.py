@@ -15,6 +15,7 @@ from normistral.commands.console import format_columns
 from normistral.commands.info import info_document
 from normistral.commands.list import describe_use
 from normistral.commands.options import ArtifactName, Debug
+from normistral.commands.translate import translate
 from normistral.progress import format_bytes
 
 _QUALITY_CHECK = {
@@ -45,18 +46,17 @@ def show_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
     shape, source = manifest.architecture, manifest.source
     engine = {"openvino": "OpenVINO", "onnx": "onnxruntime"}[manifest.format]
     command = "chat" if manifest.template is not None else "generate"
-    yield format_columns(
-        [
-            ("name", folder.name),
-            ("folder", str(folder.absolute())),
-            ("size", format_bytes(manifest.total_bytes)),
-            ("made from", source.id + (f" at {source.revision}" if source.revision else "")),
-            ("made on", manifest.created[:10]),
-            ("model", f"{shape.parameters / 1e6:,.0f} million parameters, {manifest.recipe.weights} weights"),
-            ("runs with", engine),
-            ("for", describe_use(manifest)),
-            ("reads at most", f"{manifest.context_length:,} tokens, prompt and answer together"),
-            ("quality check", _QUALITY_CHECK[manifest.verified]),
-            ("try it", f"normistral {command} {folder.name}"),
-        ]
-    )
+    rows = [
+        ("name", folder.name),
+        ("folder", str(folder.absolute())),
+        ("size", format_bytes(manifest.total_bytes)),
+        ("made from", source.id + (f" at {source.revision}" if source.revision else "")),
+        ("made on", manifest.created[:10]),
+        ("model", f"{shape.parameters / 1e6:,.0f} million parameters, {manifest.recipe.weights} weights"),
+        ("runs with", engine),
+        ("for", describe_use(manifest)),
+        ("reads at most", f"{manifest.context_length:,} tokens, prompt and answer together"),
+        ("quality check", _QUALITY_CHECK[manifest.verified]),
+        ("try it", f"normistral {command} {folder.name}"),
+    ]
+    yield format_columns([(translate(name), translate(text)) for name, text in rows])

@@ -205,7 +205,7 @@ def _describe_kernel(machine: Machine) -> str:
 
 
 def _why_threads(machine: Machine) -> str:
-    cores = f"{machine.physical_cores} physical core{'s' if machine.physical_cores != 1 else ''}"
+    cores = "1 physical core" if machine.physical_cores == 1 else f"{machine.physical_cores} physical cores"
     if machine.cpu_quota is None or plan_threads(machine) == machine.physical_cores:
         return f"one for each of the {cores} that this process may use"
     return f"{cores}, but the container may use {machine.cpu_quota:g} CPUs"
