@@ -328,7 +328,7 @@ def test_help_tells_the_defaults_that_are_in_force(capsys):
     assert main(["chat", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     ours = GenerationConfig()
-    assert f"Most tokens to write. (*) {ours.max_new_tokens}" in text
+    assert f"Most tokens to write; -1 is as many as fit. (*) {ours.max_new_tokens}" in text
     assert f"0 is greedy. (*) {ours.temperature:g}" in text
     assert "authors published comes first" in text
     assert main(["export", "--help"]) == 0

@@ -250,6 +250,7 @@ def test_a_conversation(tmp_path):
     terminal.type("/undi\r")
     terminal.expect("error: kommandoen /undi finnes ikke")
     terminal.expect("hint: mente du /undo\\? /help viser kommandoene")
+    terminal.expect("\n>")
     terminal.type("\x04")
     assert terminal.end() == 0
     terminal.close()
