@@ -17,7 +17,13 @@ from normistral.cli import main
 from normistral.errors import EngineError, ModelNotFoundError, ResourceError, UsageError
 from normistral.evaluation.bench import runner
 from normistral.evaluation.bench.bandwidth import Bandwidth
-from normistral.evaluation.bench.configuration import Configuration, count_threads, read_configurations, split_settings
+from normistral.evaluation.bench.configuration import (
+    Configuration,
+    Samples,
+    count_threads,
+    read_configurations,
+    split_settings,
+)
 from normistral.evaluation.bench.machine import ProcessMemory, read_process_memory
 from normistral.evaluation.bench.results import Spread
 from normistral.evaluation.bench.runner import Watcher, choose_interleaving, run_benchmark
@@ -187,6 +193,11 @@ def passes(fake):
     return [(name, request.length) for name, request in fake.asked if isinstance(request, MeasurePass)]
 
 
+def bytes_read(one):
+    """By a token that PLAN decodes: weights, and five tokens of KV cache in float32."""
+    return one.weight_bytes_per_token + 5 * 4 * make_manifest().architecture.kv_values_per_token
+
+
 def test_models_in_memory_take_turns_at_every_measurement(fake):
     result = run_benchmark(configurations("a", "b", "c"), PLAN)
     assert result.interleaving == "together"
@@ -208,7 +219,24 @@ def test_the_bandwidth_is_measured_first_and_before_each_round(fake):
     assert (bandwidth.best.gb_per_s, bandwidth.gb_per_s.n) == (13.0, 3)
     (one,) = result.configurations
     speed = one.figures.decode[0]
-    assert speed.share == pytest.approx(speed.tokens_per_s.median * one.weight_bytes_per_token / 13e9)
+    assert speed.share == pytest.approx(speed.tokens_per_s.median * bytes_read(one) / 13e9)
+
+
+def test_decoding_is_judged_by_the_bandwidth_around_it():
+    """Three at 20 GB/s, of which one met a change; weights and 9 tokens of KV cache in 8 bits are read."""
+    (configuration,) = configurations("a")
+    samples = Samples(configuration)
+    samples.loads.append((1.0, ModelLoaded(0.1, 0.2, "scripted", "rule", {"KV_CACHE_PRECISION": "u8"}, 2.0, None)))
+    samples.passes[8] = [
+        Pass(8, 1.0, 2, 0.1, bandwidth_gb_per_s=(20.0, 20.0)),
+        Pass(8, 1.0, 2, 0.05, bandwidth_gb_per_s=(20.0, 35.0), dropped=2),
+        Pass(8, 1.0, 2, 0.1, bandwidth_gb_per_s=(20.5, 19.5)),
+    ]
+    decode = samples._decode(8, 99.0)
+    assert decode.tokens_per_s == Spread(20.0, 20.0, 20.0, 2)
+    assert (decode.dropped, decode.bandwidth_gb_per_s.median) == (3, 20.0)
+    read = configuration.weight_bytes_per_token + 9 * configuration.manifest.architecture.kv_values_per_token
+    assert decode.share == pytest.approx(20.0 * read / 20e9)
 
 
 def test_each_number_of_threads_has_a_ceiling_of_its_own(fake):
@@ -228,7 +256,8 @@ def test_settings_that_were_tuned_earlier_count_once_they_are_known(fake, monkey
     tuned = result.configurations[1].figures
     assert tuned.threads == 3
     ceiling = next(found.best.gb_per_s for found in result.bandwidth if found.threads == 3)
-    assert tuned.decode[0].share == pytest.approx(tuned.decode[0].weight_gb_per_s / ceiling)
+    read = bytes_read(result.configurations[1])
+    assert tuned.decode[0].share == pytest.approx(tuned.decode[0].tokens_per_s.median * read / 1e9 / ceiling)
 
 
 def test_warm_ups_do_not_count_and_medians_are_of_the_rest(fake):
@@ -294,6 +323,9 @@ def test_a_worker_answers_what_it_is_asked():
         assert worker.ask(MeasureFirstToken(6, 1), float) > 0
         measured = worker.ask(MeasurePass(8, 2, 2), Pass)
         assert (measured.prefill_tokens, measured.decode_tokens) == (8, 2)
+        around = worker.ask(MeasurePass(8, 2, 5, MeasureBandwidth(1, 2**20)), Pass)
+        assert min(around.bandwidth_gb_per_s) > 0
+        assert measured.bandwidth_gb_per_s is None
         assert worker.ask(MeasureConversation(PLAN, 3), Conversation).cached_tokens == 7
         assert len(worker.ask(Fingerprint(), str)) == 64
         with pytest.raises(EngineError, match="a: the prompt takes 1000 tokens"):

@@ -72,6 +72,26 @@ def test_a_spread_is_median_least_and_largest():
 # Advice
 
 
+def test_configurations_that_met_different_memory_are_not_ranked():
+    def measured(gb_per_s, writes, dropped=0):
+        figures = make_figures(writes=writes)
+        around = steady(gb_per_s)
+        decode = [dataclasses.replace(one, bandwidth_gb_per_s=around, dropped=dropped) for one in figures.decode]
+        return dataclasses.replace(figures, decode=tuple(decode))
+
+    slow, fast = make_configuration("a", measured(37.0, 10.0, dropped=2)), make_configuration("b", measured(66.0, 15.0))
+    summary = summarise(make_result(slow, fast))
+    assert "a and b: which writes faster cannot be told" in " ".join(sorted(summary.comparison)).replace(
+        "b and a", "a and b"
+    )
+    assert "(37.0 GB/s)" in " ".join(summary.configurations["a"])
+    assert any(doubt.startswith("a: 4 decode measurements did not count") for doubt in summary.doubts)
+    same = make_configuration("b", measured(37.0, 15.0))
+    assert "b writes fastest, 1.50 times as fast as a." in summarise(make_result(slow, same)).comparison
+    shown = "\n".join(result_lines(make_result(slow)))
+    assert "80% of 37.0 (36.6 to 37.4) GB/s" in shown
+
+
 @pytest.mark.parametrize(("share", "bound"), [(0.9, "memory"), (0.7, "memory"), (0.5, "both"), (0.39, "compute")])
 def test_the_share_says_what_is_the_limit(share, bound):
     assert judge_bound(share) == bound

@@ -1,6 +1,8 @@
 """What a speed measurement asks of a model, on the scripted engine, and how a plan is cut."""
 
 import dataclasses
+import itertools
+import time
 
 import pytest
 from scripted_models import make_model
@@ -94,7 +96,7 @@ def test_a_pass_is_the_same_work_every_time(model):
 def test_joules_are_those_of_prefill_and_of_decode(model):
     class Counter(EnergyCounter):
         def __init__(self):
-            self.reads = iter([(0,), (2_000_000,), (5_000_000,)])
+            self.reads = iter([(0,), (2_000_000,), (2_500_000,), (5_500_000,)])
             self._ranges = [10**12]
 
         def read(self):
@@ -102,6 +104,28 @@ def test_joules_are_those_of_prefill_and_of_decode(model):
 
     measured = measure_pass(model, 8, 2, 1, Counter())
     assert (measured.prefill_joules, measured.decode_joules) == (2.0, 3.0)
+
+
+def test_a_decode_counts_between_equal_bandwidths_and_is_repeated_otherwise(model):
+    found = iter([40.0, 60.0, 40.0, 41.0])
+
+    def gb_per_s():
+        time.sleep(0.3)
+        return next(found)
+
+    measured = measure_pass(model, 40, 6, 1, gb_per_s=gb_per_s)
+    assert measured.bandwidth_gb_per_s == (40.0, 41.0)
+    assert measured.dropped == 1
+    assert measured.steady
+    # The prompt is read once; the second time its last token gives the logits.
+    assert [len(ids) for ids in model._backend.forwarded] == [16, 16, 8] + [1] * 6 + [1] + [1] * 6
+    assert measured.prefill_tokens == 40
+    assert 0 < measured.decode_s < 0.3  # without the time of the bandwidth
+
+
+def test_a_decode_is_repeated_at_most_twice(model):
+    measured = measure_pass(model, 8, 2, 1, gb_per_s=itertools.cycle([40.0, 60.0]).__next__)
+    assert (measured.steady, measured.dropped) == (False, 2)
 
 
 def test_a_first_token_needs_nothing_but_the_prompt(model):

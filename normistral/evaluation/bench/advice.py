@@ -105,6 +105,8 @@ def describe_bound(one: ConfigurationResult, figures: Figures, result: BenchResu
     if decode.share is None:
         return f"The memory of {one.device} was not measured, so nothing is said of what limits it."
     ceiling = next(found.best.gb_per_s for found in result.bandwidth if found.threads == figures.threads)
+    if decode.bandwidth_gb_per_s is not None:
+        ceiling = decode.bandwidth_gb_per_s.median
     reached = f"Writing reads weights at {decode.weight_gb_per_s:.1f} GB/s, {decode.share:.0%} of what memory gives "
     reached += f"({ceiling:.1f} GB/s)"
     if _is_cached(one, result):
@@ -134,7 +136,9 @@ def _compare(result: BenchResult) -> Iterator[str]:
         ranked = sorted(result.measured, key=lambda pair: -speed(pair[1]).median)
         (first, first_figures), (second, second_figures) = ranked[:2]
         fastest, next_one = speed(first_figures), speed(second_figures)
-        if fastest.overlaps(next_one):
+        memory = [found.decode[0].bandwidth_gb_per_s for found in (first_figures, second_figures)]
+        apart = verb == "writes" and memory[0] and memory[1] and not memory[0].overlaps(memory[1])
+        if fastest.overlaps(next_one) or apart:
             yield f"{first.label} and {second.label}: which {verb} faster cannot be told from these measurements."
         else:
             times = fastest.median / next_one.median
@@ -144,6 +148,11 @@ def _compare(result: BenchResult) -> Iterator[str]:
 def find_doubts(result: BenchResult) -> Iterator[str]:
     """Why the figures may not be those of the machine."""
     for one, figures in result.measured:
+        dropped = sum(point.dropped for point in figures.decode)
+        if dropped:
+            yield (
+                f"{one.label}: {dropped} decode measurements did not count, because memory changed its speed meanwhile."
+            )
         noisy = [point for point in figures.decode if point.tokens_per_s.width > _NOISY_SPEED]
         if noisy:
             widest = max(noisy, key=lambda point: point.tokens_per_s.width)
@@ -162,7 +171,7 @@ def find_doubts(result: BenchResult) -> Iterator[str]:
         if found.gb_per_s.width > _NOISY_BANDWIDTH:
             yield (
                 f"Memory was read at {found.gb_per_s.low:.1f} to {found.gb_per_s.high:.1f} GB/s with "
-                f"{found.threads} threads during the run; shares are of the best."
+                f"{found.threads} threads during the run."
             )
     cache_bytes = result.machine.last_level_cache_bytes
     if any(found.best.buffer_bytes < _CACHE_TIMES * cache_bytes for found in result.bandwidth):

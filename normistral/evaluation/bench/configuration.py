@@ -28,6 +28,7 @@ _THREADS = ("INFERENCE_NUM_THREADS", "intra_op_num_threads")  # OpenVINO's name,
 _WEIGHT_FILES = {"openvino": "openvino_model.", "onnx": "model.onnx"}
 _EMBEDDING_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 1}  # an element; scales are a few per cent more
 _CACHE_ELEMENT_BYTES = 4  # float32, the most that an engine takes
+_PRECISION_BYTES = {"u8": 1, "i8": 1, "f16": 2, "bf16": 2}  # of the KV cache; scales are a few per cent more
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,16 +200,31 @@ class Samples:
         )
 
     def _decode(self, context: int, bandwidth_gb_per_s: float | None) -> DecodeResult:
-        passes = self.passes[context]
+        steady = [one for one in self.passes[context] if one.steady]
+        passes = steady or self.passes[context]
         speed = _spread(one.decode_tokens / one.decode_s for one in passes)
-        gb_per_s = speed.median * self.configuration.weight_bytes_per_token / 1e9
+        weights = self.configuration.weight_bytes_per_token
+        cached = self._cache_bytes_per_token() * (context + passes[0].decode_tokens / 2)
+        around = [sum(one.bandwidth_gb_per_s) / 2 for one in passes if one.bandwidth_gb_per_s]
+        ceilings = around or ([bandwidth_gb_per_s] * len(passes) if bandwidth_gb_per_s else [])
+        read_gb = (weights + cached) / 1e9
+        shares = Spread.of(
+            one.decode_tokens / one.decode_s * read_gb / ceiling for one, ceiling in zip(passes, ceilings, strict=False)
+        )
         return DecodeResult(
             context,
             speed,
-            gb_per_s,
-            gb_per_s / bandwidth_gb_per_s if bandwidth_gb_per_s else None,
+            speed.median * weights / 1e9,
+            shares.median if shares else None,
             _per_joule(passes, lambda one: (one.decode_tokens, one.decode_joules)),
+            Spread.of(around),
+            sum(one.dropped + (not one.steady) for one in self.passes[context]),
         )
+
+    def _cache_bytes_per_token(self) -> int:
+        precision = self.loads[-1][1].settings.get("KV_CACHE_PRECISION", "")
+        element = _PRECISION_BYTES.get(precision, _CACHE_ELEMENT_BYTES)
+        return self.configuration.manifest.architecture.kv_values_per_token * element
 
 
 def _spread(values: Iterable[float]) -> Spread:

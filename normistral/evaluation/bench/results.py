@@ -55,7 +55,10 @@ class DecodeResult:
 
     Attributes:
         weight_gb_per_s: weights read, in 10^9 bytes a second; the KV cache is not counted.
-        share: of the measured read bandwidth; None where the device's memory was not measured.
+        share: of the read bandwidth around each measurement that weights and KV cache took; None where the device's
+            memory was not measured.
+        bandwidth_gb_per_s: around the measurements; None where it was not measured there.
+        dropped: measurements that do not count, because the bandwidth changed meanwhile.
     """
 
     context: int
@@ -63,6 +66,8 @@ class DecodeResult:
     weight_gb_per_s: float
     share: float | None
     tokens_per_joule: Spread | None
+    bandwidth_gb_per_s: Spread | None = None
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 A machine gets slower when it gets warm or busy. So no configuration is measured to its end before the next: where
 all models fit into memory together they take turns at every single measurement, in an order that moves on by one
 each round; otherwise every round loads them one after the other. The read bandwidth is measured first, and again
-before each round, by a process that holds no model.
+before each round, by a process that holds no model; and just before and after each decode, which counts where the two
+agree: the memory of virtual machines changes its speed within a minute.
 """
 
 from __future__ import annotations
@@ -191,7 +192,10 @@ def _measure(worker: Worker, samples: Samples, point: tuple[int, int] | None, ru
             samples.conversations.append(conversation)
         return
     length, decode_tokens = point
-    measured = worker.ask(MeasurePass(length, decode_tokens, run.next_seed()), Pass)
+    bandwidth = None
+    if keep and decode_tokens and samples.configuration.engine.device == _MEASURABLE_DEVICE:
+        bandwidth = MeasureBandwidth(samples.threads(run.planned_threads), _buffer_bytes(run))
+    measured = worker.ask(MeasurePass(length, decode_tokens, run.next_seed(), bandwidth), Pass)
     if keep:
         samples.passes[length].append(measured)
 
@@ -219,11 +223,15 @@ def _rotated(samples: list[Samples], number: int) -> list[Samples]:
 
 def _measure_bandwidth(run: _Run) -> None:
     """Once for each number of threads that is computed with."""
-    buffer_bytes = choose_buffer_bytes(run.cache_bytes, available_memory_bytes())
+    buffer_bytes = _buffer_bytes(run)
     with Worker("the read bandwidth", SINGLE_THREADED_BLAS) as worker:
         for threads in sorted(_thread_counts(run)):
             measured = worker.ask(MeasureBandwidth(threads, buffer_bytes), Bandwidth)
             run.bandwidths.setdefault(threads, []).append(measured)
+
+
+def _buffer_bytes(run: _Run) -> int:
+    return choose_buffer_bytes(run.cache_bytes, available_memory_bytes())
 
 
 def _thread_counts(run: _Run) -> set[int]:

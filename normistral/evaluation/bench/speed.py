@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
+from normistral.evaluation.bench.bandwidth import is_steady
 from normistral.evaluation.bench.machine import EnergyCounter
 from normistral.runtime.model import Model
 
 # Greedy, and never at an end of its own: every run does the same work.
 _PLAIN: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "draft": "off"}
+_TRIES = 3  # of a decode while memory changes its speed
 _MIN_CONTEXT = 16  # a question, an answer and another question of some tokens each
 _FINGERPRINT_PROMPT = "Det var en gang en konge som hadde tre sønner, og den yngste"
 _FINGERPRINT_TOKENS = 32
@@ -115,6 +117,8 @@ class Pass:
         prefill_tokens: of the prompt, those that were computed.
         decode_tokens: after the first one, whose logits the prompt gave.
         prefill_joules, decode_joules: None where the machine does not count them.
+        bandwidth_gb_per_s: of the memory just before and just after decoding; None where it was not measured.
+        dropped: decodes before this one during which it changed.
     """
 
     prefill_tokens: int
@@ -123,6 +127,13 @@ class Pass:
     decode_s: float
     prefill_joules: float | None = None
     decode_joules: float | None = None
+    bandwidth_gb_per_s: tuple[float, float] | None = None
+    dropped: int = 0
+
+    @property
+    def steady(self) -> bool:
+        """False if the bandwidth is known to have changed while decoding."""
+        return self.bandwidth_gb_per_s is None or is_steady(*self.bandwidth_gb_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,28 +151,66 @@ def random_ids(tokenizer: Tokenizer, count: int, seed: int) -> list[int]:
 
 
 def measure_pass(
-    model: Model, length: int, decode_tokens: int, seed: int, counter: EnergyCounter | None = None
+    model: Model,
+    length: int,
+    decode_tokens: int,
+    seed: int,
+    counter: EnergyCounter | None = None,
+    gb_per_s: Callable[[], float] | None = None,
 ) -> Pass:
-    """Read a prompt of `length` tokens that the cache does not know, then decode."""
+    """Read a prompt of `length` tokens that the cache does not know, then decode.
+
+    Args:
+        gb_per_s: measures the bandwidth of the memory, just before and just after decoding. Where the two differ, the
+            same tokens are decoded again, at most twice.
+    """
     prompt = random_ids(model.tokenizer, length, seed)
+    measured = _measure_once(model, prompt, decode_tokens, counter, gb_per_s)
+    for dropped in range(1, _TRIES):
+        if measured.steady:
+            break
+        again = _measure_once(model, prompt, decode_tokens, counter, gb_per_s)  # the cache holds the prompt now
+        measured = replace(
+            again,
+            prefill_tokens=measured.prefill_tokens,
+            prefill_s=measured.prefill_s,
+            prefill_joules=measured.prefill_joules,
+            dropped=dropped,
+        )
+    return measured
+
+
+def _measure_once(
+    model: Model,
+    prompt: list[int],
+    decode_tokens: int,
+    counter: EnergyCounter | None,
+    gb_per_s: Callable[[], float] | None,
+) -> Pass:
     marks = [counter.read()] if counter else []
-    timings = None
+    timings, still_s, bandwidths = None, 0.0, []
     for chunk in model.stream(prompt, max_new_tokens=decode_tokens + 1, **_PLAIN):
-        if counter and timings is None:
-            marks.append(counter.read())
+        if timings is None:
+            marks += [counter.read()] if counter else []
+            if gb_per_s is not None:  # the next token is computed when it is asked for
+                started = time.perf_counter()
+                bandwidths.append(gb_per_s())
+                still_s = time.perf_counter() - started
+            marks += [counter.read()] if counter else []
         timings = chunk.timings
     assert timings is not None
     prefill_joules = decode_joules = None
     if counter:
         marks.append(counter.read())
-        prefill_joules, decode_joules = (counter.joules_between(*ends) for ends in pairwise(marks))
+        prefill_joules, decode_joules = counter.joules_between(*marks[:2]), counter.joules_between(*marks[2:])
     return Pass(
         prefill_tokens=timings.prompt_tokens - timings.cached_tokens,
         prefill_s=timings.prefill_s,
         decode_tokens=timings.new_tokens - 1,
-        decode_s=timings.decode_s,
+        decode_s=timings.decode_s - still_s,
         prefill_joules=prefill_joules,
         decode_joules=decode_joules,
+        bandwidth_gb_per_s=(bandwidths[0], gb_per_s()) if gb_per_s is not None else None,
     )
 
 

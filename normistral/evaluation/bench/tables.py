@@ -142,10 +142,10 @@ def describe_method(result: BenchResult) -> list[str]:
         f"Prompts are random tokens, always the same; nothing is drafted; {plan.decode_tokens} tokens are decoded "
         f"greedily at each context. The second turn adds {plan.follow_up_tokens} tokens to a question of "
         f"{plan.question_tokens} and its answer of {plan.answer_tokens}, which are in the KV cache.",
-        "The read bandwidth is the best of three read kernels, measured first and again before each round, with as "
-        "many threads as the engine has. A decoded token reads all weights but an input embedding that is not tied to "
-        "the output layer; the KV cache is not counted, so the share falls at long contexts even where memory is the "
-        "limit.",
+        "The read bandwidth is the best of three read kernels, measured first, before each round, and just before and "
+        "after each decode, with as many threads as the engine has. A decode counts where the two agree within 10 %; "
+        "else it is repeated, at most twice. A decoded token reads all weights but an input embedding that is not tied "
+        "to the output layer, and the KV cache; the share is of the bandwidth around each measurement.",
         "First use is the first question after loading. Memory is of the whole process; its peak counts mapped files "
         "as far as they were resident, “not from files” what the kernel cannot drop. The output's hash is SHA-256 of "
         "the tokens written after a fixed Norwegian prompt: equal hashes, equal output.",
@@ -168,6 +168,8 @@ def _share_cells(one: ConfigurationResult, figures: Figures) -> Sequence[str]:
         f"{point.weight_gb_per_s:.1f} GB/s"
         if point.share is None
         else f"{point.share:.0%} ({point.weight_gb_per_s:.1f} GB/s)"
+        if point.bandwidth_gb_per_s is None
+        else f"{point.share:.0%} of {with_range(point.bandwidth_gb_per_s)} GB/s"
         for point in figures.decode
     ]
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
@@ -25,9 +26,10 @@ from typing import Any, BinaryIO, Self, TypeVar
 import msgspec
 
 from normistral.errors import EngineError, NormistralError, first_line
-from normistral.evaluation.bench.bandwidth import measure_read_bandwidth
+from normistral.evaluation.bench.bandwidth import SINGLE_THREADED_BLAS, Bandwidth, measure_read_bandwidth
 from normistral.evaluation.bench.machine import EnergyCounter, ProcessMemory, find_energy_counter, read_process_memory
 from normistral.evaluation.bench.speed import (
+    Pass,
     SpeedPlan,
     fingerprint,
     measure_conversation,
@@ -60,12 +62,20 @@ class MeasureFirstToken(msgspec.Struct, tag=True):
     seed: int
 
 
+class MeasureBandwidth(msgspec.Struct, tag=True):
+    """Answered with a `bandwidth.Bandwidth`; needs no model."""
+
+    threads: int
+    buffer_bytes: int
+
+
 class MeasurePass(msgspec.Struct, tag=True):
-    """Answered with a `speed.Pass`."""
+    """Answered with a `speed.Pass`; with `bandwidth`, the memory is measured around the decode."""
 
     length: int
     decode_tokens: int
     seed: int
+    bandwidth: MeasureBandwidth | None = None
 
 
 class MeasureConversation(msgspec.Struct, tag=True):
@@ -81,13 +91,6 @@ class Fingerprint(msgspec.Struct, tag=True):
 
 class LookAtProcess(msgspec.Struct, tag=True):
     """Answered with an `Account`."""
-
-
-class MeasureBandwidth(msgspec.Struct, tag=True):
-    """Answered with a `bandwidth.Bandwidth`; needs no model."""
-
-    threads: int
-    buffer_bytes: int
 
 
 Request = (
@@ -134,6 +137,7 @@ class Account:
 class _State:
     model: Model | None = None
     counter: EnergyCounter | None = None
+    meter: Worker | None = None  # of the bandwidth: a process with BLAS on one thread, which ends with this one
     peak_anonymous: int | None = None
     idle_cpu_s: float = 0.0
     idle_s: float = 0.0
@@ -173,7 +177,7 @@ def _answer(request: Request, state: _State) -> Any:
         case MeasureFirstToken():
             return measure_first_token(state.need_model(), request.question_tokens, request.seed)
         case MeasurePass():
-            return measure_pass(state.need_model(), request.length, request.decode_tokens, request.seed, state.counter)
+            return _measure_pass(request, state)
         case MeasureConversation():
             return measure_conversation(state.need_model(), request.plan, request.seed)
         case Fingerprint():
@@ -182,6 +186,15 @@ def _answer(request: Request, state: _State) -> Any:
             return Account(read_process_memory(), state.peak_anonymous, state.idle_cpu_s, state.idle_s)
         case MeasureBandwidth():
             return measure_read_bandwidth(request.threads, request.buffer_bytes)
+
+
+def _measure_pass(request: MeasurePass, state: _State) -> Pass:
+    def gb_per_s(wanted: MeasureBandwidth) -> float:
+        state.meter = state.meter or Worker("the read bandwidth", SINGLE_THREADED_BLAS)
+        return state.meter.ask(wanted, Bandwidth).gb_per_s
+
+    around = partial(gb_per_s, request.bandwidth) if request.bandwidth else None
+    return measure_pass(state.need_model(), request.length, request.decode_tokens, request.seed, state.counter, around)
 
 
 def _load(request: LoadModel, state: _State) -> ModelLoaded:
