@@ -207,15 +207,31 @@ def test_max_tokens_stops_early_and_a_longer_run_goes_on(capsys, text, tiny_onnx
     assert (tmp_path / "grown").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def long_run(tmp_path, artifact, checkpoint, cache):
-    """Hundreds of windows: seconds of work, so that there is a middle to stop in."""
-    (tmp_path / "long.txt").write_text(TEXT * 25, encoding="utf-8")
-    arguments = [str(artifact), "--text", str(tmp_path / "long.txt"), "--reference", str(checkpoint), "--exact"]
-    return [sys.executable, "-m", "normistral", "eval", *arguments, "--reference-cache", str(cache), "--json", "-"]
+@pytest.fixture(scope="module")
+def long_run(tiny_onnx, tiny_checkpoint, tmp_path_factory):
+    """Hundreds of windows: seconds of work, so that there is a middle to stop in.
+
+    Returns:
+        Function of cache and JSON file -> arguments of a run; a run of them to its end.
+    """
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "long.txt").write_text(TEXT * 25, encoding="utf-8")
+    given = ["eval", str(tiny_onnx("onnx-fp32-plain")), "--text", str(folder / "long.txt"), "--exact"]
+    given += ["--reference", str(tiny_checkpoint)]
+
+    def arguments(cache, document):
+        return [*given, "--reference-cache", str(cache), "--json", str(document)]
+
+    whole = folder / "whole", folder / "whole.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NORMISTRAL_HOME", str(folder / "home"))
+        assert main(arguments(*whole)) == 0
+    return arguments, whole
 
 
-def stop_in_the_middle(command, cache, number):
+def stop_in_the_middle(arguments, cache, number):
     """Send a signal once a good part of the reference is on disk; the process's exit code and stderr."""
+    command = [sys.executable, "-m", "normistral", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ONE_THREAD)
     deadline = time.monotonic() + 120
     while not cache.exists() or cache.stat().st_size < 400_000:
@@ -229,21 +245,20 @@ def stop_in_the_middle(command, cache, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_stopped_goes_on_and_gives_the_same(tmp_path, fp32, tiny_checkpoint, number):
-    whole, cache = tmp_path / "whole", tmp_path / "stopped"
-    complete = long_run(tmp_path, fp32, tiny_checkpoint, whole)
-    expected = subprocess.run(complete, capture_output=True, check=True, env=os.environ | ONE_THREAD)
-    command = long_run(tmp_path, fp32, tiny_checkpoint, cache)
-    code, stderr = stop_in_the_middle(command, cache, number)
+def test_a_run_that_is_stopped_goes_on_and_gives_the_same(capsys, tmp_path, long_run, number):
+    arguments, (whole, expected) = long_run
+    cache, document = tmp_path / "stopped", tmp_path / "stopped.json"
+    code, stderr = stop_in_the_middle(arguments(cache, document), cache, number)
     done = cache.stat().st_size
     assert done < 0.9 * whole.stat().st_size
+    assert not document.exists()
     if number == signal.SIGINT:
         assert code == 130, stderr
         assert re.search(r"\d+ windows are kept in .*stopped; the same command goes on from there", stderr)
         assert "Traceback" not in stderr
-    resumed = subprocess.run(command, capture_output=True, check=True, env=os.environ | ONE_THREAD)
-    assert b"going on after window" in resumed.stderr
-    assert resumed.stdout == expected.stdout
+    assert main(arguments(cache, document)) == 0
+    assert "going on after window" in capsys.readouterr().err
+    assert document.read_bytes() == expected.read_bytes()
     assert cache.read_bytes() == whole.read_bytes()
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 WINDOW = np.random.default_rng(0).integers(5, 200, 48).tolist()
-# A layer has 16.5 MB in float32: twelve more are 198 MB.
-SHAPE = {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "feed_forward": 2048, "dtype": "bfloat16"}
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "524288", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}  # mallopt(3)
+# A layer has 4.2 MB in float32: twelve more are 50 MB.
+SHAPE = {"hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "feed_forward": 1024, "dtype": "bfloat16"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}  # mallopt(3)
 
 
 def peak_bytes(work: str, folder: Path) -> dict[int, int]:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from normistral.artifact.manifest import MANIFEST_NAME, check_files, read_manifest
 from normistral.export.pipeline import export_model
+from normistral.export.quantize import plan
 from normistral.export.tools import require_export_tools
 from normistral.telemetry import silence_telemetry
 
@@ -39,8 +40,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--format", default="openvino")
     parser.add_argument("--weights", default="int4")
+    parser.add_argument("--recipe", default=None)
+    parser.add_argument("--calibration-tokens", type=int, default=None, help="fewer make the export shorter")
     parser.add_argument("--recover-every", type=int, default=1, help="a whole export after every n-th kill")
     options = parser.parse_args()
+    if options.calibration_tokens is not None:
+        plan.CALIBRATION_TOKENS = options.calibration_tokens
     silence_telemetry()
     require_export_tools(options.format)
     moments = random.Random(options.seed)
@@ -111,7 +116,7 @@ def fork_export(options: argparse.Namespace, output: Path, *, force: bool) -> in
     if child:
         return child
     try:
-        export_model(options.model, output, options.format, options.weights, force=force)
+        export_model(options.model, output, options.format, options.weights, recipe=options.recipe, force=force)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
