@@ -14,6 +14,7 @@ from shared_folders import make_once
 from tiny_models import QUIRKS, make_mistral
 
 from normistral.hardware import read_machine
+from normistral.runtime.kernels.compiler import VARIANTS, Variant, compile_kernels, file_name
 from normistral.runtime.kernels.library import build_library, find_library, find_obstacle
 
 # The models are so small that torch's threads wait for each other longer than they compute, and there is a process of
@@ -109,6 +110,18 @@ def compiled_home(tmp_path_factory) -> Path:
             build_library(read_machine())
 
     return make_once(tmp_path_factory, "home", build)
+
+
+@pytest.fixture(scope="session")
+def every_kernel(tmp_path_factory) -> dict[Variant, Path]:
+    """The int4 kernel for every processor; compiling takes ten seconds."""
+
+    def build(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        compile_kernels(VARIANTS, folder)
+
+    folder = make_once(tmp_path_factory, "kernels", build)
+    return {variant: folder / file_name(variant) for variant in VARIANTS}
 
 
 @pytest.fixture

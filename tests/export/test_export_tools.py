@@ -15,8 +15,9 @@ from normistral.export.tools import with_plain_partials
 SCRIPT = """
 import functools
 import os
-from normistral.export.tools import require_export_tools
-require_export_tools("openvino")
+from normistral.export import tools
+tools._MODULES["onnx"] = ("torch",)  # whose threads they are; the others take seconds to import
+tools.require_export_tools("onnx")
 print(os.environ.get("OMP_WAIT_POLICY"))
 """
 

@@ -18,7 +18,6 @@ from normistral.hardware import read_machine
 from normistral.runtime import collect_env
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.kernels import library
-from normistral.runtime.kernels.compiler import VARIANTS, compile_kernels
 from normistral.runtime.kernels.library import UntrustedKernelError, find_library, name_faster_way, open_library
 from normistral.server.backends import openvino_pipeline
 from normistral.server.backends.settings import BatchSettings
@@ -185,11 +184,11 @@ TOO_NEW = {
 }
 
 
-def test_a_kernel_holds_no_instruction_beyond_its_processors(tmp_path):
+def test_a_kernel_holds_no_instruction_beyond_its_processors(request):
     """With the compiler that is here; the release builds run this test on theirs."""
     if library.find_obstacle(read_machine()) or not shutil.which("c++") or not shutil.which("objdump"):
         pytest.skip("needs a compiler, and objdump")
-    for variant, path in zip(VARIANTS, compile_kernels(VARIANTS, tmp_path), strict=True):
+    for variant, path in request.getfixturevalue("every_kernel").items():
         shown = subprocess.run(["objdump", "-d", path], capture_output=True, text=True, check=True).stdout
         instructions = [line.split("\t", 2)[-1] for line in shown.splitlines() if line.count("\t") == 2]
         assert len(instructions) > 1000
