@@ -1,6 +1,6 @@
 """The archive of a bundle, and its signature.
 
-A tar file with one possible form; `install.py` holds the rules and checks each byte. Weights do not compress, so
+A tar file with one possible form; `check.py` holds the rules and checks each byte. Weights do not compress, so
 nothing is compressed: it is written and read as a stream, and standard tools open it. Signatures are detached, made by
 `ssh-keygen -Y sign`; anybody can check them with `ssh-keygen -Y verify`.
 """
@@ -16,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from normistral.bundle.install import BLOCK, END, NAMESPACE, SUMS, is_member_name, member_header, sums_line
+from normistral.bundle.check import BLOCK, END, NAMESPACE, SUMS, is_member_name, member_header, sums_line
 from normistral.errors import ArtifactError, MissingExtraError, NormistralError, UsageError, first_line
 from normistral.progress import OnBytes, ignore_bytes
 

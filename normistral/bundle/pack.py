@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from pathlib import Path
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
-from normistral.bundle import archive, install
+from normistral.bundle import archive, check, install
 from normistral.bundle.archive import ArchiveEntry, archive_bytes, with_sums, write_archive
 from normistral.bundle.own_wheel import pack_own_wheel
 from normistral.bundle.sbom import write_sbom
@@ -92,9 +93,20 @@ def make_bundle(artifact: Path, file: Path, options: BundleOptions, progress: Pr
     return sha256
 
 
+def installer_source() -> bytes:
+    """install.py of a bundle: `check` and `install` as one script that imports the standard library alone."""
+    checking, installing = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in (check, install))
+    docstring, end, commands = installing.partition('"""\n\n')
+    commands, joined = re.subn(
+        r"^from normistral\.bundle\.check import \([^)]*\)\n\n", "", commands, flags=re.MULTILINE
+    )
+    assert joined == 1
+    return f"{docstring}{end}{checking.partition(end)[2]}\n\n{commands}".encode()
+
+
 def _check_arguments(artifact: Path, file: Path, options: BundleOptions) -> None:
     name = artifact.resolve().name
-    if name.startswith(".") or not install.is_member_name(install.ARTIFACT + name):
+    if name.startswith(".") or not check.is_member_name(check.ARTIFACT + name):
         raise UsageError(f"an artifact of the name {name!r} could not be installed", "rename its folder")
     signature_file = file.with_name(file.name + archive.SUFFIX)
     for place in (file, signature_file):  # an old signature is removed even where no new one is written
@@ -137,7 +149,7 @@ def _compile_kernels(
     except EngineError as exc:
         progress.note(f"no int4 kernel in it: {exc}")
         return []
-    return [ArchiveEntry.of_bytes(install.KERNELS + path.name, path.read_bytes()) for path in libraries]
+    return [ArchiveEntry.of_bytes(check.KERNELS + path.name, path.read_bytes()) for path in libraries]
 
 
 def _entries(
@@ -157,7 +169,7 @@ def _entries(
     wheels = closure.wheels.values()
     size = sum(record.size for record in files.values())
     description = {
-        "schema": install.SCHEMA,
+        "schema": check.SCHEMA,
         "artifact": artifact.resolve().name,
         "requirement": f"normistral[{','.join(extras)}]=={normistral.__version__}".replace("[]", ""),
         "python": target.python,
@@ -168,14 +180,14 @@ def _entries(
         + sum(wheel.path.stat().st_size + wheel.unpacked_bytes for wheel in wheels),
     }
     return [
-        ArchiveEntry.of_bytes(install.INSTALLER, Path(install.__file__).read_bytes()),
+        ArchiveEntry.of_bytes(check.INSTALLER, installer_source()),
         ArchiveEntry.of_bytes(
-            install.DESCRIPTION, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()
+            check.DESCRIPTION, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()
         ),
-        ArchiveEntry.of_bytes(install.SBOM, write_sbom(artifact.resolve().name, manifest, files, closure, kernels)),
+        ArchiveEntry.of_bytes(check.SBOM, write_sbom(artifact.resolve().name, manifest, files, closure, kernels)),
         *kernels,
-        *(ArchiveEntry(install.ARTIFACT + name, r.size, r.sha256, artifact / name) for name, r in files.items()),
-        *(ArchiveEntry(install.WHEELS + w.path.name, w.path.stat().st_size, w.sha256, w.path) for w in wheels),
+        *(ArchiveEntry(check.ARTIFACT + name, r.size, r.sha256, artifact / name) for name, r in files.items()),
+        *(ArchiveEntry(check.WHEELS + w.path.name, w.path.stat().st_size, w.sha256, w.path) for w in wheels),
     ]
 
 

@@ -46,7 +46,7 @@ def bundle(
     bill of materials and a list of SHA-256 sums. pip collects the wheels, from its index as it is configured here.
     Prints the file's SHA-256 and name. docs/bundle.md says more.
     """
-    from normistral.bundle.install import sums_line
+    from normistral.bundle.check import sums_line
     from normistral.bundle.pack import BundleOptions, make_bundle
     from normistral.bundle.wheels import choose_target
 

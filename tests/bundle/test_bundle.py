@@ -23,7 +23,7 @@ from normistral import cli
 from normistral.artifact.artifact import Artifact
 from normistral.bundle import own_wheel
 from normistral.bundle import pack as bundling
-from normistral.bundle.install import check_bundle
+from normistral.bundle.check import check_bundle
 from normistral.bundle.own_wheel import pack_wheel
 from normistral.bundle.pack import BundleOptions, make_bundle
 from normistral.bundle.wheels import (
@@ -91,7 +91,7 @@ def test_standard_tools_check_and_open_it(signed_bundle, tmp_path):
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     listed = {line[66:] for line in (tmp_path / "SHA256SUMS").read_text().splitlines()}
     assert found == {"SHA256SUMS", *listed}
-    assert (tmp_path / "install.py").read_bytes() == Path(bundling.install.__file__).read_bytes()
+    assert (tmp_path / "install.py").read_bytes() == bundling.installer_source()
     (pip,) = (name for name in listed if "/pip-" in name)
     wheels = {f"wheels/{name}" for name in ("normistral-0.1.0-py3-none-any.whl", "leaf-1.2-py3-none-any.whl")}
     assert {name for name in listed if name.startswith("wheels/")} == {pip, *wheels}  # none too many

@@ -1,6 +1,7 @@
 """The installer: it refuses what was changed anywhere, before it writes, and installs the rest whole or not at all."""
 
 import _ctypes
+import ast
 import base64
 import io
 import json
@@ -17,10 +18,10 @@ from bundle_files import FAKE_NORMISTRAL, write_small_artifact, write_wheel, wri
 from planted import AS_ROOT, KINDS, NOBODY, look, plant
 
 import normistral
-from normistral.bundle import install
+from normistral.bundle import check, install
 from normistral.bundle import pack as bundling
 from normistral.bundle.archive import ArchiveEntry, with_sums, write_archive
-from normistral.bundle.install import InstallError, check_bundle, is_member_name, member_header
+from normistral.bundle.check import InstallError, check_bundle, is_member_name, member_header
 from normistral.bundle.pack import BundleOptions, make_bundle
 from normistral.bundle.wheels import choose_target
 from normistral.errors import UsageError
@@ -53,7 +54,7 @@ def pack(**contents):
 
 
 def read(raw):
-    return install._read_members(install._Reader(io.BytesIO(raw), None))
+    return check._read_members(check._Reader(io.BytesIO(raw), None))
 
 
 def refusal(raw, tmp_path, **trust):
@@ -110,7 +111,7 @@ def test_every_flipped_byte_of_the_signature_is_refused(signed_bundle, tmp_path)
         flipped[position] ^= 1 << chance.randrange(8)
         file.write_bytes(flipped)
         try:
-            install._require_one_spelling(file)
+            check._require_one_spelling(file)
         except InstallError:
             spelled += 1
         else:
@@ -123,8 +124,8 @@ def test_every_flipped_byte_of_the_signature_is_refused(signed_bundle, tmp_path)
 
 def with_member(info, content=b""):
     """The archive with one more member behind the others."""
-    raw = pack()[: -len(install.END)]
-    return raw + info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512) + install.END
+    raw = pack()[: -len(check.END)]
+    return raw + info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512) + check.END
 
 
 def member(name, kind=tarfile.REGTYPE, **fields):
@@ -179,7 +180,7 @@ def test_other_forms_of_the_same_archive_are_refused(tmp_path):
 
 
 def test_a_huge_member_costs_no_memory(tmp_path):
-    head = pack()[: -len(install.END)]
+    head = pack()[: -len(check.END)]
     assert "ends too early" in refusal(head + member_header("artifact/big", 2**50), tmp_path)
     assert "too large" in refusal(member_header("SHA256SUMS", 2**50), tmp_path)
 
@@ -451,10 +452,19 @@ def test_nothing_that_lies_beside_the_installer_is_run(signed_bundle, tmp_path, 
 
 def test_an_old_python_is_told_so():
     """The check comes before anything that an old Python does not know; here it is read, as there is no old one."""
-    text = Path(install.__file__).read_text()
+    text = bundling.installer_source().decode()
     head = text[: text.index("import argparse")]
     assert "from __future__" not in head
     assert 'sys.exit("error: this needs Python 3.11' in head
+
+
+def test_the_installer_imports_the_standard_library_alone():
+    """It is made of two modules of the package; tests run it where the package can be imported."""
+    nodes = list(ast.walk(ast.parse(bundling.installer_source())))
+    imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    imported |= {"." * node.level + node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {"argparse", "hashlib", "pathlib"} < imported
+    assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
 
 
 def crowd(prefix):

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from normistral.bundle.install import BLOCK, InstallError, check_bundle, member_header
+from normistral.bundle.check import BLOCK, InstallError, check_bundle, member_header
 
 QUESTION, ANSWER = "What is the capital of Norway?", "Oslo"
 # A shell without a network: not even loopback is up.
