@@ -15,6 +15,7 @@ from normistral.artifact.manifest import ReasoningMarkers, Template
 from normistral.artifact.render_budget import RenderBudget, spending
 from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, TaintedStr
 from normistral.artifact.tokenizer import Tokenizer
+from normistral.artifact.tool_prompt import as_plain_turns, find_format, for_template
 from normistral.errors import NormistralError, TemplateError
 
 if TYPE_CHECKING:
@@ -54,19 +55,21 @@ class ChatTemplate:
         tags = () if reasoning is None else (reasoning.open_id, reasoning.close_id)
         self._encoder = ConversationEncoder(tokenizer, template.text, tags)
         self._compiled = _compile(template.text)
+        self.tool_format = find_format(template.text, self._encoder.control_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text, as `apply_chat_template(messages, tokenize=False)`.
 
         Raises:
             TemplateError: the template refuses the messages, fails, breaks the sandbox or exceeds its limits.
         """
-        return self._render(messages, add_generation_prompt)[0]
+        return self._render_tools(messages, (), add_generation_prompt)[0]
 
     def encode(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[int]:
@@ -77,6 +80,9 @@ class ChatTemplate:
         a message meets the template.
 
         Args:
+            messages: with "role" and "content" each; of the assistant also "tool_calls", of the role tool also
+                "tool_call_id", as OpenAI's API has them.
+            tools: {"name", "description", "parameters"} of each, which the model may call.
             continue_final_message: end with the last message's content, so that the model goes on inside it, as in
                 transformers.
 
@@ -85,25 +91,43 @@ class ChatTemplate:
                 cannot be followed.
             UsageError: the text is not valid Unicode.
         """
-        text, sources = self._render(messages, add_generation_prompt and not continue_final_message)
+        opened = add_generation_prompt and not continue_final_message
+        text, sources = self._render_tools(messages, tools, opened)
         if continue_final_message:
             end = _end_of_final(text, sources, messages[-1]["content"])
             text, sources = text[:end], sources[:end]
-        if UNKNOWN in sources and not any(map(self._encoder.could_write_control_text, _typed_strings(messages))):
+        typed = (*_typed_strings(messages), *strings_in(tools))
+        if UNKNOWN in sources and not any(map(self._encoder.could_write_control_text, typed)):
             sources = sources.replace(UNKNOWN, TEMPLATE)
         return self._encoder.encode(text, sources)
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> tuple[str, str]:
+    def _render_tools(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> tuple[str, str]:
+        """As `_render`, with tools through the template or through the prompt."""
+        if self.tool_format.native:
+            described = [{"type": "function", "function": dict(tool)} for tool in tools]
+            return self._render(for_template(messages), add_generation_prompt, described)
+        if not tools:
+            return self._render(as_plain_turns(messages, ()), add_generation_prompt)
+        try:
+            return self._render(as_plain_turns(messages, tools), add_generation_prompt)
+        except TemplateError:  # some know no system message
+            return self._render(as_plain_turns(messages, tools, has_system=False), add_generation_prompt)
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Sequence[Any] = ()
+    ) -> tuple[str, str]:
         """Text, and the source of each of its characters."""
         import jinja2
         from jinja2.exceptions import SecurityError
 
-        size = sum(map(len, _strings(messages)))
+        size = sum(map(len, strings_in(messages))) + sum(map(len, strings_in(tools)))
         try:
             with spending(RenderBudget(size)) as budget:
                 variables = self._special_tokens() | {
                     "messages": [_track_message(message) for message in messages],
-                    "tools": None,
+                    "tools": [_track(tool) for tool in tools] or None,
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                 }
@@ -178,16 +202,17 @@ def _track(value: Any) -> Any:
     return value
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string of a value that JSON can hold, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _strings(key)
-            yield from _strings(inner)
+            yield from strings_in(key)
+            yield from strings_in(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _strings(inner)
+            yield from strings_in(inner)
 
 
 def _typed_strings(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -195,9 +220,9 @@ def _typed_strings(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for message in messages:
         for key, value in message.items():
             if key not in ("role", "content"):
-                yield from _strings(key)
+                yield from strings_in(key)
             if key != "role" or value not in ROLES:
-                yield from _strings(value)
+                yield from strings_in(value)
 
 
 def _quote(exc: Exception, *, with_type: bool = True) -> str:

@@ -31,10 +31,13 @@ from markupsafe import Markup
 
 from normistral.artifact.render_budget import HINT, RenderBudget, current_budget, spending, weigh
 from normistral.artifact.taint import (
+    MESSAGE,
     TEMPLATE,
+    UNKNOWN,
     TaintedStr,
     require_width,
     reserve_formatting,
+    sources_of,
 )
 from normistral.errors import TemplateError
 
@@ -317,7 +320,24 @@ def _to_json(
             break
     budget.reserve(size)
     text = "".join(pieces)
-    return TaintedStr.following(text, x) if isinstance(x, str) else TaintedStr(text)
+    if isinstance(x, str):
+        return TaintedStr.following(text, x)
+    # Of a container only its strings decide: what is not the template's is as if a message wrote all of it.
+    sources = {source for string in _strings_of(x) for source in sources_of(string).replace(UNKNOWN, MESSAGE)}
+    return TaintedStr(text, (sources.pop() if len(sources) == 1 else UNKNOWN) * len(text))
+
+
+def _strings_of(value: Any) -> Iterator[str]:
+    """Keys and values of what is written as JSON; keys of messages carry no source of their own."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
 
 
 def _raise_exception(message: Any) -> NoReturn:

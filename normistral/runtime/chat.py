@@ -5,24 +5,26 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.chat_template import ChatTemplate, strings_in
 from normistral.artifact.tokenizer import require_unicode
 from normistral.errors import UsageError
 from normistral.progress import OnBytes, ignore_bytes
-from normistral.runtime.chunks import Chunk, Completion
+from normistral.runtime.chunks import Chunk, Completion, ToolCall
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.runner import NonBlockingLock, Runner
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.session_file import SavedMessage
 from normistral.runtime.sessions import restore_sequence, save_sequence
+from normistral.runtime.tools import ToolCallParser, read_tools, tool_structure
 
 logger = logging.getLogger(__name__)
 
 Overflow = Literal["error", "drop-oldest"]
-Message = dict[str, str]
+Message = dict[str, Any]
 
 _ANSWER_SHARE = 4  # "drop-oldest" keeps at least a quarter of the context for the answer, if it may be that long
 
@@ -36,6 +38,7 @@ class Chat:
 
     Attributes:
         messages: the conversation so far, as {"role": ..., "content": ...}; read it, and change it with the methods.
+            Answers that called tools have "tool_calls" too, and results "tool_call_id", as in OpenAI's API.
         dropped: messages left out of the model's view by "drop-oldest", in all. They stay in `messages`.
     """
 
@@ -59,15 +62,30 @@ class Chat:
         used = len(self._template.encode(visible, add_generation_prompt=False)) if visible else 0
         return max(0, self._runner.context_length - used)
 
-    def send(self, message: str, **options: Any) -> Completion:
+    def send(self, message: str | Mapping[str, str], **options: Any) -> Completion:
         """Send a message and wait for the whole answer; arguments and errors as in `stream`."""
         return Completion.from_chunks(self.stream(message, **options))
 
-    def stream(self, message: str, **options: Any) -> Iterator[Chunk]:
+    def stream(
+        self,
+        message: str | Mapping[str, str],
+        *,
+        tools: Sequence[Any] = (),
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
+        **options: Any,
+    ) -> Iterator[Chunk]:
         """Send a message; the answer comes chunk by chunk.
 
         Message and answer join `messages` when the answer ends, also when it was cancelled or the iterator is closed
         early (then with the text so far). After an error the conversation is as it was before.
+
+        Args:
+            message: text, or the results of the last answer's calls by their ids.
+            tools: functions with annotations, pydantic models, or mappings with name, description and parameters (JSON
+                schema). The answer's calls are in `tool_calls`; nothing is run (docs/tools.md).
+            tool_choice: "auto" is text or calls, "required" calls, "none" text; another the name of the one to call.
+            parallel_tool_calls: several calls in one answer.
 
         Raises:
             UsageError: an unknown option or wrong value, one that means nothing to this model, or an empty message.
@@ -75,14 +93,27 @@ class Chat:
             BusyError: this chat is still answering.
             ClosedError: the model was closed.
         """
-        config = self._runner.resolve(options)
+        known = read_tools(tools)
+        thinking = self._runner.manifest.reasoning is not None
+        structure = tool_structure(
+            known,
+            self._template.tool_format,
+            tool_choice,
+            parallel=parallel_tool_calls,
+            text=options.get("structure"),
+            thinking=thinking,
+        )
+        config = self._runner.resolve({**options, "structure": structure} if structure is not None else options)
         self._runner.require_open()
-        if not isinstance(message, str) or not message.strip():
-            raise UsageError("the message is empty", "write something")
+        asked = self._as_messages(message)
         self._busy.require_free()
-        user = {"role": "user", "content": message}
-        dropped, prompt_ids = self._fit([*self.messages, user], config)
-        return self._answer(user, dropped, prompt_ids, config)
+        parser = ToolCallParser(None)
+        described: list[dict[str, Any]] = []
+        if known and tool_choice != "none":
+            parser = ToolCallParser(self._template.tool_format, certain=tool_choice != "auto")
+            described = [tool.described for tool in known]
+        dropped, prompt_ids = self._fit([*self.messages, *asked], config, described)
+        return self._answer(asked, dropped, prompt_ids, config, parser)
 
     def cancel(self) -> None:
         """Stop the running answer within one token; may be called from any thread or a signal handler."""
@@ -113,19 +144,23 @@ class Chat:
         self.dropped = min(self.dropped, len(self._turns(self.messages)))
         return True
 
-    def replace(self, messages: Sequence[Mapping[str, str]]) -> None:
+    def replace(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Continue from a saved conversation.
 
         Raises:
-            UsageError: not a list of messages with the texts "role" and "content".
+            UsageError: not a list of messages with the texts "role" and "content", and of calls what `messages` has.
             BusyError: an answer is running.
         """
         self._busy.require_free()
         for message in messages:
-            if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            extra = {"assistant": {"tool_calls"}, "tool": {"tool_call_id"}}
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise UsageError('a message has exactly "role" and "content"')
-            if not all(isinstance(text, str) for text in message.values()):
+            if not all(isinstance(text, str) for key, text in message.items() if key != "tool_calls"):
                 raise UsageError("role and content of a message must be texts")
+            if set(message) - {"role", "content"} - extra.get(message["role"], set()):
+                raise UsageError('a message has exactly "role" and "content"', "calls have tool_calls and tool_call_id")
+            _require_calls(message.get("tool_calls", []))
         self.messages = [dict(message) for message in messages]
         self.dropped = 0
 
@@ -164,7 +199,7 @@ class Chat:
             self._sequence = self._sequence or self._runner.create_sequence()
             messages = [SavedMessage(**message) for message in self.messages]
             for message in messages:
-                require_unicode(message.role + message.content)
+                require_unicode("".join(strings_in(message.as_message)))
             save_sequence(
                 self._runner, self._sequence, path, on_bytes, kind="chat", messages=messages, dropped=self.dropped
             )
@@ -173,7 +208,7 @@ class Chat:
         """For `Model.restore_chat`: become what `save` wrote there."""
         with self._busy.held():
             header, self._sequence = restore_sequence(self._runner, path, "chat", on_bytes)
-            self.messages = [{"role": message.role, "content": message.content} for message in header.messages]
+            self.messages = [message.as_message for message in header.messages]
             self.dropped = min(header.dropped, len(self._turns(self.messages)))
 
     def close(self) -> None:
@@ -183,7 +218,25 @@ class Chat:
             self._sequence.close()
             self._sequence = None
 
-    def _answer(self, user: Message, dropped: int, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
+    def _as_messages(self, message: str | Mapping[str, str]) -> list[Message]:
+        """The next messages of the conversation: the user's, or results of calls."""
+        if not isinstance(message, Mapping):
+            if not isinstance(message, str) or not message.strip():
+                raise UsageError("the message is empty", "write something")
+            return [{"role": "user", "content": message}]
+        asked = [call["id"] for call in self.messages[-1].get("tool_calls", ())] if self.messages else []
+        if set(message) != set(asked) or not asked or not all(isinstance(text, str) for text in message.values()):
+            raise UsageError("results are a text for each call of the last answer", f"calls: {', '.join(asked) or '-'}")
+        return [{"role": "tool", "content": message[call_id], "tool_call_id": call_id} for call_id in asked]
+
+    def _answer(
+        self,
+        asked: list[Message],
+        dropped: int,
+        prompt_ids: list[int],
+        config: GenerationConfig,
+        parser: ToolCallParser,
+    ) -> Iterator[Chunk]:
         with self._busy.held():
             text, failed = "", False
             try:
@@ -191,21 +244,28 @@ class Chat:
                     self._cancelled = event
                     self._sequence = self._sequence or self._runner.create_sequence()
                     for chunk in self._runner.run(self._sequence, prompt_ids, config, event.is_set):
-                        text += chunk.text
-                        yield chunk
+                        shown, _ = parser.push(chunk.token_id, chunk.text)
+                        ended = chunk.finish_reason is not None
+                        shown += parser.flush() if ended else ""
+                        text += shown
+                        yield replace(chunk, text=shown, tool_calls=tuple(parser.calls) if ended else ())
             except Exception:
                 failed = True
                 raise
             finally:
                 self._cancelled = None
                 if not failed:
-                    self.messages += [user, {"role": "assistant", "content": text}]
+                    whole = [call.as_message for call in parser.calls if call.is_whole]
+                    answer = {"role": "assistant", "content": text} | ({"tool_calls": whole} if whole else {})
+                    self.messages += [*asked, answer]
                     self.dropped = dropped
 
-    def _fit(self, messages: list[Message], config: GenerationConfig) -> tuple[int, list[int]]:
+    def _fit(
+        self, messages: list[Message], config: GenerationConfig, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, list[int]]:
         """Token ids of the prompt that fits, and how many messages had to be left out for it."""
         context = self._runner.context_length
-        prompt_ids = self._template.encode(self._visible(messages))
+        prompt_ids = self._template.encode(self._visible(messages), tools=tools)
         if self._overflow == "error":
             self._require_fit(len(prompt_ids))
             return self.dropped, prompt_ids
@@ -217,7 +277,7 @@ class Chat:
                 self._require_fit(len(prompt_ids))
                 break
             dropped += exchange
-            prompt_ids = self._template.encode(self._visible(messages, dropped))
+            prompt_ids = self._template.encode(self._visible(messages, dropped), tools=tools)
         if dropped > self.dropped:
             logger.warning("left out the oldest %d messages: the context is full", dropped)
         return dropped, prompt_ids
@@ -242,3 +302,15 @@ class Chat:
         """Length of the oldest visible exchange: messages up to the next user message; 0 if it is the last."""
         turns = self._turns(messages)[dropped:]
         return next((i for i in range(1, len(turns)) if turns[i]["role"] == "user"), 0)
+
+
+def _require_calls(calls: Any) -> None:
+    """Raise UsageError for calls that no template could write."""
+    hint = "they have id, and function with name and arguments"
+    try:
+        read = [ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"]) for call in calls]
+        right = all(isinstance(call.id, str) and isinstance(call.name, str) and call.is_whole for call in read)
+    except (LookupError, TypeError, AttributeError) as exc:
+        raise UsageError("tool_calls are not those of an answer", hint) from exc
+    if not right:
+        raise UsageError("tool_calls are not those of an answer", hint)

@@ -5,9 +5,12 @@ Chunks carry everything that a terminal, an application or a benchmark needs; no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from normistral.errors import UsageError
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 """stop: a stop token or stop text; length: max_new_tokens; context: the model's context is full; cancelled."""
@@ -48,6 +51,46 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model wrote.
+
+    Attributes:
+        id: names it in the conversation.
+        arguments: JSON text that fits the tool's schema, unless the answer was cut off within it.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+    def parse(self) -> dict[str, Any]:
+        """The arguments as an object; raises UsageError where the answer was cut off within them."""
+        try:
+            arguments: dict[str, Any] = json.loads(self.arguments)
+        except ValueError as exc:
+            raise UsageError("the call was cut off", "raise max_new_tokens") from exc
+        return arguments
+
+    @property
+    def is_whole(self) -> bool:
+        """It was not cut off."""
+        return self.arguments.endswith("}") and _is_json(self.arguments)
+
+    @property
+    def as_message(self) -> dict[str, Any]:
+        """As messages hold it."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """One step of a generation.
 
@@ -63,6 +106,7 @@ class Chunk:
         reasoning_open: whether the reasoning had begun and not ended after this token.
         prompt_logprobs: of each token of the prompt, its log-probability (the first has none) and the most likely
             tokens in its place, when asked for; only the first chunk has them.
+        tool_calls: of a chat with tools: the calls of the answer, on its last chunk.
     """
 
     text: str
@@ -74,6 +118,7 @@ class Chunk:
     reasoning: str = ""
     reasoning_open: bool = False
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +136,7 @@ class Completion:
     reasoning: str = ""
     reasoning_open: bool = False
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @classmethod
     def from_chunks(cls, chunks: Iterable[Chunk]) -> Completion:
@@ -107,4 +153,5 @@ class Completion:
             reasoning="".join(chunk.reasoning for chunk in gathered),
             reasoning_open=last.reasoning_open,
             prompt_logprobs=gathered[0].prompt_logprobs,
+            tool_calls=last.tool_calls,
         )

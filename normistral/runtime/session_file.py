@@ -68,11 +68,20 @@ class SessionKey:
     numerics: dict[str, str]
 
 
-class SavedMessage(msgspec.Struct, forbid_unknown_fields=True):
-    """One message of a conversation."""
+class SavedMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a conversation; calls and their results as in `Chat.messages`."""
 
     role: str
     content: str
+    tool_calls: list[dict[str, Any]] = []
+    tool_call_id: str = ""
+
+    @property
+    def as_message(self) -> dict[str, Any]:
+        """As `Chat.messages` has it."""
+        calls = {"tool_calls": self.tool_calls} if self.tool_calls else {}
+        result = {"tool_call_id": self.tool_call_id} if self.tool_call_id else {}
+        return {"role": self.role, "content": self.content, **calls, **result}
 
 
 class SessionHeader(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from normistral.runtime.chunks import Chunk, TokenLogprobs
+from normistral.runtime.tools import CallDelta
+from normistral.server.answers import AnswerPart, ChatAnswer
 from normistral.server.generation import SequenceOutput
 from normistral.server.model_handler import ModelHandler
 from normistral.server.responses import (
@@ -157,41 +159,31 @@ def _text_logprobs(handler: ModelHandler, chunk: Chunk, offset: int) -> dict[str
     }
 
 
-@dataclass(slots=True)
-class _ChatAnswer:
-    """Chat completion so far."""
-
-    text: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish_reason: str | None = None
-
-
 async def gather_chat(
-    outputs: AsyncIterator[SequenceOutput], header: ResponseHeader, choices: int, *, logprobs: bool
+    parts: AsyncIterator[AnswerPart], header: ResponseHeader, choices: int, *, logprobs: bool
 ) -> dict[str, Any]:
     """Response body of /v1/chat/completions."""
-    answers = [_ChatAnswer() for _ in range(choices)]
+    answers = [ChatAnswer() for _ in range(choices)]
     counter = UsageCounter(choices)
-    async for index, chunk in outputs:
-        counter.add(index, chunk)
-        answer = answers[index]
-        answer.text.append(chunk.text)
-        answer.reasoning.append(chunk.reasoning)
-        answer.logprobs += _chat_logprobs(header.handler, chunk)
-        answer.finish_reason = finish_reason(chunk.finish_reason)
-    written = [_chat_choice(index, answer, logprobs=logprobs) for index, answer in enumerate(answers)]
+    async for part in parts:
+        counter.add(part.choice, part.chunk)
+        answers[part.choice].add(part)
+    written = [
+        _chat_choice(index, answer, _chat_logprobs(header.handler, answer.chunks) if logprobs else None)
+        for index, answer in enumerate(answers)
+    ]
     return header.wrap("chat.completion", written, usage=counter.usage)
 
 
 async def stream_chat(
-    outputs: AsyncIterator[SequenceOutput], header: ResponseHeader, choices: int, *, logprobs: bool, usage: bool
+    parts: AsyncIterator[AnswerPart], header: ResponseHeader, choices: int, *, logprobs: bool, usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
     """Stream events of /v1/chat/completions: role, deltas, finish reason; `usage` adds a final event."""
     kind, no_usage = "chat.completion.chunk", {"usage": None} if usage else {}
     counter = UsageCounter(choices)
     begun: set[int] = set()
-    async for index, chunk in outputs:
+    async for part in parts:
+        index, chunk = part.choice, part.chunk
         counter.add(index, chunk)
         deltas: list[dict[str, Any]] = []
         if index not in begun:
@@ -199,26 +191,37 @@ async def stream_chat(
             deltas.append({"role": "assistant", "content": ""})
         if chunk.reasoning:
             deltas.append({"reasoning_content": chunk.reasoning})
-        described = _chat_logprobs(header.handler, chunk) if logprobs else []
-        if chunk.text or described:
-            deltas.append({"content": chunk.text})
+        described = _chat_logprobs(header.handler, part.chunks) if logprobs else []
+        if part.text or described:
+            deltas.append({"content": part.text})
         for delta in deltas:
             content = {"content": described} if described and delta is deltas[-1] else None
             yield header.wrap(kind, [_chat_event(index, delta, content, None)], **no_usage)
-        if chunk.finish_reason is not None:
-            yield header.wrap(kind, [_chat_event(index, {}, None, finish_reason(chunk.finish_reason))], **no_usage)
+        for call in part.calls:
+            yield header.wrap(kind, [_chat_event(index, {"tool_calls": [_call_delta(call)]}, None, None)], **no_usage)
+        if part.finish_reason is not None:
+            yield header.wrap(kind, [_chat_event(index, {}, None, part.finish_reason)], **no_usage)
     if usage:
         yield header.wrap(kind, [], usage=counter.usage)
 
 
-def _chat_choice(index: int, answer: _ChatAnswer, *, logprobs: bool) -> dict[str, Any]:
-    message = {"role": "assistant", "content": "".join(answer.text)}
-    if reasoning := "".join(answer.reasoning):
-        message["reasoning_content"] = reasoning
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
+
+def _chat_choice(index: int, answer: ChatAnswer, logprobs: list[dict[str, Any]] | None) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": None if answer.calls else answer.text}
+    if answer.calls:
+        message["tool_calls"] = [call.as_message for call in answer.calls]
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
     return {
         "index": index,
         "message": message,
-        "logprobs": {"content": answer.logprobs} if logprobs else None,
+        "logprobs": None if logprobs is None else {"content": logprobs},
         "finish_reason": answer.finish_reason,
     }
 
@@ -229,9 +232,10 @@ def _chat_event(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _chat_logprobs(handler: ModelHandler, chunk: Chunk) -> list[dict[str, Any]]:
-    token_id = shown_token(handler, chunk)
-    if token_id is None or chunk.logprob is None:
-        return []
-    top = [describe_token(handler, *pair) for pair in chunk.top_logprobs]
-    return [describe_token(handler, token_id, chunk.logprob) | {"top_logprobs": top}]
+def _chat_logprobs(handler: ModelHandler, chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
+    return [
+        describe_token(handler, token_id, chunk.logprob)
+        | {"top_logprobs": [describe_token(handler, *pair) for pair in chunk.top_logprobs]}
+        for chunk in chunks
+        if (token_id := shown_token(handler, chunk)) is not None and chunk.logprob is not None
+    ]

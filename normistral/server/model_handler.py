@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.artifact.artifact import Artifact
-from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.chat_template import ChatTemplate, strings_in
 from normistral.artifact.manifest import Manifest
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
@@ -90,21 +90,28 @@ class ModelHandler:
         vocabulary = self.manifest.architecture.vocabulary
         return StructureCompiler(GrammarVocabulary(self.tokenizer, vocabulary, self.manifest.stop_token_ids))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], **how: bool) -> list[int]:
+    def require_template(self) -> ChatTemplate:
+        """The chat template; raises UsageError for a base model."""
+        if self.template is None:
+            raise UsageError(f"{self.name} is a base model and knows no conversation", "use /v1/completions")
+        return self.template
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), **how: bool
+    ) -> list[int]:
         """Token ids of a conversation.
 
         Args:
-            how: as `ChatTemplate.encode` takes it.
+            tools, how: as `ChatTemplate.encode` takes them.
 
         Raises:
             UsageError: this is a base model, or the text is not valid Unicode.
             TemplateError: the template refuses the messages.
             ContextLengthError: they leave no room for an answer.
         """
-        if self.template is None:
-            raise UsageError(f"{self.name} is a base model and knows no conversation", "use /v1/completions")
-        self._require_possible("".join(message["content"] for message in messages))
-        return self._fitting(self.template.encode(messages, **how))
+        template = self.require_template()
+        self._require_possible("".join((*strings_in(messages), *strings_in(tools))))
+        return self._fitting(template.encode(messages, tools=tools, **how))
 
     def encode_text(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt for completion.

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from normistral.runtime.chunks import Chunk, FinishReason
 from normistral.server.model_handler import ModelHandler
 
-ApiFinishReason = Literal["stop", "length"]
+ApiFinishReason = Literal["stop", "length", "tool_calls"]
 LEAST_LOGPROB = -9999.0  # as OpenAI writes what has no chance; JSON has no infinity
 
 
@@ -51,11 +51,27 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class AnsweredFunction(BaseModel):
+    """A function and its arguments, as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
 class AnswerMessage(BaseModel):
     """The answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[AnsweredCall] | None = None
     reasoning_content: str | None = None
 
 

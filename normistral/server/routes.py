@@ -12,11 +12,12 @@ from fastapi.routing import APIRoute
 
 from normistral.errors import ContextLengthError
 from normistral.runtime.options import GenerationConfig
+from normistral.server.answers import make_parsers, prepare_chat, read_parts
 from normistral.server.completions import EchoedPrompt, gather_chat, gather_text, stream_chat, stream_text
 from normistral.server.errors import ApiError
 from normistral.server.generation import Events, EventStream, Generation, SequenceOutput, unless_gone
 from normistral.server.model_handler import ModelHandler
-from normistral.server.options import count_choices, read_options, read_reasoning_budget, require_stream_options
+from normistral.server.options import count_choices, read_options, require_stream_options
 from normistral.server.responses import ChatCompletion, ErrorAnswer, ResponseHeader, TextCompletion
 from normistral.server.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest
 from normistral.server.service import Service
@@ -89,15 +90,21 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     if body.continue_final_message and (body.add_generation_prompt or body.messages[-1].role != "assistant"):
         message = "continue_final_message goes on inside a last message of the assistant"
         raise ApiError(400, message, "leave add_generation_prompt out", param="continue_final_message")
-    prompts = await service.prepare(model, each, request, _prepare_chat, model.handler, body)
+    prompts = await service.prepare(model, each, request, prepare_chat, model.handler, body)
     header = ResponseHeader(
         f"chatcmpl-{request.state.request_id}", model.handler, lambda: model.fingerprint(prompts[0][1])
     )
     logprobs, usage = bool(body.logprobs), _wants_usage(body)
+    parsers = make_parsers(model.handler, body, each)
     generation = service.generation(model, prompts, each, request.state)
     if body.stream:
-        return _stream(generation, lambda a: stream_chat(a, header, each, logprobs=logprobs, usage=usage))
-    return await _whole(request, generation, lambda a: gather_chat(a, header, each, logprobs=logprobs))
+        return _stream(
+            generation,
+            lambda a: stream_chat(read_parts(a, parsers), header, each, logprobs=logprobs, usage=usage),
+        )
+    return await _whole(
+        request, generation, lambda a: gather_chat(read_parts(a, parsers), header, each, logprobs=logprobs)
+    )
 
 
 @router.post(
@@ -126,18 +133,6 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 def _check(body: CommonRequest, prompts: int, service: Service) -> int:
     require_stream_options(body)
     return count_choices(body, prompts, service.limits)
-
-
-def _prepare_chat(handler: ModelHandler, body: ChatCompletionRequest) -> Prepared:
-    options, budget = read_options(body), read_reasoning_budget(body)
-    if handler.manifest.reasoning is not None:
-        options |= budget
-    prompt_ids = handler.encode_chat(
-        [message.for_template() for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-        continue_final_message=bool(body.continue_final_message),
-    )
-    return [(prompt_ids, handler.resolve(options, len(prompt_ids)))]
 
 
 def _prepare_text(handler: ModelHandler, body: CompletionRequest) -> Prepared:

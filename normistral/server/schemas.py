@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    model_validator,
+)
 from pydantic_core import core_schema
 
 from normistral.runtime.options import NUMERIC_OPTIONS
+from normistral.runtime.tools import MOST_TOOLS as _MOST_TOOLS
 
 _STOPS = 16
 _BREAKERS = 64
 _BIASES = 1024
 _MOST_MESSAGES = 1024
-_NO_TOOLS = "tools and functions are not supported; ask for JSON with response_format"
+_ID_CHARACTERS = 256
+_NO_FUNCTIONS = "functions became tools; there are tools, tool_choice and tool_calls"
 
 
 class Strict(BaseModel):
@@ -170,6 +181,16 @@ class TextPart(Strict):
     text: str
 
 
+def _require_object(arguments: str) -> str:
+    """Refuse arguments that no call can have."""
+    try:
+        if isinstance(json.loads(arguments), dict):
+            return arguments
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError("arguments have to be a JSON object")
+
+
 def _require_text(content: Any) -> Any:
     """Say what is wrong with pictures and sounds before a list of types does."""
     if isinstance(content, list):
@@ -179,36 +200,102 @@ def _require_text(content: Any) -> Any:
     return content
 
 
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class FunctionDefinition(Strict):
+    """A function that the model may call."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments, an object.")
+    strict: bool | None = Field(None, description="Arguments always fit the schema, whatever this says.")
+
+
+class ToolDefinition(Strict):
+    """A tool; there are functions only."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(Strict):
+    """The name of a function."""
+
+    name: ToolName
+
+
+class NamedTool(Strict):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class CalledFunction(Strict):
+    """A function with its arguments."""
+
+    name: ToolName
+    arguments: Annotated[str, AfterValidator(_require_object)] = Field(description="A JSON object.")
+
+
+class CalledTool(Strict):
+    """A call of an earlier answer."""
+
+    id: Annotated[str, Field(min_length=1, max_length=_ID_CHARACTERS)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = Field(None, description="Not used: of a streamed call.")
+
+
 class Message(Strict):
     """A turn of the conversation."""
 
     role: Annotated[
-        Literal["system", "developer", "user", "assistant"],
+        Literal["system", "developer", "user", "assistant", "tool"],
         Field(description="developer is another name of system."),
     ]
     content: Annotated[
-        str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)],
+        str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] | None,
         BeforeValidator(_require_text),
-        Field(description="Text; parts of text are joined by line ends."),
-    ]
+        Field(description="Text; parts of text are joined by line ends. null only beside tool_calls."),
+    ] = None
     reasoning_content: str | None = Field(None, description="Of an earlier answer; models do not read it again.")
     name: str | None = Field(None, description="For templates that read it.")
-    tool_calls: Annotated[None, Only(_NO_TOOLS)] = None
-    tool_call_id: Annotated[None, Only(_NO_TOOLS)] = None
-    function_call: Annotated[None, Only(_NO_TOOLS)] = None
+    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True, max_length=_MOST_TOOLS)] | None = None
+    tool_call_id: str | None = Field(None, max_length=_ID_CHARACTERS, description="Of the role tool.")
+    function_call: Annotated[None, Only(_NO_FUNCTIONS)] = None
     refusal: Annotated[None, Only("this server writes no refusals")] = None
     audio: Annotated[None, Only("this server does not hear or speak")] = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content should be a valid string or list of text")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are of the assistant")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id is for the role tool, and needed there")
+        return self
+
     @property
     def text(self) -> str:
         """The content as one text."""
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """As chat templates take it."""
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text, **name}
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
+        return message
 
 
 class ChatTemplateOptions(Strict):
@@ -226,12 +313,14 @@ class ChatCompletionRequest(CommonRequest):
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs.")
-    parallel_tool_calls: bool | None = Field(None, description="There are no tools, so this changes nothing.")
-    tools: Annotated[Annotated[list[Any], Field(max_length=0)] | None, Only(_NO_TOOLS, [])] = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[ToolDefinition], Field(fail_fast=True, max_length=_MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="auto (default) is text or calls, required is calls; a named tool is called once."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false is at most one call.")
     modalities: Annotated[list[Literal["text"]] | None, Field(fail_fast=True)] = None
-    functions: Annotated[None, Only(_NO_TOOLS)] = None
-    function_call: Annotated[None, Only(_NO_TOOLS)] = None
+    functions: Annotated[None, Only(_NO_FUNCTIONS)] = None
+    function_call: Annotated[None, Only(_NO_FUNCTIONS)] = None
     audio: Annotated[None, Only("this server does not speak")] = None
     prediction: Annotated[None, Only("answers cannot be predicted")] = None
     reasoning_effort: ReasoningEffort | None = Field(

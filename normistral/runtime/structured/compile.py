@@ -111,6 +111,47 @@ def to_grammar(structure: Structure) -> Grammar:
             return {"lark_grammar": "start: " + " | ".join(map(json.dumps, _texts(structure.text)))}
         case "grammar":
             return {"lark_grammar": _prepare_grammar(structure.text)}
+        case "tool_calls":
+            return {"lark_grammar": _tool_grammar(json.loads(structure.text))}
+
+
+def _tool_grammar(document: dict[str, Any]) -> str:
+    """Grammar of an answer that is text or calls; `document` is that of `runtime.tools.tool_structure`."""
+    form, more = document["format"], document["most"] - 1
+    opening = [_literal(form["begin"], form["begin_id"]), _literal(form["before"])]
+    closing = [_literal(form["after"]), _literal(form["end"], form["end_id"])]
+    one = [*opening, "call", *closing] if form["repeated"] else ["call"]
+    several = [*one, f"({' '.join([_literal(form['between']), *one])}){{0,{more}}}"] if more else one
+    calls = " ".join(filter(None, several if form["repeated"] else [*opening, *several, *closing]))
+    rules = [f"calls: {calls}", "call: " + " | ".join(f"call{i}" for i in range(len(document["tools"])))]
+    for i, (name, schema) in enumerate(document["tools"].items()):
+        head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+        rules.append(f'call{i}: {head} %json {json.dumps(prepare_schema(schema), ensure_ascii=False)} "}}"')
+    start = "start: calls"
+    if document["text"] is True:
+        start = "start: TEXT? | calls"
+        other = "[^<\\s](.|\\n)*" if document["thinking"] else _text_without("" if form["begin_id"] else form["begin"])
+        rules.append(f"TEXT: /{other}/")
+    elif document["text"] is not None:
+        start = "start: text | calls"
+        rules.append(f"text: %json {json.dumps(prepare_schema(document['text']), ensure_ascii=False)}")
+    return "\n".join([start, *rules])
+
+
+def _literal(text: str, token_id: int | None = None) -> str:
+    if not text:
+        return ""
+    return json.dumps(text) if token_id is None else f"<[{token_id}]>"
+
+
+def _text_without(begin: str) -> str:
+    """Regular expression of texts that do not begin with `begin`; a beginning of it alone is one."""
+    if not begin:
+        return "(.|\\n)+"
+    parts = [re.escape(character).replace("/", "\\/") for character in begin]
+    other = "|".join("".join(parts[:i]) + f"[^{parts[i]}]" for i in range(len(parts)))
+    beginnings = "|".join("".join(parts[:i]) for i in range(1, len(parts)))
+    return f"({other})(.|\\n)*|{beginnings}"
 
 
 def _texts(text: str) -> list[str]:
@@ -165,6 +206,7 @@ def _refusal(structure: Structure, message: str) -> UsageError:
         short = short.rpartition("error: ")[2]
     short = re.sub(r"\s+", " ", short.replace("<non-verbose/>", "")).strip()
     short = re.sub(r'^at \d+\(\d+\): invalid regex ".*" \(in regex\): ', "", short)
+    short = re.sub(r"^at \d+\(\d+\): failed to compile JSON schema: ", "", short)
     short = re.sub(r"^Unimplemented keys: \[(.*)\]$", r"not supported: \1", short)
     if short.startswith("NoExtensionBias"):
         short = "no text fits it"

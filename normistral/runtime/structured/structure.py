@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from normistral.errors import UsageError
 
-StructureKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+StructureKind = Literal["json_schema", "json_object", "regex", "choice", "grammar", "tool_calls"]
 
 MOST_BYTES = 64 * 1024  # of a structure's text
 DATA_KEYWORDS = ("enum", "const", "default", "examples")  # of a JSON schema: what they hold is no schema
@@ -25,7 +25,8 @@ class Structure:
 
     Attributes:
         kind: what `text` is.
-        text: a JSON schema, a regular expression, a JSON list of texts, or a grammar; empty for `json_object`.
+        text: a JSON schema, a regular expression, a JSON list of texts, or a grammar; empty for `json_object`. Of
+            tool_calls what `runtime.tools.tool_structure` writes.
     """
 
     kind: StructureKind
