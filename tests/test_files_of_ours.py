@@ -123,7 +123,14 @@ def test_what_somebody_put_into_a_journal_is_kept(tmp_path):
 @pytest.mark.parametrize("value", ["~nosuchuser", "~nosuchuser/x"])
 def test_a_home_that_cannot_be_is_refused(value, monkeypatch):
     monkeypatch.setenv("NORMISTRAL_HOME", value)
-    for ask in (store.artifacts_dir, store.cache_dir, store.tuned_dir, store.kernels_dir, store.history_file):
+    for ask in (
+        store.artifacts_dir,
+        store.cache_dir,
+        store.tuned_dir,
+        store.kernels_dir,
+        store.packed_dir,
+        store.history_file,
+    ):
         with pytest.raises(UsageError, match="no such user") as refused:
             ask()
         assert "NORMISTRAL_HOME" in refused.value.hint

@@ -2,7 +2,8 @@
 
 The store is a plain folder of artifact folders: NORMISTRAL_HOME/artifacts, or the same below the place where this
 operating system keeps an application's data; what can be computed again is beside it, in cache, what was tuned in
-tuned, compiled kernels in kernels. It knows how an artifact is described (the manifest), not how it is made or run.
+tuned, compiled kernels in kernels, weights in their layout in packed. It knows how an artifact is described (the
+manifest), not how it is made or run.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def tuned_dir() -> Path:
 def kernels_dir() -> Path:
     """Beside the store: kernels compiled on this machine; it need not exist."""
     return _home() / "kernels"
+
+
+def packed_dir() -> Path:
+    """Beside the store: weights in the layout of the compiled kernel; it need not exist."""
+    return _home() / "packed"
 
 
 def resolve_artifact(name_or_path: str) -> Path:

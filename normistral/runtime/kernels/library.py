@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -187,15 +187,19 @@ def _file_name(machine: Machine) -> str:
     return file_name(variant_of(machine))
 
 
+def require_ours(places: Iterable[tuple[Path, os.stat_result]], hint: str) -> None:
+    """Raise UntrustedKernelError unless only this user and root may write to a file and its folder."""
+    for place, status in places:
+        if status.st_uid not in (os.geteuid(), 0):
+            raise UntrustedKernelError(f"{place} belongs to another user", f"remove it, {hint}")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise UntrustedKernelError(f"others may write to {place}", f"chmod go-w {place}, {hint}")
+
+
 def _require_ours(path: Path, descriptor: int | None) -> None:
-    """Raises UntrustedKernelError unless only this user and root may write to the file and its folder."""
     with _translated(path):
         found = path.parent.stat(), path.stat() if descriptor is None else os.fstat(descriptor)
-    for place, status in zip((path.parent, path), found, strict=True):
-        if status.st_uid not in (os.geteuid(), 0):
-            raise UntrustedKernelError(f"{place} belongs to another user", f"remove it, then: {BUILD}")
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise UntrustedKernelError(f"others may write to {place}", f"chmod go-w {place}, then: {BUILD}")
+    require_ours(zip((path.parent, path), found, strict=True), f"then: {BUILD}")
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -8,10 +8,8 @@ of other weights, of groups of 16 or over 128, or of widths that the kernel's ti
 from __future__ import annotations
 
 import ctypes
-import mmap
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -22,6 +20,15 @@ from numpy.typing import NDArray
 from normistral.errors import EngineError
 from normistral.runtime.interpreter_exit import InterruptSafeLock
 from normistral.runtime.kernels.library import BUILD, Library
+from normistral.runtime.kernels.packed_store import (
+    HUGE_PAGE,
+    WORTH_BYTES,
+    Bytes,
+    allocate,
+    drop_file_pages,
+    find_key,
+    load_packed,
+)
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -29,11 +36,9 @@ if TYPE_CHECKING:
 OPERATOR, OPERATOR_SET, NUMBER = "Int4MatMul", "normistral", "weights"  # as int4_matmul.cpp names itself
 _STEP = 32  # as there: rows and groups are multiples of it
 _LARGEST_GROUP = 128
-_HUGE_PAGE = 2**21
+_LINE = 64  # bytes of a cache line, which no load of codes crosses
 _AGAIN = f"make it again: {BUILD}"
 _SIGNED_TO_UNSIGNED = 0x88888888  # flips the upper bit of eight codes: i4 becomes u4 with the zero point 8
-
-Bytes = NDArray[np.uint8]
 
 
 class _Product(NamedTuple):
@@ -49,28 +54,39 @@ class PackedWeights:
     """The weights of a model's products in the kernel's layout, about as many bytes as before.
 
     They have to live as long as anything compiled that uses them: an operator that no longer finds its weights fails.
+    For each product codes, scales and zero points lie behind each other; large ones in a file (packed_store).
+
+    Args:
+        products: of the model.
+        key: of the file; None where the weights are kept in memory only.
 
     Attributes:
         library: the kernel they are for, as a loader finds it.
         numbers: by which operators find them, for each product by its name in the IR.
     """
 
-    def __init__(self, library: Library, kernel: ctypes.CDLL, products: Sequence[_Product]) -> None:
+    def __init__(
+        self, library: Library, kernel: ctypes.CDLL, products: Sequence[_Product], key: bytes | None = None
+    ) -> None:
         self.library = library.loadable
         self.numbers: dict[str, int] = {}
-        self._memory: list[Bytes] = [_allocate(sum(map(_code_bytes, products)))]
-        start, lanes = 0, kernel.normistral_int4_lanes()
-        for product in products:
-            stop = start + _code_bytes(product)
-            codes = _pack_codes(product, self._memory[0][start:stop], kernel)
-            grid = _pack_grid(product, lanes)
-            self._memory += grid
-            rows, groups, group = product.codes.shape
-            number = kernel.normistral_hold_int4(
-                *(array.ctypes.data for array in (codes, *grid)), rows, groups * group, groups
+        size = sum(map(_packed_bytes, products))
+        memory = None
+        if key is not None:
+            memory = load_packed(
+                key, size, lambda: _pack_pieces(products, kernel), lambda data: _checksum(data, kernel)
             )
+        if memory is None:
+            memory = allocate(size)
+            for product, (start, stop) in _places(products):
+                _pack(product, memory[start:stop], kernel)
+        drop_file_pages(_raw(product.codes) for product in products)
+        self._memory: Bytes = memory
+        for product, (start, stop) in _places(products):
+            rows, groups, group = product.codes.shape
+            arrays = _split(product, memory[start:stop])
+            number = kernel.normistral_hold_int4(*(array.ctypes.data for array in arrays), rows, groups * group, groups)
             self.numbers[product.node.get_friendly_name()] = number
-            start = stop
         weakref.finalize(self, _forget, kernel, list(self.numbers.values())).atexit = False
 
 
@@ -98,7 +114,10 @@ def pack_products(model: ov.Model, model_file: Path, library: Library) -> Packed
             products = list(_find_products(model))
             if not products:
                 return None
-            packed = _shared[key] = PackedWeights(library, _open_library(library), products)
+            kernel = _open_library(library)
+            size = sum(map(_packed_bytes, products))
+            file_key = find_key(model_file, kernel.normistral_int4_lanes(), size) if size >= WORTH_BYTES else None
+            packed = _shared[key] = PackedWeights(library, kernel, products, file_key)
     return packed
 
 
@@ -131,12 +150,14 @@ def _open_library(library: Library) -> ctypes.CDLL:
     try:
         kernel = ctypes.CDLL(library.loadable)
         pack, hold, forget = kernel.normistral_pack_int4, kernel.normistral_hold_int4, kernel.normistral_forget_int4
+        checksum = kernel.normistral_checksum
     except (OSError, AttributeError) as exc:
         reason = str(exc).removeprefix(f"{library.loadable}: ")
         raise EngineError(f"cannot load {library.path.name}: {reason}", _AGAIN) from exc
     pack.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)
     hold.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3)
     forget.argtypes = (ctypes.c_int64,)
+    checksum.argtypes, checksum.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
     pack.restype = forget.restype = None
     hold.restype = kernel.normistral_int4_lanes.restype = ctypes.c_int64
     return kernel
@@ -186,51 +207,69 @@ def _fits(product: _Product) -> bool:
     )
 
 
-def _code_bytes(product: _Product) -> int:
+def _packed_bytes(product: _Product) -> int:
     rows, groups, group = product.codes.shape
-    return int(rows * groups * group // 2)
+    count = rows * groups * (group // 2 + 3)  # a scale of two bytes and a zero point of one to each group
+    return int(-(-count // _LINE) * _LINE)
 
 
-def _allocate(count: int) -> Bytes:
-    """Memory in huge pages, where the system has them to give: single tokens then read a third to a half faster."""
-    memory = mmap.mmap(-1, count + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(memory, np.uint8)
-    return array[-array.ctypes.data % _HUGE_PAGE :][:count]
+def _places(products: Sequence[_Product]) -> Iterator[tuple[_Product, tuple[int, int]]]:
+    """Each product with the bytes where its packed weights begin and end."""
+    stop = 0
+    for product in products:
+        start, stop = stop, stop + _packed_bytes(product)
+        yield product, (start, stop)
 
 
-def _pack_codes(product: _Product, memory: Bytes, kernel: ctypes.CDLL) -> Bytes:
-    """The codes in the kernel's layout, in this memory."""
+def _split(product: _Product, memory: Bytes) -> tuple[Bytes, Bytes, Bytes]:
+    """Codes, scales and zero points of a product in its packed weights."""
     rows, groups, group = product.codes.shape
+    codes, count = rows * groups * group // 2, rows * groups
+    return memory[:codes], memory[codes : codes + 2 * count], memory[codes + 2 * count : codes + 3 * count]
+
+
+def _pack_pieces(products: Sequence[_Product], kernel: ctypes.CDLL) -> Iterator[Bytes]:
+    """All packed weights in pieces of whole huge pages, the last excepted; one scratch memory serves them all."""
+    scratch = allocate(max(map(_packed_bytes, products)) + HUGE_PAGE)
+    end = 0
+    for product in products:
+        start, end = end, end + _packed_bytes(product)
+        _pack(product, scratch[start:end], kernel)
+        whole = end // HUGE_PAGE * HUGE_PAGE
+        yield scratch[:whole]
+        scratch[: end - whole] = scratch[whole:end].copy()
+        end -= whole
+    yield scratch[:end]
+
+
+def _pack(product: _Product, memory: Bytes, kernel: ctypes.CDLL) -> None:
+    """The weights of a product in the kernel's layout, in this memory."""
+    rows, groups, group = product.codes.shape
+    codes, scales, zeros = _split(product, memory)
     flip = _SIGNED_TO_UNSIGNED if _is_signed(product) else 0
-    kernel.normistral_pack_int4(_raw(product.codes).ctypes.data, memory.ctypes.data, rows, groups * group, flip)
-    return memory
-
-
-def _pack_grid(product: _Product, lanes: int) -> list[Bytes]:
-    """Scales and zero points in the kernel's layout."""
-    rows, groups, _ = product.codes.shape
+    kernel.normistral_pack_int4(_raw(product.codes).ctypes.data, codes.ctypes.data, rows, groups * group, flip)
+    lanes = kernel.normistral_int4_lanes()
+    _by_lanes(np.asarray(product.scales.data).reshape(rows, groups), scales.view(np.float16), lanes)
     if product.zeros is None:
-        zeros = np.full((rows, groups), 8, np.uint8)
-    else:
-        pairs = _raw(product.zeros)
-        zeros = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)[: rows * groups].reshape(rows, groups)
-        if _is_signed(product):
-            zeros ^= 8
-    scales = np.asarray(product.scales.data).reshape(rows, groups)
-    return [_by_lanes(scales, lanes).view(np.uint8), _by_lanes(zeros, lanes)]
+        zeros[:] = 8
+        return
+    pairs = _raw(product.zeros)
+    values = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)[: rows * groups].reshape(rows, groups)
+    _by_lanes(values ^ 8 if _is_signed(product) else values, zeros, lanes)
+
+
+def _checksum(data: Bytes, kernel: ctypes.CDLL) -> int:
+    return int(kernel.normistral_checksum(data.ctypes.data, data.size))
 
 
 def _is_signed(product: _Product) -> bool:
     return bool(product.codes.get_element_type().get_type_name() == "i4")
 
 
-def _by_lanes(values: NDArray[Any], lanes: int) -> NDArray[Any]:
+def _by_lanes(values: NDArray[Any], to: NDArray[Any], lanes: int) -> None:
     """[rows, groups] -> [rows / lanes, groups, lanes]."""
     rows, groups = values.shape
-    return np.ascontiguousarray(values.reshape(rows // lanes, lanes, groups).transpose(0, 2, 1))
+    to.reshape(rows // lanes, groups, lanes)[:] = values.reshape(rows // lanes, lanes, groups).transpose(0, 2, 1)
 
 
 def _raw(constant: Any) -> Bytes:
