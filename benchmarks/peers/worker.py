@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -101,7 +102,8 @@ def serve(load: Callable[[Path, Settings], Runner]) -> None:
 def measure(runner: Runner, token_ids: list[int], tokens: int, segments: int, replies: TextIO) -> dict[str, Any]:
     def mark(number: int) -> None:
         print(json.dumps({"mark": number}), file=replies)
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this very thread, which may be a library's: it would run on for a while if another one got the signal.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
     trace = Trace(tokens, segments, mark)
     count = 1 + tokens * segments
