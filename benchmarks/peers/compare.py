@@ -23,8 +23,8 @@ measured again, so rounds can be added, and stacks or lengths with rounds of the
 would end later than that. A stack that fails is reported with its last words, and the others go on; the next run tries
 it again.
 
---only takes stacks whose name holds the text. --openvino and --onnx add a stack: ours with these settings of the engine
-over its plan. Speeds measured on a busy machine mean nothing: see "busy" in the report.
+--only takes the stack of that name, or else all whose name holds the text. --openvino and --onnx add a stack: ours with
+these settings of the engine over its plan. Speeds measured on a busy machine mean nothing: see "busy" in the report.
 """
 
 from __future__ import annotations
@@ -86,7 +86,13 @@ def main() -> None:
     given = {name: dict(getattr(arguments, name)) for name in ("openvino", "onnx") if getattr(arguments, name)}
     context = max(arguments.lengths) + arguments.decode * arguments.segments + WARM_UP_TOKENS
     stacks = list_stacks(arguments.threads, context, given)
-    chosen = [s for s in stacks if not arguments.only or any(text in s.name for text in arguments.only)]
+    names = {stack.name for stack in stacks}
+    chosen = [
+        stack
+        for stack in stacks
+        if not arguments.only
+        or any(text == stack.name or (text not in names and text in stack.name) for text in arguments.only)
+    ]
     if not chosen:
         parser.error(f"--only is a part of one of these names: {', '.join(stack.name for stack in stacks)}")
     failed = compare(chosen, arguments)
@@ -153,16 +159,15 @@ def run_rounds(
         for name in rotated(list(commands), turn):
             done = {(one["stack"], one["length"], one["round"]) for one in measurements(journal.records)}
             lengths = [length for length in arguments.lengths if (name, length, turn) not in done]
+            lengths = [length for length in lengths if has_time(name, length, arguments, journal.records)]
             if not lengths or name in failed:
                 continue
-            if not has_time(name, lengths[0], arguments, journal.records):
-                return bool(failed)
             try:
                 with Process(commands[name]) as process:
                     loaded = load(process, make_prompt(vocabulary, min(arguments.lengths), 0))
                     for length in lengths:
                         if not has_time(name, length, arguments, journal.records):
-                            break
+                            continue
                         started, prompt = time.monotonic(), make_prompt(vocabulary, length, turn)
                         figures = measure(process, prompt, arguments, gb_per_s)
                         record = {"kind": "measurement", "shape": arguments.shape, "stack": name, "length": length}

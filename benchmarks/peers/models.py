@@ -114,7 +114,10 @@ class Models:
 
     def _quantise(self, kind: str, output: Path) -> None:
         if kind in IK_TYPES:
-            run(["-m", "ik_llama_cpp.quantize", self.path("f16"), output, kind], self.quantisers["ik_llama.cpp"])
+            run(
+                ["-m", "ik_llama_cpp.quantize", "quantize", self.path("f16"), output, kind],
+                self.quantisers["ik_llama.cpp"],
+            )
         else:
             arguments = ["quantise", self.path("f16"), output, "--type", kind]
             run([BENCHMARKS / "make_gguf.py", *arguments], self.quantisers["llama.cpp"])

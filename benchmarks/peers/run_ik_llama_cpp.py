@@ -45,8 +45,10 @@ class IkLlamaRunner:
         self.length = 0
 
     def describe(self) -> Settings:
+        ik._lib.llama_print_system_info.restype = ctypes.c_char_p
+        system = ik._lib.llama_print_system_info().decode().strip(" |")
         library = f"ik-llama-cpp-python {version('ik-llama-cpp-python')}"
-        return {"library": library, "batch": str(BATCH), **self.settings}
+        return {"library": library, "system": system, "batch": str(BATCH), **self.settings}
 
     def generate(self, token_ids: list[int], count: int, trace: Trace) -> None:
         ik.llama_kv_cache_clear(self.context)
