@@ -49,6 +49,16 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="A further name under which a server without keys is addressed."),
     ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Web pages of this origin, such as https://example.org, may ask (CORS); * is every page.",
+        ),
+    ] = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Keep answers of /v1/responses that ask for it, in memory.")
+    ] = False,
     batching: Annotated[
         Batching,
         typer.Option(help="auto computes answers together where the engine can; off lets them take turns."),
@@ -97,9 +107,10 @@ def serve(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Answer programs and browsers over HTTP, as OpenAI's API does.
+    """Answer programs and browsers over HTTP, as OpenAI's, Ollama's and Anthropic's APIs do.
 
-    /v1/chat/completions, /v1/completions and /v1/models; also /health, /ready, /metrics, and a page to chat with at /.
+    /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /api/chat, /api/generate; also
+    /health, /ready, /metrics, and a page to chat with at /.
     Ends on Ctrl-C or SIGTERM when the answers under way are written; a second one ends at once. With --json one line on
     stdout says where it listens. docs/serving.md says more.
     """
@@ -129,6 +140,7 @@ def serve(
         describe_server,
         describe_start,
         open_artifacts,
+        read_origins,
     )
 
     served_connections = plan_connections(limits.connections).served
@@ -142,7 +154,8 @@ def serve(
     served = open_artifacts(artifacts, options, limits)
     with bind(host, port) as listener:
         keys = choose_keys(listener, api_key_file, no_api_key=no_api_key)
-        app = create_app(served, limits, keys, allowed_hosts(listener, keys, allowed_host or ()))
+        hosts = allowed_hosts(listener, keys, allowed_host or ())
+        app = create_app(served, limits, keys, hosts, origins=read_origins(allowed_origin or ()), store=store)
 
         def announce() -> None:
             for line in describe_server(served, limits, keys, listener):

@@ -16,19 +16,23 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import normistral
+from normistral.server import anthropic, ollama, responses_api
 from normistral.server.auth import Keys
-from normistral.server.errors import describe_validation, route_error
+from normistral.server.decoded import error_responses
+from normistral.server.errors import describe_validation, document_for, route_error
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
-from normistral.server.middleware import RequestMiddleware
+from normistral.server.middleware import PROTECTED, RequestMiddleware
 from normistral.server.model_handler import ModelHandler
 from normistral.server.public_routes import AnswerSource, PublicAnswer, PublicRoutes, load_page
 from normistral.server.responses import ModelCard, ModelList, Status
-from normistral.server.routes import error_responses, router
+from normistral.server.responses_api import ResponseStore
+from normistral.server.routes import router
 from normistral.server.service import Service
 from normistral.server.worker_client import WORKER_MODULE
 
 _REQUESTS = ("ChatCompletionRequest", "CompletionRequest")
+_OTHER_REQUESTS = ("ResponsesRequest", "MessagesRequest", "OllamaChatRequest", "OllamaGenerateRequest")
 _SCHEME = "key"
 
 
@@ -38,13 +42,17 @@ def create_app(
     keys: Keys | None = None,
     hosts: Collection[str] | None = None,
     worker_module: str = WORKER_MODULE,
+    *,
+    origins: Collection[str] = (),
+    store: bool = False,
 ) -> FastAPI:
     """Create the application; its workers start and stop with its lifespan.
 
     Args:
         keys: accepted API keys; None accepts every request.
-        hosts: as `RequestMiddleware` takes them.
+        hosts, origins: as `RequestMiddleware` takes them.
         worker_module: whose `main` the worker processes run.
+        store: keep answers of /v1/responses that ask for it, in memory.
     """
     limits, keys, metrics = limits or ServerLimits(), keys or Keys(), Metrics()
     service = Service(handler, limits, metrics, worker_module, several=len(keys) > 1)
@@ -68,10 +76,12 @@ def create_app(
     )
     app.state.service = service
     app.openapi = lambda: describe_api(app, service, keys)  # type: ignore[method-assign]
-    app.include_router(router)
+    app.state.response_store = ResponseStore() if store else None
+    for routes in (router, responses_api.router, anthropic.router, ollama.router):
+        app.include_router(routes)
     pages = {"/": _add_page(app), "/openapi.json": _add_description(app)} | _add_looking(app, service)
-    app.state.public_routes = PublicRoutes(keys, limits, metrics, hosts, pages)
-    app.add_middleware(RequestMiddleware, keys=keys, limits=limits, metrics=metrics, hosts=hosts)
+    app.state.public_routes = PublicRoutes(keys, limits, metrics, hosts, pages, origins)
+    app.add_middleware(RequestMiddleware, keys=keys, limits=limits, metrics=metrics, hosts=hosts, origins=origins)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(HTTPException, _refuse_route)
     return app
@@ -163,19 +173,21 @@ async def _refuse_fields(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     error = describe_validation(exc.errors())
     request.app.state.service.metrics.rejected.labels(error.code or "invalid").inc()
-    return JSONResponse(error.document, error.status)
+    return JSONResponse(document_for(request.url.path, error), error.status)
 
 
 async def _refuse_route(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     error = route_error(exc.status_code, request.url.path, request.method, exc.headers)
-    return JSONResponse(error.document, error.status, headers=error.headers)
+    return JSONResponse(document_for(request.url.path, error), error.status, headers=error.headers)
 
 
 def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:
     """OpenAPI document of this server: models, limits, and whether a key is required."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document["components"]["schemas"]
+    for name in _OTHER_REQUESTS:
+        schemas[name]["properties"]["model"]["enum"] = list(service.models)
     for name in _REQUESTS:
         properties = schemas[name]["properties"]
         properties["model"]["enum"] = list(service.models)
@@ -189,7 +201,7 @@ def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation.get("responses", {}).pop("422", None)  # FastAPI's own; here it is 400
-            if keys and path.startswith(("/v1/", "/metrics")):
+            if keys and path.startswith(PROTECTED):
                 operation["security"] = [{_SCHEME: []}]
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)

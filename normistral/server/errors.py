@@ -11,6 +11,15 @@ from normistral.server.limits import ServerLimits
 
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_SERVER_ERROR = 500
 _UNKNOWN = "extra_forbidden"
 _ALTERNATIVES = frozenset(("body", "str", "int", "float", "bool"))  # steps of a path that are types and no fields
 
@@ -43,12 +52,27 @@ class ApiError(NormistralError):
         if retry_after_s is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
 
+    def __str__(self) -> str:
+        return self.message if not self.hint else f"{self.message} ({self.hint})"
+
     @property
     def document(self) -> dict[str, Any]:
         """Response body."""
-        text = self.message if not self.hint else f"{self.message} ({self.hint})"
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": text, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def document_for(path: str, error: ApiError) -> dict[str, Any]:
+    """Response body of an error in the format of the API that a path belongs to."""
+    if path.startswith("/api/"):
+        return {"error": str(error)}
+    return anthropic_document(error) if path.startswith("/v1/messages") else error.document
+
+
+def anthropic_document(error: ApiError) -> dict[str, Any]:
+    """An error as Anthropic's API writes it."""
+    kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < _SERVER_ERROR else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
 def unavailable(message: str, hint: str = "", *, code: str = "unavailable", retry_after_s: float = 5) -> ApiError:
@@ -102,5 +126,7 @@ def describe_validation(errors: Sequence[Any]) -> ApiError:
 def _place(loc: Sequence[Any]) -> list[str]:
     """The path to a field, without the names that pydantic gives to alternatives of a type."""
     return [
-        str(step) for step in loc if isinstance(step, int) or (step not in _ALTERNATIVES and str(step).isidentifier())
+        str(step)
+        for step in loc
+        if isinstance(step, int) or (step not in _ALTERNATIVES and str(step).isidentifier() and str(step).islower())
     ]

@@ -24,8 +24,6 @@ from normistral.server.worker_client import JobOutput
 T = TypeVar("T")
 Events = AsyncIterator[dict[str, Any]]
 
-_DONE = b"data: [DONE]\n\n"
-
 
 class SequenceOutput(NamedTuple):
     """Next chunk of one of the sequences of a request."""
@@ -144,20 +142,47 @@ async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
                     await task
 
 
+class Framing(NamedTuple):
+    """How events of a stream are written.
+
+    Attributes:
+        encode: an event as bytes.
+        end: behind the last event of a stream without an error.
+        describe: the event of an error.
+    """
+
+    media_type: str
+    encode: Callable[[dict[str, Any]], bytes]
+    end: bytes
+    describe: Callable[[ApiError], dict[str, Any]]
+
+
+def encode_data(event: dict[str, Any]) -> bytes:
+    """A server-sent event (html.spec.whatwg.org, 9.2) without a name."""
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+
+
+def encode_named(event: dict[str, Any]) -> bytes:
+    """A server-sent event that is called as its type."""
+    return b"event: " + str(event["type"]).encode() + b"\n" + encode_data(event)
+
+
+OPENAI_CHAT = Framing("text/event-stream", encode_data, b"data: [DONE]\n\n", lambda error: error.document)
+
+
 class EventStream(Response):
-    """Server-sent events (html.spec.whatwg.org, 9.2), as OpenAI writes them: each a line of JSON, the last [DONE].
+    """Events of an answer while it is written.
 
     Args:
         events: the first is waited for before anything is sent, so that what fails until then has its own status.
         close: called when it is over, whatever happened.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: Events, close: Callable[[], None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, events: Events, close: Callable[[], None], framing: Framing = OPENAI_CHAT) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=framing.media_type)
         del self.headers["content-length"]
-        self._events, self._close = events, close
+        self._events, self._close, self._framing = events, close, framing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the client disconnects; the protocol closes a stalled connection."""
@@ -169,24 +194,22 @@ class EventStream(Response):
             self._close()
 
     async def _send(self, send: Send) -> None:
+        framing = self._framing
         first = await anext(self._events)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
         async def write(piece: bytes) -> None:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
 
-        await write(_event(first))
+        await write(framing.encode(first))
         try:
             async for event in self._events:
-                await write(_event(event))
-            await write(_DONE)
+                await write(framing.encode(event))
+            if framing.end:
+                await write(framing.end)
         except NormistralError as error:
-            await write(_event(as_api_error(error).document))
+            await write(framing.encode(framing.describe(as_api_error(error))))
         await send({"type": "http.response.body", "body": b""})
-
-
-def _event(document: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(document) + b"\n\n"
 
 
 async def _gone(receive: Receive) -> None:

@@ -22,7 +22,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from normistral.errors import NormistralError
 from normistral.server.admission import RoundRobinSemaphore
 from normistral.server.auth import ANONYMOUS, Keys
-from normistral.server.errors import ApiError, as_api_error, header_too_large, too_many_connections
+from normistral.server.errors import (
+    ApiError,
+    as_api_error,
+    document_for,
+    header_too_large,
+    too_many_connections,
+)
 from normistral.server.limits import KIB, LINGER_S, ServerLimits
 from normistral.server.metrics import Metrics
 
@@ -31,22 +37,43 @@ logger = logging.getLogger(__name__)
 _HEAVY_BYTES = 32 * KIB  # bodies that take milliseconds to decode and check, one after the other
 _REST = 16  # times the duration of decoding, until the next beside other requests: an eighth of the event loop
 _FOR_MONITORS = ("/health", "/ready")
-PROTECTED = ("/v1/", "/metrics")  # beginnings of paths that need a key
+PROTECTED = ("/v1/", "/api/", "/metrics")  # beginnings of paths that need a key
 _CONTAINERS = (dict, list)
-_JSON_PATHS = ("/v1/chat/completions", "/v1/completions")
+_JSON_PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/api/chat",
+    "/api/generate",
+    "/api/show",
+)
+_PREFLIGHT = {
+    "access-control-allow-methods": "GET, POST",
+    "access-control-max-age": "600",
+    "content-length": "0",
+}
 
 
 class RequestMiddleware:
     """ASGI middleware.
 
     Args:
+        origins: of pages elsewhere whose scripts may ask (CORS); "*" is every page.
         hosts: names under which the server may be addressed; None is any. A page elsewhere can make a browser here ask
             any server under the page's own name (DNS rebinding), so a server without keys listens to its own only.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, limits: ServerLimits, metrics: Metrics, hosts: Collection[str] | None
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        limits: ServerLimits,
+        metrics: Metrics,
+        hosts: Collection[str] | None,
+        origins: Collection[str] = (),
     ) -> None:
+        self._origins = origins
         self._app, self._keys, self._limits, self._metrics, self._hosts = app, keys, limits, metrics, hosts
         self._decoding = RoundRobinSemaphore(1)
         self._in_progress = 0  # requests
@@ -60,9 +87,12 @@ class RequestMiddleware:
         state = {**scope.get("state", {}), "request_id": uuid.uuid4().hex, "began": time.monotonic()}
         # A copy: the server goes on with its own, and sends no body where the method was HEAD.
         scope = {**scope, "state": state, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
-        answer = _Answer(scope, receive, send, self._limits.body_bytes)
+        answer = _Answer(scope, receive, send, self._limits.body_bytes, self._origins)
         self._in_progress += 1
         try:
+            if is_preflight(scope["method"], answer.origin, self._origins):
+                await self._allow(scope, answer)
+                return
             body = await self._check(scope, receive, answer)
             await self._app(scope, _replay(body, receive), answer.send)
         except NormistralError as error:
@@ -89,7 +119,8 @@ class RequestMiddleware:
         require_known_host(headers.get("host", ""), self._hosts)
         scope["state"]["tenant"] = ANONYMOUS
         if scope["path"].startswith(PROTECTED):
-            scope["state"]["tenant"] = self._keys.tenant(headers.get("authorization"))
+            key = authorization_of(headers.get("authorization"), headers.get("x-api-key"))
+            scope["state"]["tenant"] = self._keys.tenant(key)
         if scope["method"] != "POST" or scope["path"] not in _JSON_PATHS:
             return b""
         length = headers.get("content-length", "")
@@ -157,12 +188,47 @@ class RequestMiddleware:
         if answer.status:  # it has begun, so it can only end; streams tell their errors themselves
             scope["state"].get("abort", lambda: None)()
             return
-        response = JSONResponse(error.document, error.status, error.headers)
+        response = JSONResponse(document_for(scope["path"], error), error.status, error.headers)
         await answer.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
         await answer.send({"type": "http.response.body", "body": response.body})
 
+    async def _allow(self, scope: Scope, answer: _Answer) -> None:
+        """Answer a browser that asks whether a page may ask."""
+        require_known_host(Headers(scope=scope).get("host", ""), self._hosts)
+        headers = [(name.encode(), value.encode()) for name, value in preflight_headers().items()]
+        await answer.send({"type": "http.response.start", "status": 204, "headers": headers})
+        await answer.send({"type": "http.response.body", "body": b""})
+
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._limits.body_bytes} bytes", "send less")
+
+
+def authorization_of(authorization: str | None, api_key: str | None) -> str | None:
+    """The header Authorization, or what X-Api-Key stands for (Anthropic's clients)."""
+    return f"Bearer {api_key}" if authorization is None and api_key is not None else authorization
+
+
+def cors_headers(origin: str | None, origins: Collection[str]) -> dict[str, str]:
+    """Headers that let a page of an allowed origin read an answer; none for others."""
+    if origin is None or not origins:
+        return {}
+    if "*" in origins or origin.lower() in origins:
+        return {
+            "access-control-allow-origin": origin,
+            "access-control-expose-headers": "x-request-id",
+            "vary": "Origin",
+        }
+    return {"vary": "Origin"}
+
+
+def is_preflight(method: str, origin: str | None, origins: Collection[str]) -> bool:
+    """Whether a browser asks if a page of an allowed origin may ask."""
+    return method == "OPTIONS" and "access-control-allow-origin" in cors_headers(origin, origins)
+
+
+def preflight_headers() -> dict[str, str]:
+    """Further headers of the answer to that."""
+    return _PREFLIGHT | {"access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version, *"}
 
 
 def require_known_host(host: str, hosts: Collection[str] | None) -> None:
@@ -184,10 +250,14 @@ class _Answer:
         unread: there is more of the request.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, most_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, most_bytes: int, origins: Collection[str]) -> None:
         self._id = scope["state"]["request_id"].encode()
         self._receive, self._send, self._most_bytes = receive, send, most_bytes
         headers = Headers(scope=scope)
+        self.origin = headers.get("origin")
+        self._cors = [
+            (name.encode(), value.encode("latin-1")) for name, value in cors_headers(self.origin, origins).items()
+        ]
         self.status = 0
         self.unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
@@ -196,7 +266,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             closing = [(b"connection", b"close")] if self.unread else []
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id), *closing]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id), *self._cors, *closing]
         elif self.unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._linger()

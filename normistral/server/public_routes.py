@@ -18,17 +18,24 @@ import msgspec
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES
 
 from normistral.server.auth import Keys
-from normistral.server.errors import ApiError, header_too_large, route_error
+from normistral.server.errors import ApiError, document_for, header_too_large, route_error
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
-from normistral.server.middleware import PROTECTED, require_known_host
+from normistral.server.middleware import (
+    PROTECTED,
+    authorization_of,
+    cors_headers,
+    is_preflight,
+    preflight_headers,
+    require_known_host,
+)
 
 # A target without escapes, at most 100 headers, no folded lines and no lone CR or LF: nothing that two servers could
 # read in two ways (RFC 9112).
 _HEAD = re.compile(
     rb"([A-Z]{3,7}) (/[\w./~-]*) HTTP/1\.1\r\n((?:[A-Za-z0-9_-]+:[\t\x20-\x7e\x80-\xff]*\r\n){1,100})\r\n"
 )
-_SINGLE = frozenset((b"host", b"authorization", b"content-length", b"transfer-encoding"))
+_SINGLE = frozenset((b"host", b"authorization", b"x-api-key", b"origin", b"content-length", b"transfer-encoding"))
 _HOP = frozenset((b"connection", b"expect", b"upgrade"))
 _BODILESS = frozenset(("GET", "HEAD", "OPTIONS", "DELETE"))
 _METHODS = frozenset(("GET", "HEAD", "OPTIONS", "DELETE", "POST", "PUT", "PATCH"))
@@ -51,6 +58,7 @@ class Head(NamedTuple):
     has_body: bool
     close: bool
     size: int
+    origin: str | None = None
 
 
 class PublicAnswer(NamedTuple):
@@ -94,15 +102,16 @@ def parse_head(raw: bytes) -> Head | None:
         or (has_body and method in _BODILESS)
     ):
         return None
-    authorization = values.get(b"authorization")
+    texts = {name: value.decode("latin-1") for name, value in values.items()}
     return Head(
         method,
         match[2].decode(),
-        values[b"host"].decode("latin-1"),
-        None if authorization is None else authorization.decode("latin-1"),
+        texts[b"host"],
+        authorization_of(texts.get(b"authorization"), texts.get(b"x-api-key")),
         has_body,
         connection == b"close",
         len(match[3]) - 3 * match[3].count(b"\r\n"),
+        texts.get(b"origin"),
     )
 
 
@@ -110,7 +119,7 @@ class PublicRoutes:
     """Answers that need no key, and refusals of those who have none.
 
     Args:
-        hosts: as `RequestMiddleware` takes them.
+        hosts, origins: as `RequestMiddleware` takes them.
         pages: answers by path; None while the application has to make one.
     """
 
@@ -121,7 +130,9 @@ class PublicRoutes:
         metrics: Metrics,
         hosts: Collection[str] | None,
         pages: Mapping[str, AnswerSource],
+        origins: Collection[str] = (),
     ) -> None:
+        self._origins = origins
         self._keys, self._limits, self._metrics, self._hosts, self._pages = keys, limits, metrics, hosts, pages
 
     def has_access(self, head: Head) -> bool:
@@ -136,10 +147,18 @@ class PublicRoutes:
 
     def answer(self, head: Head) -> PublicAnswer | None:
         """The answer to a request for which `has_access` does not hold; None where the application has to make it."""
+        answer = self._answer(head)
+        if answer is None or not self._origins:
+            return answer
+        return answer._replace(headers={**answer.headers, **cors_headers(head.origin, self._origins)})
+
+    def _answer(self, head: Head) -> PublicAnswer | None:
         try:
             if head.size > self._limits.header_bytes:
                 raise header_too_large(self._limits)
             require_known_host(head.host, self._hosts)
+            if is_preflight(head.method, head.origin, self._origins):
+                return PublicAnswer(204, {k: v for k, v in preflight_headers().items() if k != "content-length"}, b"")
             if head.path.startswith(PROTECTED):
                 self._keys.tenant(head.authorization)
             page = self._pages.get(head.path)
@@ -149,13 +168,13 @@ class PublicRoutes:
                 return _of_router(405, head, {"allow": "GET"})._replace(route=head.path)
             return self._open(page, head)
         except ApiError as error:
-            return refusal(error)
+            return refusal(error, head.path)
 
     def _open(self, page: AnswerSource, head: Head) -> PublicAnswer | None:
         try:
             found = page()
         except ApiError as error:
-            found = refusal(error)
+            found = refusal(error, head.path)
         return None if found is None else found._replace(route=head.path)
 
     def render(self, head: Head | None, answer: PublicAnswer, date: bytes, *, close: bool) -> bytes:
@@ -172,14 +191,14 @@ class PublicRoutes:
         return b"\r\n".join((*lines, b"", body))
 
 
-def refusal(error: ApiError) -> PublicAnswer:
+def refusal(error: ApiError, path: str) -> PublicAnswer:
     """An error as an answer."""
-    body = msgspec.json.encode(error.document)
+    body = msgspec.json.encode(document_for(path, error))
     return PublicAnswer(error.status, error.headers | _JSON, body, reason=error.code or str(error.status))
 
 
 def _of_router(status: int, head: Head, headers: Mapping[str, str] | None = None) -> PublicAnswer:
-    return refusal(route_error(status, head.path, head.method, headers))._replace(reason=None)
+    return refusal(route_error(status, head.path, head.method, headers), head.path)._replace(reason=None)
 
 
 class Page(NamedTuple):

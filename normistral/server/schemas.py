@@ -19,12 +19,12 @@ from pydantic import (
 from pydantic_core import core_schema
 
 from normistral.runtime.options import NUMERIC_OPTIONS
-from normistral.runtime.tools import MOST_TOOLS as _MOST_TOOLS
+from normistral.runtime.tools import MOST_TOOLS
 
 _STOPS = 16
 _BREAKERS = 64
 _BIASES = 1024
-_MOST_MESSAGES = 1024
+MOST_MESSAGES = 1024
 _ID_CHARACTERS = 256
 _NO_FUNCTIONS = "functions became tools; there are tools, tool_choice and tool_calls"
 
@@ -191,11 +191,11 @@ def _require_object(arguments: str) -> str:
     raise ValueError("arguments have to be a JSON object")
 
 
-def _require_text(content: Any) -> Any:
+def require_text(content: Any) -> Any:
     """Say what is wrong with pictures and sounds before a list of types does."""
     if isinstance(content, list):
         for part in content:
-            if isinstance(part, dict) and part.get("type", "text") != "text":
+            if isinstance(part, dict) and not str(part.get("type", "text")).endswith("text"):
                 raise ValueError("this model reads text only; parts have to be of type text")
     return content
 
@@ -257,12 +257,12 @@ class Message(Strict):
     ]
     content: Annotated[
         str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] | None,
-        BeforeValidator(_require_text),
+        BeforeValidator(require_text),
         Field(description="Text; parts of text are joined by line ends. null only beside tool_calls."),
     ] = None
     reasoning_content: str | None = Field(None, description="Of an earlier answer; models do not read it again.")
     name: str | None = Field(None, description="For templates that read it.")
-    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True, max_length=_MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_call_id: str | None = Field(None, max_length=_ID_CHARACTERS, description="Of the role tool.")
     function_call: Annotated[None, Only(_NO_FUNCTIONS)] = None
     refusal: Annotated[None, Only("this server writes no refusals")] = None
@@ -307,13 +307,13 @@ class ChatTemplateOptions(Strict):
 class ChatCompletionRequest(CommonRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int | None, AfterValidator(_require_some)] = Field(
         None, ge=-1, description="The same as max_tokens."
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs.")
-    tools: Annotated[list[ToolDefinition], Field(fail_fast=True, max_length=_MOST_TOOLS)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
         None, description="auto (default) is text or calls, required is calls; a named tool is called once."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _SIDE_PATH = (
     "a seed promises the same text only with --batching off"
 )
 _SHARED = " (those of the int4 kernel are shared)"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:\d{1,5})?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:\d{1,5})?")
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -94,6 +96,20 @@ def choose_keys(listener: socket.socket, key_file: Path | None, *, no_api_key: b
             "give --api-key-file FILE or NORMISTRAL_API_KEYS, or --no-api-key if everybody may ask",
         )
     return keys
+
+
+def read_origins(origins: Sequence[str]) -> frozenset[str]:
+    """Origins of web pages in the form in which browsers send them.
+
+    Raises:
+        UsageError: one is no origin.
+    """
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin.lower()):
+            raise UsageError(
+                f"{origin!r} is no origin", "such as https://example.org or http://localhost:3000, without a path"
+            )
+    return frozenset(origin.lower() for origin in origins)
 
 
 def allowed_hosts(listener: socket.socket, keys: Keys, more: Sequence[str]) -> set[str] | None:

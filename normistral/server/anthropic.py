@@ -1,0 +1,310 @@
+"""Anthropic's /v1/messages: text and tools, whole and as events.
+
+A request becomes an internal one of the same conversation. Whole answers are put together from the same blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from normistral.runtime.tools import MOST_TOOLS
+from normistral.server.answers import AnswerPart, ChatAnswer
+from normistral.server.conversation import Conversation, answer_whole, as_chat, open_conversation, stream
+from normistral.server.decoded import STATUSES, DecodedRoute, error_responses
+from normistral.server.errors import ApiError, anthropic_document
+from normistral.server.generation import Framing, encode_named
+from normistral.server.responses import UsageCounter
+from normistral.server.schemas import MOST_MESSAGES, Strict, ToolName
+
+_EVENTS = Framing("text/event-stream", encode_named, b"", anthropic_document)
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+router = APIRouter(route_class=DecodedRoute)
+
+
+class AnthropicErrorBody(BaseModel):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(BaseModel):
+    """The answer to a request that failed."""
+
+    type: Literal["error"]
+    error: AnthropicErrorBody
+
+
+class _Block(Strict):
+    cache_control: dict[str, Any] | None = Field(None, description="Not used: beginnings are found by their tokens.")
+
+
+class TextBlock(_Block):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+    citations: None = None
+
+
+class ThinkingBlock(_Block):
+    """Reasoning of an earlier answer; models do not read it again."""
+
+    type: Literal["thinking", "redacted_thinking"]
+    thinking: str | None = None
+    signature: str | None = None
+    data: str | None = None
+
+
+class ToolUseBlock(_Block):
+    """A call of an earlier answer."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: ToolName
+    input: dict[str, Any]
+
+
+class ToolResultBlock(_Block):
+    """The result of a call."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None
+
+
+class AnthropicMessage(Strict):
+    """A turn of the conversation."""
+
+    role: Literal["user", "assistant"]
+    content: (
+        str
+        | Annotated[
+            list[Annotated[TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock, Field(discriminator="type")]],
+            Field(fail_fast=True, min_length=1),
+        ]
+    )
+
+
+class AnthropicTool(_Block):
+    """A function that the model may call; there are no other tools."""
+
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: str | None = None
+    input_schema: dict[str, Any]
+
+
+class AnthropicToolChoice(Strict):
+    """How tools are to be used; tool needs a name."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: ToolName | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class AnthropicThinking(Strict):
+    """How much to reason."""
+
+    type: Literal["enabled", "disabled"]
+    budget_tokens: int | None = Field(None, ge=0)
+
+
+class MessagesRequest(Strict):
+    """POST /v1/messages; null is the same as leaving out."""
+
+    model: str
+    max_tokens: int = Field(ge=1)
+    messages: Annotated[list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
+    system: str | list[TextBlock] | None = None
+    stream: bool | None = None
+    stop_sequences: list[str] | None = None
+    temperature: float | None = Field(None, ge=0, le=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    tools: Annotated[list[AnthropicTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: AnthropicThinking | None = None
+    metadata: dict[str, str | None] | None = Field(None, description="Not used.")
+    service_tier: str | None = Field(None, description="Not used.")
+
+
+@router.post(
+    "/v1/messages",
+    response_model=None,
+    responses=error_responses(*STATUSES, model=AnthropicError)
+    | {200: {"description": "The answer, or with stream: true its events."}},
+)
+async def messages(request: Request, body: MessagesRequest) -> Response:
+    """Answer a conversation, as Anthropic's API does."""
+    asked = await open_conversation(request, as_chat(_as_fields(body, request)))
+    if body.stream:
+        return stream(asked.generation, _events(asked), _EVENTS)
+    return await answer_whole(request, asked.generation, lambda: _gather(asked))
+
+
+async def _gather(asked: Conversation) -> dict[str, Any]:
+    answer, counter = ChatAnswer(), UsageCounter(1)
+    ending: dict[str, Any] = {}
+    async for part in asked.parts():
+        counter.add(0, part.chunk)
+        answer.add(part)
+        ending = _ending(asked, part)
+    content: list[dict[str, Any]] = []
+    if answer.reasoning:
+        content.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
+    if answer.text:
+        content.append({"type": "text", "text": answer.text})
+    for call in answer.calls:
+        arguments = call.parse() if call.is_whole else {}
+        content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": arguments})
+    return _message(asked, content, counter) | ending
+
+
+async def _events(asked: Conversation) -> AsyncIterator[dict[str, Any]]:
+    counter = UsageCounter(1, prompt_tokens=asked.prompt_tokens)
+    yield {"type": "message_start", "message": _message(asked, [], counter)}
+    counter.prompt_tokens = 0
+    index, kind, ending = -1, "", {}
+    async for part in asked.parts():
+        counter.add(0, part.chunk)
+        ending = _ending(asked, part)
+        for name, begun, delta in _pieces(part):
+            if name != kind or begun.get("id"):
+                if kind:
+                    yield {"type": "content_block_stop", "index": index}
+                index, kind = index + 1, name
+                yield {"type": "content_block_start", "index": index, "content_block": {"type": name, **begun}}
+            if delta:
+                yield {"type": "content_block_delta", "index": index, "delta": delta}
+    if kind:
+        yield {"type": "content_block_stop", "index": index}
+    yield {"type": "message_delta", "delta": ending, "usage": _usage(counter)}
+    yield {"type": "message_stop"}
+
+
+def _pieces(part: AnswerPart) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Kind of block, how it begins, and what is added to it."""
+    pieces: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    if part.chunk.reasoning:
+        delta = {"type": "thinking_delta", "thinking": part.chunk.reasoning}
+        pieces.append(("thinking", {"thinking": "", "signature": ""}, delta))
+    if part.text:
+        pieces.append(("text", {"text": ""}, {"type": "text_delta", "text": part.text}))
+    for call in part.calls:
+        begun: dict[str, Any] = {} if call.name is None else {"id": call.id, "name": call.name, "input": {}}
+        delta = {"type": "input_json_delta", "partial_json": call.arguments} if call.arguments else {}
+        pieces.append(("tool_use", begun, delta))
+    return pieces
+
+
+def _ending(asked: Conversation, part: AnswerPart) -> dict[str, Any]:
+    reason = _STOP_REASONS.get(part.finish_reason or "")
+    if not asked.stopped_by_text(part):
+        return {"stop_reason": reason, "stop_sequence": None}
+    stops = asked.body.stop
+    return {"stop_reason": "stop_sequence", "stop_sequence": stops[0] if stops and len(stops) == 1 else None}
+
+
+def _message(asked: Conversation, content: list[dict[str, Any]], counter: UsageCounter) -> dict[str, Any]:
+    return {
+        "id": f"msg_{asked.request_id}",
+        "type": "message",
+        "role": "assistant",
+        "model": asked.model.handler.name,
+        "content": content,
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": _usage(counter),
+    }
+
+
+def _usage(counter: UsageCounter) -> dict[str, int]:
+    """Anthropic counts tokens that were found in a cache apart from the others."""
+    return {
+        "input_tokens": counter.prompt_tokens - counter.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": counter.cached_tokens,
+        "output_tokens": counter.completion_tokens,
+    }
+
+
+def _as_fields(body: MessagesRequest, request: Request) -> dict[str, Any]:
+    """Fields of the internal request."""
+    system = [] if not body.system else [{"role": "system", "content": _text(body.system)}]
+    converted = [turn for message in body.messages for turn in _as_messages(message)]
+    fields: dict[str, Any] = {
+        "model": body.model,
+        "messages": [*system, *converted],
+        "max_tokens": body.max_tokens,
+        "stop": body.stop_sequences,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+    }
+    if converted[-1]["role"] == "assistant" and "tool_calls" not in converted[-1]:
+        fields["continue_final_message"] = True  # Anthropic's way to begin the answer
+    if body.tools:
+        fields["tools"] = [
+            {
+                "type": "function",
+                "function": {"name": tool.name, "description": tool.description, "parameters": tool.input_schema},
+            }
+            for tool in body.tools
+        ]
+    if (choice := body.tool_choice) is not None:
+        if (choice.type == "tool") != (choice.name is not None):
+            raise ApiError(400, "tool_choice has a name with the type tool, and only there", param="tool_choice.name")
+        named = {"type": "function", "function": {"name": choice.name}}
+        fields["tool_choice"] = {"auto": "auto", "any": "required", "none": "none", "tool": named}[choice.type]
+        fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+    if (thinking := body.thinking) is not None:
+        if (thinking.type == "enabled") != (thinking.budget_tokens is not None):
+            raise ApiError(400, "thinking has budget_tokens where it is enabled", param="thinking.budget_tokens")
+        reasoning = request.app.state.service.find(body.model).handler.manifest.reasoning
+        if reasoning is not None:  # others keep to every budget
+            fields["max_reasoning_tokens"] = thinking.budget_tokens or 0
+    return fields
+
+
+def _as_messages(message: AnthropicMessage) -> list[dict[str, Any]]:
+    """Internal messages of a turn: results come before the text beside them."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    texts = [block.text for block in message.content if isinstance(block, TextBlock)]
+    uses = [block for block in message.content if isinstance(block, ToolUseBlock)]
+    results = [block for block in message.content if isinstance(block, ToolResultBlock)]
+    if (uses and message.role != "assistant") or (results and message.role != "user"):
+        raise ApiError(400, "tool_use is the assistant's, and tool_result the user's", param="messages")
+    turns: list[dict[str, Any]] = [
+        {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)} for block in results
+    ]
+    if texts or uses or not results:
+        turn: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
+        if uses:
+            turn["tool_calls"] = [
+                {
+                    "id": block.id,
+                    "type": "function",
+                    "function": {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)},
+                }
+                for block in uses
+            ]
+        turns.append(turn)
+    return turns
+
+
+def _result(block: ToolResultBlock) -> str:
+    text = _text(block.content or "")
+    return f"error: {text}" if block.is_error else text
+
+
+def _text(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else "\n".join(block.text for block in content)

@@ -1,0 +1,356 @@
+"""Ollama's API: /api/chat, /api/generate, /api/tags, /api/ps, /api/show, /api/version.
+
+Each request becomes an internal one of the same conversation; streams are lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from msgspec.json import encode
+from pydantic import BaseModel, Field
+
+from normistral.runtime.chunks import Timings
+from normistral.server.answers import ChatAnswer
+from normistral.server.conversation import Conversation, answer_whole, as_chat, last_of, open_conversation, stream
+from normistral.server.decoded import STATUSES, DecodedRoute, error_responses
+from normistral.server.errors import ApiError
+from normistral.server.generation import Framing
+from normistral.server.model_handler import ModelHandler
+from normistral.server.schemas import MOST_MESSAGES, Only, Strict, ToolDefinition, ToolName
+from normistral.server.service import ServedModel, Service
+
+API_VERSION = "0.13.0"  # of Ollama, whose API this is; clients compare it
+_LATEST = ":latest"  # every name has it, also where it is left out
+_NS = 1_000_000_000
+
+router = APIRouter(route_class=DecodedRoute)
+_LINES = Framing("application/x-ndjson", lambda event: encode(event) + b"\n", b"", lambda error: {"error": str(error)})
+
+
+class OllamaError(BaseModel):
+    """The answer to a request that failed."""
+
+    error: str
+
+
+_ERRORS = error_responses(*STATUSES, model=OllamaError)
+
+
+class CalledOllamaFunction(Strict):
+    """A function with its arguments."""
+
+    name: ToolName
+    arguments: dict[str, Any]
+    index: int | None = None
+
+
+class CalledOllamaTool(Strict):
+    """A call of an earlier answer."""
+
+    function: CalledOllamaFunction
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
+class OllamaMessage(Strict):
+    """A turn of the conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = Field(None, description="Of an earlier answer; models do not read it again.")
+    images: Annotated[list[Any] | None, Only("this model reads text only", [])] = None
+    tool_calls: list[CalledOllamaTool] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+class OllamaOptions(Strict):
+    """Options of a generation, as in a Modelfile; those of the hardware change no answer and are not used."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    seed: int | None = None
+    num_predict: int | None = Field(None, ge=-2, description="-1 and -2 are as many as fit.")
+    stop: str | list[str] | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repeat_last_n: Annotated[int | None, Only("the penalty looks at everything; leave it out or give -1", -1)] = None
+    mirostat: Annotated[int | None, Only("there is no mirostat", 0)] = None
+    tfs_z: Annotated[float | None, Only("there is no tail-free sampling", 1)] = None
+    num_ctx: int | None = Field(None, description="Not used: the context is the server's.")
+    num_keep: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    main_gpu: int | None = None
+    num_thread: int | None = None
+    numa: bool | None = None
+    low_vram: bool | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+
+
+class OllamaRequest(Strict):
+    """Fields of both kinds of generation."""
+
+    model: str
+    stream: bool | None = Field(None, description="true where it is left out.")
+    format: str | dict[str, Any] | None = Field(None, description='"json", or a JSON schema; "" is text.')
+    options: OllamaOptions | None = None
+    keep_alive: str | int | float | None = Field(None, description="Not used: the model stays loaded.")
+    think: bool | Literal["low", "medium", "high"] | None = Field(None, description="false is no reasoning.")
+
+
+class OllamaChatRequest(OllamaRequest):
+    """POST /api/chat."""
+
+    messages: Annotated[list[OllamaMessage], Field(fail_fast=True, max_length=MOST_MESSAGES)] | None = None
+    tools: list[ToolDefinition] | None = None
+
+
+class OllamaGenerateRequest(OllamaRequest):
+    """POST /api/generate: one message."""
+
+    prompt: str | None = None
+    system: str | None = None
+    suffix: Annotated[str | None, Only("text cannot be inserted before a suffix", "")] = None
+    images: Annotated[list[Any] | None, Only("this model reads text only", [])] = None
+    template: Annotated[str | None, Only("the template is the model's", "")] = None
+    context: Annotated[list[int] | None, Only("send the conversation to /api/chat", [])] = None
+    raw: Annotated[bool | None, Only("for texts without a template there is /v1/completions", False)] = None
+
+
+class OllamaShowRequest(Strict):
+    """POST /api/show."""
+
+    model: str | None = None
+    name: str | None = Field(None, description="An older name of model.")
+    verbose: bool | None = None
+
+
+@router.post("/api/chat", response_model=None, responses=_ERRORS | {200: {"description": "Lines of JSON, or one."}})
+async def ollama_chat(request: Request, body: OllamaChatRequest) -> Response:
+    """Answer a conversation, as Ollama does."""
+    model = find_model(request, body.model)
+    if not body.messages:
+        return _loaded(model, {"message": {"role": "assistant", "content": ""}})
+    tools = [tool.model_dump() for tool in body.tools] if body.tools else None
+    return await _answer(request, body, model, _as_messages(body.messages), tools, _chat_piece)
+
+
+@router.post("/api/generate", response_model=None, responses=_ERRORS | {200: {"description": "Lines of JSON, or one."}})
+async def ollama_generate(request: Request, body: OllamaGenerateRequest) -> Response:
+    """Answer one message, as Ollama does."""
+    model = find_model(request, body.model)
+    if not body.prompt:
+        return _loaded(model, {"response": ""})
+    system = [{"role": "system", "content": body.system}] if body.system else []
+    messages = [*system, {"role": "user", "content": body.prompt}]
+    return await _answer(request, body, model, messages, None, _text_piece)
+
+
+@router.get("/api/tags", responses=error_responses(401, model=OllamaError))
+async def ollama_tags(request: Request) -> dict[str, Any]:
+    """The models, as Ollama lists them."""
+    service: Service = request.app.state.service
+    return {"models": [_describe(model.handler) for model in service.models.values()]}
+
+
+@router.get("/api/ps", responses=error_responses(401, model=OllamaError))
+async def ollama_ps(request: Request) -> dict[str, Any]:
+    """The models that are loaded, which they stay."""
+    service: Service = request.app.state.service
+    loaded = [model.handler for model in service.models.values() if model.worker.loaded is not None]
+    never = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}
+    return {"models": [_describe(handler) | never for handler in loaded]}
+
+
+@router.post("/api/show", responses=_ERRORS)
+async def ollama_show(request: Request, body: OllamaShowRequest) -> dict[str, Any]:
+    """Describe a model, as Ollama does."""
+    if body.model is None and body.name is None:
+        raise ApiError(400, "model is missing", param="model")
+    handler = find_model(request, body.model or body.name or "").handler
+    manifest = handler.manifest
+    family = manifest.architecture.model_type
+    capabilities = ["completion"]
+    if handler.template is not None:
+        capabilities += ["tools", *(["thinking"] if manifest.reasoning is not None else [])]
+    return {
+        "modelfile": f"FROM {handler.name}\n",
+        "parameters": "",
+        "template": "" if manifest.template is None else manifest.template.text,
+        "details": _details(handler),
+        "model_info": {
+            "general.architecture": family,
+            f"{family}.context_length": handler.context_length,
+            f"{family}.vocab_size": manifest.architecture.vocabulary,
+        },
+        "capabilities": capabilities,
+        "modified_at": manifest.created,
+    }
+
+
+@router.get("/api/version", responses=error_responses(401, model=OllamaError))
+async def ollama_version() -> dict[str, str]:
+    """The version of Ollama's API that these routes follow."""
+    return {"version": API_VERSION}
+
+
+def find_model(request: Request, name: str) -> ServedModel:
+    """The model of a name, with `:latest` or without; raises ApiError."""
+    service: Service = request.app.state.service
+    return service.find(name if name in service.models else name.removesuffix(_LATEST))
+
+
+async def _answer(
+    request: Request,
+    body: OllamaRequest,
+    model: ServedModel,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    piece: Any,
+) -> Response:
+    fields = _read_options(body) | {"model": model.handler.name, "messages": messages, "tools": tools}
+    asked = await open_conversation(request, as_chat(fields))
+    if body.stream is not False:
+        return stream(asked.generation, _lines(asked, piece, gather=False), _LINES)
+    return await answer_whole(request, asked.generation, lambda: last_of(_lines(asked, piece, gather=True)))
+
+
+async def _lines(asked: Conversation, piece: Any, *, gather: bool) -> AsyncIterator[dict[str, Any]]:
+    """Pieces of the answer, and a last line with its figures; with `gather` only that, with the whole answer."""
+    answer, sent = ChatAnswer(), 0
+    async for part in asked.parts():
+        answer.add(part)
+        last = part.finish_reason is not None
+        finished = answer.calls if last else answer.calls[:-1]  # the latest may still go on
+        calls, sent = [] if gather else finished[sent:], sent if gather else len(finished)
+        if not gather and (part.text or part.chunk.reasoning or calls):
+            yield _frame(asked, piece(part.text, part.chunk.reasoning, calls), None)
+        if last:
+            whole = piece(answer.text, answer.reasoning, answer.calls) if gather else piece("", "", [])
+            reason = "length" if part.finish_reason == "length" else "stop"
+            yield _frame(asked, whole, reason) | _figures(part.chunk.timings)
+
+
+def _frame(asked: Conversation, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    done = {"done": False} if reason is None else {"done": True, "done_reason": reason}
+    return {"model": asked.model.handler.name, "created_at": _now(), **content, **done}
+
+
+def _chat_piece(text: str, reasoning: str, calls: list[Any]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if reasoning:
+        message["thinking"] = reasoning
+    if calls:
+        message["tool_calls"] = [
+            {"id": call.id, "function": {"name": call.name, "arguments": call.parse()}}
+            for call in calls
+            if call.is_whole
+        ]
+    return {"message": message}
+
+
+def _text_piece(text: str, reasoning: str, calls: list[Any]) -> dict[str, Any]:
+    return {"response": text, **({"thinking": reasoning} if reasoning else {})}
+
+
+def _figures(timings: Timings) -> dict[str, int]:
+    """In nanoseconds."""
+    total_s = timings.ttft_s + timings.decode_s
+    return {
+        "total_duration": int(total_s * _NS),
+        "load_duration": 0,
+        "prompt_eval_count": timings.prompt_tokens,
+        "prompt_eval_duration": int(timings.prefill_s * _NS),
+        "eval_count": timings.new_tokens,
+        "eval_duration": int(max(total_s - timings.prefill_s, 0.0) * _NS),
+    }
+
+
+def _read_options(body: OllamaRequest) -> dict[str, Any]:
+    """Fields of the internal request."""
+    options = body.options or OllamaOptions.model_validate({})
+    same = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "presence_penalty", "frequency_penalty")
+    fields: dict[str, Any] = {name: getattr(options, name) for name in same}
+    fields |= {"stop": options.stop, "repetition_penalty": options.repeat_penalty}
+    if options.num_predict is not None:
+        fields["max_tokens"] = max(options.num_predict, -1)
+    if isinstance(body.think, str):
+        fields["reasoning_effort"] = body.think
+    elif body.think is False:
+        fields["reasoning_effort"] = "none"
+    if isinstance(body.format, dict):
+        fields["structured_outputs"] = {"json": body.format}
+    elif body.format:
+        if body.format != "json":
+            raise ApiError(400, 'format is "json" or a JSON schema', param="format")
+        fields["response_format"] = {"type": "json_object"}
+    return fields
+
+
+def _as_messages(messages: list[OllamaMessage]) -> list[dict[str, Any]]:
+    """Internal messages: calls without an id get one, and results belong to calls in their order."""
+    converted, open_calls, count = [], [], 0
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+        if message.tool_calls:
+            calls = []
+            for call in message.tool_calls:
+                call_id, count = call.id or f"call{count:05d}", count + 1
+                arguments = json.dumps(call.function.arguments, ensure_ascii=False)
+                function = {"name": call.function.name, "arguments": arguments}
+                calls.append({"id": call_id, "type": "function", "function": function})
+            turn["tool_calls"], open_calls = calls, [call["id"] for call in calls]
+        if message.role == "tool":
+            turn["tool_call_id"] = message.tool_call_id or (open_calls.pop(0) if open_calls else "none")
+            if message.tool_name is not None:
+                turn["name"] = message.tool_name
+        converted.append(turn)
+    return converted
+
+
+def _loaded(model: ServedModel, content: dict[str, Any]) -> Response:
+    """The answer to a request without a prompt, which in Ollama loads or frees the model."""
+    frame = {"model": model.handler.name, "created_at": _now(), **content, "done": True, "done_reason": "load"}
+    return Response(encode(frame), media_type="application/json")
+
+
+def _describe(handler: ModelHandler) -> dict[str, Any]:
+    name = handler.name if ":" in handler.name else handler.name + _LATEST
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": handler.manifest.created,
+        "size": handler.manifest.total_bytes,
+        "digest": handler.manifest.sha256,
+        "details": _details(handler),
+    }
+
+
+def _details(handler: ModelHandler) -> dict[str, Any]:
+    manifest = handler.manifest
+    family = manifest.architecture.model_type
+    return {
+        "parent_model": "",
+        "format": manifest.format,
+        "family": family,
+        "families": [family],
+        "parameter_size": "",
+        "quantization_level": manifest.recipe.weights,
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")

@@ -1,0 +1,479 @@
+"""OpenAI's /v1/responses: text in and out, tools, events; and answers kept for `previous_response_id`.
+
+A request becomes an internal one of the same conversation. Whole answers are the last event of a stream.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from msgspec.json import decode, encode
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from normistral.runtime.tools import MOST_TOOLS
+from normistral.server.answers import AnswerPart
+from normistral.server.conversation import Conversation, answer_whole, as_chat, last_of, open_conversation, stream
+from normistral.server.decoded import STATUSES, DecodedRoute, error_responses
+from normistral.server.errors import ApiError
+from normistral.server.generation import Framing, encode_named
+from normistral.server.responses import UsageCounter
+from normistral.server.schemas import MOST_MESSAGES, Only, ReasoningEffort, Strict, ToolName, require_text
+
+_KEPT_ANSWERS, _KEPT_BYTES = 256, 8 * 2**20  # of each key
+_EVENTS = Framing(
+    "text/event-stream",
+    encode_named,
+    b"",
+    lambda error: {"type": "error", "code": error.code, "message": str(error), "param": error.param},
+)
+_ERRORS = error_responses(*STATUSES)
+
+router = APIRouter(route_class=DecodedRoute)
+
+
+class InputText(Strict):
+    """A piece of text."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+Content = Annotated[
+    str | Annotated[list[InputText], Field(fail_fast=True, min_length=1)], BeforeValidator(require_text)
+]
+
+
+class InputMessage(Strict):
+    """A turn of the conversation."""
+
+    type: Literal["message"] | None = None
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class InputCall(Strict):
+    """A call of an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: ToolName
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+    namespace: None = None
+
+
+class InputResult(Strict):
+    """The result of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Content
+    id: str | None = None
+    status: str | None = None
+
+
+class InputReasoning(Strict):
+    """Reasoning of an earlier answer; models do not read it again."""
+
+    type: Literal["reasoning"]
+    id: str | None = None
+    summary: list[Any] | None = None
+    content: list[Any] | None = None
+    encrypted_content: str | None = None
+    status: str | None = None
+
+
+_KINDS = {
+    None: "Message",
+    "message": "Message",
+    "function_call": "Call",
+    "function_call_output": "Result",
+    "reasoning": "Reasoning",
+}
+
+
+def _kind_of(item: Any) -> str | None:
+    return _KINDS.get(item.get("type")) if isinstance(item, dict) else None
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("Message")]
+    | Annotated[InputCall, Tag("Call")]
+    | Annotated[InputResult, Tag("Result")]
+    | Annotated[InputReasoning, Tag("Reasoning")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="item_type",
+        custom_error_message="items are of type message, function_call, function_call_output or reasoning",
+    ),
+]
+
+
+class ResponseTool(Strict):
+    """A function that the model may call; there are no other tools."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, description="Arguments always fit the schema, whatever this says.")
+
+
+class ResponseToolChoice(Strict):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    name: ToolName
+
+
+class ResponseTextFormat(Strict):
+    """Form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema", description="Needed for json_schema.")
+    strict: bool | None = Field(None, description="The answer always fits the schema, whatever this says.")
+
+
+class ResponseText(Strict):
+    """How the text is to be."""
+
+    format: ResponseTextFormat | None = None
+    verbosity: Annotated[Literal["medium"] | None, Only("verbosity cannot be set", "medium")] = None
+
+
+class ResponseReasoning(Strict):
+    """How much to reason."""
+
+    effort: ReasoningEffort | None = None
+    summary: Annotated[None, Only("reasoning is not summarised; it is in the output as it is")] = None
+    generate_summary: Annotated[None, Only("reasoning is not summarised; it is in the output as it is")] = None
+
+
+class ResponseStreamOptions(Strict):
+    """What a stream tells besides the answer."""
+
+    include_obfuscation: bool | None = Field(None, description="Nothing is padded here, so this changes nothing.")
+
+
+class ResponsesRequest(Strict):
+    """POST /v1/responses; null is the same as leaving out."""
+
+    model: str
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[
+            list[InputItem],
+            Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES),
+        ]
+    )
+    instructions: str | None = Field(None, description="A system message before the input; never kept.")
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    max_output_tokens: int | None = Field(None, ge=1, description="Reasoning included.")
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    tools: Annotated[list[ResponseTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: ResponseText | None = None
+    reasoning: ResponseReasoning | None = None
+    store: bool | None = Field(None, description="Keep the answer for previous_response_id; false where left out.")
+    previous_response_id: str | None = Field(None, description="Goes on from a kept answer.")
+    metadata: dict[str, str] | None = Field(None, description="Returned as it is.")
+    truncation: Annotated[Literal["disabled"] | None, Only("nothing is left out here", "disabled")] = None
+    include: Annotated[list[str] | None, Only("nothing can be included", [])] = None
+    background: Annotated[Literal[False] | None, Only("answers are not written in the background", False)] = None
+    conversation: Annotated[None, Only("conversations are not kept")] = None
+    prompt: Annotated[None, Only("there are no stored prompts")] = None
+    max_tool_calls: Annotated[None, Only("this server calls no tools itself")] = None
+    top_logprobs: Annotated[int | None, Only("ask /v1/chat/completions for log-probabilities", 0)] = None
+    user: str | None = Field(None, description="Not used.")
+    service_tier: str | None = Field(None, description="Not used.")
+    safety_identifier: str | None = Field(None, description="Not used.")
+    prompt_cache_key: str | None = Field(None, description="Not used: beginnings are found by their tokens.")
+    prompt_cache_retention: str | None = Field(None, description="Not used.")
+
+
+class ResponseStore:
+    """Conversations of answers, in memory only: at most 256 and 8 MiB for each key, the oldest going first."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, OrderedDict[str, bytes]] = {}
+
+    def add(self, tenant: str, response_id: str, messages: list[dict[str, Any]]) -> None:
+        """Keep a conversation with its answer."""
+        kept = self._kept.setdefault(tenant, OrderedDict())
+        kept[response_id] = encode(messages)
+        while len(kept) > _KEPT_ANSWERS or sum(map(len, kept.values())) > _KEPT_BYTES:
+            kept.popitem(last=False)
+
+    def find(self, tenant: str, response_id: str) -> list[dict[str, Any]]:
+        """The conversation; raises ApiError where it is not there or another key's."""
+        kept = self._kept.get(tenant)
+        found = None if kept is None else kept.get(response_id)
+        if found is None:
+            raise ApiError(
+                404,
+                "there is no answer of that id; old ones are dropped",
+                param="previous_response_id",
+                code="not_found",
+            )
+        messages: list[dict[str, Any]] = decode(found)
+        return messages
+
+
+@router.post(
+    "/v1/responses",
+    response_model=None,
+    responses=_ERRORS | {200: {"description": "The answer, or with stream: true its events."}},
+)
+async def responses(request: Request, body: ResponsesRequest) -> Response:
+    """Answer an input."""
+    store: ResponseStore | None = request.app.state.response_store
+    tenant: str = request.state.tenant
+    if store is None and (body.store or body.previous_response_id is not None):
+        field = "store" if body.store else "previous_response_id"
+        raise ApiError(400, f"{field}: this server keeps no answers", "start it with --store", param=field)
+    earlier = []
+    if store is not None and body.previous_response_id is not None:
+        earlier = store.find(tenant, body.previous_response_id)
+    messages = [*earlier, *_as_messages(body)]
+    asked = await open_conversation(request, as_chat(_as_fields(body, messages)))
+    writer = _Writer(asked, body, store if body.store else None, tenant, messages)
+    if body.stream:
+        return stream(asked.generation, writer.events(), _EVENTS)
+
+    async def gather() -> dict[str, Any]:
+        document: dict[str, Any] = (await last_of(writer.events()))["response"]
+        return document
+
+    return await answer_whole(request, asked.generation, gather)
+
+
+class _Writer:
+    """Events of one response."""
+
+    def __init__(
+        self,
+        asked: Conversation,
+        body: ResponsesRequest,
+        store: ResponseStore | None,
+        tenant: str,
+        messages: list[dict[str, Any]],
+    ) -> None:
+        self._asked, self._body, self._store = asked, body, store
+        self._tenant, self._messages = tenant, messages
+        self._id = asked.request_id
+        self._sequence = 0
+        self._counter = UsageCounter(1)
+        self._output: list[dict[str, Any]] = []
+        self._open: dict[str, Any] | None = None  # the item that is being written
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """All events, the last with the whole response."""
+        yield self._event("response.created", response=self._response("in_progress"))
+        yield self._event("response.in_progress", response=self._response("in_progress"))
+        reason = "stop"
+        async for part in self._asked.parts():
+            self._counter.add(0, part.chunk)
+            for event in self._part(part):
+                yield event
+            reason = part.finish_reason or reason
+        if not self._output and self._open is None:  # an answer without a word is an empty message
+            for event in self._begin("message"):
+                yield event
+        status = "incomplete" if reason == "length" else "completed"
+        for event in self._end(status):
+            yield event
+        self._keep()
+        yield self._event(f"response.{status}", response=self._response(status))
+
+    def _part(self, part: AnswerPart) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
+        if part.chunk.reasoning:
+            events += self._write("reasoning", part.chunk.reasoning)
+        if part.text:
+            events += self._write("message", part.text)
+        for call in part.calls:
+            if call.name is not None:
+                events += self._end("completed")
+                events += self._begin("function_call", call_id=call.id, name=call.name, arguments="")
+            if call.arguments and self._open is not None:
+                self._open["arguments"] += call.arguments
+                events.append(self._of_item("response.function_call_arguments.delta", delta=call.arguments))
+        return events
+
+    def _write(self, kind: str, text: str) -> list[dict[str, Any]]:
+        events = []
+        if self._open is None or self._open["type"] != kind:
+            events += self._end("completed")
+            events += self._begin(kind)
+        assert self._open is not None
+        content = self._open["content"][0]
+        content["text"] += text
+        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+        events.append(self._of_item(f"response.{content['type']}.delta", content_index=0, delta=text, **more))
+        return events
+
+    def _begin(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+        prefix = {"message": "msg", "function_call": "fc", "reasoning": "rs"}[kind]
+        item: dict[str, Any] = {"type": kind, "id": f"{prefix}_{self._id}-{len(self._output)}", "status": "in_progress"}
+        part: dict[str, Any] | None = None
+        if kind == "message":
+            item |= {"role": "assistant", "content": []}
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        elif kind == "reasoning":
+            item |= {"summary": [], "content": []}
+            part = {"type": "reasoning_text", "text": ""}
+        self._open = item | fields
+        events = [self._event("response.output_item.added", output_index=len(self._output), item=_copy(self._open))]
+        if part is not None:
+            self._open["content"].append(part)
+            events.append(self._of_item("response.content_part.added", content_index=0, part=dict(part)))
+        return events
+
+    def _end(self, status: str) -> list[dict[str, Any]]:
+        item = self._open
+        if item is None:
+            return []
+        item["status"] = status
+        if item["type"] == "function_call":
+            name, arguments = item["name"], item["arguments"]
+            events = [self._of_item("response.function_call_arguments.done", name=name, arguments=arguments)]
+        else:
+            content = item["content"][0]
+            more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            kind, text = content["type"], content["text"]
+            events = [
+                self._of_item(f"response.{kind}.done", content_index=0, text=text, **more),
+                self._of_item("response.content_part.done", content_index=0, part=dict(content)),
+            ]
+        events.append(self._event("response.output_item.done", output_index=len(self._output), item=_copy(item)))
+        self._output.append(item)
+        self._open = None
+        return events
+
+    def _of_item(self, kind: str, **fields: Any) -> dict[str, Any]:
+        assert self._open is not None
+        return self._event(kind, item_id=self._open["id"], output_index=len(self._output), **fields)
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        self._sequence += 1
+        return {"type": kind, "sequence_number": self._sequence - 1, **fields}
+
+    def _response(self, status: str) -> dict[str, Any]:
+        body, config, usage = self._body, self._asked.config, self._counter
+        text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text is not None else {}
+        choice = body.tool_choice
+        return {
+            "id": f"resp_{self._id}",
+            "object": "response",
+            "created_at": int(self._asked.created),
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "model": self._asked.model.handler.name,
+            "output": list(self._output),
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+            "store": self._store is not None,
+            "temperature": config.temperature,
+            "text": {"format": {"type": "text"}} | text,
+            "tool_choice": choice.model_dump() if isinstance(choice, ResponseToolChoice) else choice or "auto",
+            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "top_p": config.top_p,
+            "truncation": "disabled",
+            "usage": None
+            if status == "in_progress"
+            else {
+                "input_tokens": usage.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+                "output_tokens": usage.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            },
+            "user": body.user,
+            "metadata": body.metadata or {},
+        }
+
+    def _keep(self) -> None:
+        if self._store is None:
+            return
+        text = "".join(item["content"][0]["text"] for item in self._output if item["type"] == "message")
+        calls = [_as_call(item) for item in self._output if item["type"] == "function_call"]
+        answer: dict[str, Any] = {"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {})
+        self._store.add(self._tenant, f"resp_{self._id}", [*self._messages, answer])
+
+
+def _copy(item: dict[str, Any]) -> dict[str, Any]:
+    """An item as it is now."""
+    return item | ({"content": [dict(part) for part in item["content"]]} if "content" in item else {})
+
+
+def _as_call(item: Any) -> dict[str, Any]:
+    fields = item if isinstance(item, dict) else item.model_dump()
+    function = {"name": fields["name"], "arguments": fields["arguments"]}
+    return {"id": fields["call_id"], "type": "function", "function": function}
+
+
+def _as_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
+    """Internal messages of the input; calls that follow each other are one answer's."""
+    if isinstance(body.input, str):
+        return [{"role": "user", "content": body.input}]
+    messages: list[dict[str, Any]] = []
+    for item in body.input:
+        match item:
+            case InputMessage():
+                messages.append({"role": item.role, "content": _text(item.content)})
+            case InputResult():
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+            case InputCall():
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": ""})
+                messages[-1].setdefault("tool_calls", []).append(_as_call(item))
+    return messages
+
+
+def _text(content: str | list[InputText]) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _as_fields(body: ResponsesRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fields of the internal request."""
+    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    fields: dict[str, Any] = {
+        "model": body.model,
+        "messages": [*system, *messages],
+        "max_tokens": body.max_output_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning_effort": body.reasoning.effort if body.reasoning is not None else None,
+        "tool_choice": body.tool_choice,
+    }
+    if isinstance(body.tool_choice, ResponseToolChoice):
+        fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
+    if body.tools:
+        fields["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools]
+    form = body.text.format if body.text is not None else None
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            raise ApiError(400, "text.format.schema is missing", param="text.format.schema")
+        fields["structured_outputs"] = {"json": form.json_schema}
+    elif form is not None and form.type == "json_object":
+        fields["response_format"] = {"type": "json_object"}
+    return fields
