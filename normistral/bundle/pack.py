@@ -17,7 +17,6 @@ from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
 from normistral.bundle import archive, check, install
 from normistral.bundle.archive import ArchiveEntry, archive_bytes, with_sums, write_archive
-from normistral.bundle.own_wheel import pack_own_wheel
 from normistral.bundle.sbom import write_sbom
 from normistral.bundle.wheels import (
     Closure,
@@ -25,6 +24,7 @@ from normistral.bundle.wheels import (
     collect_wheels,
     find_own_wheel,
     needed_glibc_minor,
+    pack_own_wheel,
 )
 from normistral.errors import EngineError, ResourceError, UsageError
 from normistral.export.staging import translate_full_disk

@@ -270,7 +270,7 @@ def _write_auxiliary_files(job: ExportJob) -> list[str]:
     for file in (*configurations, *checkpoint.tokenizer_files):
         shutil.copyfile(file, folder / file.name)  # follows links
     if job.recipe.format == "onnx":
-        from normistral.export.onnx.genai import write_genai_config
+        from normistral.export.onnx.artifact import write_genai_config
 
         write_genai_config(job)
         return []

@@ -17,8 +17,7 @@ from tiny_models import VOCABULARY
 
 import normistral.batch.answerers
 import normistral.batch.run
-from normistral.batch.answerers import SequentialAnswerer
-from normistral.batch.continuous import ContinuousAnswerer
+from normistral.batch.answerers import ContinuousAnswerer, SequentialAnswerer
 from normistral.batch.documents import Row, check_instruction, fill, find_prompt, index_documents, read_document
 from normistral.batch.job import MOST_BEGINNINGS, BatchJob, WorkerEngine, Workers, answer_part, cut_parts
 from normistral.batch.journal import (

@@ -21,10 +21,9 @@ from sample_artifacts import make_manifest
 import normistral
 from normistral import cli
 from normistral.artifact.artifact import Artifact
-from normistral.bundle import own_wheel
 from normistral.bundle import pack as bundling
+from normistral.bundle import wheels
 from normistral.bundle.check import check_bundle
-from normistral.bundle.own_wheel import pack_wheel
 from normistral.bundle.pack import BundleOptions, make_bundle
 from normistral.bundle.wheels import (
     Closure,
@@ -33,6 +32,7 @@ from normistral.bundle.wheels import (
     choose_target,
     collect_wheels,
     needed_glibc_minor,
+    pack_wheel,
     supported_pythons,
 )
 from normistral.errors import (
@@ -364,13 +364,13 @@ def test_the_own_wheel_holds_the_running_code_and_pip_installs_it(tmp_path):
 
 def test_an_installation_that_is_older_than_the_source_is_refused(tmp_path, monkeypatch):
     stale = Installed({"METADATA": METADATA.format(version="0.1.0", requires="Requires-Dist: openvino<2")})
-    monkeypatch.setattr(own_wheel, "distribution", lambda name: stale)
+    monkeypatch.setattr(wheels, "distribution", lambda name: stale)
     with pytest.raises(UsageError, match="requires other packages now"):
-        own_wheel.pack_own_wheel(tmp_path)
+        wheels.pack_own_wheel(tmp_path)
     older = Installed({"METADATA": METADATA.format(version="0.0.1", requires="")})
-    monkeypatch.setattr(own_wheel, "distribution", lambda name: older)
+    monkeypatch.setattr(wheels, "distribution", lambda name: older)
     with pytest.raises(UsageError, match=r"was installed as 0\.0\.1"):
-        own_wheel.pack_own_wheel(tmp_path)
+        wheels.pack_own_wheel(tmp_path)
 
 
 def test_the_metadata_that_an_editable_installation_leaves_beside_the_source_serve_too(tmp_path):

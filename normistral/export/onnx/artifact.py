@@ -1,12 +1,14 @@
-"""Conversion to ONNX: which graph, which grids, and the weights streamed into it.
+"""Conversion to ONNX: which graph, which grids, the weights streamed into it, and genai_config.json.
 
 It does not know what else an artifact holds.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
+from normistral.artifact.manifest import Architecture, SamplingDefaults
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor_reader import WeightReader
 from normistral.export.job import ExportJob
@@ -14,7 +16,7 @@ from normistral.export.onnx import bloom, llama
 from normistral.export.onnx.blocks import WeightSchemes
 from normistral.export.onnx.graph import ExternalData, Graph
 from normistral.export.onnx.plain import write_plain
-from normistral.export.onnx.signature import DATA_NAME, float_type, read_signature
+from normistral.export.onnx.signature import DATA_NAME, GRAPH_NAME, float_type, read_signature
 from normistral.export.quantize.scheme import QuantScheme
 from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.export.recipe import Recipe
@@ -66,3 +68,65 @@ def choose_schemes(recipe: Recipe, group_size: int | None, checkpoint: Checkpoin
     backup = None if recipe.backup == "fp" else QuantScheme(8, group_size, recipe.backup == "int8_sym")
     output = inner if recipe.output_layer_bits == 4 else backup
     return WeightSchemes(inner, output, output if checkpoint.architecture.tied_embeddings else backup)
+
+
+# onnxruntime-genai opens no model without genai_config.json. Fields: its src/config.h, as version 0.18 reads them.
+
+GENAI_NAME = "genai_config.json"
+
+
+def write_genai_config(job: ExportJob) -> None:
+    """Write the configuration of onnxruntime-genai into the artifact."""
+    checkpoint, context = job.checkpoint, job.context_length
+    config = checkpoint.config
+    document = {
+        "model": {
+            "type": "decoder",
+            "vocab_size": checkpoint.architecture.vocabulary,
+            "context_length": context,
+            "bos_token_id": checkpoint.bos_token_id,
+            "eos_token_id": list(checkpoint.stop_token_ids),
+            "pad_token_id": checkpoint.stop_token_ids[0] if config["pad_token_id"] is None else config["pad_token_id"],
+            "decoder": describe_decoder(checkpoint.architecture),
+        },
+        "search": describe_search(checkpoint.sampling, context)
+        # Past and present may be one buffer only for GroupQueryAttention, which then writes the new tokens alone.
+        | {"past_present_share_buffer": job.recipe.graph_kind == "fused"},
+    }
+    (job.staging.artifact / GENAI_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_decoder(architecture: Architecture) -> dict[str, Any]:
+    """Shapes, and the names that Optimum gives inputs and outputs; %d is the layer."""
+    positions = {"position_ids": "position_ids"} if architecture.positions == "rotary" else {}
+    return {
+        "filename": GRAPH_NAME,
+        # Threads are left to onnxruntime-genai: what is best depends on the machine that runs it.
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "hidden_size": architecture.hidden_size,
+        "head_size": architecture.head_dim,
+        "num_attention_heads": architecture.heads,
+        "num_key_value_heads": architecture.kv_heads,
+        "num_hidden_layers": architecture.layers,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            **positions,
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+
+
+def describe_search(sampling: SamplingDefaults, context: int) -> dict[str, Any]:
+    """The authors' sampling; greedy where they say nothing."""
+    document: dict[str, Any] = {"max_length": context, "do_sample": bool(sampling.temperature)}
+    if sampling.temperature:
+        document |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    document["repetition_penalty"] = sampling.repetition_penalty
+    return {key: value for key, value in document.items() if value is not None}
