@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +62,8 @@ CHATS = [
 @pytest.fixture(scope="module", autouse=True)
 def merges_found_once() -> Iterator[None]:
     """transformers looks for the merges of a sentencepiece vocabulary once; each search takes a second."""
-    from transformers import convert_slow_tokenizer
-
+    # transformers has a function of the same name, which may take its place as an attribute of the package.
+    convert_slow_tokenizer = importlib.import_module("transformers.convert_slow_tokenizer")
     find, found = convert_slow_tokenizer.generate_merges, {}
 
     def find_once(vocabulary: Any, scores: Any) -> Any:
