@@ -4,10 +4,11 @@
 
 A key names the artifact's manifest and weights file, and the layout. Processes that map one file share its memory.
 A file counts only if nobody else can have written it, and if every byte has the checksum of the footer; anything else
-is written anew. The oldest files go when all together exceed `MOST_BYTES`.
+is written anew. The files that were not used for longest go when all together exceed `MOST_BYTES`.
 
 Decoding is a third slower from pages of 4 KiB, so a file serves where the page cache holds it in huge pages (Linux 6.16
-on ext4, 5.18 on XFS). Elsewhere none is written, and one that has come to lie in small pages is copied.
+on ext4, 5.18 on XFS). Elsewhere none is written. One that has come to lie in small pages, as when memory was short, is
+copied, and dropped from the page cache so that the next load reads it into huge pages.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
@@ -44,7 +46,7 @@ LAYOUT = 1  # of a product's codes, scales and zero points
 _MAGIC = b"nmpack01"
 _FOOTER = struct.Struct("<8sQQ24s")
 _PROBE_BYTES = 2 * HUGE_PAGE
-_HUGE_SHARE = 0.9
+_HUGE_SHARE = 0.95
 _TEMPORARY = ".writing-"
 _AGAIN = "then load the model again"
 
@@ -94,7 +96,11 @@ def load_packed(key: bytes, size: int, pack: Callable[[], Iterator[Bytes]], chec
         return None
     if mapped is not None and not _is_huge(mapped):
         logger.info("%s lies in small pages: copied", path)
-        mapped = copy_to(allocate(size), mapped)
+        copy = allocate(size)
+        _copy(mapped, copy)
+        del mapped
+        _forget_pages(path)
+        return copy
     return mapped
 
 
@@ -104,12 +110,6 @@ def allocate(count: int) -> Bytes:
     _advise(memory, "MADV_HUGEPAGE")
     array = np.frombuffer(memory, np.uint8)
     return array[-array.ctypes.data % HUGE_PAGE :][:count]
-
-
-def copy_to(memory: Bytes, values: Bytes) -> Bytes:
-    """`memory`, filled with `values`."""
-    memory[:] = values
-    return memory
 
 
 def drop_file_pages(arrays: Iterable[Bytes]) -> None:
@@ -179,6 +179,21 @@ def _write_huge(file: RawIOBase, piece: Bytes) -> None:
         rest = piece[start : start + HUGE_PAGE].data
         while rest:
             rest = rest[file.write(rest) :]
+
+
+def _copy(values: Bytes, to: Bytes) -> None:
+    """By two threads, because the system gives memory as slowly as it is filled."""
+    half = values.size // 2
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(np.copyto, (to[:half], to[half:]), (values[:half], values[half:])))
+
+
+def _forget_pages(path: Path) -> None:
+    """Have a file read anew the next time, into huge pages then; other processes keep what they have mapped."""
+    with suppress(OSError):
+        descriptor = open_file(path, follow=False)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def _make_room(folder: Path, most: int) -> None:
