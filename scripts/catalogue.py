@@ -184,6 +184,7 @@ def differences(entries: dict[str, str]) -> list[str]:
     there, lines = all_texts(), []
     lines += [f"lacks ({where}): {text}" for text, where in required_texts().items() if not entries.get(text)]
     lines += [f"no longer in the code: {text}" for text in entries if text and text not in there]
+    lines += [f"values beside each other, which cannot be told apart: {text}" for text in entries if "}{" in text]
     for msgid, msgstr in entries.items():
         if msgid and _values(msgid) != _values(msgstr):
             lines.append(f"other values: {msgid}")

@@ -14,6 +14,7 @@ from normistral.errors import EngineError, UsageError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import load
+from normistral.runtime.overflow import LeftOut
 from normistral.server.backends.base import BatchBackend
 from normistral.server.backends.base import Job as GenerationJob
 from normistral.server.backends.create import create_backend
@@ -46,7 +47,7 @@ class SequentialAnswerer:
     def __init__(self, job: BatchJob, engine: WorkerEngine) -> None:
         self._job = job
         self._model = load(job.artifact, device=engine.device, exact=engine.exact, settings=engine.settings)
-        self._chat = None if self._model.manifest.template is None else self._model.chat()
+        self._chat = None if self._model.manifest.template is None else self._model.chat(overflow=job.overflow)
 
     def answer_all(self, rows: Sequence[Row], begin: Begin) -> Iterator[Line]:
         """As `Answerer`."""
@@ -55,7 +56,8 @@ class SequentialAnswerer:
             document: Document = {}
             try:
                 document = read_document(self._job.source, row)
-                yield answer_line(row, document, self._complete(document))
+                completion = self._complete(document)
+                yield answer_line(row, document, completion, None if self._chat is None else self._chat.left_out)
             except EngineError:
                 raise
             except Exception as exc:
@@ -97,6 +99,7 @@ def open_continuous(job: BatchJob, engine: WorkerEngine, workers: int) -> Contin
 class _UnderWay:
     row: Row
     document: Document
+    left_out: LeftOut | None
     chunks: list[Chunk] = field(default_factory=list)
 
 
@@ -120,11 +123,12 @@ class ContinuousAnswerer:
                 document: Document = {}
                 try:
                     document = read_document(self._job.source, row)
-                    self._batch.add(self._make_job(row, document))
+                    job, left_out = self._make_job(row, document)
+                    self._batch.add(job)
                 except Exception as exc:
                     yield failure_line(row, document, exc)
                 else:
-                    under_way[str(row.number)] = _UnderWay(row, document)
+                    under_way[str(row.number)] = _UnderWay(row, document, left_out)
             for job_id, outcome in self._batch.step():
                 one = under_way[job_id]
                 if isinstance(outcome, EngineError):
@@ -135,17 +139,18 @@ class ContinuousAnswerer:
                 one.chunks.append(outcome)
                 if outcome.finish_reason is not None:
                     del under_way[job_id]
-                    yield answer_line(one.row, one.document, Completion.from_chunks(one.chunks))
+                    yield answer_line(one.row, one.document, Completion.from_chunks(one.chunks), one.left_out)
 
     def close(self) -> None:
         """As `Answerer`."""
         self._batch.close()
 
-    def _make_job(self, row: Row, document: Document) -> GenerationJob:
-        prompt = find_prompt(document, self._job.instruction)
+    def _make_job(self, row: Row, document: Document) -> tuple[GenerationJob, LeftOut | None]:
+        prompt, left_out = find_prompt(document, self._job.instruction), None
         if isinstance(prompt, str) and self._served.template is None:
             prompt_ids = self._served.encode_text(prompt)
         else:
-            prompt_ids = self._served.encode_chat(with_system(prompt, self._job.system))
+            messages = with_system(prompt, self._job.system)
+            prompt_ids, left_out = self._served.fit_chat(messages, self._job.overflow, self._job.options)
         config = self._served.resolve(self._job.options, len(prompt_ids))
-        return GenerationJob(str(row.number), prompt_ids, config, _TENANT)
+        return GenerationJob(str(row.number), prompt_ids, config, _TENANT), left_out

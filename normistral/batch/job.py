@@ -11,6 +11,7 @@ from normistral.batch.documents import Document, Row
 from normistral.batch.journal import PartJournal
 from normistral.errors import NormistralError, first_line
 from normistral.runtime.chunks import Completion
+from normistral.runtime.overflow import OVERFLOW, LeftOut, Overflow
 from normistral.server.backends.settings import Batching
 
 MOST_BEGINNINGS = 3  # so often a row may take its worker down with it, and no more
@@ -64,6 +65,7 @@ class BatchJob:
         instruction: text with {fields} of the document; None takes the document's own prompt or messages.
         system: system message.
         options: fields of `GenerationConfig`.
+        overflow: what to do where a document is longer than the context.
     """
 
     artifact: Path
@@ -73,6 +75,7 @@ class BatchJob:
     instruction: str | None = None
     system: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    overflow: Overflow = OVERFLOW
 
 
 class Part(NamedTuple):
@@ -123,7 +126,7 @@ def answer_part(answerer: Answerer, job: BatchJob, part: Part) -> Iterator[int]:
             yield line["row"]
 
 
-def answer_line(row: Row, document: Document, completion: Completion) -> Line:
+def answer_line(row: Row, document: Document, completion: Completion, left_out: LeftOut | None = None) -> Line:
     """Output line of an answer."""
     return (
         _heading(row, document)
@@ -131,6 +134,7 @@ def answer_line(row: Row, document: Document, completion: Completion) -> Line:
         | ({"reasoning": completion.reasoning} if completion.reasoning else {})
         | {"finish_reason": completion.finish_reason}
         | {"prompt_tokens": completion.timings.prompt_tokens, "new_tokens": completion.timings.new_tokens}
+        | ({} if left_out is None else {"left_out": left_out.document()})
     )
 
 

@@ -25,6 +25,7 @@ from normistral.errors import NormistralError, UsageError, install_extra
 from normistral.files import explain, require_place, sha256_file
 from normistral.progress import NoProgress, Progress
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
+from normistral.runtime.overflow import OVERFLOW, Overflow, require_overflow
 from normistral.server.backends.settings import uses_continuous_batching
 
 
@@ -60,6 +61,7 @@ def run_batch(
     system: str | None = None,
     engine: WorkerEngine | None = None,
     workers: Workers | None = None,
+    overflow: Overflow = OVERFLOW,
     force: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -71,6 +73,7 @@ def run_batch(
         instruction: what to ask, with {fields} of the document; None takes the document's own "prompt" or "messages".
         system: system message.
         engine, workers: None is the default of each.
+        overflow: what to do where a document is longer than the context, as `Model.chat` takes it.
         force: replace OUTPUT.
         options: fields of `GenerationConfig`.
 
@@ -84,18 +87,18 @@ def run_batch(
     opened = Artifact.find(artifact)
     folder, manifest = opened.folder.absolute(), opened.manifest
     source, output = Path(source).absolute(), Path(output).absolute()
-    _check(manifest, folder.name, output, instruction, system, workers, options, force=force)
+    _check(manifest, folder.name, output, instruction, system, workers, overflow, options, force=force)
     if GenerationConfig(seed=options.get("seed")).reproducible and engine.batching == "auto":
         engine = replace(engine, batching="off")
         progress.note("with a seed, answers are written one after the other: together they are not reproducible")
     with progress.stage(f"looking through {source.name}"):
         index = index_documents(source)
-    asked = _identity(folder, index.sha256, instruction, system, engine, options)
+    asked = _identity(folder, index.sha256, instruction, system, engine, options, overflow)
     with open_journal(output, asked) as parts:
         run = begin_run(parts)
         answered, _ = find_answers(parts)
         missing = [row for row in index.rows if row.number not in answered]
-        job = BatchJob(folder, source, parts, run, instruction, system, options)
+        job = BatchJob(folder, source, parts, run, instruction, system, options, overflow)
         if answered:
             progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
         if missing:
@@ -148,12 +151,16 @@ def _check(
     instruction: str | None,
     system: str | None,
     workers: Workers,
+    overflow: Overflow,
     options: dict[str, Any],
     *,
     force: bool,
 ) -> None:
     """Validate the arguments before anything is read or loaded."""
     require_applicable(resolve_options(manifest.sampling, options), manifest, name)
+    require_overflow(overflow)
+    if overflow != OVERFLOW and manifest.template is None:
+        raise UsageError(f"{name} is a base model and knows no conversation to leave anything out of", "leave it out")
     if instruction is not None:
         check_instruction(instruction)
     if system is not None and manifest.template is None:
@@ -176,6 +183,7 @@ def _identity(
     system: str | None,
     engine: WorkerEngine,
     options: dict[str, Any],
+    overflow: Overflow,
 ) -> dict[str, Any]:
     """Inputs that determine the answers; workers and machines do not."""
     return {
@@ -188,4 +196,4 @@ def _identity(
         "settings": dict(engine.settings),
         "batching": engine.batching,
         "options": options,
-    }
+    } | ({} if overflow == OVERFLOW else {"overflow": overflow})  # so that journals of before it still fit

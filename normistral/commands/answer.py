@@ -26,6 +26,7 @@ from normistral.errors import NormistralError, UsageError
 from normistral.files import explain, read_input
 from normistral.runtime.chunks import Chunk, Completion, FinishReason, Timings
 from normistral.runtime.options import DraftMode, GenerationConfig, require_applicable
+from normistral.runtime.overflow import LeftOut
 from normistral.runtime.structured.structure import MOST_BYTES, Structure
 from normistral.text_input import decode_text
 
@@ -140,9 +141,19 @@ def require_reasoning(
 
 
 def print_answer(
-    chunks: Iterable[Chunk], *, as_json: bool, stats: bool, hide_reasoning: bool, warn_if_cut_off: bool = True
+    chunks: Iterable[Chunk],
+    *,
+    as_json: bool,
+    stats: bool,
+    hide_reasoning: bool,
+    warn_if_cut_off: bool = True,
+    left_out: LeftOut | None = None,
 ) -> Completion:
-    """Print an answer while it comes (as JSON: when it is whole), its reasoning and what it is not on stderr."""
+    """Print an answer while it comes (as JSON: when it is whole), its reasoning and what it is not on stderr.
+
+    Args:
+        left_out: of the conversation that is answered.
+    """
     writer, gathered = AnswerWriter(None if hide_reasoning else sys.stderr), []
     try:
         for chunk in chunks:
@@ -153,7 +164,7 @@ def print_answer(
         writer.end()
     completion = Completion.from_chunks(gathered)
     if as_json:
-        print_json(completion_document(completion))
+        print_json(completion_document(completion, left_out))
     if not warn_if_cut_off:
         pass
     elif completion.reasoning_open and not completion.text:
@@ -188,7 +199,7 @@ def describe_missing_answer(finish_reason: FinishReason) -> str:
     )
 
 
-def completion_document(completion: Completion) -> dict[str, Any]:
+def completion_document(completion: Completion, left_out: LeftOut | None = None) -> dict[str, Any]:
     """A whole answer for programs; times in seconds."""
     return {
         "text": completion.text,
@@ -196,6 +207,7 @@ def completion_document(completion: Completion) -> dict[str, Any]:
         "reasoning_open": completion.reasoning_open,
         "finish_reason": completion.finish_reason,
         "token_ids": list(completion.token_ids),
+        "left_out": None if left_out is None else left_out.document(),
         "timings": asdict(completion.timings) | {"tokens_per_s": completion.timings.tokens_per_s},
     }
 

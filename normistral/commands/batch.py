@@ -12,8 +12,17 @@ import typer
 
 from normistral.commands.answer import read_structure
 from normistral.commands.console import decode_argument, print_json, say, warn
-from normistral.commands.options import ArtifactName, Debug, EngineArgs, SamplingArgs, StructureArgs, given
+from normistral.commands.options import (
+    ArtifactName,
+    Debug,
+    EngineArgs,
+    OverflowPolicy,
+    SamplingArgs,
+    StructureArgs,
+    given,
+)
 from normistral.commands.progress import show_progress
+from normistral.runtime.overflow import OVERFLOW
 from normistral.server.backends.settings import Batching
 
 
@@ -51,6 +60,7 @@ def batch(
         Batching,
         typer.Option(help="auto computes many answers together where the engine can; off writes one after the other."),
     ] = "auto",
+    overflow: OverflowPolicy = OVERFLOW,
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT.")] = False,
     *,
     engine: EngineArgs,
@@ -81,6 +91,7 @@ def batch(
             system=decoded(system),
             engine=named,
             workers=Workers(workers, threads, ray),
+            overflow=overflow,
             force=force,
             progress=progress,
             **options,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -28,6 +28,7 @@ from normistral.commands.options import (
     EngineArgs,
     Greedy,
     HideReasoning,
+    OverflowPolicy,
     Prompt,
     SamplingArgs,
     Stats,
@@ -36,6 +37,7 @@ from normistral.commands.options import (
     complete_artifact,
 )
 from normistral.errors import UsageError
+from normistral.runtime.overflow import OVERFLOW
 
 
 def chat(
@@ -55,10 +57,7 @@ def chat(
             metavar="FILE", help="Go on with the conversation that this file holds, if it is there, and save it there."
         ),
     ] = None,
-    overflow: Annotated[
-        Literal["error", "drop-oldest"],
-        typer.Option(help="When the conversation outgrows the context: stop, or leave out the oldest exchanges."),
-    ] = "error",
+    overflow: OverflowPolicy = OVERFLOW,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Do not remember messages for the next session.")
     ] = False,
@@ -121,8 +120,12 @@ def chat(
 
             conversation = open_conversation(model, session, system, overflow)
         if message is not None:
+            chunks = conversation.stream(message, **options)
+            if conversation.left_out is not None:
+                console.warn(conversation.left_out.describe())
             completion = print_answer(
-                conversation.stream(message, **options),
+                chunks,
+                left_out=conversation.left_out,
                 as_json=as_json,
                 stats=stats,
                 hide_reasoning=hide_reasoning,

@@ -57,6 +57,7 @@ def _describe_cost(preset: Preset) -> str:
     """Download size and time of an export, in words."""
     if preset.repository is None:
         return f"It can be made from the package {preset.package}, which takes about a minute."
-    size = "" if preset.parameters is None else format_bytes(_STORED_BYTES * preset.parameters)
-    amount = f"{size} from " if size else ""
-    return f"Making it downloads {amount}{preset.repository} and takes up to an hour; then it starts in seconds."
+    if preset.parameters is None:
+        return f"Making it downloads {preset.repository} and takes up to an hour; then it starts in seconds."
+    size, source = _STORED_BYTES * preset.parameters, preset.repository
+    return f"Making it downloads {format_bytes(size)} from {source} and takes up to an hour; then it starts in seconds."

@@ -24,6 +24,7 @@ from normistral.commands.console import decode_argument
 from normistral.errors import UsageError
 from normistral.runtime.engines.settings import EngineConfig, parse_settings
 from normistral.runtime.options import NUMERIC_OPTIONS, DraftMode, default_of, refuse_draft_table
+from normistral.runtime.overflow import OVERFLOW_HELP, Overflow
 
 # Groups of options in the help.
 SAMPLING, FORM, ENGINE, OUTPUT = "How to write", "Form of the answer", "Engine", "What is shown"
@@ -166,6 +167,7 @@ Verbose = Annotated[
         "--verbose", help="Show the details as well.", callback=_remember_verbose, is_eager=True, rich_help_panel=OUTPUT
     ),
 ]
+OverflowPolicy = Annotated[Overflow, typer.Option("--overflow", help=OVERFLOW_HELP)]
 JsonFile = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - is stdout, without the table."),

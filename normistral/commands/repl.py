@@ -156,7 +156,10 @@ class Repl:
         thinking = thought = answered = False
         try:
             with _interruptible(self._chat.cancel) as interrupted:
+                before = self._chat.left_out
                 stream = self._chat.stream(message, **self._options)
+                if self._chat.left_out not in (None, before):
+                    warn(self._chat.left_out.describe())
                 if interrupted():  # before there was anything to cancel: nothing was sent
                     return
                 for chunk in stream:
@@ -271,8 +274,8 @@ class Repl:
             ("messages", f"{len(self._chat.messages)} in this conversation"),
             ("room", f"{left:,} of {length:,} tokens are left; a token is a short word or a part of one"),
         ]
-        if self._chat.dropped:
-            rows.append(("left out", f"the oldest {self._chat.dropped} messages, for lack of room"))
+        if self._chat.left_out is not None:
+            rows.append(("left out", self._chat.left_out.describe()))
         if self._options:
             rows.append(("options", ", ".join(f"{key} {value}" for key, value in self._options.items())))
         if last is not None:
@@ -324,4 +327,4 @@ def _interruptible(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
 def _room_hint(chat: Chat) -> str:
     if len(chat.messages) < 2:
         return "shorten the message"
-    return "/undo takes back the last exchange, /reset begins anew; --overflow drop-oldest forgets old turns by itself"
+    return "/undo takes back the last exchange, /reset begins anew; --overflow says what else may be left out"

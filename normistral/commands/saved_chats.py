@@ -17,8 +17,9 @@ from normistral.errors import NormistralError, UsageError
 from normistral.files import atomic_save, checked, explain, read_file, require_place
 
 if TYPE_CHECKING:
-    from normistral.runtime.chat import Chat, Overflow
+    from normistral.runtime.chat import Chat
     from normistral.runtime.model import Model
+    from normistral.runtime.overflow import Overflow
 
 _FORMAT = "normistral-chat"
 _VERSION = 1

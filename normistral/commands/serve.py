@@ -16,11 +16,13 @@ from normistral.commands.options import (
     AsJson,
     Debug,
     EngineArgs,
+    OverflowPolicy,
     Verbose,
     complete_artifact,
     given,
 )
 from normistral.errors import MissingExtraError, UsageError, install_extra
+from normistral.runtime.overflow import OVERFLOW
 from normistral.server.backends.settings import Batching
 from normistral.server.limits import ServerLimits
 
@@ -78,6 +80,7 @@ def serve(
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Tokens of an answer. Default: what fits.")
     ] = None,
+    overflow: OverflowPolicy = OVERFLOW,
     max_choices: Annotated[int, typer.Option(metavar="N", min=1, help="Answers to one request.")] = _LIMITS.choices,
     max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Answers under way, in all.")] = _LIMITS.jobs,
     max_queue_per_key: Annotated[
@@ -124,6 +127,7 @@ def serve(
         queue_s=queue_seconds,
         request_s=request_seconds,
         grace_s=grace_seconds,
+        overflow=overflow,
     )
     settings = engine.settings
     _require_extra()

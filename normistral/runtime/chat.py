@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from normistral.artifact.chat_template import ChatTemplate, strings_in
 from normistral.artifact.tokenizer import require_unicode
@@ -15,18 +14,24 @@ from normistral.errors import UsageError
 from normistral.progress import OnBytes, ignore_bytes
 from normistral.runtime.chunks import Chunk, Completion, ToolCall
 from normistral.runtime.options import GenerationConfig
+from normistral.runtime.overflow import (
+    Fitted,
+    LeftOut,
+    Overflow,
+    answer_room,
+    count_turns,
+    fit_conversation,
+    require_overflow,
+    room_hint,
+    without_oldest,
+)
 from normistral.runtime.runner import NonBlockingLock, Runner
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.session_file import SavedMessage
 from normistral.runtime.sessions import restore_sequence, save_sequence
 from normistral.runtime.tools import ToolCallParser, read_tools, tool_structure
 
-logger = logging.getLogger(__name__)
-
-Overflow = Literal["error", "drop-oldest"]
 Message = dict[str, Any]
-
-_ANSWER_SHARE = 4  # "drop-oldest" keeps at least a quarter of the context for the answer, if it may be that long
 
 
 class Chat:
@@ -40,13 +45,14 @@ class Chat:
         messages: the conversation so far, as {"role": ..., "content": ...}; read it, and change it with the methods.
             Answers that called tools have "tool_calls" too, and results "tool_call_id", as in OpenAI's API.
         dropped: messages left out of the model's view by "drop-oldest", in all. They stay in `messages`.
+        left_out: what the last prompt lacked of the conversation, by `overflow`; None if it was whole.
     """
 
     def __init__(self, runner: Runner, template: ChatTemplate, system: str | None, overflow: Overflow) -> None:
-        if overflow not in get_args(Overflow):
-            raise UsageError(f"no policy {overflow!r}", f"overflow is one of: {', '.join(get_args(Overflow))}")
+        require_overflow(overflow)
         self.messages: list[Message] = []
         self.dropped = 0
+        self.left_out: LeftOut | None = None
         self._runner = runner
         self._template = template
         self._overflow = overflow
@@ -58,9 +64,11 @@ class Chat:
     @property
     def context_left(self) -> int:
         """Tokens that the next message and its answer may take together; never below 0."""
-        visible = self._visible(self.messages)
+        visible, context = without_oldest(self.messages, self.dropped), self._runner.context_length
         used = len(self._template.encode(visible, add_generation_prompt=False)) if visible else 0
-        return max(0, self._runner.context_length - used)
+        if self._overflow == "cut-middle":  # then there is always room
+            used = min(used, context - answer_room(context, context))
+        return max(0, context - used)
 
     def send(self, message: str | Mapping[str, str], **options: Any) -> Completion:
         """Send a message and wait for the whole answer; arguments and errors as in `stream`."""
@@ -112,8 +120,9 @@ class Chat:
         if known and tool_choice != "none":
             parser = ToolCallParser(self._template.tool_format, certain=tool_choice != "auto")
             described = [tool.described for tool in known]
-        dropped, prompt_ids = self._fit([*self.messages, *asked], config, described)
-        return self._answer(asked, dropped, prompt_ids, config, parser)
+        fitted = self._fit([*self.messages, *asked], config, described)
+        self.left_out = fitted.left_out
+        return self._answer(asked, fitted.dropped, fitted.prompt_ids, config, parser)
 
     def cancel(self) -> None:
         """Stop the running answer within one token; may be called from any thread or a signal handler."""
@@ -141,7 +150,7 @@ class Chat:
         if last_user is None:
             return False
         del self.messages[last_user:]
-        self.dropped = min(self.dropped, len(self._turns(self.messages)))
+        self.dropped = min(self.dropped, count_turns(self.messages))
         return True
 
     def replace(self, messages: Sequence[Mapping[str, Any]]) -> None:
@@ -209,7 +218,7 @@ class Chat:
         with self._busy.held():
             header, self._sequence = restore_sequence(self._runner, path, "chat", on_bytes)
             self.messages = [message.as_message for message in header.messages]
-            self.dropped = min(header.dropped, len(self._turns(self.messages)))
+            self.dropped = min(header.dropped, count_turns(self.messages))
 
     def close(self) -> None:
         """Free this chat's KV cache; the chat can still be used, and then computes it anew."""
@@ -262,46 +271,19 @@ class Chat:
 
     def _fit(
         self, messages: list[Message], config: GenerationConfig, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> tuple[int, list[int]]:
-        """Token ids of the prompt that fits, and how many messages had to be left out for it."""
+    ) -> Fitted:
+        """The prompt, without what the policy leaves out; raises ContextLengthError where that is not enough."""
         context = self._runner.context_length
-        prompt_ids = self._template.encode(self._visible(messages), tools=tools)
-        if self._overflow == "error":
-            self._require_fit(len(prompt_ids))
-            return self.dropped, prompt_ids
-        answer_room = min(config.max_new_tokens, context // _ANSWER_SHARE)
-        dropped = self.dropped
-        while len(prompt_ids) + answer_room > context:
-            exchange = self._first_exchange(messages, dropped)
-            if exchange == 0:  # only the new message is left
-                self._require_fit(len(prompt_ids))
-                break
-            dropped += exchange
-            prompt_ids = self._template.encode(self._visible(messages, dropped), tools=tools)
-        if dropped > self.dropped:
-            logger.warning("left out the oldest %d messages: the context is full", dropped)
-        return dropped, prompt_ids
-
-    def _require_fit(self, tokens: int) -> None:
-        self._runner.require_fit(
-            tokens,
-            "the conversation",
-            "shorten the message, reset or undo, or choose the policy that drops the oldest turns "
-            "(--overflow drop-oldest)",
+        fitted = fit_conversation(
+            messages,
+            lambda part: self._template.encode(part, tools=tools),
+            self._runner.tokenizer,
+            self._overflow,
+            context - answer_room(context, config.max_new_tokens),
+            self.dropped,
         )
-
-    def _visible(self, messages: list[Message], dropped: int | None = None) -> list[Message]:
-        """Messages that the model sees: a leading system message, then the turns without the first `dropped`."""
-        turns = self._turns(messages)
-        return messages[: len(messages) - len(turns)] + turns[self.dropped if dropped is None else dropped :]
-
-    def _turns(self, messages: list[Message]) -> list[Message]:
-        return messages[1:] if messages and messages[0]["role"] == "system" else messages
-
-    def _first_exchange(self, messages: list[Message], dropped: int) -> int:
-        """Length of the oldest visible exchange: messages up to the next user message; 0 if it is the last."""
-        turns = self._turns(messages)[dropped:]
-        return next((i for i in range(1, len(turns)) if turns[i]["role"] == "user"), 0)
+        self._runner.require_fit(len(fitted.prompt_ids), "the conversation", room_hint(self._overflow))
+        return fitted
 
 
 def _require_calls(calls: Any) -> None:

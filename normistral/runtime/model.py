@@ -9,10 +9,11 @@ from typing import Any, Self
 
 from normistral.errors import ContextLengthError, UsageError
 from normistral.progress import OnBytes, ignore_bytes
-from normistral.runtime.chat import Chat, Overflow
+from normistral.runtime.chat import Chat
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.interpreter_exit import computing
 from normistral.runtime.options import GenerationConfig
+from normistral.runtime.overflow import Overflow
 from normistral.runtime.prefix import Prefix
 from normistral.runtime.runner import Prompt, Runner
 from normistral.runtime.sampling import TokenScores, score_tokens
@@ -54,7 +55,8 @@ class Model(Runner):
         Args:
             system: system message, or None for the template's own default.
             overflow: what to do when the conversation outgrows the context: "error" raises; "drop-oldest" leaves out
-                whole exchanges from the beginning and counts them in `Chat.dropped`.
+                whole exchanges from the beginning, "cut-middle" the middle of the longest messages. `Chat.left_out`
+                says how many tokens, and from where.
 
         Raises:
             UsageError: this is a base model, or a wrong `overflow`.

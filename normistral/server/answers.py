@@ -8,6 +8,7 @@ from typing import Any
 
 from normistral.errors import UsageError
 from normistral.runtime.chunks import Chunk, ToolCall
+from normistral.runtime.overflow import OVERFLOW, LeftOut, Overflow
 from normistral.runtime.tools import CallDelta, Tool, ToolCallParser, read_tools, tool_structure
 from normistral.server.generation import SequenceOutput
 from normistral.server.model_handler import ModelHandler
@@ -78,8 +79,10 @@ async def read_parts(
         yield AnswerPart(index, chunk, text, calls, certain, reason)
 
 
-def prepare_chat(handler: ModelHandler, body: ChatCompletionRequest) -> list[tuple[list[int], Any]]:
-    """Prompt and options of a conversation.
+def prepare_chat(
+    handler: ModelHandler, body: ChatCompletionRequest, overflow: Overflow = OVERFLOW
+) -> tuple[list[tuple[list[int], Any]], LeftOut | None]:
+    """Prompt and options of a conversation, and what the policy left out of it.
 
     Raises:
         NormistralError: the request cannot be answered.
@@ -100,13 +103,15 @@ def prepare_chat(handler: ModelHandler, body: ChatCompletionRequest) -> list[tup
         options["structure"] = structure
     if structure is not None and body.ignore_eos and tools and mode != "none":
         raise UsageError("ignore_eos would write on behind a call", "leave it out")
-    prompt_ids = handler.encode_chat(
+    prompt_ids, left_out = handler.fit_chat(
         [message.for_template() for message in body.messages],
+        overflow,
+        options,
         [tool.described for tool in tools] if mode != "none" else (),
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),
     )
-    return [(prompt_ids, handler.resolve(options, len(prompt_ids)))]
+    return [(prompt_ids, handler.resolve(options, len(prompt_ids)))], left_out
 
 
 def make_parsers(handler: ModelHandler, body: ChatCompletionRequest, answers: int) -> list[ToolCallParser]:

@@ -164,7 +164,7 @@ async def gather_chat(
 ) -> dict[str, Any]:
     """Response body of /v1/chat/completions."""
     answers = [ChatAnswer() for _ in range(choices)]
-    counter = UsageCounter(choices)
+    counter = UsageCounter(choices, header.left_out)
     async for part in parts:
         counter.add(part.choice, part.chunk)
         answers[part.choice].add(part)
@@ -180,7 +180,7 @@ async def stream_chat(
 ) -> AsyncIterator[dict[str, Any]]:
     """Stream events of /v1/chat/completions: role, deltas, finish reason; `usage` adds a final event."""
     kind, no_usage = "chat.completion.chunk", {"usage": None} if usage else {}
-    counter = UsageCounter(choices)
+    counter = UsageCounter(choices, header.left_out)
     begun: set[int] = set()
     async for part in parts:
         index, chunk = part.choice, part.chunk

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from pydantic import ValidationError
 
 from normistral.runtime.options import GenerationConfig
+from normistral.runtime.overflow import LeftOut
 from normistral.runtime.tools import ToolCallParser
 from normistral.server.answers import AnswerPart, make_parsers, prepare_chat, read_parts
 from normistral.server.errors import ApiError, describe_validation
@@ -30,6 +31,7 @@ class Conversation:
         request_id: of the HTTP request.
         choices: answers.
         prompt_tokens: of the rendered conversation.
+        left_out: what the policy left out of it.
         created: when it came, in seconds since 1970.
     """
 
@@ -41,6 +43,7 @@ class Conversation:
     config: GenerationConfig
     generation: Generation
     parsers: Sequence[ToolCallParser]
+    left_out: LeftOut | None = None
     created: float = field(default_factory=time.time)
 
     def parts(self) -> AsyncIterator[AnswerPart]:
@@ -66,11 +69,14 @@ async def open_conversation(request: Request, body: ChatCompletionRequest) -> Co
     if body.continue_final_message and (body.add_generation_prompt or body.messages[-1].role != "assistant"):
         message = "continue_final_message goes on inside a last message of the assistant"
         raise ApiError(400, message, "leave add_generation_prompt out", param="continue_final_message")
-    prompts = await service.prepare(model, choices, request, prepare_chat, model.handler, body)
+    overflow = body.overflow or service.limits.overflow
+    prompts, left_out = await service.prepare(model, choices, request, prepare_chat, model.handler, body, overflow)
     ((prompt_ids, config),) = prompts
     parsers = make_parsers(model.handler, body, choices)
     generation = service.generation(model, prompts, choices, request.state)
-    return Conversation(request.state.request_id, body, model, choices, len(prompt_ids), config, generation, parsers)
+    return Conversation(
+        request.state.request_id, body, model, choices, len(prompt_ids), config, generation, parsers, left_out
+    )
 
 
 def as_chat(fields: dict[str, Any]) -> ChatCompletionRequest:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 from normistral.errors import UsageError
+from normistral.runtime.overflow import OVERFLOW, Overflow, require_overflow
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 LINGER_S = 2.0  # for the sender of a refused request to read that, before a reset takes it away
@@ -45,6 +46,7 @@ class ServerLimits:
         keep_alive_s: between two requests.
         backlog: steps that may wait for a reader, beyond what the system's buffers hold; then likewise.
         grace_s: for answers under way once the server is told to stop.
+        overflow: of requests that do not say what to do where a conversation is longer than the context.
     """
 
     body_bytes: int = MIB
@@ -67,12 +69,14 @@ class ServerLimits:
     keep_alive_s: float = 30.0
     backlog: int = 1024
     grace_s: float = 30.0
+    overflow: Overflow = OVERFLOW
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a limit below 1."""
+        """Raises UsageError for a limit below 1, or no policy."""
+        require_overflow(self.overflow)
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not value > 0:
+            if value is not None and not isinstance(value, str) and not value > 0:
                 raise UsageError(f"the limit {field.name} must be above 0, not {value}", "leave it out for the default")
 
     def context_of(self, context_length: int) -> int:

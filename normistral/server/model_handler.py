@@ -17,6 +17,7 @@ from normistral.errors import ContextLengthError, UsageError
 from normistral.runtime.detokenizer import spell_vocabulary
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.runtime.options import GenerationConfig, encode_breakers, require_applicable, resolve_options
+from normistral.runtime.overflow import LeftOut, Overflow, answer_room, fit_conversation
 from normistral.runtime.structured.constraint import StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.server.backends.settings import BatchSettings
@@ -112,6 +113,30 @@ class ModelHandler:
         template = self.require_template()
         self._require_possible("".join((*strings_in(messages), *strings_in(tools))))
         return self._fitting(template.encode(messages, tools=tools, **how))
+
+    def fit_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        overflow: Overflow,
+        options: dict[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
+        **how: bool,
+    ) -> tuple[list[int], LeftOut | None]:
+        """Token ids of a conversation as `encode_chat` gives them, and what the policy left out of it.
+
+        Args:
+            options: of the request; they say how much room the answer may need.
+            tools, how: as `ChatTemplate.encode` takes them.
+        """
+        if overflow == "error":
+            return self.encode_chat(messages, tools, **how), None
+        template = self.require_template()
+        most = min(resolve_options(self.manifest.sampling, options).max_new_tokens, self.new_tokens)
+        limit = self.context_length - answer_room(self.context_length, most)
+        fitted = fit_conversation(
+            messages, lambda part: template.encode(part, tools=tools, **how), self.tokenizer, overflow, limit
+        )
+        return self._fitting(fitted.prompt_ids), fitted.left_out
 
     def encode_text(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt for completion.

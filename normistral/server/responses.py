@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from normistral.runtime.chunks import Chunk, FinishReason
+from normistral.runtime.overflow import LeftOut
 from normistral.server.model_handler import ModelHandler
 
 ApiFinishReason = Literal["stop", "length", "tool_calls"]
@@ -96,6 +97,22 @@ class CompletionDetails(BaseModel):
     reasoning_tokens: int
 
 
+class LeftOutCut(BaseModel):
+    """Characters [start, end) of a message, counted from 0."""
+
+    message: int
+    start: int
+    end: int
+
+
+class LeftOutDetails(BaseModel):
+    """What the prompt lacks of the conversation: tokens in all, the first and last message left out whole, and cuts."""
+
+    tokens: int
+    messages: list[int] | None
+    cuts: list[LeftOutCut]
+
+
 class Usage(BaseModel):
     """Tokens of a request."""
 
@@ -104,6 +121,7 @@ class Usage(BaseModel):
     total_tokens: int
     prompt_tokens_details: PromptDetails
     completion_tokens_details: CompletionDetails
+    left_out: LeftOutDetails | None = Field(None, description="Only where `overflow` left something out.")
 
 
 class ChatCompletion(BaseModel):
@@ -180,9 +198,11 @@ class UsageCounter:
 
     Attributes:
         choices: answers to one prompt; the prompt counts once for all of them.
+        left_out: of the conversation.
     """
 
     choices: int
+    left_out: LeftOut | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -207,7 +227,7 @@ class UsageCounter:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
-        }
+        } | ({} if self.left_out is None else {"left_out": self.left_out.document()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +236,14 @@ class ResponseHeader:
 
     Attributes:
         fingerprint: gives the `system_fingerprint`, once the model has begun to answer.
+        left_out: of the conversation.
     """
 
     id: str
     handler: ModelHandler
     fingerprint: Callable[[], str | None]
     created: int = field(default_factory=lambda: int(time.time()))
+    left_out: LeftOut | None = None
 
     def wrap(self, kind: str, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """An answer or event."""

@@ -39,7 +39,12 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     """Answer a conversation."""
     asked = await open_conversation(request, body)
     model = asked.model
-    header = ResponseHeader(f"chatcmpl-{asked.request_id}", model.handler, lambda: model.fingerprint(asked.config))
+    header = ResponseHeader(
+        f"chatcmpl-{asked.request_id}",
+        model.handler,
+        lambda: model.fingerprint(asked.config),
+        left_out=asked.left_out,
+    )
     logprobs, each = bool(body.logprobs), asked.choices
     if body.stream:
         usage = _wants_usage(body)

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import core_schema
 
 from normistral.runtime.options import NUMERIC_OPTIONS
+from normistral.runtime.overflow import OVERFLOW_HELP, Overflow
 from normistral.runtime.tools import MOST_TOOLS
 
 _STOPS = 16
@@ -329,6 +330,7 @@ class ChatCompletionRequest(CommonRequest):
         "that no limit.",
     )
     chat_template_kwargs: ChatTemplateOptions | None = None
+    overflow: Overflow | None = Field(None, description=f"Extension. {OVERFLOW_HELP} Default: the server's.")
     add_generation_prompt: Annotated[
         bool | None, Field(description="Extension: false lets the model go on behind the last message as it is.")
     ] = None

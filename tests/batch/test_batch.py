@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tiny_models import VOCABULARY
 
 import normistral.batch.answerers
 import normistral.batch.run
+from normistral.artifact.chat_template import ChatTemplate
 from normistral.batch.answerers import ContinuousAnswerer, SequentialAnswerer
 from normistral.batch.documents import Row, check_instruction, fill, find_prompt, index_documents, read_document
 from normistral.batch.job import MOST_BEGINNINGS, BatchJob, WorkerEngine, Workers, answer_part, cut_parts
@@ -77,8 +79,8 @@ def echo(tmp_path, monkeypatch):
         model = make_model(tmp_path / "tokenizer", next_logits)
         chat = model.chat
 
-        def watched():
-            watched_chat = chat()
+        def watched(**how):
+            watched_chat = chat(**how)
             send = watched_chat.send
 
             def sent(message, **options):
@@ -582,3 +584,39 @@ def test_a_structure_belongs_to_the_job_and_holds_for_every_answer(tmp_path):
         pass
     with open_journal(tmp_path / "b.jsonl", identity):  # and is the same when it is asked again
         pass
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_documents_longer_than_the_context(tmp_path, artifact, echo, monkeypatch, together):
+    """Refused, or without their middle: the row says how many tokens, and from where."""
+    text = "Snøen falt tett over fjellet. " * 40
+    source = write_lines(tmp_path / "in.jsonl", {"id": 1, "text": text}, {"id": 2, "text": "Kort."})
+    rows, tokenizer = index_documents(source).rows, make_tokenizer(tmp_path / "t")
+
+    def answers(overflow):
+        options = {"max_new_tokens": 9}
+        job = BatchJob(artifact, source, tmp_path, "run", "{text}\nHva falt?", None, options, overflow)
+        if together:
+            handler = ModelHandler("tiny", artifact, make_manifest(context_length=400), tokenizer, 400, 399, load=None)
+            handler = replace(handler, template=ChatTemplate(make_manifest().template, tokenizer))
+            answerer = ContinuousAnswerer(job, Juggler(tokenizer), handler, slots=3)
+        else:
+            answerer = SequentialAnswerer(job, WorkerEngine())
+        return {line["id"]: line for line in answerer.answer_all(rows, lambda row: None)}
+
+    refused = answers("error")
+    assert refused[1]["error"]["type"] == "ContextLengthError"
+    cut = answers("cut-middle")
+    (place,) = cut[1]["left_out"]["cuts"]
+    assert place["message"] == 0
+    assert 0 < place["start"] < place["end"] < len(text)
+    assert cut[1]["prompt_tokens"] < 400 < cut[1]["prompt_tokens"] + cut[1]["left_out"]["tokens"]
+    assert "left_out" not in cut[2]
+
+
+def test_a_policy_is_part_of_what_a_job_asks_for(tmp_path, artifact, echo):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "Snø " * 200})
+    summary = run_batch(artifact, source, tmp_path / "out.jsonl", overflow="cut-middle", max_new_tokens=9)
+    assert summary.failed == 0
+    with pytest.raises(UsageError, match="no policy"):
+        run_batch(artifact, source, tmp_path / "b.jsonl", overflow="forget")

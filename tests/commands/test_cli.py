@@ -601,3 +601,25 @@ def test_a_stage_without_a_total_shows_the_time_that_it_took():
 )
 def test_durations(seconds, expected):
     assert format_duration(seconds) == expected
+
+
+def test_what_is_left_out_of_a_long_document_is_said(tmp_path):
+    make_artifact(tmp_path / "mitt")
+    long = ("Snøen falt tett over fjellet. " * 40 + "Hva falt?").encode()
+    chat = ("chat", tmp_path / "mitt", "--max-new-tokens", "9")
+    refused = run(tmp_path, *chat, stdin=long)
+    assert refused.returncode == 1
+    assert b"--overflow drop-oldest or cut-middle" in refused.stderr
+    cut = run(tmp_path, *chat, "--overflow", "cut-middle", stdin=long)
+    assert cut.returncode == 0
+    line = cut.stderr.decode().splitlines()[0]
+    told = re.fullmatch(
+        r"warning: ([\d,]+) tokens are left out for lack of room: characters ([\d,]+) to ([\d,]+) of message 1", line
+    )
+    assert told, line
+    document = json.loads(run(tmp_path, *chat, "--overflow", "cut-middle", "--json", stdin=long).stdout)
+    assert f"{document['left_out']['tokens']:,}" == told[1]
+    assert [f"{document['left_out']['cuts'][0][end]:,}" for end in ("start", "end")] == [told[2], told[3]]
+    in_bokmaal = run(tmp_path, *chat, "--overflow", "cut-middle", stdin=long, env={"NORMISTRAL_LANG": "nb"}).stderr
+    assert "tokener er utelatt av plassmangel: tegn" in in_bokmaal.decode()
+    assert json.loads(run(tmp_path, *chat, "--json", stdin=b"Hei").stdout)["left_out"] is None

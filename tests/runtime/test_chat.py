@@ -6,6 +6,7 @@ from tiny_models import VOCABULARY
 
 from normistral.errors import BusyError, ContextLengthError, UsageError
 from normistral.runtime.engines.scripted import random_logits
+from normistral.runtime.overflow import without_oldest
 
 
 def test_turns_are_answered_and_remembered(tmp_path):
@@ -83,7 +84,7 @@ def test_drop_oldest_leaves_out_whole_exchanges_and_counts_them(tmp_path):
     assert chat.dropped > 0
     assert chat.dropped % 2 == 0
     assert len(chat.messages) == 13  # nothing is lost, only left out
-    last_prompt = chat._template.encode(chat._visible(chat.messages[:-1]))
+    last_prompt = chat._template.encode(without_oldest(chat.messages[:-1], chat.dropped))
     text = model.tokenizer.decode(last_prompt, skip_special_tokens=False)
     assert text.startswith("<|im_start|> system\nS<|im_end|>")
     assert "melding 0" not in text

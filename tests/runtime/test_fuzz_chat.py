@@ -45,7 +45,7 @@ class Conversations(RuleBasedStateMachine):
         self.judge.close()
         shutil.rmtree(self.folder)
 
-    @rule(target=chats, system=st.none() | texts, overflow=st.sampled_from(["error", "drop-oldest"]))
+    @rule(target=chats, system=st.none() | texts, overflow=st.sampled_from(["error", "drop-oldest", "cut-middle"]))
     def start(self, system, overflow):
         chat = self.model.chat(system=system, overflow=overflow)
         messages = [] if system is None else [{"role": "system", "content": system}]
@@ -165,7 +165,7 @@ class Conversations(RuleBasedStateMachine):
         self.saved[path] = (messages, chat.dropped)
         return path
 
-    @rule(target=chats, path=files, overflow=st.sampled_from(["error", "drop-oldest"]))
+    @rule(target=chats, path=files, overflow=st.sampled_from(["error", "drop-oldest", "cut-middle"]))
     def restore(self, path, overflow):
         chat = self.model.restore_chat(path, overflow=overflow)
         messages, dropped = self.saved[path]
