@@ -58,7 +58,8 @@ test: $(VENV)/.ready-dev
 	@$(RUN) -m pytest --numprocesses=$(TESTERS) --dist=worksteal $(ARGS)
 
 # The page is tried against a scripted server, and against the real one with the demo model. The driver has an
-# environment of its own, which never downloads a browser.
+# environment of its own, which never downloads a browser, and finds the package's requirements in the tests' one.
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 test-browser: $(DEMO)/normistral.json $(VENV)/.ready-dev .venv-browser/.ready
 	@NORMISTRAL="$(VENV)/bin/normistral" ARTIFACT="$(DEMO)" PYTHONPATH=. \
 		.venv-browser/bin/python -m pytest --confcutdir=tests/browser tests/browser/check_page.py $(ARGS)
@@ -67,6 +68,7 @@ test-browser: $(DEMO)/normistral.json $(VENV)/.ready-dev .venv-browser/.ready
 	@echo "installing the browser's driver into .venv-browser" >&2
 	@rm -rf .venv-browser && $(RUN) -m venv .venv-browser >&2
 	@.venv-browser/bin/python -m pip install --quiet playwright==1.65.2 "pytest>=9,<10" >&2
+	@$(RUN) -c '$(PURELIB)' > "$$(.venv-browser/bin/python -c '$(PURELIB)')/dev.pth"
 	@touch $@
 
 test-clients: $(VENV)/.ready-clients $(DEMO)/normistral.json

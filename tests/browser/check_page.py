@@ -54,7 +54,7 @@ def server():
 
 
 def send(page, text):
-    page.get_by_label("Skriv en melding").fill(text)
+    page.get_by_label(re.compile("Skriv en melding|Write a message")).fill(text)
     page.keyboard.press("Enter")
 
 
@@ -358,6 +358,35 @@ def test_an_answer_that_was_cut_off_says_why(open_page, server, tokens, says):
     expect(last(page).locator(".note")).to_contain_text(says)
 
 
+@pytest.mark.parametrize(("locale", "speed", "left"), [
+    ("nb-NO", r"\d,\d tokener/s", "1\xa0200 av 4\xa0000 tokener igjen"),
+    ("en-GB", r"\d\.\d tokens/s", "1,200 of 4,000 tokens left"),
+])  # fmt: skip
+def test_speed_and_room_are_told_below_the_answer(open_page, server, locale, speed, left):
+    more = Event()
+    page = open_page(server(Answer(["a ", "b ", more, "c"], total_tokens=2800), context_length=4000).url, locale=locale)
+    page.get_by_role("textbox").first.fill("Tell.")
+    page.keyboard.press("Enter")
+    expect(last(page).locator(".figures")).to_have_text(re.compile(rf"^[\d\s\xa0,.]*{speed}$"))
+    more.set()
+    expect(last(page).locator(".figures")).to_have_text(re.compile(rf"{speed} · {left}$"))
+    assert page.locator("#spoken").inner_text().count("token") == 0  # nobody wants that read out
+
+
+def test_what_to_leave_out_is_chosen_and_told(open_page, server):
+    chat = server(Answer(["Ja."]), Answer(["Nei."], left_out=1234))
+    page = open_page(chat.url)
+    send(page, "Hei")
+    done(page)
+    page.get_by_role("button", name="Innstillinger").click()
+    page.get_by_label("Når samtalen blir for lang").select_option("Utelat midten av de lengste meldingene")
+    page.get_by_role("button", name="Ferdig").click()
+    send(page, "Og nå?")
+    expect(last(page).locator(".note")).to_have_text("1\xa0234 tokener av samtalen er utelatt av plassmangel.")
+    assert ["overflow" in asked for asked in chat.asked] == [False, True]
+    assert chat.asked[1]["overflow"] == "cut-middle"
+
+
 def test_the_key_is_asked_for_and_kept_in_the_tab_only(open_page, server):
     chat = server(Answer(["Ja."]), Answer(["Igjen."]), key="hemmelig")
     page = open_page(chat.url)
@@ -463,16 +492,18 @@ LIST = (
 )
 
 
+@pytest.mark.parametrize("language", ["nb", "en"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE, NARROW], ids=["desktop", "phone", "narrow"])
-def test_it_fits_and_can_be_read(open_page, server, viewport, scheme):
+def test_it_fits_and_can_be_read(open_page, server, viewport, scheme, language):
     script = (
         Answer([EXPLANATION], reasoning=["Brukeren spør om plan- og bygningsloven. Jeg svarer kort."]),
         Answer([LIST], finish="length"),
         Refuse(429, "the queue is full: 16 requests are waiting", headers={"Retry-After": "12"}),
     )
-    page = open_page(server(*script).url, viewport=viewport, color_scheme=scheme)
-    name = f"{viewport['width']}-{scheme}"
+    locale = {"nb": "nb-NO", "en": "en-GB"}[language]
+    page = open_page(server(*script).url, viewport=viewport, color_scheme=scheme, locale=locale)
+    name = f"{viewport['width']}-{scheme}-{language}"
 
     def look(state):
         if folder := os.environ.get("SCREENSHOTS"):
@@ -483,7 +514,7 @@ def test_it_fits_and_can_be_read(open_page, server, viewport, scheme):
 
     expect(page.locator("#model-name")).to_have_text("demo")
     look("start")
-    page.get_by_role("button", name="Innstillinger").click()
+    page.get_by_role("button", name=re.compile("Innstillinger|Settings")).click()
     look("settings")
     page.keyboard.press("Escape")
     show_a_conversation(page)

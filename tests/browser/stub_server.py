@@ -36,6 +36,7 @@ class Answer:
     reasoning: Sequence[str | threading.Event] = ()
     finish: str = "stop"
     total_tokens: int = 20
+    left_out: int = 0  # tokens
     ending: str = "whole"
     gone: threading.Event = field(default_factory=threading.Event)
 
@@ -63,7 +64,8 @@ class Answer:
             handler.event({"error": {"message": "the engine failed", "type": "server_error", "code": None}})
         elif self.ending == "whole":
             handler.event({"choices": [{"index": 0, "delta": {}, "finish_reason": self.finish}]})
-            handler.event({"choices": [], "usage": {"total_tokens": self.total_tokens}})
+            left_out = {"left_out": {"tokens": self.left_out}} if self.left_out else {}
+            handler.event({"choices": [], "usage": {"total_tokens": self.total_tokens, **left_out}})
             handler.chunk(b"data: [DONE]\n\n")
         handler.chunk(b"")
 
@@ -87,10 +89,10 @@ class Refuse:
         handler.json(self.status, {"error": {"message": self.message, "type": "x", "code": self.code}}, self.headers)
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str, context_length: int) -> dict[str, Any]:
     """A model as the server tells of it."""
     role = "base" if name.endswith("-base") else "chat"
-    return {"id": name, "object": "model", "context_length": 400, "max_new_tokens": 300, "role": role}
+    return {"id": name, "object": "model", "context_length": context_length, "max_new_tokens": 300, "role": role}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -105,7 +107,10 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/models":
             if not self.server.listable.wait(WAIT_S) or self.server.key_is_missing(self):
                 return
-            self.json(200, {"object": "list", "data": [describe(name) for name in self.server.models]})
+            self.json(
+                200,
+                {"object": "list", "data": [describe(name, self.server.context_length) for name in self.server.models]},
+            )
         else:
             self.json(404, {"error": {"message": "no such path"}})
 
@@ -144,9 +149,16 @@ class StubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, script: Iterable[Answer | Refuse], models: Sequence[str] = ("demo",), key: str = "") -> None:
+    def __init__(
+        self,
+        script: Iterable[Answer | Refuse],
+        models: Sequence[str] = ("demo",),
+        key: str = "",
+        context_length: int = 400,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.models, self.key = deque(script), models, key
+        self.context_length = context_length
         self.asked: list[dict[str, Any]] = []
         self.listable = threading.Event()
         self.listable.set()

@@ -1,11 +1,13 @@
 """Captures of chat, /help, export and --help in tmux at 40, 80 and 120 columns; and no word in them is broken.
 
 python tests/scripts/show_terminal.py ARTIFACT [FOLDER]      writes each capture to FOLDER/NAME-COLUMNS.txt
+NORMISTRAL_LANG=nb python tests/scripts/show_terminal.py ...  in Bokmål
 
 A word is broken if a narrow terminal shows one that a very wide one does not show. The question is short: a line that
 somebody types is the line editor's, which breaks it anywhere.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -20,6 +22,13 @@ from tiny_models import QUIRKS, make_mistral
 
 WIDE, WIDTHS = 400, (40, 80, 120)
 PATIENCE_S = 300
+NORWEGIAN = os.environ.get("NORMISTRAL_LANG") == "nb"
+# Of the end of what a command shows; and words that a row of progress may hold.
+SPEED, SEARCHES, KNOWN, UNITS = (
+    ("tokener/s", r"søker\s+i\s+dem", r"kjent\s+fra\s+før", {"lag", "byte", "igjen"})
+    if NORWEGIAN
+    else ("tokens/s", r"searches\s+them", r"known\s+from\s+before", {"layers", "bytes", "left"})
+)
 SERVER = ["tmux", "-L", "normistral-captures"]
 
 
@@ -63,11 +72,11 @@ def capture(columns: int, artifact: str, checkpoint: Path, scratch: Path) -> dic
     chat = Window([*normistral, "chat", artifact, "--no-history", "--max-new-tokens", "80", "--draft", "off"], columns)
     chat.expect("(?m)^>")
     chat.type("Who were the Vikings?")
-    answer = chat.expect(r"tokens/s")[-1:]
+    answer = chat.expect(SPEED)[-1:]
     chat.type("/help")
-    listed = chat.expect(r"searches\s+them")[-1:]
+    listed = chat.expect(SEARCHES)[-1:]
     chat.type("/stats")
-    stats = chat.expect(r"known\s+from\s+before(?s:.*)known\s+from\s+before")[-1:]
+    stats = chat.expect(f"{KNOWN}(?s:.*){KNOWN}")[-1:]
     chat.close()
     output = scratch / f"tiny-{columns}"
     export = Window(
@@ -96,7 +105,7 @@ def main(artifact: str, folder: str | None = None) -> int:
         checkpoint = make_mistral(Path(scratch) / "tiny", **QUIRKS)
         whole = capture(WIDE, artifact, checkpoint, Path(scratch))
         # A row of progress may pass between two looks at the wide terminal: units are known beforehand.
-        known = {"layers", "bytes", "kB", "MB", "left", "s"}.union(*(words(screens) for screens in whole.values()))
+        known = {*UNITS, "kB", "MB", "s"}.union(*(words(screens) for screens in whole.values()))
         for columns in WIDTHS:
             for name, screens in capture(columns, artifact, checkpoint, Path(scratch)).items():
                 strange = {word for word in words(screens) - known if not set(word) <= set("0%:…/")}
