@@ -183,7 +183,7 @@ def _identity(
     system: str | None,
     engine: WorkerEngine,
     options: dict[str, Any],
-    overflow: Overflow,
+    overflow: Overflow = OVERFLOW,
 ) -> dict[str, Any]:
     """Inputs that determine the answers; workers and machines do not."""
     return {
