@@ -24,6 +24,7 @@ from normistral.export.checkpoint.config import read_json, sanitise_config
 from normistral.export.checkpoint.families import find_family
 from normistral.export.checkpoint.locate import Located
 from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
+from normistral.export.checkpoint.weights import find_weight_files, read_tensors
 from normistral.files import sha256_file
 from normistral.progress import NoProgress
 
@@ -273,6 +274,7 @@ def test_flipped_bits_in_a_header_never_pass_as_another_model(tmp_path: Path) ->
         damaged[rng.randrange(8 + length)] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
+            read_tensors(find_weight_files(folder))  # as below, before tokenizer and template are checked again
             open_folder(folder, tmp_path / f"workspace{trial}")
         except CheckpointError:
             refused += 1
@@ -364,6 +366,7 @@ def test_truncated_and_flipped_torch_files(tmp_path: Path) -> None:
         damaged[rng.choice((rng.randrange(2000), len(whole) - 1 - rng.randrange(3000)))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
+            read_tensors(find_weight_files(folder))  # as below, before tokenizer and template are checked again
             open_folder(folder, tmp_path / f"workspace{trial}")
         except CheckpointError:
             refused += 1
