@@ -1,4 +1,4 @@
-"""What drafting brings: tokens a second with and without, in turn on the same prompts.
+"""Speed of speculative decoding: tokens a second with and without drafts, alternating on the same prompts.
 
     python benchmarks/drafting.py prompts ARTIFACT [--tokens 128] [--repeats 5] [--exact] [--json FILE]
     python benchmarks/drafting.py replay ARTIFACT --rate 0.8 [--rate 0.5 ...] [--tokens 128] [--json FILE]

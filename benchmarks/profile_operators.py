@@ -1,8 +1,8 @@
-"""Where a prompt's and a token's time goes: seconds by operator, as the engine's own profiler tells them.
+"""Seconds by operator for a prompt and for decoding, by the engine's own profiler.
 
     python benchmarks/profile_operators.py ARTIFACT [--prompt 256] [--decode 24] [--json FILE]
 
-The engine has the settings that `normistral.load` gives it. "between" is what no operator accounts for: the engine's
+The engine has the settings that `normistral.load` gives it. "between" is time outside of operators: the engine's
 own bookkeeping, and ours. Profiling takes some time for each operator, so read shares.
 """
 

@@ -1,4 +1,4 @@
-"""How near to what the machine can do at all: prefill against multiply-adds, decoding against bytes read.
+"""Share of the machine's limits that is reached: prefill against multiply-adds, decoding against bytes read.
 
     cc -O3 -march=native -pthread benchmarks/peak_arithmetic.c -o PEAK
     python benchmarks/roofline.py PEAK ARTIFACT [ARTIFACT ...] [--repeats 10] [--prompt 256] [--decode 24] [--json FILE]

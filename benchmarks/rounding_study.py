@@ -1,4 +1,4 @@
-"""What rounding costs, as exact arithmetic: the rounded weights, as floats, in transformers float32.
+"""Loss of quantized weights in exact arithmetic: dequantized to floats, run by transformers in float32.
 
     python benchmarks/rounding_study.py MODEL --text en=FILE --text nb=FILE --json OUT [--cache FOLDER] \\
         [--artifact NAME=FOLDER ...] [--gguf NAME=FILE ...] [--onnx NAME=FOLDER ...]

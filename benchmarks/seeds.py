@@ -1,4 +1,4 @@
-"""One seeded request, asked again and again between other traffic: how many texts come of it, and what it costs.
+"""Repeatability of a seeded request between other traffic: number of distinct texts, and cost.
 
     python benchmarks/seeds.py ARTIFACT... --repeats 100 --output benchmarks/results/DATE-seeds.json
 

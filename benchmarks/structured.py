@@ -1,4 +1,4 @@
-"""Structured answers of a model: are they all valid or marked as cut off, and what do masks cost?
+"""Structured output: validity of the answers, and the cost of token masks.
 
     python benchmarks/structured.py ARTIFACT [--answers 200] [--most 256] [--seed 1] [--json FILE]
 

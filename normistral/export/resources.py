@@ -96,18 +96,18 @@ def estimate_calibration_bytes(architecture: Architecture, plan: QuantPlan) -> i
     layer = 4 * inner_weights(architecture) // architecture.layers
     states = 4 * CALIBRATION_TOKENS * hidden
     matrices = 3 * 4 * hidden * wide  # its weights are moved about as columns and given back as rows
-    rounding = layer + states + matrices
+    quantizing = layer + states + matrices
     if plan.method == "gptq":
         attention = architecture.heads * architecture.head_dim
-        rounding += 4 * (2 * hidden**2 + attention**2 + wide**2)  # second moments of all four kinds of inputs
-        rounding += 3 * 4 * wide**2  # in order, its Cholesky factor, that one's inverse
+        quantizing += 4 * (2 * hidden**2 + attention**2 + wide**2)  # second moments of all four kinds of inputs
+        quantizing += 3 * 4 * wide**2  # in order, its Cholesky factor, that one's inverse
     if plan.ratio == 1.0:
-        return rounding
+        return quantizing
     # Before that, the choice of what takes 8 bits: the states in front of every layer, a layer and its errors, and what
     # a window leaves for the way back, at the end as logits and their gradients.
     waiting = 4 * SENSITIVITY_TOKENS * hidden * architecture.layers
     window = 4 * WINDOW_TOKENS * max(3 * architecture.vocabulary, 8 * hidden + 6 * wide)
-    return max(rounding, waiting + 2 * layer + matrices + window)
+    return max(quantizing, waiting + 2 * layer + matrices + window)
 
 
 def measure_matmul(cores: int) -> float:

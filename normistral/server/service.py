@@ -1,4 +1,4 @@
-"""The models of one server: from a request to its jobs."""
+"""Models of one server, and the jobs made of its requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the command's options to a server that runs, and what it says of itself before."""
+"""Start of a server: options to a configuration, sockets and keys, the lines printed before it runs."""
 
 from __future__ import annotations
 

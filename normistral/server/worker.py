@@ -1,7 +1,7 @@
-"""The process that computes: frames on stdin, frames on stdout, one model.
+"""Worker process: holds one model, reads messages from stdin, writes messages to stdout.
 
-It ends when stdin does, at once and whatever it is computing, so nothing is left behind by a server that was killed.
-What engines print goes to stderr. A bug ends it too: the server gives every job an error and starts another.
+It exits at once when stdin closes, whatever it is computing, so that a killed server leaves nothing behind. Output of
+the engines goes to stderr. A bug ends the process too: the server answers every job with an error and starts another.
 """
 
 from __future__ import annotations

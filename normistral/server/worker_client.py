@@ -1,4 +1,4 @@
-"""The server's end of a worker: starts its process, hands it jobs, notices its death and starts another."""
+"""Server's side of a worker process: starts it, sends jobs, detects its death and starts another."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Speed of artifacts and settings beside each other: each in a process of its own, measured in turns, and reported."""
+"""Speed of artifacts and settings side by side: each in its own process, measured interleaved, and reported."""

@@ -1,4 +1,4 @@
-"""Runs a benchmark: every configuration in a process of its own, all of them in turns, so that drift does not decide.
+"""Runs a benchmark: every configuration in a process of its own, interleaved, so that drift does not decide.
 
 A machine gets slower when it gets warm or busy. So no configuration is measured to its end before the next: where
 all models fit into memory together they take turns at every single measurement, in an order that moves on by one

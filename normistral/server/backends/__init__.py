@@ -1,1 +1,1 @@
-"""Engines that answer many requests at once, in the worker process."""
+"""Backends of the worker process: many requests at once on one model."""

@@ -1,4 +1,4 @@
-"""The protocol between the worker process and what answers its requests."""
+"""Protocol between the worker process and its backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which batch serves an artifact: the one place where that is decided."""
+"""Choice of the backend that serves an artifact."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Many answers at once on one OpenVINO model: `openvino_genai.ContinuousBatchingPipeline` computes and draws tokens.
+"""Continuous batching on one OpenVINO model: `openvino_genai.ContinuousBatchingPipeline` computes and samples tokens.
 
-What they become is decided here as everywhere (`TextStream`), so the pipeline gets token ids and gives token ids. Its
-scheduler takes all requests at once and, once the KV cache is full, throws some out to compute them again later, or
-ends all of them where none can go on. Neither happens here: a job is let in when the cache has room for its prompt and
-all that it may generate, and waits in line until then.
+The pipeline gets token ids and returns token ids; text is made here (`TextStream`). Its scheduler admits all requests
+at once and, when the KV cache is full, preempts some and recomputes them later, or ends all of them where none can go
+on. To avoid both, a job is admitted only when the cache has room for its prompt and all that it may generate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Opens an OpenVINO artifact for many answers at once, with the settings that the library would load it with."""
+"""Opens an OpenVINO artifact in openvino_genai's pipeline, with the settings that `normistral.load` would use."""
 
 from __future__ import annotations
 

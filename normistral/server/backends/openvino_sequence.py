@@ -1,4 +1,4 @@
-"""One answer under way: its tokens so far, and the chunks that they become. It does not know openvino_genai."""
+"""One running sequence: its tokens so far, and the chunks made of them. It does not know openvino_genai."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Jobs that take turns on one model, a token at a time, and share beginnings within a tenant.
+"""Round-robin scheduling of jobs on one model, a token at a time; prefixes are shared within a tenant.
 
-The engines below compute one sequence at a time, so nothing is gained by many at once but that everybody sees progress:
-turns go round the tenants, and round the jobs of each, so that one with many jobs gets no more than one with a single
-one. A prompt is computed in the engine's own slices, each a turn.
+The engines below compute one sequence at a time, so concurrency brings fairness and no throughput: turns go round the
+tenants, and round the jobs of each, so that a tenant with many jobs gets no more than one with a single job. A prompt
+is computed in the engine's own chunks, each a turn.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many answers one model writes at once, and what their KV caches may take."""
+"""Limits of concurrent sequences on one model: their number, and the bytes of their KV caches."""
 
 from __future__ import annotations
 
