@@ -1,8 +1,9 @@
-"""Command lines of child processes that run Python code with the import path of this one."""
+"""Child processes: command lines with the import path of this one, names of the signals that ended them."""
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 
@@ -15,3 +16,11 @@ def python_command(code: str) -> list[str]:
 def main_command(module: str) -> list[str]:
     """Run the function `main` of a module; unlike `python -m`, nothing is imported before the path is set."""
     return python_command(f"from {module} import main; main()")
+
+
+def signal_name(number: int) -> str:
+    """Such as SIGSEGV; "signal N" for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
 import subprocess
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -28,7 +27,7 @@ from normistral.hardware import (
     plan_threads,
     read_machine,
 )
-from normistral.processes import python_command
+from normistral.processes import python_command, signal_name
 from normistral.runtime.engines.settings import DEFAULT_CHUNK, PREFILL_CHUNK
 from normistral.runtime.kernels.library import (
     describe_absence,
@@ -120,7 +119,7 @@ def ask_engine(code: str) -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired) as exc:
         return {"problem": f"could not be asked: {exc}"}
     if done.returncode < 0:
-        return {"problem": f"it crashes on this machine ({_signal_name(-done.returncode)})"}
+        return {"problem": f"it crashes on this machine ({signal_name(-done.returncode)})"}
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return {"problem": lines[-1] if lines else f"it ended with status {done.returncode}"}
@@ -250,10 +249,3 @@ def _free_bytes() -> int | None:
         return free_disk_bytes(store.artifacts_dir())
     except OSError:
         return None
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -37,7 +37,7 @@ from normistral.evaluation.bench.speed import (
     measure_pass,
     tokens_per_word,
 )
-from normistral.processes import main_command
+from normistral.processes import main_command, signal_name
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.model import Model
 
@@ -307,20 +307,13 @@ class Worker:
             )
         if code < 0:
             return EngineError(
-                f"{self.name}: its process crashed ({_signal_name(-code)})",
+                f"{self.name}: its process crashed ({signal_name(-code)})",
                 "see with `normistral doctor` whether the engine works on this machine",
             )
         self._stderr.seek(0)
         said = [line for line in self._stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]
         reason = said[-1] if said else f"status {code}"
         return EngineError(f"{self.name}: its process ended: {first_line(Exception(reason))}", "report this")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 if __name__ == "__main__":
