@@ -55,9 +55,8 @@ from normistral.export.resources import (
     MemoryMeter,
     check_resources,
     check_tools_memory,
-    estimate_calibration_s,
     estimate_needs,
-    measure_matmul,
+    predict_calibration_s,
 )
 from normistral.export.staging import check_output, stage
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
@@ -220,7 +219,7 @@ def _calibrate(job: ExportJob) -> tuple[QuantizedTensorStore | None, RecipeRecor
     quantized = QuantizedTensorStore.make(job.staging.workspace)
     cores = plan_threads(read_machine())
     with fast_matmul():
-        seconds = estimate_calibration_s(checkpoint.architecture, plan, cores, measure_matmul(cores))
+        seconds = predict_calibration_s(checkpoint.architecture, plan, cores)
     progress.note(
         f"the recipe {job.recipe.recipe_name} tries its rounding on sample texts: very roughly {_in_words(seconds)} on "
         "this machine; --recipe fast goes without"

@@ -38,6 +38,7 @@ _SAMPLES_PER_S = 20
 # (demo model: 28 s of two cores; layers of the 7B's widths: 134 s of one core each).
 _CORE_OPERATIONS_PER_S = 110e9
 _REFERENCE_PRODUCTS_PER_S = 237e9  # of `measure_matmul` there: a slower or busier core takes longer in proportion
+_SHORT_S = 2.0  # a calibration beside which `measure_matmul` would take long: up to a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,14 @@ def estimate_calibration_s(
         moved += 2 * hidden * wide * (wide - hidden)  # the last matrix has the wide inputs
         operations += architecture.layers * (moments + factors + moved)
     return operations / (_CORE_OPERATIONS_PER_S * cores * products_per_s / _REFERENCE_PRODUCTS_PER_S)
+
+
+def predict_calibration_s(architecture: Architecture, plan: QuantPlan, cores: int) -> float:
+    """`estimate_calibration_s` at this machine's measured speed; one of a few seconds is not worth the measurement."""
+    seconds = estimate_calibration_s(architecture, plan, cores)
+    if seconds < _SHORT_S:
+        return seconds
+    return estimate_calibration_s(architecture, plan, cores, measure_matmul(cores))
 
 
 def check_tools_memory() -> None:

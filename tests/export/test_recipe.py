@@ -244,6 +244,18 @@ def test_a_slower_or_busier_machine_takes_longer():
     assert 1e8 < measured < 1e13
 
 
+def test_the_machine_is_measured_only_for_a_calibration_that_takes_long(monkeypatch):
+    """The products that are timed take longer than the whole calibration of a tiny model."""
+    speeds = [237e9 / 3]
+    monkeypatch.setattr(resources, "measure_matmul", lambda cores: speeds.pop())
+    plan = choose_plan(Recipe(recipe="best"), 64)
+    tiny = replace(DEMO, hidden_size=64, feed_forward=128, layers=2, vocabulary=512, parameters=150_000)
+    assert resources.predict_calibration_s(tiny, plan, 2) == resources.estimate_calibration_s(tiny, plan, 2) < 1
+    usual = resources.estimate_calibration_s(DEMO, plan, cores=2)
+    assert resources.predict_calibration_s(DEMO, plan, 2) == pytest.approx(3 * usual)
+    assert speeds == []
+
+
 def test_a_shortage_is_said_with_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(resources, "free_disk_bytes", lambda path: 5 * GB)
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: 2 * GB)
