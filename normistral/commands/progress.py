@@ -187,7 +187,7 @@ def format_duration(seconds: float) -> str:
 
 def _amount(count: float, unit: str) -> str:
     if unit == "bytes":
-        return translate_number(format_bytes(round(count)))
+        return translate_number(translate(format_bytes(round(count))))
     if count >= 1e6:
         number = translate(f"{count / 1e6:,.1f} million")
     else:

@@ -105,7 +105,7 @@ def main(artifact: str, folder: str | None = None) -> int:
         checkpoint = make_mistral(Path(scratch) / "tiny", **QUIRKS)
         whole = capture(WIDE, artifact, checkpoint, Path(scratch))
         # A row of progress may pass between two looks at the wide terminal: units are known beforehand.
-        known = {*UNITS, "kB", "MB", "s"}.union(*(words(screens) for screens in whole.values()))
+        known = {*UNITS, "kB", "MB", "s", "0/s"}.union(*(words(screens) for screens in whole.values()))
         for columns in WIDTHS:
             for name, screens in capture(columns, artifact, checkpoint, Path(scratch)).items():
                 strange = {word for word in words(screens) - known if not set(word) <= set("0%:…/")}
