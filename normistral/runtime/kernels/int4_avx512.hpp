@@ -12,6 +12,8 @@ constexpr int kLanes = 16;     // rows in a vector
 constexpr int kRows = 1;       // vectors of rows in a tile of several tokens
 constexpr int kTokens = 12;    // tokens in a tile: 12 sums in int32 and as many in float32
 constexpr int kAloneRows = 1;  // vectors of rows in a tile of one token
+// So many tokens hold the processor up for so long at each line of codes that it no longer fetches ahead by itself.
+constexpr int kPrefetchTokens = 4, kPrefetchBytes = 4096;
 
 // Four activations are broadcast by the product's own operand: a broadcast apart takes a third of a cycle more for each
 // product (Zen 4), and gcc 12 knows no intrinsic for it. The assembly also keeps sums in their registers.
@@ -21,7 +23,7 @@ inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i co
 
 // Outputs of `tokens` tokens and `rows` vectors of rows, kept in registers while the columns go by. Where these are few,
 // low and high nibbles have sums of their own, so that no product waits for the one before. One vector of rows is one
-// stream of memory, which the processor fetches ahead by itself: better than with _mm_prefetch, or with two streams.
+// stream of memory, which the processor fetches ahead by itself where tokens are few: better than with two streams.
 template <int tokens, int rows>
 inline __attribute__((always_inline)) void multiply_tile(const Weights& weights, const Activations& x, float* out, int row,
                                                          size_t token) {
@@ -50,6 +52,9 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
             __m512i low[rows], high[rows];
             UNROLL for (int r = 0; r < rows; r++) {
                 __m512i both = _mm512_loadu_si512(codes + r * stride + size_t(column) * kColumns);
+                if constexpr (tokens >= kPrefetchTokens) {
+                    _mm_prefetch(codes + r * stride + size_t(column) * kColumns + kPrefetchBytes, _MM_HINT_T0);
+                }
                 asm("" : "+v"(both));  // loaded once, where gcc would load it for each use
                 low[r] = _mm512_and_si512(both, nibble);
                 high[r] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
