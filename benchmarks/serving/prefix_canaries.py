@@ -17,19 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import read_manifest
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.options import GenerationConfig
-from normistral.server.backends.base import Job
-from normistral.server.backends.openvino_batch import OpenVINOBatch
-from normistral.server.backends.openvino_pipeline import open_openvino_batch
+from normistral.server.backends.base import BatchBackend, Job
+from normistral.server.backends.create import create_backend
 from normistral.server.backends.settings import BatchSettings
 
 PROMPT, PIECE = 96, 32
 
 
-def count_steps(batch: OpenVINOBatch, name: str, prompt_ids: list[int], tenant: str) -> int:
+def count_steps(batch: BatchBackend, name: str, prompt_ids: list[int], tenant: str) -> int:
     """Steps until the first token of an answer of one token."""
     batch.add(Job(name, prompt_ids, GenerationConfig(max_new_tokens=1), tenant))
     steps = 1
@@ -45,10 +43,8 @@ def main() -> None:
     parser.add_argument("--one-tenant", action="store_true")
     arguments = parser.parse_args()
     manifest = read_manifest(arguments.artifact)
-    settings = BatchSettings("auto", 2**30, 256, slots=1, one_tenant=arguments.one_tenant)
-    # A piece of 31, and one token for the one job that may be under way.
-    given = {"prefill_chunk": str(PIECE - 1)}
-    batch = open_openvino_batch(Artifact(arguments.artifact, manifest), settings, EngineConfig(settings=given)).batch
+    settings = BatchSettings("auto", 2**30, 256, slots=1)
+    batch = create_backend(arguments.artifact, settings, EngineConfig(settings={"prefill_chunk": str(PIECE)})).batch
     random = np.random.default_rng(1)
     first, second = Counter[int](), Counter[int]()
     began = time.perf_counter()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
 from normistral.artifact.manifest import read_manifest
 from normistral.batch.documents import Document, Row, find_prompt, read_document, with_system
@@ -22,11 +21,6 @@ from normistral.server.backends.settings import BatchSettings, plan_cache_bytes,
 from normistral.server.model_handler import ModelHandler
 
 
-def has_genai() -> bool:
-    """Whether openvino_genai is installed."""
-    return find_spec("openvino_genai") is not None
-
-
 def open_answerer(job: BatchJob, engine: WorkerEngine, workers: int = 1) -> Answerer:
     """Load the model in this process.
 
@@ -36,7 +30,7 @@ def open_answerer(job: BatchJob, engine: WorkerEngine, workers: int = 1) -> Answ
     Raises:
         NormistralError: as `normistral.load`.
     """
-    if uses_continuous_batching(read_manifest(job.artifact), engine.batching, engine.device) and has_genai():
+    if uses_continuous_batching(read_manifest(job.artifact), engine.batching, engine.device):
         return open_continuous(job, engine, workers)
     return SequentialAnswerer(job, engine)
 
@@ -89,7 +83,7 @@ def open_continuous(job: BatchJob, engine: WorkerEngine, workers: int) -> Contin
     """
     manifest = read_manifest(job.artifact)
     context = manifest.context_length
-    settings = BatchSettings(engine.batching, plan_cache_bytes(manifest, context, workers), context, one_tenant=True)
+    settings = BatchSettings(engine.batching, plan_cache_bytes(manifest, context, workers), context)
     served = ModelHandler.open(job.artifact, settings)
     created = create_backend(job.artifact, settings, EngineConfig(engine.device, engine.exact, engine.settings))
     return ContinuousAnswerer(job, created.batch, served, created.slots)

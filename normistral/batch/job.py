@@ -30,8 +30,8 @@ class WorkerEngine:
     """How the model is loaded, in every worker; as `normistral.load` takes it.
 
     Attributes:
-        batching: "auto" computes many answers together where the engine can (OpenVINO on the CPU, with the extra
-            `serve`); "off" writes one after the other.
+        batching: "auto" computes many answers together where the engine can (OpenVINO on the CPU); "off"
+            writes one after the other.
     """
 
     device: str = "CPU"

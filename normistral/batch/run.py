@@ -17,11 +17,11 @@ from typing import Any
 
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest
-from normistral.batch.answerers import has_genai, open_answerer
+from normistral.batch.answerers import open_answerer
 from normistral.batch.documents import Row, check_instruction, index_documents
 from normistral.batch.job import BatchJob, OnRow, Part, WorkerEngine, Workers, answer_part, cut_parts
 from normistral.batch.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
-from normistral.errors import NormistralError, UsageError, install_extra
+from normistral.errors import NormistralError, UsageError
 from normistral.files import explain, require_place, sha256_file
 from normistral.progress import NoProgress, Progress
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
@@ -102,8 +102,6 @@ def run_batch(
         if answered:
             progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
         if missing:
-            if uses_continuous_batching(manifest, engine.batching, engine.device) and not has_genai():
-                progress.note(f"one after the other: {install_extra('serve')} lets it compute many together")
             with progress.stage("answering", total=len(missing), unit="documents") as stage:
                 _answer(job, missing, manifest, engine, workers, stage.advance)
         places, lines = find_answers(parts)

@@ -15,7 +15,7 @@ from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import BusyError, ClosedError, ContextLengthError, UsageError
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.detokenizer import StreamDetokenizer
-from normistral.runtime.engines.base import Backend, EngineInfo
+from normistral.runtime.engines.base import Backend, Engine, EngineInfo
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
 from normistral.runtime.interpreter_exit import InterruptSafeLock, close_at_exit, computing, computing_each
 from normistral.runtime.options import GenerationConfig, encode_breakers, require_applicable, resolve_options
@@ -90,6 +90,11 @@ class Runner:
         close_at_exit(self)
 
     @property
+    def backend(self) -> Backend:
+        """The loaded weights."""
+        return self._backend
+
+    @property
     def capabilities(self) -> EngineInfo:
         """The engine, its device and its settings."""
         return self._backend.capabilities
@@ -124,16 +129,19 @@ class Runner:
             self.structures.require(config.structure, self.manifest.reasoning)
         return encode_breakers(config, self.tokenizer)
 
-    def create_sequence(self, neighbours: Callable[[], Iterable[CachedSequence]] | None = None) -> CachedSequence:
+    def create_sequence(
+        self, neighbours: Callable[[], Iterable[CachedSequence]] | None = None, engine: Engine | None = None
+    ) -> CachedSequence:
         """A new KV cache on these weights.
 
         Args:
             neighbours: those whose caches it may copy; None is every living one.
+            engine: an empty one of the same backend; None makes one.
         """
         self.require_open()
         chunk = self.capabilities.prefill_chunk
         with computing():
-            engine = self._backend.create_engine()
+            engine = engine or self._backend.create_engine()
         sequence = CachedSequence(engine, chunk, self._forward_lock, neighbours or self._living_sequences)
         with self._list_lock:
             self._sequences.add(sequence)

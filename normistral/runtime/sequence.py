@@ -71,6 +71,11 @@ class CachedSequence:
         """Tokens that are known to be in the KV cache."""
         return len(self._token_ids or ())
 
+    @property
+    def known_ids(self) -> list[int]:
+        """Those tokens; none while a forward is computed."""
+        return list(self._token_ids or ())
+
     def common_prefix(self, token_ids: Sequence[int], *, reproducible: bool = False) -> int:
         """How many of these tokens need not be computed again; at least one always is, for its logits.
 
@@ -135,6 +140,11 @@ class CachedSequence:
         with self._lock:
             self._engine.restore(len(token_ids), tensors)
         self._canonical = self._whole_chunks(min(canonical, len(token_ids)))
+        self._token_ids = list(token_ids)
+
+    def adopt(self, token_ids: Sequence[int]) -> None:
+        """Go on from these tokens, which the engine was made to hold."""
+        self._canonical = 0
         self._token_ids = list(token_ids)
 
     def prefill(

@@ -8,13 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import msgspec
 from fastapi import Request
 
 from normistral.runtime.options import GenerationConfig
 from normistral.server.admission import Admission, RoundRobinSemaphore
 from normistral.server.backends.base import Job
-from normistral.server.backends.openvino_sequence import find_unsupported
 from normistral.server.backends.settings import CONTINUOUS
 from normistral.server.errors import ApiError, unavailable
 from normistral.server.generation import Generation, unless_gone
@@ -35,10 +33,7 @@ class ServedModel:
         self, handler: ModelHandler, limits: ServerLimits, metrics: Metrics, worker_module: str, *, several: bool
     ) -> None:
         self.handler = handler
-        batch = replace(handler.load.batch, one_tenant=not several)
-        self.worker = WorkerClient(
-            handler.name, msgspec.structs.replace(handler.load, batch=batch), worker_module, self._on_change
-        )
+        self.worker = WorkerClient(handler.name, handler.load, worker_module, self._on_change)
         self.admission = Admission(self.worker, limits, several=several)
         self._restarts = metrics.worker_restarts.labels(handler.name)
         self._counted = 0
@@ -55,7 +50,7 @@ class ServedModel:
         None for an answer that is computed together with others: their number changes the last bits of its logits.
         """
         loaded = self.worker.loaded
-        if loaded is None or (loaded.batching == CONTINUOUS and find_unsupported(config) is None):
+        if loaded is None or (loaded.batching == CONTINUOUS and not config.reproducible):
             return None
         return self.handler.fingerprint(loaded.arithmetic)
 

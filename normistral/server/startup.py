@@ -12,10 +12,9 @@ from pathlib import Path
 from normistral.artifact.artifact import Artifact
 from normistral.errors import UsageError
 from normistral.hardware import available_memory_bytes
-from normistral.runtime.engines.settings import DEFAULT_CONFIG, INT4_KERNEL, OUR_KERNEL, EngineConfig
+from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.server.auth import Keys, read_keys
 from normistral.server.backends.settings import (
-    CONTINUOUS,
     Batching,
     BatchSettings,
     plan_cache_bytes,
@@ -27,11 +26,6 @@ from normistral.server.limits import GIB, MIB, ServerLimits
 from normistral.server.model_handler import ModelHandler
 from normistral.server.server import is_loopback, url_of
 
-_SIDE_PATH = (
-    "; the first structured answer, or one with top_logprobs, loads the weights a second time; "
-    "a seed promises the same text only with --batching off"
-)
-_SHARED = " (those of the int4 kernel are shared)"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:\d{1,5})?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:\d{1,5})?")
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
@@ -145,12 +139,9 @@ def describe_server(
 
 def describe_model(name: str, loaded: Loaded) -> str:
     """How a model that was loaded answers many at once."""
-    second = _SIDE_PATH if loaded.batching == CONTINUOUS else ""
-    if second and loaded.settings.get(INT4_KERNEL) == OUR_KERNEL:
-        second += _SHARED
     return (
         f"{name}: {loaded.slots} answers at once, computed {loaded.batching}; "
-        f"they may hold {loaded.cache_tokens:,} tokens, in {loaded.cache_bytes / GIB:.1f} GiB of memory{second}"
+        f"they may hold {loaded.cache_tokens:,} tokens, in {loaded.cache_bytes / GIB:.1f} GiB of memory"
     )
 
 

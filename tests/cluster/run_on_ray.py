@@ -172,7 +172,7 @@ def replicas(artifact, tmp_path_factory):
     keys.write_text("0123456789abcdef kari\n")
     keys.chmod(0o600)
     options = {"artifact": str(artifact), "replicas": 2, "threads": 1, "api_key_file": str(keys), "exact": True}
-    options["batching"] = "off"  # openvino_genai does not tell what it had in its cache
+    options["batching"] = "off"
     with marked_replicas("serve", options) as replicas:
         yield replicas
 

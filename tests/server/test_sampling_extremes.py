@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from test_openvino_batch import CONTEXT, SETTINGS, finish, job, open_exact
+from test_continuous_batching import CONTEXT, SETTINGS, finish, job, open_exact
 from tiny_models import make_llama
 
 import normistral
@@ -82,7 +82,6 @@ def test_what_leaves_the_most_likely_token_alone_leaves_it_alone(fields) -> None
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_are_the_library_s_error(artifact, tmp_path, value) -> None:
-    """openvino_genai draws from all tokens alike, and says nothing."""
     broken = add_to_logits(artifact, tmp_path / "broken", value)
     with normistral.load(broken, exact=True) as model:
         batch = open_exact(broken)

@@ -17,7 +17,7 @@ from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
 from normistral.errors import DeviceError, EngineError, UsageError
 from normistral.runtime.engines.base import Backend, EngineInfo, load_hint, warm_up
-from normistral.runtime.engines.openvino_graph import keep_last_logits, page_attention
+from normistral.runtime.engines.openvino_graph import keep_last_logits, keep_logits_at, page_attention
 from normistral.runtime.engines.openvino_paged import KEYS_BY_TOKEN, PAGED_PRECISIONS, PagedBackend, can_page
 from normistral.runtime.engines.openvino_settings import (
     KV_CACHE_SETTINGS,
@@ -80,8 +80,10 @@ def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> 
         model = core.read_model(folder / MODEL_FILE)
         if attention == PAGED:
             page_attention(model)
+            keep_logits_at(model)
             settings |= KEYS_BY_TOKEN
-        keep_last_logits(model, axis=0 if attention == PAGED else 1)
+        else:
+            keep_last_logits(model)
         if kernel == OUR_KERNEL:
             packed = pack_for_our_kernel(model, folder / MODEL_FILE, required=INT4_KERNEL in overrides)
         if packed is not None:

@@ -1,26 +1,21 @@
-"""Our int4 kernel where openvino_genai reads the model, and the weights that several models of one artifact share."""
+"""Our int4 kernel where many answers are computed together, and the weights that models of one artifact share."""
 
 from __future__ import annotations
 
 import gc
-import tempfile
-from xml.etree import ElementTree
 
 import openvino as ov
 import pytest
 
 import normistral
-from normistral.artifact.artifact import Artifact
-from normistral.errors import EngineError, ResourceError, UsageError
+from normistral.errors import UsageError
 from normistral.runtime.engines.openvino import MODEL_FILE, pack_for_our_kernel
 from normistral.runtime.engines.settings import EngineConfig
-from normistral.runtime.kernels.openvino_folder import folder_with_kernel
 from normistral.runtime.kernels.openvino_int4 import PackedWeights, replace_products
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
 from normistral.server.backends.base import Job
 from normistral.server.backends.create import create_backend
-from normistral.server.backends.openvino_pipeline import open_openvino_batch
 from normistral.server.backends.settings import BatchSettings
 
 OURS = {"int4_kernel": "normistral"}
@@ -54,7 +49,7 @@ def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_l
     with normistral.load(demo_int4) as model:
         prompts = [model.encode(text) for text in BEGINNINGS]
         alone = [model.generate(ids, max_new_tokens=3, temperature=0.0, draft="off").text for ids in prompts]
-    opened = open_openvino_batch(Artifact.open(demo_int4, verify=False), SETTINGS)
+    opened = create_backend(demo_int4, SETTINGS, EngineConfig())
     config = GenerationConfig(max_new_tokens=3, temperature=0.0)
     together = answer(opened.batch, [Job(str(at), ids, config, "somebody") for at, ids in enumerate(prompts)])
     opened.batch.close()
@@ -67,17 +62,19 @@ def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_l
 def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, monkeypatch, no_packaged_kernel):
     monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="int4_kernel cannot be normistral"):
-        open_openvino_batch(Artifact.open(demo_int4, verify=False), SETTINGS, EngineConfig(settings=OURS))
-    opened = open_openvino_batch(Artifact.open(demo_int4, verify=False), SETTINGS)
+        create_backend(demo_int4, SETTINGS, EngineConfig(settings=OURS))
+    opened = create_backend(demo_int4, SETTINGS, EngineConfig())
     opened.batch.close()
     assert opened.capabilities.settings["int4_kernel"] == "openvino"
 
 
-def test_what_openvino_genai_leaves_to_the_library_shares_the_weights(demo_int4, int4_library):
+def test_structured_answers_use_the_same_weights(demo_int4, int4_library):
     assert held() == 0
     created = create_backend(demo_int4, SETTINGS, EngineConfig())
     structured = GenerationConfig(max_new_tokens=8, structure=Structure.choice(["Oslo", "Bergen"]))
-    (text,) = answer(created.batch, [Job("a", [1, 2, 3], structured, "somebody")])
+    plain = GenerationConfig(max_new_tokens=8)
+    jobs = [Job("a", [1, 2, 3], structured, "somebody"), Job("b", [1, 2, 3], plain, "somebody")]
+    text, _ = answer(created.batch, jobs)
     assert text in ("Oslo", "Bergen")
     assert held() == 1
     created.batch.close()
@@ -106,30 +103,3 @@ def test_an_artifact_that_was_replaced_is_packed_anew(tiny_checkpoint, tmp_path,
         str(tiny_checkpoint), artifact, weights="int4", group_size=32, recipe="fast", verify=False, force=True
     )
     assert pack(artifact) is not before
-
-
-def test_the_folder_for_other_loaders_has_everything_and_goes_again(demo_int4, int4_library, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    packed = pack(demo_int4)
-    with folder_with_kernel(demo_int4 / MODEL_FILE, packed) as folder:
-        assert {path.name for path in folder.iterdir()} == {path.name for path in demo_int4.iterdir()}
-        assert (folder / "openvino_model.bin").resolve() == (demo_int4 / "openvino_model.bin").resolve()
-        layers = ElementTree.parse(folder / MODEL_FILE).getroot().iterfind("layers/layer")
-        assert sum(layer.get("type") == "Int4MatMul" for layer in layers) == len(packed.numbers) > 0
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_room_for_temporary_files_is_an_error_with_a_hint(demo_int4, int4_library, tmp_path, monkeypatch):
-    packed = pack(demo_int4)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(ResourceError) as caught, folder_with_kernel(demo_int4 / MODEL_FILE, packed):
-        pass
-    assert "TMPDIR" in caught.value.hint
-
-
-def test_weights_of_another_model_are_refused(demo_int4, tiny_fp16, int4_library):
-    with (
-        pytest.raises(EngineError, match="has no product"),
-        folder_with_kernel(tiny_fp16 / MODEL_FILE, pack(demo_int4)),
-    ):
-        pass

@@ -12,15 +12,11 @@ from pathlib import Path
 import pytest
 
 import normistral
-from normistral.artifact.artifact import Artifact
 from normistral.errors import EngineError, UsageError
 from normistral.hardware import read_machine
 from normistral.runtime import collect_env
-from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.kernels import library
 from normistral.runtime.kernels.library import UntrustedKernelError, find_library, name_faster_way, open_library
-from normistral.server.backends import openvino_pipeline
-from normistral.server.backends.settings import BatchSettings
 
 OURS = {"int4_kernel": "normistral"}
 PLANTED = b"not the library that was hashed"
@@ -96,24 +92,6 @@ def test_what_was_hashed_is_what_openvino_loads(tiny_int4, stored, monkeypatch):
     with normistral.load(tiny_int4, settings=OURS) as model:
         assert model.generate("Oslo", max_new_tokens=1, temperature=0.0).timings.new_tokens == 1
     assert swapped == [stored]
-
-
-def test_what_was_hashed_is_what_the_server_loads(tiny_int4, stored, monkeypatch):
-    pack = openvino_pipeline.pack_for_our_kernel
-
-    def pack_and_swap(*arguments, **options):
-        packed = pack(*arguments, **options)
-        stored.rename(stored.with_suffix(".away"))
-        stored.write_bytes(PLANTED)
-        return packed
-
-    monkeypatch.setattr(openvino_pipeline, "pack_for_our_kernel", pack_and_swap)
-    settings = BatchSettings("auto", 2**27, 512, slots=2)
-    opened = openvino_pipeline.open_openvino_batch(
-        Artifact.open(tiny_int4, verify=False), settings, EngineConfig(settings=OURS)
-    )
-    opened.batch.close()
-    assert opened.capabilities.settings["int4_kernel"] == "normistral"
 
 
 def test_a_descriptor_is_kept_for_each_file_and_not_for_each_load(stored):

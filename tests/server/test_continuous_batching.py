@@ -1,4 +1,4 @@
-"""Many answers at once on openvino_genai: what comes out is what the library gives, however many are under way."""
+"""Many answers at once on one model: what comes out is what the library gives, however many are under way."""
 
 import os
 import subprocess
@@ -14,10 +14,10 @@ from tiny_bloom import make_bloom
 from tiny_models import END_THINK, THINK, make_llama, make_mistral
 
 import normistral
-from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import ClosedError, EngineError, NormistralError, UsageError
 from normistral.runtime.chunks import Completion
+from normistral.runtime.engines.block_pool import BLOCK_TOKENS
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
@@ -25,9 +25,7 @@ from normistral.server.app import create_app
 from normistral.server.auth import Keys
 from normistral.server.backends.base import Job
 from normistral.server.backends.create import create_backend
-from normistral.server.backends.openvino_pipeline import open_openvino_batch
-from normistral.server.backends.openvino_sequence import find_unsupported, genai_config
-from normistral.server.backends.settings import BLOCK_TOKENS, BatchSettings, plan_cache
+from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 from normistral.server.limits import ServerLimits
 from normistral.server.model_handler import ModelHandler
 from normistral.server.server import background_server
@@ -66,7 +64,9 @@ def batch(shared):
 
 
 def open_exact(artifact, batch=SETTINGS, **options):
-    return open_openvino_batch(Artifact.open(artifact, verify=False), batch, EngineConfig(exact=True, **options)).batch
+    created = create_backend(artifact, batch, EngineConfig(exact=True, **options))
+    assert created.batching == "together"
+    return created.batch
 
 
 def job(name, prompt_ids, tenant="somebody", **options):
@@ -148,7 +148,7 @@ def test_a_long_prompt_comes_in_pieces_and_others_go_on_meanwhile(artifact, mode
     batch.add(job("short", long[:5], max_new_tokens=40, ignore_eos=True))
     batch.step()
     batch.add(job("long", long))
-    told_of = [{progress.job_id for progress in batch.step()} for _ in range(200 // 18)]  # 16 + 2 tokens at once
+    told_of = [{progress.job_id for progress in batch.step()} for _ in range(200 // 16)]
     assert told_of == [{"short"}] * len(told_of)
     assert told(finish(batch)["long"]) == told(ask(model, long))
     batch.close()
@@ -160,7 +160,8 @@ def test_the_end_is_where_the_library_sees_it(artifact, model, monkeypatch, igno
     stop_id = ask(model, asked[0]).token_ids[5]
     manifest = replace(model.manifest, stop_token_ids=(stop_id,))
     monkeypatch.setattr(model, "manifest", manifest)
-    batch = open_openvino_batch(Artifact(artifact, manifest), SETTINGS, EngineConfig(exact=True)).batch
+    batch = open_exact(artifact)
+    batch._model.manifest = manifest
     options = {"max_new_tokens": 20, "ignore_eos": ignore_eos}
     got = answer(batch, *(job(index, ids, **options) for index, ids in enumerate(asked)))
     for index, ids in enumerate(asked):
@@ -229,6 +230,22 @@ def test_a_seed_gives_the_same_text_alone_and_among_others(batch):
         assert answer(batch, job("a", ids, seed=seed, **sampled))["a"].token_ids != alone.token_ids
 
 
+def test_a_seed_is_the_librarys_to_the_last_bit_in_any_arithmetic(artifact):
+    """At run time keys, values and activations are rounded to 8 bits: one bit more or less, and texts part."""
+    ids, *others = prompts(4, 40)
+    sampled = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "max_new_tokens": 40, "ignore_eos": True, "logprobs": 2}
+    settings = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32", "prefill_chunk": "16"}
+    with normistral.load(artifact, settings=settings) as model:
+        expected = ask(model, ids, seed=8, **sampled)
+    batch = create_backend(artifact, SETTINGS, EngineConfig(settings=settings)).batch
+    for index, other in enumerate(others):
+        batch.add(job(index, other, **sampled))
+    batch.step()
+    got = answer(batch, job("a", ids, seed=8, **sampled), job("b", ids, **sampled))["a"]
+    assert (told(got), got.logprobs) == (told(expected), expected.logprobs)
+    batch.close()
+
+
 def test_sampling_keeps_to_what_the_filters_leave(batch, model):
     """The first token of 200 answers: each filter leaves as many candidates as it does in the library."""
     (ids,) = prompts(1)
@@ -255,19 +272,24 @@ def test_cancelling_frees_the_place_within_a_step(artifact):
     batch.cancel("a")
     batch.cancel("a")
     batch.cancel("never heard of")
-    assert batch.step() == []
     assert {progress.job_id for progress in batch.step()} == {"b"}
     batch.add(job("c", third))
     batch.cancel("c")
     assert finish(batch).keys() == {"b"}
-    assert batch._pipeline.get_metrics().cache_usage >= 0
+    assert free_blocks(batch) == batch.plan.blocks
     batch.close()
 
 
 def one_context(artifact):
     """Settings of a cache that just holds the whole context of one job."""
-    plan = plan_cache(read_manifest(artifact).architecture, {"KV_CACHE_PRECISION": "f32"}, SETTINGS)
-    return replace(SETTINGS, cache_bytes=plan.token_bytes * CONTEXT)
+    return replace(SETTINGS, cache_bytes=cache_token_bytes(read_manifest(artifact)) * CONTEXT)
+
+
+def free_blocks(batch):
+    """Blocks of the KV cache that no answer holds; those that are kept for later ones count."""
+    pool = batch._backend._pool
+    pool._count_returned()
+    return len(pool._free) + len(pool._idle)
 
 
 def test_a_full_cache_makes_jobs_wait_and_none_is_lost(artifact, model):
@@ -278,7 +300,7 @@ def test_a_full_cache_makes_jobs_wait_and_none_is_lost(artifact, model):
     got = answer(batch, *(job(index, ids, **options) for index, ids in enumerate(asked)))
     for index, ids in enumerate(asked):
         assert told(got[str(index)]) == told(ask(model, ids, **options))
-    assert batch._pipeline.get_metrics().cache_size_in_bytes == batch.plan.bytes
+    assert free_blocks(batch) == batch.plan.blocks
     batch.close()
 
 
@@ -287,107 +309,200 @@ def test_a_cache_that_holds_no_context_is_refused(artifact):
         open_exact(artifact, replace(one_context(artifact), cache_bytes=one_context(artifact).cache_bytes - 1))
 
 
-@pytest.mark.parametrize("precision", ["u8", "f16", "f32", "u4"])
+@pytest.mark.parametrize("precision", ["u8", "f16", "f32"])
 def test_the_cache_takes_what_was_planned(artifact, precision):
-    opened = open_openvino_batch(
-        Artifact.open(artifact, verify=False), SETTINGS, EngineConfig(settings={"KV_CACHE_PRECISION": precision})
-    )
-    told_bytes = opened.batch._pipeline.get_metrics().cache_size_in_bytes
-    assert told_bytes == opened.batch.plan.bytes * (2 if precision == "u4" else 1)  # it counts 4 bits as a byte
-    assert opened.capabilities.settings["KV_CACHE_PRECISION"] == precision
-    assert opened.batch.plan.jobs == 8
-    opened.batch.close()
+    config = EngineConfig(settings={"KV_CACHE_PRECISION": precision})
+    created = create_backend(artifact, SETTINGS, config)
+    assert sum(array.nbytes for array in created.batch._backend._pool._bytes.values()) == created.batch.plan.bytes
+    assert (created.cache_bytes, created.slots) == (created.batch.plan.bytes, 8)
+    assert created.capabilities.settings["KV_CACHE_PRECISION"] == precision
+    created.batch.close()
+
+
+@pytest.mark.parametrize("setting", [{"KV_CACHE_PRECISION": "u4"}, {"attention": "stateful"}])
+def test_engines_without_blocks_take_turns(artifact, setting):
+    created = create_backend(artifact, SETTINGS, EngineConfig(settings=setting))
+    assert created.batching == "in turns"
+    created.batch.close()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    "options",
     [
-        ({"structure": Structure.json_object()}, "structured output"),
-        ({"logprobs": 3}, "logprobs=3"),
-        ({"logprobs": 0, "max_reasoning_tokens": 4}, "logprobs with max_reasoning_tokens"),
+        {"structure": Structure.json_schema({"type": "array", "items": {"enum": ["one", "two"]}, "maxItems": 3})},
+        {"structure": Structure.choice(["yes, of course", "no"]), "logprobs": 2},
+        {"logprobs": 3, "ignore_eos": True},
+        {"prompt_logprobs": 1},
+        {"seed": 5, "temperature": 1.5, "top_p": 0.9, "top_k": 40, "ignore_eos": True, "logprobs": 2},
+        {"seed": 6, "temperature": 1.0, "top_k": 40, "top_p": 0.9, "structure": Structure.regex("[a-z]{3,9}")},
+        {"frequency_penalty": 0.5, "logit_bias": ((7, 3.0),), "ignore_eos": True},
     ],
 )
-def test_what_openvino_genai_cannot_do_is_refused(batch, options, said):
-    with pytest.raises(UsageError, match=said):
-        batch.add(job("a", prompts(1)[0], **options))
-    assert said in find_unsupported(GenerationConfig(**options))
+def test_structures_reports_and_seeds_are_the_librarys(batch, model, options):
+    asked = prompts(3, 50)
+    got = answer(batch, *(job(index, ids, max_new_tokens=30, **options) for index, ids in enumerate(asked)))
+    for index, ids in enumerate(asked):
+        expected, one = ask(model, ids, max_new_tokens=30, **options), got[str(index)]
+        assert told(one) == told(expected)
+        assert np.allclose(one.logprobs, expected.logprobs, atol=1e-4)
 
 
-def test_every_option_reaches_openvino_genai():
-    config = GenerationConfig(
-        temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5, seed=9, ignore_eos=True
-    )
-    wanted = genai_config(config, 11, (2, 4), 0)
-    assert (wanted.do_sample, wanted.temperature, wanted.top_k) == (True, 0.5, 7)
-    assert (wanted.top_p, wanted.min_p, wanted.repetition_penalty) == (0.25, 0.125, 1.5)
-    assert (wanted.rng_seed, wanted.ignore_eos, wanted.max_new_tokens) == (9, True, 11)
-    assert (wanted.stop_token_ids, wanted.apply_chat_template, wanted.echo) == ({2, 4}, False, False)
-    assert genai_config(GenerationConfig(temperature=1.0), 1, (2,), 0).top_k > 2**31  # all of them
-    assert genai_config(config, 1, (2,), 1).rng_seed != wanted.rng_seed
-    drawn = {genai_config(GenerationConfig(temperature=1.0), 1, (2,), 0).rng_seed for _ in range(8)}
-    assert len(drawn) > 4
-    assert genai_config(GenerationConfig(), 1, (), 0).ignore_eos  # a model without a stop token
+def test_a_beginning_is_computed_once_for_each_tenant(batch, model):
+    """32 tokens a block; the last token of a prompt is computed for its logits."""
+    random = np.random.default_rng(11)
+    shared, ends = random.integers(5, 200, 130).tolist(), random.integers(5, 200, (4, 10)).tolist()
+
+    def cached(tenant, ids, **options):
+        one = answer(batch, job("a", ids, tenant=tenant, ignore_eos=True, **options))["a"]
+        assert one.token_ids == ask(model, ids, ignore_eos=True).token_ids
+        return one.timings.cached_tokens
+
+    assert [cached("one", shared + end) for end in ends[:2]] == [0, 128]
+    assert [cached("two", shared + end) for end in ends[2:]] == [0, 128]
+    assert cached("one", shared[:128]) == 96
+    assert cached("one", shared[:31]) == 0
+    assert cached("one", [*shared[:64], 5 if shared[64] != 5 else 6, *shared[65:]]) == 64
+    assert cached("one", shared, seed=1) == 0
 
 
-def test_other_options_are_none_that_this_knows():
-    """A new option of the library has to be thought of here too."""
-    assert set(GenerationConfig.__dataclass_fields__) == {
-        *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop"),
-        *("ignore_eos", "logprobs", "max_reasoning_tokens", "draft", "structure"),
-    }
+def test_the_next_turn_of_a_conversation_goes_on_from_the_answer(batch, model):
+    (ids,) = prompts(1, 70)
+    first = answer(batch, job("a", ids, max_new_tokens=60, ignore_eos=True))["a"]
+    longer = [*ids, *first.token_ids, 7, 8, 9]
+    second = answer(batch, job("b", longer))["b"]
+    assert second.timings.cached_tokens == (70 + 59) // 32 * 32  # the last token was not fed
+    assert told(second) == told(ask(model, longer))
 
 
-def test_prefixes_are_kept_for_one_tenant_only(artifact):
-    """A prompt of 96 tokens takes three steps of 32 until its first token, or one if it was in a cache."""
-    asked = [np.random.default_rng(seed).integers(5, 200, 96).tolist() for seed in range(30)]
-
-    def count_steps(batch, ids, tenant):
-        batch.add(job("a", ids, tenant=tenant, max_new_tokens=1))
-        return next(steps for steps in range(1, 9) if batch.step())
-
-    options = {"settings": {"prefill_chunk": "31"}}  # and a token for the one job
-    kept = open_exact(artifact, replace(SETTINGS, slots=1, one_tenant=True), **options)
-    assert {(count_steps(kept, ids, "one"), count_steps(kept, ids, "one")) for ids in asked} == {(3, 1)}
-    with pytest.raises(UsageError, match="for one tenant"):
-        kept.add(job("b", asked[0], tenant="another"))
-    assert kept.idle
-    kept.close()
-    apart = open_exact(artifact, replace(SETTINGS, slots=1), **options)
-    assert {(count_steps(apart, ids, "one"), count_steps(apart, ids, "another")) for ids in asked} == {(3, 3)}
-    apart.close()
+def test_those_who_come_together_wait_for_the_beginning_that_one_computes(batch):
+    shared = np.random.default_rng(12).integers(5, 200, 140).tolist()
+    got = answer(batch, *(job(index, [*shared, 10 + index, 9]) for index in range(4)))
+    assert sorted(one.timings.cached_tokens for one in got.values()) == [0, 128, 128, 128]
 
 
-def test_an_error_of_the_pipeline_ends_those_it_was_computing_and_no_others(artifact, model, monkeypatch):
-    batch = open_exact(artifact, replace(SETTINGS, slots=1))
-    first, second = prompts(2)
-    batch.add(job("a", first))
-    batch.add(job("b", second))
-    batch.step()
-    real = batch._pipeline
+def test_the_oldest_beginnings_make_room(artifact, model):
+    batch = open_exact(artifact, one_context(artifact))
+    first, second, third = np.random.default_rng(13).integers(5, 200, (3, 100)).tolist()
 
-    class Broken:
-        def step(self):
-            raise RuntimeError("Exception from src/x.cpp:1:\nout of luck")
+    def cached(ids):
+        one = answer(batch, job("a", ids, max_new_tokens=2))["a"]
+        assert one.token_ids == ask(model, ids, max_new_tokens=2).token_ids
+        return one.timings.cached_tokens
 
-    monkeypatch.setattr(batch, "_pipeline", Broken())
-    ((name, error),) = batch.step()
-    assert (name, type(error), error.message) == ("a", EngineError, "openvino_genai failed: out of luck")
-    monkeypatch.setattr(batch, "_pipeline", real)
-    assert told(finish(batch)["b"]) == told(ask(model, second))
+    assert [cached(first), cached(second), cached(first)] == [0, 0, 96]
+    assert cached(third) == 0  # in the place of the end of the second
+    assert [cached(first), cached(second) < 96] == [96, True]
     batch.close()
 
 
-def test_logits_that_are_no_numbers_end_that_answer(batch, monkeypatch):
-    read = batch_module()._read_tokens
-    monkeypatch.setattr(batch_module(), "_read_tokens", lambda handle: [(id, float("nan")) for id, _ in read(handle)])
-    got = answer(batch, job("a", prompts(1)[0]))
+def test_no_canary_crosses_from_one_tenant_to_another(batch):
+    """Tenants with names that others' begin with, and the same text: nothing of it is found in the cache."""
+    text = np.random.default_rng(14).integers(5, 200, 70).tolist()
+    for number, tenant in enumerate(["k", "k1", "k11", "", "K", "k ", "\u006b\u0301", "k\0"] * 2):
+        one = answer(batch, job("a", text, tenant=tenant, max_new_tokens=1))["a"]
+        assert one.timings.cached_tokens == (0 if number < 8 else 64)
+
+
+def test_tenants_get_pieces_of_their_prompts_in_turn(artifact):
+    long, other, short = (prompts(1, length)[0] for length in (220, 221, 20))
+    batch = open_exact(artifact, settings={"prefill_chunk": "16"})
+    batch.add(job("long", long, "one"))
+    batch.add(job("other", other, "one"))
+    batch.step()
+    batch.add(job("short", short, "two"))
+    steps = next(steps for steps in range(1, 40) if any(job_id == "short" for job_id, _ in batch.step()))
+    assert steps <= 4
+    finish(batch)
+    batch.close()
+
+
+def test_an_error_of_a_forward_ends_those_that_cannot_be_computed_and_no_others(artifact, model, monkeypatch):
+    batch = open_exact(artifact)
+    asked = prompts(3)
+    for name, ids in zip("abc", asked, strict=True):
+        batch.add(job(name, ids))
+    early = [update for _ in range(3) for update in batch.step()]
+    real, broken = batch._backend.forward_batch, batch._running["b"].engine
+
+    def fail(calls):
+        if any(call.engine is broken for call in calls):
+            raise EngineError("out of luck")
+        return real(calls)
+
+    monkeypatch.setattr(batch._backend, "forward_batch", fail)
+    got = finish(batch)
+    assert (type(got["b"]), got["b"].message) == (EngineError, "out of luck")
+    for name, ids in (("a", asked[0]), ("c", asked[2])):
+        begun = tuple(update.output.token_id for update in early if update.job_id == name)
+        assert begun + got[name].token_ids == ask(model, ids).token_ids
+    assert free_blocks(batch) == batch.plan.blocks
+    batch.close()
+
+
+def test_logits_that_are_no_numbers_end_that_answer(batch, model, monkeypatch):
+    real, asked = batch._backend.forward_batch, prompts(2)
+
+    def spoil(calls):
+        bad = batch._running["a"].engine if "a" in batch._running else None
+        return [
+            np.full_like(logits, np.nan) if call.engine is bad else logits
+            for call, logits in zip(calls, real(calls), strict=True)
+        ]
+
+    monkeypatch.setattr(batch._backend, "forward_batch", spoil)
+    got = answer(batch, job("a", asked[0]), job("b", asked[1]))
     assert "not finite" in got["a"].message
+    assert told(got["b"]) == told(ask(model, asked[1]))
 
 
-def batch_module():
-    from normistral.server.backends import openvino_batch
+def test_a_bug_in_one_answer_ends_that_one_and_tells_no_text(batch, model, monkeypatch, caplog):
+    run, asked = batch._model.run, prompts(2)
 
-    return openvino_batch
+    def run_badly(sequence, prompt_ids, *rest):
+        for number, chunk in enumerate(run(sequence, prompt_ids, *rest)):
+            if prompt_ids == asked[0] and number == 2:
+                raise ValueError(f"a secret {prompt_ids}")
+            yield chunk
+
+    monkeypatch.setattr(batch._model, "run", run_badly)
+    got = answer(batch, job("a", asked[0]), job("b", asked[1]))
+    assert got["a"].message == "this answer failed in normistral: ValueError"
+    assert told(got["b"]) == told(ask(model, asked[1]))
+    assert "run_badly" in caplog.text
+    assert str(asked[0]) not in caplog.text
+    assert free_blocks(batch) == batch.plan.blocks
+
+
+def test_an_interrupt_loses_nothing(artifact, model, monkeypatch):
+    batch = open_exact(artifact)
+    asked = prompts(2, 60)
+    for name, ids in zip("ab", asked, strict=True):
+        batch.add(job(name, ids))
+    real = batch._backend.forward_batch
+
+    def interrupted(calls):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch._backend, "forward_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batch.step()
+    monkeypatch.setattr(batch._backend, "forward_batch", real)
+    got = finish(batch)
+    for name, ids in zip("ab", asked, strict=True):
+        assert told(got[name]) == told(ask(model, ids))
+    batch.close()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+def test_who_leaves_in_the_middle_gives_blocks_back(artifact, steps):
+    batch = open_exact(artifact, settings={"prefill_chunk": "32"})
+    batch.add(job("a", prompts(1, 90)[0], max_new_tokens=50, ignore_eos=True))
+    for _ in range(steps):
+        batch.step()
+    batch.cancel("a")
+    assert batch.idle
+    assert free_blocks(batch) == batch.plan.blocks
+    batch.close()
 
 
 def test_a_closed_batch_says_so(artifact):
@@ -399,24 +514,6 @@ def test_a_closed_batch_says_so(artifact):
     assert batch.step() == []
     with pytest.raises(ClosedError):
         batch.add(job("b", prompts(1)[0]))
-
-
-def test_what_cannot_be_computed_together_goes_through_the_library(artifact, model):
-    created = create_backend(artifact, SETTINGS, EngineConfig(exact=True))
-    assert (created.batching, created.slots) == ("together", 8)
-    asked = prompts(3)
-    got = answer(created.batch, job("a", asked[0]), job("b", asked[1], logprobs=3), job("c", asked[2], logprobs=3))
-    for name, ids in zip("abc", asked, strict=True):
-        assert got[name].token_ids == ask(model, ids).token_ids
-    created.batch.add(job("d", asked[0], logprobs=3))
-    created.batch.add(job("e", asked[0]))
-    created.batch.cancel("d")
-    created.batch.cancel("e")
-    assert finish(created.batch) == {}
-    created.batch.close()
-    turns = create_backend(artifact, replace(SETTINGS, batching="off"), EngineConfig(exact=True))
-    assert turns.batching == "in turns"
-    turns.batch.close()
 
 
 @pytest.mark.parametrize("keys", [{}, {"a" * 16: "one", "b" * 16: "two"}])
@@ -447,12 +544,11 @@ def test_a_server_answers_as_the_library_does(artifact, model, keys):
 _QUIET = """
 import json, sys
 from pathlib import Path
-from normistral.artifact.artifact import Artifact
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
 from normistral.server.backends.base import Job
-from normistral.server.backends.openvino_pipeline import open_openvino_batch
+from normistral.server.backends.create import create_backend
 from normistral.server.backends.settings import BatchSettings
 from normistral.server.limits import ServerLimits
 from normistral.server.model_handler import ModelHandler
@@ -460,9 +556,8 @@ from normistral.server.server import background_server
 from normistral.runtime.options import GenerationConfig
 folder = Path(sys.argv[1])
 settings = json.loads(sys.argv[2])
-artifact = Artifact.open(folder)
 config = EngineConfig(settings=settings)
-batch = open_openvino_batch(artifact, BatchSettings("auto", 2**26, 256, 2), config).batch
+batch = create_backend(folder, BatchSettings("auto", 2**26, 256, 2), config).batch
 batch.add(Job("a", [7, 8, 9], GenerationConfig(max_new_tokens=3), "x"))
 while not batch.idle:
     batch.step()
@@ -482,14 +577,3 @@ def run_apart(artifact, settings="{}", **environ):
 def test_nothing_is_printed(artifact):
     done = run_apart(artifact)
     assert (done.stdout, done.stderr) == ("", "")
-
-
-def test_the_settings_are_in_force_in_the_pipeline_itself(artifact):
-    """openvino_genai prints its compiled model's properties when told to log."""
-    given = '{"INFERENCE_NUM_THREADS": "1", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32", "KV_CACHE_PRECISION": "u8"}'
-    said = run_apart(artifact, given, OPENVINO_LOG_LEVEL="3").stdout
-    shown = {name.strip(): value.strip() for name, _, value in (line.partition(": ") for line in said.splitlines())}
-    assert shown["INFERENCE_NUM_THREADS"] == "1"
-    assert shown["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "32"
-    assert shown["KV_CACHE_PRECISION"] == "u8"
-    assert shown["INFERENCE_PRECISION_HINT"] == "f32"
