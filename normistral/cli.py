@@ -22,7 +22,7 @@ import normistral
 from normistral.commands import console
 from normistral.commands.help import HelpCommand, HelpGroup, localise
 from normistral.commands.options import DEFAULTS_NOTE, Debug, with_option_groups
-from normistral.commands.translate import choose_language
+from normistral.commands.translate import choose_language, translate
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.files import explain
 
@@ -226,7 +226,7 @@ def _end_in_system_error(error: OSError) -> int:
         return _end_in_error(1)
     where = f"{error.filename}: " if error.filename else ""
     reason, hint = explain(error)
-    console.print_error(f"{where}{reason}", hint)
+    console.print_error(f"{where}{translate(reason)}", hint)
     return _end_in_error(1)
 
 

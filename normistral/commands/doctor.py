@@ -69,7 +69,7 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     yield format_columns(
         [(name, version or translate("not installed")) for name, version in packages.items()], indent=2
     )
-    yield "  " + translate(f"exporting is {report['export']}")
+    yield "  " + translate(f"exporting is {translate(report['export'])}")
     yield translate("What will be used on the CPU")
     yield "  " + translate(f"{report['threads']} threads: {report['threads_because']}")
     plans = {f"OpenVINO, {weights}": settings for weights, settings in report["settings"].items()}

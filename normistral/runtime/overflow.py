@@ -110,8 +110,9 @@ def fit_conversation(
         ends = [end for end in _exchange_ends(messages) if end > dropped]
         # As few as fit, or all but the newest message; each look tokenises the conversation.
         fitting = bisect_left(ends, -limit, key=lambda end: -len(encode(without_oldest(messages, end))))
-        dropped = max([dropped, *ends[: fitting + 1]])
-        prompt_ids = encode(without_oldest(messages, dropped))
+        if ends:
+            dropped = ends[min(fitting, len(ends) - 1)]
+            prompt_ids = encode(without_oldest(messages, dropped))
     if not dropped:
         return Fitted(prompt_ids)
     first = len(messages) - len(_turns(messages))
