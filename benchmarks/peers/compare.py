@@ -4,7 +4,7 @@ memory's bandwidth that is reached.
     python benchmarks/peers/compare.py --install ENVIRONMENTS
     python benchmarks/peers/compare.py --environments ENVIRONMENTS --models MODELS --shape half \\
         --measurements OUT.jsonl [--lengths 256,3500] [--rounds 5] [--decode 24] [--segments 3] [--threads N] \\
-        [--only TEXT ...] [--stop-after SECONDS] [--reference STACK] [--openvino KEY=VALUE ...] \\
+        [--only TEXT ...] [--most-busy CORES] [--stop-after SECONDS] [--reference STACK] [--openvino KEY=VALUE ...] \\
         [--onnx KEY=VALUE ...] [--report OUT.md]
 
 --install makes an environment for each library (7 GB; llama.cpp and ik_llama.cpp are compiled for this processor). A
@@ -24,7 +24,9 @@ would end later than that. A stack that fails is reported with its last words, a
 it again.
 
 --only takes the stack of that name, or else all whose name holds the text. --openvino and --onnx add a stack: ours with
-these settings of the engine over its plan. Speeds measured on a busy machine mean nothing: see "busy" in the report.
+these settings of the engine over its plan. Speeds measured on a busy machine mean nothing: where everybody else took
+more than --most-busy cores during the prompt, the line says "disturbed" and does not count; the next run measures it
+again.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=3)
     parser.add_argument("--threads", type=int, default=hardware.plan_threads(hardware.read_machine()))
     parser.add_argument("--only", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--most-busy", type=float, default=0.15, metavar="CORES")
     parser.add_argument("--stop-after", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--reference", default=REFERENCE)
     for format in ("openvino", "onnx"):
@@ -170,7 +173,8 @@ def run_rounds(
                             continue
                         started, prompt = time.monotonic(), make_prompt(vocabulary, length, turn)
                         figures = measure(process, prompt, arguments, gb_per_s)
-                        record = {"kind": "measurement", "shape": arguments.shape, "stack": name, "length": length}
+                        kind = "measurement" if figures["busy"] <= arguments.most_busy else "disturbed"
+                        record = {"kind": kind, "shape": arguments.shape, "stack": name, "length": length}
                         record |= {"round": turn, "time": time.strftime("%H:%M:%S")} | loaded | figures | sizes[name]
                         record |= {
                             kind: getattr(process, kind) for kind in ("peak_resident_bytes", "peak_anonymous_bytes")

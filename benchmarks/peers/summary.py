@@ -34,7 +34,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def measurements(records: Iterable[Record]) -> list[Record]:
-    """One line for each stack, length and round: what was done by measurements that did not fail."""
+    """Those that nothing disturbed: one for each stack, length and round."""
     return [record for record in records if record["kind"] == "measurement"]
 
 
@@ -182,7 +182,8 @@ def report(records: list[Record], reference: str = REFERENCE) -> str:
         "for decoding within the phase of the memory. A decode figure counts where the bandwidth just before and just "
         "after it agree within 10 %; the others are dropped. Share: bytes of weights and KV cache that a token reads, "
         "by time, by that bandwidth. Load is that of weights, without imports; cold is the first answer after it. Busy "
-        "is the processor time that everybody else took during the prompt, in cores.",
+        "is the processor time that everybody else took during the prompt, in cores; "
+        f"{sum(record['kind'] == 'disturbed' for record in records)} measurements with more of it do not count.",
     ]
     for length, rows in summarise(records, reference).items():
         decode = "".join(f"| decode, {name} memory | share | × " for name in phase_names)

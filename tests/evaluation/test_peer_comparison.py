@@ -62,6 +62,7 @@ RUN = {"kind": "run", "shape": "none", "date": "2026-11-25", "revision": "here",
 
 def run(peers, commands, tmp_path, bandwidths=(20.0,), **given):
     arguments = {"shape": "none", "lengths": [3, 5], "rounds": 2, "decode": 2, "segments": 2, "stop_after": math.inf}
+    arguments["most_busy"] = math.inf
     arguments = Namespace(**arguments | {"started": time.monotonic()} | given)
     sizes = {name: {"weight_bytes": 10**9, "cache_bytes": 1e6} for name in commands}
     path, source = tmp_path / "out.jsonl", itertools.cycle(bandwidths)
@@ -110,6 +111,14 @@ def test_a_run_goes_on_where_the_last_one_ended(peers, scripted, tmp_path):
     records, _ = run(peers, commands, tmp_path, rounds=2)
     assert measured(records)[:4] == once
     assert len(set(measured(records))) == len(measured(records)) == 8
+
+
+def test_what_others_disturbed_does_not_count_and_is_measured_again(peers, scripted, tmp_path):
+    records, report = run(peers, {"first": scripted()}, tmp_path, rounds=1, most_busy=-math.inf)
+    assert [one["kind"] for one in records[1:]] == ["disturbed"] * 2
+    assert "2 measurements with more of it do not count" in report
+    records, _ = run(peers, {"first": scripted()}, tmp_path, rounds=1)
+    assert measured(records) == [("first", 3, 1), ("first", 5, 1)]
 
 
 def test_nothing_is_begun_that_would_end_too_late(peers, scripted, tmp_path):
