@@ -53,7 +53,7 @@ from summary import REFERENCE, Record, measurements, read_records, report
 from normistral import hardware
 
 FIRST_ID, LAST_ID = 300, 3000  # ordinary tokens, where the vocabulary has so many
-WARM_UP_TOKENS = 4
+WARM_UP_PROMPT, WARM_UP_TOKENS = 256, 4
 LOAD_S, SLOWEST_TOKENS_PER_S = 20.0, 30.0  # for the time that a measurement will take, before one was made
 
 
@@ -167,7 +167,7 @@ def run_rounds(
                 continue
             try:
                 with Process(commands[name]) as process:
-                    loaded = load(process, make_prompt(vocabulary, min(arguments.lengths), 0))
+                    loaded = load(process, make_prompt(vocabulary, min(WARM_UP_PROMPT, *arguments.lengths), 0))
                     for length in lengths:
                         if not has_time(name, length, arguments, journal.records):
                             continue
