@@ -36,7 +36,7 @@ help:
 	@echo 'make chat [PROMPT="..."]   talk to the demo model; with PROMPT, print one answer'
 	@echo 'make test [ARGS="..."]     run the tests (ARGS goes to pytest)'
 	@echo 'make test-browser          try the chat page in a real browser (needs a Chromium; CHROMIUM=PATH names it)'
-	@echo 'make test-clients          talk to the server with openai, langchain-openai and llm'
+	@echo 'make test-clients          talk to the server with openai, langchain, ollama, litellm and others'
 	@echo 'make test-faults           do to the server what nobody should'
 	@echo 'make test-cycles           load, answer and close again and again: what stays of it (20 minutes)'
 	@echo 'make test-fuzz             requests made up from the description of the API (schemathesis)'
@@ -71,8 +71,17 @@ test-browser: $(DEMO)/normistral.json $(VENV)/.ready-dev .venv-browser/.ready
 	@$(RUN) -c '$(PURELIB)' > "$$(.venv-browser/bin/python -c '$(PURELIB)')/dev.pth"
 	@touch $@
 
-test-clients: $(VENV)/.ready-clients $(DEMO)/normistral.json
-	@$(RUN) tests/scripts/clients.py $(DEMO)
+# A proxy and the harness pull at the same packages as the others: each has an environment of its own.
+test-clients: $(VENV)/.ready-clients $(DEMO)/normistral.json .venv-litellm/.ready .venv-lm-eval-api/.ready
+	@$(RUN) tests/scripts/clients.py $(DEMO) .venv-litellm/bin/litellm .venv-lm-eval-api/bin/lm_eval
+
+.venv-litellm/.ready: NEEDS = "litellm[proxy]>=1.108,<2"
+.venv-lm-eval-api/.ready: NEEDS = "lm_eval[api]==0.4.13" "transformers>=4.57,<5" "datasets>=4,<5.1"
+.venv-litellm/.ready .venv-lm-eval-api/.ready: $(VENV)/.created
+	@echo "installing $(NEEDS) into $(@D)" >&2
+	@rm -rf $(@D) && $(RUN) -m venv $(@D) >&2
+	@$(@D)/bin/python -m pip install --quiet $(NEEDS) >&2
+	@touch $@
 
 test-faults: $(VENV)/.ready-dev $(DEMO)/normistral.json
 	@$(RUN) tests/scripts/show_faults.py $(DEMO)

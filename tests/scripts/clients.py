@@ -1,8 +1,10 @@
 """Talk to a server with the clients that people have, and print a line for each thing tried.
 
-    python tests/scripts/clients.py ARTIFACT    (make test-clients: the demo model, in an environment of its own)
+    python tests/scripts/clients.py ARTIFACT [LITELLM LM_EVAL]    (make test-clients: the demo model)
 
-The official openai client, langchain-openai, and the `llm` tool: chat, streaming, stop, JSON schema, errors. Exits with
+The packages openai, langchain-openai (with an agent), ollama, anthropic and `llm`; a litellm proxy in front and
+lm-evaluation-harness's local-completions, each a program of an environment of its own; and requests as Open WebUI and
+Home Assistant send them. What depends on an answer's words goes to a scripted model behind the real server. Exits with
 1 if one of them got something else than it should.
 """
 
@@ -18,9 +20,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
+from clients_scripted import try_scripted
 from langchain_openai import ChatOpenAI
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
@@ -105,10 +109,10 @@ def try_openai(url: str, model: str) -> None:
     completed = client.completions.create(model=model, prompt="Oslo is the capital of", max_tokens=4, temperature=0)
     check("openai", "text completion", completed.choices[0].finish_reason == "length", completed.choices[0].text)
     check("openai", "models", [one.id for one in client.models.list()] == [model], model)
-    tool, long = {"type": "function", "function": {"name": "f"}}, [{"role": "user", "content": "x " * 20_000}]
+    long = [{"role": "user", "content": "x " * 20_000}]
     for what, kind, act in (
         ("an unknown model", openai.NotFoundError, lambda: create(**asked | {"model": "gpt-4"})),
-        ("tools", openai.BadRequestError, lambda: create(**asked, tools=[tool])),
+        ("functions", openai.BadRequestError, lambda: create(**asked, functions=[{"name": "f"}])),
         ("a wrong key", openai.AuthenticationError, lambda: client.with_options(api_key="wrong").models.list()),
         ("too long", openai.BadRequestError, lambda: create(**asked | {"messages": long})),
     ):  # fmt: skip
@@ -146,15 +150,46 @@ def try_langchain(url: str, model: str) -> None:
     structured = chat.with_structured_output({"title": "city", **SCHEMA}, method="json_schema")
     document = structured.invoke("Name a city and how many people live there.")
     check("langchain", "JSON schema", fits(json.dumps(document)), document)
-    try:
-        check(
-            "langchain",
-            "tools",
-            False,
-            chat.bind_tools([{"name": "f", "description": "", "parameters": {}}]).invoke("x"),
+
+
+def try_required(url: str, model: str) -> None:
+    """Calls of the demo model, which chooses no tool by itself."""
+    client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
+    tool: Any = {"type": "function", "function": {"name": "city", "description": "Note a city.", "parameters": SCHEMA}}
+    named: Any = {"type": "function", "function": {"name": "city"}}
+    for choice in ("required", named):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Note Oslo, where 700000 people live."}],
+            tools=[tool],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            max_tokens=100,
+        ).choices[0]
+        calls = answer.message.tool_calls or []
+        valid = len(calls) == 1 and calls[0].type == "function" and fits(calls[0].function.arguments)
+        check("openai", f"tool_choice {str(choice)[:12]}", valid and answer.finish_reason == "tool_calls", calls)
+
+
+def try_lm_eval(program: str, url: str, model: str, artifact: str) -> None:
+    """lm-evaluation-harness over the API, against its own scores of the library."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = f"model={model},base_url={url}/completions,tokenizer={Path(artifact).resolve()},num_concurrent=1"
+        command = [program, "--model", "local-completions", "--model_args", arguments]
+        command += ["--tasks", "norsk_choices,norsk_completion", "--include_path", "tests/lm_eval_tasks"]
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": folder}
+        ran = subprocess.run(
+            [*command, "--output_path", folder],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            env={**os.environ, "OPENAI_API_KEY": KEY, **offline},
         )
-    except openai.BadRequestError as error:
-        check("langchain", "tools", True, error.body)
+        found = list(Path(folder).rglob("results_*.json"))
+        scores = json.loads(found[0].read_text())["results"] if found else {}
+        right = ran.returncode == 0 and {"norsk_choices", "norsk_completion"} <= set(scores)
+        check("lm-eval", "local-completions", right, scores or ran.stderr[-400:])
 
 
 def try_llm(url: str, model: str) -> None:
@@ -191,12 +226,17 @@ def try_llm(url: str, model: str) -> None:
 
 
 def main() -> int:
-    artifact, *rest = sys.argv[1:]
-    with serving(rest[0] if rest else sys.executable, artifact) as (url, model):
+    artifact, *programs = sys.argv[1:]
+    with serving(sys.executable, artifact) as (url, model):
         try_openai(url, model)
         try_document(url, model)
         try_langchain(url, model)
         try_llm(url, model)
+        try_required(url, model)
+        if programs:
+            try_lm_eval(programs[1], url, model, artifact)
+    with tempfile.TemporaryDirectory() as folder:
+        try_scripted(Path(folder), check, KEY, programs[0] if programs else None)
     return 1 if _wrong else 0
 
 
