@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from normistral.runtime.tools import MOST_TOOLS
 from normistral.server.answers import AnswerPart, ChatAnswer
 from normistral.server.conversation import Conversation, answer_whole, as_chat, open_conversation, stream
-from normistral.server.decoded import STATUSES, DecodedRoute, error_responses
+from normistral.server.decoded import EVENTS, STATUSES, DecodedRoute, error_responses
 from normistral.server.errors import ApiError, anthropic_document
 from normistral.server.generation import Framing, encode_named
 from normistral.server.responses import UsageCounter
@@ -140,7 +140,7 @@ class MessagesRequest(Strict):
     "/v1/messages",
     response_model=None,
     responses=error_responses(*STATUSES, model=AnthropicError)
-    | {200: {"description": "The answer, or with stream: true its events."}},
+    | {200: {"description": "The answer, or with stream: true its events.", "content": EVENTS}},
 )
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """Answer a conversation, as Anthropic's API does."""

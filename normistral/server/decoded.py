@@ -23,6 +23,7 @@ STATUSES = {
     500: "The engine failed.",
     503: "No model is ready, or it took too long; Retry-After says when to ask again.",
 }
+EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "object"}}}
 
 
 def error_responses(*statuses: int, model: type[BaseModel] = ErrorAnswer) -> dict[int | str, dict[str, Any]]:

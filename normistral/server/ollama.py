@@ -39,6 +39,9 @@ class OllamaError(BaseModel):
 
 
 _ERRORS = error_responses(*STATUSES, model=OllamaError)
+_ANSWERS: dict[int | str, dict[str, Any]] = _ERRORS | {
+    200: {"description": "Lines of JSON, or with stream: false one.", "content": {"application/x-ndjson": {}}}
+}
 
 
 class CalledOllamaFunction(Strict):
@@ -138,7 +141,7 @@ class OllamaShowRequest(Strict):
     verbose: bool | None = None
 
 
-@router.post("/api/chat", response_model=None, responses=_ERRORS | {200: {"description": "Lines of JSON, or one."}})
+@router.post("/api/chat", response_model=None, responses=_ANSWERS)
 async def ollama_chat(request: Request, body: OllamaChatRequest) -> Response:
     """Answer a conversation, as Ollama does."""
     model = find_model(request, body.model)
@@ -148,7 +151,7 @@ async def ollama_chat(request: Request, body: OllamaChatRequest) -> Response:
     return await _answer(request, body, model, _as_messages(body.messages), tools, _chat_piece)
 
 
-@router.post("/api/generate", response_model=None, responses=_ERRORS | {200: {"description": "Lines of JSON, or one."}})
+@router.post("/api/generate", response_model=None, responses=_ANSWERS)
 async def ollama_generate(request: Request, body: OllamaGenerateRequest) -> Response:
     """Answer one message, as Ollama does."""
     model = find_model(request, body.model)

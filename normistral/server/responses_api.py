@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from normistral.runtime.tools import MOST_TOOLS
 from normistral.server.answers import AnswerPart
 from normistral.server.conversation import Conversation, answer_whole, as_chat, last_of, open_conversation, stream
-from normistral.server.decoded import STATUSES, DecodedRoute, error_responses
+from normistral.server.decoded import EVENTS, STATUSES, DecodedRoute, error_responses
 from normistral.server.errors import ApiError
 from normistral.server.generation import Framing, encode_named
 from normistral.server.responses import UsageCounter
@@ -102,7 +102,8 @@ _KINDS = {
 
 
 def _kind_of(item: Any) -> str | None:
-    return _KINDS.get(item.get("type")) if isinstance(item, dict) else None
+    kind = item.get("type") if isinstance(item, dict) else ""
+    return _KINDS.get(kind) if kind is None or isinstance(kind, str) else None
 
 
 InputItem = Annotated[
@@ -236,7 +237,7 @@ class ResponseStore:
 @router.post(
     "/v1/responses",
     response_model=None,
-    responses=_ERRORS | {200: {"description": "The answer, or with stream: true its events."}},
+    responses=_ERRORS | {200: {"description": "The answer, or with stream: true its events.", "content": EVENTS}},
 )
 async def responses(request: Request, body: ResponsesRequest) -> Response:
     """Answer an input."""

@@ -623,3 +623,30 @@ def test_what_is_left_out_of_a_long_document_is_said(tmp_path):
     in_bokmaal = run(tmp_path, *chat, "--overflow", "cut-middle", stdin=long, env={"NORMISTRAL_LANG": "nb"}).stderr
     assert "tokener er utelatt av plassmangel: tegn" in in_bokmaal.decode()
     assert json.loads(run(tmp_path, *chat, "--json", stdin=b"Hei").stdout)["left_out"] is None
+
+
+def test_samplers_of_the_command_line_reach_the_model(tmp_path, artifact):
+    """A bias forbids the answer's first letter."""
+    for options, expected in (
+        (["--logit-bias", f"{byte_id(ANSWER[0])}=-100"], 0),
+        (["--presence-penalty", "1", "--frequency-penalty", "0.5", "--typical-p", "0.9"], 0),
+        (["--dry-multiplier", "1", "--dry-sequence-breaker", "a", "--xtc-probability", "0.5"], 0),
+        (["--logit-bias", "s=1"], 2),
+        (["--logit-bias", "1=101"], 2),
+        (["--logit-bias", "999999=1"], 2),
+        (["--greedy", "--xtc-probability", "1"], 2),
+        (["--max-new-tokens", "-1"], 0),
+    ):
+        done = run(tmp_path, "chat", artifact, "--prompt", "x", *options)
+        assert done.returncode == expected, (options, done.stderr)
+        assert b"Traceback" not in done.stderr
+        if options[0] == "--logit-bias" and expected == 0:
+            assert not done.stdout.startswith(ANSWER[:1].encode())
+
+
+def byte_id(letter: str) -> int:
+    """Of the byte-level vocabulary of the tests."""
+    from tiny_models import SPECIALS
+    from tokenizers import pre_tokenizers
+
+    return len(SPECIALS) + sorted(pre_tokenizers.ByteLevel.alphabet()).index(letter)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 os.environ["PYTHONPATH"] = sys.path[0]  # of the worker process
 
 from served_models import make_served, serving
+from tool_schemas import count_valid_calls
 
 from normistral.server.auth import Keys
 
@@ -50,7 +51,10 @@ def try_scripted(folder: Path, check: Check, key: str, litellm: str | None) -> N
     with (
         serving(make_served(folder / "called" / "m", answers=answers, context_length=8000), keys=keys) as called,
         serving(make_served(folder / "text" / "m", answers=[TEXT], context_length=8000), keys=keys) as text,
+        serving(make_served(folder / "random" / "m", context_length=4000), keys=keys) as random,
     ):
+        valid = count_valid_calls(random, key, 200)
+        check("httpx", "200 required calls", valid == 200, f"{valid} of 200 valid")
         try_tools(called, check, key)
         try_responses(called, text, check, key)
         try_agent(called, check, key)

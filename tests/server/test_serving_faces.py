@@ -120,6 +120,8 @@ def test_a_response_of_a_schema(tmp_path) -> None:
         ({"background": True}, "in the background"),
         ({"truncation": "auto"}, "nothing is left out"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "reads text only"),
+        ({"input": [{"type": []}]}, "items are of type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "items are of type"),
         ({"max_output_tokens": 99999}, "more than this server allows"),
         ({"colour": 1}, "unknown field colour"),
     ],
