@@ -27,7 +27,7 @@ from normistral.evaluation.bench.configuration import (
 from normistral.evaluation.bench.machine import ProcessMemory, read_process_memory
 from normistral.evaluation.bench.results import Spread
 from normistral.evaluation.bench.runner import Watcher, choose_interleaving, run_benchmark
-from normistral.evaluation.bench.speed import Conversation, Pass, SpeedPlan
+from normistral.evaluation.bench.speed import ConversationPass, Pass, SpeedPlan
 from normistral.evaluation.bench.worker import (
     Account,
     Fingerprint,
@@ -174,7 +174,7 @@ class FakeWorker:
         return {
             LoadModel: ModelLoaded(0.1, 0.2, "scripted", "rule", self._in_force(request), 2.0, None),
             MeasureFirstToken: 1.0,
-            MeasureConversation: Conversation(0.5, 0.25, 7),
+            MeasureConversation: ConversationPass(0.5, 0.25, 7),
             Fingerprint: "f" * 64,
             LookAtProcess: Account(ProcessMemory(9, 8, 7, 6), 7, 0.5, 1.0),
             MeasureBandwidth: Bandwidth(getattr(request, "threads", 0), 2**20, 10.0 + seen, "k", {"k": 10.0 + seen}),
@@ -326,7 +326,7 @@ def test_a_worker_answers_what_it_is_asked():
         around = worker.ask(MeasurePass(8, 2, 5, MeasureBandwidth(1, 2**20)), Pass)
         assert min(around.bandwidth_gb_per_s) > 0
         assert measured.bandwidth_gb_per_s is None
-        assert worker.ask(MeasureConversation(PLAN, 3), Conversation).cached_tokens == 7
+        assert worker.ask(MeasureConversation(PLAN, 3), ConversationPass).cached_tokens == 7
         assert len(worker.ask(Fingerprint(), str)) == 64
         with pytest.raises(EngineError, match="a: the prompt takes 1000 tokens"):
             worker.ask(MeasurePass(1000, 2, 4), Pass)

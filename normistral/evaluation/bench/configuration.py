@@ -20,7 +20,7 @@ from normistral.evaluation.bench.results import (
     PrefillResult,
     Spread,
 )
-from normistral.evaluation.bench.speed import Conversation, Pass, SpeedPlan
+from normistral.evaluation.bench.speed import ConversationPass, Pass, SpeedPlan
 from normistral.evaluation.bench.worker import Account, ModelLoaded
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig, parse_settings
 
@@ -131,7 +131,7 @@ class Samples:
     loads: list[tuple[float, ModelLoaded]] = field(default_factory=list)
     first_uses: list[float] = field(default_factory=list)
     passes: dict[int, list[Pass]] = field(default_factory=lambda: defaultdict(list))
-    conversations: list[Conversation] = field(default_factory=list)
+    conversations: list[ConversationPass] = field(default_factory=list)
     fingerprints: list[str] = field(default_factory=list)
     accounts: list[Account] = field(default_factory=list)
     problem: str | None = None

@@ -20,7 +20,7 @@ from normistral.evaluation.bench.bandwidth import SINGLE_THREADED_BLAS, Bandwidt
 from normistral.evaluation.bench.configuration import Configuration, Samples
 from normistral.evaluation.bench.machine import report_machine
 from normistral.evaluation.bench.results import BandwidthResult, BenchResult, Interleaving, Spread
-from normistral.evaluation.bench.speed import Conversation, Pass, SpeedPlan
+from normistral.evaluation.bench.speed import ConversationPass, Pass, SpeedPlan
 from normistral.evaluation.bench.worker import (
     Account,
     Fingerprint,
@@ -187,7 +187,7 @@ def _start(worker: Worker, samples: Samples, run: _Run) -> None:
 def _measure(worker: Worker, samples: Samples, point: tuple[int, int] | None, run: _Run, *, keep: bool) -> None:
     """One pass, or without a point the conversation."""
     if point is None:
-        conversation = worker.ask(MeasureConversation(run.plan, run.next_seed()), Conversation)
+        conversation = worker.ask(MeasureConversation(run.plan, run.next_seed()), ConversationPass)
         if keep:
             samples.conversations.append(conversation)
         return

@@ -137,7 +137,7 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class ConversationPass:
     """Seconds to the first token of both turns; `cached_tokens` of the second prompt were not computed again."""
 
     first_ttft_s: float
@@ -220,13 +220,13 @@ def measure_first_token(model: Model, question_tokens: int, seed: int) -> float:
     return model.generate(question, max_new_tokens=1, **_PLAIN).timings.ttft_s
 
 
-def measure_conversation(model: Model, plan: SpeedPlan, seed: int) -> Conversation:
+def measure_conversation(model: Model, plan: SpeedPlan, seed: int) -> ConversationPass:
     """A question, its answer, and a second question, which finds the first two in the cache."""
     prompt = random_ids(model.tokenizer, plan.question_tokens + plan.follow_up_tokens, seed)
     question, follow_up = prompt[: plan.question_tokens], prompt[plan.question_tokens :]
     first = model.generate(question, max_new_tokens=plan.answer_tokens, **_PLAIN)
     second = model.generate([*question, *first.token_ids, *follow_up], max_new_tokens=1, **_PLAIN)
-    return Conversation(first.timings.ttft_s, second.timings.ttft_s, second.timings.cached_tokens)
+    return ConversationPass(first.timings.ttft_s, second.timings.ttft_s, second.timings.cached_tokens)
 
 
 def fingerprint(model: Model) -> str:

@@ -79,7 +79,7 @@ class MeasurePass(msgspec.Struct, tag=True):
 
 
 class MeasureConversation(msgspec.Struct, tag=True):
-    """Answered with a `speed.Conversation`."""
+    """Answered with a `speed.ConversationPass`."""
 
     plan: SpeedPlan
     seed: int
