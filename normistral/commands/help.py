@@ -83,7 +83,8 @@ def _write_rows(formatter: Any, title: str, rows: Sequence[tuple[str, str]]) -> 
         for name, text in rows:
             first = indent + name
             lines = wrap_text(further + text, columns, further)
-            formatter.write(first + lines[len(first) :] + "\n" if beside else f"{first}\n{lines}\n")
+            below = f"{wrap_text(first, columns, further)}\n{lines}\n"  # choices of an option may be wider than a line
+            formatter.write(first + lines[len(first) :] + "\n" if beside else below)
 
 
 def _write_paragraphs(formatter: Any, text: str) -> None:
