@@ -308,6 +308,10 @@ def test_nothing_else_writes_files_whole():
     """One way to do it: others would not know what may be replaced. Renames in folders of ours are something else."""
     package = Path(files.__file__).parent
     sources = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
-    assert {name for name, text in sources.items() if "mkstemp(" in text} == {"files.py", "batch/journal.py"}
+    assert {name for name, text in sources.items() if "mkstemp(" in text} == {
+        "files.py",
+        "batch/journal.py",
+        "runtime/kernels/packed_store.py",  # in pieces of a huge page, and not forced to the disk
+    }
     assert not [name for name, text in sources.items() if "os.replace(" in text or "os.rename(" in text]
     assert shutil.rmtree.avoids_symlink_attacks  # as `remove_own_folder` needs it

@@ -117,7 +117,7 @@ def run_command(arguments: list[str]) -> int:
     from normistral.server import app
 
     create = app.create_app
-    app.create_app = lambda *positional: create(*positional, worker_module="served_models")
+    app.create_app = lambda *positional, **named: create(*positional, **named, worker_module="served_models")
     return run(arguments)
 
 

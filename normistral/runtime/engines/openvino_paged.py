@@ -104,7 +104,7 @@ class PagedEngine:
     """One sequence: a block table into the pool that all sequences of a model share."""
 
     def __init__(self, backend: PagedBackend, pool: BlockPool, keeps: object = None) -> None:
-        self._backend = backend
+        self._backend: PagedBackend | None = backend
         self._pool: BlockPool | None = pool
         self._keeps = keeps
         self._blocks: list[int] = []  # the block table
@@ -119,7 +119,9 @@ class PagedEngine:
             EngineError: OpenVINO failed.
         """
         pool, call = self._open_pool(), PagedCall(self, token_ids, last)
-        submit = self._backend.submit
+        backend = self._backend
+        assert backend is not None, "kept as long as the pool"
+        submit = backend.submit
         return _forward(pool, [call])[0] if submit is None else submit(call)
 
     def share(self, hashes: Sequence[bytes]) -> int:
@@ -177,7 +179,7 @@ class PagedEngine:
     def close(self) -> None:
         """Free the KV cache."""
         self._release()
-        self._pool = self._keeps = None
+        self._pool = self._keeps = self._backend = None
 
     def prepare(self, length: int) -> list[int]:
         """The block table for so many tokens; those behind the present ones may be written."""
