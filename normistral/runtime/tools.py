@@ -34,7 +34,7 @@ class Tool:
     """A function that a model may call.
 
     Attributes:
-        parameters: JSON schema of its arguments, an object.
+        parameters: JSON schema of its arguments, an object; an empty one has no arguments.
     """
 
     name: str
@@ -74,6 +74,11 @@ class Tool:
     def described(self) -> dict[str, Any]:
         """As the model is told of it."""
         return {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+
+
+def _schema_of_arguments(tool: Tool) -> dict[str, Any]:
+    """JSON schema; as in OpenAI's API, a tool without one has no arguments."""
+    return {"type": "object", **(tool.parameters or {"properties": {}})}
 
 
 _DOCUMENTATION = ("title", "description")
@@ -140,7 +145,7 @@ def tool_structure(
     if text is not None:
         schema = json.loads(text.text) if text.text else {"type": "object"}
     document = {
-        "tools": {tool.name: close_objects({"type": "object", **tool.parameters}) for tool in tools},
+        "tools": {tool.name: close_objects(_schema_of_arguments(tool)) for tool in tools},
         "format": asdict(format),
         "most": MOST_CALLS if parallel else 1,
         "thinking": thinking,

@@ -183,7 +183,9 @@ class TextPart(Strict):
 
 
 def _require_object(arguments: str) -> str:
-    """Refuse arguments that no call can have."""
+    """Refuse arguments that no call can have; some clients write none as an empty text."""
+    if not arguments.strip():
+        return "{}"
     try:
         if isinstance(json.loads(arguments), dict):
             return arguments
@@ -209,7 +211,9 @@ class FunctionDefinition(Strict):
 
     name: ToolName
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments, an object.")
+    parameters: dict[str, Any] | None = Field(
+        None, description="JSON schema of the arguments, an object; none: no arguments."
+    )
     strict: bool | None = Field(None, description="Arguments always fit the schema, whatever this says.")
 
 

@@ -93,6 +93,22 @@ def test_a_call_is_told_from_text(serve) -> None:
     assert without_ids(streamed(url, messages=messages, tools=[WEATHER])) == ("Det regner.", [], "stop")
 
 
+def test_a_tool_without_a_schema_has_no_arguments(serve) -> None:
+    url = serve()  # writes at random
+    for parameters in ({}, {"parameters": None}, {"parameters": {}}):
+        tool = {"type": "function", "function": {"name": "clock", **parameters}}
+        called = choice(url, tools=[tool], tool_choice="required", parallel_tool_calls=False)
+        assert without_ids(called) == (None, [{"name": "clock", "arguments": "{}"}], "tool_calls")
+    (call,) = called["message"]["tool_calls"]
+    call["function"]["arguments"] = ""  # as some clients send none back
+    messages = [
+        {"role": "user", "content": "Hei"},
+        called["message"],
+        {"role": "tool", "tool_call_id": call["id"], "content": "12:00"},
+    ]
+    assert choice(url, messages=messages, tools=[tool], max_tokens=4)["finish_reason"] == "length"
+
+
 def test_a_stream_says_the_same(serve) -> None:
     url = serve(TWO)
     assert without_ids(streamed(url, tools=[WEATHER, CLOCK])) == without_ids(choice(url, tools=[WEATHER, CLOCK]))
