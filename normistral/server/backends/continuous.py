@@ -175,7 +175,7 @@ class ContinuousScheduler:
             self._end(task)
 
     def step(self) -> list[JobUpdate]:
-        """One forward: a token of each answer, and pieces of prompts, while which the list may be empty."""
+        """One forward: a token of each answer, and pieces of prompts, which may change nothing yet: then the list is empty."""
         self._updates = []
         self._let_in()
         together, alone = self._choose()
