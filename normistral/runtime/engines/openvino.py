@@ -35,7 +35,11 @@ from normistral.runtime.engines.settings import (
     DEFAULT_CONFIG,
     ENGINES_KERNEL,
     INT4_KERNEL,
+    INT4_WEIGHTS,
+    INT4_WEIGHTS_SETTING,
     KERNEL,
+    MAPPED,
+    MEMORY,
     OUR_KERNEL,
     PAGED,
     PREFILL_CHUNK,
@@ -74,6 +78,7 @@ def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> 
     settings = choose_settings(core, manifest, config)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     kernel = settings.pop(INT4_KERNEL, None)
+    placement = settings.pop(INT4_WEIGHTS, MEMORY)
     packed = None
     attention = settings.pop(ATTENTION, STATEFUL)
     try:
@@ -85,7 +90,9 @@ def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> 
         else:
             keep_last_logits(model)
         if kernel == OUR_KERNEL:
-            packed = pack_for_our_kernel(model, folder / MODEL_FILE, required=INT4_KERNEL in overrides)
+            packed = pack_for_our_kernel(
+                model, folder / MODEL_FILE, mapped=placement == MAPPED, required=INT4_KERNEL in overrides
+            )
         if packed is not None:
             replace_products(core, model, packed)
         compiled = core.compile_model(model, device, settings)
@@ -135,10 +142,11 @@ def choose_settings(core: ov.Core, manifest: Manifest, config: EngineConfig) -> 
         known[ATTENTION] = ATTENTION_SETTING
     if device == "CPU" and manifest.recipe.weights == "int4":
         known[INT4_KERNEL] = KERNEL
+        known[INT4_WEIGHTS] = INT4_WEIGHTS_SETTING
     settings = override({**plan, **(config.tuned or {})}, overrides, known, engine="OpenVINO", exact=config.exact)
     if ATTENTION not in overrides and settings.get("KV_CACHE_PRECISION", "u8") not in PAGED_PRECISIONS:
         settings.pop(ATTENTION, None)
-    for name in overrides.keys() - {PREFILL_CHUNK, INT4_KERNEL, ATTENTION}:
+    for name in overrides.keys() - {PREFILL_CHUNK, INT4_KERNEL, INT4_WEIGHTS, ATTENTION}:
         require_accepted(core, device, name, settings[name])
     return settings
 
@@ -156,12 +164,15 @@ def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: 
     return {key: value for key, value in settings.items() if key in shared}
 
 
-def pack_for_our_kernel(model: ov.Model, model_file: Path, *, required: bool) -> PackedWeights | None:
+def pack_for_our_kernel(
+    model: ov.Model, model_file: Path, *, required: bool, mapped: bool = False
+) -> PackedWeights | None:
     """The int4 weights of a model for our kernel; None where it cannot be used, with a warning that gives the reason.
 
     Args:
         model: as read from the file.
         required: None is an error.
+        mapped: take them from a file of their own, where one can be had.
 
     Raises:
         UsageError: they are required, and there is no kernel, or no product that suits it.
@@ -172,7 +183,7 @@ def pack_for_our_kernel(model: ov.Model, model_file: Path, *, required: bool) ->
     try:
         if library is None:
             raise _no_kernel(machine)
-        packed = pack_products(model, model_file, open_library(library))
+        packed = pack_products(model, model_file, open_library(library), mapped=mapped)
     except (EngineError, UsageError) as exc:
         if required:
             raise
@@ -192,13 +203,14 @@ def _no_kernel(machine: hardware.Machine) -> UsageError:
 
 
 def kernel_in_force(kernel: str | None, packed: PackedWeights | None) -> tuple[dict[str, str], dict[str, str]]:
-    """The setting `int4_kernel` in force: for `settings`, and for `kv_cache_key`, which names ours alone.
+    """Settings `int4_kernel` and `int4_weights` in force, for `settings`; and for `kv_cache_key`, which names our kernel.
 
     Args:
         kernel: what was chosen; None where there is no such setting.
     """
     if packed is not None:
-        return {INT4_KERNEL: OUR_KERNEL}, {INT4_KERNEL: OUR_KERNEL}
+        placement = MAPPED if packed.mapped else MEMORY
+        return {INT4_KERNEL: OUR_KERNEL, INT4_WEIGHTS: placement}, {INT4_KERNEL: OUR_KERNEL}
     return ({} if kernel is None else {INT4_KERNEL: ENGINES_KERNEL}), {}
 
 

@@ -16,6 +16,8 @@ from normistral.errors import UsageError
 PREFILL_CHUNK = "prefill_chunk"  # a setting of ours, for both engines: tokens of a prompt that are fed at once
 INT4_KERNEL = "int4_kernel"  # another, for OpenVINO on CPUs: whose products of int4 weights serve
 OUR_KERNEL, ENGINES_KERNEL = "normistral", "openvino"
+INT4_WEIGHTS = "int4_weights"  # and where the weights of our kernel lie
+MEMORY, MAPPED = "memory", "mapped"
 ATTENTION = "attention"  # and another: which of OpenVINO's attentions serves
 PAGED, STATEFUL = "paged", "stateful"
 DEFAULT_CHUNK = "256"  # long enough for full speed, short enough that a prompt can be cancelled (docs/decisions.md)
@@ -67,6 +69,7 @@ class Setting:
 COUNT = Setting(r"[1-9]\d{0,3}", "a number from 1 to 9999")
 ZERO_OR_ONE = Setting("[01]", "0 or 1")
 KERNEL = Setting(f"{OUR_KERNEL}|{ENGINES_KERNEL}", f"{OUR_KERNEL} or {ENGINES_KERNEL}", changes_results=True)
+INT4_WEIGHTS_SETTING = Setting(f"{MEMORY}|{MAPPED}", f"{MEMORY} or {MAPPED}")
 ATTENTION_SETTING = Setting(f"{PAGED}|{STATEFUL}", f"{PAGED} or {STATEFUL}")
 CHUNK = Setting(r"[1-9]\d{0,2}|[1-3]\d{3}|40[0-8]\d|409[0-6]", "a number of tokens from 1 to 4096")
 

@@ -58,10 +58,11 @@ class PackedWeights:
 
     Args:
         products: of the model.
-        key: of the file; None where the weights are kept in memory only.
+        key: of the file that is mapped; None where the weights are kept in memory only.
 
     Attributes:
         library: the kernel they are for, as a loader finds it.
+        mapped: whether they lie in a file.
         numbers: by which operators find them, for each product by its name in the IR.
     """
 
@@ -76,6 +77,7 @@ class PackedWeights:
             memory = load_packed(
                 key, size, lambda: _pack_pieces(products, kernel), lambda data: _checksum(data, kernel)
             )
+        self.mapped = memory is not None
         if memory is None:
             memory = allocate(size)
             for product, (start, stop) in _places(products):
@@ -94,11 +96,13 @@ _shared: WeakValueDictionary[tuple[object, ...], PackedWeights] = WeakValueDicti
 _sharing = InterruptSafeLock()
 
 
-def pack_products(model: ov.Model, model_file: Path, library: Library) -> PackedWeights | None:
+def pack_products(model: ov.Model, model_file: Path, library: Library, *, mapped: bool = False) -> PackedWeights | None:
     """The weights of a model as read from this file; a file that is loaded twice in one process is packed once.
 
     Args:
         library: the kernel, compiled for the installed OpenVINO, as it was checked.
+        mapped: keep large ones in a file and map it: a load takes a third of the time, processes share them, and a
+            token takes 6 to 10 % longer (benchmarks/results/2026-11-29-load.md).
 
     Returns:
         None where the kernel can do none of the products.
@@ -107,7 +111,7 @@ def pack_products(model: ov.Model, model_file: Path, library: Library) -> Packed
         EngineError: the library cannot be loaded.
     """
     stat = model_file.with_suffix(".bin").stat()
-    key = (library, model_file.resolve(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    key = (library, mapped, model_file.resolve(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     with _sharing:
         packed = _shared.get(key)
         if packed is None:
@@ -116,7 +120,9 @@ def pack_products(model: ov.Model, model_file: Path, library: Library) -> Packed
                 return None
             kernel = _open_library(library)
             size = sum(map(_packed_bytes, products))
-            file_key = find_key(model_file, kernel.normistral_int4_lanes(), size) if size >= WORTH_BYTES else None
+            file_key = (
+                find_key(model_file, kernel.normistral_int4_lanes(), size) if mapped and size >= WORTH_BYTES else None
+            )
             packed = _shared[key] = PackedWeights(library, kernel, products, file_key)
     return packed
 

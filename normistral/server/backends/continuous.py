@@ -175,7 +175,7 @@ class ContinuousScheduler:
             self._end(task)
 
     def step(self) -> list[JobUpdate]:
-        """One forward: a token of each answer, and pieces of prompts, which may change nothing yet: then the list is empty."""
+        """One forward: a token of each answer, and pieces of prompts, which may have no updates yet."""
         self._updates = []
         self._let_in()
         together, alone = self._choose()

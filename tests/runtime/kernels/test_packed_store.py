@@ -206,7 +206,8 @@ import normistral
 from normistral.runtime.kernels import openvino_int4, packed_store
 openvino_int4.WORTH_BYTES = 0
 packed_store._is_huge = lambda mapped: True
-with normistral.load(sys.argv[1]) as model:
+with normistral.load(sys.argv[1], settings={"int4_weights": "mapped"}) as model:
+    assert model.capabilities.settings["int4_weights"] == "mapped"
     print(model.generate([5, 6, 7], max_new_tokens=8, temperature=0.0, ignore_eos=True).token_ids)
 """
 
@@ -215,7 +216,9 @@ with normistral.load(sys.argv[1]) as model:
 def test_models_give_the_same_bits_from_the_file_and_two_processes_may_begin_at_once(tiny_int4, monkeypatch):
     with normistral.load(tiny_int4, settings={"int4_kernel": "normistral"}) as model:
         expected = model.generate([5, 6, 7], max_new_tokens=8, temperature=0.0, ignore_eos=True).token_ids
-    assert not store.packed_dir().exists()  # a small model is packed in a moment
+        assert model.capabilities.settings["int4_weights"] == "memory"
+    with normistral.load(tiny_int4, settings={"int4_kernel": "normistral", "int4_weights": "mapped"}):
+        assert not store.packed_dir().exists()  # a small model is packed in a moment
     started = [
         subprocess.Popen([sys.executable, "-c", ANSWER, str(tiny_int4)], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -224,7 +227,7 @@ def test_models_give_the_same_bits_from_the_file_and_two_processes_may_begin_at_
     assert len(stored()) == 1
     monkeypatch.setattr(openvino_int4, "WORTH_BYTES", 0)
     monkeypatch.setattr(openvino_int4, "_pack", None)  # not called again
-    with normistral.load(tiny_int4, settings={"int4_kernel": "normistral"}) as model:
+    with normistral.load(tiny_int4, settings={"int4_kernel": "normistral", "int4_weights": "mapped"}) as model:
         found = model.generate([5, 6, 7], max_new_tokens=8, temperature=0.0, ignore_eos=True).token_ids
     assert found == expected
 
