@@ -203,7 +203,7 @@ def _no_kernel(machine: hardware.Machine) -> UsageError:
 
 
 def kernel_in_force(kernel: str | None, packed: PackedWeights | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Settings `int4_kernel` and `int4_weights` in force, for `settings`; and for `kv_cache_key`, which names our kernel.
+    """Settings `int4_kernel` and `int4_weights` in force, for `settings`; for `kv_cache_key` the kernel if it is ours.
 
     Args:
         kernel: what was chosen; None where there is no such setting.
