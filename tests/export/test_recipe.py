@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -278,7 +279,8 @@ def test_memory_for_the_tools_alone_is_judged_before_they_are_loaded(tmp_path, m
 
 
 def test_the_meter_sees_memory_that_came_and_went():
-    size = 64 * 2**20
+    size = 256 * 2**20  # far more than what earlier tests may still give back meanwhile
+    gc.collect()
     with resources.MemoryMeter() as meter:
         before = resources.anonymous_bytes()
         block = bytearray(b"\x01") * size
@@ -287,7 +289,7 @@ def test_the_meter_sees_memory_that_came_and_went():
     if before is None:
         pytest.skip("no /proc on this system")
     assert meter.peak_bytes is not None
-    assert meter.peak_bytes >= before + 0.9 * size
+    assert meter.peak_bytes >= before + 0.75 * size
 
 
 def test_where_the_default_does_not_fit_the_thrifty_recipe_is_named(monkeypatch, tmp_path):
