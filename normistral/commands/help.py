@@ -83,8 +83,10 @@ def _write_rows(formatter: Any, title: str, rows: Sequence[tuple[str, str]]) -> 
         for name, text in rows:
             first = indent + name
             lines = wrap_text(further + text, columns, further)
-            below = f"{wrap_text(first, columns, further)}\n{lines}\n"  # choices of an option may be wider than a line
-            formatter.write(first + lines[len(first) :] + "\n" if beside else below)
+            if beside:
+                formatter.write(f"{first}{lines[len(first) :]}\n")
+            else:  # an option's choices may be wider than a line
+                formatter.write(f"{wrap_text(first, columns, further)}\n{lines}\n")
 
 
 def _write_paragraphs(formatter: Any, text: str) -> None:

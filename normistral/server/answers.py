@@ -101,8 +101,8 @@ def prepare_chat(
     )
     if structure is not None:
         options["structure"] = structure
-    if structure is not None and body.ignore_eos and tools and mode != "none":
-        raise UsageError("ignore_eos would write on behind a call", "leave it out")
+        if structure.kind == "tool_calls" and body.ignore_eos:
+            raise UsageError("ignore_eos would write on behind a call", "leave it out")
     prompt_ids, left_out = handler.fit_chat(
         [message.for_template() for message in body.messages],
         overflow,
