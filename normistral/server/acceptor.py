@@ -223,7 +223,7 @@ class Acceptor:
             self._end(oldest)
 
     def _continue(self, connection: _Connection) -> None:
-        if connection.socket.fileno() < 0:  # ended since it was ready
+        if self._held.get(connection.socket.fileno()) is not connection:  # ended or handed over since it was ready
             return
         if connection.unsent:
             self._send(connection)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -243,7 +243,7 @@ def require_known_host(host: str, hosts: Collection[str] | None) -> None:
 
 
 class _Answer:
-    """Response of a request: adds its id; closes the connection where the body was not read.
+    """Response of a request: adds its id; closes the connection where the body was not read, and says so where it ends.
 
     Attributes:
         status: what was sent; 0 is nothing.
@@ -252,6 +252,7 @@ class _Answer:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, most_bytes: int, origins: Collection[str]) -> None:
         self._id = scope["state"]["request_id"].encode()
+        self._is_last: Callable[[], bool] = scope["state"].get("last", lambda: False)
         self._receive, self._send, self._most_bytes = receive, send, most_bytes
         headers = Headers(scope=scope)
         self.origin = headers.get("origin")
@@ -265,7 +266,7 @@ class _Answer:
         """Pass a message on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            closing = [(b"connection", b"close")] if self.unread else []
+            closing = [(b"connection", b"close")] if self.unread or self._is_last() else []
             message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id), *self._cors, *closing]
         elif self.unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})

@@ -80,7 +80,12 @@ class LimitedProtocol(H11Protocol):
         transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         limit_unread(transport.get_extra_info("socket"), self.limits.stall_s)
         self._served = self.pool.admit(self, len(self.connections))
-        self.app_state = {**self.app_state, "abort": self.leave, "surplus": not self._served}
+        self.app_state = {
+            **self.app_state,
+            "abort": self.leave,
+            "surplus": not self._served,
+            "last": lambda: not self.cycle.keep_alive,
+        }
         self._enter(_Phase.HEAD)
         if self.received:
             received, self.received = self.received, b""

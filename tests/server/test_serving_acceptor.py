@@ -156,6 +156,37 @@ def test_a_request_that_came_in_time_is_answered_by_a_server_that_was_busy(tmp_p
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
+def test_a_connection_that_ends_after_an_answer_says_so(url) -> None:
+    assert ask(url, "GET /health?x=1 HTTP/1.1\r\nHost: x\r\n", "")[1]["connection"] == "close"
+    with httpx.Client() as client:  # that would use the connection again, and find it gone
+        for _ in range(20):
+            assert client.get(f"{url}/health?x=1").headers["connection"] == "close"
+
+
+def test_a_connection_that_was_handed_over_is_not_read_again(tmp_path, monkeypatch) -> None:
+    """A sweep serves a connection that waits for its turn; the turn that follows would take what comes next."""
+    serve, read, foreign = Acceptor._serve_ready, Acceptor._read, []
+
+    def sweep_between(self) -> None:
+        for key, _ in self._selector.select(0):
+            self._queue(key.data)
+            key.data.deadline = 0.0
+        self._sweep()
+        serve(self)
+
+    def watched_read(self, connection) -> None:
+        if connection not in self._held.values():
+            foreign.append(connection)
+        read(self, connection)
+
+    monkeypatch.setattr(Acceptor, "_serve_ready", sweep_between)
+    monkeypatch.setattr(Acceptor, "_read", watched_read)
+    with serving(make_served(tmp_path / "m"), LIMITS, Keys({KEY: "ola"})) as url:
+        for _ in range(5):
+            assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
+    assert not foreign
+
+
 FLOOD = """
 import socket, sys, time
 connections = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), 10) for _ in range(16)]
