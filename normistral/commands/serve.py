@@ -34,7 +34,7 @@ def serve(
         list[str],
         typer.Argument(
             metavar="ARTIFACT...",
-            help="Folders of exported models, their names in the store, or presets.",
+            help="Exported models: folders, names in the store, or presets; or a folder of such folders.",
             autocompletion=complete_artifact,
         ),
     ],
@@ -73,6 +73,19 @@ def serve(
         typer.Option(
             metavar="N", min=1, help="Memory for the KV caches of each artifact, in MiB. Default: by what is free."
         ),
+    ] = None,
+    memory_mib: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Memory for all loaded models, in MiB; the least recently used one makes room. "
+            "Default: 90 % of what is free for several models, no limit for one.",
+        ),
+    ] = None,
+    idle_minutes: Annotated[
+        float | None,
+        typer.Option(metavar="M", min=0.01, help="Unload a model that nobody asked for so long. Default: never."),
     ] = None,
     max_context: Annotated[
         int | None, typer.Option(metavar="N", min=2, help="Tokens of prompt and answer. Default: the model's.")
@@ -131,7 +144,6 @@ def serve(
     )
     settings = engine.settings
     _require_extra()
-    artifacts = [str(find_or_make(artifact)) for artifact in artifacts]
     from normistral.runtime.kernels.library import name_faster_way
     from normistral.server.app import create_app
     from normistral.server.limits import plan_connections
@@ -143,7 +155,9 @@ def serve(
         describe_model,
         describe_server,
         describe_start,
+        find_artifacts,
         open_artifacts,
+        plan_residency,
         read_origins,
     )
 
@@ -154,15 +168,21 @@ def serve(
             f"raise it: ulimit -n {2 * max_connections + 256}",
         )
     limits = replace(limits, connections=served_connections)
+    found = find_artifacts([find_or_make(artifact) for artifact in artifacts])
+    for reason in found.left_out:
+        console.warn(reason)
+    names = [str(folder) for folder in found.artifacts]
+    residency = plan_residency(names, memory_mib, idle_minutes, found.on_demand)
     options = EngineOptions(engine.config, batching, cache_mib, slots)
-    served = open_artifacts(artifacts, options, limits)
+    served = open_artifacts(names, options, limits, residency.budget_bytes)
     with bind(host, port) as listener:
         keys = choose_keys(listener, api_key_file, no_api_key=no_api_key)
         hosts = allowed_hosts(listener, keys, allowed_host or ())
-        app = create_app(served, limits, keys, hosts, origins=read_origins(allowed_origin or ()), store=store)
+        origins = read_origins(allowed_origin or ())
+        app = create_app(served, limits, keys, hosts, origins=origins, store=store, residency=residency)
 
         def announce() -> None:
-            for line in describe_server(served, limits, keys, listener):
+            for line in describe_server(served, limits, keys, listener, residency.budget_bytes):
                 console.say(line)
             if as_json:
                 print(json.dumps(describe_start(served, limits, listener)), flush=True)

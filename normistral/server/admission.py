@@ -38,11 +38,26 @@ class Admission:
     """The jobs of one worker. Call `pump` when the worker has become ready.
 
     Args:
+        require_reachable: raises ApiError where waiting for the worker is of no use.
+        on_change: called when jobs have come or ended.
         several: there may be several tenants.
+
+    Attributes:
+        held: the worker gets no further jobs.
     """
 
-    def __init__(self, worker: WorkerClient, limits: ServerLimits, *, several: bool) -> None:
+    def __init__(
+        self,
+        worker: WorkerClient,
+        limits: ServerLimits,
+        require_reachable: Callable[[], None],
+        on_change: Callable[[], None],
+        *,
+        several: bool,
+    ) -> None:
+        self.held = False
         self._worker, self._limits = worker, limits
+        self._reachable, self._on_change = require_reachable, on_change
         self._share = _TENANT_SHARE if several else 1.0
         self._waiting: dict[str, deque[_Entry]] = {}  # by tenant, in the order in which they come next
         self._running: dict[str, _Entry] = {}
@@ -60,6 +75,23 @@ class Admission:
         """Number of jobs in the worker."""
         return len(self._running)
 
+    @property
+    def preparing_answers(self) -> int:
+        """Number of answers whose prompts are being made into tokens."""
+        return self._preparing.total()
+
+    def hold(self, held: bool) -> None:
+        """Give the worker no further jobs, or again."""
+        if held != self.held:
+            self.held = held
+            self.pump()
+
+    def require_reachable(self) -> None:
+        """Raise ApiError if no more requests are taken: the server stops, or there will be no worker soon."""
+        if self._refusal is not None:
+            raise self._refusal
+        self._reachable()
+
     @contextmanager
     def preparing(self, tenant: str, answers: int) -> Iterator[None]:
         """Count a request's answers before they are jobs.
@@ -74,6 +106,7 @@ class Admission:
         finally:
             self._preparing[tenant] -= answers
             self._preparing += Counter()  # without those that have none
+            self._on_change()
 
     def submit(self, jobs: Sequence[Job], deliver: Callable[[str, JobOutput], None]) -> None:
         """Take up the jobs of one request, or none of them.
@@ -82,7 +115,7 @@ class Admission:
             deliver: called with a job's id and what `WorkerClient.add` delivers.
 
         Raises:
-            ApiError: 503 while no model is ready or the server stops, 429 when too many wait.
+            ApiError: 503 while the model cannot be had or the server stops, 429 when too many wait.
         """
         tenant = jobs[0].tenant
         self._require_room(tenant, len(jobs))
@@ -91,6 +124,7 @@ class Admission:
             entry = _Entry(job, deliver, loop.call_later(self._limits.queue_s, self._expire, job.job_id))
             self._waiting.setdefault(tenant, deque()).append(entry)
         self.pump()
+        self._on_change()
 
     def cancel(self, job_id: str) -> None:
         """Give up a job; nothing more is delivered."""
@@ -99,11 +133,12 @@ class Admission:
         else:
             self._take_waiting(job_id)
         self.pump()
+        self._on_change()
 
     def pump(self) -> None:
         """Hand jobs to the worker while it has free slots."""
         loaded = self._worker.loaded
-        while loaded is not None and len(self._running) < loaded.slots:
+        while loaded is not None and not self.held and len(self._running) < loaded.slots:
             entry = self._next(most=max(1, int(self._share * loaded.slots)))
             if entry is None:
                 return
@@ -117,18 +152,31 @@ class Admission:
         """Refuse all further requests with this error."""
         self._refusal = error
 
+    def fail_waiting(self, error: ApiError) -> None:
+        """Fail all queued jobs with this error."""
+        self._fail([entry for entries in self._waiting.values() for entry in entries], error)
+
     def abort(self, error: ApiError) -> None:
         """Fail all queued and running jobs with this error."""
-        entries = [*self._running.values(), *(entry for entries in self._waiting.values() for entry in entries)]
+        self._fail(list(self._running.values()), error)
+        self.fail_waiting(error)
+
+    def explain_wait(self) -> ApiError:
+        """503: a job has waited too long."""
+        if self._worker.loaded is None:
+            waited = f"{self._worker.name} was not loaded within {self._limits.queue_s:g} s"
+            hint = "ask again later; a model is loaded when there is memory for it and others have had their turn"
+            return unavailable(waited, hint, code="queue_timeout", retry_after_s=self._wait_s())
+        waited = f"the answer did not begin within {self._limits.queue_s:g} s"
+        return unavailable(waited, "ask again later", code="queue_timeout", retry_after_s=self._wait_s())
+
+    def _fail(self, entries: Sequence[_Entry], error: ApiError) -> None:
         for entry in entries:
             self.cancel(entry.job.job_id)
             entry.deliver(entry.job.job_id, error)
 
     def _require_room(self, tenant: str, answers: int) -> None:
-        if self._refusal is not None:
-            raise self._refusal
-        if self._worker.loaded is None:
-            raise self._worker.explain_absence()
+        self.require_reachable()
         of_tenant = len(self._waiting.get(tenant, ())) + sum(e.job.tenant == tenant for e in self._running.values())
         if self.waiting + self.running + self._preparing.total() + answers > self._limits.jobs:
             raise self._too_many("the server has", self._limits.jobs, "queue_full")
@@ -155,15 +203,14 @@ class Admission:
             del self._running[job_id]
             self._mean_s += _AVERAGE_WEIGHT * (time.monotonic() - entry.began - self._mean_s)
             self.pump()
+            self._on_change()
         entry.deliver(job_id, output)
 
     def _expire(self, job_id: str) -> None:
         entry = self._take_waiting(job_id)
         if entry is not None:
-            waited = f"the answer did not begin within {self._limits.queue_s:g} s"
-            entry.deliver(
-                job_id, unavailable(waited, "ask again later", code="queue_timeout", retry_after_s=self._wait_s())
-            )
+            entry.deliver(job_id, self.explain_wait())
+            self._on_change()
 
     def _take_waiting(self, job_id: str) -> _Entry | None:
         for tenant, entries in self._waiting.items():

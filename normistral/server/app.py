@@ -25,6 +25,7 @@ from normistral.server.metrics import Metrics
 from normistral.server.middleware import PROTECTED, RequestMiddleware
 from normistral.server.model_handler import ModelHandler
 from normistral.server.public_routes import AnswerSource, PublicAnswer, PublicRoutes, load_page
+from normistral.server.residency import ResidencyOptions, ServedModel
 from normistral.server.responses import ModelCard, ModelList, Status
 from normistral.server.responses_api import ResponseStore
 from normistral.server.routes import router
@@ -45,6 +46,7 @@ def create_app(
     *,
     origins: Collection[str] = (),
     store: bool = False,
+    residency: ResidencyOptions | None = None,
 ) -> FastAPI:
     """Create the application; its workers start and stop with its lifespan.
 
@@ -53,9 +55,10 @@ def create_app(
         hosts, origins: as `RequestMiddleware` takes them.
         worker_module: whose `main` the worker processes run.
         store: keep answers of /v1/responses that ask for it, in memory.
+        residency: which models are in memory; None is all of them, always.
     """
     limits, keys, metrics = limits or ServerLimits(), keys or Keys(), Metrics()
-    service = Service(handler, limits, metrics, worker_module, several=len(keys) > 1)
+    service = Service(handler, limits, metrics, worker_module, several=len(keys) > 1, residency=residency)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,7 +100,7 @@ def _add_looking(app: FastAPI, service: Service) -> dict[str, AnswerSource]:
 
     @app.get("/ready", response_model=Status, responses=error_responses(503))
     async def ready() -> dict[str, str]:
-        """All models can answer."""
+        """Requests for all models are answered, but for those that cannot be loaded."""
         if not service.ready:
             raise service.explain_absence()
         return {"status": "ready"}
@@ -112,12 +115,12 @@ def _add_looking(app: FastAPI, service: Service) -> dict[str, AnswerSource]:
     @app.get("/v1/models", response_model=ModelList, responses=error_responses(401))
     async def models() -> dict[str, Any]:
         """The models that are served."""
-        return {"object": "list", "data": [_card(model.handler) for model in service.models.values()]}
+        return {"object": "list", "data": [_card(model) for model in service.models.values()]}
 
     @app.get("/v1/models/{model}", response_model=ModelCard, responses=error_responses(401, 404))
     async def model(model: str) -> dict[str, Any]:
         """One of them."""
-        return _card(service.find(model).handler)
+        return _card(service.find(model))
 
     def find_ready() -> PublicAnswer:
         if not service.ready:
@@ -156,7 +159,8 @@ def _as_json(body: bytes) -> PublicAnswer:
     return PublicAnswer(200, {"content-type": "application/json"}, body)
 
 
-def _card(handler: ModelHandler) -> dict[str, Any]:
+def _card(model: ServedModel) -> dict[str, Any]:
+    handler = model.handler
     created = int(datetime.fromisoformat(handler.manifest.created).timestamp())
     return {
         "id": handler.name,
@@ -166,6 +170,7 @@ def _card(handler: ModelHandler) -> dict[str, Any]:
         "context_length": handler.context_length,
         "max_new_tokens": handler.new_tokens,
         "role": handler.manifest.role,
+        "state": model.described_state,
     }
 
 

@@ -19,8 +19,9 @@ from normistral.server.answers import AnswerPart, make_parsers, prepare_chat, re
 from normistral.server.errors import ApiError, describe_validation
 from normistral.server.generation import OPENAI_CHAT, Events, EventStream, Framing, Generation, unless_gone
 from normistral.server.options import count_choices, require_stream_options
+from normistral.server.residency import ServedModel
 from normistral.server.schemas import ChatCompletionRequest
-from normistral.server.service import ServedModel, Service
+from normistral.server.service import Service
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,9 @@ class Metrics:
         self.generated_tokens = self._counter("generated_tokens", "Tokens written.", "model")
         self.cancelled = self._counter("cancelled_answers", "Answers given up because their reader left.", "model")
         self.worker_restarts = self._counter("worker_restarts", "Worker processes that died.", "model")
+        self.loads = self._counter("model_loads", "Times that a model was loaded.", "model")
+        self.unloads = self._counter("model_unloads", "Times that a model was unloaded, by reason.", "model", "reason")
+        self.load_seconds = self._histogram("model_load_seconds", "From the start of a load to its end.", _SECONDS)
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From a request to the first token of an answer.", _SECONDS
         )

@@ -25,6 +25,8 @@ from normistral.server.ipc import Load
 
 _PROBES = (2, 8)  # characters for each token of the context; Norwegian and English have 3 to 5
 _MOST_CHARACTERS = 32  # for each token of the context; runs of one character can have more
+_WEIGHTS_SHARE = 1.1  # in memory, of the files' size (benchmarks/results/2026-11-29-load.md)
+_PROCESS_BYTES = 320 * 2**20  # interpreter, engine and its buffers; the demo's worker takes 320 MiB beside its weights
 _UNSETTLED = 256  # tokens at the end of a beginning that what follows may change
 
 
@@ -73,6 +75,11 @@ class ModelHandler:
         return cls(
             name or folder.resolve().name, folder, manifest, opened.tokenizer, context, most, load, opened.chat_template
         )
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that its worker process takes: weights, KV caches, interpreter and engine."""
+        return model_memory_bytes(self.manifest, self.load.batch.cache_bytes)
 
     def fingerprint(self, arithmetic: str) -> str:
         """Hash of weights and arithmetic, for `system_fingerprint`."""
@@ -211,3 +218,8 @@ class ModelHandler:
                 "shorten it",
             )
         return prompt_ids
+
+
+def model_memory_bytes(manifest: Manifest, cache_bytes: int) -> int:
+    """The most that a worker process takes: weights, KV caches, interpreter and engine."""
+    return int(_WEIGHTS_SHARE * manifest.total_bytes) + cache_bytes + _PROCESS_BYTES

@@ -6,8 +6,10 @@ Each request becomes an internal one of the same conversation; streams are lines
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -19,14 +21,18 @@ from normistral.server.answers import ChatAnswer
 from normistral.server.conversation import Conversation, answer_whole, as_chat, last_of, open_conversation, stream
 from normistral.server.decoded import STATUSES, DecodedRoute, error_responses
 from normistral.server.errors import ApiError
-from normistral.server.generation import Framing
+from normistral.server.generation import Framing, unless_gone
 from normistral.server.model_handler import ModelHandler
+from normistral.server.residency import ServedModel
 from normistral.server.schemas import MOST_MESSAGES, Only, Strict, ToolDefinition, ToolName
-from normistral.server.service import ServedModel, Service
+from normistral.server.service import Service
 
 API_VERSION = "0.13.0"  # of Ollama, whose API this is; clients compare it
 _LATEST = ":latest"  # every name has it, also where it is left out
 _NS = 1_000_000_000
+_DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h|$)")
+_UNITS = {"": 1.0, "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_NEVER = "9999-12-31T23:59:59Z"
 
 router = APIRouter(route_class=DecodedRoute)
 _LINES = Framing("application/x-ndjson", lambda event: encode(event) + b"\n", b"", lambda error: {"error": str(error)})
@@ -110,7 +116,9 @@ class OllamaRequest(Strict):
     stream: bool | None = Field(None, description="true where it is left out.")
     format: str | dict[str, Any] | None = Field(None, description='"json", or a JSON schema; "" is text.')
     options: OllamaOptions | None = None
-    keep_alive: str | int | float | None = Field(None, description="Not used: the model stays loaded.")
+    keep_alive: str | int | float | None = Field(
+        None, description="Seconds, or as 5m; below 0 is for ever. Used with --idle-minutes and at most one key."
+    )
     think: bool | Literal["low", "medium", "high"] | None = Field(None, description="false is no reasoning.")
 
 
@@ -145,8 +153,9 @@ class OllamaShowRequest(Strict):
 async def ollama_chat(request: Request, body: OllamaChatRequest) -> Response:
     """Answer a conversation, as Ollama does."""
     model = find_model(request, body.model)
+    keep_s = _keep_alive(request, model, body)
     if not body.messages:
-        return _loaded(model, {"message": {"role": "assistant", "content": ""}})
+        return await _load(request, model, keep_s, {"message": {"role": "assistant", "content": ""}})
     tools = [tool.model_dump() for tool in body.tools] if body.tools else None
     return await _answer(request, body, model, _as_messages(body.messages), tools, _chat_piece)
 
@@ -155,8 +164,9 @@ async def ollama_chat(request: Request, body: OllamaChatRequest) -> Response:
 async def ollama_generate(request: Request, body: OllamaGenerateRequest) -> Response:
     """Answer one message, as Ollama does."""
     model = find_model(request, body.model)
+    keep_s = _keep_alive(request, model, body)
     if not body.prompt:
-        return _loaded(model, {"response": ""})
+        return await _load(request, model, keep_s, {"response": ""})
     system = [{"role": "system", "content": body.system}] if body.system else []
     messages = [*system, {"role": "user", "content": body.prompt}]
     return await _answer(request, body, model, messages, None, _text_piece)
@@ -171,11 +181,15 @@ async def ollama_tags(request: Request) -> dict[str, Any]:
 
 @router.get("/api/ps", responses=error_responses(401, model=OllamaError))
 async def ollama_ps(request: Request) -> dict[str, Any]:
-    """The models that are loaded, which they stay."""
+    """The models that are loaded, and until when."""
     service: Service = request.app.state.service
-    loaded = [model.handler for model in service.models.values() if model.worker.loaded is not None]
-    never = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}
-    return {"models": [_describe(handler) | never for handler in loaded]}
+    loaded = [model for model in service.models.values() if model.worker.loaded is not None]
+    return {
+        "models": [
+            _describe(model.handler) | {"expires_at": _time_in(service.residency.expires_in_s(model)), "size_vram": 0}
+            for model in loaded
+        ]
+    }
 
 
 @router.post("/api/show", responses=_ERRORS)
@@ -324,10 +338,36 @@ def _as_messages(messages: list[OllamaMessage]) -> list[dict[str, Any]]:
     return converted
 
 
-def _loaded(model: ServedModel, content: dict[str, Any]) -> Response:
-    """The answer to a request without a prompt, which in Ollama loads or frees the model."""
-    frame = {"model": model.handler.name, "created_at": _now(), **content, "done": True, "done_reason": "load"}
+async def _load(request: Request, model: ServedModel, keep_s: float | None, content: dict[str, Any]) -> Response:
+    """The answer to a request without a prompt, which loads the model or, with keep_alive 0, frees it."""
+    service: Service = request.app.state.service
+    if keep_s != 0:
+        await unless_gone(service.residency.load(model), request.receive)
+    reason = "unload" if keep_s == 0 else "load"
+    frame = {"model": model.handler.name, "created_at": _now(), **content, "done": True, "done_reason": reason}
     return Response(encode(frame), media_type="application/json")
+
+
+def _keep_alive(request: Request, model: ServedModel, body: OllamaRequest) -> float | None:
+    """Seconds for which the request keeps the model; None where it does not say, or has no say."""
+    service: Service = request.app.state.service
+    keep_s = None if body.keep_alive is None else _read_seconds(body.keep_alive)
+    return keep_s if service.residency.keep(model, keep_s) else None
+
+
+def _read_seconds(value: str | float) -> float:
+    """A duration as Ollama writes it: seconds, or numbers with units (Go's time.ParseDuration); infinity below 0.
+
+    Raises:
+        ApiError: it is none.
+    """
+    text = str(value).strip()
+    magnitude = text.lstrip("+-")
+    pieces = _DURATION.findall(magnitude)
+    if "".join(number + unit for number, unit in pieces) != magnitude or not magnitude:
+        raise ApiError(400, "keep_alive is a number of seconds, or a duration such as 5m or 1h30m", param="keep_alive")
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in pieces)
+    return math.inf if text.startswith("-") and seconds else seconds
 
 
 def _describe(handler: ModelHandler) -> dict[str, Any]:
@@ -356,4 +396,13 @@ def _details(handler: ModelHandler) -> dict[str, Any]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    return _time_in(0.0)
+
+
+def _time_in(seconds: float | None) -> str:
+    """The time so much later; None and what no calendar has are never."""
+    try:
+        moment = datetime.now(UTC) + timedelta(seconds=math.inf if seconds is None else seconds)
+    except OverflowError:
+        return _NEVER
+    return moment.isoformat().replace("+00:00", "Z")

@@ -177,6 +177,7 @@ class ModelCard(BaseModel):
     context_length: int
     max_new_tokens: int
     role: Literal["chat", "base"]
+    state: Literal["unloaded", "loading", "loaded", "unloading", "failed"]
 
 
 class ModelList(BaseModel):

@@ -27,7 +27,6 @@ from normistral.server.limits import KIB, ConnectionPool, plan_connections
 from normistral.server.protocol import LimitedProtocol, limit_unread, limited_protocol
 from normistral.server.public_routes import PublicRoutes
 from normistral.server.service import Service
-from normistral.server.worker_client import load_error
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ _SEND_BUFFER = 128 * KIB  # some hundred events; Linux would let it grow to mega
 
 
 class ApiServer(uvicorn.Server):
-    """A server that ends when it is told to, when its model cannot be loaded, and otherwise never.
+    """A server that ends when it is told to, when none of its models can be loaded, and otherwise never.
 
     The first signal lets answers under way finish within the grace time; new ones get 503. The second ends at once.
 
@@ -142,9 +141,8 @@ class ApiServer(uvicorn.Server):
             self._told_ready = True
             gc.freeze()  # modules and tables stay; to look through them again took 50 ms of everybody's time
             self._on_ready()
-        failed = next((model.worker for model in self.service.models.values() if model.worker.failure), None)
-        if failed is not None:
-            self.failure = load_error(failed)
+        self.failure = self.service.failure
+        if self.failure is not None:
             return True
         return self._stop_asked and self._drained()
 

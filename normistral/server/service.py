@@ -10,54 +10,21 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from normistral.errors import NormistralError
 from normistral.runtime.options import GenerationConfig
-from normistral.server.admission import Admission, RoundRobinSemaphore
+from normistral.server.admission import RoundRobinSemaphore
 from normistral.server.backends.base import Job
-from normistral.server.backends.settings import CONTINUOUS
 from normistral.server.errors import ApiError, unavailable
 from normistral.server.generation import Generation, unless_gone
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
 from normistral.server.model_handler import ModelHandler
-from normistral.server.worker_client import WORKER_MODULE, WorkerClient
+from normistral.server.residency import Residency, ResidencyOptions, ServedModel
+from normistral.server.worker_client import WORKER_MODULE
 
 T = TypeVar("T")
 
 _PREPARING_THREADS = 2  # templates and tokenizers are quick; more at once would only take turns
-
-
-class ServedModel:
-    """An artifact, its worker, and who waits for it."""
-
-    def __init__(
-        self, handler: ModelHandler, limits: ServerLimits, metrics: Metrics, worker_module: str, *, several: bool
-    ) -> None:
-        self.handler = handler
-        self.worker = WorkerClient(handler.name, handler.load, worker_module, self._on_change)
-        self.admission = Admission(self.worker, limits, several=several)
-        self._restarts = metrics.worker_restarts.labels(handler.name)
-        self._counted = 0
-        metrics.watch(
-            handler.name,
-            lambda: self.admission.waiting,
-            lambda: self.admission.running,
-            lambda: int(self.worker.loaded is not None),
-        )
-
-    def fingerprint(self, config: GenerationConfig) -> str | None:
-        """Names weights and arithmetic: while it is the same, a seed gives the same text again.
-
-        None for an answer that is computed together with others: their number changes the last bits of its logits.
-        """
-        loaded = self.worker.loaded
-        if loaded is None or (loaded.batching == CONTINUOUS and not config.reproducible):
-            return None
-        return self.handler.fingerprint(loaded.arithmetic)
-
-    def _on_change(self) -> None:
-        self._restarts.inc(self.worker.restarts - self._counted)
-        self._counted = self.worker.restarts
-        self.admission.pump()
 
 
 class Service:
@@ -67,6 +34,7 @@ class Service:
         several: there may be several tenants.
 
     Attributes:
+        residency: which models are in memory.
         models: by the name that requests use.
         stopping: no new answers are begun.
     """
@@ -79,17 +47,28 @@ class Service:
         worker_module: str = WORKER_MODULE,
         *,
         several: bool = True,
+        residency: ResidencyOptions | None = None,
     ) -> None:
         self.limits, self.metrics = limits, metrics
-        self.models = {one.name: ServedModel(one, limits, metrics, worker_module, several=several) for one in handler}
+        options = residency or ResidencyOptions()
+        self.residency = Residency(handler, options, limits, metrics, worker_module, several=several)
+        self.models = self.residency.models
         self.stopping = False
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
         self._turns = RoundRobinSemaphore(_PREPARING_THREADS, _PREPARING_THREADS - several)
 
     @property
     def ready(self) -> bool:
-        """All models can answer."""
-        return not self.stopping and all(model.worker.loaded for model in self.models.values())
+        """All models can answer, but for those that could not be loaded; those on demand are then loaded."""
+        usable = [model for model in self.models.values() if model.failure is None]
+        begun = self.residency.started and not self.stopping
+        return begun and bool(usable) and all(model.available for model in usable)
+
+    @property
+    def failure(self) -> NormistralError | None:
+        """Why no model could ever be loaded; None while one may be."""
+        failures = [None if model.ever_loaded else model.failure for model in self.models.values()]
+        return failures[0] if None not in failures else None
 
     @property
     def under_way(self) -> int:
@@ -100,22 +79,19 @@ class Service:
         """503: why not all models can answer."""
         if self.stopping:
             return unavailable("stopping", code="not_ready", retry_after_s=2)
-        absent = next((model.worker for model in self.models.values() if model.worker.loaded is None), None)
+        absent = next((model for model in self.models.values() if not model.available), None)
         if absent is None:
             return unavailable("ready again", code="not_ready", retry_after_s=1)
-        error = absent.explain_absence()
+        error = absent.worker.explain_absence() if absent.failure is None else absent.failure
         return unavailable(error.message, error.hint, code="not_ready", retry_after_s=2)
 
     def start(self) -> None:
-        """Begin to load all models."""
-        for model in self.models.values():
-            model.worker.start()
+        """Begin to load the models that are loaded from the start."""
+        self.residency.start()
 
     async def close(self) -> None:
         """End all workers."""
-        for model in self.models.values():
-            model.admission.abort(_stopping())
-            await model.worker.close()
+        await self.residency.close(_stopping())
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def stop_accepting(self) -> None:

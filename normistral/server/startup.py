@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest
+from normistral.artifact.store import list_artifacts
 from normistral.errors import UsageError
 from normistral.hardware import available_memory_bytes
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
@@ -17,16 +21,19 @@ from normistral.server.auth import Keys, read_keys
 from normistral.server.backends.settings import (
     Batching,
     BatchSettings,
+    cache_token_bytes,
     plan_cache_bytes,
     require_one_context,
     uses_continuous_batching,
 )
 from normistral.server.ipc import Loaded
 from normistral.server.limits import GIB, MIB, ServerLimits
-from normistral.server.model_handler import ModelHandler
+from normistral.server.model_handler import ModelHandler, model_memory_bytes
+from normistral.server.residency import ResidencyOptions
 from normistral.server.server import is_loopback, url_of
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:\d{1,5})?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:\d{1,5})?")
+_MODELS_SHARE = 0.9  # of the available memory, for several models; the rest is the server's own, and its requests'
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -45,21 +52,76 @@ class EngineOptions:
     slots: int | None = None
 
 
-def open_artifacts(artifacts: Sequence[str], options: EngineOptions, limits: ServerLimits) -> list[ModelHandler]:
-    """Everything of the artifacts but their engines.
+class FoundArtifacts(NamedTuple):
+    """Artifacts that were named, one by one or by the folder that they are in.
+
+    Attributes:
+        on_demand: names of those that were found in a folder.
+        left_out: why others in such a folder are no artifacts.
+    """
+
+    artifacts: list[Path]
+    on_demand: frozenset[str]
+    left_out: list[str]
+
+
+def find_artifacts(folders: Sequence[Path]) -> FoundArtifacts:
+    """Artifacts, and those in folders of artifacts.
 
     Raises:
-        NormistralError: as `ModelHandler.open`; or two have one name, or the KV cache is too small.
+        UsageError: none in such a folder can be used.
+    """
+    artifacts: list[Path] = []
+    on_demand: list[str] = []
+    left_out: list[str] = []
+    for folder in folders:
+        inside = [] if (folder / MANIFEST_NAME).is_file() else list_artifacts(folder)
+        usable = [one for one in inside if isinstance(one.content, Manifest)]
+        if not usable:  # opening it says what is wrong with it
+            artifacts.append(folder)
+            continue
+        artifacts += [one.path for one in usable]
+        on_demand += [one.name for one in usable]
+        left_out += [f"{one.path} is left out: {one.content}" for one in inside if isinstance(one.content, str)]
+    return FoundArtifacts(artifacts, frozenset(on_demand), left_out)
+
+
+def plan_residency(
+    artifacts: Sequence[str],
+    memory_mib: int | None,
+    idle_minutes: float | None,
+    on_demand: frozenset[str] = frozenset(),
+) -> ResidencyOptions:
+    """Which models are in memory; by default several take 90 % of what is available, and one what it needs."""
+    if memory_mib is not None:
+        budget: int | None = memory_mib * MIB
+    else:
+        budget = int(_MODELS_SHARE * available_memory_bytes()) if len(artifacts) > 1 else None
+    return ResidencyOptions(budget, None if idle_minutes is None else 60 * idle_minutes, on_demand)
+
+
+def open_artifacts(
+    artifacts: Sequence[str], options: EngineOptions, limits: ServerLimits, budget_bytes: int | None = None
+) -> list[ModelHandler]:
+    """Everything of the artifacts but their engines.
+
+    Args:
+        budget_bytes: for all models that are loaded at the same time; None is what is available.
+
+    Raises:
+        NormistralError: as `ModelHandler.open`; or two have one name, the KV cache is too small, or no model fits into
+            the budget.
     """
     handler: list[ModelHandler] = []
-    for artifact in artifacts:
-        manifest = Artifact.find(artifact, verify=False).manifest
-        context = limits.context_of(manifest.context_length)
-        cache_bytes = (
-            plan_cache_bytes(manifest, context, len(artifacts))
-            if options.cache_mib is None
-            else options.cache_mib * MIB
-        )
+    manifests = [Artifact.find(artifact, verify=False).manifest for artifact in artifacts]
+    contexts = [limits.context_of(manifest.context_length) for manifest in manifests]
+    sharers, spare = _share_memory(manifests, contexts, budget_bytes)
+    for artifact, manifest, context in zip(artifacts, manifests, contexts, strict=True):
+        if options.cache_mib is None:
+            planned = plan_cache_bytes(manifest, context, sharers, budget_bytes)
+            cache_bytes = int(min(planned, context * cache_token_bytes(manifest) + spare))
+        else:
+            cache_bytes = options.cache_mib * MIB
         batch = BatchSettings(options.batching, cache_bytes, context, options.slots)
         if not uses_continuous_batching(manifest, options.batching, options.config.device):
             require_one_context(manifest, batch)
@@ -72,7 +134,33 @@ def open_artifacts(artifacts: Sequence[str], options: EngineOptions, limits: Ser
         if one.name in {other.name for other in handler}:
             raise UsageError(f"two artifacts are called {one.name}", "rename the folder of one of them")
         handler.append(one)
+    smallest = min(handler, key=lambda one: one.memory_bytes)
+    if budget_bytes is not None and smallest.memory_bytes > budget_bytes:
+        raise UsageError(
+            f"{smallest.name} takes up to {smallest.memory_bytes / MIB:.0f} MiB with its KV cache, and loaded models "
+            f"may take {budget_bytes / MIB:.0f} MiB",
+            "give --memory-mib more, or --cache-mib or --max-context less",
+        )
     return handler
+
+
+def _share_memory(
+    manifests: Sequence[Manifest], contexts: Sequence[int], budget_bytes: int | None
+) -> tuple[int, float]:
+    """How many models are in memory at the same time, and bytes that are left for each with a cache of one context.
+
+    All of them, or as many of the largest as there is room for.
+    """
+    least = [
+        model_memory_bytes(manifest, context * cache_token_bytes(manifest))
+        for manifest, context in zip(manifests, contexts, strict=True)
+    ]
+    if budget_bytes is None:
+        return len(least), math.inf
+    if sum(least) > budget_bytes:
+        largest = max((one for one in least if one <= budget_bytes), default=budget_bytes)
+        least = [largest] * (budget_bytes // largest)
+    return len(least), max(0, budget_bytes - sum(least)) // len(least)
 
 
 def choose_keys(listener: socket.socket, key_file: Path | None, *, no_api_key: bool) -> Keys:
@@ -114,7 +202,11 @@ def allowed_hosts(listener: socket.socket, keys: Keys, more: Sequence[str]) -> s
 
 
 def describe_server(
-    handler: Sequence[ModelHandler], limits: ServerLimits, keys: Keys, listener: socket.socket
+    handler: Sequence[ModelHandler],
+    limits: ServerLimits,
+    keys: Keys,
+    listener: socket.socket,
+    budget_bytes: int | None = None,
 ) -> Iterator[str]:
     """What is served, where, for whom, within which limits, and what memory it may take."""
     names = ", ".join(f"{one.name} ({one.manifest.format}, {one.manifest.role})" for one in handler)
@@ -127,6 +219,11 @@ def describe_server(
         f"{limits.queue_s:g} s until one begins, {limits.request_s:g} s until it is whole, "
         f"{limits.body_bytes // 2**10} KiB for a body, {limits.connections} connections"
     )
+    if budget_bytes is not None and sum(one.memory_bytes for one in handler) > budget_bytes:
+        yield (
+            f"models are loaded when they are asked for, into {budget_bytes / GIB:.2f} GiB of memory; "
+            + ", ".join(f"{one.name} takes up to {one.memory_bytes / GIB:.2f}" for one in handler)
+        )
     weights = sum(one.manifest.total_bytes for one in handler)
     caches = sum(one.load.batch.cache_bytes for one in handler)
     bodies = limits.connections * limits.body_bytes

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from normistral.errors import EngineError, NormistralError
+from normistral.errors import NormistralError
 from normistral.processes import main_command
 from normistral.runtime.chunks import Chunk
 from normistral.server.auth import KEYS_VARIABLE
@@ -54,8 +54,9 @@ class WorkerClient:
 
     Attributes:
         loaded: what the running process said of its model; None while there is none that is ready.
-        failure: why the first process could not load; it is not tried again.
+        failure: why the first process since `start` could not load; it is not tried again.
         restarts: processes that died.
+        last_end: what the last process since `start` died of.
         pid: of the process that runs now.
     """
 
@@ -66,6 +67,7 @@ class WorkerClient:
         self.loaded: Loaded | None = None
         self.failure: NormistralError | None = None
         self.restarts = 0
+        self.last_end: str | None = None
         self.pid: int | None = None
         self._load, self._module, self._on_change = load, module, on_change
         self._jobs: dict[str, Deliver] = {}
@@ -76,7 +78,8 @@ class WorkerClient:
         self._trouble: NormistralError | None = None  # why the last process could not load
 
     def start(self) -> None:
-        """Begin to load; `loaded` or `failure` says how it went."""
+        """Begin to load; `loaded` or `failure` says how it went. After `close` it may be called again."""
+        self._closing, self.failure, self._trouble, self.last_end = False, None, None, None
         self._supervision = asyncio.get_running_loop().create_task(self._supervise())
 
     def explain_absence(self) -> ApiError:
@@ -150,7 +153,8 @@ class WorkerClient:
             if process.returncode is None:
                 self._end(process, "it had nothing more to say")
             code = await process.wait()
-            self._fail_jobs(self._ending or _describe(code))
+            self.last_end = self._ending or _describe(code)
+            self._fail_jobs(self.last_end)
 
     async def _watch(self, process: asyncio.subprocess.Process, monitor: HeartbeatMonitor) -> None:
         """End a process that stands still."""
@@ -176,7 +180,7 @@ class WorkerClient:
                 self._on_change()
             case LoadFailed(failure=failure):
                 self._trouble = error = failure.as_error()
-                if self.restarts == 0:
+                if self.last_end is None:
                     self.failure = error
                 logger.error("%s could not be loaded: %s", self.name, error.message)
             case Step():
@@ -211,8 +215,3 @@ def _describe(code: int) -> str:
     except ValueError:
         name = f"signal {-code}"
     return f"{name}: most likely the memory was used up" if -code == signal.SIGKILL else name
-
-
-def load_error(client: WorkerClient) -> NormistralError:
-    """Why the first process could not load."""
-    return client.failure or EngineError(f"{client.name} could not be loaded", "see what was printed before")

@@ -138,11 +138,16 @@ def test_what_a_worker_died_of_is_its_own_end_and_not_ours(name, told, monkeypat
     assert caplog.messages == [f"m: its worker process ended ({told}); 0 answers are lost"]
 
 
-def test_while_nothing_is_loaded_requests_are_told_so(tmp_path) -> None:
-    with serving(make_served(tmp_path / "m"), QUICK, wait_s=0) as url:
-        answer = ask(url)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+def test_requests_wait_for_a_model_that_loads(tmp_path) -> None:
+    folder = make_served(tmp_path / "m")
+    with serving(folder, QUICK, wait_s=0) as url:
         assert http.get(f"{url}/ready").status_code == 503
+        assert ask(url, max_tokens=1).status_code == 200
+        assert http.get(f"{url}/ready").status_code == 200
+    with serving(folder, ServerLimits(queue_s=0.01, grace_s=0.2), wait_s=0) as url:
+        answer = ask(url)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_timeout")
+        assert "was not loaded within 0.01 s" in answer.json()["error"]["message"]
 
 
 def test_an_engine_s_error_is_that_request_s(tmp_path) -> None:

@@ -47,15 +47,17 @@ def cache_token_bytes(manifest: Manifest) -> int:
     return manifest.architecture.kv_values_per_token * _FLOAT_BYTES
 
 
-def plan_cache_bytes(manifest: Manifest, context: int, sharers: int) -> int:
-    """Bytes for the KV caches of one model by the memory available now: one to eight contexts.
+def plan_cache_bytes(manifest: Manifest, context: int, sharers: int, available: int | None = None) -> int:
+    """Bytes for the KV caches of one model by the memory that there is: one to eight contexts.
 
     Args:
         context: the most tokens that prompt and answer take together.
         sharers: models or processes that divide what is left.
+        available: bytes of memory; None is what is available now.
     """
     one_context = context * cache_token_bytes(manifest)
-    spare = max(0, available_memory_bytes() - manifest.total_bytes) // _CACHE_SHARE // sharers
+    available = available_memory_bytes() if available is None else available
+    spare = max(0, available - manifest.total_bytes) // _CACHE_SHARE // sharers
     return max(one_context, min(spare, _MOST_CONTEXTS * one_context))
 
 
