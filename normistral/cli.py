@@ -165,7 +165,8 @@ def _normistral(
 ) -> None:
     """NorMistral on ordinary processors: export a checkpoint to int4 or int8, OpenVINO or ONNX, and talk to it.
 
-    An ARTIFACT is the folder of an exported model, or its name in the local store. Exit codes: 0 done, 1 it could not
+    An ARTIFACT is the folder of an exported model, its name in the local store, or OWNER/NAME of one that somebody
+    published, which is downloaded once. Exit codes: 0 done, 1 it could not
     be done, 2 wrong usage.
     """
     if context.invoked_subcommand is None:

@@ -31,6 +31,7 @@ COMPLETE = (
         f"commands/{name}.py"
         for name in ("options", "progress", "removed", "repl", "result_files", "rm", "saved_chats", "serve")
     ),
+    *(f"artifact/{name}.py" for name in ("download", "hub", "origin")),
     *("commands/show.py", "commands/translate.py", "export/pipeline.py"),
 )
 HELP = tuple(f"commands/{name}.py" for name in ("bench", "eval", "info"))  # their help, without their tables

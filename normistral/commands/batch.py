@@ -12,6 +12,7 @@ import typer
 
 from normistral.commands.answer import read_structure
 from normistral.commands.console import decode_argument, print_json, say, warn
+from normistral.commands.find_artifact import find
 from normistral.commands.options import (
     ArtifactName,
     Debug,
@@ -82,9 +83,10 @@ def batch(
 
     named = WorkerEngine(engine.device, engine.exact, engine.settings, batching)
     options = sampling.options() | given(structure=read_structure(structure))
+    folder = find(artifact)
     with show_progress() as progress, redirect_stdout(sys.stderr):  # Ray prints that a worker died
         summary = run_batch(
-            artifact,
+            str(folder),
             source,
             output,
             instruction=decoded(instruction),

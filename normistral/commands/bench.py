@@ -12,6 +12,7 @@ import typer
 
 from normistral.commands import console
 from normistral.commands.console import format_columns, print_json, print_lines
+from normistral.commands.find_artifact import find
 from normistral.commands.options import Debug, EngineArgs, JsonFile, OptionGroup
 from normistral.commands.progress import show_progress
 from normistral.commands.result_files import require_result_place, write_result
@@ -73,11 +74,13 @@ def bench(
     console.require_stdout()
     import msgspec
 
-    from normistral.evaluation.bench.configuration import read_configurations
+    from normistral.evaluation.bench.configuration import read_configurations, split_settings
     from normistral.evaluation.bench.report import render_report
     from normistral.evaluation.bench.runner import Watcher, run_benchmark
 
     _check_files(options)
+    for artifact in artifacts:
+        find(split_settings(artifact)[0])
     configurations = read_configurations(artifacts, engine.config)
     plan = choose_plan(options, configurations)
     with show_progress() as progress, progress.stage("measuring", unit="measurements") as stage:

@@ -45,7 +45,8 @@ def chat(
         str | None,
         typer.Argument(
             metavar="[ARTIFACT]",
-            help="Folder of an exported model, its name in the store, or a preset; default: the only one here.",
+            help="Folder of an exported model, its name in the store, a preset, or OWNER/NAME of a published one. "
+            "Default: the only one here.",
             autocompletion=complete_artifact,
         ),
     ] = None,

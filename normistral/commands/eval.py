@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +15,11 @@ import typer
 
 from normistral.artifact import store
 from normistral.artifact.manifest import MANIFEST_NAME
+from normistral.artifact.origin import Repeat, read_origin, write_origin
 from normistral.artifact.presets import PRESETS
 from normistral.commands import console
 from normistral.commands.console import format_columns, print_json, print_lines
+from normistral.commands.find_artifact import find
 from normistral.commands.info import describe_weights
 from normistral.commands.options import ArtifactName, Debug, EngineArgs, JsonFile, OptionGroup
 from normistral.commands.progress import show_progress
@@ -25,6 +28,7 @@ from normistral.errors import UsageError
 from normistral.progress import Progress
 
 if TYPE_CHECKING:
+    from normistral.artifact.artifact import Artifact
     from normistral.evaluation.metrics import Estimate
     from normistral.evaluation.quality import Evaluation, ReferenceModel
 
@@ -89,7 +93,7 @@ def evaluate(
     config = engine.config
     _check_options(options)
     text = read_text(options.text)
-    opened = Artifact.find(artifact)
+    opened = Artifact.open(find(artifact))
     plan = quality.EvaluationPlan(
         windows=options.windows,
         window_tokens=options.window_tokens,
@@ -101,6 +105,7 @@ def evaluate(
     with show_progress() as progress:
         opening = None if options.reference is None else partial(_open_reference, options, progress)
         result = quality.evaluate(opened, text, plan, progress, opening, _cache_folder())
+    _remember_repeat(opened, options, result)
     document = _document(opened.folder, options, engine, result)
     if options.json_file == "-":
         print_json(document)
@@ -108,6 +113,24 @@ def evaluate(
     print_lines(_lines(opened.folder, options, result))
     if options.json_file is not None:
         write_result(Path(options.json_file), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+
+
+def _remember_repeat(artifact: Artifact, options: EvalArgs, result: Evaluation) -> None:
+    """Note in the copy of a published artifact how it compares with the checkpoint; `info` shows it."""
+    origin, compared = read_origin(artifact.folder), result.quality.comparison
+    if origin is None or compared is None or options.reference is None or _is_artifact(options.reference):
+        return
+    figures = compared.kl_mean.value, compared.top1_agreement.value
+    repeat = Repeat(options.reference, *figures, result.quality.tokens, datetime.now(UTC).date().isoformat())
+    with suppress(OSError):  # a store that is read-only: the figures are shown all the same
+        write_origin(artifact.folder, replace(origin, repeat=repeat))
+
+
+def _is_artifact(reference: str) -> bool:
+    """Whether --reference names an artifact; a preset's name always means the preset."""
+    is_preset = any(preset.name == reference for preset in PRESETS)
+    folders = [Path(reference), store.artifacts_dir() / reference]
+    return not is_preset and any((folder / MANIFEST_NAME).is_file() for folder in folders)
 
 
 def _check_options(options: EvalArgs) -> None:
@@ -123,9 +146,7 @@ def _open_reference(options: EvalArgs, progress: Progress) -> AbstractContextMan
     from normistral.evaluation.quality import artifact_reference
 
     reference = options.reference or ""
-    is_preset = any(preset.name == reference for preset in PRESETS)
-    folders = [Path(reference), store.artifacts_dir() / reference]
-    if not is_preset and any((folder / MANIFEST_NAME).is_file() for folder in folders):
+    if _is_artifact(reference):
         if options.ignore_field:
             raise UsageError(
                 f"--ignore-field means nothing here: {reference} is an artifact", "leave it out, or name a checkpoint"

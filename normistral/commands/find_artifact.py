@@ -1,4 +1,7 @@
-"""The artifact of a name, path or preset; on a terminal a preset that is not here yet is offered to be exported."""
+"""The artifact of a name, path or preset.
+
+A published artifact that is not here yet is downloaded; on a terminal a preset is offered to be exported.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 from pathlib import Path
 
 from normistral.artifact import store
+from normistral.artifact.origin import parse_published
 from normistral.artifact.presets import Preset, find_preset
 from normistral.commands.console import confirm, is_terminal, say
 from normistral.commands.progress import show_progress
@@ -16,15 +20,32 @@ from normistral.progress import format_bytes
 _STORED_BYTES = 2  # of a parameter in a published checkpoint: bfloat16
 
 
+def find(name: str) -> Path:
+    """The artifact of this name, path or preset; a published one (OWNER/NAME) is downloaded if it is not here.
+
+    Raises:
+        NormistralError: as `find_or_download`.
+    """
+    try:
+        return store.resolve_artifact(name)
+    except ModelNotFoundError:
+        if parse_published(name) is None:
+            raise
+    from normistral.artifact.download import find_or_download
+
+    with show_progress() as progress:
+        return find_or_download(name, progress)
+
+
 def find_or_make(name: str | None) -> Path:
-    """The artifact of this name, path or preset; without a name the only one, or else the demo's.
+    """The artifact of this name, path or preset, as `find` does; without a name the only one, or else the demo's.
 
     Raises:
         ModelNotFoundError: there is none, and nobody is there to be asked, or the offer was declined.
         NormistralError: as `export_model`.
     """
     try:
-        return store.default_artifact() if name is None else store.resolve_artifact(name)
+        return store.default_artifact() if name is None else find(name)
     except ModelNotFoundError as missing:
         preset = find_preset("demo" if name is None else name)
         if preset is None or (name is None and store.list_artifacts()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from normistral.artifact import store
 from normistral.artifact.advisory import find_advice
+from normistral.artifact.card import render_card
+from normistral.artifact.extra_files import CARD_NAME, is_sealed, read_card
 from normistral.artifact.manifest import (
     Manifest,
     ReasoningMarkers,
@@ -19,11 +21,14 @@ from normistral.artifact.manifest import (
     find_problems,
     read_manifest,
 )
+from normistral.artifact.origin import Origin, read_origin
 from normistral.commands import console
 from normistral.commands.console import format_columns, is_verbose
+from normistral.commands.find_artifact import find
 from normistral.commands.options import ArtifactName, Debug, Verbose
 from normistral.commands.progress import show_progress
-from normistral.errors import ArtifactError
+from normistral.errors import ArtifactError, UsageError
+from normistral.files import explain
 from normistral.progress import format_bytes
 
 
@@ -31,12 +36,18 @@ def info(
     artifact: ArtifactName,
     check: Annotated[bool, typer.Option("--check", help="Hash every file again; exit code 1 if one differs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Print the model card that the manifest gives.")] = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Show everything that a model on this machine is made of; --check looks for damage."""
-    folder = store.resolve_artifact(artifact)
+    if card and (check or as_json):
+        raise UsageError("--card stands alone", "leave --check and --json out")
+    folder = find(artifact)
     manifest = read_manifest(folder)
+    if card:
+        sys.stdout.write(render_card(manifest, folder.resolve().name).decode())
+        return
     problems = None
     if check:
         with show_progress() as progress, progress.stage("hashing", manifest.total_bytes, "bytes") as hashing:
@@ -47,22 +58,36 @@ def info(
         console.print_lines(info_lines(folder, manifest))
         if problems is not None:
             console.print_lines(problems or [f"all {len(manifest.files)} files are as they were exported"])
+            console.print_lines(_card_lines(folder))
     if problems:
         raise ArtifactError(
             f"{folder} has {len(problems)} damaged or missing files", "export the model again, or copy it again"
         )
 
 
+def _card_lines(folder: Path) -> Iterator[str]:
+    """A line about a card that is no longer what the export wrote: its owner may do that."""
+    try:
+        card = read_card(folder)
+        if card is not None and not is_sealed(card):
+            yield f"{CARD_NAME} was rewritten; `info --card` prints what the manifest gives"
+    except OSError as exc:
+        yield f"{CARD_NAME} cannot be read: {explain(exc)[0]}"
+
+
 def info_document(folder: Path, manifest: Manifest, problems: list[str] | None) -> dict[str, Any]:
     """The manifest for programs, with its folder, and with what `--check` found if it was asked for."""
+    import msgspec
+
     document: dict[str, Any] = {"path": str(folder), "total_bytes": manifest.total_bytes}
     advice = find_advice(folder, manifest)
     if advice is not None:
         document["advice"] = advice
+    origin = read_origin(folder)
+    if origin is not None:
+        document["published"] = msgspec.to_builtins(origin)
     if problems is not None:
         document["problems"] = problems
-    import msgspec
-
     described: dict[str, Any] = msgspec.to_builtins(manifest)
     return document | described
 
@@ -75,9 +100,11 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
     heads += "" if shape.sliding_window is None else f", sliding window {shape.sliding_window:,}"
     revision = "" if source.revision is None else f" at {source.revision}"
     advice = find_advice(folder, manifest)
+    origin = read_origin(folder)
     rows = [
         ("artifact", str(folder)),
         *(() if advice is None else (("WARNING", advice),)),
+        *(() if origin is None else (("published", _describe_origin(origin)),)),
         ("made from", f"{source.id}{revision} ({source.kind})"),
         ("made", f"{manifest.created} with {_listed(manifest.tools)}"),
         ("format", manifest.format),
@@ -95,7 +122,7 @@ def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
         ("template", _describe_template(manifest.template)),
         ("reasoning", _describe_reasoning(manifest.reasoning)),
         ("sampling", _describe_sampling(manifest)),
-        *_certificate(manifest),
+        *_certificate(manifest, origin),
         *((("note" if i == 0 else ""), note) for i, note in enumerate(_notes(manifest))),
         ("size", format_bytes(manifest.total_bytes)),
     ]
@@ -137,9 +164,20 @@ def _notes(manifest: Manifest) -> list[str]:
     return [note for note in manifest.notes if is_verbose() or not note.startswith(("verified: ", "weights: "))]
 
 
-def _certificate(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Rows of the verification at export."""
-    yield "verified", _VERIFIED[manifest.verified]
+def _describe_origin(origin: Origin) -> str:
+    revision = "" if origin.revision is None else f"@{origin.revision}"
+    return f"{origin.endpoint}/{origin.repository}{revision}, commit {origin.commit}, downloaded {origin.date}"
+
+
+def _certificate(manifest: Manifest, origin: Origin | None) -> Iterator[tuple[str, str]]:
+    """Rows of the verification at export; of a published artifact they are its publisher's word."""
+    yield "verified", ("" if origin is None else "its publisher says: ") + _VERIFIED[manifest.verified]
+    if origin is not None and origin.repeat is None:
+        reference = manifest.source.id if manifest.source.kind == "hub" else "CHECKPOINT"
+        yield "", f"nobody compared it here; do it with: normistral eval ... --text FILE --reference {reference}"
+    elif origin is not None and (repeat := origin.repeat) is not None:
+        figures = f"KL divergence {repeat.kl_nats:.3g} nats, same first choice at {repeat.top1_agreement:.0%}"
+        yield "", f"compared here with {repeat.reference} on {repeat.date}: {figures} of {repeat.tokens:,} tokens"
     if manifest.ignored_fields:
         yield "", f"but for these fields of the checkpoint, ignored as asked: {', '.join(manifest.ignored_fields)}"
     quality = dict(manifest.quality or {})

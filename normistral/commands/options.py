@@ -79,7 +79,7 @@ ArtifactName = Annotated[
     str,
     typer.Argument(
         metavar="ARTIFACT",
-        help="Folder of an exported model, its name in the store, or a preset.",
+        help="Folder of an exported model, its name in the store, a preset, or OWNER/NAME of a published one.",
         show_default=False,
         autocompletion=complete_artifact,
     ),

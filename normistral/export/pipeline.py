@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.card import write_card
 from normistral.artifact.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
 from normistral.artifact.store import default_output
 from normistral.errors import ExportError, ResourceError
@@ -190,6 +191,7 @@ def _make_artifact(job: ExportJob, output: Path, options: VerificationOptions) -
     for note in found:
         progress.note(note)
     manifest = record_verification(job, manifest, reference, options)
+    write_card(artifact, manifest, output.name)
     write_manifest(artifact, manifest)
     return manifest
 

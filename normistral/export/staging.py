@@ -26,7 +26,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from normistral.artifact.manifest import MANIFEST_NAME, find_foreign_files
+from normistral.artifact.extra_files import find_foreign_files
+from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.errors import ResourceError, UsageError
 from normistral.files import (
     checked,

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import normistral
+from normistral.artifact.extra_files import CARD_NAME, is_sealed
 from normistral.artifact.manifest import find_problems, read_manifest
 from normistral.errors import ArtifactError, NormistralError
 
@@ -29,7 +30,9 @@ def artifact(request, artifacts):
 
 
 def is_found(folder) -> bool:
-    """What `info --check` does."""
+    """What `info --check` does; the card is no part of the artifact, but one that was changed is known."""
+    if not is_sealed((folder / CARD_NAME).read_bytes()):
+        return True
     try:
         return any(True for _ in find_problems(folder, read_manifest(folder), thorough=True))
     except ArtifactError:

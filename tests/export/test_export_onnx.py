@@ -56,7 +56,7 @@ def test_the_artifact_is_complete(checkpoint, tmp_path):
     folder = tmp_path / "out"
     assert read_manifest(folder) == manifest
     check_files(folder, manifest, thorough=True)
-    assert {path.name for path in folder.iterdir()} == {*FILES, *TOKENIZER, "normistral.json"}
+    assert {path.name for path in folder.iterdir()} == {*FILES, *TOKENIZER, "normistral.json", "README.md"}
     for name in TOKENIZER:
         assert (folder / name).read_bytes() == (checkpoint / name).read_bytes()
     assert manifest.format == "onnx"

@@ -129,7 +129,7 @@ def test_the_artifact_is_complete(quirky):
     checkpoint, folder, manifest, progress = quirky
     assert read_manifest(folder) == manifest
     check_files(folder, manifest, thorough=True)
-    assert {path.name for path in folder.iterdir()} == {*manifest.files, "normistral.json"}
+    assert {path.name for path in folder.iterdir()} == {*manifest.files, "normistral.json", "README.md"}
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (folder / name).read_bytes() == (checkpoint / name).read_bytes()
         assert not (folder / name).is_symlink()

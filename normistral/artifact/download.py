@@ -1,0 +1,341 @@
+"""Download of a published artifact into the store: pinned to one commit, every byte compared with the manifest.
+
+A published artifact is a stranger's. Only the files of its manifest are fetched, under plain names, and of each no more
+bytes than the manifest says; one with another SHA-256 is deleted. The copy appears in the store by one rename, when all
+of it is there. What a kill, a broken connection or a full disk leaves is in a hidden folder beside it:
+
+    .COPY.lock                held by the running download
+    .COPY.download            marked as ours, for this user alone
+        partial/SHA256        a file so far
+        artifact/             files that are whole; becomes COPY
+
+and is picked up by the next download of the same name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from normistral.artifact import store
+from normistral.artifact.extra_files import CARD_NAME, ORIGIN_NAME
+from normistral.artifact.hub import (
+    ConnectionBrokenError,
+    Listing,
+    PartialUnsupportedError,
+    Repository,
+    endpoint,
+    host_of,
+)
+from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, parse_manifest
+from normistral.artifact.origin import Origin, PublishedName, find_copy, parse_published, write_origin
+from normistral.artifact.presets import find_preset
+from normistral.errors import ArtifactError, DownloadError, ModelNotFoundError, ResourceError, UsageError
+from normistral.files import (
+    explain,
+    is_own_folder,
+    locked,
+    make_own_folder,
+    open_file,
+    remove_own_folder,
+    sha256_file,
+)
+from normistral.hardware import free_disk_bytes
+from normistral.progress import NoProgress, Progress, Stage, format_bytes
+
+_ATTEMPTS = 5  # connections in a row that may break without a single new byte
+_MAX_MANIFEST_BYTES = 4 * 2**20
+_MAX_FILES = 1000
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PAUSE_S = 0.5  # between two looks at a lock, and before a connection is tried again
+_AGAIN = "run the same command again: it continues"
+
+
+def find_or_download(name: str, progress: Progress | None = None) -> Path:
+    """The folder of an artifact: as `store.resolve_artifact` finds it, or downloaded if it is a published one's name.
+
+    Raises:
+        ModelNotFoundError: there is none, here or on the hub.
+        DownloadError, ResourceError, ArtifactError: as `download_published`.
+    """
+    try:
+        return store.resolve_artifact(name)
+    except ModelNotFoundError as missing:
+        published = parse_published(name)
+        if published is None or find_preset(name) is not None or os.path.lexists(name):
+            raise
+        owner = name.partition("/")[0]
+        if published.revision is None and Path(owner).is_dir():  # more likely a path with an error in it
+            raise ModelNotFoundError(
+                f"there is no {name} in the folder {owner} that is here",
+                f"check the spelling; if a published one is meant: {name}@main",
+            ) from missing
+        return download_published(published, progress or NoProgress())
+
+
+def download_published(name: PublishedName, progress: Progress) -> Path:
+    """Bring a published artifact into the store, unless its copy is there; returns the copy's folder.
+
+    Raises:
+        ModelNotFoundError: there is no such repository or revision, or no artifact in it.
+        DownloadError: the hub cannot be reached, refuses, or sends something else than it should.
+        ArtifactError: it is damaged, or of a newer version.
+        ResourceError: the disk is full, or will be.
+        UsageError: something else has the copy's name.
+    """
+    root = store.artifacts_dir()
+    if (copy := find_copy(root, name)) is not None:
+        return copy
+    address = endpoint()
+    repository = Repository(name.repository, address)
+    listing = repository.list_files(name.revision or "main")
+    raw = _read_manifest(repository, listing)
+    manifest = parse_manifest(raw, f"{MANIFEST_NAME} of {name}")
+    _require_listed(repository, manifest, listing)
+    target = root / name.folder_name
+    size = format_bytes(manifest.total_bytes)
+    progress.note(f"downloading {size} from {host_of(address)}: {name}, commit {listing.commit[:12]}, to {target}")
+    with _translate_system_errors(name, root):
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f".{target.name}.lock", name, progress):
+            if (copy := find_copy(root, name)) is not None:  # another process was faster
+                return copy
+            if os.path.lexists(target):
+                raise UsageError(f"{target} is there, and is no copy of {name}", "rename or remove it")
+            work = _open_work_folder(root / f".{target.name}.download")
+            _fetch_all(repository, listing, manifest, work, progress)
+            _write(work / "artifact" / MANIFEST_NAME, raw)
+            today = datetime.now(UTC).date().isoformat()
+            write_origin(work / "artifact", Origin(address, name.repository, name.revision, listing.commit, today))
+            (work / "artifact").rename(target)
+            remove_own_folder(work)
+    return target
+
+
+def _read_manifest(repository: Repository, listing: Listing) -> bytes:
+    listed = listing.files.get(MANIFEST_NAME)
+    if listed is None:
+        checkpoint = "config.json" in listing.files
+        raise ModelNotFoundError(
+            f"{repository.name} is {'a checkpoint and ' if checkpoint else ''}no artifact: it has no {MANIFEST_NAME}",
+            f"make one with: normistral export {repository.name}" if checkpoint else "check the name",
+        )
+    if listed.size > _MAX_MANIFEST_BYTES:
+        raise repository.protocol_error(f"has a {MANIFEST_NAME} of {listed.size} bytes")
+    raw = b""
+    try:
+        for block in repository.read(MANIFEST_NAME, listing.commit, 0):
+            raw += block
+            if len(raw) > listed.size:
+                break
+    except ConnectionBrokenError as exc:
+        raise DownloadError(f"the connection to {host_of(repository.address)} broke off ({exc})", _AGAIN) from exc
+    git = hashlib.sha1(b"blob %d\0" % len(raw) + raw, usedforsecurity=False).hexdigest()
+    if listed.digest not in (git, hashlib.sha256(raw).hexdigest()):
+        raise repository.protocol_error(f"sends another {MANIFEST_NAME} than it lists")
+    return raw
+
+
+def _require_listed(repository: Repository, manifest: Manifest, listing: Listing) -> None:
+    """Refuse, before anything large is fetched, a manifest that names what a copy cannot have or the hub has not."""
+    taken = {MANIFEST_NAME.lower(), ORIGIN_NAME.lower(), CARD_NAME.lower()}
+    if len(manifest.files) > _MAX_FILES:
+        raise ArtifactError(f"the manifest of {repository.name} names {len(manifest.files)} files", _NOT_OURS)
+    for name, record in manifest.files.items():
+        if not _NAME.fullmatch(name) or name.endswith(".") or name.lower() in taken:
+            raise ArtifactError(f"the manifest of {repository.name} names a file {name!r}", _NOT_OURS)
+        taken.add(name.lower())
+        listed = listing.files.get(name)
+        if listed is None:
+            raise ArtifactError(f"{repository.name} lacks {name}, which its manifest names", _TELL_OWNER)
+        if listed.size != record.size or (len(listed.digest) == 64 and listed.digest != record.sha256):
+            raise ArtifactError(f"{repository.name} has another {name} than its manifest names", _TELL_OWNER)
+
+
+_NOT_OURS = "no export writes that: do not use it"
+_TELL_OWNER = "tell its owner, or name another revision: OWNER/NAME@REVISION"
+
+
+def _open_work_folder(work: Path) -> Path:
+    if not os.path.lexists(work):
+        make_own_folder(work)
+    elif not is_own_folder(work):
+        raise UsageError(f"{work} is there, and no download of normistral made it", "remove it")
+    for part in ("artifact", "partial"):
+        if (work / part).is_symlink():
+            (work / part).unlink()
+        (work / part).mkdir(exist_ok=True)
+    return work
+
+
+def _fetch_all(repository: Repository, listing: Listing, manifest: Manifest, work: Path, progress: Progress) -> None:
+    """Fill `work`/artifact with the files of the manifest and nothing else."""
+    wanted = {record.sha256 for record in manifest.files.values()}
+    for folder, kept in ((work / "artifact", manifest.files.keys()), (work / "partial", wanted)):
+        for path in folder.iterdir():  # of another commit, perhaps
+            if path.is_dir() and not path.is_symlink():
+                remove_own_folder(path)
+            elif path.name not in kept or path.is_symlink() or not path.is_file():
+                path.unlink()
+    files = sorted(manifest.files.items(), key=lambda item: item[1].size)
+    with progress.stage("downloading", manifest.total_bytes, "bytes") as stage:
+        missing = [item for item in files if not _is_whole(work / "artifact" / item[0], item[1], stage)]
+        _require_disk(repository, work, missing)
+        for name, record in missing:
+            _fetch(repository, listing.commit, name, record, work, stage)
+
+
+def _is_whole(path: Path, record: FileRecord, stage: Stage) -> bool:
+    if not path.is_file() or path.stat().st_size != record.size or sha256_file(path) != record.sha256:
+        path.unlink(missing_ok=True)
+        return False
+    stage.advance(record.size)
+    return True
+
+
+def _require_disk(repository: Repository, work: Path, missing: list[tuple[str, FileRecord]]) -> None:
+    needed = 0
+    for _, record in missing:
+        partial = work / "partial" / record.sha256
+        needed += record.size - min(record.size, partial.stat().st_size if partial.is_file() else 0)
+    free = free_disk_bytes(work)
+    if needed > free:
+        raise ResourceError(
+            f"the download of {repository.name} needs {format_bytes(needed)} more; {format_bytes(free)} are free in "
+            f"{work.parent}",
+            "free some space, or point NORMISTRAL_HOME at a larger disk",
+        )
+
+
+def _fetch(repository: Repository, commit: str, name: str, record: FileRecord, work: Path, stage: Stage) -> None:
+    """Bring one file."""
+    partial = work / "partial" / record.sha256
+    with os.fdopen(open_file(partial, os.O_RDWR | os.O_CREAT, 0o666, follow=False), "r+b") as stream:
+        download = _FileDownload(repository, commit, name, record, stream, stage)
+        # What an earlier run left may have been spoilt since, by a power cut for instance: then it is fetched anew.
+        whole = download.receive() or (download.was_resumed and download.begin_anew().receive())
+        os.fsync(stream.fileno())
+    if not whole:
+        partial.unlink()
+        raise DownloadError(
+            f"{host_of(repository.address)} sent other bytes of {name} than its manifest names; they were deleted",
+            "run the same command again; if it stays wrong, tell its owner, or use another network",
+        )
+    partial.replace(work / "artifact" / name)
+
+
+class _FileDownload:
+    """A file that comes in over as many connections as it takes; `stream` holds what there is."""
+
+    def __init__(
+        self, repository: Repository, commit: str, name: str, record: FileRecord, stream: BinaryIO, stage: Stage
+    ) -> None:
+        self._repository, self._commit, self._name, self._record = repository, commit, name, record
+        self._stream, self._stage = stream, stage
+        self._digest = hashlib.sha256()
+        self._reported = 0
+        while block := stream.read(2**20):
+            self._digest.update(block)
+        if stream.tell() > record.size:  # it can never become right
+            self.begin_anew()
+        self.was_resumed = stream.tell() > 0
+        self._report()
+
+    def begin_anew(self) -> _FileDownload:
+        """Drop what there is; returns itself."""
+        self._stream.seek(self._stream.truncate(0))
+        self._digest = hashlib.sha256()
+        self.was_resumed = False
+        return self
+
+    def receive(self) -> bool:
+        """Take in what is missing; whether the whole has the right SHA-256.
+
+        Raises:
+            DownloadError: no connection brings more, or one brings too much.
+        """
+        failures, furthest = 0, self._stream.tell()
+        while self._stream.tell() < self._record.size:
+            try:
+                self._receive_part()
+                why = "it ended early"
+            except PartialUnsupportedError:
+                self.begin_anew()
+                why = "the hub does not send parts"
+            except ConnectionBrokenError as exc:
+                why = str(exc)
+            if self._stream.tell() >= self._record.size:
+                break
+            failures = 0 if self._stream.tell() > furthest else failures + 1
+            furthest = max(furthest, self._stream.tell())
+            if failures >= _ATTEMPTS:
+                reached = f"{self._stream.tell()} of {self._record.size} bytes"
+                raise DownloadError(
+                    f"the download of {self._name} broke off after {reached} ({why})",
+                    f"check the connection and {_AGAIN}",
+                )
+            time.sleep(_PAUSE_S * failures)
+        return self._digest.hexdigest() == self._record.sha256
+
+    def _receive_part(self) -> None:
+        """Append what one connection brings, and no more than the file has."""
+        with closing(self._repository.read(self._name, self._commit, self._stream.tell())) as blocks:
+            try:
+                for block in blocks:
+                    left = self._record.size - self._stream.tell()
+                    self._stream.write(block[:left])
+                    self._digest.update(block[:left])
+                    self._report()
+                    if len(block) > left:
+                        raise self._repository.protocol_error(f"sends more bytes of {self._name} than it has")
+            finally:
+                self._stream.flush()
+
+    def _report(self) -> None:
+        """Advance the stage by what was never there before."""
+        self._stage.advance(max(0, self._stream.tell() - self._reported))
+        self._reported = max(self._reported, self._stream.tell())
+
+
+def _write(path: Path, raw: bytes) -> None:
+    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, follow=False), "wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path, name: PublishedName, progress: Progress) -> Iterator[None]:
+    """Hold the lock of a copy; another download of it is waited for."""
+    with ExitStack() as stack:
+        waiting = False
+        while True:
+            try:
+                stack.enter_context(locked(path))
+                break
+            except BlockingIOError:
+                if not waiting:
+                    progress.note(f"another process is downloading {name}: waiting for it")
+                waiting = True
+                time.sleep(_PAUSE_S)
+        yield
+
+
+@contextmanager
+def _translate_system_errors(name: PublishedName, root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        reason, hint = explain(exc)
+        if exc.errno in _NO_SPACE:
+            raise ResourceError(f"{reason}: {root}, while downloading {name}", f"{hint}; then {_AGAIN}") from exc
+        raise DownloadError(f"cannot write to the store {root}: {reason}", hint) from exc

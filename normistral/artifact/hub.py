@@ -1,0 +1,285 @@
+"""Reads one repository of a hub over HTTP, with nothing but the standard library.
+
+It asks only when it is called. HF_ENDPOINT, HF_TOKEN (or the file that `huggingface-cli login` writes), HF_HOME and
+HF_HUB_OFFLINE mean what they mean to huggingface_hub. The token goes to the endpoint alone, never to where that
+redirects, and never over plain HTTP to another machine. Nothing that a hub answers becomes a name on disk.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from normistral.errors import DownloadError, ModelNotFoundError, UsageError
+from normistral.files import read_file
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+LOG_IN = "log in with: huggingface-cli login, or set HF_TOKEN"
+_BLOCK_BYTES = 2**18
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MAX_BYTES = 2**50  # of a file; what says more is lying
+_MAX_LISTING_BYTES = 16 * 2**20
+_MAX_REDIRECTS = 5
+_MAX_TOKEN_BYTES = 4096
+_REDIRECTS = (301, 302, 303, 307, 308)
+_SILENCE_S = 60  # of a connection; then it counts as broken
+_YES = {"1", "ON", "YES", "TRUE"}  # as huggingface_hub reads them
+
+
+class ConnectionBrokenError(Exception):
+    """A connection could not be made, or ended before all bytes came; another may bring the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository: size in bytes; SHA-256 of a large file, the git blob id of a small one."""
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a repository has at one commit. Names are the hub's and not checked."""
+
+    commit: str
+    files: dict[str, RemoteFile]
+
+
+def endpoint() -> str:
+    """The hub's address: HF_ENDPOINT, or the public hub.
+
+    Raises:
+        UsageError: it is no address.
+    """
+    address = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+    try:
+        parts = urllib.parse.urlsplit(address)
+        good = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.username is not None or not address.isprintable() or " " in address:
+        raise UsageError("HF_ENDPOINT is no address of a hub", f"such as {DEFAULT_ENDPOINT}")
+    return address
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids connections."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _YES
+
+
+def host_of(address: str) -> str:
+    """Host, and port if it is not the usual one, of an endpoint."""
+    return urllib.parse.urlsplit(address).netloc
+
+
+def may_carry_token(address: str) -> bool:
+    """Whether nobody on the way can read what is sent there: HTTPS, or this very machine."""
+    parts = urllib.parse.urlsplit(address)
+    return parts.scheme == "https" or parts.hostname in ("127.0.0.1", "::1", "localhost")
+
+
+def find_token() -> str | None:
+    """The user's token for the hub, from the environment or the file of the login; None without."""
+    if os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in _YES:
+        return None
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := os.environ.get(name, "").strip():
+            return token if token.isascii() and token.isprintable() else None
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+        file = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
+        token = read_file(file, _MAX_TOKEN_BYTES).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError, RuntimeError):
+        return None
+    return token if token.isprintable() and token else None
+
+
+class Repository:
+    """One repository of models.
+
+    Args:
+        name: "owner/name", checked.
+        address: of the hub.
+
+    Raises:
+        DownloadError: HF_HUB_OFFLINE is set.
+    """
+
+    def __init__(self, name: str, address: str) -> None:
+        if is_offline():
+            raise DownloadError(f"{name} is not on this machine, and HF_HUB_OFFLINE is set", "unset it to fetch it")
+        self.name, self.address = name, address
+        self._token = find_token() if may_carry_token(address) else None
+        self._opener = urllib.request.build_opener(_NoRedirects())
+
+    def list_files(self, revision: str) -> Listing:
+        """What there is at a branch, tag or commit.
+
+        Raises:
+            ModelNotFoundError: no such repository or revision.
+            DownloadError: no connection, or a refusal, or no answer of a hub.
+        """
+        path = f"/api/models/{self.name}/revision/{urllib.parse.quote(revision, safe='')}?blobs=true"
+        try:
+            with self._open(path, 0) as response:
+                raw = response.read(_MAX_LISTING_BYTES + 1)
+        except (ConnectionBrokenError, OSError, http.client.HTTPException) as exc:
+            raise self._no_connection(exc) from exc
+        if len(raw) > _MAX_LISTING_BYTES:
+            raise self.protocol_error("lists more than a model has")
+        try:
+            answer = json.loads(raw)
+            commit, siblings = answer["sha"], answer["siblings"]
+            files = {one["rfilename"]: _remote_file(one) for one in siblings}
+            good = isinstance(commit, str) and _COMMIT.fullmatch(commit) and len(files) == len(siblings)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+            raise self.protocol_error("gives no list of files that can be read") from exc
+        if not good:
+            raise self.protocol_error("gives no commit, or lists a file twice")
+        return Listing(commit, {name: file for name, file in files.items() if file is not None})
+
+    def read(self, name: str, commit: str, start: int) -> Generator[bytes, None, None]:
+        """The bytes of a file from `start` on, in blocks.
+
+        Raises:
+            PartialUnsupportedError: the hub sends the whole file, or another part.
+            ConnectionBrokenError: it ended in between.
+            ModelNotFoundError, DownloadError: as `list_files`.
+        """
+        path = f"/{self.name}/resolve/{commit}/{urllib.parse.quote(name, safe='')}"
+        try:
+            with self._open(path, start) as response:
+                part = response.headers.get("Content-Range", "")
+                if start and not (response.status == 206 and part.startswith(f"bytes {start}-")):
+                    raise PartialUnsupportedError
+                while block := response.read1(_BLOCK_BYTES):
+                    yield block
+        except (OSError, http.client.HTTPException) as exc:
+            raise ConnectionBrokenError(_reason(exc)) from exc
+
+    def protocol_error(self, what: str) -> DownloadError:
+        """The error for an answer that no hub would give."""
+        return DownloadError(
+            f"{host_of(self.address)} {what}", "check HF_ENDPOINT: what answers there is not as the hub is"
+        )
+
+    @contextmanager
+    def _open(self, path: str, start: int) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a request, after redirects: a few, never from HTTPS to HTTP, nor to anything but HTTP.
+
+        urllib follows them too, but it reads the redirecting answer to its end first, which need not come.
+        """
+        address = self.address + path
+        for _ in range(_MAX_REDIRECTS + 1):
+            try:
+                response = self._opener.open(self._request(address, start), timeout=_SILENCE_S)
+            except urllib.error.HTTPError as exc:
+                exc.close()
+                if exc.code not in _REDIRECTS:
+                    self._refused(exc)
+                address = self._redirected(address, exc.headers.get("Location", ""))
+                continue
+            except (ValueError, http.client.InvalidURL) as exc:  # an address that is none
+                raise self.protocol_error("redirects to no address") from exc
+            except (OSError, http.client.HTTPException) as exc:
+                raise ConnectionBrokenError(_reason(exc)) from exc
+            with response:
+                yield response
+            return
+        raise self.protocol_error("redirects again and again")
+
+    def _request(self, address: str, start: int) -> urllib.request.Request:
+        request = urllib.request.Request(address)
+        request.add_header("Accept-Encoding", "identity")
+        request.add_header("User-Agent", "normistral")
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        if self._token is not None and _origin(address) == _origin(self.address):
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+        return request
+
+    def _redirected(self, address: str, location: str) -> str:
+        try:
+            following = urllib.parse.urljoin(address, location)
+            scheme = urllib.parse.urlsplit(following).scheme
+        except ValueError as exc:
+            raise self.protocol_error("redirects to no address") from exc
+        if scheme not in ("http", "https") or (scheme == "http" and address.startswith("https:")):
+            raise self.protocol_error("redirects to where nothing is fetched from")
+        return following
+
+    def _no_connection(self, exc: Exception) -> DownloadError:
+        return DownloadError(
+            f"no connection to {host_of(self.address)} ({_reason(exc)}), and {self.name} is not on this machine",
+            "connect to the internet once; after that it needs none",
+        )
+
+    def _refused(self, exc: urllib.error.HTTPError) -> NoReturn:
+        host, code = host_of(self.address), exc.headers.get("X-Error-Code", "")
+        if code == "RevisionNotFound":
+            raise ModelNotFoundError(
+                f"{self.name} has no such revision at {host}", "name a branch, a tag or a commit after the @"
+            ) from exc
+        if code == "EntryNotFound":
+            raise self.protocol_error("does not have a file that it lists") from exc
+        if code == "GatedRepo":
+            raise DownloadError(
+                f"{self.name} is gated: its owner asks for your consent first",
+                f"accept the terms at {self.address}/{self.name}, then {LOG_IN}",
+            ) from exc
+        if exc.code == 404 or code == "RepoNotFound":
+            raise ModelNotFoundError(
+                f"there is no {self.name} here or at {host}, or it is private",
+                f"check the spelling; for a private one {LOG_IN}",
+            ) from exc
+        if exc.code in (401, 403):
+            raise DownloadError(f"{host} refused {self.name} (HTTP {exc.code})", LOG_IN) from exc
+        raise DownloadError(f"{host} answered HTTP {exc.code} for {self.name}", "try again later") from exc
+
+
+class PartialUnsupportedError(Exception):
+    """The hub does not send the rest of a file alone: begin anew."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Leaves redirects to `Repository`."""
+
+    def redirect_request(self, *arguments: object) -> None:
+        """None: the redirect is an HTTPError."""
+
+
+def _origin(address: str) -> tuple[str, str]:
+    parts = urllib.parse.urlsplit(address)
+    return parts.scheme, parts.netloc
+
+
+def _remote_file(entry: dict[str, Any]) -> RemoteFile | None:
+    """None for one whose size or hash the hub does not give."""
+    large = entry.get("lfs")
+    digest = entry.get("blobId") if large is None else large["sha256"]
+    size = entry.get("size")
+    if type(size) is not int or not 0 <= size <= _MAX_BYTES or not isinstance(digest, str):
+        return None
+    return RemoteFile(size, digest)
+
+
+def _reason(exc: Exception) -> str:
+    """Why there is no connection, in a few words."""
+    reason = getattr(exc, "reason", None) or exc
+    if isinstance(reason, TimeoutError):
+        return "no answer"
+    if isinstance(reason, OSError):
+        return reason.strerror or type(reason).__name__
+    return str(exc) if isinstance(exc, ConnectionBrokenError) else type(exc).__name__
