@@ -34,8 +34,8 @@ def serve(
         list[str],
         typer.Argument(
             metavar="ARTIFACT...",
-            help="Exported models: folders, names in the store, presets, or OWNER/NAME of published ones; or a folder of "
-            "such folders.",
+            help="Exported models: folders, names in the store, presets, or OWNER/NAME of published ones; or a folder "
+            "of such folders.",
             autocompletion=complete_artifact,
         ),
     ],
