@@ -36,12 +36,11 @@ _SIGNS_OF_NO_MEMORY = (  # in other packages' exceptions: of the loader, C++, an
 _COMPLETE = "_NORMISTRAL_COMPLETE"  # the variable through which typer's shell scripts ask
 _logger = logging.getLogger("normistral")
 
-_MODELS, _USE, _MEASURE, _MACHINE = "Models", "Use a model", "Measure a model", "This machine, and others"
+_MODELS, _USE, _MEASURE, _MACHINE = "Models", "Use a model", "Measure and tune", "This machine, and others"
 _CHAT_EXAMPLES = (
     'Examples: normistral chat demo; normistral chat demo --prompt "What is the capital of Norway?"; '
     "normistral chat demo < question.txt."
 )
-_REMOVED = ("draft-table", "tune")  # functions of normistral.commands.removed
 # Name -> panel of the help and further options for typer, in the order of the help. Each is a module of
 # normistral.commands with a function of the same name (_ for -), or that of _FUNCTIONS.
 _COMMANDS: dict[str, dict[str, Any]] = {
@@ -57,10 +56,11 @@ _COMMANDS: dict[str, dict[str, Any]] = {
     "serve": {"rich_help_panel": _USE, "epilog": "Example: normistral serve demo"},
     "bench": {"rich_help_panel": _MEASURE},
     "eval": {"rich_help_panel": _MEASURE},
+    "tune": {"rich_help_panel": _MEASURE},
+    "draft-table": {"hidden": True, "context_settings": {"ignore_unknown_options": True}},
     "doctor": {"rich_help_panel": _MACHINE},
     "build-kernel": {"rich_help_panel": _MACHINE},
     "bundle": {"rich_help_panel": _MACHINE},
-    **{name: {"hidden": True, "context_settings": {"ignore_unknown_options": True}} for name in _REMOVED},
 }
 _FUNCTIONS = {"list": "list_", "eval": "evaluate"}  # where Python has another meaning for the name
 
@@ -188,7 +188,7 @@ def build_app(only: str | None = None) -> typer.Typer:
     app.callback(invoke_without_command=True)(_normistral)
     for name, options in _COMMANDS.items() if only is None else [(only, _COMMANDS[only])]:
         plain = name.replace("-", "_")
-        module = importlib.import_module(f"normistral.commands.{'removed' if name in _REMOVED else plain}")
+        module = importlib.import_module(f"normistral.commands.{plain}")
         command = getattr(module, _FUNCTIONS.get(name, plain))
         app.command(name, cls=HelpCommand, **options)(with_option_groups(command))
     return app

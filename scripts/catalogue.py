@@ -27,14 +27,11 @@ COMPLETE = (
     *("cli.py", "text_input.py", "artifact/store.py", "runtime/chat.py", "runtime/options.py", "runtime/overflow.py"),
     *(f"commands/{name}.py" for name in ("answer", "batch", "build_kernel", "bundle", "chat", "console", "doctor")),
     *(f"commands/{name}.py" for name in ("export", "find_artifact", "generate", "line_editor", "list", "models")),
-    *(
-        f"commands/{name}.py"
-        for name in ("options", "progress", "removed", "repl", "result_files", "rm", "saved_chats", "serve")
-    ),
+    *(f"commands/{name}.py" for name in ("options", "progress", "repl", "result_files", "rm", "saved_chats", "serve")),
     *(f"artifact/{name}.py" for name in ("download", "hub", "origin")),
     *("commands/show.py", "commands/translate.py", "export/pipeline.py"),
 )
-HELP = tuple(f"commands/{name}.py" for name in ("bench", "eval", "info"))  # their help, without their tables
+HELP = tuple(f"commands/{name}.py" for name in ("bench", "eval", "info", "tune"))  # their help, without their tables
 _SHOWN = {"translate", "say", "warn", "confirm", "print_error", "stage", "note"}  # their texts may be single words
 _SHOWN_KEYWORDS = {"help", "rich_help_panel", "epilog", "metavar"}
 _NUMBERS = {"format_bytes", "_gib"}  # functions whose result is a number with its unit

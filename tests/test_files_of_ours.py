@@ -1,4 +1,4 @@
-"""Names that the package chooses itself (history, journals, predictions), planted by somebody."""
+"""Names that the package chooses itself (history, results of tuning, journals, predictions), planted by somebody."""
 
 from __future__ import annotations
 
@@ -126,6 +126,7 @@ def test_a_home_that_cannot_be_is_refused(value, monkeypatch):
     for ask in (
         store.artifacts_dir,
         store.cache_dir,
+        store.tuned_dir,
         store.kernels_dir,
         store.packed_dir,
         store.history_file,

@@ -98,7 +98,7 @@ class Artifact:
         check_files(self.folder, self.manifest, thorough=False)
 
     def manifest_sha256(self) -> str:
-        """SHA-256 of the file normistral.json as it is now; key of stored scores."""
+        """SHA-256 of the file normistral.json as it is now; key of tuned settings and of stored scores."""
         return sha256_file(self.folder / MANIFEST_NAME)
 
     def warn_of_advice(self) -> None:

@@ -1,9 +1,9 @@
 """Where artifacts live on this machine, and how a name becomes a folder.
 
 The store is a plain folder of artifact folders: NORMISTRAL_HOME/artifacts, or the same below the place where this
-operating system keeps an application's data; what can be computed again is beside it, in cache, compiled
-kernels in kernels, weights in their layout in packed. It knows how an artifact is described (the manifest), not how it
-is made or run.
+operating system keeps an application's data; what can be computed again is beside it, in cache, what was tuned in
+tuned, compiled kernels in kernels, weights in their layout in packed. It knows how an artifact is described (the
+manifest), not how it is made or run.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def artifacts_dir() -> Path:
 def cache_dir() -> Path:
     """Beside the store: what can be computed again; it need not exist."""
     return _home() / "cache"
+
+
+def tuned_dir() -> Path:
+    """Beside the store: what `normistral tune` found, a file for each artifact and machine; it need not exist."""
+    return _home() / "tuned"
 
 
 def kernels_dir() -> Path:

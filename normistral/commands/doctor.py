@@ -76,6 +76,7 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     plans["onnxruntime"] = report["onnx_settings"]
     rows = [(name, ", ".join(f"{key}={value}" for key, value in settings.items())) for name, settings in plans.items()]
     yield format_columns([*rows, (translate("int4 on OpenVINO"), translate(report["int4_kernel"]))], indent=2)
+    yield from _tuned_table(report["tuned"])
     if report["artifact"]:
         yield from _artifact_lines(report["artifact"])
     if report["problems"]:
@@ -83,9 +84,31 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
         yield from ("  " + translate(problem) for problem in report["problems"])
 
 
+def _tuned_table(described: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines about tuned settings."""
+    if not described:
+        return
+    yield translate("Tuned settings")
+    rows = []
+    for result in described:
+        if "artifact" in result:
+            facts = f"{result['profile']}, {result['created'][:10]}, {result['gain'] - 1:+.0%}"
+            rows.append(
+                (
+                    result["artifact"],
+                    facts,
+                    translate(f"not here: {result['problem']}" if result["problem"] else "holds here"),
+                )
+            )
+        else:
+            rows.append((result["file"], "", translate(result["problem"])))
+    yield format_columns(rows, indent=2)
+
+
 def _artifact_lines(described: dict[str, Any]) -> Iterator[str]:
     """Lines about an artifact."""
-    yield translate(f"What will be used for {described['name']}: settings chosen for this kind of machine")
+    origin = {"rule": "settings chosen for this kind of machine", "tuned": "settings tuned on this machine"}
+    yield translate(f"What will be used for {described['name']}: {origin[described['basis']]}")
     yield format_columns(list(described["settings"].items()), indent=2)
     yield from ("  " + translate(reason) for reason in described["why"])
 

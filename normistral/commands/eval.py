@@ -186,7 +186,7 @@ def _document(folder: Path, options: EvalArgs, engine: EngineArgs, result: Evalu
 def _lines(folder: Path, options: EvalArgs, result: Evaluation) -> Iterator[str]:
     """Lines of the figures."""
     manifest, settings, quality, in_use = result.manifest, result.settings, result.quality, result.engine
-    arithmetic = {"exact": "exact", "rule": "default settings"}[in_use.settings_source]
+    arithmetic = {"exact": "exact", "rule": "default settings", "tuned": "tuned settings"}[in_use.settings_source]
     arithmetic += "".join(f", {name}={in_use.settings[name]}" for name in in_use.overrides)
     stride = "" if settings.stride is None else f", stride {settings.stride}"
     bos = "" if settings.bos_id is None else ", each with its BOS"

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from normistral.artifact import store
+from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.commands import console
 from normistral.commands.options import Debug, complete_stored
 from normistral.errors import UsageError
+from normistral.files import sha256_file
 from normistral.progress import format_bytes
 
 
@@ -31,6 +33,8 @@ def rm(
 
     Only artifacts of the store are removed, by their names; folders with other files in them, and links, are refused.
     """
+    from normistral.runtime.tuned import forget_tuned
+
     folders = [store.find_stored(name) for name in dict.fromkeys(names)]
     for folder in folders:
         store.check_removable(folder)
@@ -43,5 +47,7 @@ def rm(
             console.say("nothing was removed")
             return
     for folder in folders:
+        tuned_for = sha256_file(folder / MANIFEST_NAME)
         store.remove_artifact(folder)
+        forget_tuned(tuned_for)
         console.say(f"removed {folder.name} ({sizes[folder]})")

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from normistral.artifact import store
-from normistral.artifact.manifest import read_manifest
+from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.errors import EngineError, install_extra
 from normistral.hardware import (
     Machine,
@@ -35,6 +37,14 @@ from normistral.runtime.kernels.library import (
     is_packaged,
     open_library,
     variant_of,
+)
+from normistral.runtime.tuned import (
+    Tuned,
+    find_mismatch,
+    list_tuned,
+    make_key,
+    read_tuned,
+    tuned_path,
 )
 
 _RUNTIME = ("openvino", "tokenizers", "jinja2", "numpy", "msgspec", "typer", "rich", "prompt_toolkit")
@@ -71,6 +81,9 @@ def collect_env(artifact: Path | None = None) -> dict[str, Any]:
     openvino = ask_engine(_ASK_OPENVINO)
     builds = {name: version for name in _ONNX if (version := _version(name))}
     onnxruntime = ask_engine(_ASK_ONNXRUNTIME) if builds else {"problem": _NO_ONNX}
+    engines = {"openvino": openvino, "onnxruntime": onnxruntime}
+    versions = {name: answer["version"] for name, answer in engines.items() if "version" in answer}
+    loaded = None if artifact is None else describe_artifact(artifact, machine, versions)
     packages = {name: _version(name) for name in (*_RUNTIME, *_EXPORT, *(builds or _ONNX[:1]))}
     return {
         "normistral": _version("normistral"),
@@ -86,9 +99,10 @@ def collect_env(artifact: Path | None = None) -> dict[str, Any]:
         "settings": {weights: plan_openvino(machine, weights) for weights in ("int4", "int8", "fp16")},
         "int4_kernel": _describe_kernel(machine),
         "onnx_settings": plan_onnxruntime(machine),
-        "artifact": None if artifact is None else describe_artifact(artifact, machine),
+        "artifact": loaded,
+        "tuned": describe_tuned(machine, versions),
         "export": _describe_export(packages),
-        "problems": _find_problems(openvino, onnxruntime, list(builds)),
+        "problems": _find_problems(openvino, onnxruntime, list(builds)) + _stale(loaded),
     }
 
 
@@ -116,14 +130,63 @@ def ask_engine(code: str) -> dict[str, Any]:
     return answer
 
 
-def describe_artifact(folder: Path, machine: Machine) -> dict[str, Any]:
+def describe_tuned(machine: Machine, versions: dict[str, str]) -> list[dict[str, Any]]:
+    """Every result in the store, for `doctor`; "problem" says why one does not hold here.
+
+    Args:
+        versions: of the engines that are there, by name.
+    """
+    described: list[dict[str, Any]] = []
+    for path, content in list_tuned():
+        if isinstance(content, str):
+            described.append({"file": path.name, "problem": content})
+            continue
+        there = content.key
+        here = make_key(None, machine, there.engine, versions.get(there.engine, "missing"), there.device)
+        problem = find_mismatch(there, replace(here, manifest_sha256=there.manifest_sha256))
+        described.append({"file": path.name, **tuned_document(content), "problem": problem})
+    return described
+
+
+def describe_artifact(folder: Path, machine: Machine, versions: dict[str, str]) -> dict[str, Any]:
     """Settings that loading an artifact on the CPU would use, and reasons, for `doctor`."""
     manifest = read_manifest(folder)
+    engine = "openvino" if manifest.format == "openvino" else "onnxruntime"
+    key = make_key(folder, machine, engine, versions.get(engine, "missing"), "CPU")
+    settings = heuristic_settings(machine, manifest)
+    why = explain_openvino(machine, manifest.recipe.weights) if engine == "openvino" else []
+    problem = None
+    try:
+        tuned = read_tuned(tuned_path(key))
+        problem = find_mismatch(tuned.key, key)
+    except FileNotFoundError:
+        why.append("not tuned on this machine: normistral tune finds what is faster here")
+        return {"name": folder.name, "basis": "rule", "settings": settings, "why": why, "problem": None}
+    except (OSError, ValueError) as exc:
+        problem = str(exc)
+    if problem is not None:
+        return {"name": folder.name, "basis": "rule", "settings": settings, "why": why, "problem": problem}
+    why = [f"tuned for {tuned.profile} on {tuned.created[:10]}; gain: {describe_gain(tuned)}"]
+    return {"name": folder.name, "basis": "tuned", "settings": tuned.settings, "why": why, "problem": None}
+
+
+def heuristic_settings(machine: Machine, manifest: Manifest) -> dict[str, str]:
+    """The settings of an artifact that `load` takes without a tuning."""
     if manifest.format == "openvino":
-        plan, why = plan_openvino(machine, manifest.recipe.weights), explain_openvino(machine, manifest.recipe.weights)
-    else:
-        plan, why = plan_onnxruntime(machine), []
-    return {"name": folder.name, "settings": {**plan, PREFILL_CHUNK: DEFAULT_CHUNK}, "why": why}
+        return {**plan_openvino(machine, manifest.recipe.weights), PREFILL_CHUNK: DEFAULT_CHUNK}
+    return {**plan_onnxruntime(machine), PREFILL_CHUNK: DEFAULT_CHUNK}
+
+
+def tuned_document(tuned: Tuned) -> dict[str, Any]:
+    """For programs."""
+    document: dict[str, Any] = msgspec.to_builtins(tuned)
+    return document | {"gain": tuned.gain}
+
+
+def describe_gain(tuned: Tuned) -> str:
+    """Gain of tuned settings, in words."""
+    seconds = f"{tuned.tuned_s:.3g} s for {tuned.rule_s:.3g} s"
+    return f"{tuned.gain - 1:+.0%} in speed at {tuned.profile} ({seconds})" if tuned.changed else "none"
 
 
 def _describe_kernel(machine: Machine) -> str:
@@ -161,6 +224,12 @@ def _find_problems(openvino: dict[str, Any], onnxruntime: dict[str, Any], builds
         reinstall = f"pip install --force-reinstall --no-deps {builds[0]}"
         problems.append(f"onnxruntime cannot be used ({onnxruntime['problem']}): {reinstall}")
     return problems
+
+
+def _stale(loaded: dict[str, Any] | None) -> list[str]:
+    if loaded is None or loaded["problem"] is None:
+        return []
+    return [f"what was tuned for {loaded['name']} is not used ({loaded['problem']}): tune it again, or --forget it"]
 
 
 def _describe_export(packages: dict[str, str | None]) -> str:

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from normistral.artifact.artifact import Artifact
+from normistral.artifact.manifest import Manifest
+from normistral.hardware import read_machine
 from normistral.runtime.engines.base import Backend
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.runtime.interpreter_exit import computing
 from normistral.runtime.model import Model
 from normistral.runtime.options import refuse_draft_table
+from normistral.runtime.providers import import_onnxruntime
+from normistral.runtime.tuned import find_tuned, make_key
 
 
 def load(
@@ -35,6 +39,8 @@ def load(
         draft_table: refused; tables of n-grams to draft from were removed.
         download: fetch a published artifact that is not in the store. Otherwise nothing is connected to.
 
+    What `normistral tune` found for this artifact on this machine takes the place of the plan, unless `exact`.
+
     Raises:
         UsageError: an unknown setting, a value that the engine does not take, or one that would change the arithmetic
             of `exact`.
@@ -53,15 +59,40 @@ def load(
         artifact = find_or_download(str(artifact))
     opened = Artifact.find(artifact)
     opened.warn_of_advice()
-    return open_model(opened, EngineConfig(device, exact, settings or {}))
+    tuned = None if exact else find_tuned_settings(opened, device)
+    return open_model(opened, EngineConfig(device, exact, settings or {}, tuned))
 
 
 def open_model(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Model:
-    """Load an opened artifact; errors as in `load`."""
+    """Load an opened artifact; errors as in `load`. No tuned settings are looked for but those of `config`."""
     tokenizer = artifact.tokenizer
     with computing():
         backend = load_backend(artifact, config)
     return Model(backend, artifact.manifest, tokenizer, name=artifact.name)
+
+
+def find_tuned_settings(artifact: Artifact, device: str) -> Mapping[str, str] | None:
+    """Settings that `normistral tune` found for an artifact on this machine; None without.
+
+    Raises:
+        MissingExtraError: the artifact's engine is not installed.
+    """
+    engine, version = find_engine(artifact.manifest)
+    found = find_tuned(make_key(artifact.folder, read_machine(), engine, version, device))
+    return None if found is None else found.settings
+
+
+def find_engine(manifest: Manifest) -> tuple[str, str]:
+    """Name and version of the engine that runs an artifact.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    if manifest.format == "openvino":
+        import openvino
+
+        return "openvino", str(openvino.__version__)
+    return "onnxruntime", str(import_onnxruntime().__version__)
 
 
 def load_backend(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Backend:

@@ -73,7 +73,7 @@ def test_the_digest_is_that_of_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "source"),
-    [(EngineConfig(), "rule"), (EngineConfig(exact=True), "exact")],
+    [(EngineConfig(), "rule"), (EngineConfig(tuned={}), "tuned"), (EngineConfig(exact=True, tuned={}), "exact")],
 )
 def test_a_config_names_the_source_of_its_settings(config, source):
     assert config.settings_source == source

@@ -39,6 +39,8 @@ COMMANDS = {
     "eval --text": ["eval", "ARTIFACT", "--text", "PATH"],
     "eval --reference": ["eval", "ARTIFACT", "--text", "TEXT", "--reference", "PATH"],
     "eval --json": ["eval", "ARTIFACT", "--text", "TEXT", "--json", "PATH"],
+    "tune": ["tune", "PATH"],
+    "tune --forget": ["tune", "PATH", "--forget"],
     "bundle ARTIFACT": ["bundle", "PATH", "OUT"],
     "bundle FILE": ["bundle", "ARTIFACT", "PATH", "--force"],
     "bundle --sign-with": ["bundle", "ARTIFACT", "OUT", "--sign-with", "PATH"],
@@ -135,7 +137,7 @@ def test_what_is_no_file_or_folder(
 
 
 @pytest.mark.parametrize("value", ["~nosuchuser", "x" * 5000, "file/x", "circle/x"])
-@pytest.mark.parametrize("arguments", [["models"], ["info", "x"], ["chat", "--prompt", "x"], ["doctor", "x"]])
+@pytest.mark.parametrize("arguments", [["models"], ["info", "x"], ["chat", "--prompt", "x"], ["tune", "x"]])
 def test_a_home_that_cannot_be(
     place: Path,
     value: str,

@@ -260,6 +260,10 @@ def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys)
         (["chat", "x", "--prompt", ""], 2, "empty"),
         (["chat", "x", "--prompt", "y", "--stop-at-newline"], 2, "--stop-at-newline"),
         (["chat", "x", "--prompt", "y", "--set", "prefill_chunk"], 2, "'prefill_chunk' is no setting"),
+        (["tune"], 2, "ARTIFACT"),
+        (["tune", "x"], 1, "no artifact 'x'"),
+        (["tune", "x", "--budget", "0"], 2, "a budget of 0 minutes is none"),
+        (["tune", "x", "--forget", "--budget", "3"], 2, "--forget measures nothing"),
         (["doctor", "x"], 1, "no artifact 'x'"),
         (["generate", "x", "--prompt", "y", "--set", "a=1", "--set", "a=2"], 2, "the setting a is given twice"),
         (["chat", "x", "--prompt", "y"], 1, "no artifact 'x'"),
@@ -340,10 +344,10 @@ def test_the_help_lists_the_commands(capsys, arguments):
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    names = "models export list show rm chat generate batch serve eval info bench bundle doctor"
+    names = "models export list show rm chat generate batch serve eval info bench tune bundle doctor"
     for name in names.split():
         assert re.search(rf"^  {name} ", printed.out, re.MULTILINE)
-    groups = ("Models", "Use a model", "Measure a model", "This machine, and others")
+    groups = ("Models", "Use a model", "Measure and tune", "This machine, and others")
     assert [line[:-1] for line in printed.out.splitlines() if line[:-1] in groups] == list(groups)
     assert "..." not in printed.out.partition("Models:")[2]  # no summary is cut
 

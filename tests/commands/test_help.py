@@ -64,7 +64,7 @@ def complete(words: str, home, **environment) -> subprocess.CompletedProcess:
         ("normistral export demo --recipe ", ["fast", "balanced", "best"]),
         ("normistral export demo --format o", ["openvino", "onnx"]),
         ("normistral chat --overf", ["--overflow"]),
-        ("normistral serve mitt --batching ", ["auto", "off"]),
+        ("normistral tune mitt --profile ", ["chat", "documents", "batch"]),
         ("normistral chat ./", []),
     ],
 )

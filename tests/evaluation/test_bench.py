@@ -248,16 +248,16 @@ def test_each_number_of_threads_has_a_ceiling_of_its_own(fake):
 
 
 @pytest.mark.parametrize("available", [10**12, 10**9])
-def test_threads_that_an_engine_reports_count_once_it_is_loaded(fake, monkeypatch, available):
+def test_settings_that_were_tuned_earlier_count_once_they_are_known(fake, monkeypatch, available):
     monkeypatch.setattr(runner, "available_memory_bytes", lambda: available)
     fake.settings["b"] = {"INFERENCE_NUM_THREADS": "3"}
     plan = dataclasses.replace(PLAN, repeats=1)
     result = run_benchmark(configurations("a", "b"), plan)
-    figures = result.configurations[1].figures
-    assert figures.threads == 3
+    tuned = result.configurations[1].figures
+    assert tuned.threads == 3
     ceiling = next(found.best.gb_per_s for found in result.bandwidth if found.threads == 3)
     read = bytes_read(result.configurations[1])
-    assert figures.decode[0].share == pytest.approx(figures.decode[0].tokens_per_s.median * read / 1e9 / ceiling)
+    assert tuned.decode[0].share == pytest.approx(tuned.decode[0].tokens_per_s.median * read / 1e9 / ceiling)
 
 
 def test_warm_ups_do_not_count_and_medians_are_of_the_rest(fake):

@@ -314,8 +314,8 @@ def test_how_it_was_measured_is_what_was_done():
     assert "nothing had to take turns" in describe_method(make_result())[0]
 
 
-def test_default_settings_are_called_so():
-    assert "openvino int4, CPU, default" in render_markdown(make_result())
+def test_tuned_settings_are_called_so():
+    assert "openvino int4, CPU, tuned here" in render_markdown(make_result())
 
 
 def test_a_containers_limit_is_told():

@@ -32,7 +32,7 @@ def make_figures(*, writes: float = 10.0, reads: float = 80.0, **changes) -> Fig
     gb_per_s = writes * WEIGHTS / 1e9
     figures = Figures(
         engine="openvino",
-        basis="rule",
+        basis="tuned",
         threads=8,
         settings={"INFERENCE_NUM_THREADS": "8"},
         tokens_per_word=1.5,

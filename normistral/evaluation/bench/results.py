@@ -111,8 +111,8 @@ class Figures:
     """The measurements of a configuration that ran to its end.
 
     Attributes:
-        basis: where settings come from that were not given: "rule" for this kind of machine, or "exact"
-            arithmetic.
+        basis: where settings come from that were not given: "rule" for this kind of machine, "tuned" on this one, or
+            "exact" arithmetic.
         settings: those in force.
         output_sha256: of the tokens it writes after a fixed prompt; more than one if it did not always write the same.
         energy: why there are no joules; None where there are.

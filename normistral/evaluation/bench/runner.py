@@ -100,7 +100,7 @@ def run_benchmark(
     best = max(one.gb_per_s for found in run.bandwidths.values() for one in found)
     run.watcher.note(f"memory is read at {best:.1f} GB/s")
     (_take_turns if interleaving == "together" else _load_in_turns)(run)
-    if not _thread_counts(run) <= run.bandwidths.keys():  # threads of a device are known once it is loaded
+    if not _thread_counts(run) <= run.bandwidths.keys():  # settings that were tuned earlier are known once loaded
         _measure_bandwidth(run)
     ceilings = {threads: max(one.gb_per_s for one in found) for threads, found in run.bandwidths.items()}
     return BenchResult(

@@ -109,7 +109,9 @@ def configuration_table(result: BenchResult) -> ReportTable:
     rows = []
     for one in result.configurations:
         figures = one.figures
-        basis = "" if figures is None else {"rule": ", default", "exact": ", exact"}[figures.basis]
+        basis = (
+            "" if figures is None else {"rule": ", default", "tuned": ", tuned here", "exact": ", exact"}[figures.basis]
+        )
         settings = "" if figures is None else ", ".join(f"{key}={value}" for key, value in figures.settings.items())
         written = "" if figures is None else ", ".join(found[:_SHOWN_HASH] for found in figures.output_sha256)
         rows.append(

@@ -40,7 +40,8 @@ class EngineInfo:
         prefill_chunk: tokens to feed at most in one `forward` of a long prompt.
         settings: the engine's options in force, for reports: what it answers when asked after loading, as far as it
             can be asked.
-        settings_source: where they come from: the rule for this kind of machine, or the reference arithmetic.
+        settings_source: where they come from: the rule for this kind of machine, `normistral tune` on this one, or the
+            reference arithmetic.
         overrides: names of those that the caller chose over that.
         kv_cache_key: those that change the numbers; a KV cache is good only under the same.
     """

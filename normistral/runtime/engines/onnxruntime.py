@@ -208,7 +208,7 @@ def load_onnx(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Onnx
     target = find_target(device, ort.get_available_providers(), exact=exact)
     graph = read_graph(folder, manifest)
     in_place = onnx_graph.is_fused(graph)
-    plan = hardware.plan_onnxruntime(hardware.read_machine())
+    plan = hardware.plan_onnxruntime(hardware.read_machine()) | dict(config.tuned or {})
     settings = override(plan, config.settings, known_settings(graph), engine="onnxruntime", exact=exact)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     level = settings.pop(ACCURACY_LEVEL, None)

@@ -143,7 +143,7 @@ def choose_settings(core: ov.Core, manifest: Manifest, config: EngineConfig) -> 
     if device == "CPU" and manifest.recipe.weights == "int4":
         known[INT4_KERNEL] = KERNEL
         known[INT4_WEIGHTS] = INT4_WEIGHTS_SETTING
-    settings = override(plan, overrides, known, engine="OpenVINO", exact=config.exact)
+    settings = override({**plan, **(config.tuned or {})}, overrides, known, engine="OpenVINO", exact=config.exact)
     if ATTENTION not in overrides and settings.get("KV_CACHE_PRECISION", "u8") not in PAGED_PRECISIONS:
         settings.pop(ATTENTION, None)
     for name in overrides.keys() - {PREFILL_CHUNK, INT4_KERNEL, INT4_WEIGHTS, ATTENTION}:

@@ -23,7 +23,7 @@ PAGED, STATEFUL = "paged", "stateful"
 DEFAULT_CHUNK = "256"  # long enough for full speed, short enough that a prompt can be cancelled (docs/decisions.md)
 
 
-SettingsSource = Literal["rule", "exact"]
+SettingsSource = Literal["rule", "tuned", "exact"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +34,18 @@ class EngineConfig:
         device: CPU, or another device by its engine's own name.
         exact: reference arithmetic: float32, and no quantization at run time.
         settings: the caller's settings, by the engine's own names, over everything else.
+        tuned: settings that `normistral tune` found for this artifact here; None is the rule for this kind of machine.
     """
 
     device: str = "CPU"
     exact: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
+    tuned: Mapping[str, str] | None = None
 
     @property
     def settings_source(self) -> SettingsSource:
         """Source of the settings under the caller's overrides."""
-        return "exact" if self.exact else "rule"
+        return "exact" if self.exact else "rule" if self.tuned is None else "tuned"
 
 
 DEFAULT_CONFIG = EngineConfig()

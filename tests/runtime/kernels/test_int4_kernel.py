@@ -16,9 +16,6 @@ import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.commands.doctor import doctor_lines
 from normistral.errors import EngineError, ResourceError, SessionError, UsageError
-from normistral.evaluation.metrics import compare_logits
-from normistral.evaluation.quality import ModelPredictor
-from normistral.evaluation.windows import Window
 from normistral.hardware import INT8_DOT_PRODUCT, read_machine
 from normistral.runtime.collect_env import collect_env
 from normistral.runtime.engines.openvino import load_openvino
@@ -26,6 +23,7 @@ from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.kernels.compiler import VARIANTS
 from normistral.runtime.kernels.library import build_library, find_library, library_path, open_library
 from normistral.runtime.kernels.openvino_int4 import pack_products, replace_products
+from normistral.tuning import predict, settings_kl
 
 OURS = {"int4_kernel": "normistral"}
 RUNNABLE = [variant for variant in VARIANTS if read_machine().instruction_sets >= variant.needed]
@@ -143,11 +141,6 @@ def test_a_model_uses_it_where_it_is_compiled_and_says_so(demo_int4, int4_librar
     assert f"from the store: {int4_library}" in lines
 
 
-def predict(model, ids):
-    """Logits [n, vocabulary] after every token."""
-    return next(ModelPredictor(model).predict([Window((*ids, 0), 0, len(ids))]))
-
-
 def test_its_loss_is_that_of_activations_rounded_to_8_bits(demo_int4, int4_library):
     """Mean KL divergence from exact arithmetic, in nats; OpenVINO rounds them too where it has dot products of int8."""
     text = files("normistral.export").joinpath("texts/english.txt").read_text(encoding="utf-8")
@@ -157,7 +150,7 @@ def test_its_loss_is_that_of_activations_rounded_to_8_bits(demo_int4, int4_libra
         reference = predict(exact, ids)
     for kernel in ("normistral", "openvino"):
         with normistral.load(demo_int4, settings={"int4_kernel": kernel}) as model:
-            losses[kernel] = compare_logits(reference, predict(model, ids))[0]
+            losses[kernel] = settings_kl(reference, model, ids)
     assert 0 < losses["normistral"] < 0.01
     if read_machine().instruction_sets & INT8_DOT_PRODUCT:
         assert losses["normistral"] < 1.25 * losses["openvino"]

@@ -91,13 +91,12 @@ def test_options_that_mean_nothing_are_refused(tmp_path, artifact, options, mess
     assert message in done.stderr.decode()
 
 
-@pytest.mark.parametrize("name", ["draft-table", "tune"])
 @pytest.mark.parametrize("arguments", [[], ["ARTIFACT", "OUT", "--text", "x.txt", "--min-count", "3"]])
-def test_commands_that_were_removed_say_so(name, arguments, capsys):
-    assert main([name, *arguments]) == 2
+def test_the_command_that_was_removed_says_so(arguments, capsys):
+    assert main(["draft-table", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith(f"error: {name} was removed")
+    assert printed.err.startswith("error: draft-table was removed")
 
 
 def test_load_refuses_a_draft_table(artifact):
