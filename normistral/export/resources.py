@@ -205,6 +205,17 @@ def estimate_running_bytes(manifest: Manifest) -> int:
     return int(manifest.total_bytes * _RUNNING_SHARE)
 
 
+def estimate_layered_bytes(architecture: Architecture) -> int:
+    """Memory of running a model layer by layer: the tools, and in float32 a layer, the embedding or the output layer.
+
+    Layers of the 7B's widths: 1.26 GiB for the reference, 0.67 for the artifact (2026-11-30).
+    """
+    layer = inner_weights(architecture) // architecture.layers
+    table = architecture.vocabulary * architecture.hidden_size
+    tools = _PROGRAM_BYTES + _GRAPH_BYTES_PER_LAYER * architecture.layers
+    return tools + 4 * max(layer, table) + _BLOCKS_BYTES
+
+
 class MemoryMeter:
     """Measures this process and its children, 20 times a second, while the context is open.
 

@@ -4,7 +4,8 @@ The cheap parts come first, and name the difference: inputs and outputs, configu
 of every matrix. (Tokenizer and template were compared with transformers before the export began.) Then the model is
 run by this package's own engine, step by step against all at once, and against transformers in float32: with the
 artifact's matrices, which has to agree, and with the checkpoint's, which says what rounding costs. A large model goes
-through transformers layer by layer, and is never in memory with the artifact.
+through transformers layer by layer, and is never in memory with the artifact; a large fused ONNX artifact is itself run
+layer by layer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.job import ExportJob
 from normistral.export.reference.layerwise import LayeredModel, MatrixSource
 from normistral.export.reference.model import PROBE_TOKENS, Logits, ReferenceLogits, fits_for_running
-from normistral.export.resources import estimate_running_bytes
+from normistral.export.resources import estimate_layered_bytes, estimate_running_bytes
 from normistral.export.verify.files import check_config, check_template, check_tokenizer
 from normistral.hardware import available_memory_bytes
 from normistral.progress import Progress
@@ -90,7 +91,9 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
             "matrices": float(matrices.check()),
         }
     read = "the same tokenizer, template and matrices"
-    if estimate_running_bytes(manifest) > available_memory_bytes():
+    layered = is_run_layered(manifest)
+    running_bytes = estimate_layered_bytes(manifest.architecture) if layered else estimate_running_bytes(manifest)
+    if running_bytes > available_memory_bytes():
         summary = f"quality check passed in part: {read} as the original; too large to run here"
         return VerificationResult(summary, f"verified: {read}; too large to run here", quality, has_run=False)
     if reference is None:
@@ -126,17 +129,32 @@ def run_checkpoint(
     return ReferenceLogits(token_ids, logits)
 
 
+def is_run_layered(manifest: Manifest) -> bool:
+    """Whether the artifact is run layer by layer: a fused ONNX graph of a model that is too large to run as a whole."""
+    return manifest.recipe.graph == "fused" and not fits_for_running(manifest.architecture)
+
+
 def run_artifact(folder: Path, manifest: Manifest, token_ids: list[int]) -> Logits:
-    """Run the artifact with exact arithmetic; raises ExportError if it cannot be run."""
-    answer = _ANSWER_TOKENS if fits_for_running(manifest.architecture) else _ANSWER_TOKENS_OF_LARGE
+    """Run the artifact with exact arithmetic: logits [n, vocabulary], the same fed at once and in parts.
+
+    Raises:
+        ExportError: it cannot be run, or computes something else step by step.
+    """
+    token_ids = token_ids[:PROBE_TOKENS]
+    parts = split_in_turns(
+        token_ids, _ANSWER_TOKENS if fits_for_running(manifest.architecture) else _ANSWER_TOKENS_OF_LARGE
+    )
     try:
-        backend = load_exact(folder, manifest)
-        try:
-            return run(backend, token_ids[:PROBE_TOKENS], tolerance_of(manifest), answer)
-        finally:
-            backend.close()
+        if is_run_layered(manifest):
+            from normistral.export.verify.layered_onnx import run_layered
+
+            at_once, in_parts = run_layered(folder, manifest, [[token_ids], parts])
+        else:
+            at_once, in_parts = run_engine(load_exact(folder, manifest), token_ids, parts)
     except EngineError as exc:
         raise ExportError(f"the written model cannot be run: {exc.message}", exc.hint) from exc
+    require_same_in_parts(at_once, in_parts, tolerance_of(manifest))
+    return at_once
 
 
 def compare_runs(
@@ -215,14 +233,26 @@ def _arithmetic(manifest: Manifest) -> str:
     return "float16" if manifest.format == "onnx" and manifest.recipe.weights == "fp16" else "float32"
 
 
-def run(backend: Backend, token_ids: list[int], tolerance: float, answer: int = _ANSWER_TOKENS) -> Logits:
-    """Logits of all tokens [n, vocabulary], after checking that feeding them in parts gives the same."""
-    engine = backend.create_engine()
-    at_once = engine.forward(token_ids, last=len(token_ids))
-    engine.reset()
-    steps = [engine.forward(part, last=len(part)) for part in split_in_turns(token_ids, answer)]
-    engine.close()
-    apart = float(np.max(np.abs(np.concatenate(steps) - at_once)))
+def run_engine(backend: Backend, token_ids: list[int], parts: list[list[int]]) -> tuple[Logits, Logits]:
+    """Logits [n, vocabulary] of all tokens at once, and fed in parts; closes the backend."""
+    try:
+        engine = backend.create_engine()
+        at_once = engine.forward(token_ids, last=len(token_ids))
+        engine.reset()
+        in_parts = np.concatenate([engine.forward(part, last=len(part)) for part in parts])
+        engine.close()
+    finally:
+        backend.close()
+    return at_once, in_parts
+
+
+def require_same_in_parts(at_once: Logits, in_parts: Logits, tolerance: float) -> None:
+    """Raise ExportError for logits that are no numbers, or that depend on how the tokens were fed.
+
+    Args:
+        tolerance: allowed difference as a share of the largest logit.
+    """
+    apart = float(np.max(np.abs(in_parts - at_once)))
     scale = float(np.max(np.abs(at_once)))
     if not np.isfinite(scale):
         raise ExportError(
@@ -235,7 +265,6 @@ def run(backend: Backend, token_ids: list[int], tolerance: float, answer: int = 
             "weights far larger than usual make sums depend on their order: look for such in the checkpoint; if there "
             "are none, the exporter has a bug: report it",
         )
-    return at_once
 
 
 def split_in_turns(token_ids: list[int], answer: int) -> list[list[int]]:

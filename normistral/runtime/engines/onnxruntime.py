@@ -49,7 +49,7 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
 }
 _KV_CACHE_SETTINGS = ("provider", "accuracy_level", "precision", "use_tf32")  # settings that change what is computed
-_PAST, _PRESENT = "past_key_values.", "present."
+PAST, PRESENT = "past_key_values.", "present."  # beginnings of the cache's inputs and outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +287,7 @@ def describe_decoder(
     inputs = {port.name: port.type for port in session.get_inputs()}
     outputs = {port.name: port.type for port in session.get_outputs()}
     tensors = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
-    names = {_PAST + name: _PRESENT + name for name in tensors}
+    names = {PAST + name: PRESENT + name for name in tensors}
     needed = {"input_ids", "attention_mask", LOGITS_START, *names}
     cache_types = {inputs.get(name, "") for name in names}
     if not (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -16,9 +17,11 @@ from tiny_models import edit_json, make_mistral, write_json
 
 import normistral
 from normistral.artifact.manifest import read_manifest
-from normistral.errors import ExportError, UsageError
+from normistral.errors import EngineError, ExportError, UsageError
 from normistral.export.checkpoint.config import read_json
 from normistral.export.reference import model as reference
+from normistral.export.verify import artifact as verification
+from normistral.export.verify.layered_onnx import cut_at_attention, run_layered
 from normistral.export.verify.weights import compare_groups
 
 FORMATS = ("openvino", "onnx")
@@ -225,6 +228,54 @@ def test_a_large_model_is_compared_layer_by_layer(checkpoint, tmp_path, monkeypa
     assert small.verified == "run"
     monkeypatch.undo()
     assert export(checkpoint, tmp_path / "large", "onnx").quality == pytest.approx(small.quality, rel=1e-3)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp16", "fp32"])
+@pytest.mark.parametrize("make", [partial(make_mistral, head_dim=16), make_bloom], ids=["mistral", "bloom"])
+def test_an_onnx_graph_computes_layer_by_layer_what_the_engine_does(tmp_path, weights, make):
+    options = {"graph": "fused"} if weights.startswith("fp") else {"recipe": "fast"} if weights == "int4" else {}
+    normistral.export_model(str(make(tmp_path / "model")), tmp_path / "out", "onnx", weights, verify=False, **options)
+    manifest = read_manifest(tmp_path / "out")
+    token_ids = list(range(3, 43))
+    parts = verification.split_in_turns(token_ids, 8)
+    engine = verification.run_engine(verification.load_exact(tmp_path / "out", manifest), token_ids, parts)
+    layered = run_layered(tmp_path / "out", manifest, [[token_ids], parts])
+    for expected, found in zip(engine, layered, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_pieces_hold_every_node_and_a_layer_each(tmp_path):
+    model = make_mistral(tmp_path / "model", head_dim=16)
+    normistral.export_model(str(model), tmp_path / "out", "onnx", verify=False, recipe="fast")
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    pieces = cut_at_attention(graph)
+    assert [node for piece in pieces for node in piece.nodes] == list(graph.node)
+    assert len(pieces) == read_manifest(tmp_path / "out").architecture.layers + 1
+    assert pieces[-1].outputs == ["logits"]
+    for earlier, later in pairwise(pieces):
+        assert not {name for name in later.inputs if name in earlier.last_readers}
+
+
+def test_a_wrong_layer_of_a_large_model_is_refused(checkpoint, tmp_path, monkeypatch):
+    def flatten_scores(folder, manifest):
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+        next(entry for entry in attention[-1].attribute if entry.name == "scale").f = 0.01
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+    monkeypatch.setattr("normistral.export.pipeline.fits_for_running", lambda architecture: False)
+    monkeypatch.setattr("normistral.export.verify.artifact.fits_for_running", lambda architecture: False)
+    monkeypatch.setattr("normistral.export.verify.artifact.load_exact", lambda *_: pytest.fail("the whole was loaded"))
+    with pytest.raises(ExportError, match=r"with the same weights: logits differ by"):
+        export(checkpoint, tmp_path / "out", "onnx", flatten_scores, monkeypatch)
+    monkeypatch.setattr("normistral.export.verify.layered_onnx.open_session", _refuse)
+    with pytest.raises(ExportError, match="the written model cannot be run: no room"):
+        export(checkpoint, tmp_path / "again", "onnx")
+
+
+def _refuse(*_arguments):
+    raise EngineError("no room", "make some")
 
 
 def test_a_model_that_does_not_fit_is_not_run_at_once(checkpoint, monkeypatch):
