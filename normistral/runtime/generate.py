@@ -63,6 +63,7 @@ def generate_tokens(
     it is complete, a step without a token says so.
     """
     clock = _Clock(len(prompt_ids), decoder)
+    sequence.require_batch_invariance(config.reproducible)
     clock.reused(sequence.reuse(prompt_ids, reproducible=config.reproducible))
     sampler = Sampler(config, prompt_ids)
     of_prompt: tuple[TokenLogprobs, ...] = ()

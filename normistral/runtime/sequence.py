@@ -66,6 +66,10 @@ class CachedSequence:
         self.forward_s = 0.0
         self.trim_s: float | None = None
 
+    def require_batch_invariance(self, required: bool) -> None:
+        """Whether logits must not depend, in their last bits, on the sequences that are computed with this one."""
+        self._engine.batch_invariant = required
+
     @property
     def length(self) -> int:
         """Tokens that are known to be in the KV cache."""

@@ -96,7 +96,13 @@ class Engine(Protocol):
     """One sequence: its tokens so far live in a KV cache.
 
     A call that raises, `KeyboardInterrupt` included, leaves the cache undefined: call `reset()` before the next.
+
+    Attributes:
+        batch_invariant: set it to get logits whose bits do not depend on the sequences that are computed with this one.
+            An engine that computes one at a time need not heed it.
     """
+
+    batch_invariant: bool
 
     @property
     def length(self) -> int:

@@ -108,6 +108,7 @@ class OnnxEngine:
     def __init__(self, sequence: _Sequence) -> None:
         self._sequence: _Sequence | None = sequence
         self._length = 0
+        self.batch_invariant = False  # one sequence at a time
 
     @property
     def length(self) -> int:

@@ -4,19 +4,25 @@ The attention of the stateful graph reads the cache of a layer once for each que
 masked slots. PagedAttention reads K and V once for all query heads that share them, and takes its cache from the
 caller: trimming is a shorter past, saving and restoring copy rows, and one forward takes any number of sequences, each
 with as many tokens as it has (`PagedBackend.forward_batch`). Other devices keep the stateful graph.
+
+Batch invariance: a row's bits do not depend on the other rows of a forward, with two exceptions. A product of one row
+is another kernel than one of several; and for few sequences of one token each the sums of attention are divided between
+threads. Neither is the case where one sequence has several tokens, so a lone token that must be invariant gets a
+companion of two (measured in benchmarks/results/2026-11-30-batching.md).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import ClosedError
 from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, TensorKinds, check_cache_tensors
+from normistral.runtime.engines.batching import BatchCall
 from normistral.runtime.engines.block_pool import BLOCK_TOKENS, BlockPool, blocks_of
 from normistral.runtime.engines.openvino_graph import POSITIONS
 from normistral.runtime.engines.openvino_settings import translated
@@ -33,19 +39,6 @@ PAGED_PRECISIONS = ("u8", "f16", "f32")  # of the cache; bf16 keeps the stateful
 def can_page(device: str) -> bool:
     """Whether a device has PagedAttention that takes its cache from the caller; windows and ALiBi included."""
     return device == "CPU"
-
-
-class PagedCall(NamedTuple):
-    """One sequence's part of a forward.
-
-    Attributes:
-        token_ids: to append.
-        last: positions whose logits are wanted; 0 for a piece of a prompt that goes on.
-    """
-
-    engine: PagedEngine
-    token_ids: Sequence[int]
-    last: int
 
 
 class PagedBackend:
@@ -81,6 +74,31 @@ class PagedBackend:
             raise ClosedError
         return _forward(self._pool, calls)
 
+    def measure_batch_invariance(self) -> bool:
+        """Whether `PagedEngine.batch_invariant` holds for the kernels of this machine and these weights.
+
+        Computes some tokens alone and beside 1, 3 and 7 other sequences and a prompt, and compares the bits.
+        """
+        engines = [self.create_engine() for _ in range(9)]
+        first, *others, prompt = engines
+        first.batch_invariant = True
+        try:
+            for engine in (first, *others):
+                engine.forward([0, 1])
+            step, piece = [PagedCall(engine, [2 + index], 1) for index, engine in enumerate(engines[:8])], [3] * 40
+            alone = self.forward_batch(step[:1])[0]
+            for count, beside in ((2, 0), (4, 0), (8, 0), (1, 1)):
+                for engine in (first, *others):
+                    engine.trim(2)
+                prompt.reset()
+                among = self.forward_batch([*step[:count], *[PagedCall(prompt, piece, 1)] * beside])[0]
+                if not np.array_equal(alone, among):
+                    return False
+            return True
+        finally:
+            for engine in engines:
+                engine.close()
+
     def reserve_blocks(self, blocks: int) -> None:
         """Have a KV cache of so many blocks, all sequences together, that does not grow."""
         if self._pool is None:
@@ -103,14 +121,15 @@ class PagedBackend:
 class PagedEngine:
     """One sequence: a block table into the pool that all sequences of a model share."""
 
-    def __init__(self, backend: PagedBackend, pool: BlockPool, keeps: object = None) -> None:
-        self._backend: PagedBackend | None = backend
+    def __init__(self, backend: PagedBackend | None, pool: BlockPool, keeps: object = None) -> None:
+        self._backend = backend
         self._pool: BlockPool | None = pool
         self._keeps = keeps
         self._blocks: list[int] = []  # the block table
         self._release = weakref.finalize(self, pool.release, self._blocks)  # also where it is not closed
         self._release.atexit = False
         self.length = 0
+        self.batch_invariant = False
 
     def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
         """Append tokens; logits [last, vocabulary] of the last positions.
@@ -199,7 +218,22 @@ class PagedEngine:
         return self._pool
 
 
+PagedCall: TypeAlias = BatchCall[PagedEngine]
+
+
 def _forward(pool: BlockPool, calls: Sequence[PagedCall]) -> list[Logits]:
+    """One forward, with a companion where a call that must be invariant needs one."""
+    lone = all(len(call.token_ids) == 1 for call in calls) or sum(call.last for call in calls) == 1
+    if not (lone and any(call.engine.batch_invariant for call in calls)):
+        return _infer(pool, calls)
+    companion = PagedEngine(None, pool)
+    try:
+        return _infer(pool, [*calls, PagedCall(companion, [0, 0], 1)])[:-1]
+    finally:
+        companion.close()
+
+
+def _infer(pool: BlockPool, calls: Sequence[PagedCall]) -> list[Logits]:
     import openvino as ov
 
     past = np.array([call.engine.length for call in calls], np.int32)

@@ -106,6 +106,7 @@ class StatefulEngine:
         self._positions = positions
         self._cache_precision = cache_precision
         self._beam = np.zeros(1, np.int32)
+        self.batch_invariant = False  # one sequence at a time
         self._requantised = False  # by a restore: what was shown did not fit the plugin's formula (module docstring)
 
     @property

@@ -46,6 +46,7 @@ class ScriptedEngine:
     def __init__(self, backend: ScriptedBackend) -> None:
         self._backend = backend
         self.token_ids: list[int] = []
+        self.batch_invariant = False  # one sequence at a time
 
     @property
     def length(self) -> int:

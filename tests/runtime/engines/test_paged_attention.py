@@ -8,6 +8,7 @@ import pytest
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.errors import SessionError
+from normistral.runtime.engines.openvino_paged import PagedCall
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import load_backend
 
@@ -93,3 +94,22 @@ def test_a_session_of_the_stateful_attention_is_named_and_opens_with_it(tiny_fp1
     assert "attention=stateful" in caught.value.hint
     with normistral.load(tiny_fp16, settings=stateful) as model:
         assert model.restore_chat(tmp_path / "s").messages
+
+
+def test_a_token_that_must_not_depend_on_others_has_the_same_bits_beside_any(backend):
+    engines = [backend.create_engine() for _ in range(6)]
+    first = engines[0]
+    first.batch_invariant = True
+    for index, engine in enumerate(engines):
+        engine.forward([*TOKENS[index:], 7, 8, 9])
+    alone = first.forward([5])
+    used = used_blocks(backend)
+    for count in range(1, 6):
+        for engine in engines:
+            engine.trim(min(engine.length, 58))
+        first.forward([*TOKENS[58:], 7, 8, 9])
+        calls = [PagedCall(engine, [5 + index], 1) for index, engine in enumerate(engines[: count + 1])]
+        assert np.array_equal(backend.forward_batch(calls)[0], alone)
+    assert used_blocks(backend) == used  # the companion's came back
+    assert backend.measure_batch_invariance()
+    assert used_blocks(backend) == used
