@@ -55,6 +55,7 @@ _PRODUCED = {
         "session.intra_op.allow_spinning": "0|1",
         "session.use_device_allocator_for_initializers": "1",
         "accuracy_level": "1|4",
+        "activation_bits": "8|16",
         PREFILL_CHUNK: _CHUNK,
     },
 }

@@ -93,12 +93,13 @@ def test_a_prompt_is_cut_in_ways_that_differ(work, expected):
 
 
 @pytest.mark.parametrize(
-    ("weights", "graph", "levels"),
-    [("int4", "fused", ["1", "4"]), ("int8", "fused", ["1", "4"]), ("fp32", "plain", [])],
+    ("weights", "graph", "levels", "bits"),
+    [("int4", "fused", ["1", "4"], []), ("int8", "fused", [], ["8", "16"]), ("fp32", "plain", [], [])],
 )
-def test_onnx_has_levels_where_products_are_rounded(weights, graph, levels):
+def test_onnx_varies_how_activations_are_rounded_where_they_are(weights, graph, levels, bits):
     variants = tried(machine(), manifest(weights, "onnx", graph))
     assert values(variants, "accuracy_level") == levels
+    assert values(variants, "activation_bits") == bits
     assert values(variants, "session.intra_op.allow_spinning") == ["0", "1"]
     assert values(variants, "intra_op_num_threads") == ["2", "3", "8"]
 

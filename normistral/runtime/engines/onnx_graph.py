@@ -6,9 +6,11 @@ numbers: onnx.proto of the ONNX repository.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from normistral.errors import EXPORT_AGAIN, ArtifactError
 from normistral.runtime.engines.protobuf import WireError, WireMessage
@@ -17,7 +19,8 @@ LOGITS = "logits"
 LOGITS_START = "logits_start"  # name of the input that `keep_last_logits` adds
 
 # onnx.proto
-_MODEL_GRAPH = 7
+_MODEL_GRAPH, _MODEL_OPSET_IMPORT = 7, 8
+_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_I, _ATTRIBUTE_G, _ATTRIBUTE_TYPE, _ATTRIBUTE_GRAPHS = 1, 3, 6, 20, 11
@@ -27,12 +30,13 @@ _VALUE_INFO_NAME, _VALUE_INFO_TYPE = 1, 2
 _TYPE_TENSOR, _TYPE_TENSOR_ELEM_TYPE, _TYPE_TENSOR_SHAPE = 1, 1, 2
 _SHAPE_DIM, _DIM_VALUE = 1, 1
 _INT64 = 7  # TensorProto.DataType
+_DATA_TYPES = {"float32": 1, "int64": _INT64}  # of numpy's names
 _INT = 2  # AttributeProto.AttributeType
 
 # onnxruntime's ContribOperators.md: two operators, and inputs of the first
 _ATTENTION = "GroupQueryAttention"
-_ROUNDED = "MatMulNBits"
-_PRODUCTS = ("MatMul", "Gemm", _ROUNDED)
+QUANTIZED_PRODUCT = "MatMulNBits"
+_PRODUCTS = ("MatMul", "Gemm", QUANTIZED_PRODUCT)
 _PAST_INPUTS, _ATTENTION_BIAS = (3, 4), 10
 _PADDING = "mask.row"  # what hides padding in every attention's bias, as the exporter names it: [b, 1, 1, total]
 
@@ -82,6 +86,15 @@ class Node:
         return message
 
 
+def make_node(operator: str, inputs: Iterable[str], output: str, **attributes: int) -> Node:
+    """A new node of the ONNX standard, named after its output and operator: names are unique in a graph."""
+    node = Node(WireMessage().add(_NODE_OP_TYPE, operator).add(_NODE_NAME, f"/{output}/{operator}"))
+    node.inputs, node.outputs = list(inputs), [output]
+    for name, value in attributes.items():
+        node.set_int(name, value)
+    return node
+
+
 class OnnxGraph:
     """A ModelProto, open at its nodes."""
 
@@ -100,6 +113,16 @@ class OnnxGraph:
     def outputs(self) -> list[str]:
         """Names of the graph's outputs."""
         return self._names(_GRAPH_OUTPUT)
+
+    def opset(self) -> int:
+        """Version of the ONNX standard's operators; 0 where it is not said."""
+
+        def find() -> int:
+            imports = [WireMessage(chunk) for chunk in self._model.chunks(_MODEL_OPSET_IMPORT)]
+            standard = [entry for entry in imports if entry.text(_OPSET_DOMAIN) in ("", "ai.onnx")]
+            return standard[-1].number(_OPSET_VERSION) if standard else 0
+
+        return _readable(find)
 
     def external_files(self) -> set[str]:
         """Names of the files that hold the weights, as the graph gives them."""
@@ -123,17 +146,19 @@ class OnnxGraph:
         )
         self._graph.add(_GRAPH_INPUT, value_info)
 
-    def add_vector(self, name: str, value: int) -> str:
-        """A new constant: int64 [1]; returns its name."""
-        tensor = WireMessage().add(_TENSOR_DIMS, 1).add(_TENSOR_DATA_TYPE, _INT64).add(_TENSOR_NAME, name)
-        self._graph.add(_GRAPH_INITIALIZER, tensor.add(_TENSOR_RAW_DATA, struct.pack("<q", value)))
+    def add_constant(self, name: str, values: NDArray[Any]) -> str:
+        """A new constant, float32 or int64 of any shape; returns its name."""
+        tensor = WireMessage()
+        for length in values.shape:
+            tensor.add(_TENSOR_DIMS, length)
+        tensor.add(_TENSOR_DATA_TYPE, _DATA_TYPES[values.dtype.name]).add(_TENSOR_NAME, name)
+        little_endian = values.astype(values.dtype.newbyteorder("<"), copy=False)
+        self._graph.add(_GRAPH_INITIALIZER, tensor.add(_TENSOR_RAW_DATA, little_endian.tobytes()))
         return name
 
-    def add_node(self, before: Node, operator: str, inputs: Iterable[str], output: str) -> str:
+    def add_node(self, before: Node, operator: str, inputs: Iterable[str], output: str, **attributes: int) -> str:
         """A new node, placed before another that reads it (nodes have to be in order); returns its output."""
-        node = Node(WireMessage().add(_NODE_OP_TYPE, operator).add(_NODE_NAME, f"/{output}"))
-        node.inputs, node.outputs = list(inputs), [output]
-        self.nodes.insert(self.nodes.index(before), node)
+        self.nodes.insert(self.nodes.index(before), make_node(operator, inputs, output, **attributes))
         return output
 
     def producer(self, name: str) -> Node | None:
@@ -170,7 +195,8 @@ def keep_last_logits(graph: OnnxGraph) -> None:
         hidden = flattened.inputs[0]  # [1, n, hidden], which Gemm reads as [n, hidden]
     readers = [node for node in graph.nodes if hidden in node.inputs]
     graph.add_vector_input(LOGITS_START)
-    end, axis = graph.add_vector("logits_end", 2**63 - 1), graph.add_vector("logits_axis", 1)
+    end = graph.add_constant("logits_end", np.array([2**63 - 1]))
+    axis = graph.add_constant("logits_axis", np.array([1]))
     last = graph.add_node(readers[0], "Slice", [hidden, LOGITS_START, end, axis], "last_hidden")
     for node in readers:
         node.inputs = [last if name == hidden else name for name in node.inputs]
@@ -189,7 +215,7 @@ def _walk_back(graph: OnnxGraph, name: str, operators: Sequence[str]) -> Node | 
 def accuracy_levels(graph: OnnxGraph) -> list[int]:
     """The levels of the products of rounded weights, each once: 1 computes in float32, 4 rounds activations to int8."""
     return _readable(
-        lambda: sorted({node.get_int("accuracy_level") for node in graph.nodes if node.operator == _ROUNDED})
+        lambda: sorted({node.get_int("accuracy_level") for node in graph.nodes if node.operator == QUANTIZED_PRODUCT})
     )
 
 
@@ -198,7 +224,7 @@ def set_accuracy_level(graph: OnnxGraph, level: int) -> None:
 
     def set_levels() -> None:
         for node in graph.nodes:
-            if node.operator == _ROUNDED:
+            if node.operator == QUANTIZED_PRODUCT:
                 node.set_int("accuracy_level", level)
 
     _readable(set_levels)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from normistral import hardware
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
-from normistral.errors import ArtifactError, ClosedError, EngineError
-from normistral.runtime.engines import onnx_graph
+from normistral.errors import ArtifactError, ClosedError, EngineError, UsageError
+from normistral.runtime.engines import onnx_activations, onnx_graph
 from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors, warm_up
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache
 from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
@@ -43,12 +43,15 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.onnx"
 ACCURACY_LEVEL = "accuracy_level"  # of MatMulNBits; onnxruntime's CPU kernels know two
+ACTIVATION_BITS = "activation_bits"  # ours, for level 4 and matrices of 8 bits
 _LEVELS = Setting("[14]", "1 (products in float32) or 4 (activations rounded to int8)", changes_results=True)
+_ACTIVATION_BITS = Setting("8|16", "8 (activations rounded to int8) or 16 (to a sum of two int8)", changes_results=True)
 _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
-_KV_CACHE_SETTINGS = ("provider", "accuracy_level", "precision", "use_tf32")  # settings that change what is computed
+# Settings that change what is computed.
+_KV_CACHE_SETTINGS = ("provider", ACCURACY_LEVEL, ACTIVATION_BITS, "precision", "use_tf32")
 PAST, PRESENT = "past_key_values.", "present."  # beginnings of the cache's inputs and outputs
 
 
@@ -212,8 +215,9 @@ def load_onnx(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Onnx
     plan = hardware.plan_onnxruntime(hardware.read_machine()) | dict(config.tuned or {})
     settings = override(plan, config.settings, known_settings(graph), engine="onnxruntime", exact=exact)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
-    level = settings.pop(ACCURACY_LEVEL, None)
-    adapt_graph(graph, "1" if exact else level)
+    level = "1" if exact else settings.pop(ACCURACY_LEVEL, None)
+    activation_bits = choose_activation_bits(graph, target, level, settings.pop(ACTIVATION_BITS, None))
+    adapt_graph(graph, level, activation_bits)
     options = session_options(settings, folder)
     with tempfile.TemporaryDirectory(prefix="normistral-") as scratch:
         if not target.is_cpu:
@@ -223,6 +227,8 @@ def load_onnx(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Onnx
         in_force = settings_in_force(session, settings) | {"provider": target.provider} | target.options
         if levels := onnx_graph.accuracy_levels(graph):
             in_force[ACCURACY_LEVEL] = ",".join(map(str, levels))
+        if activation_bits is not None:
+            in_force[ACTIVATION_BITS] = activation_bits
         in_force[PREFILL_CHUNK] = prefill_chunk
         decoder = describe_decoder(session, manifest, target, in_place=in_place)
         chosen = tuple(sorted(config.settings))
@@ -260,20 +266,51 @@ def read_graph(folder: Path, manifest: Manifest) -> OnnxGraph:
 
 def known_settings(graph: OnnxGraph) -> dict[str, Setting]:
     """Settings that a session on this graph takes."""
-    return SESSION_SETTINGS | ({ACCURACY_LEVEL: _LEVELS} if onnx_graph.accuracy_levels(graph) else {})
+    known = dict(SESSION_SETTINGS)
+    if onnx_graph.accuracy_levels(graph):
+        known[ACCURACY_LEVEL] = _LEVELS
+    if onnx_activations.can_split(graph):
+        known[ACTIVATION_BITS] = _ACTIVATION_BITS
+    return known
 
 
-def adapt_graph(graph: OnnxGraph, level: str | None) -> None:
+def choose_activation_bits(
+    graph: OnnxGraph, target: ProviderTarget, level: str | None, given: str | None
+) -> Literal["8", "16"] | None:
+    """Bits of activations beside 8-bit weights; None where they are not rounded to int8 at all.
+
+    Args:
+        level: the accuracy level, None for the file's.
+        given: the caller's choice.
+
+    Raises:
+        UsageError: one was given where none applies.
+    """
+    levels = onnx_graph.accuracy_levels(graph) if level is None else [int(level)]
+    if target.is_cpu and onnx_activations.can_split(graph) and levels == [onnx_activations.INT8_LEVEL]:
+        return "8" if given == "8" else "16"
+    if given is None:
+        return None
+    raise UsageError(
+        f"{ACTIVATION_BITS} means nothing here: activations are not rounded",
+        f"leave it out, or on the CPU choose {ACCURACY_LEVEL}={onnx_activations.INT8_LEVEL}",
+    )
+
+
+def adapt_graph(graph: OnnxGraph, level: str | None, activation_bits: str | None = None) -> None:
     """Change the graph for this runtime; the file is made for every loader.
 
     Args:
         level: accuracy level of products of rounded weights; None keeps the file's.
+        activation_bits: "16" multiplies activations beside 8-bit weights in two parts.
     """
     onnx_graph.keep_last_logits(graph)
     if onnx_graph.is_fused(graph):
         onnx_graph.attend_in_place(graph)
     if level is not None:
         onnx_graph.set_accuracy_level(graph, int(level))
+    if activation_bits == "16":
+        onnx_activations.split_activations(graph)
 
 
 def describe_decoder(
