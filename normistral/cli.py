@@ -50,6 +50,7 @@ _COMMANDS: dict[str, dict[str, Any]] = {
     "show": {"rich_help_panel": _MODELS},
     "rm": {"rich_help_panel": _MODELS},
     "info": {"rich_help_panel": _MODELS},
+    "publish": {"rich_help_panel": _MODELS, "epilog": "Example: normistral publish norsk-int4 your-name/norsk-int4"},
     "chat": {"rich_help_panel": _USE, "epilog": f"{_CHAT_EXAMPLES}\n\n{DEFAULTS_NOTE}"},
     "generate": {"rich_help_panel": _USE, "epilog": DEFAULTS_NOTE},
     "batch": {"rich_help_panel": _USE, "epilog": DEFAULTS_NOTE},

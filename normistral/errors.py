@@ -4,6 +4,7 @@
     ├── UsageError                  a wrong option or argument (exit code 2)
     ├── ModelNotFoundError          no such preset, artifact, folder or repository
     ├── DownloadError               the hub could not be reached, refused, or sent the wrong bytes
+    ├── PublishError                the hub could not be reached, or did not take what was sent
     ├── CheckpointError             the model to be exported is damaged, incomplete or inconsistent
     │   └── UnsupportedArchitectureError
     ├── ExportError                 the conversion failed
@@ -61,6 +62,10 @@ class ModelNotFoundError(NormistralError):
 
 class DownloadError(NormistralError):
     """The hub could not be reached, refused, or sent the wrong bytes."""
+
+
+class PublishError(NormistralError):
+    """The hub could not be reached, or did not take what was sent."""
 
 
 class CheckpointError(NormistralError):

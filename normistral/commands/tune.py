@@ -10,6 +10,7 @@ import typer
 from normistral.artifact import store
 from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.commands.console import format_columns, is_verbose, print_json, print_lines, say
+from normistral.commands.find_artifact import find
 from normistral.commands.options import ArtifactName, Debug, Verbose, given
 from normistral.commands.progress import show_progress
 from normistral.errors import UsageError
@@ -60,7 +61,7 @@ def tune(
     from normistral.runtime.collect_env import tuned_document
 
     chosen = tuning.TuneOptions(**options)
-    folder = store.resolve_artifact(artifact)
+    folder = find(artifact)
     with show_progress() as progress:
         tuned = tuning.tune(folder, chosen, progress)
     if as_json:

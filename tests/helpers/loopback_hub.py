@@ -224,7 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub.uploads.append(names)
         hub.commit = hashlib.sha1(repr(sorted(hub.files.items())).encode()).hexdigest()
         hub.revisions = ("main", hub.commit)
-        return self._answer_json({"commitUrl": f"{hub.endpoint}/commit/{hub.commit}", "commitOid": hub.commit})
+        return self._answer_json(
+            {"commitUrl": f"{hub.endpoint}/{hub.repository}/commit/{hub.commit}", "commitOid": hub.commit}
+        )
 
     def _send_file(self, name: str, body: bool) -> None:
         data = self.hub.files[name]
