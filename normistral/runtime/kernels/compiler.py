@@ -24,7 +24,15 @@ from typing import NamedTuple
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 _SOURCE = Path(__file__).with_name("int4_matmul.cpp")
-_INCLUDED = ("old_runtime.hpp", "int4_arrays.hpp", "int4_avx512.hpp", "int4_avx2.hpp")
+_INCLUDED = (
+    "old_runtime.hpp",
+    "int4_arrays.hpp",
+    "int4_avx512.hpp",
+    "int4_avx2.hpp",
+    "int8_arrays.hpp",
+    "int8_avx512.hpp",
+    "int8_avx2.hpp",
+)
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
 _COMPILE_S = 300
 _HINT = "install a C++ compiler (g++ or clang++), or name one in CXX"

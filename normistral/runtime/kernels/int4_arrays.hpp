@@ -10,10 +10,13 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-constexpr int kColumns = 8;  // of one load of codes
+constexpr int kColumns = 8;  // of one load of codes of 4 bits
+constexpr int kFour = 4;     // columns of one load of codes of 8 bits
 
 struct Weights {
-    int rows, columns, group;
+    int rows, columns;
+    int group;  // columns whose activations have a scale together; codes of 4 bits have one for the same columns
+    int bits;   // of a code; with 8 a row has one scale and one zero point
     const uint8_t* codes;
     const uint8_t* scales;
     const uint8_t* zeros;
@@ -24,7 +27,7 @@ struct Weights {
 // would share the same few sets of the first cache.
 struct Activations {
     size_t tokens;
-    const int8_t* codes;   // [tiles][columns / 4][tokens of the tile][4]
+    const int8_t* codes;   // [tiles][columns / 4][tokens of the tile][4], for weights of 8 bits [8]: see int8_*.hpp
     const float* scales;   // [tokens][groups]
     const int32_t* sums;   // [tokens][groups], of codes
 };

@@ -1,12 +1,13 @@
-// An OpenVINO operator: activations times weights of 4 bits, as fast as memory (one token) or the dot products of int8
-// (a prompt) allow. library.py compiles it, openvino_int4.py puts it into a model.
+// An OpenVINO operator: activations times weights of 4 or 8 bits, as fast as memory (one token) or the dot products of
+// int8 (a prompt) allow. library.py compiles it, openvino_int4.py puts it into a model.
 //
 //   input      x        float32 [..., columns]
 //   attribute  weights  number of the weights, as normistral_hold_int4 gave it:
 //              codes    uint8   [rows / L][columns / 8][L * 4]  unsigned codes of 4 bits, see below
 //              scales   float16 [rows / L][groups][L]
 //              zeros    uint8   [rows / L][groups][L]           the code that means 0
-//              where L rows (kLanes) are those of a vector of int32: 16 with AVX512, 8 without
+//              where L rows (kLanes) are those of a vector of int32: 16 with AVX512, 8 without;
+//              of 8 bits: codes uint8 [rows / L][columns / 4][L * 4], scales and zeros [rows / L][L]
 //   output     float32 [..., rows]
 //
 // Weights are no constants of the model, so that a model which names them is a file of a few megabytes, and several that
@@ -14,7 +15,7 @@
 //
 // Arithmetic: each token's activations are rounded to int8 in the weights' groups (largest magnitude over 127, to
 // nearest), products and their sums over a group are exact in int32, and groups are summed in float32 in their order.
-// The result for a token does not depend on how many come with it.
+// The result for a token does not depend on how many come with it. For weights of 8 bits activations have 16 (int8_*.hpp).
 //
 // Layout of codes: a vector holds L rows of 8 columns, 4 bytes a row; low nibbles are columns 0 to 3, high ones 4 to 7.
 // So one load gives two operands of a product of bytes, whose other operand is four activations broadcast to all rows.
@@ -39,9 +40,9 @@
 #include "old_runtime.hpp"
 
 #ifdef __AVX512VNNI__
-#include "int4_avx512.hpp"
+#include "int8_avx512.hpp"
 #else
-#include "int4_avx2.hpp"
+#include "int8_avx2.hpp"
 #endif
 
 namespace {
@@ -51,43 +52,68 @@ static_assert(kStep % (kLanes * kRows) == 0 && kStep % (kLanes * kAloneRows) == 
 constexpr int kPartsPerThread = 8;  // of a prompt's product, so that a thread that is held up holds nobody up
 constexpr size_t kQuantisedAlone = 8;  // fewer tokens are rounded by one thread
 
+// What differs between weights of 4 and of 8 bits.
+struct Narrow {
+    static constexpr int kTileTokens = kTokens, kTileRows = kRows, kAlone = kAloneRows, kBytes = 1;  // of an activation
+    static constexpr auto& round = quantise;
+    template <int tokens, int rows>
+    static void tile(const Weights& weights, const Activations& x, float* out, int row, size_t token) {
+        multiply_tile<tokens, rows>(weights, x, out, row, token);
+    }
+};
+
+struct Wide {
+    static constexpr int kTileTokens = kWideTokens, kTileRows = 1, kAlone = 1, kBytes = 2;
+    static constexpr auto& round = quantise_wide;
+    template <int tokens, int rows>
+    static void tile(const Weights& weights, const Activations& x, float* out, int row, size_t token) {
+        multiply_wide_tile<tokens>(weights, x, out, row, token);
+    }
+};
+
 // The tokens that are left when whole tiles are done.
-template <int tokens>
+template <typename Kind, int tokens>
 void multiply_rest(const Weights& weights, const Activations& x, float* out, int row, size_t token) {
     if (x.tokens - token == tokens) {
-        multiply_tile<tokens, kRows>(weights, x, out, row, token);
+        Kind::template tile<tokens, Kind::kTileRows>(weights, x, out, row, token);
     } else if constexpr (tokens > 1) {
-        multiply_rest<tokens - 1>(weights, x, out, row, token);
+        multiply_rest<Kind, tokens - 1>(weights, x, out, row, token);
     }
 }
 
 // The weights of a tile's rows stay in the cache while all tokens go by.
+template <typename Kind>
 void multiply_rows(const Weights& weights, const Activations& x, float* out, int begin, int end) {
     if (x.tokens == 1) {
-        for (int row = begin; row < end; row += kLanes * kAloneRows) multiply_tile<1, kAloneRows>(weights, x, out, row, 0);
+        for (int row = begin; row < end; row += kLanes * Kind::kAlone) {
+            Kind::template tile<1, Kind::kAlone>(weights, x, out, row, 0);
+        }
         return;
     }
-    for (int row = begin; row < end; row += kLanes * kRows) {
+    for (int row = begin; row < end; row += kLanes * Kind::kTileRows) {
         size_t token = 0;
-        for (; token + kTokens <= x.tokens; token += kTokens) multiply_tile<kTokens, kRows>(weights, x, out, row, token);
-        multiply_rest<kTokens - 1>(weights, x, out, row, token);
+        for (; token + Kind::kTileTokens <= x.tokens; token += Kind::kTileTokens) {
+            Kind::template tile<Kind::kTileTokens, Kind::kTileRows>(weights, x, out, row, token);
+        }
+        multiply_rest<Kind, Kind::kTileTokens - 1>(weights, x, out, row, token);
     }
 }
 
+template <typename Kind>
 void multiply(const Weights& weights, const float* x, size_t tokens, float* out) {
     const int columns = weights.columns, groups = weights.groups();
     thread_local std::vector<int8_t> codes;
     thread_local std::vector<float> scales;
     thread_local std::vector<int32_t> sums;
-    codes.resize(tokens * columns);
+    codes.resize(tokens * columns * Kind::kBytes);
     scales.resize(tokens * groups);
     sums.resize(tokens * groups);
     const Activations rounded{tokens, codes.data(), scales.data(), sums.data()};
     const auto round = [&, c = codes.data(), s = scales.data(), z = sums.data()](size_t t) {
-        const size_t tile = t / kTokens * kTokens;
-        const int width = int(std::min(tokens - tile, size_t(kTokens)));
-        int8_t* to = c + tile * columns + (t - tile) * 4;
-        quantise(x + t * columns, columns, weights.group, width, to, s + t * groups, z + t * groups);
+        const size_t tile = t / Kind::kTileTokens * Kind::kTileTokens;
+        const int width = int(std::min(tokens - tile, size_t(Kind::kTileTokens)));
+        int8_t* to = c + (tile * columns + (t - tile) * kFour) * Kind::kBytes;
+        Kind::round(x + t * columns, columns, weights.group, width, to, s + t * groups, z + t * groups);
     };
     if (tokens < kQuantisedAlone) {
         for (size_t t = 0; t < tokens; t++) round(t);
@@ -98,7 +124,7 @@ void multiply(const Weights& weights, const float* x, size_t tokens, float* out)
     const int parts = tokens == 1 ? threads : threads * kPartsPerThread;
     const long steps = weights.rows / kStep;
     const auto part = [&](int i) {
-        multiply_rows(weights, rounded, out, int(steps * i / parts) * kStep, int(steps * (i + 1) / parts) * kStep);
+        multiply_rows<Kind>(weights, rounded, out, int(steps * i / parts) * kStep, int(steps * (i + 1) / parts) * kStep);
     };
     tbb::parallel_for(0, parts, part, tbb::static_partitioner());
 }
@@ -154,7 +180,8 @@ public:
         const size_t tokens = inputs[0].get_size() / weights.columns;
         shape.back() = weights.rows;
         outputs[0].set_shape(shape);
-        multiply(weights, inputs[0].data<const float>(), tokens, outputs[0].data<float>());
+        const auto of_kind = weights.bits == 4 ? multiply<Narrow> : multiply<Wide>;
+        of_kind(weights, inputs[0].data<const float>(), tokens, outputs[0].data<float>());
         return true;
     }
 
@@ -179,12 +206,9 @@ inline __attribute__((always_inline)) __m256i pair_nibbles(__m256i eight) {
     return _mm256_or_si256(low, _mm256_slli_epi32(spread(_mm256_srli_epi32(eight, 16)), 4));
 }
 
-// 8 rows of 64 columns, `stride` bytes apart, to 8 vectors of 8 columns, kLanes * 4 bytes apart.
-inline void pack_square(const uint8_t* from, int64_t stride, uint8_t* to, __m256i flip) {
-    __m256i r[8], s[8];
-    UNROLL for (int k = 0; k < 8; k++) {
-        r[k] = pair_nibbles(_mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k * stride)), flip));
-    }
+// Vectors of eight times four bytes, transposed, to places kLanes * 4 bytes apart.
+inline __attribute__((always_inline)) void store_transposed(__m256i (&r)[8], uint8_t* to) {
+    __m256i s[8];
     UNROLL for (int k = 0; k < 8; k += 2) {
         s[k] = _mm256_unpacklo_epi32(r[k], r[k + 1]);
         s[k + 1] = _mm256_unpackhi_epi32(r[k], r[k + 1]);
@@ -200,6 +224,15 @@ inline void pack_square(const uint8_t* from, int64_t stride, uint8_t* to, __m256
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k * kLanes * 4), low);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (k + 4) * kLanes * 4), high);
     }
+}
+
+// 8 rows of 64 columns, `stride` bytes apart, to 8 vectors of 8 columns, kLanes * 4 bytes apart.
+inline void pack_square(const uint8_t* from, int64_t stride, uint8_t* to, __m256i flip) {
+    __m256i r[8];
+    UNROLL for (int k = 0; k < 8; k++) {
+        r[k] = pair_nibbles(_mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k * stride)), flip));
+    }
+    store_transposed(r, to);
 }
 
 }  // namespace
@@ -225,6 +258,24 @@ extern "C" void normistral_pack_int4(const uint8_t* from, uint8_t* to, int64_t r
                 const __m256i packed = pair_nibbles(_mm256_set1_epi32(int32_t(eight ^ flip)));
                 const int32_t four = _mm_cvtsi128_si32(_mm256_castsi256_si128(packed));
                 std::memcpy(out + column * kLanes / 2 + row * 4, &four, sizeof four);
+            }
+        }
+    });
+}
+
+// Codes of 8 bits, [rows][columns] with columns a multiple of 32; `flip` is 0x80808080 for signed codes.
+extern "C" void normistral_pack_int8(const uint8_t* from, uint8_t* to, int64_t rows, int64_t columns, uint32_t flip) {
+    constexpr int64_t kSquare = 32;
+    const __m256i flips = _mm256_set1_epi32(int32_t(flip));
+    tbb::parallel_for(int64_t(0), rows / kLanes, [=](int64_t block) {
+        for (int64_t column = 0; column < columns; column += kSquare) {
+            for (int row = 0; row < kLanes; row += 8) {
+                const uint8_t* square = from + (block * kLanes + row) * columns + column;
+                __m256i r[8];
+                UNROLL for (int k = 0; k < 8; k++) {
+                    r[k] = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(square + k * columns)), flips);
+                }
+                store_transposed(r, to + (block * columns + column) * kLanes + row * 4);
             }
         }
     });
@@ -262,10 +313,10 @@ extern "C" int64_t normistral_int4_lanes() { return kLanes; }
 
 // A number for weights in the layout above; it holds for this process until normistral_forget_int4.
 extern "C" int64_t normistral_hold_int4(const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros, int64_t rows,
-                                        int64_t columns, int64_t groups) {
+                                        int64_t columns, int64_t group, int64_t bits) {
     std::lock_guard<std::mutex> lock(registry().mutex);
     const int64_t number = registry().next++;
-    registry().held[number] = {int(rows), int(columns), int(columns / groups), codes, scales, zeros};
+    registry().held[number] = {int(rows), int(columns), int(group), int(bits), codes, scales, zeros};
     return number;
 }
 

@@ -1,13 +1,15 @@
-"""Custom int4 matmuls in an OpenVINO model: products that the kernel supports, and their weights in its layout.
+"""Custom matmuls in an OpenVINO model: products that the kernel supports, and their weights in its layout.
 
 The IR on disk stays as it is. A product is `x @ (codes - zeros) * scales`, transposed, as NNCF writes it: a constant of
-i4 or u4 [rows, groups, group], converted, zero points subtracted, scales multiplied, reshaped and converted. Products
-of other weights, of groups of 16 or over 128, or of widths that the kernel's tiles do not divide, are left to OpenVINO.
+i4 or u4 [rows, groups, group], converted, zero points subtracted, scales multiplied, reshaped and converted; or one of
+i8 or u8 [rows, columns] with a scale for each row, as the output layer has it. Products of other weights, of groups of
+16 or over 128, or of widths that the kernel's tiles do not divide, are left to OpenVINO.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +40,8 @@ _STEP = 32  # as there: rows and groups are multiples of it
 _LARGEST_GROUP = 128
 _LINE = 64  # bytes of a cache line, which no load of codes crosses
 _AGAIN = f"make it again: {BUILD}"
-_SIGNED_TO_UNSIGNED = 0x88888888  # flips the upper bit of eight codes: i4 becomes u4 with the zero point 8
+_MIDDLE = {4: 8, 8: 128}  # zero point of signed codes that have become unsigned
+_SIGNED_TO_UNSIGNED = {4: 0x88888888, 8: 0x80808080}  # flips the upper bit of each code
 
 
 class _Product(NamedTuple):
@@ -48,6 +51,22 @@ class _Product(NamedTuple):
     codes: Any
     scales: Any
     zeros: Any | None
+
+    @property
+    def bits(self) -> int:
+        """Of a code: 4 or 8."""
+        return int(self.codes.get_element_type().bitwidth)
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes and zero points are."""
+        return bool(self.codes.get_element_type().get_type_name().startswith("i"))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns, and scales of a row."""
+        rows, *columns = self.codes.shape
+        return rows, math.prod(columns), columns[0] if self.bits == 4 else 1
 
 
 class PackedWeights:
@@ -85,9 +104,13 @@ class PackedWeights:
         drop_file_pages(_raw(product.codes) for product in products)
         self._memory: Bytes = memory
         for product, (start, stop) in _places(products):
-            rows, groups, group = product.codes.shape
+            rows, columns, groups = product.shape
             arrays = _split(product, memory[start:stop])
-            number = kernel.normistral_hold_int4(*(array.ctypes.data for array in arrays), rows, groups * group, groups)
+            # Activations have a scale for as many columns as weights of 4 bits; those of 8 bits have one scale a row.
+            group = columns // groups if product.bits == 4 else math.gcd(columns, _LARGEST_GROUP)
+            number = kernel.normistral_hold_int4(
+                *(array.ctypes.data for array in arrays), rows, columns, group, product.bits
+            )
             self.numbers[product.node.get_friendly_name()] = number
         weakref.finalize(self, _forget, kernel, list(self.numbers.values())).atexit = False
 
@@ -155,16 +178,19 @@ def replace_products(core: ov.Core, model: ov.Model, packed: PackedWeights) -> N
 def _open_library(library: Library) -> ctypes.CDLL:
     try:
         kernel = ctypes.CDLL(library.loadable)
-        pack, hold, forget = kernel.normistral_pack_int4, kernel.normistral_hold_int4, kernel.normistral_forget_int4
+        packs = (kernel.normistral_pack_int4, kernel.normistral_pack_int8)
+        hold, forget = kernel.normistral_hold_int4, kernel.normistral_forget_int4
         checksum = kernel.normistral_checksum
     except (OSError, AttributeError) as exc:
         reason = str(exc).removeprefix(f"{library.loadable}: ")
         raise EngineError(f"cannot load {library.path.name}: {reason}", _AGAIN) from exc
-    pack.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)
-    hold.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3)
+    for pack in packs:
+        pack.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)
+        pack.restype = None
+    hold.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4)
     forget.argtypes = (ctypes.c_int64,)
     checksum.argtypes, checksum.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
-    pack.restype = forget.restype = None
+    forget.restype = None
     hold.restype = kernel.normistral_int4_lanes.restype = ctypes.c_int64
     return kernel
 
@@ -197,25 +223,30 @@ def _find_products(model: ov.Model) -> Iterator[_Product]:
 
 def _fits(product: _Product) -> bool:
     constants = [product.codes, product.scales, *([] if product.zeros is None else [product.zeros])]
-    if any(one.get_type_name() != "Constant" for one in constants) or len(product.codes.shape) != 3:
+    if any(one.get_type_name() != "Constant" for one in constants):
         return False
-    rows, groups, group = product.codes.shape
     kinds = [one.get_element_type().get_type_name() for one in constants]
+    if kinds[1] != "f16" or kinds[2:] not in ([], kinds[:1]) or (product.zeros is None and not product.signed):
+        return False
+    if kinds[0] in ("i4", "u4") and len(product.codes.shape) == 3:
+        rows, groups, group = product.codes.shape
+        wanted = (rows, groups, 1)
+    elif kinds[0] in ("i8", "u8") and len(product.codes.shape) == 2:
+        rows, group = product.codes.shape
+        wanted = (rows, 1)
+    else:
+        return False
     return (
-        kinds[0] in ("i4", "u4")
-        and kinds[1] == "f16"
-        and kinds[2:] in ([], kinds[:1])
-        and (kinds[0] == "i4" or product.zeros is not None)
-        and all(tuple(one.shape) == (rows, groups, 1) for one in constants[1:])
+        all(tuple(one.shape) == wanted for one in constants[1:])
         and rows % _STEP == 0
         and group % _STEP == 0
-        and group <= _LARGEST_GROUP
+        and (product.bits == 8 or group <= _LARGEST_GROUP)
     )
 
 
 def _packed_bytes(product: _Product) -> int:
-    rows, groups, group = product.codes.shape
-    count = rows * groups * (group // 2 + 3)  # a scale of two bytes and a zero point of one to each group
+    rows, columns, groups = product.shape
+    count = rows * columns * product.bits // 8 + rows * groups * 3  # two bytes of a scale and one of a zero point
     return int(-(-count // _LINE) * _LINE)
 
 
@@ -229,8 +260,8 @@ def _places(products: Sequence[_Product]) -> Iterator[tuple[_Product, tuple[int,
 
 def _split(product: _Product, memory: Bytes) -> tuple[Bytes, Bytes, Bytes]:
     """Codes, scales and zero points of a product in its packed weights."""
-    rows, groups, group = product.codes.shape
-    codes, count = rows * groups * group // 2, rows * groups
+    rows, columns, groups = product.shape
+    codes, count = rows * columns * product.bits // 8, rows * groups
     return memory[:codes], memory[codes : codes + 2 * count], memory[codes + 2 * count : codes + 3 * count]
 
 
@@ -250,26 +281,25 @@ def _pack_pieces(products: Sequence[_Product], kernel: ctypes.CDLL) -> Iterator[
 
 def _pack(product: _Product, memory: Bytes, kernel: ctypes.CDLL) -> None:
     """The weights of a product in the kernel's layout, in this memory."""
-    rows, groups, group = product.codes.shape
+    rows, columns, groups = product.shape
     codes, scales, zeros = _split(product, memory)
-    flip = _SIGNED_TO_UNSIGNED if _is_signed(product) else 0
-    kernel.normistral_pack_int4(_raw(product.codes).ctypes.data, codes.ctypes.data, rows, groups * group, flip)
+    flip = _SIGNED_TO_UNSIGNED[product.bits] if product.signed else 0
+    pack = kernel.normistral_pack_int4 if product.bits == 4 else kernel.normistral_pack_int8
+    pack(_raw(product.codes).ctypes.data, codes.ctypes.data, rows, columns, flip)
     lanes = kernel.normistral_int4_lanes()
     _by_lanes(np.asarray(product.scales.data).reshape(rows, groups), scales.view(np.float16), lanes)
+    middle = _MIDDLE[product.bits]
     if product.zeros is None:
-        zeros[:] = 8
+        zeros[:] = middle
         return
-    pairs = _raw(product.zeros)
-    values = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)[: rows * groups].reshape(rows, groups)
-    _by_lanes(values ^ 8 if _is_signed(product) else values, zeros, lanes)
+    values = _raw(product.zeros)
+    if product.bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=1).reshape(-1)[: rows * groups]
+    _by_lanes((values ^ np.uint8(middle) if product.signed else values).reshape(rows, groups), zeros, lanes)
 
 
 def _checksum(data: Bytes, kernel: ctypes.CDLL) -> int:
     return int(kernel.normistral_checksum(data.ctypes.data, data.size))
-
-
-def _is_signed(product: _Product) -> bool:
-    return bool(product.codes.get_element_type().get_type_name() == "i4")
 
 
 def _by_lanes(values: NDArray[Any], to: NDArray[Any], lanes: int) -> None:
@@ -279,7 +309,7 @@ def _by_lanes(values: NDArray[Any], to: NDArray[Any], lanes: int) -> None:
 
 
 def _raw(constant: Any) -> Bytes:
-    """The bytes of a constant of 4-bit values, two in each."""
+    """The bytes of a constant; of 4-bit values two are in each."""
     return np.asarray(constant.data).view(np.uint8).reshape(-1)
 
 

@@ -50,6 +50,29 @@ def rounded_product(rows, groups, group, *, kind="u4", transpose=True, seed=0):
     return ov.Model([ops.matmul(x, weights, False, transpose)], [x]), codes - zeros, scales.astype(np.float32)
 
 
+def wide_product(rows, columns, *, kind="u8", zeros_given=True, extremes=None, seed=0):
+    """A model x @ weights.T of 8-bit weights with a scale for each row, as NNCF writes it; and weights [rows, columns].
+
+    Args:
+        extremes: all codes and all zero points.
+    """
+    random = np.random.default_rng(seed)
+    low = -128 if kind == "i8" else 0
+    codes = random.integers(low, low + 256, (rows, columns))
+    codes[:, :2] = low, low + 255
+    zeros = random.integers(low, low + 256, (rows, 1)) if zeros_given else np.zeros((rows, 1), int)
+    if extremes is not None:
+        codes[:], zeros[:] = extremes
+    scales = random.uniform(0.01, 0.1, (rows, 1)).astype(np.float16)
+    x = ops.parameter([-1, -1, columns], ov.Type.f32, name="x")
+    kept = np.dtype(np.int8 if kind == "i8" else np.uint8)
+    weights = ops.convert(ops.constant(codes.astype(kept)), "f16")
+    if zeros_given:
+        weights = ops.subtract(weights, ops.convert(ops.constant(zeros.astype(kept)), "f16"))
+    weights = ops.convert(ops.multiply(weights, ops.constant(scales)), "f32")
+    return ov.Model([ops.matmul(x, weights, False, True)], [x]), (codes - zeros) * scales.astype(np.float64)
+
+
 def expected_product(x, values, scales):
     """The same by the definition: activations rounded in groups, exact sums, groups added in float64."""
     rows, groups, group = values.shape
@@ -94,27 +117,58 @@ def test_the_operator_computes_what_its_file_says(pack, kind, rows, groups, grou
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 12, 25])
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns", "zeros_given"),
+    [("u8", 96, 384, True), ("i8", 64, 320, False), ("i8", 64, 128, True), ("u8", 32, 96, True)],
+)
+def test_weights_of_8_bits_lose_nothing_beside_their_rounding(pack, kind, rows, columns, zeros_given, tokens):
+    """Activations have 16 bits: 2 ** -16 of the largest of a group is the most that one is off."""
+    model, weights = wide_product(rows, columns, kind=kind, zeros_given=zeros_given)
+    random = np.random.default_rng(1)
+    x = random.standard_normal((1, tokens, columns)).astype(np.float32)
+    x[0, 0, :32] *= 100  # an outlier's group
+    x[0, -1, : columns // 2] = 0
+    found, packed = run(model, pack, x)
+    assert len(packed.numbers) == 1
+    expected = x.astype(np.float64) @ weights.T
+    bound = np.abs(x).max(axis=2, keepdims=True) / 127 / 256 / 2 * np.abs(weights).sum(axis=1)
+    assert (np.abs(found - expected) <= bound + 1e-6 * np.abs(expected).max()).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_the_largest_8_bit_values_fit(pack, sign):
+    x = np.full((1, 9, 256), sign, np.float32)
+    for extremes in ((255, 0), (0, 255)):
+        model, weights = wide_product(32, 256, extremes=extremes)
+        found, _ = run(model, pack, x)
+        assert np.abs(found[0] / (x[0].astype(np.float64) @ weights.T) - 1).max() < 1e-6
+
+
 def test_no_tokens_give_none(pack):
-    found, _ = run(rounded_product(64, 2, 128)[0], pack, np.empty((1, 0, 256), np.float32))
-    assert found.shape == (1, 0, 64)
+    for model in (rounded_product(64, 2, 128)[0], wide_product(64, 256)[0]):
+        found, _ = run(model, pack, np.empty((1, 0, 256), np.float32))
+        assert found.shape == (1, 0, 64)
 
 
 def test_a_token_does_not_depend_on_how_many_come_with_it(pack):
     x = np.random.default_rng(1).standard_normal((1, 31, 256)).astype(np.float32)
-    together, _ = run(rounded_product(64, 2, 128)[0], pack, x)
-    for token in range(31):
-        alone, _ = run(rounded_product(64, 2, 128)[0], pack, x[:, token : token + 1])
-        assert np.array_equal(alone[0, 0], together[0, token])
+    for make in (lambda: rounded_product(64, 2, 128)[0], lambda: wide_product(64, 256)[0]):
+        together, _ = run(make(), pack, x)
+        for token in range(31):
+            alone, _ = run(make(), pack, x[:, token : token + 1])
+            assert np.array_equal(alone[0, 0], together[0, token])
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_so_and_touches_no_other_token(pack, odd):
     x = np.ones((1, 3, 256), np.float32)
     x[0, 1, 200] = odd
-    found, _ = run(rounded_product(64, 2, 128)[0], pack, x)
-    assert not np.isfinite(found[0, 1]).any()
-    assert np.array_equal(found[0, 0], found[0, 2])
-    assert np.isfinite(found[0, 0]).all()
+    for model in (rounded_product(64, 2, 128)[0], wide_product(64, 256)[0]):
+        found, _ = run(model, pack, x)
+        assert not np.isfinite(found[0, 1]).any()
+        assert np.array_equal(found[0, 0], found[0, 2])
+        assert np.isfinite(found[0, 0]).all()
 
 
 @pytest.mark.parametrize(
@@ -128,6 +182,11 @@ def test_what_is_not_finite_stays_so_and_touches_no_other_token(pack, odd):
 )
 def test_what_does_not_suit_the_kernel_is_left_to_openvino(pack, options):
     assert pack(rounded_product(**options)[0]) is None
+
+
+@pytest.mark.parametrize("shape", [(48, 128), (64, 80)])
+def test_8_bit_weights_of_other_widths_are_left_to_openvino(pack, shape):
+    assert pack(wide_product(*shape)[0]) is None
 
 
 def test_a_model_uses_it_where_it_is_compiled_and_says_so(demo_int4, int4_library):
