@@ -15,29 +15,24 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import normistral
 from normistral import hardware
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest, read_manifest
 from normistral.runtime.engines import onnxruntime as onnx
-from normistral.runtime.engines import openvino as ir
-from normistral.runtime.engines import openvino_stateful as stateful
 from normistral.runtime.engines.base import Engine
-from normistral.runtime.engines.openvino_graph import keep_last_logits
-from normistral.runtime.engines.settings import (
-    ENGINES_KERNEL,
-    INT4_KERNEL,
-    OUR_KERNEL,
-    PREFILL_CHUNK,
-    EngineConfig,
-    override,
-)
-from normistral.runtime.kernels.openvino_int4 import replace_products
+from normistral.runtime.engines.openvino import load_openvino
+from normistral.runtime.engines.openvino_paged import PagedBackend
+from normistral.runtime.engines.settings import PREFILL_CHUNK, override
 from normistral.runtime.providers import find_target, import_onnxruntime
 
 TOKEN = 300  # an ordinary one, wherever there are so many
 PREFILL, DECODE = "prefill", "decode"
 WARM_UP_LENGTHS = (256, 1)  # kernels are made at the first of each kind
+LOADED_INFERENCES = 2  # of `warm_up` as a model is loaded
+COUNTERS = {"PERF_COUNT": "YES"}
 
 Seconds = dict[str, float]  # operator -> seconds
 
@@ -98,21 +93,16 @@ def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
     """OpenVINO's counters: for each operator the mean over all inferences of the request so far."""
     import openvino as ov
 
-    core = ov.Core()
-    settings = ir.choose_settings(core, manifest, EngineConfig())
-    chunk = int(settings.pop(PREFILL_CHUNK))
-    kernel = settings.pop(INT4_KERNEL, ENGINES_KERNEL)
-    model = core.read_model(folder / ir.MODEL_FILE)
-    keep_last_logits(model)
-    packed = ir.pack_for_our_kernel(model, folder / ir.MODEL_FILE, required=False) if kernel == OUR_KERNEL else None
-    if packed is not None:
-        replace_products(core, model, packed)
-    compiled = core.compile_model(model, "CPU", settings | {"PERF_COUNT": "YES"})
-    request = compiled.create_infer_request()
-    takes_positions = any("position_ids" in port.names for port in compiled.inputs)
-    engine = stateful.StatefulEngine(
-        request, takes_positions, stateful.MaskedPositions(None, keeps_dead=True), "u8", packed
-    )
+    compile_model = ov.Core.compile_model
+    with patch.object(
+        ov.Core,
+        "compile_model",
+        lambda core, model, device, given: compile_model(core, model, device, given | COUNTERS),
+    ):
+        backend = load_openvino(Artifact.open(folder))
+    assert isinstance(backend, PagedBackend), "the default on CPUs"
+    assert backend._pool is not None
+    request, chunk, engine = backend._pool.request, backend.capabilities.prefill_chunk, backend.create_engine()
     inferences = 0
 
     def totals(more: int) -> Seconds:
@@ -120,13 +110,15 @@ def profile_openvino(folder: Path, manifest: Manifest, clock: Clock) -> None:
         inferences += more
         seconds: Seconds = defaultdict(float)
         for counter in request.profiling_info:
-            seconds[counter.node_type] += counter.real_time.total_seconds() * inferences
+            # The kernel's products are the only ones that OpenVINO runs by their own code.
+            name = "int4 kernel" if counter.node_type == "Reference" else counter.node_type
+            seconds[name] += counter.real_time.total_seconds() * inferences
         return seconds
 
     for length in WARM_UP_LENGTHS:
         engine.forward([TOKEN] * length)
     engine.reset()
-    before = totals(len(WARM_UP_LENGTHS))
+    before = totals(LOADED_INFERENCES + len(WARM_UP_LENGTHS))
     steps = {PREFILL: -(-clock.prompt // chunk), DECODE: clock.decode}
 
     def add_counters(phase: str) -> None:

@@ -78,7 +78,7 @@ def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> 
     settings = choose_settings(core, manifest, config)
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     kernel = settings.pop(INT4_KERNEL, None)
-    placement = settings.pop(INT4_WEIGHTS, MEMORY)
+    placement = settings.pop(INT4_WEIGHTS, MAPPED)
     packed = None
     attention = settings.pop(ATTENTION, STATEFUL)
     try:

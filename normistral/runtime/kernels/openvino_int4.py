@@ -125,7 +125,7 @@ def pack_products(model: ov.Model, model_file: Path, library: Library, *, mapped
     Args:
         library: the kernel, compiled for the installed OpenVINO, as it was checked.
         mapped: keep large ones in a file and map it: a load takes a third of the time, processes share them, and a
-            token takes 6 to 10 % longer (benchmarks/results/2026-11-29-load.md).
+            token takes the same (benchmarks/results/2026-11-30-load.md).
 
     Returns:
         None where the kernel can do none of the products.
@@ -230,7 +230,7 @@ def _fits(product: _Product) -> bool:
         return False
     if kinds[0] in ("i4", "u4") and len(product.codes.shape) == 3:
         rows, groups, group = product.codes.shape
-        wanted = (rows, groups, 1)
+        wanted: tuple[int, ...] = (rows, groups, 1)
     elif kinds[0] in ("i8", "u8") and len(product.codes.shape) == 2:
         rows, group = product.codes.shape
         wanted = (rows, 1)
