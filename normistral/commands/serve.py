@@ -62,6 +62,13 @@ def serve(
     store: Annotated[
         bool, typer.Option("--store", help="Keep answers of /v1/responses that ask for it, in memory.")
     ] = False,
+    prefix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Keep a text (a system prompt, a document) or a saved prefix in the KV cache, for all keys.",
+        ),
+    ] = None,
     batching: Annotated[
         Batching,
         typer.Option(help="auto computes answers together where the engine can; off lets them take turns."),
@@ -148,6 +155,7 @@ def serve(
     from normistral.runtime.kernels.library import name_faster_way
     from normistral.server.app import create_app
     from normistral.server.limits import plan_connections
+    from normistral.server.prefixes import read_prefixes
     from normistral.server.server import ApiServer, bind
     from normistral.server.startup import (
         EngineOptions,
@@ -175,7 +183,7 @@ def serve(
     names = [str(folder) for folder in found.artifacts]
     residency = plan_residency(names, memory_mib, idle_minutes, found.on_demand)
     options = EngineOptions(engine.config, batching, cache_mib, slots)
-    served = open_artifacts(names, options, limits, residency.budget_bytes)
+    served = open_artifacts(names, options, limits, residency.budget_bytes, read_prefixes(prefix or ()))
     with bind(host, port) as listener:
         keys = choose_keys(listener, api_key_file, no_api_key=no_api_key)
         hosts = allowed_hosts(listener, keys, allowed_host or ())
@@ -191,7 +199,8 @@ def serve(
         def announce_ready() -> None:
             for name, model in server.service.models.items():
                 if model.worker.loaded is not None:
-                    console.say(describe_model(name, model.worker.loaded))
+                    for line in describe_model(name, model.worker.loaded):
+                        console.say(line)
                     if faster := name_faster_way(model.worker.loaded.settings, settings):
                         console.say(f"{name}: {faster}")
             console.say("ready")

@@ -151,6 +151,10 @@ class CachedSequence:
         self._canonical = 0
         self._token_ids = list(token_ids)
 
+    def publish(self, hashes: Sequence[bytes]) -> None:
+        """Let sequences on the same blocks begin with its full ones (`PagedEngine.publish`)."""
+        self._engine.publish(hashes)  # type: ignore[attr-defined]
+
     def prefill(
         self, token_ids: Sequence[int], cancelled: Callable[[], bool], *, reproducible: bool = False
     ) -> Logits | None:

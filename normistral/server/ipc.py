@@ -23,6 +23,7 @@ from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.backends.base import Job
+from normistral.server.backends.prefixes import NamedPrefix
 from normistral.server.backends.settings import BatchSettings
 
 _LENGTH = struct.Struct(">I")
@@ -41,12 +42,14 @@ class Load(msgspec.Struct, tag=True):
 
     Attributes:
         manifest_sha256: of the artifact that the server opened; None takes what is there.
+        prefixes: that it has to have in its KV cache before it is ready.
     """
 
     folder: str
     config: EngineConfig
     batch: BatchSettings
     manifest_sha256: str | None = None
+    prefixes: list[NamedPrefix] = []
 
 
 class Add(msgspec.Struct, tag=True):
@@ -73,6 +76,7 @@ class Loaded(msgspec.Struct, tag=True):
         batching: how its jobs share it.
         cache_tokens, cache_bytes: what the KV caches of all its jobs hold at most, and take for it.
         arithmetic: as `describe_arithmetic` names it.
+        prefixes: what there is to say of each prefix.
     """
 
     slots: int
@@ -83,6 +87,7 @@ class Loaded(msgspec.Struct, tag=True):
     cache_tokens: int
     cache_bytes: int
     arithmetic: str = ""
+    prefixes: list[str] = []
 
 
 class Failure(msgspec.Struct, tag=True):

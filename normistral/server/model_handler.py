@@ -20,7 +20,7 @@ from normistral.runtime.options import GenerationConfig, encode_breakers, requir
 from normistral.runtime.overflow import LeftOut, Overflow, answer_room, fit_conversation
 from normistral.runtime.structured.constraint import StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
-from normistral.server.backends.settings import BatchSettings
+from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 from normistral.server.ipc import Load
 
 _PROBES = (2, 8)  # characters for each token of the context; Norwegian and English have 3 to 5
@@ -79,7 +79,9 @@ class ModelHandler:
     @property
     def memory_bytes(self) -> int:
         """The most that its worker process takes: weights, KV caches, interpreter and engine."""
-        return model_memory_bytes(self.manifest, self.load.batch.cache_bytes)
+        prefix_tokens = sum(len(prefix.token_ids) for prefix in self.load.prefixes)
+        cache_bytes = self.load.batch.cache_bytes + prefix_tokens * cache_token_bytes(self.manifest)
+        return model_memory_bytes(self.manifest, cache_bytes)
 
     def fingerprint(self, arithmetic: str) -> str:
         """Hash of weights and arithmetic, for `system_fingerprint`."""

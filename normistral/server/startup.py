@@ -29,6 +29,7 @@ from normistral.server.backends.settings import (
 from normistral.server.ipc import Loaded
 from normistral.server.limits import GIB, MIB, ServerLimits
 from normistral.server.model_handler import ModelHandler, model_memory_bytes
+from normistral.server.prefixes import PrefixFile, add_prefixes
 from normistral.server.residency import ResidencyOptions
 from normistral.server.server import is_loopback, url_of
 
@@ -101,7 +102,11 @@ def plan_residency(
 
 
 def open_artifacts(
-    artifacts: Sequence[str], options: EngineOptions, limits: ServerLimits, budget_bytes: int | None = None
+    artifacts: Sequence[str],
+    options: EngineOptions,
+    limits: ServerLimits,
+    budget_bytes: int | None = None,
+    prefixes: Sequence[PrefixFile] = (),
 ) -> list[ModelHandler]:
     """Everything of the artifacts but their engines.
 
@@ -109,8 +114,8 @@ def open_artifacts(
         budget_bytes: for all models that are loaded at the same time; None is what is available.
 
     Raises:
-        NormistralError: as `ModelHandler.open`; or two have one name, the KV cache is too small, or no model fits into
-            the budget.
+        NormistralError: as `ModelHandler.open` and `add_prefixes`; or two have one name, the KV cache is too small, or
+            no model fits into the budget.
     """
     handler: list[ModelHandler] = []
     manifests = [Artifact.find(artifact, verify=False).manifest for artifact in artifacts]
@@ -134,6 +139,7 @@ def open_artifacts(
         if one.name in {other.name for other in handler}:
             raise UsageError(f"two artifacts are called {one.name}", "rename the folder of one of them")
         handler.append(one)
+    handler = add_prefixes(handler, prefixes)
     smallest = min(handler, key=lambda one: one.memory_bytes)
     if budget_bytes is not None and smallest.memory_bytes > budget_bytes:
         raise UsageError(
@@ -234,12 +240,14 @@ def describe_server(
     )
 
 
-def describe_model(name: str, loaded: Loaded) -> str:
-    """How a model that was loaded answers many at once."""
-    return (
+def describe_model(name: str, loaded: Loaded) -> Iterator[str]:
+    """How a model that was loaded answers many at once, and its prefixes."""
+    yield (
         f"{name}: {loaded.slots} answers at once, computed {loaded.batching}; "
         f"they may hold {loaded.cache_tokens:,} tokens, in {loaded.cache_bytes / GIB:.1f} GiB of memory"
     )
+    for prefix in loaded.prefixes:
+        yield f"{name}: {prefix}"
 
 
 def describe_start(handler: Sequence[ModelHandler], limits: ServerLimits, listener: socket.socket) -> dict[str, object]:

@@ -93,6 +93,7 @@ def serve(requests: BinaryIO, stream: BinaryIO) -> None:
             load.batch,
             load.config,
             load.manifest_sha256,
+            load.prefixes,
         )
     except NormistralError as error:
         outbox.send(LoadFailed(Failure.of(error)))
@@ -108,6 +109,7 @@ def serve(requests: BinaryIO, stream: BinaryIO) -> None:
             created.cache_tokens,
             created.cache_bytes,
             describe_arithmetic(capabilities),
+            [prefix.describe() for prefix in created.prefixes],
         ),
     )
     while True:

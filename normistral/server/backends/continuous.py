@@ -16,7 +16,7 @@ import math
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
@@ -31,6 +31,7 @@ from normistral.runtime.engines.block_pool import BLOCK_TOKENS, block_hashes, bl
 from normistral.runtime.model import Model
 from normistral.runtime.sequence import WORTH_COPYING, CachedSequence
 from normistral.server.backends.base import Job, JobUpdate
+from normistral.server.backends.prefixes import LoadedPrefix, shared_hashes
 from normistral.server.backends.settings import BATCH_SLOTS, BatchSettings
 
 logger = logging.getLogger(__name__)
@@ -134,14 +135,19 @@ class ContinuousScheduler:
 
     Args:
         model: on this backend; closed with the scheduler.
-        plan: of the KV cache.
+        plan: of the KV cache, beside the prefixes.
+        prefixes: that jobs of all tenants begin with where they can.
     """
 
-    def __init__(self, model: Model, backend: BatchingBackend, plan: CachePlan) -> None:
-        self.plan = plan
+    def __init__(
+        self, model: Model, backend: BatchingBackend, plan: CachePlan, prefixes: Sequence[LoadedPrefix] = ()
+    ) -> None:
+        self.plan, self._prefixes = plan, prefixes
         self._model, self._backend = model, backend
         self._chunk = model.capabilities.prefill_chunk
-        backend.reserve_blocks(plan.blocks + 1)
+        backend.reserve_blocks(plan.blocks + 1 + sum(blocks_of(prefix.sequence.length) for prefix in prefixes))
+        for prefix in prefixes:
+            prefix.sequence.publish(prefix.hashes)
         self._seeds_together = backend.measure_batch_invariance()
         if not self._seeds_together:
             logger.info("answers with a seed are computed alone: beside others, these kernels give them other bits")
@@ -218,7 +224,8 @@ class ContinuousScheduler:
             self._waiting.popleft()
             engine = self._backend.create_engine()
             sequence = self._model.create_sequence(lambda: (), engine)
-            hashes = list(block_hashes(job.tenant, job.prompt_ids[:-1]))  # one token is computed, for its logits
+            # One token is computed, for its logits.
+            hashes = shared_hashes(self._prefixes, job.tenant, job.prompt_ids[:-1])
             task = _Task(job, engine, sequence, blocks, hashes)
             self._running[job.job_id] = task
             self._prompts.setdefault(job.tenant, deque()).append(task)

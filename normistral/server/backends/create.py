@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from normistral.runtime.engines.openvino_paged import PagedBackend
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.backends.base import BatchBackend
 from normistral.server.backends.continuous import ContinuousScheduler, plan_cache
+from normistral.server.backends.prefixes import LoadedPrefix, NamedPrefix, load_prefixes
 from normistral.server.backends.scheduler import RoundRobinScheduler
 from normistral.server.backends.settings import (
     CONTINUOUS,
@@ -38,29 +40,38 @@ class LoadedBackend(NamedTuple):
     batching: str
     cache_tokens: int
     cache_bytes: int
+    prefixes: Sequence[LoadedPrefix] = ()
 
 
 def create_backend(
-    folder: Path, settings: BatchSettings, config: EngineConfig, manifest_sha256: str | None = None
+    folder: Path,
+    settings: BatchSettings,
+    config: EngineConfig,
+    manifest_sha256: str | None = None,
+    prefixes: Sequence[NamedPrefix] = (),
 ) -> LoadedBackend:
     """Load an artifact for many jobs at once.
 
     Args:
         manifest_sha256: of the artifact that it has to be; None takes what is there.
+        prefixes: to have in the KV cache.
 
     Raises:
-        NormistralError: as `normistral.load`; or it is another artifact, or the KV cache is too small.
+        NormistralError: as `normistral.load` and `load_prefixes`; or it is another artifact, or the KV cache is too
+            small.
     """
     manifest = _open(folder, manifest_sha256).manifest
     model = loading.load(folder, config.device, exact=config.exact, settings=config.settings)
     if settings.batching == "auto" and isinstance(model.backend, PagedBackend):
         plan = plan_cache(model.backend.token_bytes, settings)
-        together = ContinuousScheduler(model, model.backend, plan)
-        return LoadedBackend(together, model.capabilities, plan.jobs, CONTINUOUS, plan.tokens, plan.bytes)
-    fair = RoundRobinScheduler(model, settings)
+        loaded = load_prefixes(model, prefixes)
+        together = ContinuousScheduler(model, model.backend, plan, loaded)
+        return LoadedBackend(together, model.capabilities, plan.jobs, CONTINUOUS, plan.tokens, plan.bytes, loaded)
+    loaded = load_prefixes(model, prefixes)
+    fair = RoundRobinScheduler(model, settings, loaded)
     slots = settings.slots or ROUND_ROBIN_SLOTS
     cache_bytes = fair.room * cache_token_bytes(manifest)
-    return LoadedBackend(fair, model.capabilities, slots, ROUND_ROBIN, fair.room, cache_bytes)
+    return LoadedBackend(fair, model.capabilities, slots, ROUND_ROBIN, fair.room, cache_bytes, loaded)
 
 
 def _open(folder: Path, manifest_sha256: str | None) -> Artifact:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from normistral.errors import EngineError, NormistralError
@@ -17,6 +17,7 @@ from normistral.runtime.chunks import Chunk
 from normistral.runtime.model import Model
 from normistral.runtime.sequence import WORTH_COPYING, CachedSequence
 from normistral.server.backends.base import Job, JobUpdate
+from normistral.server.backends.prefixes import LoadedPrefix
 from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 
 
@@ -48,10 +49,11 @@ class RoundRobinScheduler:
     Args:
         model: closed with the batch.
         settings: `cache_bytes` bounds the caches of jobs under way together with those that are kept.
+        prefixes: that jobs of all tenants may copy from.
     """
 
-    def __init__(self, model: Model, settings: BatchSettings) -> None:
-        self._model = model
+    def __init__(self, model: Model, settings: BatchSettings, prefixes: Sequence[LoadedPrefix] = ()) -> None:
+        self._model, self._prefixes = model, prefixes
         self.room = max(settings.cache_bytes // cache_token_bytes(model.manifest), model.context_length)  # tokens
         self._waiting: deque[Job] = deque()
         self._running: dict[str, _Running] = {}
@@ -133,7 +135,7 @@ class RoundRobinScheduler:
         if continued is not None:
             self._kept.remove(continued)
             return continued.sequence
-        return self._model.create_sequence(lambda: self._neighbours(job.tenant))
+        return self._model.create_sequence(lambda: self._neighbours(job))
 
     def _find_continued(self, job: Job) -> _Kept | None:
         """The tenant's kept sequence of which the job needs most, if little else is in it."""
@@ -143,10 +145,11 @@ class RoundRobinScheduler:
         shared, best = max(common, key=lambda pair: pair[0], default=(0, None))
         return best if best is not None and shared and best.sequence.length - shared < WORTH_COPYING else None
 
-    def _neighbours(self, tenant: str) -> list[CachedSequence]:
-        """Sequences that this tenant may copy from: its own."""
-        running = [other.sequence for other in self._running.values() if other.job.tenant == tenant]
-        return running + [kept.sequence for kept in self._kept if kept.tenant == tenant]
+    def _neighbours(self, job: Job) -> list[CachedSequence]:
+        """Sequences that a job may copy from: its tenant's, and prefixes that it begins with."""
+        running = [other.sequence for other in self._running.values() if other.job.tenant == job.tenant]
+        kept = [kept.sequence for kept in self._kept if kept.tenant == job.tenant]
+        return running + kept + [one.sequence for one in self._prefixes if one.begins(job.prompt_ids[:-1])]
 
     def _next_turn(self) -> _Running:
         """The job whose turn it is; its tenant and then itself go to the end."""
