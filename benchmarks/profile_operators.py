@@ -64,7 +64,7 @@ def profile_onnx(folder: Path, manifest: Manifest, clock: Clock) -> None:
     plan = hardware.plan_onnxruntime(hardware.read_machine())
     settings = override(plan, {}, onnx.known_settings(graph), engine="onnxruntime", exact=False)
     chunk = int(settings.pop(PREFILL_CHUNK))
-    onnx.adapt_graph(graph, settings.pop(onnx.ACCURACY_LEVEL, None))
+    onnx.adapt_graph(graph, None, onnx.choose_activation_bits(graph, target, None, None))
     options = onnx.session_options(settings, folder)
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as scratch:
