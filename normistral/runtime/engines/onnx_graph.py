@@ -17,6 +17,7 @@ from normistral.runtime.engines.protobuf import WireError, WireMessage
 
 LOGITS = "logits"
 LOGITS_START = "logits_start"  # name of the input that `keep_last_logits` adds
+LAST_POSITIONS = "last_positions"  # and of that of `take_lengths`
 
 # onnx.proto
 _MODEL_GRAPH, _MODEL_OPSET_IMPORT = 7, 8
@@ -29,7 +30,7 @@ _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VALUE_INFO_NAME, _VALUE_INFO_TYPE = 1, 2
 _TYPE_TENSOR, _TYPE_TENSOR_ELEM_TYPE, _TYPE_TENSOR_SHAPE = 1, 1, 2
 _SHAPE_DIM, _DIM_VALUE = 1, 1
-_INT64 = 7  # TensorProto.DataType
+_INT32, _INT64 = 6, 7  # TensorProto.DataType
 _DATA_TYPES = {"float32": 1, "int64": _INT64}  # of numpy's names
 _INT = 2  # AttributeProto.AttributeType
 
@@ -37,7 +38,7 @@ _INT = 2  # AttributeProto.AttributeType
 _ATTENTION = "GroupQueryAttention"
 QUANTIZED_PRODUCT = "MatMulNBits"
 _PRODUCTS = ("MatMul", "Gemm", QUANTIZED_PRODUCT)
-_PAST_INPUTS, _ATTENTION_BIAS = (3, 4), 10
+_PAST_INPUTS, _LENGTHS, _ATTENTION_BIAS = (3, 4), 5, 10
 _PADDING = "mask.row"  # what hides padding in every attention's bias, as the exporter names it: [b, 1, 1, total]
 
 Result = TypeVar("Result")
@@ -137,10 +138,11 @@ class OnnxGraph:
 
         return _readable(collect)
 
-    def add_vector_input(self, name: str) -> None:
-        """A new input: int64 [1]."""
-        shape = WireMessage().add(_SHAPE_DIM, WireMessage().add(_DIM_VALUE, 1))
-        tensor = WireMessage().add(_TYPE_TENSOR_ELEM_TYPE, _INT64).add(_TYPE_TENSOR_SHAPE, shape)
+    def add_vector_input(self, name: str, kind: int = _INT64, size: int | None = 1) -> None:
+        """A new input [size] of a TensorProto.DataType; a size of None is any."""
+        dimension = WireMessage() if size is None else WireMessage().add(_DIM_VALUE, size)
+        shape = WireMessage().add(_SHAPE_DIM, dimension)
+        tensor = WireMessage().add(_TYPE_TENSOR_ELEM_TYPE, kind).add(_TYPE_TENSOR_SHAPE, shape)
         value_info = (
             WireMessage().add(_VALUE_INFO_NAME, name).add(_VALUE_INFO_TYPE, WireMessage().add(_TYPE_TENSOR, tensor))
         )
@@ -258,6 +260,23 @@ def attend_in_place(graph: OnnxGraph) -> None:
         while node.inputs and not node.inputs[-1]:  # optional inputs at the end are left out
             node.inputs.pop()
     remove_unused(graph)
+
+
+def take_lengths(graph: OnnxGraph) -> bool:
+    """Let each sequence of a batch have a length of its own: input `last_positions`, int32 [batch].
+
+    It holds the place of each row's last new token; the mask's width stays that of the longest. For a graph after
+    `attend_in_place`. Returns whether that can be: not where a bias of the attention (ALiBi) counts from the end of the
+    longest row.
+    """
+    attentions = [node for node in graph.nodes if node.operator == _ATTENTION]
+    if not attentions or any(len(node.inputs) > _ATTENTION_BIAS for node in attentions):
+        return False
+    graph.add_vector_input(LAST_POSITIONS, _INT32, None)
+    for node in attentions:
+        node.inputs[_LENGTHS] = LAST_POSITIONS
+    remove_unused(graph)
+    return True
 
 
 def _leave_out_padding(graph: OnnxGraph, bias: str) -> str:

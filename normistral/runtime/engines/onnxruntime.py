@@ -25,7 +25,7 @@ from normistral.errors import ArtifactError, ClosedError, EngineError, UsageErro
 from normistral.runtime.engines import onnx_activations, onnx_graph
 from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors, warm_up
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache
-from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START, OnnxGraph
+from normistral.runtime.engines.onnx_graph import LAST_POSITIONS, LOGITS, LOGITS_START, OnnxGraph
 from normistral.runtime.engines.onnx_session import (
     SESSION_SETTINGS,
     open_session,
@@ -56,13 +56,14 @@ PAST, PRESENT = "past_key_values.", "present."  # beginnings of the cache's inpu
 
 
 @dataclass(frozen=True, slots=True)
-class _Decoder:
+class Decoder:
     """A session, and what all sequences on it share.
 
     Attributes:
         in_place: past and present may be one buffer.
         layout: of the KV cache.
         takes_positions: position_ids is an input.
+        takes_lengths: so is last_positions (`onnx_graph.take_lengths`).
         logits_dtype: float32 or float16.
         ones, positions: int64 [1, context]; masks and position ids are slices of them.
     """
@@ -71,6 +72,7 @@ class _Decoder:
     in_place: bool
     layout: CacheLayout
     takes_positions: bool
+    takes_lengths: bool
     logits_dtype: np.dtype[Any]
     vocabulary: int
     ones: NDArray[np.int64]
@@ -80,15 +82,20 @@ class _Decoder:
 class OnnxBackend:
     """A session of onnxruntime; see `load_onnx`."""
 
-    def __init__(self, decoder: _Decoder, capabilities: EngineInfo) -> None:
-        self._decoder: _Decoder | None = decoder
+    def __init__(self, decoder: Decoder, capabilities: EngineInfo) -> None:
+        self._decoder: Decoder | None = decoder
         self.capabilities = capabilities
+
+    @property
+    def decoder(self) -> Decoder:
+        """The session and what it computes."""
+        if self._decoder is None:
+            raise ClosedError
+        return self._decoder
 
     def create_engine(self) -> OnnxEngine:
         """A new, empty sequence with a KV cache of its own."""
-        if self._decoder is None:
-            raise ClosedError
-        return OnnxEngine(_Sequence(self._decoder))
+        return OnnxEngine(_Sequence(self.decoder))
 
     def close(self) -> None:
         """Let go of the weights; they are freed with the last engine made from them."""
@@ -98,7 +105,7 @@ class OnnxBackend:
 class _Sequence:
     """I/O binding and cache of an open engine."""
 
-    def __init__(self, decoder: _Decoder) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         with translated("onnxruntime could not create an I/O binding"):
             self.decoder = decoder
             self.binding = decoder.session.io_binding()
@@ -136,6 +143,8 @@ class OnnxEngine:
             binding.bind_cpu_input("attention_mask", decoder.ones[:, :total])
             if decoder.takes_positions:
                 binding.bind_cpu_input("position_ids", decoder.positions[:, self._length : total])
+            if decoder.takes_lengths:
+                binding.bind_cpu_input(LAST_POSITIONS, np.array([total - 1], np.int32))
             binding.bind_cpu_input(LOGITS_START, np.array([-last], np.int64))
             binding.bind_output(LOGITS, "cpu", 0, decoder.logits_dtype, logits.shape, logits.ctypes.data)
             decoder.session.run_with_iobinding(binding)
@@ -217,7 +226,7 @@ def load_onnx(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Onnx
     prefill_chunk = settings.pop(PREFILL_CHUNK)
     level = "1" if exact else settings.pop(ACCURACY_LEVEL, None)
     activation_bits = choose_activation_bits(graph, target, level, settings.pop(ACTIVATION_BITS, None))
-    adapt_graph(graph, level, activation_bits)
+    adapt_graph(graph, level, activation_bits, lengths=target.is_cpu)
     options = session_options(settings, folder)
     with tempfile.TemporaryDirectory(prefix="normistral-") as scratch:
         if not target.is_cpu:
@@ -297,16 +306,21 @@ def choose_activation_bits(
     )
 
 
-def adapt_graph(graph: OnnxGraph, level: str | None, activation_bits: str | None = None) -> None:
+def adapt_graph(
+    graph: OnnxGraph, level: str | None, activation_bits: str | None = None, *, lengths: bool = False
+) -> None:
     """Change the graph for this runtime; the file is made for every loader.
 
     Args:
         level: accuracy level of products of rounded weights; None keeps the file's.
         activation_bits: "16" multiplies activations beside 8-bit weights in two parts.
+        lengths: let sequences of a batch have lengths of their own, where the graph allows it.
     """
     onnx_graph.keep_last_logits(graph)
     if onnx_graph.is_fused(graph):
         onnx_graph.attend_in_place(graph)
+        if lengths:
+            onnx_graph.take_lengths(graph)
     if level is not None:
         onnx_graph.set_accuracy_level(graph, int(level))
     if activation_bits == "16":
@@ -315,7 +329,7 @@ def adapt_graph(graph: OnnxGraph, level: str | None, activation_bits: str | None
 
 def describe_decoder(
     session: InferenceSession, manifest: Manifest, target: ProviderTarget, *, in_place: bool
-) -> _Decoder:
+) -> Decoder:
     """Read inputs and outputs of a session.
 
     Raises:
@@ -329,7 +343,7 @@ def describe_decoder(
     needed = {"input_ids", "attention_mask", LOGITS_START, *names}
     cache_types = {inputs.get(name, "") for name in names}
     if not (
-        needed <= inputs.keys() <= needed | {"position_ids"}
+        needed <= inputs.keys() <= needed | {"position_ids", LAST_POSITIONS}
         and {LOGITS, *names.values()} <= outputs.keys()
         and len(cache_types) == 1
         and {outputs[LOGITS], *cache_types} <= _FLOATS.keys()
@@ -339,7 +353,7 @@ def describe_decoder(
             f"its inputs are {', '.join(inputs)}, its outputs {', '.join(outputs)}",
             "export the model again",
         )
-    return _Decoder(
+    return Decoder(
         session,
         in_place,
         CacheLayout(
@@ -352,6 +366,7 @@ def describe_decoder(
             limit,
         ),
         "position_ids" in inputs,
+        LAST_POSITIONS in inputs,
         _FLOATS[outputs[LOGITS]],
         shape.vocabulary,
         np.ones((1, limit), np.int64),

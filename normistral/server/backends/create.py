@@ -9,7 +9,10 @@ from typing import NamedTuple
 from normistral.artifact.artifact import Artifact
 from normistral.errors import ArtifactError
 from normistral.runtime import loading
-from normistral.runtime.engines.base import EngineInfo
+from normistral.runtime.engines.base import Backend, EngineInfo
+from normistral.runtime.engines.batching import BatchingBackend
+from normistral.runtime.engines.onnx_batch import OnnxBatch
+from normistral.runtime.engines.onnxruntime import OnnxBackend
 from normistral.runtime.engines.openvino_paged import PagedBackend
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.backends.base import BatchBackend
@@ -62,16 +65,28 @@ def create_backend(
     """
     manifest = _open(folder, manifest_sha256).manifest
     model = loading.load(folder, config.device, exact=config.exact, settings=config.settings)
-    if settings.batching == "auto" and isinstance(model.backend, PagedBackend):
-        plan = plan_cache(model.backend.token_bytes, settings)
-        loaded = load_prefixes(model, prefixes)
-        together = ContinuousScheduler(model, model.backend, plan, loaded)
-        return LoadedBackend(together, model.capabilities, plan.jobs, CONTINUOUS, plan.tokens, plan.bytes, loaded)
+    batching = _find_batching(model.backend, prefixes)
     loaded = load_prefixes(model, prefixes)
+    if settings.batching == "auto" and batching is not None:
+        plan = plan_cache(batching.token_bytes, settings)
+        together = ContinuousScheduler(model, batching, plan, loaded)
+        return LoadedBackend(together, model.capabilities, plan.jobs, CONTINUOUS, plan.tokens, plan.bytes, loaded)
     fair = RoundRobinScheduler(model, settings, loaded)
     slots = settings.slots or ROUND_ROBIN_SLOTS
     cache_bytes = fair.room * cache_token_bytes(manifest)
     return LoadedBackend(fair, model.capabilities, slots, ROUND_ROBIN, fair.room, cache_bytes, loaded)
+
+
+def _find_batching(backend: Backend, prefixes: Sequence[NamedPrefix]) -> BatchingBackend | None:
+    """What computes several sequences in one forward on these weights; None where nothing does.
+
+    With onnxruntime, prefixes are in caches of their own, from which only jobs that take turns can copy.
+    """
+    if isinstance(backend, PagedBackend):
+        return backend
+    if isinstance(backend, OnnxBackend) and backend.decoder.takes_lengths and not prefixes:
+        return OnnxBatch(backend.decoder, backend.capabilities)
+    return None
 
 
 def _open(folder: Path, manifest_sha256: str | None) -> Artifact:
