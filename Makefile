@@ -78,7 +78,7 @@ test-clients: $(VENV)/.ready-clients $(DEMO)/normistral.json .venv-litellm/.read
 .venv-litellm/.ready: NEEDS = "litellm[proxy]>=1.108,<2"
 .venv-lm-eval-api/.ready: NEEDS = "lm_eval[api]==0.4.13" "transformers>=4.57,<5" "datasets>=4,<5.1"
 .venv-litellm/.ready .venv-lm-eval-api/.ready: $(VENV)/.created
-	@echo "installing $(NEEDS) into $(@D)" >&2
+	@echo 'installing $(NEEDS) into $(@D)' >&2
 	@rm -rf $(@D) && $(RUN) -m venv $(@D) >&2
 	@$(@D)/bin/python -m pip install --quiet $(NEEDS) >&2
 	@touch $@

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,6 +90,42 @@ def test_a_system_without_a_suitable_python_is_told_why_and_what_to_do(tmp_path,
     shown = ".".join(map(str, version))
     assert said.startswith(f"error: normistral needs Python 3.11 to 3.14 with venv; python3 is Python {shown}\nhint: ")
     assert says in said
+
+
+SIDE_ENVIRONMENTS = re.findall(
+    r"(?m)(?:^| )(\.venv-[\w-]+/\.ready)(?=[ :](?!.*=))", (ROOT / "Makefile").read_text("utf-8")
+)
+
+
+@pytest.mark.parametrize("target", sorted(set(SIDE_ENVIRONMENTS)))
+def test_an_environment_beside_gets_its_packages_whole(tmp_path, target):
+    """A requirement has characters that a shell would take as its own: [ ] < >."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    python = tmp_path / "tools" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"""#!{sys.executable} -S
+import os, shutil, sys
+with open({str(tmp_path / "asked")!r}, "a") as asked:
+    print(*sys.argv[1:], sep="\\0", file=asked)
+if sys.argv[1:3] == ["-m", "venv"]:
+    os.makedirs(sys.argv[3] + "/bin")
+    shutil.copy(__file__, sys.argv[3] + "/bin/python")
+elif sys.argv[1] == "-c":
+    print(os.path.dirname(__file__))
+""")
+    python.chmod(0o755)
+    (python.parents[1] / ".created").touch()
+    done = subprocess.run(
+        ["make", "--no-print-directory", target, "VENV=tools"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    asked = [line.split("\0") for line in (tmp_path / "asked").read_text().splitlines()]
+    (install,) = (words[4:] for words in asked if words[:4] == ["-m", "pip", "install", "--quiet"])
+    for requirement in map(Requirement, install):
+        assert requirement.specifier, requirement
+    left = {path.name for path in tmp_path.iterdir()} - {"Makefile", "pyproject.toml", "tools", "asked"}
+    assert left == {Path(target).parent.name}
 
 
 def test_requirements_are_those_of_the_project_file():
