@@ -64,11 +64,11 @@ def generate_tokens(
     """
     clock = _Clock(len(prompt_ids), decoder)
     sequence.require_batch_invariance(config.reproducible)
-    clock.reused(sequence.reuse(prompt_ids, reproducible=config.reproducible))
     sampler = Sampler(config, prompt_ids)
     of_prompt: tuple[TokenLogprobs, ...] = ()
     logits: Logits | None
     if config.prompt_logprobs is None:
+        clock.reused(sequence.reuse(prompt_ids, reproducible=config.reproducible))
         logits = sequence.prefill(prompt_ids, limits.cancelled, reproducible=config.reproducible)
     else:
         logits, of_prompt = score_prompt(sequence, prompt_ids, config.prompt_logprobs, limits.cancelled)

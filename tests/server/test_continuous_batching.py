@@ -399,6 +399,7 @@ def test_a_beginning_is_computed_once_for_each_tenant(batch, model):
     assert cached("one", shared[:31]) == 0
     assert cached("one", [*shared[:64], 5 if shared[64] != 5 else 6, *shared[65:]]) == 64
     assert cached("one", shared, seed=1) == 0
+    assert cached("one", shared + ends[0], prompt_logprobs=0) == 0  # computed whole
 
 
 def test_the_next_turn_of_a_conversation_goes_on_from_the_answer(batch, model):

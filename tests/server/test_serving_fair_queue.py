@@ -99,6 +99,18 @@ def test_a_beginning_is_computed_once_for_a_tenant(model) -> None:
         assert cached == (0 if i == 0 else 200)
 
 
+def test_a_prompt_that_is_scored_is_computed_whole_once_and_counted_so(model) -> None:
+    document = [5 + i % 200 for i in range(100)]
+    queue = make_queue(model)
+    queue.add(job("first", document))
+    run(queue)
+    before = len(model._backend.forwarded)
+    queue.add(job("scored", [*document, 9], prompt_logprobs=0, max_new_tokens=1))
+    outcomes, _ = run(queue)
+    assert outcomes["scored"][-1].timings.cached_tokens == 0
+    assert sum(map(len, model._backend.forwarded[before:])) == 101
+
+
 def test_a_conversation_goes_on_where_it_was(model) -> None:
     queue = make_queue(model)
     queue.add(job("first", list(range(10, 60))))

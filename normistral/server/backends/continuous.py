@@ -257,7 +257,7 @@ class ContinuousScheduler:
     def _has_begun(self, task: _Task) -> bool:
         """Start the loop, unless another task is computing a prefix that it can share; whether a forward is pending."""
         if task.loop is None and not any(_computes_for(other, task) for other in self._prompts[task.job.tenant]):
-            if not task.job.config.reproducible:
+            if not task.job.config.reproducible and task.job.config.prompt_logprobs is None:
                 task.sequence.adopt(task.job.prompt_ids[: task.engine.share(task.hashes)])
             task.began = time.perf_counter()
             task.loop = greenlet(self._write)

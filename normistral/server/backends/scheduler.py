@@ -110,10 +110,12 @@ class RoundRobinScheduler:
             self._waiting.popleft()
             try:
                 sequence = self._take_sequence(job)
-                cached = sequence.reuse(job.prompt_ids, reproducible=job.config.reproducible)
+                # A prompt whose log-probabilities are asked for is computed whole, where they are.
+                scored = job.config.prompt_logprobs is not None
+                cached = 0 if scored else sequence.reuse(job.prompt_ids, reproducible=job.config.reproducible)
             except NormistralError as error:
                 return [JobUpdate(job.job_id, error)]
-            self._running[job.job_id] = _Running(job, sequence, cost, cached, prefilled=cached)
+            self._running[job.job_id] = _Running(job, sequence, cost, cached, prefilled=len(job.prompt_ids) if scored else cached)
             self._turns.setdefault(job.tenant, deque()).append(job.job_id)
         return []
 
