@@ -37,7 +37,6 @@ _LONE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"\ncontent-length\s*:", re.IGNORECASE)
 _FOLDED = re.compile(rb"\n[ \t]")
 _VERSIONS = (b"1.0", b"1.1")
-_BODILESS = (b"GET", b"HEAD", b"OPTIONS", b"DELETE")
 
 
 class _Phase(enum.Enum):
@@ -297,8 +296,6 @@ class StrictConnection(h11.Connection):
             raise _refusal("a body whose end can be read in two ways")
         if not request.target.startswith(b"/"):
             raise _refusal("a target that is no path here")
-        if request.method in _BODILESS and (self._chunked or lengths not in ([], [b"0"])):
-            raise _refusal("a body where none can be")
 
 
 def _refusal(reason: str, status: int = 400) -> h11.RemoteProtocolError:

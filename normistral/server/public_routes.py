@@ -37,7 +37,6 @@ _HEAD = re.compile(
 )
 _SINGLE = frozenset((b"host", b"authorization", b"x-api-key", b"origin", b"content-length", b"transfer-encoding"))
 _HOP = frozenset((b"connection", b"expect", b"upgrade"))
-_BODILESS = frozenset(("GET", "HEAD", "OPTIONS", "DELETE"))
 _METHODS = frozenset(("GET", "HEAD", "OPTIONS", "DELETE", "POST", "PUT", "PATCH"))
 _JSON = {"content-type": "application/json"}
 
@@ -99,7 +98,6 @@ def parse_head(raw: bytes) -> Head | None:
         or not length.isdigit()
         or (b"content-length" in values and b"transfer-encoding" in values)
         or values.get(b"transfer-encoding", b"chunked").lower() != b"chunked"
-        or (has_body and method in _BODILESS)
     ):
         return None
     texts = {name: value.decode("latin-1") for name, value in values.items()}

@@ -115,7 +115,9 @@ class RoundRobinScheduler:
                 cached = 0 if scored else sequence.reuse(job.prompt_ids, reproducible=job.config.reproducible)
             except NormistralError as error:
                 return [JobUpdate(job.job_id, error)]
-            self._running[job.job_id] = _Running(job, sequence, cost, cached, prefilled=len(job.prompt_ids) if scored else cached)
+            self._running[job.job_id] = _Running(
+                job, sequence, cost, cached, prefilled=len(job.prompt_ids) if scored else cached
+            )
             self._turns.setdefault(job.tenant, deque()).append(job.job_id)
         return []
 
