@@ -49,6 +49,11 @@ class LeftOut:
     messages: tuple[int, int] | None = None
     cuts: tuple[tuple[int, int, int], ...] = ()
 
+    def renumbered(self, places: Sequence[int]) -> LeftOut:
+        """The same where message i is called places[i]."""
+        messages = None if self.messages is None else (places[self.messages[0]], places[self.messages[1]])
+        return LeftOut(self.tokens, messages, tuple((places[one], start, end) for one, start, end in self.cuts))
+
     def document(self) -> dict[str, Any]:
         """For programs."""
         cuts = [{"message": message, "start": start, "end": end} for message, start, end in self.cuts]

@@ -23,7 +23,7 @@ ToolMode = Literal["auto", "required", "none"]
 
 MOST_TOOLS = 128
 MOST_CALLS = 16  # of one answer
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _ID_LENGTH = 9  # letters and digits: Mistral's templates take nothing else
 _ID_ALPHABET = string.ascii_letters + string.digits
 _HEADER = re.compile(r'\{"name": "([^"]*)", "arguments": (?=\{)')
@@ -35,16 +35,18 @@ class Tool:
 
     Attributes:
         parameters: JSON schema of its arguments, an object; an empty one has no arguments.
+        strict: refuse a schema with keywords that a grammar cannot keep to, instead of leaving those to the model.
     """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
+    strict: bool = False
 
     def __post_init__(self) -> None:
         """Raises UsageError for a name or a schema that cannot be one."""
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise UsageError(f"{self.name!r} is no name of a tool", "take up to 64 letters, digits, _, - and .")
+            raise UsageError(f"{self.name!r} is no name of a tool", "take up to 128 letters, digits, _, - and .")
         kind = self.parameters.get("type", "object")
         if kind != "object":
             raise UsageError(f"the parameters of {self.name} are of type {kind!r}", "they have to be an object")
@@ -62,7 +64,8 @@ class Tool:
             inner = tool.get("function", tool)
             if not isinstance(inner, Mapping) or set(inner) - {"name", "description", "parameters", "strict"}:
                 raise UsageError("a tool has name, description and parameters", "see docs/tools.md")
-            return cls(inner.get("name", ""), inner.get("description") or "", inner.get("parameters") or {})
+            described = inner.get("name", ""), inner.get("description") or "", inner.get("parameters") or {}
+            return cls(*described, inner.get("strict") is True)
         if isinstance(tool, type) and hasattr(tool, "model_json_schema"):
             schema = {key: value for key, value in tool.model_json_schema().items() if key not in _DOCUMENTATION}
             return cls(tool.__name__, inspect.cleandoc(tool.__doc__ or ""), schema)
@@ -147,6 +150,7 @@ def tool_structure(
     document = {
         "tools": {tool.name: close_objects(_schema_of_arguments(tool)) for tool in tools},
         "format": asdict(format),
+        "strict": [tool.name for tool in tools if tool.strict],
         "most": MOST_CALLS if parallel else 1,
         "thinking": thinking,
         "text": None if mode != "auto" else schema if schema is not None else True,

@@ -1,6 +1,6 @@
 """Anthropic's /v1/messages: text and tools, whole and as events.
 
-A request becomes an internal one of the same conversation. Whole answers are put together from the same blocks.
+A request becomes an internal one of the same conversation. int answers are put together from the same blocks.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
+from normistral.runtime.overflow import OVERFLOW_HELP, Overflow
 from normistral.runtime.tools import MOST_TOOLS
 from normistral.server.answers import AnswerPart, ChatAnswer
 from normistral.server.conversation import Conversation, answer_whole, as_chat, open_conversation, stream
@@ -19,9 +20,10 @@ from normistral.server.decoded import EVENTS, STATUSES, DecodedRoute, error_resp
 from normistral.server.errors import ApiError, anthropic_document
 from normistral.server.generation import Framing, encode_named
 from normistral.server.responses import UsageCounter
-from normistral.server.schemas import MOST_MESSAGES, Strict, ToolName
+from normistral.server.schemas import MOST_MESSAGES, NeverTrue, ReasoningEffort, SentBack, Strict, ToolName, WithNumbers
 
 _EVENTS = Framing("text/event-stream", encode_named, b"", anthropic_document)
+_NAMES = {"stop": "stop_sequences"}
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 router = APIRouter(route_class=DecodedRoute)
@@ -41,7 +43,7 @@ class AnthropicError(BaseModel):
     error: AnthropicErrorBody
 
 
-class _Block(Strict):
+class _Block(SentBack):
     cache_control: dict[str, Any] | None = Field(None, description="Not used: beginnings are found by their tokens.")
 
 
@@ -69,6 +71,7 @@ class ToolUseBlock(_Block):
     id: str
     name: ToolName
     input: dict[str, Any]
+    caller: dict[str, Any] | None = Field(None, description="Not used: the model calls.")
 
 
 class ToolResultBlock(_Block):
@@ -80,10 +83,10 @@ class ToolResultBlock(_Block):
     is_error: bool | None = None
 
 
-class AnthropicMessage(Strict):
+class AnthropicMessage(SentBack):
     """A turn of the conversation."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: (
         str
         | Annotated[
@@ -100,6 +103,10 @@ class AnthropicTool(_Block):
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = Field(None, description="true refuses a schema with keywords that cannot be kept to.")
+    eager_input_streaming: bool | None = Field(None, description="Not used: arguments come as they are written.")
+    defer_loading: NeverTrue = None
+    allowed_callers: list[Literal["direct"]] | None = None
 
 
 class AnthropicToolChoice(Strict):
@@ -110,28 +117,52 @@ class AnthropicToolChoice(Strict):
     disable_parallel_tool_use: bool | None = None
 
 
-class AnthropicThinking(Strict):
-    """How much to reason."""
+class AnthropicThinking(WithNumbers):
+    """How much to reason; adaptive is without a limit."""
 
-    type: Literal["enabled", "disabled"]
+    type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=0)
+    display: Literal["summarized", "omitted"] | None = Field(None, description="Not used: reasoning is shown as it is.")
 
 
-class MessagesRequest(Strict):
-    """POST /v1/messages; null is the same as leaving out."""
+class AnthropicFormat(Strict):
+    """Form of the answer."""
+
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class AnthropicOutput(Strict):
+    """How the answer is to be."""
+
+    effort: ReasoningEffort | None = None
+    format: AnthropicFormat | None = None
+
+
+class CountRequest(Strict):
+    """POST /v1/messages/count_tokens; null is the same as leaving out."""
 
     model: str
-    max_tokens: int = Field(ge=1)
     messages: Annotated[list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
     system: str | list[TextBlock] | None = None
-    stream: bool | None = None
-    stop_sequences: list[str] | None = None
-    temperature: float | None = Field(None, ge=0, le=1)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
     tools: Annotated[list[AnthropicTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: AnthropicThinking | None = None
+    output_config: AnthropicOutput | None = None
+    output_format: AnthropicFormat | None = Field(None, description="An older place of output_config.format.")
+    cache_control: dict[str, Any] | None = Field(None, description="Not used: beginnings are found by their tokens.")
+
+
+class MessagesRequest(CountRequest, WithNumbers):
+    """POST /v1/messages; null is the same as leaving out."""
+
+    max_tokens: int = Field(ge=1)
+    stream: bool | None = None
+    stop_sequences: list[str] | None = None
+    temperature: float | None = Field(None, ge=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    overflow: Overflow | None = Field(None, description=f"Extension. {OVERFLOW_HELP} Default: the server's.")
     metadata: dict[str, str | None] | None = Field(None, description="Not used.")
     service_tier: str | None = Field(None, description="Not used.")
 
@@ -144,13 +175,36 @@ class MessagesRequest(Strict):
 )
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """Answer a conversation, as Anthropic's API does."""
-    asked = await open_conversation(request, as_chat(_as_fields(body, request)))
+    turns, places = _as_turns(body)
+    fields = _as_fields(body, turns, request) | {
+        "max_tokens": body.max_tokens,
+        "stop": body.stop_sequences,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "overflow": body.overflow,
+    }
+    asked = await open_conversation(request, as_chat(fields, _NAMES))
+    left_out = asked.told_left_out(places)
     if body.stream:
-        return stream(asked.generation, _events(asked), _EVENTS)
-    return await answer_whole(request, asked.generation, lambda: _gather(asked))
+        return stream(asked.generation, _events(asked, left_out), _EVENTS)
+    return await answer_whole(request, asked.generation, lambda: _gather(asked, left_out))
 
 
-async def _gather(asked: Conversation) -> dict[str, Any]:
+class TokenCount(BaseModel):
+    """Tokens of a prompt."""
+
+    input_tokens: int
+
+
+@router.post("/v1/messages/count_tokens", responses=error_responses(*STATUSES, model=AnthropicError))
+async def count_tokens(request: Request, body: CountRequest) -> TokenCount:
+    """Count the tokens of a conversation with its tools, and answer nothing."""
+    asked = await open_conversation(request, as_chat(_as_fields(body, _as_turns(body)[0], request), _NAMES))
+    return TokenCount(input_tokens=asked.prompt_tokens)
+
+
+async def _gather(asked: Conversation, left_out: dict[str, Any]) -> dict[str, Any]:
     answer, counter = ChatAnswer(), UsageCounter(1)
     ending: dict[str, Any] = {}
     async for part in asked.parts():
@@ -165,12 +219,12 @@ async def _gather(asked: Conversation) -> dict[str, Any]:
     for call in answer.calls:
         arguments = call.parse() if call.is_whole else {}
         content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": arguments})
-    return _message(asked, content, counter) | ending
+    return _message(asked, content, _usage(counter) | left_out) | ending
 
 
-async def _events(asked: Conversation) -> AsyncIterator[dict[str, Any]]:
+async def _events(asked: Conversation, left_out: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     counter = UsageCounter(1, prompt_tokens=asked.prompt_tokens)
-    yield {"type": "message_start", "message": _message(asked, [], counter)}
+    yield {"type": "message_start", "message": _message(asked, [], _usage(counter) | left_out)}
     counter.prompt_tokens = 0
     index, kind, ending = -1, "", {}
     async for part in asked.parts():
@@ -186,7 +240,7 @@ async def _events(asked: Conversation) -> AsyncIterator[dict[str, Any]]:
                 yield {"type": "content_block_delta", "index": index, "delta": delta}
     if kind:
         yield {"type": "content_block_stop", "index": index}
-    yield {"type": "message_delta", "delta": ending, "usage": _usage(counter)}
+    yield {"type": "message_delta", "delta": ending, "usage": _usage(counter) | left_out}
     yield {"type": "message_stop"}
 
 
@@ -213,7 +267,7 @@ def _ending(asked: Conversation, part: AnswerPart) -> dict[str, Any]:
     return {"stop_reason": "stop_sequence", "stop_sequence": stops[0] if stops and len(stops) == 1 else None}
 
 
-def _message(asked: Conversation, content: list[dict[str, Any]], counter: UsageCounter) -> dict[str, Any]:
+def _message(asked: Conversation, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": f"msg_{asked.request_id}",
         "type": "message",
@@ -222,7 +276,7 @@ def _message(asked: Conversation, content: list[dict[str, Any]], counter: UsageC
         "content": content,
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": _usage(counter),
+        "usage": usage,
     }
 
 
@@ -236,26 +290,28 @@ def _usage(counter: UsageCounter) -> dict[str, int]:
     }
 
 
-def _as_fields(body: MessagesRequest, request: Request) -> dict[str, Any]:
-    """Fields of the internal request."""
-    system = [] if not body.system else [{"role": "system", "content": _text(body.system)}]
-    converted = [turn for message in body.messages for turn in _as_messages(message)]
-    fields: dict[str, Any] = {
-        "model": body.model,
-        "messages": [*system, *converted],
-        "max_tokens": body.max_tokens,
-        "stop": body.stop_sequences,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
-    }
-    if converted[-1]["role"] == "assistant" and "tool_calls" not in converted[-1]:
+def _as_turns(body: CountRequest) -> tuple[list[dict[str, Any]], list[int]]:
+    """Internal messages, and for each the number of the message that it is of."""
+    system = [] if not body.system else [(0, {"role": "system", "content": _text(body.system)})]
+    numbered = [*system, *((i, turn) for i, message in enumerate(body.messages) for turn in _as_messages(message))]
+    return [turn for _, turn in numbered], [number for number, _ in numbered]
+
+
+def _as_fields(body: CountRequest, turns: list[dict[str, Any]], request: Request) -> dict[str, Any]:
+    """Fields of the internal request that decide its prompt."""
+    fields: dict[str, Any] = {"model": body.model, "messages": turns}
+    if turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]:
         fields["continue_final_message"] = True  # Anthropic's way to begin the answer
     if body.tools:
         fields["tools"] = [
             {
                 "type": "function",
-                "function": {"name": tool.name, "description": tool.description, "parameters": tool.input_schema},
+                "function": {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": tool.input_schema,
+                    "strict": tool.strict,
+                },
             }
             for tool in body.tools
         ]
@@ -268,9 +324,13 @@ def _as_fields(body: MessagesRequest, request: Request) -> dict[str, Any]:
     if (thinking := body.thinking) is not None:
         if (thinking.type == "enabled") != (thinking.budget_tokens is not None):
             raise ApiError(400, "thinking has budget_tokens where it is enabled", param="thinking.budget_tokens")
-        reasoning = request.app.state.service.find(body.model).handler.manifest.reasoning
-        if reasoning is not None:  # others keep to every budget
+        handler = request.app.state.service.find(body.model).handler
+        if handler.manifest.reasoning is not None and thinking.type != "adaptive":  # others keep to every budget
             fields["max_reasoning_tokens"] = thinking.budget_tokens or 0
+    output = body.output_config or AnthropicOutput()
+    fields["reasoning_effort"] = output.effort
+    if (form := output.format or body.output_format) is not None:
+        fields["structured_outputs"] = {"json": form.json_schema}
     return fields
 
 

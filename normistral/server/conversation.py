@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +51,14 @@ class Conversation:
         """Parts of its answers, as they come."""
         return read_parts(self.generation.outputs(), self.parsers)
 
+    def told_left_out(self, places: Sequence[int]) -> dict[str, Any]:
+        """Field of what the policy left out, none if nothing: messages are numbered as the client's request has them.
+
+        Args:
+            places: that number, of each internal message.
+        """
+        return {} if self.left_out is None else {"left_out": self.left_out.renumbered(places).document()}
+
     def stopped_by_text(self, part: AnswerPart) -> bool:
         """Whether a stop text ended the answer, by its last part."""
         stop_ids = self.model.handler.manifest.stop_token_ids
@@ -80,14 +88,25 @@ async def open_conversation(request: Request, body: ChatCompletionRequest) -> Co
     )
 
 
-def as_chat(fields: dict[str, Any]) -> ChatCompletionRequest:
-    """An internal request from what a route of another API was asked; raises ApiError where a value cannot be."""
+def as_chat(fields: dict[str, Any], names: Mapping[str, str]) -> ChatCompletionRequest:
+    """An internal request from what a route of another API was asked.
+
+    Args:
+        names: what that API calls a field, where it calls it otherwise.
+
+    Raises:
+        ApiError: a value cannot be.
+    """
     try:
         return ChatCompletionRequest.model_validate(
             {name: value for name, value in fields.items() if value is not None}
         )
     except ValidationError as exc:
-        raise describe_validation(exc.errors()) from None
+        errors = [
+            error | {"loc": (*names.get(str(error["loc"][0]), str(error["loc"][0])).split("."), *error["loc"][1:])}
+            for error in exc.errors()
+        ]
+        raise describe_validation(errors) from None
 
 
 def stream(generation: Generation, events: Events, framing: Framing = OPENAI_CHAT) -> Response:

@@ -20,6 +20,16 @@ _ANTHROPIC = {
     503: "overloaded_error",
 }
 _SERVER_ERROR = 500
+_ROUTES = (  # those behind a base URL; a longer one comes before one that it ends with
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/models",
+    "/api/chat",
+    "/api/generate",
+    "/api/tags",
+)
 _UNKNOWN = "extra_forbidden"
 _ALTERNATIVES = frozenset(("body", "str", "int", "float", "bool"))  # steps of a path that are types and no fields
 
@@ -95,7 +105,15 @@ def route_error(status: int, path: str, method: str, headers: Mapping[str, str] 
     """404, 405 and other statuses of the router."""
     messages = {404: f"there is no {path} here", 405: f"{method} is not possible here"}
     message = messages.get(status, "the request cannot be read")
-    return ApiError(status, message, "see /openapi.json", headers=dict(headers or {}))
+    meant = _meant(path) if status == 404 else None
+    hint = "see /openapi.json" if meant is None else f"it is {meant}: look at the client's base URL"
+    return ApiError(status, message, hint, headers=dict(headers or {}))
+
+
+def _meant(path: str) -> str | None:
+    """The route that a client with another base URL looks for."""
+    tails = {route.removeprefix("/v1"): route for route in _ROUTES}
+    return next((route for tail, route in tails.items() if path.rstrip("/").endswith(tail)), None)
 
 
 def as_api_error(error: NormistralError) -> ApiError:

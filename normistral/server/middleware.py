@@ -44,6 +44,7 @@ _JSON_PATHS = (
     "/v1/completions",
     "/v1/responses",
     "/v1/messages",
+    "/v1/messages/count_tokens",
     "/api/chat",
     "/api/generate",
     "/api/show",

@@ -170,17 +170,9 @@ class ModelHandler:
         """Options of a request over the model's defaults over ours, within the server's limits.
 
         Raises:
-            UsageError: a value out of range, an option that means nothing to this model, more new tokens than this
-                server allows, or a structure that cannot be compiled.
+            UsageError: a value out of range, an option that means nothing to this model, or a structure that cannot be
+                compiled.
         """
-        asked = options.get("max_new_tokens")
-        if asked == -1:
-            asked = self.new_tokens
-            options = options | {"max_new_tokens": asked}
-        if asked is not None and asked > self.new_tokens:
-            raise UsageError(
-                f"{asked} new tokens are more than this server allows ({self.new_tokens})", "ask for fewer"
-            )
         config = resolve_options(self.manifest.sampling, options)
         room = min(config.max_new_tokens, self.new_tokens, self.context_length - prompt_tokens)
         config = resolve_options(self.manifest.sampling, options | {"max_new_tokens": room})

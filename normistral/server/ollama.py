@@ -17,6 +17,7 @@ from msgspec.json import encode
 from pydantic import BaseModel, Field
 
 from normistral.runtime.chunks import Timings
+from normistral.runtime.overflow import OVERFLOW_HELP, Overflow
 from normistral.server.answers import ChatAnswer
 from normistral.server.conversation import Conversation, answer_whole, as_chat, last_of, open_conversation, stream
 from normistral.server.decoded import STATUSES, DecodedRoute, error_responses
@@ -24,15 +25,31 @@ from normistral.server.errors import ApiError
 from normistral.server.generation import Framing, unless_gone
 from normistral.server.model_handler import ModelHandler
 from normistral.server.residency import ServedModel
-from normistral.server.schemas import MOST_MESSAGES, Only, Strict, ToolDefinition, ToolName
+from normistral.server.schemas import (
+    MOST_MESSAGES,
+    NeverTrue,
+    Only,
+    SentBack,
+    Strict,
+    ToolDefinition,
+    ToolName,
+    WithNumbers,
+)
 from normistral.server.service import Service
 
 API_VERSION = "0.13.0"  # of Ollama, whose API this is; clients compare it
 _LATEST = ":latest"  # every name has it, also where it is left out
+_NO_LOGPROBS = "ask /v1/chat/completions for log-probabilities"
 _NS = 1_000_000_000
 _DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h|$)")
 _UNITS = {"": 1.0, "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _NEVER = "9999-12-31T23:59:59Z"
+
+_SAME = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "presence_penalty", "frequency_penalty")
+_NAMES = {name: f"options.{name}" for name in (*_SAME, "stop")} | {
+    "max_tokens": "options.num_predict",
+    "repetition_penalty": "options.repeat_penalty",
+}
 
 router = APIRouter(route_class=DecodedRoute)
 _LINES = Framing("application/x-ndjson", lambda event: encode(event) + b"\n", b"", lambda error: {"error": str(error)})
@@ -50,7 +67,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = _ERRORS | {
 }
 
 
-class CalledOllamaFunction(Strict):
+class CalledOllamaFunction(SentBack):
     """A function with its arguments."""
 
     name: ToolName
@@ -58,7 +75,7 @@ class CalledOllamaFunction(Strict):
     index: int | None = None
 
 
-class CalledOllamaTool(Strict):
+class CalledOllamaTool(SentBack):
     """A call of an earlier answer."""
 
     function: CalledOllamaFunction
@@ -66,7 +83,7 @@ class CalledOllamaTool(Strict):
     type: Literal["function"] | None = None
 
 
-class OllamaMessage(Strict):
+class OllamaMessage(SentBack):
     """A turn of the conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -78,7 +95,7 @@ class OllamaMessage(Strict):
     tool_call_id: str | None = None
 
 
-class OllamaOptions(Strict):
+class OllamaOptions(WithNumbers):
     """Options of a generation, as in a Modelfile; those of the hardware change no answer and are not used."""
 
     temperature: float | None = None
@@ -92,7 +109,9 @@ class OllamaOptions(Strict):
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    repeat_last_n: Annotated[int | None, Only("the penalty looks at everything; leave it out or give -1", -1)] = None
+    repeat_last_n: int | None = Field(
+        None, description="With a penalty only -1, as penalties look at everything; 0 is no repeat_penalty."
+    )
     mirostat: Annotated[int | None, Only("there is no mirostat", 0)] = None
     tfs_z: Annotated[float | None, Only("there is no tail-free sampling", 1)] = None
     num_ctx: int | None = Field(None, description="Not used: the context is the server's.")
@@ -107,6 +126,11 @@ class OllamaOptions(Strict):
     use_mlock: bool | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
+    penalize_newline: Annotated[bool | None, Only("a penalty is for every token", True)] = None
+    f16_kv: bool | None = None
+    logits_all: bool | None = None
+    vocab_only: NeverTrue = None
+    embedding_only: NeverTrue = None
 
 
 class OllamaRequest(Strict):
@@ -119,7 +143,15 @@ class OllamaRequest(Strict):
     keep_alive: str | int | float | None = Field(
         None, description="Seconds, or as 5m; below 0 is for ever. Used with --idle-minutes and at most one key."
     )
-    think: bool | Literal["low", "medium", "high"] | None = Field(None, description="false is no reasoning.")
+    think: bool | Literal["low", "medium", "high", "max"] | None = Field(None, description="false is no reasoning.")
+    truncate: bool | None = Field(
+        None, description="true is overflow: drop-oldest, false is overflow: error. Default: the server's policy."
+    )
+    shift: Annotated[Literal[False] | None, Only("an answer ends where the context does", False)] = None
+    overflow: Overflow | None = Field(None, description=f"Extension. {OVERFLOW_HELP} Default: the server's.")
+    template: Annotated[str | None, Only("the template is the model's", "")] = None
+    logprobs: Annotated[Literal[False] | None, Only(_NO_LOGPROBS, False)] = None
+    top_logprobs: Annotated[int | None, Only(_NO_LOGPROBS, 0)] = None
 
 
 class OllamaChatRequest(OllamaRequest):
@@ -136,7 +168,6 @@ class OllamaGenerateRequest(OllamaRequest):
     system: str | None = None
     suffix: Annotated[str | None, Only("text cannot be inserted before a suffix", "")] = None
     images: Annotated[list[Any] | None, Only("this model reads text only", [])] = None
-    template: Annotated[str | None, Only("the template is the model's", "")] = None
     context: Annotated[list[int] | None, Only("send the conversation to /api/chat", [])] = None
     raw: Annotated[bool | None, Only("for texts without a template there is /v1/completions", False)] = None
 
@@ -147,6 +178,9 @@ class OllamaShowRequest(Strict):
     model: str | None = None
     name: str | None = Field(None, description="An older name of model.")
     verbose: bool | None = None
+    system: str | None = Field(None, description="Not used.")
+    template: str | None = Field(None, description="Not used.")
+    options: dict[str, Any] | None = Field(None, description="Not used.")
 
 
 @router.post("/api/chat", response_model=None, responses=_ANSWERS)
@@ -195,9 +229,10 @@ async def ollama_ps(request: Request) -> dict[str, Any]:
 @router.post("/api/show", responses=_ERRORS)
 async def ollama_show(request: Request, body: OllamaShowRequest) -> dict[str, Any]:
     """Describe a model, as Ollama does."""
-    if body.model is None and body.name is None:
+    name = body.model or body.name
+    if not name:
         raise ApiError(400, "model is missing", param="model")
-    handler = find_model(request, body.model or body.name or "").handler
+    handler = find_model(request, name).handler
     manifest = handler.manifest
     family = manifest.architecture.model_type
     capabilities = ["completion"]
@@ -238,14 +273,19 @@ async def _answer(
     tools: list[dict[str, Any]] | None,
     piece: Any,
 ) -> Response:
-    fields = _read_options(body) | {"model": model.handler.name, "messages": messages, "tools": tools}
-    asked = await open_conversation(request, as_chat(fields))
+    fields = _read_options(body, model) | {"model": model.handler.name, "messages": messages, "tools": tools}
+    asked = await open_conversation(request, as_chat(fields, _NAMES))
+    count = len(messages)
+    # The prompt of /api/generate is its only message.
+    left_out = asked.told_left_out([0] * count if isinstance(body, OllamaGenerateRequest) else range(count))
     if body.stream is not False:
-        return stream(asked.generation, _lines(asked, piece, gather=False), _LINES)
-    return await answer_whole(request, asked.generation, lambda: last_of(_lines(asked, piece, gather=True)))
+        return stream(asked.generation, _lines(asked, piece, left_out, gather=False), _LINES)
+    return await answer_whole(request, asked.generation, lambda: last_of(_lines(asked, piece, left_out, gather=True)))
 
 
-async def _lines(asked: Conversation, piece: Any, *, gather: bool) -> AsyncIterator[dict[str, Any]]:
+async def _lines(
+    asked: Conversation, piece: Any, left_out: dict[str, Any], *, gather: bool
+) -> AsyncIterator[dict[str, Any]]:
     """Pieces of the answer, and a last line with its figures; with `gather` only that, with the whole answer."""
     answer, sent = ChatAnswer(), 0
     async for part in asked.parts():
@@ -258,7 +298,7 @@ async def _lines(asked: Conversation, piece: Any, *, gather: bool) -> AsyncItera
         if last:
             whole = piece(answer.text, answer.reasoning, answer.calls) if gather else piece("", "", [])
             reason = "length" if part.finish_reason == "length" else "stop"
-            yield _frame(asked, whole, reason) | _figures(part.chunk.timings)
+            yield _frame(asked, whole, reason) | _figures(part.chunk.timings) | left_out
 
 
 def _frame(asked: Conversation, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
@@ -296,14 +336,21 @@ def _figures(timings: Timings) -> dict[str, int]:
     }
 
 
-def _read_options(body: OllamaRequest) -> dict[str, Any]:
+def _read_options(body: OllamaRequest, model: ServedModel) -> dict[str, Any]:
     """Fields of the internal request."""
     options = body.options or OllamaOptions.model_validate({})
-    same = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "presence_penalty", "frequency_penalty")
-    fields: dict[str, Any] = {name: getattr(options, name) for name in same}
+    fields: dict[str, Any] = {name: getattr(options, name) for name in _SAME}
     fields |= {"stop": options.stop, "repetition_penalty": options.repeat_penalty}
     if options.num_predict is not None:
         fields["max_tokens"] = max(options.num_predict, -1)
+    if options.repeat_last_n == 0:
+        fields["repetition_penalty"] = 1.0
+    elif options.repeat_last_n not in (None, -1):
+        given = fields["repetition_penalty"] or model.handler.manifest.sampling.repetition_penalty or 1.0
+        if given != 1 or options.presence_penalty or options.frequency_penalty:
+            message = "options.repeat_last_n: penalties look at everything; leave it out or give -1"
+            raise ApiError(400, message, param="options.repeat_last_n")
+    fields["overflow"] = body.overflow or {True: "drop-oldest", False: "error", None: None}[body.truncate]
     if isinstance(body.think, str):
         fields["reasoning_effort"] = body.think
     elif body.think is False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from normistral.errors import UsageError
@@ -34,6 +35,12 @@ def read_options(body: CommonRequest) -> dict[str, Any]:
         ApiError, UsageError: fields that contradict each other, or a malformed structure.
     """
     options = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    if body.top_p == 0:  # as if it were the least number: the likeliest token alone
+        options["top_p"] = sys.float_info.min
+    penalty = body.repeat_penalty
+    if penalty is not None and options.setdefault("repetition_penalty", penalty) != penalty:
+        message = "repetition_penalty and repeat_penalty are the same, and differ"
+        raise ApiError(400, message, "give one", param="repeat_penalty")
     if body.stop is not None:
         options["stop"] = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop) if text]
     if body.logit_bias:

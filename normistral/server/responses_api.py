@@ -6,21 +6,26 @@ A request becomes an internal one of the same conversation. Whole answers are th
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from msgspec.json import decode, encode
-from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from normistral.runtime.tools import MOST_TOOLS
 from normistral.server.answers import AnswerPart
 from normistral.server.conversation import Conversation, answer_whole, as_chat, last_of, open_conversation, stream
 from normistral.server.decoded import EVENTS, STATUSES, DecodedRoute, error_responses
 from normistral.server.errors import ApiError
 from normistral.server.generation import Framing, encode_named
 from normistral.server.responses import UsageCounter
-from normistral.server.schemas import MOST_MESSAGES, Only, ReasoningEffort, Strict, ToolName, require_text
+from normistral.server.responses_request import (
+    InputCall,
+    InputMessage,
+    InputResult,
+    InputText,
+    ResponsesRequest,
+    ResponseToolChoice,
+)
 
 _KEPT_ANSWERS, _KEPT_BYTES = 256, 8 * 2**20  # of each key
 _EVENTS = Framing(
@@ -30,180 +35,9 @@ _EVENTS = Framing(
     lambda error: {"type": "error", "code": error.code, "message": str(error), "param": error.param},
 )
 _ERRORS = error_responses(*STATUSES)
+_NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}
 
 router = APIRouter(route_class=DecodedRoute)
-
-
-class InputText(Strict):
-    """A piece of text."""
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
-
-
-Content = Annotated[
-    str | Annotated[list[InputText], Field(fail_fast=True, min_length=1)], BeforeValidator(require_text)
-]
-
-
-class InputMessage(Strict):
-    """A turn of the conversation."""
-
-    type: Literal["message"] | None = None
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Content
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
-
-
-class InputCall(Strict):
-    """A call of an earlier answer."""
-
-    type: Literal["function_call"]
-    call_id: str
-    name: ToolName
-    arguments: str
-    id: str | None = None
-    status: str | None = None
-    namespace: None = None
-
-
-class InputResult(Strict):
-    """The result of a call."""
-
-    type: Literal["function_call_output"]
-    call_id: str
-    output: Content
-    id: str | None = None
-    status: str | None = None
-
-
-class InputReasoning(Strict):
-    """Reasoning of an earlier answer; models do not read it again."""
-
-    type: Literal["reasoning"]
-    id: str | None = None
-    summary: list[Any] | None = None
-    content: list[Any] | None = None
-    encrypted_content: str | None = None
-    status: str | None = None
-
-
-_KINDS = {
-    None: "Message",
-    "message": "Message",
-    "function_call": "Call",
-    "function_call_output": "Result",
-    "reasoning": "Reasoning",
-}
-
-
-def _kind_of(item: Any) -> str | None:
-    kind = item.get("type") if isinstance(item, dict) else ""
-    return _KINDS.get(kind) if kind is None or isinstance(kind, str) else None
-
-
-InputItem = Annotated[
-    Annotated[InputMessage, Tag("Message")]
-    | Annotated[InputCall, Tag("Call")]
-    | Annotated[InputResult, Tag("Result")]
-    | Annotated[InputReasoning, Tag("Reasoning")],
-    Discriminator(
-        _kind_of,
-        custom_error_type="item_type",
-        custom_error_message="items are of type message, function_call, function_call_output or reasoning",
-    ),
-]
-
-
-class ResponseTool(Strict):
-    """A function that the model may call; there are no other tools."""
-
-    type: Literal["function"]
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = Field(None, description="Arguments always fit the schema, whatever this says.")
-
-
-class ResponseToolChoice(Strict):
-    """The one tool to call."""
-
-    type: Literal["function"]
-    name: ToolName
-
-
-class ResponseTextFormat(Strict):
-    """Form of the answer."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    json_schema: dict[str, Any] | None = Field(None, alias="schema", description="Needed for json_schema.")
-    strict: bool | None = Field(None, description="The answer always fits the schema, whatever this says.")
-
-
-class ResponseText(Strict):
-    """How the text is to be."""
-
-    format: ResponseTextFormat | None = None
-    verbosity: Annotated[Literal["medium"] | None, Only("verbosity cannot be set", "medium")] = None
-
-
-class ResponseReasoning(Strict):
-    """How much to reason."""
-
-    effort: ReasoningEffort | None = None
-    summary: Annotated[None, Only("reasoning is not summarised; it is in the output as it is")] = None
-    generate_summary: Annotated[None, Only("reasoning is not summarised; it is in the output as it is")] = None
-
-
-class ResponseStreamOptions(Strict):
-    """What a stream tells besides the answer."""
-
-    include_obfuscation: bool | None = Field(None, description="Nothing is padded here, so this changes nothing.")
-
-
-class ResponsesRequest(Strict):
-    """POST /v1/responses; null is the same as leaving out."""
-
-    model: str
-    input: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[
-            list[InputItem],
-            Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES),
-        ]
-    )
-    instructions: str | None = Field(None, description="A system message before the input; never kept.")
-    stream: bool | None = None
-    stream_options: ResponseStreamOptions | None = None
-    max_output_tokens: int | None = Field(None, ge=1, description="Reasoning included.")
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    tools: Annotated[list[ResponseTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    text: ResponseText | None = None
-    reasoning: ResponseReasoning | None = None
-    store: bool | None = Field(None, description="Keep the answer for previous_response_id; false where left out.")
-    previous_response_id: str | None = Field(None, description="Goes on from a kept answer.")
-    metadata: dict[str, str] | None = Field(None, description="Returned as it is.")
-    truncation: Annotated[Literal["disabled"] | None, Only("nothing is left out here", "disabled")] = None
-    include: Annotated[list[str] | None, Only("nothing can be included", [])] = None
-    background: Annotated[Literal[False] | None, Only("answers are not written in the background", False)] = None
-    conversation: Annotated[None, Only("conversations are not kept")] = None
-    prompt: Annotated[None, Only("there are no stored prompts")] = None
-    max_tool_calls: Annotated[None, Only("this server calls no tools itself")] = None
-    top_logprobs: Annotated[int | None, Only("ask /v1/chat/completions for log-probabilities", 0)] = None
-    user: str | None = Field(None, description="Not used.")
-    service_tier: str | None = Field(None, description="Not used.")
-    safety_identifier: str | None = Field(None, description="Not used.")
-    prompt_cache_key: str | None = Field(None, description="Not used: beginnings are found by their tokens.")
-    prompt_cache_retention: str | None = Field(None, description="Not used.")
 
 
 class ResponseStore:
@@ -249,9 +83,12 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     earlier = []
     if store is not None and body.previous_response_id is not None:
         earlier = store.find(tenant, body.previous_response_id)
-    messages = [*earlier, *_as_messages(body)]
-    asked = await open_conversation(request, as_chat(_as_fields(body, messages)))
-    writer = _Writer(asked, body, store if body.store else None, tenant, messages)
+    own, places = _as_messages(body)
+    messages = [*earlier, *own]
+    asked = await open_conversation(request, as_chat(_as_fields(body, messages), _NAMES))
+    # The conversation as the client counts it: kept messages, then its items.
+    counted = [*([0] if body.instructions else []), *range(len(earlier)), *(len(earlier) + place for place in places)]
+    writer = _Writer(asked, body, store if body.store else None, tenant, messages, counted)
     if body.stream:
         return stream(asked.generation, writer.events(), _EVENTS)
 
@@ -272,7 +109,9 @@ class _Writer:
         store: ResponseStore | None,
         tenant: str,
         messages: list[dict[str, Any]],
+        counted: Sequence[int],
     ) -> None:
+        self._left_out = asked.told_left_out(counted)
         self._asked, self._body, self._store = asked, body, store
         self._tenant, self._messages = tenant, messages
         self._id = asked.request_id
@@ -397,7 +236,7 @@ class _Writer:
             "tool_choice": choice.model_dump() if isinstance(choice, ResponseToolChoice) else choice or "auto",
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": config.top_p,
-            "truncation": "disabled",
+            "truncation": body.truncation or "disabled",
             "usage": None
             if status == "in_progress"
             else {
@@ -406,6 +245,7 @@ class _Writer:
                 "output_tokens": usage.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+                **self._left_out,
             },
             "user": body.user,
             "metadata": body.metadata or {},
@@ -431,12 +271,13 @@ def _as_call(item: Any) -> dict[str, Any]:
     return {"id": fields["call_id"], "type": "function", "function": function}
 
 
-def _as_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """Internal messages of the input; calls that follow each other are one answer's."""
+def _as_messages(body: ResponsesRequest) -> tuple[list[dict[str, Any]], list[int]]:
+    """Internal messages of the input, and for each the number of its item; calls behind each other are one answer's."""
     if isinstance(body.input, str):
-        return [{"role": "user", "content": body.input}]
+        return [{"role": "user", "content": body.input}], [0]
     messages: list[dict[str, Any]] = []
-    for item in body.input:
+    places: list[int] = []
+    for place, item in enumerate(body.input):
         match item:
             case InputMessage():
                 messages.append({"role": item.role, "content": _text(item.content)})
@@ -446,7 +287,8 @@ def _as_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": ""})
                 messages[-1].setdefault("tool_calls", []).append(_as_call(item))
-    return messages
+        places += [place] * (len(messages) - len(places))
+    return messages, places
 
 
 def _text(content: str | list[InputText]) -> str:
@@ -465,6 +307,7 @@ def _as_fields(body: ResponsesRequest, messages: list[dict[str, Any]]) -> dict[s
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning.effort if body.reasoning is not None else None,
         "tool_choice": body.tool_choice,
+        "overflow": body.overflow or {"auto": "drop-oldest", "disabled": "error"}.get(body.truncation or ""),
     }
     if isinstance(body.tool_choice, ResponseToolChoice):
         fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -34,6 +34,39 @@ class Strict(BaseModel):
     """An object whose fields are all known and of their very types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class WithNumbers(Strict):
+    """An object in whose whole numbers 8192.0 is 8192: JSON has one kind, and some clients write all with a point."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_whole(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or not any(type(value) is float for value in fields.values()):
+            return fields
+        whole = {name for name, field in cls.model_fields.items() if _is_whole(field.annotation)}
+        return {
+            name: int(value) if name in whole and type(value) is float and value.is_integer() else value
+            for name, value in fields.items()
+        }
+
+
+def _is_whole(annotation: Any) -> bool:
+    kinds = {annotation, *get_args(annotation)}
+    return int in kinds and float not in kinds
+
+
+class SentBack(Strict):
+    """An object of an earlier answer, as a client's package keeps it: further fields may be there if they are null."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"type": "null"}})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and None in fields.values():
+            return {name: value for name, value in fields.items() if value is not None}
+        return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +152,7 @@ def _option(name: str, gt: float | None = None) -> Any:
 
 
 def _as_written(bound: float | None) -> float | None:
-    """Whole numbers without a decimal point, as a reader of the description expects them."""
+    """int numbers without a decimal point, as a reader of the description expects them."""
     return bound if bound is None or bound != int(bound) else int(bound)
 
 
@@ -129,7 +162,7 @@ def _require_some(tokens: int | None) -> int | None:
     return tokens
 
 
-class CommonRequest(Strict):
+class CommonRequest(WithNumbers):
     """Fields of both kinds of completion; null is the same as leaving out."""
 
     model: str
@@ -139,13 +172,16 @@ class CommonRequest(Strict):
     stop: StopTexts = None
     seed: int | None = _option("seed")
     temperature: float | None = _option("temperature")
-    top_p: float | None = _option("top_p", gt=0)
+    top_p: float | None = _option("top_p")
     max_tokens: Annotated[int | None, AfterValidator(_require_some)] = _option("max_new_tokens")
     response_format: ResponseFormat | None = None
     # Extensions
     top_k: int | None = _option("top_k")
     min_p: float | None = _option("min_p")
     repetition_penalty: float | None = _option("repetition_penalty")
+    repeat_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="Extension: llama.cpp's name of repetition_penalty."
+    )
     typical_p: float | None = _option("typical_p", gt=0)
     dry_multiplier: float | None = _option("dry_multiplier")
     dry_base: float | None = _option("dry_base")
@@ -173,9 +209,16 @@ class CommonRequest(Strict):
     safety_identifier: str | None = Field(None, description="Not used.")
     prompt_cache_key: str | None = Field(None, description="Not used: beginnings are found by their tokens.")
     prompt_cache_retention: str | None = Field(None, description="Not used.")
+    cache_prompt: bool | None = Field(None, description="Not used: beginnings are always looked for.")
+    skip_special_tokens: Annotated[bool | None, Only("control tokens are never shown", True)] = None
+    min_tokens: Annotated[int | None, Only("an answer has no least length", 0)] = None
+    repeat_last_n: Annotated[int | None, Only("penalties look at everything", -1)] = None
+    mirostat: Annotated[int | None, Only("there is no mirostat", 0)] = None
+    tfs_z: Annotated[float | None, Only("there is no tail-free sampling", 1)] = None
+    top_a: Annotated[float | None, Only("there is no top-a sampling", 0)] = None
 
 
-class TextPart(Strict):
+class TextPart(SentBack):
     """A piece of a message."""
 
     type: Literal["text"]
@@ -203,7 +246,7 @@ def require_text(content: Any) -> Any:
     return content
 
 
-ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
 class FunctionDefinition(Strict):
@@ -237,14 +280,14 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-class CalledFunction(Strict):
+class CalledFunction(SentBack):
     """A function with its arguments."""
 
     name: ToolName
     arguments: Annotated[str, AfterValidator(_require_object)] = Field(description="A JSON object.")
 
 
-class CalledTool(Strict):
+class CalledTool(SentBack):
     """A call of an earlier answer."""
 
     id: Annotated[str, Field(min_length=1, max_length=_ID_CHARACTERS)]
@@ -253,7 +296,7 @@ class CalledTool(Strict):
     index: int | None = Field(None, description="Not used: of a streamed call.")
 
 
-class Message(Strict):
+class Message(SentBack):
     """A turn of the conversation."""
 
     role: Annotated[
@@ -266,6 +309,7 @@ class Message(Strict):
         Field(description="Text; parts of text are joined by line ends. null only beside tool_calls."),
     ] = None
     reasoning_content: str | None = Field(None, description="Of an earlier answer; models do not read it again.")
+    reasoning: str | None = Field(None, description="Another name of reasoning_content.")
     name: str | None = Field(None, description="For templates that read it.")
     tool_calls: Annotated[list[CalledTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_call_id: str | None = Field(None, max_length=_ID_CHARACTERS, description="Of the role tool.")
@@ -361,7 +405,7 @@ class CompletionRequest(CommonRequest):
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = Field(None, description="Repeat the prompt before the answer, with its log-probabilities.")
     best_of: Annotated[int | None, Field(ge=1, le=1)] = None
-    suffix: Annotated[None, Only("text cannot be inserted before a suffix")] = None
+    suffix: Annotated[Literal[""] | None, Only("text cannot be inserted before a suffix", "")] = None
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int]]:

@@ -116,13 +116,14 @@ def test_a_response_of_a_schema(tmp_path) -> None:
         ({"store": True}, "start it with --store"),
         ({"previous_response_id": "resp_x"}, "start it with --store"),
         ({"tools": [{"type": "web_search"}]}, "'function'"),
-        ({"include": ["reasoning.encrypted_content"]}, "nothing can be included"),
+        ({"include": ["web_search_call.results"]}, "'reasoning.encrypted_content'"),
         ({"background": True}, "in the background"),
-        ({"truncation": "auto"}, "nothing is left out"),
+        ({"truncation": "all"}, "'auto' or 'disabled'"),
+        ({"reasoning": {"summary": "detailed"}}, "not summarised"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "reads text only"),
         ({"input": [{"type": []}]}, "items are of type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "items are of type"),
-        ({"max_output_tokens": 99999}, "more than this server allows"),
+        ({"max_output_tokens": 0.5}, "valid integer"),
         ({"colour": 1}, "unknown field colour"),
     ],
 )
@@ -202,6 +203,46 @@ def test_messages_end_at_a_stop_text_and_a_limit(urls) -> None:
     assert post(urls[0], "/v1/messages", messages=MESSAGES, max_tokens=2).json()["stop_reason"] == "max_tokens"
 
 
+def test_messages_of_a_schema_and_their_count(urls, tmp_path) -> None:
+    with serving(make_served(tmp_path / "m", answers=['{"city": "Oslo"}'], context_length=3000)) as url:
+        form = {"type": "json_schema", "schema": SCHEMA}
+        for fields in ({"output_config": {"format": form, "effort": "low"}}, {"output_format": form}):
+            document = post(url, "/v1/messages", messages=MESSAGES, max_tokens=50, **fields).json()
+            assert document["content"][0]["text"] == '{"city": "Oslo"}'
+    asked = {"messages": [{"role": "system", "content": "Kort."}, *MESSAGES], "tools": [ANTHROPIC_TOOL]}
+    counted = post(urls[0], "/v1/messages/count_tokens", **asked).json()
+    usage = post(urls[0], "/v1/messages", **asked, max_tokens=5).json()["usage"]
+    assert counted == {"input_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"]}
+
+
+def test_an_answer_may_come_back_with_fields_that_are_null(urls) -> None:
+    """As pydantic's `model_dump` of a package's own classes has them."""
+    call = post(urls[1], "/v1/responses", input="Vær?", tools=[FUNCTION]).json()["output"][0]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "regn", "caller": None}
+    items = [{"role": "user", "content": "Vær?"}, call | {"async_": None, "caller": None}, result]
+    assert post(urls[1], "/v1/responses", input=items, tools=[FUNCTION]).status_code == 200
+    answer = post(urls[1], "/v1/responses", input=[*items, {"role": "user", "content": "x", "colour": "y"}])
+    assert "unknown field" in answer.json()["error"]["message"]
+    chat = [*MESSAGES, {"role": "assistant", "content": "Ja", "reasoning_details": None}, *MESSAGES]
+    assert post(urls[0], "/v1/chat/completions", messages=chat).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/v1/completions/", "/v1/completions"),
+        ("/v1/api/chat", "/api/chat"),
+        ("/v1/embeddings", None),
+    ],
+)
+def test_a_base_url_that_is_off_is_told(urls, path, meant) -> None:
+    answer = post(urls[0], path, messages=MESSAGES)
+    assert answer.status_code == 404
+    assert (f"it is {meant}: " if meant else "see /openapi.json") in answer.text
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "kind", "words"),
     [
@@ -276,12 +317,29 @@ def test_ollama_lists_and_shows(urls) -> None:
         ({"options": {"colour": 1}}, 400, "unknown field options.colour"),
         ({"messages": [{"role": "user", "content": "x", "images": ["aGVp"]}]}, 400, "text only"),
         ({"format": "xml"}, 400, "JSON schema"),
+        ({"options": {"num_predict": 0}}, 400, "options.num_predict"),
+        ({"options": {"top_p": 2.0}}, 400, "options.top_p"),
+        ({"options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}, 400, "options.repeat_last_n: penalties look at"),
+        ({"shift": True}, 400, "ends where the context does"),
+        ({"logprobs": True}, 400, "/v1/chat/completions"),
     ],
 )
 def test_errors_of_ollama_are_texts(urls, fields, status, words) -> None:
     answer = post(urls[0], "/api/chat", **{"messages": MESSAGES, **fields})
     assert answer.status_code == status
     assert words in answer.json()["error"]
+
+
+def test_ollama_takes_what_its_own_clients_write(urls) -> None:
+    """Go's client writes every field, empty ones too; Home Assistant writes whole numbers with a point."""
+    empty = {"system": "", "template": "", "options": None, "name": ""}
+    assert post(urls[0], "/api/show", **empty).status_code == 200
+    fields = empty | {"prompt": "Hei", "suffix": "", "context": None, "raw": False, "format": None, "images": None}
+    del fields["name"]
+    assert post(urls[0], "/api/generate", **fields, stream=False).json()["response"] == ANSWER
+    options = {"num_ctx": 8192.0, "num_predict": 3.0, "top_k": 40.0, "repeat_last_n": 64, "penalize_newline": True}
+    whole = post(urls[0], "/api/chat", messages=MESSAGES, options=options, stream=False).json()
+    assert whole["eval_count"] == 3
 
 
 def test_the_description_has_all_routes(urls) -> None:

@@ -57,11 +57,13 @@ CHAT_REFUSALS = [
     ({"n": True}, "n", "valid integer"),
     ({"temperature": "hot"}, "temperature", "valid number"),
     ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+    ({"repeat_penalty": 1.1, "repetition_penalty": 1.2}, "repeat_penalty", "are the same, and differ"),
+    ({"mirostat": 2}, "mirostat", "no mirostat"),
+    ({"top_k": 1.5}, "top_k", "valid integer"),
     ({"stop": ["a"] * 17}, None, "at most 16 items"),
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-    ({"max_tokens": 101}, None, "more than this server allows (100)"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "the same limit"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "for streams"),
     ({"max_reasoning_tokens": 5}, None, "no model that marks its reasoning"),
@@ -77,6 +79,47 @@ CHAT_REFUSALS = [
     ({"store": 0}, "store", "cannot be switched on"),
     ({"seed": -2}, "seed", "greater than or equal to -1"),
 ]
+
+
+def test_a_limit_beyond_the_servers_is_the_servers(url) -> None:
+    """As elsewhere; the finish reason says that there was more to write."""
+    for path, body in (("chat/completions", CHAT), ("completions", TEXT)):
+        document = http.post(f"{url}/v1/{path}", json=body | {"max_tokens": 100_000, "ignore_eos": True}).json()
+        assert document["usage"]["completion_tokens"] == 100
+        assert document["choices"][0]["finish_reason"] == "length"
+
+
+def test_values_that_other_servers_take(url) -> None:
+    fields = {"max_tokens": 3.0, "seed": 7.0, "top_k": 40.0, "temperature": 1, "ignore_eos": True}
+    neutral = {
+        "mirostat": 0,
+        "tfs_z": 1.0,
+        "top_a": 0,
+        "min_tokens": 0,
+        "skip_special_tokens": True,
+        "cache_prompt": 1 > 0,
+    }
+    first = http.post(f"{url}/v1/chat/completions", json=CHAT | fields | neutral).json()
+    again = http.post(
+        f"{url}/v1/chat/completions", json=CHAT | {k: int(v) for k, v in fields.items()} | {"ignore_eos": True}
+    )
+    assert first["usage"]["completion_tokens"] == 3
+    assert again.json()["choices"] == first["choices"]
+
+
+def test_top_p_0_is_the_likeliest_token(url) -> None:
+    fields = {"max_tokens": 20, "ignore_eos": True}
+    greedy = http.post(f"{url}/v1/completions", json=TEXT | fields | {"temperature": 0}).json()
+    narrow = http.post(f"{url}/v1/completions", json=TEXT | fields | {"temperature": 1.5, "top_p": 0}).json()
+    assert narrow["choices"][0]["text"] == greedy["choices"][0]["text"]
+
+
+def test_repeat_penalty_is_the_repetition_penalty(url) -> None:
+    def complete(**fields):
+        asked = TEXT | {"max_tokens": 20, "ignore_eos": True, "temperature": 0} | fields
+        return http.post(f"{url}/v1/completions", json=asked).json()["choices"][0]["text"]
+
+    assert complete(repeat_penalty=0.1) == complete(repetition_penalty=0.1) != complete()
 
 
 @pytest.mark.parametrize(("fields", "param", "words"), CHAT_REFUSALS)

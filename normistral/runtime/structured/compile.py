@@ -126,7 +126,8 @@ def _tool_grammar(document: dict[str, Any]) -> str:
     rules = [f"calls: {calls}", "call: " + " | ".join(f"call{i}" for i in range(len(document["tools"])))]
     for i, (name, schema) in enumerate(document["tools"].items()):
         head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
-        rules.append(f'call{i}: {head} %json {json.dumps(prepare_schema(schema), ensure_ascii=False)} "}}"')
+        prepared = prepare_schema(schema, lenient=name not in document["strict"])
+        rules.append(f'call{i}: {head} %json {json.dumps(prepared, ensure_ascii=False)} "}}"')
     start = "start: calls"
     if document["text"] is True:
         start = "start: TEXT? | calls"

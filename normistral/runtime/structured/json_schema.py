@@ -37,8 +37,21 @@ _COMBINE = {"allOf", "anyOf", "oneOf", "$ref"}
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01][0-9a-f]|\x7f")
 
 
-def prepare_schema(schema: dict[str, Any]) -> dict[str, Any]:
+# JSON Schema 2020-12, Validation, 7.3. Another name is an annotation there, which means nothing to a validator.
+_FORMATS = frozenset(
+    (
+        *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6"),
+        *("uri", "uri-reference", "uri-template", "iri", "iri-reference", "uuid", "regex"),
+        *("json-pointer", "relative-json-pointer"),
+    )
+)
+
+
+def prepare_schema(schema: dict[str, Any], *, lenient: bool = False) -> dict[str, Any]:
     """The schema in the form for the library.
+
+    Args:
+        lenient: pass over keywords that cannot be kept to.
 
     Raises:
         UsageError: it is too large, or cannot be kept to.
@@ -55,7 +68,20 @@ def prepare_schema(schema: dict[str, Any]) -> dict[str, Any]:
     _limit_multiples(subschemas)
     for part in subschemas:
         _refuse_repeatable_keys(part)
-    return {**schema, "x-guidance": WRITING}
+    return {**_without_other_formats(schema), "x-guidance": WRITING | ({"lenient": True} if lenient else {})}
+
+
+def _without_other_formats(value: Any) -> Any:
+    """A schema without formats of which the standard knows nothing."""
+    if isinstance(value, list):
+        return [_without_other_formats(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: part if key in DATA_KEYWORDS else _without_other_formats(part)
+        for key, part in value.items()
+        if key != "format" or not isinstance(part, str) or part in _FORMATS
+    }
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any] | list[Any]]:

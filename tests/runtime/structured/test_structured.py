@@ -380,6 +380,7 @@ def test_an_answer_that_could_not_be_told_from_blanks_is_refused(tmp_path):
         (lambda: Structure.json_schema({"type": "array", "uniqueItems": True}), 'not supported: "uniqueItems"'),
         (lambda: Structure.json_schema({"not": {}, "if": {}}), 'not supported: "if", "not"'),
         (lambda: Structure.json_schema({"type": "string", "format": "regex"}), "Unknown format: regex"),
+        (lambda: Structure.json_schema({"properties": {"format": {"format": "iri"}}}), "Unknown format: iri"),
         (lambda: Structure.json_schema({"$ref": "https://example.org/x"}), "not present in a registry"),
         (lambda: Structure.json_schema({"$ref": "#/nei"}), "'/nei' does not exist"),
         (lambda: Structure.json_schema({"$ref": "#"}), "no text fits it"),
