@@ -77,6 +77,14 @@ def find_licence(manifest: Manifest, options: CardOptions) -> str | None:
     return None if licence is None else licence.lower()
 
 
+def find_reference(manifest: Manifest) -> str | None:
+    """What `eval --reference` takes for the checkpoint of an artifact; None where only its maker has it."""
+    preset = _find_preset(manifest, CardOptions())
+    if manifest.source.kind == "package":
+        return None if preset is None else preset.name
+    return _find_base_model(manifest, None, CardOptions())
+
+
 def card_licence(card: bytes) -> str | None:
     """The licence that a card's metadata names; None if it names none."""
     found = re.match(rb"---\r?\n(.*?)\n---\s", card, re.DOTALL)
@@ -191,9 +199,7 @@ class _Card:
         yield "These figures are the word of whoever published it. To measure it yourself:"
         yield ""
         yield "```sh"
-        reference = self.base_model or "CHECKPOINT"
-        if self.preset is not None and self.manifest.source.kind == "package":
-            reference = self.preset.name
+        reference = self.options.base_model or find_reference(self.manifest) or "CHECKPOINT"
         yield f"normistral eval {self.name} --text FILE --reference {reference}"
         yield "```"
 

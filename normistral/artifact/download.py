@@ -121,6 +121,25 @@ def download_published(name: PublishedName, progress: Progress) -> Path:
     return target
 
 
+def discard_partial(name: PublishedName) -> bool:
+    """Remove what an interrupted download left; whether there was anything.
+
+    Raises:
+        UsageError: a download of it is running.
+        OSError: it cannot be removed.
+    """
+    root = store.artifacts_dir()
+    work = root / f".{name.folder_name}.download"
+    if not is_own_folder(work):
+        return False
+    try:
+        with locked(root / f".{name.folder_name}.lock"):
+            remove_own_folder(work)
+    except BlockingIOError as exc:
+        raise UsageError(f"another process is downloading {name}", "end it first") from exc
+    return True
+
+
 def _read_manifest(repository: Repository, listing: Listing) -> bytes:
     listed = listing.files.get(MANIFEST_NAME)
     if listed is None:

@@ -160,7 +160,7 @@ class Repository:
         """
         path = f"/{self.name}/resolve/{commit}/{urllib.parse.quote(name, safe='')}"
         try:
-            with self._open(path, start) as response:
+            with self._open(path, start, retried=True) as response:
                 part = response.headers.get("Content-Range", "")
                 if start and not (response.status == 206 and part.startswith(f"bytes {start}-")):
                     raise PartialUnsupportedError
@@ -176,10 +176,13 @@ class Repository:
         )
 
     @contextmanager
-    def _open(self, path: str, start: int) -> Iterator[http.client.HTTPResponse]:
+    def _open(self, path: str, start: int, *, retried: bool = False) -> Iterator[http.client.HTTPResponse]:
         """The answer to a request, after redirects: a few, never from HTTPS to HTTP, nor to anything but HTTP.
 
         urllib follows them too, but it reads the redirecting answer to its end first, which need not come.
+
+        Args:
+            retried: the caller tries again, so that a failure of the server counts as a broken connection.
         """
         address = self.address + path
         for _ in range(_MAX_REDIRECTS + 1):
@@ -187,6 +190,8 @@ class Repository:
                 response = self._opener.open(self._request(address, start), timeout=_SILENCE_S)
             except urllib.error.HTTPError as exc:
                 exc.close()
+                if exc.code >= 500 and retried:
+                    raise ConnectionBrokenError(f"HTTP {exc.code}") from exc
                 if exc.code not in _REDIRECTS:
                     self._refused(exc)
                 address = self._redirected(address, exc.headers.get("Location", ""))

@@ -105,7 +105,7 @@ def evaluate(
     with show_progress() as progress:
         opening = None if options.reference is None else partial(_open_reference, options, progress)
         result = quality.evaluate(opened, text, plan, progress, opening, _cache_folder())
-    _remember_repeat(opened, options, result)
+    remember_repeat(opened, options, result)
     document = _document(opened.folder, options, engine, result)
     if options.json_file == "-":
         print_json(document)
@@ -115,7 +115,7 @@ def evaluate(
         write_result(Path(options.json_file), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
 
 
-def _remember_repeat(artifact: Artifact, options: EvalArgs, result: Evaluation) -> None:
+def remember_repeat(artifact: Artifact, options: EvalArgs, result: Evaluation) -> None:
     """Note in the copy of a published artifact how it compares with the checkpoint; `info` shows it."""
     origin, compared = read_origin(artifact.folder), result.quality.comparison
     if origin is None or compared is None or options.reference is None or _is_artifact(options.reference):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from normistral.artifact.advisory import find_advice
-from normistral.artifact.card import render_card
+from normistral.artifact.card import find_reference, render_card
 from normistral.artifact.extra_files import CARD_NAME, is_sealed, read_card
 from normistral.artifact.manifest import (
     Manifest,
@@ -173,8 +173,9 @@ def _certificate(manifest: Manifest, origin: Origin | None) -> Iterator[tuple[st
     """Rows of the verification at export; of a published artifact they are its publisher's word."""
     yield "verified", ("" if origin is None else "its publisher says: ") + _VERIFIED[manifest.verified]
     if origin is not None and origin.repeat is None:
-        reference = manifest.source.id if manifest.source.kind == "hub" else "CHECKPOINT"
-        yield "", f"nobody compared it here; do it with: normistral eval ... --text FILE --reference {reference}"
+        name = origin.repository + ("" if origin.revision is None else f"@{origin.revision}")
+        reference = find_reference(manifest) or "CHECKPOINT"
+        yield "", f"nobody compared it here; do it with: normistral eval {name} --text FILE --reference {reference}"
     elif origin is not None and (repeat := origin.repeat) is not None:
         figures = f"KL divergence {repeat.kl_nats:.3g} nats, same first choice at {repeat.top1_agreement:.0%}"
         yield "", f"compared here with {repeat.reference} on {repeat.date}: {figures} of {repeat.tokens:,} tokens"

@@ -9,6 +9,7 @@ import typer
 
 from normistral.artifact import store
 from normistral.artifact.manifest import MANIFEST_NAME
+from normistral.artifact.origin import find_copy, parse_published
 from normistral.commands import console
 from normistral.commands.options import Debug, complete_stored
 from normistral.errors import UsageError
@@ -35,7 +36,10 @@ def rm(
     """
     from normistral.runtime.tuned import forget_tuned
 
-    folders = [store.find_stored(name) for name in dict.fromkeys(names)]
+    given = [name for name in dict.fromkeys(names) if not _discard_partial(name)]
+    folders = [store.find_stored(name) for name in given]
+    if not folders:
+        return
     for folder in folders:
         store.check_removable(folder)
     sizes = {folder: format_bytes(store.folder_bytes(folder)) for folder in folders}
@@ -51,3 +55,16 @@ def rm(
         store.remove_artifact(folder)
         forget_tuned(tuned_for)
         console.say(f"removed {folder.name} ({sizes[folder]})")
+
+
+def _discard_partial(name: str) -> bool:
+    """Remove what an interrupted download of a published artifact left, where there is no copy yet."""
+    published = parse_published(name)
+    if published is None or find_copy(store.artifacts_dir(), published) is not None:
+        return False
+    from normistral.artifact.download import discard_partial
+
+    if not discard_partial(published):
+        return False
+    console.say(f"removed what was downloaded of {name} so far")
+    return True

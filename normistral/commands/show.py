@@ -10,6 +10,7 @@ import typer
 
 from normistral.artifact import store
 from normistral.artifact.manifest import Manifest, read_manifest
+from normistral.artifact.origin import read_origin
 from normistral.commands import console
 from normistral.commands.console import format_columns
 from normistral.commands.info import info_document
@@ -45,6 +46,7 @@ def show_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
     """An artifact in a few words."""
     shape, source = manifest.architecture, manifest.source
     engine = {"openvino": "OpenVINO", "onnx": "onnxruntime"}[manifest.format]
+    origin, check = read_origin(folder), _QUALITY_CHECK[manifest.verified]
     command = "chat" if manifest.template is not None else "generate"
     rows = [
         ("name", folder.name),
@@ -56,7 +58,8 @@ def show_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
         ("runs with", engine),
         ("for", describe_use(manifest)),
         ("reads at most", f"{manifest.context_length:,} tokens, prompt and answer together"),
-        ("quality check", _QUALITY_CHECK[manifest.verified]),
+        *(() if origin is None else (("published as", f"{origin.repository} at {origin.commit[:12]}"),)),
+        ("quality check", check if origin is None else f"its publisher says: {check}"),
         ("try it", f"normistral {command} {folder.name}"),
     ]
     yield format_columns([(translate(name), translate(text)) for name, text in rows])

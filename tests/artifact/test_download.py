@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ import normistral
 from normistral.artifact import download as download_module
 from normistral.artifact import hub as hub_module
 from normistral.artifact import store
+from normistral.artifact.artifact import Artifact
 from normistral.artifact.download import download_published, find_or_download
 from normistral.artifact.extra_files import ORIGIN_NAME
 from normistral.artifact.manifest import (
@@ -36,6 +38,7 @@ from normistral.artifact.manifest import (
 )
 from normistral.artifact.origin import parse_published, read_origin
 from normistral.cli import main
+from normistral.commands.eval import EvalArgs, remember_repeat
 from normistral.errors import (
     ArtifactError,
     DownloadError,
@@ -44,7 +47,8 @@ from normistral.errors import (
     ResourceError,
     UsageError,
 )
-from normistral.files import make_own_folder
+from normistral.evaluation.metrics import Estimate
+from normistral.files import locked, make_own_folder
 from normistral.progress import NoProgress
 
 NAME, BIG = "norallm/tiny", "openvino_model.bin"
@@ -350,6 +354,26 @@ def test_refusals(hub: LoopbackHub, status: tuple[int, str], kind: type[Normistr
     assert text in refusal(kind).message
 
 
+def test_a_server_that_fails_for_a_moment(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = hub_module.Repository._request
+
+    def fail_once(self: Any, address: str, start: int) -> Any:
+        hub.status = (503, "") if address.endswith(BIG) and not hub.asked_for(BIG) else None
+        return sent(self, address, start)
+
+    monkeypatch.setattr(hub_module.Repository, "_request", fail_once)
+    find_or_download(NAME)
+    assert len(hub.asked_for(BIG)) == 2
+
+
+def test_it_needs_nothing_but_the_runtime(hub: LoopbackHub) -> None:
+    code = "import sys; from normistral.artifact.download import find_or_download; find_or_download('norallm/tiny')\n"
+    code += "print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert not imported & {"huggingface_hub", "requests", "httpx", "torch", "transformers", "openvino", "tokenizers"}
+
+
 def test_full_disk(hub: LoopbackHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(download_module, "free_disk_bytes", lambda path: 1000)
@@ -540,6 +564,35 @@ def test_rm_takes_the_name_and_what_was_left(hub: LoopbackHub, home: Path) -> No
     find_or_download(NAME)
     assert main(["rm", NAME, "--yes"]) == 0
     assert [*home.iterdir()] == []
+    assert main(["rm", NAME, "--yes"]) == 1
+    hub.cut[BIG] = [0] * 50
+    refusal(DownloadError)
+    assert [*home.iterdir()] == [home / f".{COPY}.download"]
+    with locked(home / f".{COPY}.lock"):
+        assert main(["rm", NAME, "--yes"]) == 2
+    assert main(["rm", NAME, "--yes"]) == 0
+    assert [*home.iterdir()] == []
+
+
+def test_eval_remembers_what_it_found(
+    hub: LoopbackHub, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a checkpoint; beside another artifact it says nothing of the certificate."""
+    opened = Artifact.open(find_or_download(NAME))
+    compared = SimpleNamespace(kl_mean=Estimate(0.0448, None, None), top1_agreement=Estimate(0.91, None, None))
+    result: Any = SimpleNamespace(quality=SimpleNamespace(comparison=compared, tokens=4096))
+    (tmp_path / "work" / "other").mkdir()
+    (tmp_path / "work" / "other" / "normistral.json").write_text("{}")
+    for reference in (None, "other"):
+        remember_repeat(opened, EvalArgs(Path("text"), reference), result)
+        assert main(["show", NAME]) == 0
+        assert "its publisher says: not recorded" in capsys.readouterr().out
+    remember_repeat(opened, EvalArgs(Path("text"), "norallm/normistral-7b-warm"), result)
+    assert main(["info", NAME]) == 0
+    shown = capsys.readouterr().out
+    assert "compared here with norallm/normistral-7b-warm on" in shown
+    assert "KL divergence 0.0448 nats, same first choice at 91% of 4,096 tokens" in shown
+    assert "nobody compared it here" not in shown
 
 
 def test_a_copy_under_another_name_is_none(hub: LoopbackHub, home: Path) -> None:
