@@ -45,6 +45,7 @@ from normistral.errors import (
 )
 from normistral.hardware import read_machine
 from normistral.progress import NoProgress
+from normistral.runtime.kernels import library
 from normistral.runtime.kernels.library import find_obstacle
 
 HERE = choose_target()
@@ -123,15 +124,18 @@ class Notes(NoProgress):
         self.said.append(text)
 
 
-def test_an_int4_model_for_openvino_brings_its_kernels(tmp_path, monkeypatch, no_packaged_kernel):
+def test_an_int4_model_for_openvino_brings_its_kernels(tmp_path, monkeypatch, request):
     manifest = make_manifest(files={}, format="openvino")
     assert manifest.recipe.weights == "int4"
     closure = Closure({"openvino": wheel_of("openvino", version("openvino"))}, {})
     if find_obstacle(read_machine()) is None and shutil.which("c++"):
+        folder = next(iter(request.getfixturevalue("every_kernel").values())).parent
+        monkeypatch.setattr(library, "PACKAGED", folder)
         entries = bundling._compile_kernels(manifest, closure, HERE, tmp_path, NoProgress())
         assert [re.sub(r".*-(avx\w+)-.*", r"\1", entry.name) for entry in entries] == ["avx512", "avxvnni", "avx2"]
         assert not any(str(Path(normistral.__file__).parent).encode() in entry.source for entry in entries)
     notes = Notes()
+    monkeypatch.setattr(library, "PACKAGED", tmp_path / "not-compiled")
     monkeypatch.setenv("CXX", "no-such-compiler")
     (tmp_path / "again").mkdir()
     assert bundling._compile_kernels(manifest, closure, HERE, tmp_path / "again", notes) == []

@@ -10,8 +10,9 @@ import time
 from dataclasses import replace
 
 import pytest
+from fork_server import run_forked
 from sample_artifacts import BIG_FILE, SMALL_FILE
-from scripted_cli import HELPERS, command, make_artifact
+from scripted_cli import DEFAULTS, HELPERS, command, make_artifact
 
 from normistral import errors
 from normistral.artifact.manifest import Manifest, RecipeRecord, read_manifest, write_manifest
@@ -39,8 +40,12 @@ def artifact(tmp_path):
 
 def run(tmp_path, *arguments, stdin=None, settings=None, env=None):
     """Run in a process of its own; stdout and stderr as bytes."""
+    settings = {"answers": [ANSWER]} | (settings or {})
+    if env is None and sys.platform == "linux":
+        script = DEFAULTS | {"folder": str(tmp_path)} | settings
+        return run_forked(script, list(map(str, arguments)), stdin=stdin, cwd=HELPERS)
     return subprocess.run(
-        command(tmp_path, *map(str, arguments), **{"answers": [ANSWER]} | (settings or {})),
+        command(tmp_path, *map(str, arguments), **settings),
         input=stdin,
         stdin=subprocess.DEVNULL if stdin is None else None,
         capture_output=True,

@@ -1,9 +1,9 @@
-"""Peak memory of a calibration pass for 2 and for 14 layers, in a process of its own.
+"""Peak memory of the calibration passes for 2 and for 14 layers, in a process of its own.
 
 The allocator keeps freed memory as it likes, and more of it in a process where other tests ran before (up to 180 MB
 were seen). Here every large block is a mapping that goes back to the system when it is freed, so figures repeat.
 
-    python tests/helpers/peak_memory.py measure_sensitivity|round_layers FOLDER    (FOLDER is for what it writes)
+    python tests/helpers/peak_memory.py FOLDER    (for what it writes)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,17 @@ SHAPE = {"hidden": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "feed_forward
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}  # mallopt(3)
 
 
-def peak_bytes(work: str, folder: Path) -> dict[int, int]:
-    """Bytes that `work` took at its peak, by the number of layers."""
-    command = [sys.executable, __file__, work, str(folder)]
+def peak_bytes(folder: Path) -> dict[str, dict[int, int]]:
+    """Bytes at the peak of rounding layers and of measuring their sensitivity, by the number of layers."""
+    command = [sys.executable, __file__, str(folder)]
     ran = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    return {int(layers): peak for layers, peak in json.loads(ran.stdout).items()}
+    return {
+        work: {int(layers): peak for layers, peak in found.items()} for work, found in json.loads(ran.stdout).items()
+    }
 
 
-def main(work: str, folder: Path) -> None:
+def main(folder: Path) -> None:
     from tiny_models import make_llama
 
     from normistral.export.checkpoint.locate import locate
@@ -42,23 +45,28 @@ def main(work: str, folder: Path) -> None:
     from normistral.export.resources import MemoryMeter
     from normistral.progress import NoProgress, Uncounted
 
+    def round_layers(checkpoint, scratch):
+        plan = QuantPlan("scale_search", 4, 64, symmetric=True)
+        quantize_layers(checkpoint, plan, [WINDOW], QuantizedTensorStore(scratch), Uncounted())
+
+    def sensitivity(checkpoint, scratch):
+        measure_sensitivity(
+            checkpoint, QuantPlan("scale_search", 4, 64, symmetric=True, ratio=0.5), [WINDOW], Uncounted()
+        )
+
+    models = {layers: make_llama(folder / f"model-{layers}", layers=layers, **SHAPE) for layers in (2, 14)}
     peaks = {}
-    for run, layers in enumerate((2, 2, 14)):  # the first run imports and warms up
-        scratch = folder / f"scratch-{run}"
-        scratch.mkdir()
-        model = make_llama(folder / f"model-{run}", layers=layers, **SHAPE)
-        checkpoint = open_checkpoint(locate(str(model), progress=NoProgress()), scratch, progress=NoProgress())
-        with MemoryMeter() as meter:
-            before = meter.peak_bytes or 0
-            if work == "round_layers":
-                plan = QuantPlan("scale_search", 4, 64, symmetric=True)
-                quantize_layers(checkpoint, plan, [WINDOW], QuantizedTensorStore(scratch), Uncounted())
-            else:
-                plan = QuantPlan("scale_search", 4, 64, symmetric=True, ratio=0.5)
-                measure_sensitivity(checkpoint, plan, [WINDOW], Uncounted())
-        peaks[layers] = (meter.peak_bytes or 0) - before
+    for work in (round_layers, sensitivity):
+        for layers in (2, 2, 14):  # the first run imports and warms up
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                located = locate(str(models[layers]), progress=NoProgress())
+                checkpoint = open_checkpoint(located, Path(scratch), progress=NoProgress())
+                with MemoryMeter() as meter:
+                    before = meter.peak_bytes or 0
+                    work(checkpoint, Path(scratch))
+            peaks.setdefault(work.__name__, {})[layers] = (meter.peak_bytes or 0) - before
     print(json.dumps(peaks))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

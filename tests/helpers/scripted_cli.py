@@ -19,6 +19,7 @@ from normistral.cli import main
 from normistral.runtime.model import Model
 
 HELPERS = Path(__file__).parent
+DEFAULTS = {"context_length": 400, "answers": ["svar"], "after": None}
 
 
 def command(folder: Path, *arguments: str, **settings) -> list[str]:
@@ -55,5 +56,4 @@ def run(script: dict, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    defaults = {"context_length": 400, "answers": ["svar"], "after": None}
-    sys.exit(run(defaults | json.loads(sys.argv[1]), sys.argv[2:]))
+    sys.exit(run(DEFAULTS | json.loads(sys.argv[1]), sys.argv[2:]))

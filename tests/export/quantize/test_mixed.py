@@ -12,7 +12,6 @@ import openvino
 import pytest
 import torch
 from checkpoint_headers import read_headers
-from peak_memory import peak_bytes
 from sabotage import export as export_sabotaged
 from sabotage import places_of, read_at, write_at
 from safetensors.numpy import load_file, save_file
@@ -146,12 +145,6 @@ def test_a_model_that_computes_no_numbers_is_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match="computes values that are not numbers"):
         measure(folder, tmp_path / "scratch")
-
-
-def test_memory_of_the_choice_does_not_grow_with_the_number_of_layers(tmp_path):
-    """Twelve more layers are 50 MB in float32."""
-    peaks = peak_bytes("measure_sensitivity", tmp_path)
-    assert peaks[14] < peaks[2] + 15e6, peaks
 
 
 # The artifacts

@@ -216,6 +216,8 @@ def test_two_calibrations_give_the_same_bytes(method, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """Twelve more layers are 50 MB in float32."""
-    peaks = peak_bytes("round_layers", tmp_path)
-    assert peaks[14] < peaks[2] + 15e6, peaks
+    """Twelve more layers are 50 MB in float32; neither rounding nor the choice of matrices for 8 bits keeps them."""
+    peaks = peak_bytes(tmp_path)
+    assert peaks.keys() == {"round_layers", "sensitivity"}
+    for of_layers in peaks.values():
+        assert of_layers[14] < of_layers[2] + 15e6, peaks
