@@ -34,9 +34,8 @@ from normistral.runtime.chunks import Timings
 from normistral.runtime.generate import Limits, generate_tokens
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sequence import CachedSequence
-from normistral.runtime.speculative.decoder import Decoder, PlainDecoder, SpeculativeDecoder
+from normistral.runtime.speculative.decoder import Decoder, Draft, PlainDecoder, SpeculativeDecoder
 from normistral.runtime.speculative.draft_length import StepCosts
-from normistral.runtime.speculative.prompt_lookup import Draft
 
 WARM_UP = "Repeat this three times: the quick brown fox jumps over the lazy dog and runs into the forest."
 

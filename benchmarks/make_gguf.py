@@ -45,7 +45,7 @@ def convert(checkpoint: Path, output: Path, dtype: str) -> None:
 
     from normistral.export.checkpoint.config import read_json
     from normistral.export.checkpoint.families import find_family
-    from normistral.export.checkpoint.tensor_reader import WeightReader
+    from normistral.export.checkpoint.tensor import WeightReader
     from normistral.export.checkpoint.weights import find_weight_files, read_tensors, with_prefix
 
     config = read_json(checkpoint / "config.json")

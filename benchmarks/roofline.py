@@ -22,13 +22,13 @@ from typing import Any
 
 from normistral import hardware
 from normistral.artifact.manifest import read_manifest
-from normistral.evaluation.bench.bandwidth import (
+from normistral.evaluation.bench.configuration import Configuration
+from normistral.evaluation.bench.machine import (
     SINGLE_THREADED_BLAS,
     Bandwidth,
     choose_buffer_bytes,
     last_level_cache_bytes,
 )
-from normistral.evaluation.bench.configuration import Configuration
 from normistral.evaluation.bench.speed import Pass
 from normistral.evaluation.bench.worker import LoadModel, MeasureBandwidth, MeasurePass, ModelLoaded, Worker
 

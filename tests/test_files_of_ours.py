@@ -14,7 +14,7 @@ from normistral.batch.journal import begin_run, open_journal, parts_folder, remo
 from normistral.commands.line_editor import _open_history
 from normistral.commands.saved_chats import load_conversation, save_conversation
 from normistral.errors import NormistralError, UsageError
-from normistral.runtime.session_file import open_session
+from normistral.runtime.sessions import open_session
 
 JOB = {"a": 1}
 

@@ -2,8 +2,8 @@
 
     python bandwidth.py THREADS
 
-answers each line on stdin with one of JSON on stdout (fields of `normistral.evaluation.bench.bandwidth.Bandwidth`);
-needs normistral.evaluation.bench.bandwidth.SINGLE_THREADED_BLAS in its environment.
+answers each line on stdin with one of JSON on stdout (fields of `normistral.evaluation.bench.machine.Bandwidth`);
+needs normistral.evaluation.bench.machine.SINGLE_THREADED_BLAS in its environment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from normistral.evaluation.bench.bandwidth import (
+from normistral.evaluation.bench.machine import (
     SINGLE_THREADED_BLAS,
     choose_buffer_bytes,
     last_level_cache_bytes,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from normistral.evaluation.bench.bandwidth import is_steady
+from normistral.evaluation.bench.machine import is_steady
 
 RESAMPLES = 10_000
 APART = 1.25  # phases of a memory whose means are nearer than this are one

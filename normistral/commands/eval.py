@@ -152,7 +152,7 @@ def _open_reference(options: EvalArgs, progress: Progress) -> AbstractContextMan
                 f"--ignore-field means nothing here: {reference} is an artifact", "leave it out, or name a checkpoint"
             )
         return nullcontext(artifact_reference(store.resolve_artifact(reference)))
-    from normistral.export.reference.evaluation import checkpoint_reference
+    from normistral.export.reference.layerwise import checkpoint_reference
 
     return checkpoint_reference(reference, _cache_folder(), progress, options.ignore_field or ())
 

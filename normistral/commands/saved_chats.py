@@ -120,7 +120,7 @@ def check_session(path: Path, system: str | None) -> None:
     require_place(path, "--session")
     if not path.exists():
         return
-    from normistral.runtime.session_file import open_session
+    from normistral.runtime.sessions import open_session
 
     with open_session(path):
         pass

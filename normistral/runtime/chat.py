@@ -27,8 +27,7 @@ from normistral.runtime.overflow import (
 )
 from normistral.runtime.runner import NonBlockingLock, Runner
 from normistral.runtime.sequence import CachedSequence
-from normistral.runtime.session_file import SavedMessage
-from normistral.runtime.sessions import restore_sequence, save_sequence
+from normistral.runtime.sessions import SavedMessage, restore_sequence, save_sequence
 from normistral.runtime.tools import ToolCallParser, read_tools, tool_structure
 
 Message = dict[str, Any]

@@ -16,7 +16,7 @@ from normistral.artifact.chat_template import ChatTemplate
 from normistral.errors import UsageError
 from normistral.files import open_file
 from normistral.runtime.engines.block_pool import BLOCK_TOKENS
-from normistral.runtime.session_file import MAGIC, SessionHeader, open_session
+from normistral.runtime.sessions import MAGIC, SessionHeader, open_session
 from normistral.server.backends.prefixes import NamedPrefix
 from normistral.server.model_handler import ModelHandler
 from normistral.text_input import read_text_file

@@ -8,7 +8,7 @@ from scripted_cli import make_artifact
 from test_cli import ANSWER, require_two_lines, run
 from test_repl import CTRL_D, PROMPT, start  # noqa: F401  (a fixture)
 
-from normistral.runtime.session_file import open_session
+from normistral.runtime.sessions import open_session
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from scripted_models import make_base_model, make_model
 
 from normistral.artifact.store import default_output
 from normistral.export.recipe import Recipe
-from normistral.runtime.session_file import open_session
+from normistral.runtime.sessions import open_session
 
 SESSIONS = (HELPERS.parents[1] / "docs" / "sessions.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", SESSIONS, re.DOTALL)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from normistral.evaluation.bench.bandwidth import (
+from normistral.evaluation.bench.machine import (
     _KERNELS,
     MIN_BUFFER_BYTES,
     _best_pass,
@@ -91,7 +91,7 @@ def test_blas_is_told_to_use_one_thread_in_time():
         "import sys\nassert 'numpy' not in sys.modules\n"
         "from normistral.evaluation.bench.worker import Worker\n"
         "from normistral.evaluation.bench.worker import MeasureBandwidth\n"
-        "from normistral.evaluation.bench.bandwidth import SINGLE_THREADED_BLAS, Bandwidth\n"
+        "from normistral.evaluation.bench.machine import SINGLE_THREADED_BLAS, Bandwidth\n"
         "with Worker('x', SINGLE_THREADED_BLAS) as worker:\n"
         "    found = worker.ask(MeasureBandwidth(1, 2**20), Bandwidth)\n"
         "    environ = open(f'/proc/{worker._process.pid}/environ').read()\n"

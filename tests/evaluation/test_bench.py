@@ -16,7 +16,6 @@ from normistral.artifact.manifest import FileRecord, RecipeRecord
 from normistral.cli import main
 from normistral.errors import EngineError, ModelNotFoundError, ResourceError, UsageError
 from normistral.evaluation.bench import runner
-from normistral.evaluation.bench.bandwidth import Bandwidth
 from normistral.evaluation.bench.configuration import (
     Configuration,
     Samples,
@@ -24,7 +23,7 @@ from normistral.evaluation.bench.configuration import (
     read_configurations,
     split_settings,
 )
-from normistral.evaluation.bench.machine import ProcessMemory, read_process_memory
+from normistral.evaluation.bench.machine import Bandwidth, ProcessMemory, read_process_memory
 from normistral.evaluation.bench.results import Spread
 from normistral.evaluation.bench.runner import Watcher, choose_interleaving, run_benchmark
 from normistral.evaluation.bench.speed import ConversationPass, Pass, SpeedPlan

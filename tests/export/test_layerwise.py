@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM
 from normistral.evaluation.windows import choose_windows, cut
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import open_checkpoint
-from normistral.export.reference import evaluation as opening
+from normistral.export.reference import layerwise as opening
 from normistral.export.reference import model as reference
-from normistral.export.reference.evaluation import WholeModel, checkpoint_reference
-from normistral.export.reference.layerwise import LayeredModel
+from normistral.export.reference.layerwise import LayeredModel, WholeModel, checkpoint_reference
 from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress
 

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from normistral.evaluation.bench.bandwidth import Bandwidth
-from normistral.evaluation.bench.machine import MachineReport, ProcessMemory
+from normistral.evaluation.bench.machine import Bandwidth, MachineReport, ProcessMemory
 from normistral.evaluation.bench.results import (
     AnswerResult,
     BandwidthResult,

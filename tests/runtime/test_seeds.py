@@ -12,7 +12,7 @@ from scripted_models import make_base_model, make_model
 from tiny_models import VOCABULARY, make_mistral
 
 import normistral
-from normistral.runtime import session_file
+from normistral.runtime import sessions
 from normistral.runtime.chunks import Completion
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.options import GenerationConfig
@@ -202,8 +202,8 @@ def test_sessions_keep_what_serves_a_seed_if_it_was_computed_the_same_way(script
 def test_a_session_of_the_format_s_first_version_is_read_and_serves_no_seed(scripted, tmp_path, monkeypatch):
     prompt = list(range(5, 155))
     with monkeypatch.context() as patch:
-        patch.setattr(session_file, "VERSION", 1)
-        write = session_file.write_session
+        patch.setattr(sessions, "VERSION", 1)
+        write = sessions.write_session
         patch.setattr(
             "normistral.runtime.sessions.write_session",
             lambda path, header, *rest: write(path, _as_version_1(header), *rest),

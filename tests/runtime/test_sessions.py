@@ -19,12 +19,11 @@ from tiny_models import VOCABULARY
 
 from normistral.artifact.manifest import Template
 from normistral.errors import BusyError, ClosedError, EngineError, NormistralError, SessionError, UsageError
-from normistral.runtime import session_file
+from normistral.runtime import sessions
 from normistral.runtime.engines.base import CacheTensor
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.sequence import WORTH_COPYING
-from normistral.runtime.session_file import SessionHeader, open_session, write_session
-from normistral.runtime.sessions import session_key
+from normistral.runtime.sessions import SessionHeader, open_session, session_key, write_session
 
 OPTIONS = {"max_new_tokens": 8, "ignore_eos": True, "draft": "off"}  # what is computed is counted
 LONG = "Blåbærsyltetøy på brød. " * 6  # 168 tokens
@@ -220,14 +219,14 @@ def test_every_changed_byte_is_found(saved):
         with pytest.raises((SessionError, UsageError)) as caught:
             read(saved)
         assert caught.value.hint
-        assert isinstance(caught.value, SessionError) or position < len(session_file.MAGIC)
+        assert isinstance(caught.value, SessionError) or position < len(sessions.MAGIC)
 
 
 def test_every_missing_end_is_found_and_so_is_one_byte_too_many(saved):
     whole = saved.read_bytes()
     for length in range(len(whole)):
         saved.write_bytes(whole[:length])
-        with pytest.raises(SessionError if length >= len(session_file.MAGIC) else UsageError):
+        with pytest.raises(SessionError if length >= len(sessions.MAGIC) else UsageError):
             read(saved)
     saved.write_bytes(whole + b"\0")
     with pytest.raises(SessionError, match="its end does not fit"):
@@ -251,14 +250,14 @@ def write(path, model, token_ids, tensors, **changes):
 
 
 def test_a_promise_of_more_than_there_is_allocates_nothing(tmp_path, model, monkeypatch):
-    record = session_file._Record
+    record = sessions._Record
 
     def huge(name, kind, shape):
         return record(name, kind, [2**31, 2**31])
 
-    monkeypatch.setattr(session_file, "_Record", huge)
+    monkeypatch.setattr(sessions, "_Record", huge)
     write(tmp_path / "s", model, [5], [CacheTensor("tokens", np.array([5]))])
-    monkeypatch.setattr(session_file, "_Record", record)
+    monkeypatch.setattr(sessions, "_Record", record)
     with pytest.raises(SessionError, match="ends too early"):
         model.restore_chat(tmp_path / "s")
 
@@ -266,7 +265,7 @@ def test_a_promise_of_more_than_there_is_allocates_nothing(tmp_path, model, monk
 @pytest.mark.parametrize("length", [2**62, 2**31])
 def test_a_header_that_is_too_long_is_not_read(model, saved, length):
     whole = saved.read_bytes()
-    start = len(session_file.MAGIC) + 4
+    start = len(sessions.MAGIC) + 4
     saved.write_bytes(whole[:start] + length.to_bytes(8, "little") + whole[start + 8 :])
     with pytest.raises(SessionError, match="header is too long"):
         model.restore_chat(saved)
@@ -289,7 +288,7 @@ def test_writing_and_reading_take_the_memory_of_one_tensor(tmp_path, model):
 
 def test_a_newer_version_asks_for_an_upgrade(model, saved):
     whole = saved.read_bytes()
-    start = len(session_file.MAGIC)
+    start = len(sessions.MAGIC)
     saved.write_bytes(whole[:start] + (3).to_bytes(4, "little") + whole[start + 4 :])
     with pytest.raises(SessionError, match="has version 3 of the format") as caught:
         model.restore_chat(saved)
@@ -316,7 +315,7 @@ def test_tensors_that_are_not_this_models_are_refused(tmp_path, model, token_ids
 
 def test_a_header_of_other_fields_is_refused(tmp_path, model, saved):
     whole = saved.read_bytes()
-    start = len(session_file.MAGIC) + 12
+    start = len(sessions.MAGIC) + 12
     length = int.from_bytes(whole[start - 8 : start], "little")
     text = whole[start : start + length].replace(b'"kind":"chat"', b'"mind":"chat"')
     head = whole[:start] + text

@@ -8,10 +8,10 @@ from gguf import Keys
 
 from normistral.export.checkpoint.config_fields import LEFTOVER_PREFIXES
 from normistral.export.checkpoint.families import FAMILIES
-from normistral.export.checkpoint.families.rope import ROPE_FIELDS
+from normistral.export.checkpoint.families.llama import ROPE_FIELDS
 from normistral.export.checkpoint.fields import KnownField
 from normistral.export.checkpoint.generation_config import GENERATION_FIELDS
-from normistral.export.checkpoint.gguf_fields import GGUF_FIELDS
+from normistral.export.checkpoint.gguf import GGUF_FIELDS
 
 _HEAD = """# The fields of a checkpoint, and what becomes of each
 

@@ -10,6 +10,7 @@ from functools import partial
 import httpx
 import numpy as np
 import pytest
+from shared_folders import make_once
 from tiny_bloom import make_bloom
 from tiny_models import END_THINK, THINK, make_llama, make_mistral
 
@@ -38,10 +39,7 @@ SETTINGS = BatchSettings("auto", 64 * MIB, CONTEXT, slots=8)
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
-    checkpoint = make_llama(tmp_path_factory.mktemp("checkpoint") / "llama", positions=CONTEXT, thinking=True)
-    output = tmp_path_factory.mktemp("artifacts") / "tiny-llama"
-    normistral.export_model(str(checkpoint), output, weights="fp16")
-    return output
+    return export_thinking_llama(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +60,16 @@ def shared(artifact):
 def batch(shared):
     yield shared
     assert shared.idle
+
+
+def export_thinking_llama(factory):
+    """An artifact with this file's context, exported once for all processes of the tests."""
+
+    def export(output):
+        checkpoint = make_llama(factory.mktemp("checkpoint") / "llama", positions=CONTEXT, thinking=True)
+        normistral.export_model(str(checkpoint), output, weights="fp16")
+
+    return make_once(factory, "thinking-llama", export)
 
 
 def open_exact(artifact, batch=SETTINGS, **options):

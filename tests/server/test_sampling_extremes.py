@@ -7,8 +7,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from test_continuous_batching import CONTEXT, SETTINGS, finish, job, open_exact
-from tiny_models import make_llama
+from test_continuous_batching import SETTINGS, export_thinking_llama, finish, job, open_exact
 
 import normistral
 from normistral.artifact.manifest import hash_files, read_manifest, write_manifest
@@ -38,10 +37,7 @@ PROMPT = [5, 6, 7, 8]
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
-    checkpoint = make_llama(tmp_path_factory.mktemp("checkpoint") / "llama", positions=CONTEXT, thinking=True)
-    output = tmp_path_factory.mktemp("artifacts") / "m"
-    normistral.export_model(str(checkpoint), output, weights="fp16")
-    return output
+    return export_thinking_llama(tmp_path_factory)
 
 
 @pytest.mark.parametrize("batching", ["auto", "off"])

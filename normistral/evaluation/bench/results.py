@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from normistral.evaluation.bench.bandwidth import Bandwidth
-from normistral.evaluation.bench.machine import MachineReport, ProcessMemory
+from normistral.evaluation.bench.machine import Bandwidth, MachineReport, ProcessMemory
 from normistral.evaluation.bench.speed import SpeedPlan
 
 SCHEMA_VERSION = 1

@@ -16,9 +16,8 @@ from datetime import UTC, datetime
 from time import perf_counter
 
 from normistral.errors import NormistralError, ResourceError
-from normistral.evaluation.bench.bandwidth import SINGLE_THREADED_BLAS, Bandwidth, choose_buffer_bytes
 from normistral.evaluation.bench.configuration import Configuration, Samples
-from normistral.evaluation.bench.machine import report_machine
+from normistral.evaluation.bench.machine import SINGLE_THREADED_BLAS, Bandwidth, choose_buffer_bytes, report_machine
 from normistral.evaluation.bench.results import BandwidthResult, BenchResult, Interleaving, Spread
 from normistral.evaluation.bench.speed import ConversationPass, Pass, SpeedPlan
 from normistral.evaluation.bench.worker import (

@@ -16,8 +16,7 @@ from typing import Any
 
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
-from normistral.evaluation.bench.bandwidth import is_steady
-from normistral.evaluation.bench.machine import EnergyCounter
+from normistral.evaluation.bench.machine import EnergyCounter, is_steady
 from normistral.runtime.model import Model
 
 # Greedy, and never at an end of its own: every run does the same work.

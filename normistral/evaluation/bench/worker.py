@@ -26,8 +26,15 @@ from typing import Any, BinaryIO, Self, TypeVar
 import msgspec
 
 from normistral.errors import EngineError, NormistralError, first_line
-from normistral.evaluation.bench.bandwidth import SINGLE_THREADED_BLAS, Bandwidth, measure_read_bandwidth
-from normistral.evaluation.bench.machine import EnergyCounter, ProcessMemory, find_energy_counter, read_process_memory
+from normistral.evaluation.bench.machine import (
+    SINGLE_THREADED_BLAS,
+    Bandwidth,
+    EnergyCounter,
+    ProcessMemory,
+    find_energy_counter,
+    measure_read_bandwidth,
+    read_process_memory,
+)
 from normistral.evaluation.bench.speed import (
     Pass,
     SpeedPlan,

@@ -2,7 +2,7 @@
 
 Each reader returns a value of the right type and range, or raises. Every field of a file is used, known to be without
 effect, or refused by its name: one that is dropped silently may change what the model computes. The tables are in
-config_fields.py, generation_config.py and gguf_fields.py.
+config_fields.py, generation_config.py and gguf.py.
 """
 
 from __future__ import annotations

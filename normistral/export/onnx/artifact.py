@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from normistral.artifact.manifest import Architecture, SamplingDefaults
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.tensor_reader import WeightReader
+from normistral.export.checkpoint.tensor import WeightReader
 from normistral.export.job import ExportJob
 from normistral.export.onnx import bloom, llama
 from normistral.export.onnx.blocks import WeightSchemes

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from normistral.artifact.manifest import Architecture
 from normistral.export.checkpoint.families.bloom import BLOOM
-from normistral.export.checkpoint.tensor_reader import WeightReader
+from normistral.export.checkpoint.tensor import WeightReader
 from normistral.export.onnx.blocks import (
     SequenceLengths,
     WeightSchemes,

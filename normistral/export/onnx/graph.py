@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 import normistral
-from normistral.export.checkpoint.tensor_reader import Rows, WeightReader
+from normistral.export.checkpoint.tensor import Rows, WeightReader
 from normistral.export.onnx.signature import GRAPH_NAME, Signature
 from normistral.export.quantize.rtn import quantize_rtn
 from normistral.export.quantize.scheme import QuantizedTensor, QuantScheme

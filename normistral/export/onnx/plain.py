@@ -1,28 +1,41 @@
 """The plain graph: Optimum's own, of standard operators only, with its weights streamed into the data file.
 
 For float32 and float16, for GPUs and providers that lack onnxruntime's fused operators, and as the reference that the
-fused graph is compared with. Optimum traces a decoder without weights (placeholders.py); here its placeholders become
-operators, and each matrix is read, transposed and written before the next one.
+fused graph is compared with. Optimum traces a decoder without weights; its placeholders become operators, and each
+matrix is read, transposed and written before the next one.
+
+Every matrix product and every look-up becomes one node of the domain normistral.placeholder, which names its weights:
+
+    Linear(x [..., in], weight, bias?) → [..., out]        Embedding(ids [...], weight) → [..., width]
+
+A layer norm becomes the standard's LayerNormalization, because torch's would look at its weights' shape.
+So the tracer neither needs the weights nor decides in which layout they are stored. Every parameter has one element;
+all that is computed while tracing are the small activations of Optimum's dummy inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
+import logging
+import warnings
+from collections.abc import Iterator, Set
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import onnx
 import torch
 from onnx import TensorProto
+from torch import nn
 
 from normistral.artifact.manifest import Architecture
+from normistral.errors import ExportError, first_line
 from normistral.export.checkpoint.families.base import OUTPUT_LAYER
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.tensor_reader import WeightReader
-from normistral.export.onnx import placeholders
+from normistral.export.checkpoint.tensor import WeightReader
 from normistral.export.onnx.blocks import multiply_by_embedding, past_input
 from normistral.export.onnx.graph import ExternalData, Graph
-from normistral.export.onnx.signature import DATA_NAME, read_signature
+from normistral.export.onnx.signature import DATA_NAME, export_config, read_signature
 from normistral.progress import Stage
 
 _TYPES = {"float32": (torch.float32, TensorProto.FLOAT), "float16": (torch.float16, TensorProto.FLOAT16)}
@@ -46,7 +59,7 @@ def write_plain(checkpoint: Checkpoint, output: Path, dtype: Literal["float32", 
 
     torch_type, float_type = _TYPES[dtype]
     transformers_config = AutoConfig.for_model(**checkpoint.config)
-    traced = placeholders.trace(transformers_config, torch_type, output)
+    traced = trace(transformers_config, torch_type, output)
     with ExternalData(output / DATA_NAME) as data:
         graph = Graph(WeightReader(checkpoint.tensors), data, stage, float_type)
         architecture = checkpoint.architecture
@@ -68,7 +81,7 @@ def fill(graph: Graph, traced: onnx.GraphProto, architecture: Architecture, embe
     }
     for node in traced.node:
         node.input[:] = [past_inputs.get(name, name) for name in node.input]
-        if node.domain != placeholders.DOMAIN:
+        if node.domain != DOMAIN:
             for name in node.input:
                 if name in weights:
                     graph.vector(name)
@@ -99,3 +112,150 @@ def multiply(graph: Graph, node: onnx.NodeProto) -> None:
         return
     product = graph.node("MatMul", [x, matrix], [f"{node.output[0]}.product"])
     graph.node("Add", [product, graph.vector(bias[0])], node.output)
+
+
+DOMAIN = "normistral.placeholder"
+
+_OPEN = (None, None)  # batch and tokens: sizes that were left as traced would become constants of the graph
+
+
+class _Product(torch.autograd.Function):
+    """nn.Linear as a placeholder node Linear."""
+
+    @staticmethod
+    def forward(
+        context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, width: int
+    ) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], width)
+
+    @staticmethod
+    def symbolic(graph: Any, x: Any, weight: Any, bias: Any | None, width: int) -> Any:
+        # torch's exporter masks attention scores with a float32 constant, and all that follows is float32. Softmax and
+        # the product with the values gain by it; before the projection it has to end.
+        if weight.type().scalarType() == "Half" and x.type().scalarType() != "Half":
+            x = graph.op("Cast", x, to_i=onnx.TensorProto.FLOAT16)
+        inputs = [x, weight] if bias is None else [x, weight, bias]
+        return graph.op(f"{DOMAIN}::Linear", *inputs).setType(weight.type().with_sizes([*_OPEN, width]))
+
+
+class _LookUp(torch.autograd.Function):
+    """nn.Embedding as a placeholder node Embedding."""
+
+    @staticmethod
+    def forward(context: Any, ids: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
+        return weight.new_zeros(*ids.shape, width)
+
+    @staticmethod
+    def symbolic(graph: Any, ids: Any, weight: Any, width: int) -> Any:
+        return graph.op(f"{DOMAIN}::Embedding", ids, weight).setType(weight.type().with_sizes([*_OPEN, width]))
+
+
+class _Normalisation(torch.autograd.Function):
+    """nn.LayerNorm as the standard's node."""
+
+    @staticmethod
+    def forward(
+        context: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def symbolic(graph: Any, x: Any, weight: Any, bias: Any, epsilon: float) -> Any:
+        return graph.op("LayerNormalization", x, weight, bias, axis_i=-1, epsilon_f=epsilon).setType(x.type())
+
+
+class _Linear(nn.Module):
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias, self.width = original.weight, original.bias, original.out_features
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return _Product.apply(x, self.weight, self.bias, self.width)  # type: ignore[no-untyped-call]
+
+
+class _Embedding(nn.Module):
+    def __init__(self, original: nn.Embedding) -> None:
+        super().__init__()
+        self.weight, self.width = original.weight, original.embedding_dim
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return _LookUp.apply(ids, self.weight, self.width)  # type: ignore[no-untyped-call]
+
+
+class _LayerNorm(nn.Module):
+    def __init__(self, original: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.epsilon = original.weight, original.bias, original.eps
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return _Normalisation.apply(x, self.weight, self.bias, self.epsilon)  # type: ignore[no-untyped-call]
+
+
+def build_decoder(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The transformers model of a configuration, with one element for every parameter.
+
+    Args:
+        config: the transformers configuration.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):  # buffers are the rotary frequencies, which are wanted
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, _Linear(module))
+        elif isinstance(module, nn.Embedding):
+            model.set_submodule(name, _Embedding(module))
+        elif isinstance(module, nn.LayerNorm):
+            model.set_submodule(name, _LayerNorm(module))
+    _shrink_parameters(model, dtype)
+    return model.eval()
+
+
+def _shrink_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """One element each, no two alike: the exporter makes one initializer of equal ones."""
+    # A tied output layer is a module with a parameter of its own here: which bytes it reads is the writer's business.
+    owners = [(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)]
+    bits = torch.int16 if dtype == torch.float16 else torch.int32  # of integers, float16 tells only 2048 apart
+    values = torch.arange(1, len(owners) + 1, dtype=bits).view(dtype)
+    for index, (module, name) in enumerate(owners):
+        setattr(module, name, nn.Parameter(values[index : index + 1].clone(), requires_grad=False))
+
+
+def trace(config: Any, dtype: torch.dtype, folder: Path) -> onnx.GraphProto:
+    """The graph of a decoder as Optimum exports it, with placeholders for weights, products and look-ups.
+
+    Initializers that stand for weights are named as in the checkpoint ("model.layers.0.self_attn.q_proj.weight").
+
+    Args:
+        config: the transformers configuration.
+        folder: where the exporter may put a file of a few megabytes; it is gone afterwards.
+
+    Raises:
+        ExportError: transformers, torch or Optimum cannot.
+    """
+    from optimum.exporters.onnx.convert import export_pytorch
+
+    optimum = export_config(config)
+    optimum.float_dtype = "fp16" if dtype == torch.float16 else "fp32"
+    try:
+        with _quiet(), TemporaryDirectory(prefix="trace-", dir=folder) as scratch:
+            file = Path(scratch) / "traced.onnx"
+            export_pytorch(build_decoder(config, dtype), optimum, optimum.DEFAULT_ONNX_OPSET, file)
+            return onnx.load(file).graph
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as exc:
+        raise ExportError(f"the model cannot be converted to ONNX: {first_line(exc)}") from exc
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's warnings and Optimum's log off stderr."""
+    from optimum.utils import logging as optimum_logging
+
+    with ExitStack() as restore:
+        restore.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        restore.callback(optimum_logging.set_verbosity, optimum_logging.get_verbosity())
+        optimum_logging.set_verbosity(logging.ERROR)
+        yield

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.tensor_reader import WeightReader
+from normistral.export.checkpoint.tensor import WeightReader
 from normistral.export.quantize.scheme import (
     SMALLEST_SCALE,
     QuantizedTensor,

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError, ExportError
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.tensor import shown
-from normistral.export.checkpoint.tensor_reader import WeightReader
+from normistral.export.checkpoint.tensor import WeightReader, shown
 from normistral.export.reference.layerwise import empty_model
 from normistral.export.verify import CAUSE
 from normistral.export.verify.stored import StoredPositions

@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from normistral.artifact.manifest import Manifest
 from normistral.errors import ExportError
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.tensor_reader import Rows, WeightReader
+from normistral.export.checkpoint.tensor import Rows, WeightReader
 from normistral.export.onnx.bloom import split_heads
 from normistral.export.verify import CAUSE
 from normistral.export.verify.positions import check_positions
-from normistral.export.verify.stored import StoredMatrix
-from normistral.export.verify.stored_onnx import OnnxWeights
-from normistral.export.verify.stored_openvino import OpenVINOWeights
+from normistral.export.verify.stored import OnnxWeights, OpenVINOWeights, StoredMatrix
 
 _BLOCK_ROWS = 1024  # read at once: 60 MB of float32 at the 7B's widest
 _ROWS = 16  # of every matrix; every file's bytes are hashed, so this looks for wrong matrices and not for wrong bits

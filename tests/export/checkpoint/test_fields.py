@@ -23,7 +23,7 @@ from normistral.export.checkpoint.config_fields import known_fields
 from normistral.export.checkpoint.families import FAMILIES
 from normistral.export.checkpoint.fields import check_fields
 from normistral.export.checkpoint.generation_config import GENERATION_FIELDS
-from normistral.export.checkpoint.gguf_fields import GGUF_FIELDS, known_keys
+from normistral.export.checkpoint.gguf import GGUF_FIELDS, known_keys
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import open_checkpoint
 from normistral.progress import NoProgress

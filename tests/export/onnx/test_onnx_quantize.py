@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as arrays
 from tiny_models import make_mistral
 
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint import tensor_reader as reading
-from normistral.export.checkpoint.tensor_reader import WeightReader
+from normistral.export.checkpoint import tensor as reading
+from normistral.export.checkpoint.tensor import WeightReader
 from normistral.export.onnx.graph import ALIGNMENT, ExternalData
 from normistral.export.quantize.rtn import quantize_rtn
 from normistral.export.quantize.scheme import QuantScheme

@@ -14,7 +14,7 @@ from normistral.artifact.manifest import hash_files, read_manifest, write_manife
 from normistral.cli import main
 from normistral.errors import UsageError
 from normistral.runtime.loading import load
-from normistral.runtime.speculative.prompt_lookup import PromptLookup
+from normistral.runtime.speculative.decoder import PromptLookup
 
 
 def scan(token_ids, most):
