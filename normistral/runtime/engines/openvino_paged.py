@@ -256,7 +256,7 @@ def _infer(pool: BlockPool, calls: Sequence[PagedCall]) -> list[Logits]:
     with translated(f"OpenVINO failed at token {ends.max()}"):
         for name, values in inputs.items():
             pool.request.set_tensor(name, ov.Tensor(values))
-        pool.request.infer()
+        pool.request.infer(share_outputs=True)  # or all results are copied for a dictionary that nobody reads
         logits = pool.request.get_tensor("logits").data  # [m, 1, vocabulary]
     for call, end in zip(calls, ends, strict=True):
         call.engine.length = int(end)
