@@ -27,6 +27,7 @@ from normistral.server.model_handler import ModelHandler
 from normistral.server.residency import ServedModel
 from normistral.server.schemas import (
     MOST_MESSAGES,
+    NamedTool,
     NeverTrue,
     Only,
     SentBack,
@@ -133,7 +134,7 @@ class OllamaOptions(WithNumbers):
     embedding_only: NeverTrue = None
 
 
-class OllamaRequest(Strict):
+class OllamaRequest(WithNumbers):
     """Fields of both kinds of generation."""
 
     model: str
@@ -152,6 +153,10 @@ class OllamaRequest(Strict):
     template: Annotated[str | None, Only("the template is the model's", "")] = None
     logprobs: Annotated[Literal[False] | None, Only(_NO_LOGPROBS, False)] = None
     top_logprobs: Annotated[int | None, Only(_NO_LOGPROBS, 0)] = None
+    # Written here by the Vercel AI SDK's provider
+    temperature: float | None = Field(None, description="As in options, which comes first.")
+    top_p: float | None = Field(None, description="As in options, which comes first.")
+    max_output_tokens: int | None = Field(None, ge=1, description="As num_predict in options, which comes first.")
 
 
 class OllamaChatRequest(OllamaRequest):
@@ -159,6 +164,9 @@ class OllamaChatRequest(OllamaRequest):
 
     messages: Annotated[list[OllamaMessage], Field(fail_fast=True, max_length=MOST_MESSAGES)] | None = None
     tools: list[ToolDefinition] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="Extension: as in /v1/chat/completions."
+    )
 
 
 class OllamaGenerateRequest(OllamaRequest):
@@ -341,8 +349,12 @@ def _read_options(body: OllamaRequest, model: ServedModel) -> dict[str, Any]:
     options = body.options or OllamaOptions.model_validate({})
     fields: dict[str, Any] = {name: getattr(options, name) for name in _SAME}
     fields |= {"stop": options.stop, "repetition_penalty": options.repeat_penalty}
-    if options.num_predict is not None:
-        fields["max_tokens"] = max(options.num_predict, -1)
+    for name in ("temperature", "top_p"):
+        fields[name] = getattr(body, name) if fields[name] is None else fields[name]
+    fields["max_tokens"] = body.max_output_tokens if options.num_predict is None else max(options.num_predict, -1)
+    if isinstance(body, OllamaChatRequest) and body.tool_choice is not None:
+        choice = body.tool_choice
+        fields["tool_choice"] = choice if isinstance(choice, str) else choice.model_dump()
     if options.repeat_last_n == 0:
         fields["repetition_penalty"] = 1.0
     elif options.repeat_last_n not in (None, -1):

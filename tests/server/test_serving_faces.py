@@ -342,6 +342,19 @@ def test_ollama_takes_what_its_own_clients_write(urls) -> None:
     assert whole["eval_count"] == 3
 
 
+def test_ollama_takes_what_the_vercel_sdk_writes_beside_the_options(urls) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+    fields = {"messages": MESSAGES, "temperature": 0, "top_p": 1, "max_output_tokens": 3.0, "stream": False}
+    assert post(urls[0], "/api/chat", **fields).json()["eval_count"] == 3
+    assert post(urls[0], "/api/chat", **fields, options={"num_predict": 2}).json()["eval_count"] == 2
+    asked = {"messages": MESSAGES, "tools": [tool], "stream": False}
+    called = post(
+        urls[1], "/api/chat", **asked, tool_choice={"type": "function", "function": {"name": "weather"}}
+    ).json()
+    assert called["message"]["tool_calls"]
+    assert "tool_calls" not in post(urls[1], "/api/chat", **asked, tool_choice="none").json()["message"]
+
+
 def test_the_description_has_all_routes(urls) -> None:
     paths = http.get(f"{urls[0]}/openapi.json").json()["paths"]
     assert {"/v1/responses", "/v1/messages", "/api/chat", "/api/generate", "/api/tags", "/api/show"} <= set(paths)
