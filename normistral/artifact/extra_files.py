@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.artifact.manifest import MANIFEST_NAME
-from normistral.files import read_file
+from normistral.files import RefusedFileError, read_file
 
 CARD_NAME = "README.md"
 ORIGIN_NAME = "normistral-published.json"
@@ -41,10 +41,14 @@ def read_card(folder: Path) -> bytes | None:
     """The card of an artifact; None without one.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger than a card can be.
+        OSError: it cannot be read, is no regular file, or is larger than a card can be. A link is not followed: a card
+            is passed on, and it may lead to something that is not.
     """
+    card = folder / CARD_NAME
+    if card.is_symlink():
+        raise RefusedFileError(card, "it is a symbolic link", "put the card itself there")
     try:
-        return read_file(folder / CARD_NAME, MAX_CARD_BYTES)
+        return read_file(card, MAX_CARD_BYTES)
     except FileNotFoundError:
         return None
 

@@ -81,6 +81,8 @@ class Origin:
 def parse_published(name: str) -> PublishedName | None:
     """The published artifact that a name can mean; None for any other name."""
     repository, at, revision = name.partition("@")
+    if repository.lower().endswith(".gguf"):  # a path with an error in it
+        return None
     if not HUB_ID.fullmatch(repository) or {"..", "--"} & {repository[i : i + 2] for i in range(len(repository))}:
         return None
     if at and (not _REVISION.fullmatch(revision) or ".." in revision):

@@ -168,7 +168,16 @@ def test_nothing_is_downloaded_unasked(hub: LoopbackHub) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         normistral.load(NAME)
     assert "download=True" in caught.value.hint
-    for name in ("tiny", "./norallm/tiny", "norallm/tiny/x", "a..b/c", "a--b/c", "norallm/tiny@../x", "/norallm/tiny"):
+    for name in (
+        "tiny",
+        "./norallm/tiny",
+        "norallm/tiny/x",
+        "a..b/c",
+        "a--b/c",
+        "models/x.gguf",
+        "norallm/tiny@../x",
+        "/norallm/tiny",
+    ):
         assert parse_published(name) is None
         refusal(ModelNotFoundError, name)
     assert hub.requests == []

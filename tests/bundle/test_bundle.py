@@ -104,6 +104,16 @@ def test_the_same_contents_give_the_same_bytes(artifact, options, tmp_path, coll
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
+def test_the_model_card_comes_along(options, tmp_path, collected):
+    artifact = write_small_artifact(tmp_path / "artifact")
+    make_bundle(artifact, tmp_path / "without.tar", options)
+    assert "artifact/README.md" not in names(tmp_path / "without.tar")
+    (artifact / "README.md").write_text("# mine")
+    make_bundle(artifact, tmp_path / "with.tar", options)
+    bundle = check_bundle(tmp_path / "with.tar")
+    assert bundle.members["artifact/README.md"].size == 6
+
+
 def test_an_onnx_artifact_brings_its_runtime_and_the_server_is_asked_for(options, tmp_path):
     artifact = write_small_artifact(tmp_path / "artifact", format="onnx")
     make_bundle(artifact, tmp_path / "a.tar", dataclasses.replace(options, with_server=True))

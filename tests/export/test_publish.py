@@ -237,6 +237,17 @@ def test_the_licence(hub: LoopbackHub, artifact: Path, capsys: pytest.CaptureFix
     assert b'license: "apache-2.0"' in hub.files["README.md"]
 
 
+def test_a_card_that_is_a_link_is_not_followed(
+    hub: LoopbackHub, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (artifact.parent / "secret").write_text("---\nlicense: mit\n---\nsecret\n")
+    (artifact / "README.md").unlink()
+    (artifact / "README.md").symlink_to(artifact.parent / "secret")
+    assert publish(artifact) == 1
+    assert "is a symbolic link" in shown_error(capsys)
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("damage", ["flip", "missing", "link"])
 def test_a_damaged_artifact_is_not_sent(
     hub: LoopbackHub, artifact: Path, capsys: pytest.CaptureFixture[str], damage: str
