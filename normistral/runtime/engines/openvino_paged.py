@@ -83,8 +83,7 @@ class PagedBackend:
         first, *others, prompt = engines
         first.batch_invariant = True
         try:
-            for engine in (first, *others):
-                engine.forward([0, 1])
+            self.forward_batch([PagedCall(engine, [0, 1], 1) for engine in (first, *others)])
             step, piece = [PagedCall(engine, [2 + index], 1) for index, engine in enumerate(engines[:8])], [3] * 40
             alone = self.forward_batch(step[:1])[0]
             for count, beside in ((2, 0), (4, 0), (8, 0), (1, 1)):
