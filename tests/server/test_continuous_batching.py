@@ -622,3 +622,11 @@ def run_apart(artifact, settings="{}", **environ):
 def test_nothing_is_printed(artifact):
     done = run_apart(artifact)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_check_of_bits_at_the_start_takes_no_memory_for_good(artifact):
+    settings = replace(one_context(artifact), context=32, cache_bytes=one_context(artifact).cache_bytes // 8)
+    batch = open_exact(artifact, settings)
+    assert batch.plan.blocks == 1
+    assert batch._backend._pool._capacity == 8  # the least that there are
+    batch.close()

@@ -97,6 +97,8 @@ class PagedBackend:
         finally:
             for engine in engines:
                 engine.close()
+            if self._pool is not None:
+                self._pool.shrink()
 
     def reserve_blocks(self, blocks: int) -> None:
         """Have a KV cache of so many blocks, all sequences together, that does not grow."""

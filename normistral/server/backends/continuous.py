@@ -145,12 +145,12 @@ class ContinuousScheduler:
         self.plan, self._prefixes = plan, prefixes
         self._model, self._backend = model, backend
         self._chunk = model.capabilities.prefill_chunk
+        self._seeds_together = backend.measure_batch_invariance()  # first: it takes blocks, and gives them back
+        if not self._seeds_together:
+            logger.info("answers with a seed are computed alone: beside others, these kernels give them other bits")
         backend.reserve_blocks(plan.blocks + 1 + sum(blocks_of(prefix.sequence.length) for prefix in prefixes))
         for prefix in prefixes:
             prefix.sequence.publish(prefix.hashes)
-        self._seeds_together = backend.measure_batch_invariance()
-        if not self._seeds_together:
-            logger.info("answers with a seed are computed alone: beside others, these kernels give them other bits")
         backend.submit = self._wait_for
         self._waiting: deque[Job] = deque()
         self._running: dict[str, _Task] = {}
