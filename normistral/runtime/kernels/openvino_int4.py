@@ -96,7 +96,7 @@ class PackedWeights:
             memory = load_packed(
                 key, size, lambda: _pack_pieces(products, kernel), lambda data: _checksum(data, kernel)
             )
-        self.mapped = memory is not None
+        self.mapped = memory is not None and not memory.flags.writeable  # else the file was copied, or there is none
         if memory is None:
             memory = allocate(size)
             for product, (start, stop) in _places(products):

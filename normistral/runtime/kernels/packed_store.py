@@ -89,7 +89,13 @@ def load_packed(key: bytes, size: int, pack: Callable[[], Iterator[Bytes]], chec
     except BlockingIOError:
         return None  # another process is writing: it will be there next time
     except OSError as exc:
-        logger.warning("the kernel's weights are not kept in %s: %s (%s)", folder, *explain(exc))
+        reason, hint = explain(exc)
+        logger.warning(
+            "the kernel's weights are not kept in %s, and packed at each load: %s (%s; or set int4_weights=memory)",
+            folder,
+            reason,
+            hint,
+        )
         return None
     except NormistralError as exc:
         logger.warning("the kernel's weights are not kept: %s (%s)", exc, exc.hint)

@@ -232,6 +232,17 @@ def test_models_give_the_same_bits_from_the_file_and_two_processes_may_begin_at_
     assert found == expected
 
 
+@pytest.mark.skipif(find_library(read_machine()) is None, reason="needs the package's compiled kernel")
+def test_weights_that_were_copied_out_of_the_file_are_not_called_mapped(tiny_int4, monkeypatch):
+    monkeypatch.setattr(openvino_int4, "WORTH_BYTES", 0)
+    settings = {"int4_kernel": "normistral"}
+    with normistral.load(tiny_int4, settings=settings) as model:
+        assert model.capabilities.settings["int4_weights"] == "mapped"  # the default
+    monkeypatch.setattr(packed_store, "_is_huge", lambda mapped: False)
+    with normistral.load(tiny_int4, settings=settings) as model:
+        assert model.capabilities.settings["int4_weights"] == "memory"
+
+
 def test_other_weights_and_other_layouts_have_other_keys(tiny_int4, tmp_path):
     artifact = shutil.copytree(tiny_int4, tmp_path / "artifact")
     file = artifact / "openvino_model.xml"
