@@ -207,8 +207,8 @@ from normistral.runtime.kernels import openvino_int4, packed_store
 openvino_int4.WORTH_BYTES = 0
 packed_store._is_huge = lambda mapped: True
 with normistral.load(sys.argv[1], settings={"int4_weights": "mapped"}) as model:
-    assert model.capabilities.settings["int4_weights"] == "mapped"
-    print(model.generate([5, 6, 7], max_new_tokens=8, temperature=0.0, ignore_eos=True).token_ids)
+    tokens = model.generate([5, 6, 7], max_new_tokens=8, temperature=0.0, ignore_eos=True).token_ids
+    print(model.capabilities.settings["int4_weights"], tokens)
 """
 
 
@@ -223,7 +223,9 @@ def test_models_give_the_same_bits_from_the_file_and_two_processes_may_begin_at_
         subprocess.Popen([sys.executable, "-c", ANSWER, str(tiny_int4)], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    assert [process.communicate()[0].strip() for process in started] == [str(expected)] * 2
+    placements, tokens = zip(*(process.communicate()[0].strip().split(" ", 1) for process in started), strict=True)
+    assert tokens == (str(expected),) * 2
+    assert set(placements) in ({"mapped"}, {"mapped", "memory"})  # one that finds the other writing does not wait
     assert len(stored()) == 1
     monkeypatch.setattr(openvino_int4, "WORTH_BYTES", 0)
     monkeypatch.setattr(openvino_int4, "_pack", None)  # not called again
