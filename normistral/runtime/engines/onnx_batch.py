@@ -25,7 +25,7 @@ from normistral.runtime.engines.block_pool import BLOCK_TOKENS, blocks_of
 from normistral.runtime.engines.onnx_cache import CAPACITY_STEP
 from normistral.runtime.engines.onnx_graph import LAST_POSITIONS, LOGITS, LOGITS_START
 from normistral.runtime.engines.onnx_session import translated
-from normistral.runtime.engines.onnxruntime import Decoder
+from normistral.runtime.engines.onnxruntime import OnnxDecoder
 
 _PRIVATE = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
 _DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
@@ -103,10 +103,10 @@ class OnnxBatch:
         decoder: with `takes_lengths`; its cache is on the CPU.
     """
 
-    def __init__(self, decoder: Decoder, capabilities: EngineInfo) -> None:
+    def __init__(self, decoder: OnnxDecoder, capabilities: EngineInfo) -> None:
         self.capabilities = capabilities
         self.submit: Callable[[BatchCall[Any]], Logits] | None = None
-        self._decoder: Decoder | None = decoder
+        self._decoder: OnnxDecoder | None = decoder
         self._rows: list[RowEngine] = []
         self._capacity = 0  # tokens of a row
         self._buffers: dict[str, _Buffer] = {}
@@ -259,7 +259,7 @@ class OnnxBatch:
         while self._blocks and used + len(self._blocks) > self._most_blocks:
             self._blocks.popitem(last=False)
 
-    def _open_decoder(self) -> Decoder:
+    def _open_decoder(self) -> OnnxDecoder:
         if self._decoder is None:
             raise ClosedError
         return self._decoder

@@ -56,7 +56,7 @@ PAST, PRESENT = "past_key_values.", "present."  # beginnings of the cache's inpu
 
 
 @dataclass(frozen=True, slots=True)
-class Decoder:
+class OnnxDecoder:
     """A session, and what all sequences on it share.
 
     Attributes:
@@ -82,12 +82,12 @@ class Decoder:
 class OnnxBackend:
     """A session of onnxruntime; see `load_onnx`."""
 
-    def __init__(self, decoder: Decoder, capabilities: EngineInfo) -> None:
-        self._decoder: Decoder | None = decoder
+    def __init__(self, decoder: OnnxDecoder, capabilities: EngineInfo) -> None:
+        self._decoder: OnnxDecoder | None = decoder
         self.capabilities = capabilities
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> OnnxDecoder:
         """The session and what it computes."""
         if self._decoder is None:
             raise ClosedError
@@ -105,7 +105,7 @@ class OnnxBackend:
 class _Sequence:
     """I/O binding and cache of an open engine."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: OnnxDecoder) -> None:
         with translated("onnxruntime could not create an I/O binding"):
             self.decoder = decoder
             self.binding = decoder.session.io_binding()
@@ -329,7 +329,7 @@ def adapt_graph(
 
 def describe_decoder(
     session: InferenceSession, manifest: Manifest, target: ProviderTarget, *, in_place: bool
-) -> Decoder:
+) -> OnnxDecoder:
     """Read inputs and outputs of a session.
 
     Raises:
@@ -353,7 +353,7 @@ def describe_decoder(
             f"its inputs are {', '.join(inputs)}, its outputs {', '.join(outputs)}",
             "export the model again",
         )
-    return Decoder(
+    return OnnxDecoder(
         session,
         in_place,
         CacheLayout(
