@@ -3,10 +3,15 @@
 Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 algorithm 1, with its activation order and damping. The parameters of every group are fixed before the first weight
 changes ("static groups"), so that columns may be taken in any order while groups stay in the order of the formats.
+
+It is written as Chee et al. 2023, "QuIP", show it to be the same (LDLQ, theorem 6): with H = U D Uᵀ, U of unit upper
+triangular form, column k is rounded to nearest after the errors of the columns before it, times U's column k, were
+added. That takes one Cholesky factor of H itself, and no inverse.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,77 +23,141 @@ from normistral.export.quantize.scheme import QuantParams, QuantScheme
 if TYPE_CHECKING:
     import torch
 
-DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper
-_MAX_DAMPING = 1.0
-_COLUMNS_AT_ONCE = 128
+_DAMPINGS = (0.01, 0.1, 1.0)  # of the Hessian's mean diagonal: the paper's, and more where that cannot be factorized
+_COLUMNS_AT_ONCE = 256  # corrected in one product for the errors of all columns before them
+_COLUMNS_IN_TURN = 32  # of those, corrected column by column
+_TO_INTEGERS = 1.5 * 2**23  # float32 has no halves there: adding it rounds to nearest, and faster than round()
+_PANEL = 512  # columns of a Cholesky factor that LAPACK makes; the rest is products
 
 
-def quantize_gptq(
-    rows: NDArray[np.float32], hessian: torch.Tensor, params: QuantParams, scheme: QuantScheme
-) -> NDArray[np.uint8]:
-    """Values for which (W - Wq) H (W - Wq)ᵀ is small: uint8 [rows, columns].
+@dataclass(frozen=True, slots=True)
+class HessianFactor:
+    """A factor of the Hessian of one kind of inputs; all matrices with these inputs share it.
+
+    Attributes:
+        order: int64 [columns], by growing mean square of the inputs; columns are rounded from the last to the first.
+        feedback: [columns, columns] in that order, below the diagonal: U's coefficients; elsewhere anything. bfloat16
+            or float32.
+    """
+
+    order: torch.Tensor
+    feedback: torch.Tensor
+
+
+def factorize(inputs: torch.Tensor, dtype: torch.dtype | None = None) -> HessianFactor:
+    """The factor of the mean of x xᵀ over the inputs x, damped.
 
     Args:
-        rows: float32 [rows, columns].
-        hessian: float32 [columns, columns], mean of x xᵀ over the inputs x. It is not changed.
+        inputs: [tokens, columns].
+        dtype: of the feedback, None is float32. The error of bfloat16's is far below a step of the grid.
 
     Raises:
         ExportError: the inputs are no numbers.
     """
     import torch
 
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order])  # upper triangle
-    weights = torch.from_numpy(rows).T[order].contiguous()  # [columns, rows]: one column at a time, in one piece
-    blocks = (order // scheme.group_size).tolist()
-    scales = torch.from_numpy(params.scales).T.contiguous()  # [blocks, rows]
-    zeros = torch.from_numpy(params.zero_points).T.contiguous()
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    qweight = torch.empty(weights.shape, dtype=torch.uint8)
-    columns = len(order)
-    for start in range(0, columns, _COLUMNS_AT_ONCE):
-        stop = min(start + _COLUMNS_AT_ONCE, columns)
-        errors = torch.empty(stop - start, weights.shape[1])
-        for column in range(start, stop):
-            block = blocks[column]
-            qvalue = weights[column].mul(inverse[block]).add_(zeros[block]).round_().clamp_(0, scheme.top)
-            qweight[column] = qvalue
-            error = errors[column - start]
-            torch.sub(weights[column], qvalue.sub_(zeros[block]).mul_(scales[block]), out=error)
-            error /= factor[column, column]
-            weights[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-        weights[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    back = torch.empty_like(qweight)
-    back[order] = qweight
-    return np.ascontiguousarray(back.T.numpy())
+    squares = mean_squares(inputs)
+    order = torch.argsort(squares, stable=True)
+    inputs = inputs[:, order].float()
+    for damping in _DAMPINGS:
+        factor = _lower_products(inputs)
+        mean = factor.diagonal().mean()
+        factor.diagonal().add_(damping * mean if mean > 0 else 1.0)
+        if _cholesky_in_place(factor):
+            factor /= factor.diagonal().clone()
+            return HessianFactor(order, factor.to(dtype or torch.float32))
+    raise ExportError("the calibration's second moments cannot be inverted", "use the recipe balanced or fast")
 
 
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor U of the inverse: Uᵀ U = H⁻¹. `hessian` is used up.
+def mean_squares(inputs: torch.Tensor) -> torch.Tensor:
+    """Mean square of every column of the inputs [tokens, columns], in float32.
 
-    With rows and columns in reverse order H is L Lᵀ, and L⁻¹ in reverse order again is U. So the inverse itself is
-    never formed: LAPACK's routine for it (potri) runs at a sixth of the speed of these two.
-
-    Columns that nothing is ever multiplied with have zeros there: damping makes them ordinary.
+    Raises:
+        ExportError: they are no numbers.
     """
     import torch
 
-    mean = hessian.diagonal().mean()
-    if not torch.isfinite(mean):
+    squares = inputs.float().square().mean(dim=0)
+    if not torch.isfinite(squares).all():
         raise ExportError("the model computes values that are not numbers", "the checkpoint may be damaged")
-    if mean == 0:
-        return torch.eye(len(hessian))
-    hessian = hessian.flip(0, 1)
-    damping = DAMPING
-    hessian.diagonal().add_(damping * mean)
-    while damping <= _MAX_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        if not failed:
-            del hessian
-            inverse = torch.eye(len(lower))
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            del lower
-            return inverse.flip(0, 1)
-        hessian.diagonal().add_(9 * damping * mean)  # ten times as much in all
-        damping *= 10
-    raise ExportError("the calibration's second moments cannot be inverted", "use the recipe balanced or fast")
+    return squares
+
+
+def quantize_gptq(
+    rows: NDArray[np.float32], factor: HessianFactor, params: QuantParams, scheme: QuantScheme
+) -> NDArray[np.uint8]:
+    """Values for which (W - Wq) H (W - Wq)ᵀ is small: uint8 [rows, columns].
+
+    Args:
+        rows: float32 [rows, columns].
+    """
+    import torch
+
+    order, feedback = factor.order, factor.feedback
+    weights = torch.from_numpy(rows).T.contiguous()[order]  # [columns, rows]: one column at a time, in one piece
+    errors = torch.empty(weights.shape, dtype=feedback.dtype)
+    groups = (order // scheme.group_size).tolist()
+    scales = torch.from_numpy(params.scales).T.contiguous()  # [groups, rows]
+    zeros = torch.from_numpy(params.zero_points).T.contiguous()
+    inverse, offsets = torch.where(scales == 0, 0.0, 1 / scales), zeros * scales
+    zeros += _TO_INTEGERS
+    qweight = torch.empty(weights.shape, dtype=torch.uint8)
+    for stop in range(len(order), 0, -_COLUMNS_AT_ONCE):
+        start = max(0, stop - _COLUMNS_AT_ONCE)
+        wanted = weights[start:stop].clone()
+        if stop < len(order):
+            wanted += feedback[stop:, start:stop].T @ errors[stop:]
+        for last in range(stop, start, -_COLUMNS_IN_TURN):
+            first = max(start, last - _COLUMNS_IN_TURN)
+            some = wanted[first - start : last - start]
+            if last < stop:
+                some += feedback[last:stop, first:last].T @ errors[last:stop]
+            qvalues, lost = torch.empty_like(some), torch.empty_like(some)
+            near = feedback[first:last, first:last].float()
+            for column in reversed(range(len(some))):
+                group, value = groups[first + column], some[column]
+                qvalue = torch.addcmul(zeros[group], value, inverse[group], out=qvalues[column])
+                qvalue.sub_(_TO_INTEGERS).clamp_(0, scheme.top)
+                torch.add(weights[first + column], offsets[group], out=lost[column])
+                lost[column].addcmul_(qvalue, scales[group], value=-1)
+                some[:column].addr_(near[column, :column], lost[column])
+            qweight[first:last], errors[first:last] = qvalues, lost
+    back = torch.empty_like(qweight)
+    back[order] = qweight
+    return back.T.contiguous().numpy()
+
+
+def _lower_products(inputs: torch.Tensor) -> torch.Tensor:
+    """x xᵀ summed over the inputs x [tokens, columns], on and below the diagonal only."""
+    import torch
+
+    columns = inputs.shape[1]
+    step = max(_PANEL, columns // 16)
+    sums = torch.empty(columns, columns)
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        torch.mm(inputs[:, start:].T, inputs[:, start:stop], out=sums[start:, start:stop])
+    return sums
+
+
+def _cholesky_in_place(matrix: torch.Tensor) -> bool:
+    """Replace the lower triangle by its Cholesky factor. False if it has none; the matrix is spoilt then.
+
+    Panel by panel, because LAPACK's own runs at half the speed of oneDNN's products on AMD.
+    """
+    import torch
+
+    size = len(matrix)
+    for start in range(0, size, _PANEL):
+        stop = min(start + _PANEL, size)
+        panel = matrix[start:, start:stop]
+        if start:
+            panel -= matrix[start:, :start] @ matrix[start:stop, :start].T
+        corner, failed = torch.linalg.cholesky_ex(panel[: stop - start])
+        if failed:
+            return False
+        panel[: stop - start] = corner
+        if stop < size:
+            inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)), upper=False)
+            panel[stop - start :] = panel[stop - start :] @ inverse.T
+    return True

@@ -12,6 +12,7 @@ of Neural Networks", with the direction of the rounding error in place of the tr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from normistral.errors import ExportError
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.quantize.calibrate import collect_moments, linear_modules
+from normistral.export.quantize.calibrate import linear_modules
 from normistral.export.quantize.plan import QuantPlan
 from normistral.export.quantize.rtn import quantize
 from normistral.export.quantize.scale_search import search_params
@@ -74,7 +75,7 @@ def measure_sensitivity(
     moments: list[dict[str, torch.Tensor]] = []
     for index in range(model.layers):
         states.append([sequence.hidden for sequence in sequences])
-        with model.open_layer(index) as layer, collect_moments(layer, full=False) as found:
+        with model.open_layer(index) as layer, _collect_mean_squares(layer) as found:
             for sequence in sequences:
                 model.run(layer, sequence)
         moments.append(found)
@@ -114,6 +115,29 @@ def _gradients_at_the_end(model: LayeredModel, sequences: list[SequenceState]) -
             at_logits = answers.neg_().scatter_add_(1, drawn, torch.ones(drawn.shape))
             gradients += torch.autograd.grad(logits, hidden, at_logits)
     return gradients
+
+
+@contextmanager
+def _collect_mean_squares(layer: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields a dict that gets, when the context ends, the mean squares [columns] of each linear module's inputs."""
+    sums, tokens, found = dict[str, "torch.Tensor"](), Counter[str](), dict[str, "torch.Tensor"]()
+
+    def see(name: str, inputs: torch.Tensor) -> None:
+        inputs = inputs.reshape(-1, inputs.shape[-1])
+        squares = inputs.square().sum(dim=0)
+        sums[name] = squares if name not in sums else sums[name].add_(squares)
+        tokens[name] += len(inputs)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
+        for name, module in linear_modules(layer).items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found |= {name: squares / tokens[name] for name, squares in sums.items()}
 
 
 def _quantization_error(layer: nn.Module, name: str, moment: torch.Tensor, plan: QuantPlan) -> torch.Tensor:

@@ -13,7 +13,7 @@ import hashlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +56,7 @@ class MatrixSource(Protocol):
 
 @dataclass(slots=True)
 class SequenceState:
-    """One sequence between two layers: hidden states [1, tokens, hidden], and the other arguments of each layer."""
+    """Sequences between two layers: hidden states [sequences, tokens, hidden], and each layer's other arguments."""
 
     hidden: torch.Tensor
     layer_arguments: dict[str, Any]
@@ -124,13 +124,40 @@ class LayeredModel:
         with self._filled(self._model, {self._family.embedding: self._family.embedding}), torch.no_grad():
             return [self._start(torch.tensor([list(token_ids)])) for token_ids in sequences]
 
+    def embed_together(self, sequences: Sequence[Sequence[int]]) -> SequenceState:
+        """Embed token ids of sequences of one length, to pass through the layers at once."""
+        import torch
+
+        with self._filled(self._model, {self._family.embedding: self._family.embedding}), torch.no_grad():
+            return self._start(torch.tensor(sequences))
+
     @contextmanager
-    def open_layer(self, index: int) -> Iterator[torch.nn.Module]:
-        """A layer whose parameters are there, in float32 and free to be changed, while the context is open."""
+    def open_layer(self, index: int, without: Set[str] = frozenset()) -> Iterator[torch.nn.Module]:
+        """A layer whose parameters are there, in float32 and free to be changed, while the context is open.
+
+        Args:
+            without: parameters that the caller will put in.
+        """
         layer = self._layers[index]
         prefix = self.prefix(index)
-        with self._filled(layer, {name: f"{prefix}{name}" for name, _ in layer.named_parameters()}):
-            yield layer
+        names = [name for name, _ in layer.named_parameters()]
+        try:
+            with self._filled(layer, {name: f"{prefix}{name}" for name in names if name not in without}):
+                yield layer
+        finally:
+            for name in without:
+                clear_parameter(layer, name)
+
+    def layer(self, index: int) -> torch.nn.Module:
+        """A layer, with or without its parameters."""
+        layer: torch.nn.Module = self._layers[index]
+        return layer
+
+    def read_matrix(self, stored: str) -> torch.Tensor:
+        """A tensor in float32, by its name in the checkpoint."""
+        import torch
+
+        return map_tensor(self._tensors[stored]).to(torch.float32, copy=True)
 
     def prefix(self, index: int) -> str:
         """Prefix of a layer's parameter names in the checkpoint."""
@@ -193,7 +220,7 @@ class LayeredModel:
             yield
         finally:
             for name in names:
-                _set_parameter(module, name, _parameter(module, name).to("meta"))
+                clear_parameter(module, name)
 
     def _fill(self, module: torch.nn.Module, name: str, stored: str) -> None:
         import torch
@@ -203,10 +230,10 @@ class LayeredModel:
         if self._matrices is not None and stored in self._matrices:
             values = torch.from_numpy(self._matrices.read(stored))
         else:
-            values = map_tensor(self._tensors[stored]).to(torch.float32, copy=True)
+            values = self.read_matrix(stored)
         if values.shape != _parameter(module, name).shape:
             raise ExportError(f"transformers expects another shape of {stored}", "config.json and weights differ")
-        _set_parameter(module, name, values)
+        set_parameter(module, name, values)
 
 
 def _group(windows: Sequence[Window], tokens: int) -> list[list[Window]]:
@@ -249,7 +276,13 @@ def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor:
     return module.get_parameter(name)
 
 
-def _set_parameter(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
+def clear_parameter(module: torch.nn.Module, name: str) -> None:
+    """Let go of a parameter's values."""
+    set_parameter(module, name, _parameter(module, name).to("meta"))
+
+
+def set_parameter(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
+    """Replace a parameter ("self_attn.q_proj.weight") of a module."""
     import torch
 
     parent, _, leaf = name.rpartition(".")

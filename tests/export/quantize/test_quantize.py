@@ -16,9 +16,10 @@ from normistral.errors import ExportError
 from normistral.export import resources
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import open_checkpoint
+from normistral.export.quantize import calibrate as calibrate_module
 from normistral.export.quantize import plan
 from normistral.export.quantize.calibrate import quantize_layers
-from normistral.export.quantize.gptq import quantize_gptq
+from normistral.export.quantize.gptq import factorize, mean_squares, quantize_gptq
 from normistral.export.quantize.plan import QuantPlan, calibration_windows
 from normistral.export.quantize.rtn import minmax_params, quantize
 from normistral.export.quantize.scale_search import search_params, weighted_error
@@ -62,7 +63,8 @@ def test_the_search_is_never_worse_than_the_span_in_any_block(grid, rows, import
     assert (found.zero_points == np.clip(np.rint(found.zero_points), 0, grid.top)).all()
     np.testing.assert_array_equal(found.scales, half(found).scales)
     plain = weighted_error(rows, half(minmax_params(rows, grid)), grid, importance)
-    assert (weighted_error(rows, found, grid, importance) <= plain).all()
+    energy = (rows**2 * importance).reshape(len(rows), -1, grid.group_size).sum(axis=-1)
+    assert (weighted_error(rows, found, grid, importance) <= plain * (1 + 1e-4) + 1e-9 * energy).all()
 
 
 @np.errstate(over="ignore")
@@ -96,10 +98,8 @@ def test_chunks_of_the_search_are_put_together_in_order():
 def test_without_correlation_gptq_rounds_to_nearest(grid):
     rows = gaussian(24, 160 if grid.group_size == 16 else 192)
     steps = half(minmax_params(rows, grid))
-    hessian = torch.eye(rows.shape[1]) * 3
-    codes = quantize_gptq(rows, hessian, steps, grid)
+    codes = quantize_gptq(rows, factorize(torch.eye(rows.shape[1]) * 3), steps, grid)
     np.testing.assert_array_equal(codes, quantize(rows, steps, grid))
-    assert (hessian == torch.eye(rows.shape[1]) * 3).all()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -108,7 +108,7 @@ def test_gptq_halves_the_outputs_error_on_correlated_inputs(columns, symmetric):
     grid, rows, inputs = QuantScheme(4, 32, symmetric), gaussian(48, columns), correlated_inputs(columns)
     steps = half(minmax_params(rows, grid))
     plain = dequantize(quantize(rows, steps, grid), steps, grid)
-    codes = quantize_gptq(rows, torch.from_numpy(inputs.T @ inputs), steps, grid)
+    codes = quantize_gptq(rows, factorize(torch.from_numpy(inputs)), steps, grid)
     assert output_error(rows, dequantize(codes, steps, grid), inputs) < 0.5 * output_error(rows, plain, inputs)
 
 
@@ -117,17 +117,16 @@ def test_gptq_takes_inputs_that_are_fewer_than_columns_or_always_zero():
     inputs = gaussian(10, 64)
     inputs[:, 5:9] = 0
     steps = half(minmax_params(rows, grid))
-    codes = quantize_gptq(rows, torch.from_numpy(inputs.T @ inputs), steps, grid)
+    codes = quantize_gptq(rows, factorize(torch.from_numpy(inputs)), steps, grid)
     error = output_error(rows, dequantize(codes, steps, grid), inputs)
     assert error < output_error(rows, dequantize(quantize(rows, steps, grid), steps, grid), inputs)
-    silent = quantize_gptq(rows, torch.zeros(64, 64), steps, grid)
+    silent = quantize_gptq(rows, factorize(torch.zeros(64, 64)), steps, grid)
     np.testing.assert_array_equal(silent, quantize(rows, steps, grid))
 
 
 def test_gptq_refuses_inputs_that_are_no_numbers():
-    grid, rows = QuantScheme(4, 32, True), gaussian(4, 32)
     with pytest.raises(ExportError, match="computes values that are not numbers"):
-        quantize_gptq(rows, torch.full((32, 32), torch.nan), minmax_params(rows, grid), grid)
+        factorize(torch.full((40, 32), torch.nan))
 
 
 def test_windows_come_from_all_texts_in_turn_and_have_one_length(monkeypatch):
@@ -173,8 +172,12 @@ def restored(tables, name):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it_give(kind, tmp_path):
-    """The whole model in transformers, earlier layers rounded, gives the second layer's inputs: the same codes."""
+def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it_give(kind, tmp_path, monkeypatch):
+    """The whole model in transformers, all matrices rounded, gives the second layer's inputs: the same codes.
+
+    A matrix's inputs depend on those before it only, so that all may be rounded.
+    """
+    monkeypatch.setattr(calibrate_module, "_FAST_BFLOAT16", set())  # in float32, as the model below
     folder = MODELS[kind](tmp_path / "model")
     plan = QuantPlan("gptq", 4, 16, symmetric=False)
     checkpoint, tables = calibrate(folder, tmp_path / "scratch", plan)
@@ -185,7 +188,7 @@ def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it
     assert 2 * len(last) == len(state)
     exact = {name: state[name].detach().numpy().copy() for name in last}
     with torch.no_grad():
-        for name in state.keys() - set(last):
+        for name in state:
             state[name].copy_(torch.from_numpy(restored(tables, name)))
         seen = {}
         for name in last:
@@ -197,9 +200,9 @@ def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it
             model(torch.tensor([window]))
     for name in last:
         inputs = torch.cat(seen[name])
-        hessian = inputs.T @ inputs / len(inputs)
-        steps = search_params(exact[name], plan.scheme(len(hessian)), hessian.diagonal().numpy().copy())
-        codes = quantize_gptq(exact[name], hessian, steps, plan.scheme(len(hessian)))
+        scheme = plan.scheme(inputs.shape[1])
+        steps = search_params(exact[name], scheme, mean_squares(inputs).numpy())
+        codes = quantize_gptq(exact[name], factorize(inputs), steps, scheme)
         same = (codes == unpack(tables.read(name).qweight, 4)).mean()
         assert same > 0.995, name  # sums in another order turn a code here and there
 
