@@ -3,7 +3,8 @@
     python benchmarks/serving/on_demand.py ARTIFACT ARTIFACT ARTIFACT [--clients 6] [--times 20] [--tokens 40]
 
 First each model is asked alone; that is what its answers have to be (seeded, so the same to the last bit). Then so many
-clients ask each model in turn, each client from another one on, so many times. Worker processes and the memory of all
+clients ask each model in turn, so many times; with --apart each client begins with another one, so that all are wanted
+all the time. Worker processes and the memory of all
 processes (Pss, what they share counts once) are looked at ten times a second; a model's load and its switches are from
 /metrics.
 """
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--apart", action="store_true")
     arguments = parser.parse_args()
     largest = max(sum(file.stat().st_size for file in folder.iterdir()) for folder in arguments.artifacts) / 2**20
     memory = int(1.1 * largest + CACHE_MIB + PROCESS_MIB + 64)
@@ -126,7 +128,7 @@ def main() -> None:
                 found = []
                 for turn in range(arguments.times):
                     for place in range(len(models)):
-                        model = models[(place + number) % len(models)]
+                        model = models[(place + number * arguments.apart) % len(models)]
                         question = questions[(turn + number) % len(questions)]
                         text, seconds = _ask(client, model, question, arguments.tokens)
                         if text == expected[model, question]:
