@@ -100,7 +100,7 @@ def quantize_gptq(
     scales = torch.from_numpy(params.scales).T.contiguous()  # [groups, rows]
     zeros = torch.from_numpy(params.zero_points).T.contiguous()
     inverse, offsets = torch.where(scales == 0, 0.0, 1 / scales), zeros * scales
-    zeros += _TO_INTEGERS
+    zeros = zeros + _TO_INTEGERS  # not in place: with one group a row it is a view of the parameters
     qweight = torch.empty(weights.shape, dtype=torch.uint8)
     for stop in range(len(order), 0, -_COLUMNS_AT_ONCE):
         start = max(0, stop - _COLUMNS_AT_ONCE)

@@ -112,6 +112,16 @@ def test_gptq_halves_the_outputs_error_on_correlated_inputs(columns, symmetric):
     assert output_error(rows, dequantize(codes, steps, grid), inputs) < 0.5 * output_error(rows, plain, inputs)
 
 
+@pytest.mark.parametrize("group", [32, 64])  # 64: one group a row
+def test_gptq_leaves_its_arguments_as_they_are(group):
+    grid, rows, inputs = QuantScheme(8, group, False), gaussian(48, 64), correlated_inputs(64)
+    steps = half(minmax_params(rows, grid))
+    before = [values.copy() for values in (rows, steps.scales, steps.zero_points)]
+    quantize_gptq(rows, factorize(torch.from_numpy(inputs)), steps, grid)
+    for values, old in zip((rows, steps.scales, steps.zero_points), before, strict=True):
+        np.testing.assert_array_equal(values, old)
+
+
 def test_gptq_takes_inputs_that_are_fewer_than_columns_or_always_zero():
     grid, rows = QuantScheme(4, 32, True), gaussian(16, 64)
     inputs = gaussian(10, 64)
