@@ -18,8 +18,7 @@ from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.options import GenerationConfig
 from normistral.server.backends.base import Job
 from normistral.server.backends.scheduler import RoundRobinScheduler
-from normistral.server.backends.settings import BatchSettings, cache_token_bytes
-from normistral.server.ipc import Loaded
+from normistral.server.backends.settings import CONTINUOUS, BatchSettings, cache_token_bytes
 from normistral.server.service import ServedModel
 
 CHUNK, CONTEXT = 16, 256
@@ -237,11 +236,6 @@ def test_a_chat_with_a_seed_equals_its_parts(tmp_path):
 # What the server says
 
 
-class _Worker:
-    def __init__(self, batching, arithmetic="a"):
-        self.loaded = Loaded(1, "openvino", "CPU", {}, batching, 1, 1, arithmetic)
-
-
 @pytest.mark.parametrize(
     ("batching", "options", "promised"),
     [("in turns", {"seed": 1}, True), ("together", {}, False), ("together", {"seed": 1}, True)],
@@ -255,7 +249,7 @@ def test_the_fingerprint_is_null_where_a_seed_promises_nothing(tmp_path, batchin
     model.handler = open_served(make_served(tmp_path / "model", answers=["Hei"]), ServerLimits())
     prints = []
     for arithmetic in "aab":
-        model.worker = _Worker(batching, arithmetic)
+        model._arithmetic, model._together = arithmetic, batching == CONTINUOUS
         prints.append(model.fingerprint(GenerationConfig(**options)))
     if promised:
         assert prints[0] == prints[1] != prints[2]
