@@ -34,10 +34,10 @@ _BLOCKS_BYTES = 256 * 2**20
 _SMALL_FILES_BYTES = 64 * 2**20
 _RUNNING_SHARE = 1.6  # memory of a running artifact over its size on disk (benchmarks/load_memory.py: 1.2 to 1.5)
 _SAMPLES_PER_S = 20
-# Float32 operations a second of one core with AVX512 (EPYC), over a whole calibration, its searches included
-# (demo model: 28 s of two cores; layers of the 7B's widths: 134 s of one core each).
-_CORE_OPERATIONS_PER_S = 110e9
-_REFERENCE_PRODUCTS_PER_S = 237e9  # of `measure_matmul` there: a slower or busier core takes longer in proportion
+# Operations a second of one core over a whole calibration, its searches included (EPYC with AVX512 and bf16: a layer of
+# the 7B's widths takes 114 s of one core), and in float32 products there: a slower core takes longer in proportion.
+_CORE_OPERATIONS_PER_S = 85e9
+_REFERENCE_PRODUCTS_PER_S = 105e9
 _SHORT_S = 2.0  # a calibration beside which `measure_matmul` would take long: up to a second
 
 
@@ -92,16 +92,14 @@ def estimate_needs(
 
 
 def estimate_calibration_bytes(architecture: Architecture, plan: QuantPlan) -> int:
-    """Most memory of a calibration: one layer, all tokens' states, and what GPTQ or the choice of 8 bits needs."""
+    """Most memory of a calibration: a matrix, what flows through a layer, what GPTQ or the choice of 8 bits needs."""
     hidden, wide = architecture.hidden_size, architecture.feed_forward
     layer = 4 * inner_weights(architecture) // architecture.layers
-    states = 4 * CALIBRATION_TOKENS * hidden
-    matrices = 3 * 4 * hidden * wide  # its weights are moved about as columns and given back as rows
-    quantizing = layer + states + matrices
+    flowing = 4 * CALIBRATION_TOKENS * (2 * hidden + 2 * wide)  # states, and what stands around the activation
+    matrices = 3 * 4 * hidden * wide  # one is moved about as columns and given back as rows
+    quantizing = flowing + matrices
     if plan.method == "gptq":
-        attention = architecture.heads * architecture.head_dim
-        quantizing += 4 * (2 * hidden**2 + attention**2 + wide**2)  # second moments of all four kinds of inputs
-        quantizing += 3 * 4 * wide**2  # in order, its Cholesky factor, that one's inverse
+        quantizing += 2 * 4 * wide**2  # a Hessian and its Cholesky factor
     if plan.ratio == 1.0:
         return quantizing
     # Before that, the choice of what takes 8 bits: the states in front of every layer, a layer and its errors, and what
@@ -127,20 +125,20 @@ def measure_matmul(cores: int) -> float:
 def estimate_calibration_s(
     architecture: Architecture, plan: QuantPlan, cores: int, products_per_s: float = _REFERENCE_PRODUCTS_PER_S
 ) -> float:
-    """Roughly how long a calibration takes, in seconds: two passes, GPTQ's share, and that of the choice of 8 bits.
+    """Roughly how long a calibration takes, in seconds: one pass, GPTQ's share, and that of the choice of 8 bits.
 
     Args:
         products_per_s: of one core, as `measure_matmul` gives it.
     """
     hidden, wide = architecture.hidden_size, architecture.feed_forward
-    operations = 4.0 * CALIBRATION_TOKENS * inner_weights(architecture)
+    operations = 2.0 * CALIBRATION_TOKENS * inner_weights(architecture)
     if plan.ratio != 1.0:  # forward, once more forward, back, and each matrix's error
         operations += 8.0 * SENSITIVITY_TOKENS * inner_weights(architecture)
     if plan.method == "gptq":
         attention = architecture.heads * architecture.head_dim
         widths = (hidden, attention, hidden, wide)
-        moments = sum(2 * CALIBRATION_TOKENS * width**2 for width in widths)
-        factors = sum(4 / 3 * width**3 for width in (*widths, hidden, hidden, hidden))  # one for each matrix
+        moments = sum(CALIBRATION_TOKENS * width**2 for width in widths)  # half of a symmetric matrix
+        factors = sum(width**3 / 3 for width in widths)
         moved = inner_weights(architecture) / architecture.layers * 2 * max(hidden, attention)
         moved += 2 * hidden * wide * (wide - hidden)  # the last matrix has the wide inputs
         operations += architecture.layers * (moments + factors + moved)

@@ -212,11 +212,11 @@ def test_only_int4_at_its_best_has_zero_points_unless_they_are_asked_for():
 
 
 def test_a_calibration_holds_one_layer_and_what_gptq_needs():
-    """Hessian of 14,336 inputs: 0.8 GB, and three more of its size; a layer: 0.9 GB. Two layers took 4.4 GiB in all."""
+    """Hessian of 14,336 inputs and its factor: 1.6 GB; what flows: 1.2 GB. A layer's calibration took 2.7 GiB."""
     gib = 2**30
     for format in ("openvino", "onnx"):
         best = resources.estimate_needs(SEVEN_B, Recipe(format=format, recipe="best"), 128)
-        assert 4.4 * gib < best.memory < 5.5 * gib
+        assert 3.0 * gib < best.memory < (5.0 if format == "openvino" else 4.2) * gib  # OpenVINO's: while it is written
         plain = resources.estimate_needs(SEVEN_B, Recipe(format=format, recipe="fast"), 128)
         assert 3.3 * gib < best.disk - plain.disk < 3.7 * gib
     balanced = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced"), 128)
@@ -229,25 +229,27 @@ def test_a_calibration_holds_one_layer_and_what_gptq_needs():
 
 
 def test_a_calibration_takes_as_long_as_it_did_when_it_was_measured():
-    """Two cores: 28 s for the demo model; 67 s for each of the 7B's 32 layers."""
-    assert 40 < resources.estimate_calibration_s(DEMO, choose_plan(Recipe(recipe="best"), 64), cores=1) < 100
+    """114 s of one core for each of the 7B's 32 layers, on a busy machine."""
+    assert 20 < resources.estimate_calibration_s(DEMO, choose_plan(Recipe(recipe="best"), 64), cores=1) < 100
     whole = resources.estimate_calibration_s(SEVEN_B, choose_plan(Recipe(recipe="best"), 128), cores=2)
     light = resources.estimate_calibration_s(SEVEN_B, choose_plan(Recipe(recipe="balanced"), 128), cores=2)
-    assert 30 * 60 < whole < 60 * 60
-    assert 10 * 60 < light < whole / 2
+    assert 25 * 60 < whole < 40 * 60
+    assert 5 * 60 < light < whole / 2
 
 
 def test_a_slower_or_busier_machine_takes_longer():
     plan = choose_plan(Recipe(recipe="best"), 64)
     usual = resources.estimate_calibration_s(DEMO, plan, cores=2)
-    assert resources.estimate_calibration_s(DEMO, plan, 2, 237e9 / 3) == pytest.approx(3 * usual)
+    assert resources.estimate_calibration_s(DEMO, plan, 2, resources._REFERENCE_PRODUCTS_PER_S / 3) == pytest.approx(
+        3 * usual
+    )
     measured = resources.measure_matmul(cores=2)
     assert 1e8 < measured < 1e13
 
 
 def test_the_machine_is_measured_only_for_a_calibration_that_takes_long(monkeypatch):
     """The products that are timed take longer than the whole calibration of a tiny model."""
-    speeds = [237e9 / 3]
+    speeds = [resources._REFERENCE_PRODUCTS_PER_S / 3]
     monkeypatch.setattr(resources, "measure_matmul", lambda cores: speeds.pop())
     plan = choose_plan(Recipe(recipe="best"), 64)
     tiny = replace(DEMO, hidden_size=64, feed_forward=128, layers=2, vocabulary=512, parameters=150_000)
@@ -293,7 +295,7 @@ def test_the_meter_sees_memory_that_came_and_went():
 
 
 def test_where_the_default_does_not_fit_the_thrifty_recipe_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 4 * GB)
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 3 * GB)
     needs = {
         name: resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe=name), 128) for name in ("best", "fast")
     }
