@@ -233,6 +233,17 @@ def _take_over(path: Path, temporary: str, descriptor: int) -> None:
     Path(temporary).chmod(old.st_mode & 0o777)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk, should the power fail. Raises OSError."""
+    if path.is_dir() and sys.platform == "win32":
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 # Reading
 
 

@@ -30,6 +30,7 @@ COMPLETE = (
     *(f"commands/{name}.py" for name in ("options", "progress", "repl", "result_files", "rm", "saved_chats", "serve")),
     *(f"artifact/{name}.py" for name in ("download", "hub", "origin")),
     *("commands/publish.py", "commands/show.py", "commands/translate.py", "export/pipeline.py", "export/publish.py"),
+    "export/quantize/kept_layers.py",
 )
 HELP = tuple(f"commands/{name}.py" for name in ("bench", "eval", "info", "tune"))  # their help, without their tables
 _SHOWN = {"translate", "say", "warn", "confirm", "print_error", "stage", "note"}  # their texts may be single words

@@ -110,6 +110,9 @@ def export(
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Keep an artifact that fails this proof as OUTPUT.failed.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Do not go on with the layers that an interrupted export to OUTPUT kept.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUTPUT if it is an artifact, once the new one is whole.")
     ] = False,
@@ -146,6 +149,7 @@ def export(
             ignore_fields=tuple(ignore_field or ()),
             verify=not no_verify,
             keep_failed=keep_failed,
+            restart=restart,
             progress=progress,
             **options,
         )

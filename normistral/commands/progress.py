@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from normistral.commands.console import colour, is_terminal, one_line, print_diagnostic
 from normistral.commands.translate import translate, translate_number
 from normistral.commands.wrapping import cell_width, crop, wrap_text
-from normistral.progress import Progress, Stage, Uncounted, format_bytes
+from normistral.progress import Progress, Stage, format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SPINNER_CELLS = 2  # it and the blank after it
 _BAR_CELLS = 24  # at most; with room for less than a third of that there is none
 _DONE = "32"
+_BETWEEN_LINES_S = 30.0  # in a log
 _WORTH_TELLING_S = 1.0  # stages shorter than this get no line about their time in a log
 
 
@@ -48,7 +49,9 @@ def show_progress() -> Iterator[Progress]:
                 task.completed,
                 task.total,
                 task.speed,
-                task.time_remaining,
+                task.time_remaining
+                if task.time_remaining is not None
+                else estimate_left_s(task.completed, task.total, task.elapsed or 0.0),
                 task.elapsed or 0.0,
             )
             return Text(fit_row(running, bars.console.width - _SPINNER_CELLS), no_wrap=True)
@@ -92,6 +95,11 @@ def fit_row(stage: Running, cells: int) -> str:
     return crop(stage.title, max(1, cells - cell_width(first))) + first
 
 
+def estimate_left_s(done: float, total: float | None, elapsed_s: float) -> float | None:
+    """Seconds until a stage is done, at the mean pace so far; None before anything is done."""
+    return elapsed_s * max(0.0, total - done) / done if done and total else None
+
+
 def _facts(stage: Running) -> list[str]:
     if not stage.total:
         counted = [_amount(stage.done, stage.unit)] if stage.done else []
@@ -99,8 +107,10 @@ def _facts(stage: Running) -> list[str]:
     facts = [f"{min(1.0, stage.done / stage.total):.0%}"]
     if stage.remaining_s is not None:
         facts.append(translate(f"{format_duration(stage.remaining_s)} left"))
-    if stage.done and stage.per_s:
+    if stage.done and stage.per_s and stage.per_s >= 1:
         facts.append(f"{_amount(stage.per_s, stage.unit)}/s")
+    elif stage.elapsed_s >= _WORTH_TELLING_S:
+        facts.append(translate(f"{format_duration(stage.elapsed_s)} so far"))
     done = _amount(stage.done, stage.unit).removesuffix(translate(stage.unit) if stage.unit != "bytes" else "").rstrip()
     return [*facts, translate(f"{done} of {_amount(stage.total, stage.unit)}")]
 
@@ -114,21 +124,43 @@ def _bar(stage: Running, cells: int) -> str:
 
 
 class PlainProgress:
-    """A line when a stage begins, and one with its time if it took long."""
+    """A line when a stage begins, and one with its time if it took long; of a long one, where it is, twice a minute."""
 
     @contextmanager
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Stage]:
-        """Announce the stage; a log has no use for more."""
+        """Announce the stage."""
         size = f" ({_amount(total, unit)})" if total else ""
         print_diagnostic(one_line(translate(title) + size))
         started = time.perf_counter()
-        yield Uncounted()
+        yield _Lines(unit, total)
         if (took := time.perf_counter() - started) >= _WORTH_TELLING_S:
             print_diagnostic(f"  {translate(f'done in {format_duration(took)}')}")
 
     def note(self, text: str) -> None:
         """Print it."""
         print_diagnostic(f"  {one_line(translate(text))}")
+
+
+class _Lines:
+    """A running stage in a log."""
+
+    def __init__(self, unit: str, total: int | None) -> None:
+        self._unit, self._total, self._done = unit, total, 0
+        self._started = self._printed = time.perf_counter()
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        now = time.perf_counter()
+        if not self._total or now - self._printed < _BETWEEN_LINES_S:
+            return
+        self._printed = now
+        elapsed = now - self._started
+        left = estimate_left_s(self._done, self._total, elapsed)
+        running = Running("", self._unit, self._done, self._total, self._done / elapsed, left, elapsed)
+        print_diagnostic(f"  {', '.join(_facts(running))}")
+
+    def set_total(self, total: int | None) -> None:
+        self._total = total
 
 
 class BarProgress:

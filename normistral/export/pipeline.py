@@ -22,13 +22,19 @@ from typing import Any
 
 from normistral.artifact.card import write_card
 from normistral.artifact.manifest import Manifest, RecipeRecord, Source, hash_files, write_manifest
-from normistral.artifact.store import default_output
+from normistral.artifact.store import default_output, folder_bytes
 from normistral.errors import ExportError, ResourceError
 from normistral.export import openvino
 from normistral.export.checkpoint.chat_templates import read_template_file
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import hash_sources, open_checkpoint
 from normistral.export.job import ExportJob
+from normistral.export.quantize.kept_layers import (
+    KeptLayers,
+    discard_kept,
+    fingerprint,
+    leave_kept,
+)
 from normistral.export.quantize.plan import (
     SENSITIVITY_TOKENS,
     QuantPlan,
@@ -42,7 +48,6 @@ from normistral.export.quantize.weight_values import read_magnitudes, require_ra
 from normistral.export.recipe import (
     choose_recipe,
     describe_choices,
-    inner_weights,
     record_recipe,
 )
 from normistral.export.reference.model import (
@@ -59,7 +64,7 @@ from normistral.export.resources import (
     estimate_needs,
     predict_calibration_s,
 )
-from normistral.export.staging import check_output, stage
+from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
 from normistral.export.verify.artifact import VerificationOptions, choose_verification, record_verification
 from normistral.export.verify.positions import check_rotary_buffers
@@ -82,6 +87,7 @@ def export_model(
     ignore_fields: Sequence[str] = (),
     verify: bool = True,
     keep_failed: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
     **recipe: Any,
 ) -> Manifest:
@@ -99,6 +105,7 @@ def export_model(
             because they may change what the model computes; the manifest names them.
         verify: compare the artifact with the checkpoint; otherwise the manifest says that it was not verified.
         keep_failed: keep an artifact that fails this as OUTPUT.failed; otherwise nothing stays.
+        restart: throw away the layers that an interrupted export to this `output` kept; otherwise it goes on with them.
         progress: receives stages and notes; None shows nothing.
         recipe: the other fields of `normistral.export.recipe.Recipe`.
 
@@ -123,7 +130,7 @@ def export_model(
         located = locate(model, revision=revision, ignore_fields=ignore_fields, progress=progress)
         with progress.stage("starting the export tools"):
             require_export_tools(choice.format)
-        with stage(output, force=force) as staging, quiet_tools(choice.format):
+        with stage(output, force=force) as staging, _keep_layers(staging, progress), quiet_tools(choice.format):
             checkpoint = open_checkpoint(
                 located,
                 staging.workspace,
@@ -132,7 +139,7 @@ def export_model(
                 ignore_fields=ignore_fields,
             )
             job = ExportJob.settle(checkpoint, choice, staging, progress)
-            manifest = _make_artifact(job, output, options)
+            manifest = _make_artifact(job, output, options, restart=restart)
     took, size = _in_words(time.perf_counter() - started), manifest.total_bytes
     written = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
     if meter.peak_bytes is None:
@@ -143,7 +150,7 @@ def export_model(
     return manifest
 
 
-def _make_artifact(job: ExportJob, output: Path, options: VerificationOptions) -> Manifest:
+def _make_artifact(job: ExportJob, output: Path, options: VerificationOptions, *, restart: bool) -> Manifest:
     """Fill `job.staging.artifact`, manifest last."""
     checkpoint, recipe, progress, artifact = job.checkpoint, job.recipe, job.progress, job.staging.artifact
     _require_resources(job, output)
@@ -162,7 +169,7 @@ def _make_artifact(job: ExportJob, output: Path, options: VerificationOptions) -
     with _in_background(partial(hash_sources, checkpoint)) as hashed:
         with progress.stage("reading the weights", checkpoint.weight_bytes, "bytes") as reading:
             require_range(read_magnitudes(checkpoint, reading.advance), checkpoint, recipe)
-        quantized, record = _calibrate(job)
+        quantized, record = _calibrate(job, restart=restart)
         reference = _run_reference(job)
         _write_model(job, quantized)
         with progress.stage("hashing", total=folder_bytes(artifact), unit="bytes") as hashing:
@@ -190,7 +197,11 @@ def _make_artifact(job: ExportJob, output: Path, options: VerificationOptions) -
     )
     for note in found:
         progress.note(note)
-    manifest = record_verification(job, manifest, reference, options)
+    try:
+        manifest = record_verification(job, manifest, reference, options)
+    except ExportError:
+        discard_kept(job.staging.kept, "what was made of them failed its verification", progress)
+        raise
     write_card(artifact, manifest, output.name)
     write_manifest(artifact, manifest)
     return manifest
@@ -201,11 +212,13 @@ def _require_resources(job: ExportJob, output: Path) -> None:
     if_fast = None
     if recipe.recipe_name != "fast" and not recipe.is_mixed:
         if_fast = estimate_needs(architecture, replace(recipe, recipe="fast"), job.group_size)
-    check_resources(output, estimate_needs(architecture, recipe, job.group_size), if_fast)
+    needs = estimate_needs(architecture, recipe, job.group_size)
+    kept = folder_bytes(job.staging.kept)  # used, or thrown away
+    check_resources(output, replace(needs, disk=max(0, needs.disk - kept)), if_fast)
 
 
-def _calibrate(job: ExportJob) -> tuple[QuantizedTensorStore | None, RecipeRecord]:
-    """Quantize the layers' matrices with calibration texts, into the workspace.
+def _calibrate(job: ExportJob, *, restart: bool) -> tuple[QuantizedTensorStore | None, RecipeRecord]:
+    """Quantize the layers' matrices with calibration texts, into the folder that an interruption keeps.
 
     Returns:
         the matrices, None for a recipe that needs no calibration; and the recipe for the manifest.
@@ -214,24 +227,29 @@ def _calibrate(job: ExportJob) -> tuple[QuantizedTensorStore | None, RecipeRecor
     record = record_recipe(job.recipe, job.group_size)
     plan = choose_plan(job.recipe, job.group_size)
     if plan is None:
+        discard_kept(job.staging.kept, f"the recipe {job.recipe.recipe_name} needs none", progress)
         return None, record
-    from normistral.export.quantize.calibrate import fast_matmul, quantize_layers
+    from normistral.export.quantize.calibrate import calibration_dtype, fast_matmul, quantize_layers
 
     windows = calibration_windows(lambda text: list(checkpoint.tokenizer(text)["input_ids"]), job.context_length)
-    quantized = QuantizedTensorStore.make(job.staging.workspace)
-    cores = plan_threads(read_machine())
+    made_of = fingerprint(checkpoint, plan, windows, tool_versions(job.recipe.format), calibration_dtype())
+    layers = checkpoint.architecture.layers
+    kept = KeptLayers.open(job.staging.kept, made_of, layers, restart=restart, progress=progress)
+    left = layers - kept.done
+    tokens, in_int8 = sum(map(len, windows)), kept.in_int8 or frozenset()
     with fast_matmul():
-        seconds = predict_calibration_s(checkpoint.architecture, plan, cores)
-    progress.note(
-        f"the recipe {job.recipe.recipe_name} tries its rounding on sample texts: very roughly {_in_words(seconds)} on "
-        "this machine; --recipe fast goes without"
-    )
-    tokens, weights = sum(map(len, windows)), inner_weights(checkpoint.architecture)
-    with fast_matmul():
-        in_int8 = _select_int8(job, plan, windows) if job.recipe.is_mixed else frozenset()
-        with progress.stage(f"rounding on sample texts ({tokens:,} tokens)", weights, "weights") as stage:
-            quantize_layers(checkpoint, plan, windows, quantized, stage, in_int8)
-    return quantized, replace(
+        if left:
+            seconds = predict_calibration_s(checkpoint.architecture, plan, plan_threads(read_machine())) * left / layers
+            progress.note(
+                f"the recipe {job.recipe.recipe_name} tries its rounding on sample texts: very roughly "
+                f"{_in_words(seconds)} on this machine; --recipe fast goes without"
+            )
+        if job.recipe.is_mixed and kept.in_int8 is None:
+            in_int8 = _select_int8(job, plan, windows)
+            kept.keep_in_int8(in_int8)
+        with progress.stage(f"rounding on sample texts ({tokens:,} tokens)", left, "layers") as stage:
+            quantize_layers(checkpoint, plan, windows, kept.tensors, stage, in_int8, kept)
+    return kept.tensors, replace(
         record,
         calibration_sha256=calibration_sha256(),
         calibration_tokens=tokens,
@@ -301,6 +319,16 @@ def _in_background(work: Callable[[Callable[[int], None]], Source]) -> Iterator[
             stopping.set()
 
 
+@contextmanager
+def _keep_layers(staging: Staging, progress: Progress) -> Iterator[None]:
+    """Say which layers stay of an export that does not come to its end."""
+    try:
+        yield
+    except BaseException:
+        leave_kept(staging.kept, progress)
+        raise
+
+
 def _in_words(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
@@ -315,8 +343,3 @@ def _translate_system_errors() -> Iterator[None]:
     except OSError as exc:
         where = f"{exc.filename}: " if exc.filename else ""
         raise ExportError(f"{where}{exc.strerror or exc}", "see that the disk is there and may be written") from exc
-
-
-def folder_bytes(folder: Path) -> int:
-    """Size of all files below `folder`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

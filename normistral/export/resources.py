@@ -86,6 +86,7 @@ def estimate_needs(
         disk += stored  # all matrices wait in files of ours
     elif plan is not None:
         disk += estimate_inner_bytes(architecture, recipe, group_size)
+        disk += 2 * 4 * CALIBRATION_TOKENS * architecture.hidden_size  # states that are kept, and those before them
     if plan is not None:  # before anything is written
         memory = max(memory, _PROGRAM_BYTES + estimate_calibration_bytes(architecture, plan))
     return ResourceNeeds(disk, memory)

@@ -1,14 +1,16 @@
 """Atomic writing of an artifact: beside its place, moved there when it is whole.
 
-While OUTPUT is being made, its parent holds two hidden neighbours:
+While OUTPUT is being made, its parent holds hidden neighbours:
 
     .OUTPUT.lock              held (flock) by the running export; the system releases it when the process dies
     .OUTPUT.partial-XXXXXXXX  `artifact`, which becomes OUTPUT, and `workspace`, which is thrown away; marked as ours
+    .OUTPUT.kept-XXXXXXXX     `kept`, if a stage makes it: work that the next export to OUTPUT may go on with. It stays
+                              when this one fails, and goes when OUTPUT is there; marked as ours
 
 A new OUTPUT appears by one rename, an old one is exchanged for the new one by one rename: at every moment the name
 OUTPUT stands for nothing, the whole old artifact, or the whole new one. Whoever holds the lock knows that other
 partial folders were left by a killed export, and removes them, if they carry our mark and are this user's: what else
-has such a name is not touched.
+has such a name is not touched. A kept folder is gone on with only if nobody else may look or write into it, besides.
 
 It does not know what an artifact consists of, except that the manifest makes it whole.
 """
@@ -32,6 +34,7 @@ from normistral.errors import ResourceError, UsageError
 from normistral.files import (
     checked,
     explain,
+    flush_to_disk,
     is_own_folder,
     locked,
     make_own_folder,
@@ -49,15 +52,17 @@ _BY_HAND = "choose another OUTPUT, or remove this one yourself"
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Two empty folders on OUTPUT's disk.
+    """Places on OUTPUT's disk.
 
     Attributes:
-        artifact: becomes OUTPUT.
-        workspace: for temporary files.
+        artifact: an empty folder; it becomes OUTPUT.
+        workspace: an empty folder for temporary files.
+        kept: a folder of ours that an earlier export left, or the name to `make_own_folder`.
     """
 
     artifact: Path
     workspace: Path
+    kept: Path
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -113,7 +118,7 @@ def _require_exported(output: Path) -> None:
 def stage(output: Path, *, force: bool) -> Iterator[Staging]:
     """Folders to write into; when the block ends, the artifact takes OUTPUT's place, old one or none.
 
-    When the block raises (`KeyboardInterrupt` included) everything written is removed and OUTPUT is untouched.
+    When the block raises (`KeyboardInterrupt` included) everything but `kept` is removed and OUTPUT is untouched.
 
     Raises:
         UsageError: as `check_output`, or another export is writing the same OUTPUT.
@@ -123,12 +128,12 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
     with translate_full_disk(output):
         _make_parent(output)
         with _lock(output):
-            for leftover in _leftovers(output):
+            for leftover in _neighbours(output, "partial"):
                 _put_back(leftover / _REPLACED, output)
                 _remove(leftover)
             check_output(output, force=force)  # now that nobody else can change it
             folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-            staging = Staging(folder / "artifact", folder / "workspace")
+            staging = Staging(folder / "artifact", folder / "workspace", _choose_kept(output))
             try:
                 make_own_folder(folder)
                 staging.artifact.mkdir()
@@ -136,6 +141,8 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
                 yield staging
                 _flush_to_disk(staging.artifact)
                 _move_into_place(staging.artifact, output)
+                for done in _neighbours(output, "kept"):
+                    _remove(done)
             finally:
                 _remove(folder)
 
@@ -165,7 +172,7 @@ def _full_disk(path: Path, exc: OSError | None = None) -> ResourceError:
     reason, hint = explain(exc or OSError(errno.ENOSPC, ""))
     if exc is None or exc.errno == errno.ENOSPC:
         reason += f": {free_disk_bytes(path) / 1e6:.1f} MB were left"
-    return ResourceError(f"{reason} while writing {path.name}; what was written has been removed", hint)
+    return ResourceError(f"{reason} while writing {path.name}; the unfinished artifact has been removed", hint)
 
 
 def _make_parent(output: Path) -> None:
@@ -196,10 +203,17 @@ def _lock(output: Path) -> Iterator[None]:
         yield
 
 
-def _leftovers(output: Path) -> list[Path]:
-    """Folders of exports to this OUTPUT that were killed; to be asked only while holding the lock."""
-    name = re.compile(re.escape(f".{output.name}.partial-") + "[0-9a-f]{8}")
-    return [path for path in output.parent.iterdir() if name.fullmatch(path.name) and is_own_folder(path)]
+def _neighbours(output: Path, kind: str) -> list[Path]:
+    """Folders of this kind that exports to this OUTPUT left; to be asked only while holding the lock."""
+    name = re.compile(re.escape(f".{output.name}.{kind}-") + "[0-9a-f]{8}")
+    return sorted(path for path in output.parent.iterdir() if name.fullmatch(path.name) and is_own_folder(path))
+
+
+def _choose_kept(output: Path) -> Path:
+    for path in _neighbours(output, "kept"):
+        if os.name != "posix" or not path.lstat().st_mode & 0o077:
+            return path
+    return output.parent / f".{output.name}.kept-{secrets.token_hex(4)}"
 
 
 def _put_back(replaced: Path, output: Path) -> None:
@@ -217,7 +231,7 @@ def _remove(folder: Path) -> None:
 def _flush_to_disk(folder: Path) -> None:
     """Make sure that the files are on the disk before their names are, should the power fail."""
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+        flush_to_disk(path)
 
 
 def _move_into_place(artifact: Path, output: Path) -> None:
@@ -235,17 +249,7 @@ def _move_into_place(artifact: Path, output: Path) -> None:
             artifact.rename(output)
         finally:
             _put_back(aside, output)
-    _flush(output.parent)
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and sys.platform == "win32":
-        return  # folders cannot be opened there
-    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(output.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

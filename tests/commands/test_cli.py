@@ -20,7 +20,7 @@ from normistral.artifact.presets import PRESETS
 from normistral.cli import main
 from normistral.commands import console
 from normistral.commands.info import describe_weights
-from normistral.commands.progress import Running, fit_row, format_duration
+from normistral.commands.progress import PlainProgress, Running, fit_row, format_duration
 from normistral.export.recipe import Recipe
 from normistral.runtime.options import GenerationConfig
 
@@ -594,6 +594,26 @@ def test_a_row_of_progress_has_what_fits_in_whole_words(cells, expected):
     row = fit_row(ROW, cells)
     assert row.startswith(expected)
     assert console.cell_width(row) <= cells
+
+
+def test_a_slow_stage_shows_its_time_in_place_of_its_rate():
+    row = fit_row(Running("rounding", "layers", 3, 20, 0.02, 850.0, 150.0), 70)
+    assert row.startswith("rounding  15%  14 min 10 s left  2 min 30 s so far  3 of 20 layers")
+
+
+def test_a_log_tells_twice_a_minute_where_a_long_stage_is(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("normistral.commands.progress.time.perf_counter", lambda: clock[0])
+    with PlainProgress().stage("rounding", 4, "layers") as stage:
+        for seconds in (20.0, 40.0, 60.0, 80.0):
+            clock[0] = seconds
+            stage.advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "rounding (4 layers)",
+        "  50%, 40 s left, 40 s so far, 2 of 4 layers",
+        "  100%, 0.0 s left, 1 min 20 s so far, 4 of 4 layers",
+        "  done in 1 min 20 s",
+    ]
 
 
 def test_a_stage_without_a_total_shows_the_time_that_it_took():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,7 @@ def test_a_full_disk_is_said_with_numbers_and_leaves_nothing(tmp_path):
     with pytest.raises(ResourceError) as error:
         fail_while_staging(tmp_path / "out", full, force=False)
     assert error.value.message.startswith("the disk is full: ")
-    assert "MB were left while writing out; what was written has been removed" in error.value.message
+    assert "MB were left while writing out; the unfinished artifact has been removed" in error.value.message
     assert names(tmp_path) == []
 
 
@@ -168,6 +169,8 @@ def test_a_full_disk_is_said_with_numbers_and_leaves_nothing(tmp_path):
 def test_neighbours_that_are_not_ours_are_not_touched(tmp_path, kind):
     """Whatever has the name of a partial folder; nor is an artifact in it taken for an old OUTPUT."""
     plant(tmp_path / ".out.partial-0123abcd", kind)
+    (tmp_path / ".out.kept-deadbeef").symlink_to(tmp_path / "outside")
+    (tmp_path / ".out.kept-22222222").mkdir()  # no mark in it
     outside = tmp_path / "outside"
     outside.mkdir()
     make_artifact(outside / "replaced", "of others")
@@ -215,6 +218,50 @@ def test_nobody_else_can_look_into_what_is_being_made(tmp_path):
     os.umask(umask)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
     assert names(tmp_path / "out") == ["model.bin", MANIFEST_NAME]
+
+
+def leave_kept(output):
+    """What an interrupted export leaves."""
+    with suppress(KeyboardInterrupt), stage(output, force=False) as staged:
+        make_own_folder(staged.kept)
+        (staged.kept / "work").write_text("of hours")
+        raise KeyboardInterrupt
+    return staged.kept
+
+
+def test_what_a_stage_keeps_stays_until_output_is_there(tmp_path):
+    kept = leave_kept(tmp_path / "out")
+    assert names(tmp_path) == [kept.name]
+    with pytest.raises(RuntimeError), stage(tmp_path / "out", force=False) as staged:
+        raise RuntimeError
+    assert staged.kept == kept
+    with stage(tmp_path / "other", force=False) as other:
+        assert other.kept != kept
+        fill(other, "other")
+    with stage(tmp_path / "out", force=False) as staged:
+        assert (staged.kept / "work").read_text() == "of hours"
+        fill(staged, "new")
+    assert names(tmp_path) == ["other", "out"]
+
+
+@POSIX
+def test_what_others_could_have_changed_is_not_gone_on_with(tmp_path):
+    kept = leave_kept(tmp_path / "out")
+    kept.chmod(0o770)
+    with stage(tmp_path / "out", force=False) as staged:
+        assert staged.kept != kept
+        fill(staged, "new")
+
+
+@AS_ROOT
+def test_what_another_user_keeps_is_not_gone_on_with(tmp_path):
+    kept = leave_kept(tmp_path / "out")
+    for path in (kept / FOLDER_MARK, kept):
+        os.chown(path, NOBODY, NOBODY)
+    with stage(tmp_path / "out", force=False) as staged:
+        assert staged.kept != kept
+        fill(staged, "new")
+    assert (kept / "work").read_text() == "of hours"
 
 
 # What --force cannot replace is said before the work

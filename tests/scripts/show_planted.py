@@ -72,6 +72,7 @@ def neighbour(output: Path, chance: random.Random) -> Path:
     names = [
         f".{output.name}.partial-{tail}",
         f".{output.name}.partial-x{tail}",
+        f".{output.name}.kept-{tail}",
         f".{output.name}.{tail}",
         f".{output.name}.lock",
         f"{output.name}.parts",

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from normistral.errors import ExportError
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.quantize.gptq import HessianFactor, factorize, mean_squares, quantize_gptq
+from normistral.export.quantize.kept_layers import KeptLayers
 from normistral.export.quantize.plan import QuantPlan
 from normistral.export.quantize.rtn import quantize
 from normistral.export.quantize.scale_search import search_params
-from normistral.export.quantize.scheme import QuantScheme
+from normistral.export.quantize.scheme import QuantizedTensor, QuantScheme, unpack
 from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.export.reference.layerwise import LayeredModel, clear_parameter, set_parameter
 from normistral.hardware import read_machine
@@ -44,26 +45,38 @@ def quantize_layers(
     quantized: QuantizedTensorStore,
     stage: Stage,
     in_int8: Set[str] = frozenset(),
+    kept: KeptLayers | None = None,
 ) -> None:
     """Quantize every matrix inside the decoder's layers; embedding and output layer are left.
 
     Args:
         windows: the calibration's token ids, in pieces of one length.
         in_int8: names of the matrices that take `plan.int8_scheme`.
-        quantized: receives the matrices.
-        stage: advanced by the number of weights done.
+        quantized: receives the matrices; `kept.tensors` if there is one.
+        stage: advanced by the number of layers done.
+        kept: the first layers, which are done; receives each of the others.
 
     Raises:
         ExportError: transformers cannot build the model, or it computes values that are no numbers.
         CheckpointError: the weights cannot be read.
+        OSError: a matrix or a layer cannot be written.
     """
     import torch
 
-    dtype = torch.bfloat16 if read_machine().instruction_sets & _FAST_BFLOAT16 else torch.float32
+    dtype = getattr(torch, calibration_dtype())
     model = LayeredModel(checkpoint, NoProgress())
+    start = first = 0 if kept is None else kept.done
+    if start == model.layers:
+        return
     sequences = model.embed_together(windows)
-    for index in range(model.layers):
-        quantizer = _LayerQuantizer(model, index, plan, quantized, stage, in_int8, dtype)
+    if kept is not None:
+        states = kept.load_states()
+        if states is None:
+            first = 0  # through the layers that are done, which quantize nothing again
+        else:
+            sequences.hidden = states
+    for index in range(first, model.layers):
+        quantizer = _LayerQuantizer(model, index, plan, quantized, in_int8, dtype)
         with (
             model.open_layer(index, without=quantizer.matrices) as layer,
             torch.inference_mode(),
@@ -71,6 +84,16 @@ def quantize_layers(
             quantizer.watch(layer),
         ):
             model.run(layer, sequences)
+        if index < start:
+            continue
+        if kept is not None:
+            kept.save(quantizer.stored_matrices, sequences.hidden if index + 1 < model.layers else None)
+        stage.advance(1)
+
+
+def calibration_dtype() -> str:
+    """The type of the products on this machine: "bfloat16" or "float32"."""
+    return "bfloat16" if read_machine().instruction_sets & _FAST_BFLOAT16 else "float32"
 
 
 @dataclass(slots=True)
@@ -84,7 +107,7 @@ class _Inputs:
 
 @dataclass(slots=True)
 class _LayerQuantizer:
-    """Quantizes the linear modules of layer `index`, each when its inputs come.
+    """Quantizes the linear modules of layer `index`, each when its inputs come; one that is quantized already is used.
 
     Attributes:
         dtype: in which quantized matrices are multiplied, and their errors fed back.
@@ -94,7 +117,6 @@ class _LayerQuantizer:
     index: int
     plan: QuantPlan
     quantized: QuantizedTensorStore
-    stage: Stage
     in_int8: Set[str]
     dtype: torch.dtype
     _waiting: set[str] = field(default_factory=set)
@@ -104,6 +126,11 @@ class _LayerQuantizer:
     def matrices(self) -> set[str]:
         """The parameters of the layer that this quantizes."""
         return {f"{name}.weight" for name in linear_modules(self.model.layer(self.index))}
+
+    @property
+    def stored_matrices(self) -> set[str]:
+        """Names of these parameters in the checkpoint."""
+        return {f"{self.model.prefix(self.index)}{name}" for name in self.matrices}
 
     @contextmanager
     def watch(self, layer: nn.Module) -> Iterator[None]:
@@ -138,14 +165,15 @@ class _LayerQuantizer:
             raise ExportError(f"transformers uses {stored} more than once in its layer")
         self._waiting.remove(name)
         with torch.autocast("cpu", enabled=False):
-            if self._inputs is None or self._inputs.tensor is not tensor:
-                self._inputs = None  # its factor goes before the next one comes
-                self._inputs = self._take(tensor)
-            rows = self.model.read_matrix(stored).numpy()
-            scheme = (self.plan.int8_scheme if stored in self.in_int8 else self.plan.scheme)(rows.shape[1])
-            restored = _quantize(stored, rows, self._inputs, scheme, self.quantized)
+            if stored not in self.quantized.schemes:
+                if self._inputs is None or self._inputs.tensor is not tensor:
+                    self._inputs = None  # its factor goes before the next one comes
+                    self._inputs = self._take(tensor)
+                rows = self.model.read_matrix(stored).numpy()
+                scheme = (self.plan.int8_scheme if stored in self.in_int8 else self.plan.scheme)(rows.shape[1])
+                _quantize(stored, rows, self._inputs, scheme, self.quantized)
+            restored = _restore(self.quantized.read(stored), self.quantized.schemes[stored])
             set_parameter(self.model.layer(self.index), f"{name}.weight", restored.to(self.dtype))
-        self.stage.advance(rows.size)
 
     def _take(self, tensor: torch.Tensor) -> _Inputs:
         flat = tensor.reshape(-1, tensor.shape[-1]).to(self.dtype)
@@ -159,20 +187,30 @@ class _LayerQuantizer:
 
 def _quantize(
     name: str, rows: NDArray[np.float32], inputs: _Inputs, scheme: QuantScheme, quantized: QuantizedTensorStore
-) -> torch.Tensor:
-    """Quantize a matrix [out, in], keep it in `quantized`, and return it dequantized."""
-    import torch
-
+) -> None:
+    """Quantize a matrix [out, in] into `quantized`."""
     params = search_params(rows, scheme, inputs.mean_squares.numpy())
     if inputs.factor is None:
         qweight = quantize(rows, params, scheme)
     else:
         qweight = quantize_gptq(rows, inputs.factor, params, scheme)
     quantized.write(name, qweight, params, scheme)
-    values = torch.from_numpy(qweight).view(len(rows), -1, scheme.group_size).float()
-    values -= torch.from_numpy(params.zero_points)[..., None]
-    values *= torch.from_numpy(params.scales)[..., None]
-    return values.view(rows.shape)
+
+
+def _restore(matrix: QuantizedTensor, scheme: QuantScheme) -> torch.Tensor:
+    """A quantized matrix [out, in] in float32."""
+    import torch
+
+    rows, groups = matrix.scales.shape
+    qweight = unpack(matrix.qweight, scheme.bits)[:, : groups * scheme.group_size]
+    values = torch.from_numpy(qweight.astype(np.float32)).view(rows, groups, scheme.group_size)
+    if matrix.zero_points is None:
+        values -= scheme.middle
+    else:
+        zero_points = unpack(matrix.zero_points, scheme.bits)[:, :groups]
+        values -= torch.from_numpy(zero_points.astype(np.float32))[..., None]
+    values *= torch.from_numpy(matrix.scales.copy())[..., None]
+    return values.view(rows, -1)
 
 
 def linear_modules(layer: nn.Module) -> dict[str, nn.Linear]:

@@ -5,6 +5,8 @@ They are memory-mapped when read: an export that copies them row by row holds no
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.export.quantize.scheme import QuantizedTensor, QuantParams, QuantScheme, pack
+from normistral.files import open_file
 
 
 @dataclass(slots=True)
@@ -38,11 +41,20 @@ class QuantizedTensorStore:
     def write(self, name: str, qweight: NDArray[np.uint8], params: QuantParams, scheme: QuantScheme) -> None:
         """Keep a matrix: values [rows, columns], one to a byte."""
         rounded = pack(qweight, params, scheme)
-        np.save(self.folder / f"{name}.codes.npy", rounded.qweight)
-        np.save(self.folder / f"{name}.scales.npy", rounded.scales)
-        if rounded.zero_points is not None:
-            np.save(self.folder / f"{name}.zero_points.npy", rounded.zero_points)
         self._schemes[name] = scheme
+        parts = (rounded.qweight, rounded.scales, rounded.zero_points)
+        for path, part in zip(self.files(name), parts, strict=False):
+            assert part is not None
+            _save(path, part)
+
+    def adopt(self, name: str, scheme: QuantScheme) -> None:
+        """Take a matrix whose files are in the folder already."""
+        self._schemes[name] = scheme
+
+    def files(self, name: str) -> list[Path]:
+        """The files of a matrix: packed values, scales, and zero points if its scheme has them."""
+        parts = ("codes", "scales") if self._schemes[name].symmetric else ("codes", "scales", "zero_points")
+        return [self.folder / f"{name}.{part}.npy" for part in parts]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
         """Rows of a matrix, mapped."""
@@ -53,3 +65,11 @@ class QuantizedTensorStore:
     def _map(self, name: str, part: str) -> NDArray[Any]:
         values: NDArray[Any] = np.load(self.folder / f"{name}.{part}.npy", mmap_mode="r")
         return values
+
+
+def _save(path: Path, values: NDArray[Any]) -> None:
+    """Write a .npy file; np.save into a file would not say why the system refused it."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, follow=False), "wb") as file:
+        file.write(buffer.getbuffer())
