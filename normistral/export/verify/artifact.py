@@ -91,16 +91,15 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
             "matrices": float(matrices.check()),
         }
     read = "the same tokenizer, template and matrices"
-    layered = is_run_layered(manifest)
-    running_bytes = estimate_layered_bytes(manifest.architecture) if layered else estimate_running_bytes(manifest)
-    if running_bytes > available_memory_bytes():
+    small = fits_for_running(manifest.architecture)  # asked once: what is free changes meanwhile
+    if estimate_run_bytes(manifest, small=small) > available_memory_bytes():
         summary = f"quality check passed in part: {read} as the original; too large to run here"
         return VerificationResult(summary, f"verified: {read}; too large to run here", quality, has_run=False)
     if reference is None:
         reference = run_checkpoint(checkpoint, job.probe_ids, progress)
     expected = run_checkpoint(checkpoint, job.probe_ids, progress, matrices)
     with progress.stage("verifying by running it"):
-        logits = run_artifact(folder, manifest, job.probe_ids)
+        logits = run_artifact(folder, manifest, job.probe_ids, small=small)
     quality |= compare_runs(manifest, logits, expected, reference)
     note = (
         f"verified: {read}; computes what transformers does with them ({quality['graph_error']:.1g} of the logits' "
@@ -129,23 +128,31 @@ def run_checkpoint(
     return ReferenceLogits(token_ids, logits)
 
 
-def is_run_layered(manifest: Manifest) -> bool:
-    """Whether the artifact is run layer by layer: a fused ONNX graph of a model that is too large to run as a whole."""
-    return manifest.recipe.graph == "fused" and not fits_for_running(manifest.architecture)
+def is_run_layered(manifest: Manifest, *, small: bool) -> bool:
+    """Whether the artifact is run layer by layer: a fused ONNX graph of a model that is not small."""
+    return manifest.recipe.graph == "fused" and not small
 
 
-def run_artifact(folder: Path, manifest: Manifest, token_ids: list[int]) -> Logits:
+def estimate_run_bytes(manifest: Manifest, *, small: bool) -> int:
+    """Memory that `run_artifact` takes."""
+    if is_run_layered(manifest, small=small):
+        return estimate_layered_bytes(manifest.architecture)
+    return estimate_running_bytes(manifest)
+
+
+def run_artifact(folder: Path, manifest: Manifest, token_ids: list[int], *, small: bool) -> Logits:
     """Run the artifact with exact arithmetic: logits [n, vocabulary], the same fed at once and in parts.
+
+    Args:
+        small: the model `fits_for_running`.
 
     Raises:
         ExportError: it cannot be run, or computes something else step by step.
     """
     token_ids = token_ids[:PROBE_TOKENS]
-    parts = split_in_turns(
-        token_ids, _ANSWER_TOKENS if fits_for_running(manifest.architecture) else _ANSWER_TOKENS_OF_LARGE
-    )
+    parts = split_in_turns(token_ids, _ANSWER_TOKENS if small else _ANSWER_TOKENS_OF_LARGE)
     try:
-        if is_run_layered(manifest):
+        if is_run_layered(manifest, small=small):
             from normistral.export.verify.layered_onnx import run_layered
 
             at_once, in_parts = run_layered(folder, manifest, [[token_ids], parts])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from normistral import hardware
-from normistral.artifact.manifest import Manifest
+from normistral.artifact.manifest import Architecture, Manifest
 from normistral.runtime.engines.base import Logits
-from normistral.runtime.engines.onnx_graph import LOGITS, LOGITS_START
+from normistral.runtime.engines.onnx_graph import ATTENTION, LOGITS, LOGITS_START
 from normistral.runtime.engines.onnx_session import open_session, session_options, translated
 from normistral.runtime.engines.onnxruntime import PAST, PRESENT, adapt_graph, read_graph
 from normistral.runtime.providers import find_target
 
-_ATTENTION = "GroupQueryAttention"
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 _EXACT_LEVEL = "1"  # of MatMulNBits: products in float32
 
 Tensors = dict[str, NDArray[Any]]  # by their names in the graph
@@ -38,13 +40,15 @@ class _Piece:
     Attributes:
         inputs: tensors that they read and neither compute nor find among the weights.
         outputs: tensors of theirs that are read after them.
-        last_readers: inputs that no later piece reads.
+        cached: those of the inputs that are past keys and values.
+        finished: the others of them that no later piece reads.
     """
 
     nodes: list[onnx.NodeProto]
     inputs: list[str]
     outputs: list[str]
-    last_readers: list[str]
+    cached: list[str]
+    finished: list[str]
 
 
 def run_layered(folder: Path, manifest: Manifest, sequences: Sequence[Sequence[Sequence[int]]]) -> list[Logits]:
@@ -61,14 +65,22 @@ def run_layered(folder: Path, manifest: Manifest, sequences: Sequence[Sequence[S
     adapt_graph(graph, _EXACT_LEVEL)
     model = onnx.load_model_from_string(bytes(graph))
     runs = [_graph_inputs(parts) for parts in sequences]
+    # Without an arena, which would keep what a piece has taken.
+    settings = {**hardware.plan_onnxruntime(hardware.read_machine()), "enable_cpu_mem_arena": "0"}
+    options = session_options(settings, folder)
+    target = find_target("CPU", ["CPUExecutionProvider"], exact=True)
+    empty = _empty_cache(model.graph, manifest.architecture)
     for piece in cut_at_attention(model.graph):
-        _run_piece(model, piece, folder, runs, manifest)
+        examples = runs[0][0] | dict.fromkeys(piece.cached, empty)
+        session = open_session(_model_of(model, piece, examples), options, target, folder.name)
+        for parts in runs:
+            _run_piece(session, piece, parts, empty)
     return [np.concatenate([part[LOGITS][0] for part in parts]).astype(np.float32) for parts in runs]
 
 
 def cut_at_attention(graph: onnx.GraphProto) -> list[_Piece]:
     """Pieces of a graph whose nodes are in order, cut behind every attention node."""
-    ends = [index + 1 for index, node in enumerate(graph.node) if node.op_type == _ATTENTION]
+    ends = [index + 1 for index, node in enumerate(graph.node) if node.op_type == ATTENTION]
     bounds = [0, *ends, len(graph.node)]
     weights = {tensor.name for tensor in graph.initializer}
     read_later = {port.name for port in graph.output}
@@ -78,7 +90,8 @@ def cut_at_attention(graph: onnx.GraphProto) -> list[_Piece]:
         computed = [name for node in nodes for name in node.output if name]
         inputs = {name for node in nodes for name in node.input if name} - weights - set(computed)
         outputs = [name for name in computed if name in read_later]
-        pieces.append(_Piece(nodes, sorted(inputs), outputs, sorted(inputs - read_later)))
+        cached = sorted(name for name in inputs if name.startswith(PAST))
+        pieces.append(_Piece(nodes, sorted(inputs), outputs, cached, sorted(inputs - read_later - set(cached))))
         read_later |= inputs
     return pieces[::-1]
 
@@ -97,28 +110,24 @@ def _graph_inputs(parts: Sequence[Sequence[int]]) -> list[Tensors]:
     ]
 
 
-def _run_piece(
-    model: onnx.ModelProto, piece: _Piece, folder: Path, runs: Sequence[Sequence[Tensors]], manifest: Manifest
-) -> None:
-    """Run one piece over all parts; their tensors are what they were, without what no later piece reads."""
-    shape = manifest.architecture
-    float_type = next(port.type.tensor_type.elem_type for port in model.graph.input if port.name.startswith(PAST))
-    empty = np.zeros((1, shape.kv_heads, 0, shape.head_dim), helper.tensor_dtype_to_np_dtype(float_type))
-    cached = [name for name in piece.inputs if name.startswith(PAST)]
-    data = _model_of(model, piece, runs[0][0] | dict.fromkeys(cached, empty))
-    settings = {**hardware.plan_onnxruntime(hardware.read_machine()), "enable_cpu_mem_arena": "0"}
-    target = find_target("CPU", ["CPUExecutionProvider"], exact=True)
-    session = open_session(data, session_options(settings, folder), target, folder.name)
-    for parts in runs:
-        cache = dict.fromkeys(cached, empty)
-        for tensors in parts:
-            feeds = {name: cache[name] if name in cache else tensors[name] for name in piece.inputs}
-            with translated("onnxruntime failed in a layer"):
-                found = dict(zip(piece.outputs, session.run(piece.outputs, feeds), strict=True))
-            cache = {name: found.pop(name.replace(PAST, PRESENT)) for name in cached}
-            for name in set(piece.last_readers) - set(cached):
-                del tensors[name]
-            tensors |= found
+def _empty_cache(graph: onnx.GraphProto, architecture: Architecture) -> NDArray[Any]:
+    """Past keys or values of a layer before the first token."""
+    float_type = next(port.type.tensor_type.elem_type for port in graph.input if port.name.startswith(PAST))
+    dtype = helper.tensor_dtype_to_np_dtype(float_type)
+    return np.zeros((1, architecture.kv_heads, 0, architecture.head_dim), dtype)
+
+
+def _run_piece(session: InferenceSession, piece: _Piece, parts: Sequence[Tensors], empty: NDArray[Any]) -> None:
+    """Run one piece over the parts of a sequence: their tensors gain what it computes, and lose what is finished."""
+    cache = dict.fromkeys(piece.cached, empty)
+    for tensors in parts:
+        feeds = {name: cache[name] if name in cache else tensors[name] for name in piece.inputs}
+        with translated("onnxruntime failed in a layer"):
+            found = dict(zip(piece.outputs, session.run(piece.outputs, feeds), strict=True))
+        cache = {name: found.pop(name.replace(PAST, PRESENT)) for name in piece.cached}
+        for name in piece.finished:
+            del tensors[name]
+        tensors |= found
 
 
 def _model_of(model: onnx.ModelProto, piece: _Piece, examples: Tensors) -> bytes:

@@ -35,7 +35,7 @@ _DATA_TYPES = {"float32": 1, "int64": _INT64}  # of numpy's names
 _INT = 2  # AttributeProto.AttributeType
 
 # onnxruntime's ContribOperators.md: two operators, and inputs of the first
-_ATTENTION = "GroupQueryAttention"
+ATTENTION = "GroupQueryAttention"
 QUANTIZED_PRODUCT = "MatMulNBits"
 _PRODUCTS = ("MatMul", "Gemm", QUANTIZED_PRODUCT)
 _PAST_INPUTS, _LENGTHS, _ATTENTION_BIAS = (3, 4), 5, 10
@@ -234,7 +234,7 @@ def set_accuracy_level(graph: OnnxGraph, level: int) -> None:
 
 def is_fused(graph: OnnxGraph) -> bool:
     """Whether attention is one operator that can keep past and present keys and values in one buffer."""
-    return any(node.operator == _ATTENTION for node in graph.nodes)
+    return any(node.operator == ATTENTION for node in graph.nodes)
 
 
 def attend_in_place(graph: OnnxGraph) -> None:
@@ -246,7 +246,7 @@ def attend_in_place(graph: OnnxGraph) -> None:
     inputs = set(graph.inputs())
     without_padding: dict[str, str] = {}  # a few hundred nodes, and all layers share one bias
     for node in graph.nodes:
-        if node.operator != _ATTENTION:
+        if node.operator != ATTENTION:
             continue
         for index in _PAST_INPUTS:
             mend = graph.producer(node.inputs[index]) if index < len(node.inputs) else None
@@ -269,7 +269,7 @@ def take_lengths(graph: OnnxGraph) -> bool:
     `attend_in_place`. Returns whether that can be: not where a bias of the attention (ALiBi) counts from the end of the
     longest row.
     """
-    attentions = [node for node in graph.nodes if node.operator == _ATTENTION]
+    attentions = [node for node in graph.nodes if node.operator == ATTENTION]
     if not attentions or any(len(node.inputs) > _ATTENTION_BIAS for node in attentions):
         return False
     graph.add_vector_input(LAST_POSITIONS, _INT32, None)

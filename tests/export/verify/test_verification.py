@@ -254,7 +254,7 @@ def test_pieces_hold_every_node_and_a_layer_each(tmp_path):
     assert len(pieces) == read_manifest(tmp_path / "out").architecture.layers + 1
     assert pieces[-1].outputs == ["logits"]
     for earlier, later in pairwise(pieces):
-        assert not {name for name in later.inputs if name in earlier.last_readers}
+        assert not {name for name in later.inputs if name in earlier.finished}
 
 
 def test_a_wrong_layer_of_a_large_model_is_refused(checkpoint, tmp_path, monkeypatch):
@@ -272,6 +272,17 @@ def test_a_wrong_layer_of_a_large_model_is_refused(checkpoint, tmp_path, monkeyp
     monkeypatch.setattr("normistral.export.verify.layered_onnx.open_session", _refuse)
     with pytest.raises(ExportError, match="the written model cannot be run: no room"):
         export(checkpoint, tmp_path / "again", "onnx")
+
+
+def test_how_a_model_is_run_is_decided_once(checkpoint, tmp_path, monkeypatch):
+    """Memory that others free while the checkpoint is run must not load a large artifact as a whole."""
+    answers = [False]
+    monkeypatch.setattr("normistral.export.pipeline.fits_for_running", lambda architecture: False)
+    monkeypatch.setattr(
+        "normistral.export.verify.artifact.fits_for_running", lambda architecture: answers.pop() if answers else True
+    )
+    monkeypatch.setattr("normistral.export.verify.artifact.load_exact", lambda *_: pytest.fail("the whole was loaded"))
+    assert export(checkpoint, tmp_path / "out", "onnx").verified == "run"
 
 
 def _refuse(*_arguments):
