@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from loopback_hub import COMMIT, LoopbackHub, serve
+from loopback_hub import COMMIT, LoopbackHub, leave_own_hub, serve
 from sample_artifacts import make_manifest
 
 import normistral
@@ -70,12 +70,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty store, and an empty working folder beside it; the folder of artifacts."""
-    for name in [*os.environ]:
-        if name.startswith(("HF_", "HUGGING")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    leave_own_hub(tmp_path, monkeypatch)
     monkeypatch.setattr(hub_module, "_BLOCK_BYTES", 10_000)
     monkeypatch.setattr(download_module, "_PAUSE_S", 0.01)
     (tmp_path / "work").mkdir()

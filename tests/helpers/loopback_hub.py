@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -14,8 +15,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE_BYTES = 20_000  # files from this size on are kept as the hub keeps large ones: known by their SHA-256
+
+
+def leave_own_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give hub and store homes of their own in a folder, and forget the user's endpoint, token and proxy."""
+    for name in [*os.environ]:
+        if name.startswith(("HF_", "HUGGING")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NORMISTRAL_HOME", str(folder / "home"))
+    monkeypatch.setenv("HF_HOME", str(folder / "hf"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_continuous_batching import CONTEXT, SETTINGS, answer, ask, finish, job, prompts, told
+from test_continuous_batching import CONTEXT, SETTINGS, answer, ask, fail_forwards_of, finish, job, prompts, told
 from tiny_bloom import make_bloom
 from tiny_models import make_llama, make_mistral
 
@@ -137,14 +137,7 @@ def test_an_error_of_onnxruntime_ends_that_answer_and_leaves_the_others(batch, m
     for name, ids in zip("abc", asked, strict=True):
         batch.add(job(name, ids))
     early = [update for _ in range(3) for update in batch.step()]
-    real, broken = batch._backend.forward_batch, batch._running["b"].engine
-
-    def fail(calls):
-        if any(call.engine is broken for call in calls):
-            raise EngineError("out of luck")
-        return real(calls)
-
-    monkeypatch.setattr(batch._backend, "forward_batch", fail)
+    fail_forwards_of(batch, "b", monkeypatch)
     got = finish(batch)
     assert isinstance(got["b"], EngineError)
     for name, ids in (("a", asked[0]), ("c", asked[2])):

@@ -102,6 +102,18 @@ def answer(batch, *jobs):
     return finish(batch)
 
 
+def fail_forwards_of(batch, name, monkeypatch):
+    """Let every forward fail that this job has a part in."""
+    real, broken = batch._backend.forward_batch, batch._running[name].engine
+
+    def fail(calls):
+        if any(call.engine is broken for call in calls):
+            raise EngineError("out of luck")
+        return real(calls)
+
+    monkeypatch.setattr(batch._backend, "forward_batch", fail)
+
+
 def prompts(count, length=20):
     random = np.random.default_rng(7)
     return [random.integers(5, 200, length + index).tolist() for index in range(count)]
@@ -467,14 +479,7 @@ def test_an_error_of_a_forward_ends_those_that_cannot_be_computed_and_no_others(
     for name, ids in zip("abc", asked, strict=True):
         batch.add(job(name, ids))
     early = [update for _ in range(3) for update in batch.step()]
-    real, broken = batch._backend.forward_batch, batch._running["b"].engine
-
-    def fail(calls):
-        if any(call.engine is broken for call in calls):
-            raise EngineError("out of luck")
-        return real(calls)
-
-    monkeypatch.setattr(batch._backend, "forward_batch", fail)
+    fail_forwards_of(batch, "b", monkeypatch)
     got = finish(batch)
     assert (type(got["b"]), got["b"].message) == (EngineError, "out of luck")
     for name, ids in (("a", asked[0]), ("c", asked[2])):
