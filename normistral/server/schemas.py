@@ -27,6 +27,7 @@ _BREAKERS = 64
 _BIASES = 1024
 MOST_MESSAGES = 1024
 _ID_CHARACTERS = 256
+_GUIDED = "it became structured_outputs"
 _NO_FUNCTIONS = "functions became tools; there are tools, tool_choice and tool_calls"
 
 
@@ -216,6 +217,14 @@ class CommonRequest(WithNumbers):
     mirostat: Annotated[int | None, Only("there is no mirostat", 0)] = None
     tfs_z: Annotated[float | None, Only("there is no tail-free sampling", 1)] = None
     top_a: Annotated[float | None, Only("there is no top-a sampling", 0)] = None
+    best_of: Annotated[int | None, Field(ge=1, le=1)] = None
+    use_beam_search: Annotated[bool | None, Only("there is no beam search", False)] = None
+    length_penalty: Annotated[float | None, Only("there is no beam search, whose beams it weighs", 1)] = None
+    id_slot: Annotated[int | None, Only("the server chooses the slot", -1)] = None
+    guided_json: Annotated[None, Only(_GUIDED)] = None
+    guided_regex: Annotated[None, Only(_GUIDED)] = None
+    guided_choice: Annotated[None, Only(_GUIDED)] = None
+    guided_grammar: Annotated[None, Only(_GUIDED)] = None
 
 
 class TextPart(SentBack):
@@ -368,8 +377,8 @@ class ChatCompletionRequest(CommonRequest):
     )
     parallel_tool_calls: bool | None = Field(None, description="false is at most one call.")
     modalities: Annotated[list[Literal["text"]] | None, Field(fail_fast=True)] = None
-    functions: Annotated[None, Only(_NO_FUNCTIONS)] = None
-    function_call: Annotated[None, Only(_NO_FUNCTIONS)] = None
+    functions: Annotated[Annotated[list[Any], Field(max_length=0)] | None, Only(_NO_FUNCTIONS, [])] = None
+    function_call: Annotated[Literal["none"] | None, Only(_NO_FUNCTIONS, "none")] = None
     audio: Annotated[None, Only("this server does not speak")] = None
     prediction: Annotated[None, Only("answers cannot be predicted")] = None
     reasoning_effort: ReasoningEffort | None = Field(
@@ -404,7 +413,6 @@ class CompletionRequest(CommonRequest):
     ]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = Field(None, description="Repeat the prompt before the answer, with its log-probabilities.")
-    best_of: Annotated[int | None, Field(ge=1, le=1)] = None
     suffix: Annotated[Literal[""] | None, Only("text cannot be inserted before a suffix", "")] = None
 
     @property

@@ -60,6 +60,11 @@ CHAT_REFUSALS = [
     ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
     ({"repeat_penalty": 1.1, "repetition_penalty": 1.2}, "repeat_penalty", "are the same, and differ"),
     ({"mirostat": 2}, "mirostat", "no mirostat"),
+    ({"use_beam_search": True}, "use_beam_search", "no beam search"),
+    ({"length_penalty": 2}, "length_penalty", "no beam search"),
+    ({"id_slot": 3}, "id_slot", "chooses the slot"),
+    ({"guided_json": {}}, "guided_json", "became structured_outputs"),
+    ({"function_call": "auto"}, "function_call", "functions became tools"),
     ({"top_k": 1.5}, "top_k", "valid integer"),
     ({"stop": ["a"] * 17}, None, "at most 16 items"),
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
@@ -162,6 +167,13 @@ def test_what_clients_always_send_is_let_through(url) -> None:
         "response_format": {"type": "text"}, "prompt_cache_key": "k", "safety_identifier": "s",
     }  # fmt: skip
     assert http.post(f"{url}/v1/chat/completions", json=CHAT | harmless).status_code == 200
+
+
+def test_switches_of_other_servers_that_are_off_are_let_through(url) -> None:
+    off = {"best_of": 1, "use_beam_search": False, "length_penalty": 1.0, "id_slot": -1, "max_tokens": 2}
+    assert http.post(f"{url}/v1/completions", json=TEXT | off).status_code == 200
+    off |= {"functions": [], "function_call": "none"}
+    assert http.post(f"{url}/v1/chat/completions", json=CHAT | off).status_code == 200
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
