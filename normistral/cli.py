@@ -41,8 +41,8 @@ _CHAT_EXAMPLES = (
     'Examples: normistral chat demo; normistral chat demo --prompt "What is the capital of Norway?"; '
     "normistral chat demo < question.txt."
 )
-# Name -> panel of the help and further options for typer, in the order of the help. Each is a module of
-# normistral.commands with a function of the same name (_ for -), or that of _FUNCTIONS.
+# Name -> panel of the help and further options for typer, in the order of the help. Each is a function of the same name
+# (_ for -), or that of _FUNCTIONS, in the module of normistral.commands of the same name, or that of _MODULES.
 _COMMANDS: dict[str, dict[str, Any]] = {
     "models": {"rich_help_panel": _MODELS},
     "export": {"rich_help_panel": _MODELS, "epilog": "Example: normistral export 7b-warm-instruct"},
@@ -64,6 +64,7 @@ _COMMANDS: dict[str, dict[str, Any]] = {
     "bundle": {"rich_help_panel": _MACHINE},
 }
 _FUNCTIONS = {"list": "list_", "eval": "evaluate"}  # where Python has another meaning for the name
+_MODULES = {"list": "models", "show": "models", "rm": "models", "generate": "chat"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -189,7 +190,7 @@ def build_app(only: str | None = None) -> typer.Typer:
     app.callback(invoke_without_command=True)(_normistral)
     for name, options in _COMMANDS.items() if only is None else [(only, _COMMANDS[only])]:
         plain = name.replace("-", "_")
-        module = importlib.import_module(f"normistral.commands.{plain}")
+        module = importlib.import_module(f"normistral.commands.{_MODULES.get(name, plain)}")
         command = getattr(module, _FUNCTIONS.get(name, plain))
         app.command(name, cls=HelpCommand, **options)(with_option_groups(command))
     return app

@@ -26,10 +26,10 @@ CATALOGUE = PACKAGE / "commands" / "locale" / "nb.po"
 COMPLETE = (
     *("cli.py", "text_input.py", "artifact/store.py", "runtime/chat.py", "runtime/options.py", "runtime/overflow.py"),
     *(f"commands/{name}.py" for name in ("answer", "batch", "build_kernel", "bundle", "chat", "console", "doctor")),
-    *(f"commands/{name}.py" for name in ("export", "find_artifact", "generate", "line_editor", "list", "models")),
-    *(f"commands/{name}.py" for name in ("options", "progress", "repl", "result_files", "rm", "saved_chats", "serve")),
+    *(f"commands/{name}.py" for name in ("export", "find_artifact", "line_editor", "models", "options", "progress")),
+    *(f"commands/{name}.py" for name in ("publish", "repl", "result_files", "saved_chats", "serve", "translate")),
     *(f"artifact/{name}.py" for name in ("download", "hub", "origin")),
-    *("commands/publish.py", "commands/show.py", "commands/translate.py", "export/pipeline.py", "export/publish.py"),
+    *("export/pipeline.py", "export/publish.py"),
     "export/quantize/kept_layers.py",
 )
 HELP = tuple(f"commands/{name}.py" for name in ("bench", "eval", "info", "tune"))  # their help, without their tables

@@ -1,4 +1,4 @@
-"""`normistral chat`: a conversation at the terminal, or a single answer."""
+"""`normistral chat` and `normistral generate`: a conversation at the terminal, a single answer, a completed text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from normistral.artifact.manifest import Manifest, read_manifest
+from normistral.artifact.manifest import read_manifest
 from normistral.commands import console
 from normistral.commands.answer import (
     generation_options,
@@ -21,6 +21,7 @@ from normistral.commands.answer import (
 )
 from normistral.commands.find_artifact import find_or_make
 from normistral.commands.options import (
+    ArtifactName,
     AsJson,
     Debug,
     Draft,
@@ -95,7 +96,11 @@ def chat(
         check_session(session, system)
     folder = find_or_make(artifact)  # before the pipe is read: a wrong name is told first
     manifest = read_manifest(folder)
-    _refuse_base_model(folder, manifest)
+    if manifest.template is None:
+        raise UsageError(
+            f"{folder.name} is a base model: it completes text and cannot chat",
+            f"use: normistral generate {folder} --prompt TEXT",
+        )
     require_reasoning(folder, manifest, options, hide_reasoning=hide_reasoning, as_json=as_json)
     message = read_pipe() if message is None else message
     if message is None and (as_json or stats):
@@ -143,10 +148,54 @@ def chat(
         Repl(model, conversation, options, editor, hide_reasoning=hide_reasoning, session=session).run()
 
 
-def _refuse_base_model(folder: Path, manifest: Manifest) -> None:
-    """Say so before the weights are loaded."""
-    if manifest.template is None:
-        raise UsageError(
-            f"{folder.name} is a base model: it completes text and cannot chat",
-            f"use: normistral generate {folder} --prompt TEXT",
+def generate(
+    artifact: ArtifactName,
+    prompt: Prompt = None,
+    *,
+    greedy: Greedy = False,
+    sampling: SamplingArgs,
+    stop_at_newline: Annotated[
+        bool,
+        typer.Option("--stop-at-newline", help="End at the first line break; for prompts such as a translation's."),
+    ] = False,
+    engine: EngineArgs,
+    structure: StructureArgs,
+    draft: Draft = None,
+    draft_table: DraftTable = None,
+    hide_reasoning: HideReasoning = False,
+    stats: Stats = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Complete a text; for base models, which do not chat.
+
+    No chat template is used. The text itself is not repeated.
+    """
+    console.require_stdout()
+    form = read_structure(structure)
+    options = generation_options(
+        sampling,
+        greedy=greedy,
+        draft=draft,
+        structure=form,
+        further_stops=("\n",) if stop_at_newline else (),
+    )
+    settings = engine.settings
+    text = None if prompt is None else require_text(console.decode_argument(prompt))
+    folder = find_or_make(artifact)  # before the pipe is read: a wrong name is told first
+    require_reasoning(folder, read_manifest(folder), options, hide_reasoning=hide_reasoning, as_json=as_json)
+    text = read_pipe() if text is None else text
+    if text is None:
+        raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
+    from normistral.runtime.loading import load
+
+    with load(folder, device=engine.device, exact=engine.exact, settings=settings) as model:
+        completion = print_answer(
+            model.stream(text, **options),
+            as_json=as_json,
+            stats=stats,
+            hide_reasoning=hide_reasoning,
+            warn_if_cut_off=form is None,
         )
+        require_whole(completion, form)

@@ -26,7 +26,7 @@ from pathlib import Path
 _LONGEST_REQUEST = 2**20
 # What commands import when they run.
 _IMPORTED = ("concurrent.futures", "jinja2.sandbox", "numpy.random", "tokenizers")
-_IMPORTED += ("normistral.artifact.sandbox", "normistral.commands.chat", "normistral.commands.generate")
+_IMPORTED += ("normistral.artifact.sandbox", "normistral.commands.chat")
 
 
 def run_forked(
