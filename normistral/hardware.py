@@ -99,28 +99,30 @@ def plan_openvino(machine: Machine, weights: str) -> dict[str, str]:
     Measured, not guessed: docs/decisions.md has the figures. Other machines and other work may have better settings.
     """
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(plan_threads(machine))}
-    if "avx2" not in machine.instruction_sets:
-        return settings  # nothing was measured there: the plugin's own choice of precision stands
-    # bf16 through AMX prefills faster, but decodes a third slower than f32, and a chat mostly decodes.
-    settings["INFERENCE_PRECISION_HINT"] = "f32"
-    # Quantising activations to int8 lets int8 dot products work on int4 weights: a fifth faster, and the loss is
-    # nearly free beside that of int4. It doubles the small loss of int8 weights, and without such instructions it
-    # makes no difference in speed.
-    quantise_activations = weights == "int4" and bool(machine.instruction_sets & INT8_DOT_PRODUCT)
-    settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "64" if quantise_activations else "0"
+    for chosen, _ in _choose_openvino(machine, weights):
+        settings |= chosen
     return settings
 
 
 def explain_openvino(machine: Machine, weights: str) -> list[str]:
     """Reasons of `plan_openvino`, a line for each choice."""
+    return [reason for _, reason in _choose_openvino(machine, weights)]
+
+
+def _choose_openvino(machine: Machine, weights: str) -> Iterator[tuple[dict[str, str], str]]:
     if "avx2" not in machine.instruction_sets:
-        return ["OpenVINO's own choice of precision: nothing was measured on processors like this one"]
-    reasons = ["f32: bf16 decodes a third slower where it was measured, and a chat mostly decodes"]
+        yield {}, "OpenVINO's own choice of precision: nothing was measured on processors like this one"
+        return
+    precision = {"INFERENCE_PRECISION_HINT": "f32"}  # through AMX bf16 prefills faster
+    yield precision, "f32: bf16 decodes a third slower where it was measured, and a chat mostly decodes"
+    group = "0"  # of activations that are quantised to int8, as int8 dot products with int4 weights take them
     if weights != "int4":
-        return [*reasons, f"no dynamic quantisation: it would double the small loss of {weights} weights"]
-    if not machine.instruction_sets & INT8_DOT_PRODUCT:
-        return [*reasons, "no dynamic quantisation: without int8 dot products it gains no speed"]
-    return [*reasons, "dynamic quantisation: a fifth faster with int8 dot products, at 1 to 6 % of int4's loss"]
+        reason = f"no dynamic quantisation: it would double the small loss of {weights} weights"
+    elif not machine.instruction_sets & INT8_DOT_PRODUCT:
+        reason = "no dynamic quantisation: without int8 dot products it gains no speed"
+    else:
+        group, reason = "64", "dynamic quantisation: a fifth faster with int8 dot products, at 1 to 6 % of int4's loss"
+    yield {"DYNAMIC_QUANTIZATION_GROUP_SIZE": group}, reason
 
 
 def exact_openvino(machine: Machine) -> dict[str, str]:
