@@ -13,8 +13,7 @@ from typing import Any
 
 import msgspec
 
-from normistral.batch.answerers import open_answerer
-from normistral.batch.job import BatchJob, OnRow, Part, WorkerEngine, Workers, answer_part
+from normistral.batch.job import BatchJob, OnRow, Part, WorkerEngine, Workers, answer_part, open_answerer
 from normistral.batch.journal import JOB_NAME
 from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine

@@ -17,10 +17,25 @@ from typing import Any
 
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest
-from normistral.batch.answerers import open_answerer
 from normistral.batch.documents import Row, check_instruction, index_documents
-from normistral.batch.job import BatchJob, OnRow, Part, WorkerEngine, Workers, answer_part, cut_parts
-from normistral.batch.journal import begin_run, find_answers, join_answers, open_journal, remove_journal
+from normistral.batch.job import (
+    BatchJob,
+    OnRow,
+    Part,
+    WorkerEngine,
+    Workers,
+    answer_part,
+    cut_parts,
+    open_answerer,
+)
+from normistral.batch.journal import (
+    begin_run,
+    find_answers,
+    join_answers,
+    open_journal,
+    parts_folder,
+    remove_journal,
+)
 from normistral.errors import NormistralError, UsageError
 from normistral.files import explain, require_place, sha256_file
 from normistral.progress import NoProgress, Progress
@@ -87,18 +102,17 @@ def run_batch(
     opened = Artifact.find(artifact)
     folder, manifest = opened.folder.absolute(), opened.manifest
     source, output = Path(source).absolute(), Path(output).absolute()
-    _check(manifest, folder.name, output, instruction, system, workers, overflow, options, force=force)
+    job = BatchJob(folder, source, parts_folder(output), "", instruction, system, options, overflow)
+    _check(job, manifest, output, workers, force=force)
     if GenerationConfig(seed=options.get("seed")).reproducible and engine.batching == "auto":
         engine = replace(engine, batching="off")
         progress.note("with a seed, answers are written one after the other: together they are not reproducible")
     with progress.stage(f"looking through {source.name}"):
         index = index_documents(source)
-    asked = _identity(folder, index.sha256, instruction, system, engine, options, overflow)
-    with open_journal(output, asked) as parts:
-        run = begin_run(parts)
+    with open_journal(output, _identity(job, index.sha256, engine)) as parts:
+        job = replace(job, run=begin_run(parts))
         answered, _ = find_answers(parts)
         missing = [row for row in index.rows if row.number not in answered]
-        job = BatchJob(folder, source, parts, run, instruction, system, options, overflow)
         if answered:
             progress.note(f"{len(answered):,} of {len(index.rows):,} documents were answered before")
         if missing:
@@ -142,26 +156,16 @@ def _answer(
             on_row(1)
 
 
-def _check(
-    manifest: Manifest,
-    name: str,
-    output: Path,
-    instruction: str | None,
-    system: str | None,
-    workers: Workers,
-    overflow: Overflow,
-    options: dict[str, Any],
-    *,
-    force: bool,
-) -> None:
+def _check(job: BatchJob, manifest: Manifest, output: Path, workers: Workers, *, force: bool) -> None:
     """Validate the arguments before anything is read or loaded."""
-    require_applicable(resolve_options(manifest.sampling, options), manifest, name)
-    require_overflow(overflow)
-    if overflow != OVERFLOW and manifest.template is None:
+    name = job.artifact.name
+    require_applicable(resolve_options(manifest.sampling, job.options), manifest, name)
+    require_overflow(job.overflow)
+    if job.overflow != OVERFLOW and manifest.template is None:
         raise UsageError(f"{name} is a base model and knows no conversation to leave anything out of", "leave it out")
-    if instruction is not None:
-        check_instruction(instruction)
-    if system is not None and manifest.template is None:
+    if job.instruction is not None:
+        check_instruction(job.instruction)
+    if job.system is not None and manifest.template is None:
         raise UsageError(f"{name} is a base model and knows no system message", "leave it out")
     if workers.count is not None and workers.count < 1:
         raise UsageError(f"there cannot be {workers.count} workers", "take 1 or more")
@@ -174,24 +178,20 @@ def _check(
         raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
 
 
-def _identity(
-    folder: Path,
-    documents: str,
-    instruction: str | None,
-    system: str | None,
-    engine: WorkerEngine,
-    options: dict[str, Any],
-    overflow: Overflow = OVERFLOW,
-) -> dict[str, Any]:
-    """Inputs that determine the answers; workers and machines do not."""
+def _identity(job: BatchJob, documents: str, engine: WorkerEngine) -> dict[str, Any]:
+    """Inputs that determine the answers; workers and machines do not.
+
+    Args:
+        documents: their SHA-256.
+    """
     return {
-        "artifact": sha256_file(folder / MANIFEST_NAME),
+        "artifact": sha256_file(job.artifact / MANIFEST_NAME),
         "documents": documents,
-        "instruction": instruction,
-        "system": system,
+        "instruction": job.instruction,
+        "system": job.system,
         "device": engine.device,
         "exact": engine.exact,
         "settings": dict(engine.settings),
         "batching": engine.batching,
-        "options": options,
-    } | ({} if overflow == OVERFLOW else {"overflow": overflow})  # so that journals of before it still fit
+        "options": job.options,
+    } | ({} if job.overflow == OVERFLOW else {"overflow": job.overflow})  # so that journals of before it still fit

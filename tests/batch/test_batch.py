@@ -16,12 +16,20 @@ from scripted_cli import command, make_artifact
 from scripted_models import ANSWER_MARKER, END_OF_TURN, make_base_model, make_model, make_tokenizer
 from tiny_models import VOCABULARY
 
-import normistral.batch.answerers
+import normistral.batch.job
 import normistral.batch.run
 from normistral.artifact.chat_template import ChatTemplate
-from normistral.batch.answerers import ContinuousAnswerer, SequentialAnswerer
 from normistral.batch.documents import Row, check_instruction, fill, find_prompt, index_documents, read_document
-from normistral.batch.job import MOST_BEGINNINGS, BatchJob, WorkerEngine, Workers, answer_part, cut_parts
+from normistral.batch.job import (
+    MOST_BEGINNINGS,
+    BatchJob,
+    ContinuousAnswerer,
+    SequentialAnswerer,
+    WorkerEngine,
+    Workers,
+    answer_part,
+    cut_parts,
+)
 from normistral.batch.journal import (
     PartJournal,
     begin_run,
@@ -45,6 +53,11 @@ USER_MARKER = "<|im_start|> user\n"
 def write_lines(path, *documents):
     path.write_text("".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents), "utf-8")
     return path
+
+
+def identity(artifact, instruction, options=None):
+    job = BatchJob(artifact, artifact, artifact, "", instruction, None, options or {})
+    return normistral.batch.run._identity(job, "0", WorkerEngine())
 
 
 def read_lines(path):
@@ -93,7 +106,7 @@ def echo(tmp_path, monkeypatch):
         model.chat = watched
         return model
 
-    monkeypatch.setattr(normistral.batch.answerers, "load", load)
+    monkeypatch.setattr(normistral.batch.job, "load", load)
     return asked
 
 
@@ -395,7 +408,7 @@ def test_a_job_that_was_stopped_goes_on_and_repeats_nothing(tmp_path, artifact, 
 def test_another_question_is_another_job(tmp_path, artifact, echo):
     source = write_lines(tmp_path / "in.jsonl", {"text": "a"})
     output = tmp_path / "out.jsonl"
-    with open_journal(output, normistral.batch.run._identity(artifact, "0", "{text}", None, WorkerEngine(), {})):
+    with open_journal(output, identity(artifact, "{text}")):
         pass
     with pytest.raises(UsageError, match="differs in documents, instruction"):
         run_batch(artifact, source, output, instruction="Hva er {text}?")
@@ -419,7 +432,7 @@ def test_a_row_that_takes_its_worker_down_is_given_up(tmp_path, artifact, echo):
 def test_a_base_model_completes_prompts(tmp_path, monkeypatch):
     artifact = make_artifact(tmp_path / "artifact", format="onnx", role="base", template=None)
     monkeypatch.setattr(
-        normistral.batch.answerers,
+        normistral.batch.job,
         "load",
         lambda folder, **engine: make_base_model(tmp_path / "t", [" Oslo."], after="er"),
     )
@@ -577,12 +590,10 @@ def test_a_structure_belongs_to_the_job_and_holds_for_every_answer(tmp_path):
     done = subprocess.run(command(tmp_path, *arguments, answers=["kanskje"]), capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert {line["text"] for line in read_lines(output)} <= {"ja", "nei"}
-    identity = normistral.batch.run._identity(
-        artifact, "0", None, None, WorkerEngine(), {"structure": Structure.choice(["ja", "nei"])}
-    )
-    with open_journal(tmp_path / "b.jsonl", identity):
+    asked = identity(artifact, None, {"structure": Structure.choice(["ja", "nei"])})
+    with open_journal(tmp_path / "b.jsonl", asked):
         pass
-    with open_journal(tmp_path / "b.jsonl", identity):  # and is the same when it is asked again
+    with open_journal(tmp_path / "b.jsonl", asked):  # and is the same when it is asked again
         pass
 
 
