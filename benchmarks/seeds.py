@@ -155,7 +155,7 @@ async def repeat_on_server(url: str, name: str, repeats: int) -> dict[str, Any]:
 def serve_and_repeat(artifact: Path, repeats: int, batching: str) -> dict[str, Any]:
     """The same over HTTP."""
     from normistral.server.app import create_app
-    from normistral.server.backends.settings import BatchSettings, plan_cache_bytes
+    from normistral.server.backends.base import BatchSettings, plan_cache_bytes
     from normistral.server.limits import ServerLimits
     from normistral.server.model_handler import ModelHandler
     from normistral.server.server import background_server

@@ -20,9 +20,8 @@ import numpy as np
 from normistral.artifact.manifest import read_manifest
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.options import GenerationConfig
-from normistral.server.backends.base import BatchBackend, Job
+from normistral.server.backends.base import BatchBackend, BatchSettings, Job
 from normistral.server.backends.create import create_backend
-from normistral.server.backends.settings import BatchSettings
 
 PROMPT, PIECE = 96, 32
 

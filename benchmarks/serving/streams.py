@@ -20,9 +20,8 @@ from normistral.artifact.manifest import read_manifest
 from normistral.errors import NormistralError
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.options import GenerationConfig
-from normistral.server.backends.base import BatchBackend, Job
+from normistral.server.backends.base import BatchBackend, BatchSettings, Job
 from normistral.server.backends.create import create_backend
-from normistral.server.backends.settings import BatchSettings
 
 CONTEXT = 1024
 

@@ -16,10 +16,15 @@ from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.loading import load
 from normistral.runtime.overflow import OVERFLOW, LeftOut, Overflow
-from normistral.server.backends.base import BatchBackend
-from normistral.server.backends.base import Job as GenerationJob
+from normistral.server.backends.base import (
+    BatchBackend,
+    Batching,
+    BatchSettings,
+    Job,
+    plan_cache_bytes,
+    uses_continuous_batching,
+)
 from normistral.server.backends.create import create_backend
-from normistral.server.backends.settings import Batching, BatchSettings, plan_cache_bytes, uses_continuous_batching
 from normistral.server.model_handler import ModelHandler
 
 _TENANT = "batch"  # all documents are one owner's
@@ -257,7 +262,7 @@ class ContinuousAnswerer:
         """Free the model."""
         self._batch.close()
 
-    def _make_job(self, row: Row, document: Document) -> tuple[GenerationJob, LeftOut | None]:
+    def _make_job(self, row: Row, document: Document) -> tuple[Job, LeftOut | None]:
         prompt, left_out = find_prompt(document, self._job.instruction), None
         if isinstance(prompt, str) and self._served.template is None:
             prompt_ids = self._served.encode_text(prompt)
@@ -265,4 +270,4 @@ class ContinuousAnswerer:
             messages = with_system(prompt, self._job.system)
             prompt_ids, left_out = self._served.fit_chat(messages, self._job.overflow, self._job.options)
         config = self._served.resolve(self._job.options, len(prompt_ids))
-        return GenerationJob(str(row.number), prompt_ids, config, _TENANT), left_out
+        return Job(str(row.number), prompt_ids, config, _TENANT), left_out

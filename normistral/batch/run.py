@@ -41,7 +41,7 @@ from normistral.files import explain, require_place, sha256_file
 from normistral.progress import NoProgress, Progress
 from normistral.runtime.options import GenerationConfig, require_applicable, resolve_options
 from normistral.runtime.overflow import OVERFLOW, Overflow, require_overflow
-from normistral.server.backends.settings import uses_continuous_batching
+from normistral.server.backends.base import uses_continuous_batching
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from normistral.errors import NormistralError, UsageError, first_line
 from normistral.hardware import plan_threads, read_machine
 from normistral.ray_runtime import cpu_settings, import_ray, ray_running, threads_per_model
 from normistral.runtime.engines.settings import EngineConfig
-from normistral.server.backends.settings import ROUND_ROBIN_SLOTS, Batching
+from normistral.server.backends.base import ROUND_ROBIN_SLOTS, Batching
 from normistral.server.limits import ServerLimits
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"

@@ -24,7 +24,7 @@ from normistral.commands.options import (
 )
 from normistral.commands.progress import show_progress
 from normistral.runtime.overflow import OVERFLOW
-from normistral.server.backends.settings import Batching
+from normistral.server.backends.base import Batching
 
 
 def batch(

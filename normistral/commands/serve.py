@@ -23,7 +23,7 @@ from normistral.commands.options import (
 )
 from normistral.errors import MissingExtraError, UsageError, install_extra
 from normistral.runtime.overflow import OVERFLOW
-from normistral.server.backends.settings import Batching
+from normistral.server.backends.base import Batching
 from normistral.server.limits import ServerLimits
 
 _LIMITS = ServerLimits()

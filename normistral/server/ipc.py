@@ -22,9 +22,8 @@ import msgspec
 from normistral.errors import EngineError, NormistralError, UsageError
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.engines.settings import EngineConfig
-from normistral.server.backends.base import Job
+from normistral.server.backends.base import BatchSettings, Job
 from normistral.server.backends.prefixes import NamedPrefix
-from normistral.server.backends.settings import BatchSettings
 
 _LENGTH = struct.Struct(">I")
 _MOST_BYTES = 64 * 2**20

@@ -20,7 +20,7 @@ from normistral.runtime.options import GenerationConfig, encode_breakers, requir
 from normistral.runtime.overflow import LeftOut, Overflow, answer_room, fit_conversation
 from normistral.runtime.structured.constraint import StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
-from normistral.server.backends.settings import BatchSettings, cache_token_bytes
+from normistral.server.backends.base import BatchSettings, cache_token_bytes
 from normistral.server.ipc import Load
 
 _PROBES = (2, 8)  # characters for each token of the context; Norwegian and English have 3 to 5

@@ -22,7 +22,7 @@ from typing import Literal
 from normistral.errors import EngineError, NormistralError
 from normistral.runtime.options import GenerationConfig
 from normistral.server.admission import Admission
-from normistral.server.backends.settings import CONTINUOUS
+from normistral.server.backends.base import CONTINUOUS
 from normistral.server.errors import ApiError, unavailable
 from normistral.server.limits import GIB, ServerLimits
 from normistral.server.metrics import Metrics

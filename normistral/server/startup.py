@@ -18,7 +18,7 @@ from normistral.errors import UsageError
 from normistral.hardware import available_memory_bytes
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.server.auth import Keys, read_keys
-from normistral.server.backends.settings import (
+from normistral.server.backends.base import (
     Batching,
     BatchSettings,
     cache_token_bytes,

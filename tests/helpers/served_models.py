@@ -22,7 +22,7 @@ from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.model import Model
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
-from normistral.server.backends.settings import BatchSettings
+from normistral.server.backends.base import BatchSettings
 from normistral.server.limits import ServerLimits
 from normistral.server.model_handler import ModelHandler
 from normistral.server.server import background_server

@@ -16,9 +16,8 @@ from normistral.runtime import sessions
 from normistral.runtime.chunks import Completion
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.options import GenerationConfig
-from normistral.server.backends.base import Job
+from normistral.server.backends.base import CONTINUOUS, BatchSettings, Job, cache_token_bytes
 from normistral.server.backends.scheduler import RoundRobinScheduler
-from normistral.server.backends.settings import CONTINUOUS, BatchSettings, cache_token_bytes
 from normistral.server.service import ServedModel
 
 CHUNK, CONTEXT = 16, 256

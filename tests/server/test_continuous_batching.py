@@ -25,9 +25,8 @@ from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
-from normistral.server.backends.base import Job
+from normistral.server.backends.base import BatchSettings, Job, cache_token_bytes
 from normistral.server.backends.create import create_backend
-from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 from normistral.server.limits import ServerLimits
 from normistral.server.model_handler import ModelHandler
 from normistral.server.server import background_server
@@ -599,7 +598,7 @@ from normistral.server.app import create_app
 from normistral.server.auth import Keys
 from normistral.server.backends.base import Job
 from normistral.server.backends.create import create_backend
-from normistral.server.backends.settings import BatchSettings
+from normistral.server.backends.base import BatchSettings
 from normistral.server.limits import ServerLimits
 from normistral.server.model_handler import ModelHandler
 from normistral.server.server import background_server

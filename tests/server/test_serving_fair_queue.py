@@ -11,9 +11,8 @@ from normistral.errors import EngineError, NormistralError
 from normistral.runtime.chunks import Chunk, Completion
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.options import GenerationConfig
-from normistral.server.backends.base import Job
+from normistral.server.backends.base import BatchSettings, Job, cache_token_bytes
 from normistral.server.backends.scheduler import RoundRobinScheduler
-from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 
 CONTEXT = 400
 

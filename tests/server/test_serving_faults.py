@@ -12,7 +12,7 @@ from serving_clients import ask, gauge, http, stream, wait_until
 from normistral.errors import EngineError
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.server.auth import Keys
-from normistral.server.backends.settings import BatchSettings
+from normistral.server.backends.base import BatchSettings
 from normistral.server.ipc import Load
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics

@@ -13,7 +13,7 @@ from serving_clients import error_of, http
 from normistral.artifact.manifest import read_manifest, write_manifest
 from normistral.errors import UsageError
 from normistral.runtime.engines.settings import EngineConfig
-from normistral.server.backends.settings import cache_token_bytes
+from normistral.server.backends.base import cache_token_bytes
 from normistral.server.limits import MIB, ServerLimits
 from normistral.server.startup import EngineOptions, open_artifacts
 

@@ -14,10 +14,9 @@ from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.options import GenerationConfig
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
-from normistral.server.backends.base import Job
+from normistral.server.backends.base import BatchSettings, Job
 from normistral.server.backends.create import create_backend
 from normistral.server.backends.prefixes import NamedPrefix
-from normistral.server.backends.settings import BatchSettings
 from normistral.server.limits import ServerLimits
 from normistral.server.prefixes import add_prefixes, read_prefixes
 from normistral.server.server import background_server

@@ -13,7 +13,7 @@ from serving_clients import ask, error_of, http, wait_until
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.server import ipc, worker_client
 from normistral.server.auth import KEYS_VARIABLE
-from normistral.server.backends.settings import BatchSettings
+from normistral.server.backends.base import BatchSettings
 from normistral.server.ipc import HEARTBEAT_S, Heartbeat, HeartbeatMonitor, Load
 from normistral.server.limits import ServerLimits
 from normistral.server.worker_client import WorkerClient

@@ -30,9 +30,8 @@ from normistral.runtime.engines.batching import BatchCall, BatchEngine, Batching
 from normistral.runtime.engines.block_pool import BLOCK_TOKENS, block_hashes, blocks_of
 from normistral.runtime.model import Model
 from normistral.runtime.sequence import WORTH_COPYING, CachedSequence
-from normistral.server.backends.base import Job, JobUpdate
+from normistral.server.backends.base import BATCH_SLOTS, BatchSettings, Job, JobUpdate
 from normistral.server.backends.prefixes import LoadedPrefix, shared_hashes
-from normistral.server.backends.settings import BATCH_SLOTS, BatchSettings
 
 logger = logging.getLogger(__name__)
 

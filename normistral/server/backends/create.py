@@ -15,17 +15,17 @@ from normistral.runtime.engines.onnx_batch import OnnxBatch
 from normistral.runtime.engines.onnxruntime import OnnxBackend
 from normistral.runtime.engines.openvino_paged import PagedBackend
 from normistral.runtime.engines.settings import EngineConfig
-from normistral.server.backends.base import BatchBackend
-from normistral.server.backends.continuous import ContinuousScheduler, plan_cache
-from normistral.server.backends.prefixes import LoadedPrefix, NamedPrefix, load_prefixes
-from normistral.server.backends.scheduler import RoundRobinScheduler
-from normistral.server.backends.settings import (
+from normistral.server.backends.base import (
     CONTINUOUS,
     ROUND_ROBIN,
     ROUND_ROBIN_SLOTS,
+    BatchBackend,
     BatchSettings,
     cache_token_bytes,
 )
+from normistral.server.backends.continuous import ContinuousScheduler, plan_cache
+from normistral.server.backends.prefixes import LoadedPrefix, NamedPrefix, load_prefixes
+from normistral.server.backends.scheduler import RoundRobinScheduler
 
 
 class LoadedBackend(NamedTuple):

@@ -16,9 +16,8 @@ from normistral.errors import EngineError, NormistralError
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.model import Model
 from normistral.runtime.sequence import WORTH_COPYING, CachedSequence
-from normistral.server.backends.base import Job, JobUpdate
+from normistral.server.backends.base import BatchSettings, Job, JobUpdate, cache_token_bytes
 from normistral.server.backends.prefixes import LoadedPrefix
-from normistral.server.backends.settings import BatchSettings, cache_token_bytes
 
 
 @dataclass(slots=True)

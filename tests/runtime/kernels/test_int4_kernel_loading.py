@@ -14,9 +14,8 @@ from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.kernels.openvino_int4 import PackedWeights, replace_products
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.structured.structure import Structure
-from normistral.server.backends.base import Job
+from normistral.server.backends.base import BatchSettings, Job
 from normistral.server.backends.create import create_backend
-from normistral.server.backends.settings import BatchSettings
 
 OURS = {"int4_kernel": "normistral"}
 SETTINGS = BatchSettings("auto", 2**27, 512, slots=4)
