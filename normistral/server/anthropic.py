@@ -1,6 +1,6 @@
 """Anthropic's /v1/messages: text and tools, whole and as events.
 
-A request becomes an internal one of the same conversation. int answers are put together from the same blocks.
+A request becomes an internal one of the same conversation. Whole answers are put together from the same blocks.
 """
 
 from __future__ import annotations
@@ -12,15 +12,31 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
+from normistral.runtime.chunks import ToolCall
 from normistral.runtime.overflow import OVERFLOW_HELP, Overflow
 from normistral.runtime.tools import MOST_TOOLS
-from normistral.server.answers import AnswerPart, ChatAnswer
-from normistral.server.conversation import Conversation, answer_whole, as_chat, open_conversation, stream
-from normistral.server.decoded import EVENTS, STATUSES, DecodedRoute, error_responses
+from normistral.server.conversation import (
+    AnswerPart,
+    ChatAnswer,
+    Conversation,
+    answer_whole,
+    as_chat,
+    open_conversation,
+    stream,
+)
 from normistral.server.errors import ApiError, anthropic_document
 from normistral.server.generation import Framing, encode_named
-from normistral.server.responses import UsageCounter
-from normistral.server.schemas import MOST_MESSAGES, NeverTrue, ReasoningEffort, SentBack, Strict, ToolName, WithNumbers
+from normistral.server.responses import EVENTS, STATUSES, DecodedRoute, UsageCounter, error_responses
+from normistral.server.schemas import (
+    MOST_MESSAGES,
+    NeverTrue,
+    ReasoningEffort,
+    SentBack,
+    Strict,
+    ToolName,
+    WithNumbers,
+    joined_text,
+)
 
 _EVENTS = Framing("text/event-stream", encode_named, b"", anthropic_document)
 _NAMES = {"stop": "stop_sequences"}
@@ -292,7 +308,7 @@ def _usage(counter: UsageCounter) -> dict[str, int]:
 
 def _as_turns(body: CountRequest) -> tuple[list[dict[str, Any]], list[int]]:
     """Internal messages, and for each the number of the message that it is of."""
-    system = [] if not body.system else [(0, {"role": "system", "content": _text(body.system)})]
+    system = [] if not body.system else [(0, {"role": "system", "content": joined_text(body.system)})]
     numbered = [*system, *((i, turn) for i, message in enumerate(body.messages) for turn in _as_messages(message))]
     return [turn for _, turn in numbered], [number for number, _ in numbered]
 
@@ -306,12 +322,8 @@ def _as_fields(body: CountRequest, turns: list[dict[str, Any]], request: Request
         fields["tools"] = [
             {
                 "type": "function",
-                "function": {
-                    "name": tool.name,
-                    "description": tool.description,
-                    "parameters": tool.input_schema,
-                    "strict": tool.strict,
-                },
+                "function": tool.model_dump(include={"name", "description", "strict"})
+                | {"parameters": tool.input_schema},
             }
             for tool in body.tools
         ]
@@ -344,27 +356,18 @@ def _as_messages(message: AnthropicMessage) -> list[dict[str, Any]]:
     if (uses and message.role != "assistant") or (results and message.role != "user"):
         raise ApiError(400, "tool_use is the assistant's, and tool_result the user's", param="messages")
     turns: list[dict[str, Any]] = [
-        {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)} for block in results
+        {
+            "role": "tool",
+            "tool_call_id": block.tool_use_id,
+            "content": ("error: " if block.is_error else "") + joined_text(block.content),
+        }
+        for block in results
     ]
     if texts or uses or not results:
         turn: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
         if uses:
             turn["tool_calls"] = [
-                {
-                    "id": block.id,
-                    "type": "function",
-                    "function": {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)},
-                }
-                for block in uses
+                ToolCall(block.id, block.name, json.dumps(block.input, ensure_ascii=False)).as_message for block in uses
             ]
         turns.append(turn)
     return turns
-
-
-def _result(block: ToolResultBlock) -> str:
-    text = _text(block.content or "")
-    return f"error: {text}" if block.is_error else text
-
-
-def _text(content: str | list[TextBlock]) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)

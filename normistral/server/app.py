@@ -16,9 +16,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import normistral
-from normistral.server import anthropic, ollama, responses_api
+from normistral.server import anthropic, completions, ollama, responses_api
 from normistral.server.auth import Keys
-from normistral.server.decoded import error_responses
 from normistral.server.errors import describe_validation, document_for, route_error
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
@@ -26,9 +25,8 @@ from normistral.server.middleware import PROTECTED, RequestMiddleware
 from normistral.server.model_handler import ModelHandler
 from normistral.server.public_routes import AnswerSource, PublicAnswer, PublicRoutes, load_page
 from normistral.server.residency import ResidencyOptions, ServedModel
-from normistral.server.responses import ModelCard, ModelList, Status
+from normistral.server.responses import ModelCard, ModelList, Status, error_responses
 from normistral.server.responses_api import ResponseStore
-from normistral.server.routes import router
 from normistral.server.service import Service
 from normistral.server.worker_client import WORKER_MODULE
 
@@ -80,7 +78,7 @@ def create_app(
     app.state.service = service
     app.openapi = lambda: describe_api(app, service, keys)  # type: ignore[method-assign]
     app.state.response_store = ResponseStore() if store else None
-    for routes in (router, responses_api.router, anthropic.router, ollama.router):
+    for routes in (completions.router, responses_api.router, anthropic.router, ollama.router):
         app.include_router(routes)
     pages = {"/": _add_page(app), "/openapi.json": _add_description(app)} | _add_looking(app, service)
     app.state.public_routes = PublicRoutes(keys, limits, metrics, hosts, pages, origins)

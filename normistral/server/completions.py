@@ -1,4 +1,4 @@
-"""Response bodies and stream events of /v1/completions and /v1/chat/completions."""
+"""OpenAI's /v1/chat/completions and /v1/completions: answers, whole and as events."""
 
 from __future__ import annotations
 
@@ -6,71 +6,129 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from normistral.runtime.chunks import Chunk, TokenLogprobs
+from fastapi import APIRouter, Request, Response
+
+from normistral.errors import ContextLengthError
+from normistral.runtime.chunks import Chunk
+from normistral.runtime.options import GenerationConfig
 from normistral.runtime.tools import CallDelta
-from normistral.server.answers import AnswerPart, ChatAnswer
+from normistral.server.conversation import AnswerPart, ChatAnswer, answer_whole, open_conversation, stream
+from normistral.server.errors import ApiError
 from normistral.server.generation import SequenceOutput
 from normistral.server.model_handler import ModelHandler
+from normistral.server.options import count_choices, read_options
 from normistral.server.responses import (
-    LEAST_LOGPROB,
+    STATUSES,
+    ChatCompletion,
+    DecodedRoute,
     ResponseHeader,
+    TextCompletion,
     UsageCounter,
     describe_token,
+    error_responses,
     finish_reason,
     shown_token,
 )
+from normistral.server.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest
+from normistral.server.service import Service
 
 _KIND = "text_completion"
+router = APIRouter(route_class=DecodedRoute)
+
+_EVENT = {
+    "type": "object",
+    "description": "With stream: true. The data of an event is a chunk of the answer as JSON, or an error; or [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+_STREAM = {"text/event-stream": {"schema": _EVENT}}
+_ERRORS = error_responses(*STATUSES)
 
 
-@dataclass(frozen=True, slots=True)
-class EchoedPrompt:
-    """A prompt before its answer."""
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses=_ERRORS | {200: {"model": ChatCompletion, "content": _STREAM, "description": "The answer."}},
+)
+async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+    """Answer a conversation."""
+    asked = await open_conversation(request, body)
+    model = asked.model
+    header = ResponseHeader(
+        f"chatcmpl-{asked.request_id}",
+        model.handler,
+        lambda: model.fingerprint(asked.config),
+        left_out=asked.left_out,
+    )
+    logprobs, each = bool(body.logprobs), asked.choices
+    if body.stream:
+        usage = _wants_usage(body)
+        return stream(asked.generation, _stream_chat(asked.parts(), header, each, logprobs=logprobs, usage=usage))
+    return await answer_whole(request, asked.generation, lambda: _gather_chat(asked.parts(), header, each, logprobs))
 
-    handler: ModelHandler
-    token_ids: Sequence[int]
 
-    @property
-    def text(self) -> str:
-        """As it is decoded; control tokens are written out."""
-        return self.handler.tokenizer.decode(self.token_ids, skip_special_tokens=False)
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses=_ERRORS | {200: {"model": TextCompletion, "content": _STREAM, "description": "The answer."}},
+)
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """Complete a text, without a chat template."""
+    service: Service = request.app.state.service
+    model = service.find(body.model)
+    choices = count_choices(body, len(body.prompts), service.limits)
+    each = choices // len(body.prompts)
+    prompts = await service.prepare(model, choices, request, _prepare_text, model.handler, body)
+    header = ResponseHeader(f"cmpl-{request.state.request_id}", model.handler, lambda: model.fingerprint(prompts[0][1]))
+    logprobs, usage = body.logprobs is not None, _wants_usage(body)
+    answers = [
+        _TextAnswer(model.handler, prompt_ids if body.echo else None) for prompt_ids, _ in prompts for _ in range(each)
+    ]
+    generation = service.generation(model, prompts, each, request.state)
+    outputs = generation.outputs()
+    if body.stream:
+        return stream(generation, _stream_text(outputs, header, answers, each, logprobs=logprobs, usage=usage))
+    return await answer_whole(request, generation, lambda: _gather_text(outputs, header, answers, each, logprobs))
 
-    def logprobs(self, scored: Sequence[TokenLogprobs]) -> dict[str, list[Any]]:
-        """Parallel lists for its tokens; those of the first are null."""
-        lists, offset = _no_logprobs(), 0
-        for token_id, (logprob, top) in zip(self.token_ids, scored, strict=True):
-            token = describe_token(self.handler, token_id, 0.0)["token"]
-            likely = [describe_token(self.handler, *pair) for pair in top]
-            lists["tokens"].append(token)
-            lists["token_logprobs"].append(None if logprob is None else max(logprob, LEAST_LOGPROB))
-            lists["top_logprobs"].append(None if logprob is None else {one["token"]: one["logprob"] for one in likely})
-            lists["text_offset"].append(offset)
-            offset += len(token)
-        return lists
+
+def _prepare_text(handler: ModelHandler, body: CompletionRequest) -> list[tuple[list[int], GenerationConfig]]:
+    options = read_options(body)
+    try:
+        encoded = [handler.encode_text(prompt) for prompt in body.prompts]
+    except ContextLengthError as error:
+        raise ApiError(400, error.message, error.hint, param="prompt", code="context_length_exceeded") from None
+    return [(prompt_ids, handler.resolve(options, len(prompt_ids))) for prompt_ids in encoded]
+
+
+def _wants_usage(body: CommonRequest) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
 
 
 @dataclass(slots=True)
 class _TextAnswer:
-    """Text completion so far; `length` in characters."""
+    """Text completion so far; `length` in characters, `echo` the tokens of a prompt that is still to be repeated."""
 
+    handler: ModelHandler
+    echo: Sequence[int] | None
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     logprobs: dict[str, list[Any]] = field(default_factory=lambda: _no_logprobs())
     length: int = 0
     finish_reason: str | None = None
-    echo: EchoedPrompt | None = None
 
-    def add(self, handler: ModelHandler, chunk: Chunk) -> tuple[str, dict[str, list[Any]]]:
+    def add(self, chunk: Chunk) -> tuple[str, dict[str, list[Any]]]:
         """Append a chunk; returns what it adds to the text and its log-probabilities, an echoed prompt before both."""
         text, described = chunk.text, _no_logprobs()
         if self.echo is not None:
-            text = self.echo.text + text
-            self.length = len(self.echo.text)
+            offset = 0
             if chunk.prompt_logprobs:
-                described = self.echo.logprobs(chunk.prompt_logprobs)
-            self.echo = None
-        for name, values in _text_logprobs(handler, chunk, self.length).items():
-            described[name] += values
+                for token_id, (logprob, top) in zip(self.echo, chunk.prompt_logprobs, strict=True):
+                    offset += _add_token(described, self.handler, token_id, logprob, top, offset)
+            prompt = self.handler.tokenizer.decode(self.echo, skip_special_tokens=False)
+            text, self.length, self.echo = prompt + text, len(prompt), None
+        token = shown_token(self.handler, chunk)
+        if token is not None and chunk.logprob is not None:
+            _add_token(described, self.handler, token, chunk.logprob, chunk.top_logprobs, self.length)
         for name, values in described.items():
             self.logprobs[name] += values
         self.text.append(text)
@@ -80,21 +138,45 @@ class _TextAnswer:
         return text, described
 
 
-async def gather_text(
+def _no_logprobs() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def _add_token(
+    lists: dict[str, list[Any]],
+    handler: ModelHandler,
+    token_id: int,
+    logprob: float | None,
+    top: Sequence[tuple[int, float]],
+    offset: int,
+) -> int:
+    """Append a token to parallel lists; returns the length of its text in characters.
+
+    Args:
+        logprob: None, as of the first token of a prompt, is written as null.
+        offset: first character of its text.
+    """
+    token = describe_token(handler, token_id, logprob or 0.0)
+    likely = [describe_token(handler, *pair) for pair in top]
+    lists["tokens"].append(token["token"])
+    lists["token_logprobs"].append(None if logprob is None else token["logprob"])
+    lists["top_logprobs"].append(None if logprob is None else {one["token"]: one["logprob"] for one in likely})
+    lists["text_offset"].append(offset)
+    return len(token["token"])
+
+
+async def _gather_text(
     outputs: AsyncIterator[SequenceOutput],
     header: ResponseHeader,
-    choices: int,
+    answers: Sequence[_TextAnswer],
     each: int,
-    echo: Sequence[EchoedPrompt],
-    *,
     logprobs: bool,
 ) -> dict[str, Any]:
-    """Response body of /v1/completions; `each` of the `choices` belong to one prompt, which `echo` repeats."""
-    answers = [_TextAnswer(echo=echo[index // each] if echo else None) for index in range(choices)]
+    """Response body of /v1/completions; `each` of the answers belong to one prompt."""
     counter = UsageCounter(each)
     async for index, chunk in outputs:
         counter.add(index, chunk)
-        answers[index].add(header.handler, chunk)
+        answers[index].add(chunk)
     written = [
         _text_choice(
             index,
@@ -108,23 +190,21 @@ async def gather_text(
     return header.wrap(_KIND, written, usage=counter.usage)
 
 
-async def stream_text(
+async def _stream_text(
     outputs: AsyncIterator[SequenceOutput],
     header: ResponseHeader,
-    choices: int,
+    answers: Sequence[_TextAnswer],
     each: int,
-    echo: Sequence[EchoedPrompt],
     *,
     logprobs: bool,
     usage: bool,
 ) -> AsyncIterator[dict[str, Any]]:
     """Stream events of /v1/completions: text deltas, the last with a finish reason; `usage` adds a final event."""
     no_usage = {"usage": None} if usage else {}
-    answers = [_TextAnswer(echo=echo[index // each] if echo else None) for index in range(choices)]
     counter = UsageCounter(each)
     async for index, chunk in outputs:
         counter.add(index, chunk)
-        text, described = answers[index].add(header.handler, chunk)
+        text, described = answers[index].add(chunk)
         told = described if logprobs and described["tokens"] else None
         reason = finish_reason(chunk.finish_reason)
         if text or chunk.reasoning or told or reason:
@@ -140,27 +220,8 @@ def _text_choice(
     return choice | {"reasoning_content": reasoning} if reasoning else choice
 
 
-def _no_logprobs() -> dict[str, list[Any]]:
-    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-
-
-def _text_logprobs(handler: ModelHandler, chunk: Chunk, offset: int) -> dict[str, list[Any]]:
-    """Parallel lists for the chunk's token; `offset` is the first character of its text."""
-    token_id = shown_token(handler, chunk)
-    if token_id is None or chunk.logprob is None:
-        return _no_logprobs()
-    token = describe_token(handler, token_id, chunk.logprob)
-    top = [describe_token(handler, *pair) for pair in chunk.top_logprobs]
-    return {
-        "tokens": [token["token"]],
-        "token_logprobs": [token["logprob"]],
-        "top_logprobs": [{one["token"]: one["logprob"] for one in top}],
-        "text_offset": [offset],
-    }
-
-
-async def gather_chat(
-    parts: AsyncIterator[AnswerPart], header: ResponseHeader, choices: int, *, logprobs: bool
+async def _gather_chat(
+    parts: AsyncIterator[AnswerPart], header: ResponseHeader, choices: int, logprobs: bool
 ) -> dict[str, Any]:
     """Response body of /v1/chat/completions."""
     answers = [ChatAnswer() for _ in range(choices)]
@@ -175,7 +236,7 @@ async def gather_chat(
     return header.wrap("chat.completion", written, usage=counter.usage)
 
 
-async def stream_chat(
+async def _stream_chat(
     parts: AsyncIterator[AnswerPart], header: ResponseHeader, choices: int, *, logprobs: bool, usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
     """Stream events of /v1/chat/completions: role, deltas, finish reason; `usage` adds a final event."""

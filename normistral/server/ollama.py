@@ -16,15 +16,22 @@ from fastapi import APIRouter, Request, Response
 from msgspec.json import encode
 from pydantic import BaseModel, Field
 
-from normistral.runtime.chunks import Timings
+from normistral.runtime.chunks import Timings, ToolCall
 from normistral.runtime.overflow import OVERFLOW_HELP, Overflow
-from normistral.server.answers import ChatAnswer
-from normistral.server.conversation import Conversation, answer_whole, as_chat, last_of, open_conversation, stream
-from normistral.server.decoded import STATUSES, DecodedRoute, error_responses
+from normistral.server.conversation import (
+    ChatAnswer,
+    Conversation,
+    answer_whole,
+    as_chat,
+    last_of,
+    open_conversation,
+    stream,
+)
 from normistral.server.errors import ApiError
 from normistral.server.generation import Framing, unless_gone
 from normistral.server.model_handler import ModelHandler
 from normistral.server.residency import ServedModel
+from normistral.server.responses import STATUSES, DecodedRoute, error_responses
 from normistral.server.schemas import (
     MOST_MESSAGES,
     NamedTool,
@@ -386,8 +393,7 @@ def _as_messages(messages: list[OllamaMessage]) -> list[dict[str, Any]]:
             for call in message.tool_calls:
                 call_id, count = call.id or f"call{count:05d}", count + 1
                 arguments = json.dumps(call.function.arguments, ensure_ascii=False)
-                function = {"name": call.function.name, "arguments": arguments}
-                calls.append({"id": call_id, "type": "function", "function": function})
+                calls.append(ToolCall(call_id, call.function.name, arguments).as_message)
             turn["tool_calls"], open_calls = calls, [call["id"] for call in calls]
         if message.role == "tool":
             turn["tool_call_id"] = message.tool_call_id or (open_calls.pop(0) if open_calls else "none")

@@ -82,20 +82,16 @@ def count_choices(body: CommonRequest, prompts: int, limits: ServerLimits) -> in
     """Number of sequences of a request.
 
     Raises:
-        ApiError: more than the server writes for one request.
+        ApiError: more than the server writes for one request; or options of a stream without a stream.
     """
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options are for streams", "give stream: true", param="stream_options")
     choices = (body.n or 1) * prompts
     if choices > limits.choices:
         raise ApiError(
             400, f"{choices} answers are more than this server writes for a request ({limits.choices})", param="n"
         )
     return choices
-
-
-def require_stream_options(body: CommonRequest) -> None:
-    """Raise ApiError for options of a stream without a stream."""
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options are for streams", "give stream: true", param="stream_options")
 
 
 def _max_tokens(body: CommonRequest) -> int | None:

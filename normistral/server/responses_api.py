@@ -12,20 +12,27 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from msgspec.json import decode, encode
 
-from normistral.server.answers import AnswerPart
-from normistral.server.conversation import Conversation, answer_whole, as_chat, last_of, open_conversation, stream
-from normistral.server.decoded import EVENTS, STATUSES, DecodedRoute, error_responses
+from normistral.runtime.chunks import ToolCall
+from normistral.server.conversation import (
+    AnswerPart,
+    Conversation,
+    answer_whole,
+    as_chat,
+    last_of,
+    open_conversation,
+    stream,
+)
 from normistral.server.errors import ApiError
 from normistral.server.generation import Framing, encode_named
-from normistral.server.responses import UsageCounter
+from normistral.server.responses import EVENTS, STATUSES, DecodedRoute, UsageCounter, error_responses
 from normistral.server.responses_request import (
     InputCall,
     InputMessage,
     InputResult,
-    InputText,
     ResponsesRequest,
     ResponseToolChoice,
 )
+from normistral.server.schemas import joined_text
 
 _KEPT_ANSWERS, _KEPT_BYTES = 256, 8 * 2**20  # of each key
 _EVENTS = Framing(
@@ -255,7 +262,11 @@ class _Writer:
         if self._store is None:
             return
         text = "".join(item["content"][0]["text"] for item in self._output if item["type"] == "message")
-        calls = [_as_call(item) for item in self._output if item["type"] == "function_call"]
+        calls = [
+            ToolCall(item["call_id"], item["name"], item["arguments"]).as_message
+            for item in self._output
+            if item["type"] == "function_call"
+        ]
         answer: dict[str, Any] = {"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {})
         self._store.add(self._tenant, f"resp_{self._id}", [*self._messages, answer])
 
@@ -263,12 +274,6 @@ class _Writer:
 def _copy(item: dict[str, Any]) -> dict[str, Any]:
     """An item as it is now."""
     return item | ({"content": [dict(part) for part in item["content"]]} if "content" in item else {})
-
-
-def _as_call(item: Any) -> dict[str, Any]:
-    fields = item if isinstance(item, dict) else item.model_dump()
-    function = {"name": fields["name"], "arguments": fields["arguments"]}
-    return {"id": fields["call_id"], "type": "function", "function": function}
 
 
 def _as_messages(body: ResponsesRequest) -> tuple[list[dict[str, Any]], list[int]]:
@@ -280,19 +285,16 @@ def _as_messages(body: ResponsesRequest) -> tuple[list[dict[str, Any]], list[int
     for place, item in enumerate(body.input):
         match item:
             case InputMessage():
-                messages.append({"role": item.role, "content": _text(item.content)})
+                messages.append({"role": item.role, "content": joined_text(item.content)})
             case InputResult():
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": joined_text(item.output)})
             case InputCall():
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant", "content": ""})
-                messages[-1].setdefault("tool_calls", []).append(_as_call(item))
+                call = ToolCall(item.call_id, item.name, item.arguments)
+                messages[-1].setdefault("tool_calls", []).append(call.as_message)
         places += [place] * (len(messages) - len(places))
     return messages, places
-
-
-def _text(content: str | list[InputText]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
 def _as_fields(body: ResponsesRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Fields that chat and text completions share, and the ways to refuse what would otherwise be ignored in silence."""
+"""Requests of chat and text completions, and types of other APIs' requests; nothing is ignored in silence."""
 
 from __future__ import annotations
 
@@ -255,6 +255,11 @@ def require_text(content: Any) -> Any:
     return content
 
 
+def joined_text(content: str | Sequence[Any] | None) -> str:
+    """Text of a content; its parts are lines."""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content or ())
+
+
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
@@ -337,20 +342,11 @@ class Message(SentBack):
             raise ValueError("tool_call_id is for the role tool, and needed there")
         return self
 
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        if self.content is None:
-            return ""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-
     def for_template(self) -> dict[str, Any]:
         """As chat templates take it."""
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": joined_text(self.content)}
+        message |= self.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
         return message
