@@ -39,8 +39,8 @@ def routing_key(tenant: str, headers: Mapping[str, str], body: bytes) -> str:
     """Router key: requests with a common prefix go to one replica, which has its KV cache.
 
     With a session header its value decides. Otherwise the beginning of the conversation up to its first user message
-    does, which all its turns share; of that the first 2,048 characters, so that questions about one long text share it
-    too. A tenant's requests never share a name with another's.
+    does, instructions and system prompt first, which all its turns share; of that the first 2,048 characters, so that
+    questions about one long text share it too. A tenant's requests never share a name with another's.
 
     Args:
         body: JSON, or anything else, which then is its own beginning.
@@ -57,14 +57,12 @@ def _beginning(body: bytes) -> str:
         request = None
     if not isinstance(request, dict):
         return hashlib.sha256(body).hexdigest()
-    prompt, messages = request.get("prompt"), request.get("messages")
-    if isinstance(messages, list):
-        told = "".join(_text(message) for message in _up_to_user(messages))[:SHARED_CHARACTERS]
-    elif isinstance(prompt, str):
-        told = prompt[:SHARED_CHARACTERS]
-    else:
-        told = repr(prompt[:_SHARED_TOKENS]) if isinstance(prompt, list) else ""
-    return f"{request.get('model')!r} {told}"
+    told = "".join(f"{name}: {request[name]}\n" for name in ("instructions", "system") if request.get(name))
+    asked = next((request[name] for name in ("messages", "input", "prompt") if name in request), None)
+    if isinstance(asked, list) and "prompt" in request:  # token ids, or several texts
+        return f"{request.get('model')!r} {asked[:_SHARED_TOKENS]!r}"
+    told += "".join(map(_text, _up_to_user(asked))) if isinstance(asked, list) else str(asked)
+    return f"{request.get('model')!r} {told[:SHARED_CHARACTERS]}"
 
 
 def _up_to_user(messages: Sequence[Any]) -> Sequence[Any]:

@@ -57,6 +57,33 @@ def test_no_tenant_and_no_model_shares_a_key_with_another():
 
 
 @pytest.mark.parametrize(
+    ("first", "later", "other"),
+    [
+        (
+            {"instructions": "Vær kort.", "input": "Hei"},
+            {"instructions": "Vær kort.", "input": "Hei", "stream": True},
+            {"instructions": "Vær grundig.", "input": "Hei"},
+        ),
+        (
+            {"input": [{"role": "user", "content": "Hei"}]},
+            {"input": [{"role": "user", "content": "Hei"}, {"role": "assistant", "content": "Hei!"}]},
+            {"input": [{"role": "user", "content": "Hvor er Bergen?"}]},
+        ),
+        ({"input": "Hei"}, {"input": "Hei", "top_p": 1}, {"input": "Hvor er Bergen?"}),
+        (
+            {"system": "Vær kort.", "messages": [{"role": "user", "content": "Hei"}]},
+            {"system": "Vær kort.", "messages": [{"role": "user", "content": "Hei"}], "max_tokens": 5},
+            {"system": "Vær grundig.", "messages": [{"role": "user", "content": "Hei"}]},
+        ),
+        ({"system": "Vær kort.", "prompt": "Hei"}, {"prompt": "Hei", "system": "Vær kort."}, {"prompt": "Hei"}),
+    ],
+)
+def test_conversations_of_the_other_apis_have_keys_of_their_own_beginnings(first, later, other):
+    keys = [routing_key("kari", {}, json.dumps({"model": "norsk"} | body).encode()) for body in (first, later, other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"",
