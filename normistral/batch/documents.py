@@ -50,7 +50,7 @@ def index_documents(source: Path) -> Index:
     """Index the documents; blank lines are skipped.
 
     Raises:
-        UsageError: there is nothing at `source`, or it cannot be read.
+        UsageError: there is nothing at `source`, it cannot be read, or a file's name is not UTF-8.
     """
     digest = hashlib.sha256()
     try:
@@ -112,7 +112,10 @@ def _files(source: Path, digest: hashlib._Hash) -> Iterator[Row]:
     )
     for number, name in enumerate(names, 1):
         content = (source / name).read_bytes()
-        digest.update(f"{len(name.encode())} {len(content)} {name}".encode() + content)
+        try:
+            digest.update(f"{len(name.encode())} {len(content)} {name}".encode() + content)
+        except UnicodeEncodeError as exc:
+            raise UsageError(f"a file in {source} has a name that is not UTF-8: {name!r}", "rename it") from exc
         yield Row(number, name)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from normistral.commands.console import say
 from normistral.commands.progress import show_progress
 from normistral.errors import NormistralError, UsageError
@@ -49,7 +51,7 @@ def save_conversation(
         "format": _FORMAT,
         "version": _VERSION,
         "artifact": artifact,
-        "settings": settings,
+        "settings": msgspec.to_builtins(settings),  # a structure is one of them
         "messages": messages,
     }
     if os.path.lexists(path) and not overwrite:

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -124,6 +125,15 @@ def test_rows_are_numbered_by_their_lines(tmp_path):
     rows = index_documents(source).rows
     assert [row.number for row in rows] == [1, 4, 5]
     assert [read_document(source, row)["text"] for row in rows] == ["en", "å", "sist"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take names in UTF-8 only")
+def test_a_text_whose_name_is_not_utf8_is_named(tmp_path):
+    (tmp_path / os.fsdecode(b"bl\xe5b\xe6r.txt")).touch()
+    with pytest.raises(UsageError, match="not UTF-8") as error:
+        index_documents(tmp_path)
+    assert error.value.hint == "rename it"
+    assert str(error.value).isprintable()
 
 
 def test_texts_of_a_folder_come_in_the_order_of_their_names(tmp_path):

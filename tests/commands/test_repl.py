@@ -14,6 +14,7 @@ from scripted_models import TAG_TOKENS
 from normistral.commands.line_editor import strip_text_block, wants_more
 from normistral.commands.saved_chats import load_conversation, save_conversation
 from normistral.errors import NormistralError, UsageError
+from normistral.runtime.structured.structure import Structure
 
 PROMPT = r"(\A|\n)>"
 CTRL_C, CTRL_D, ALT_ENTER, ENTER = "\x03", "\x04", "\x1b\r", "\r"
@@ -410,6 +411,14 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert (loaded.messages, loaded.artifact) == (MESSAGES, "mitt")
     assert json.loads(file.read_text(encoding="utf-8"))["settings"] == {"seed": 3}
     assert "på" in file.read_text(encoding="utf-8")
+
+
+def test_settings_of_a_structured_conversation_are_saved(tmp_path):
+    file = tmp_path / "lagret.json"
+    structure = Structure.choice(["ja", "nei"])
+    save_conversation(str(file), MESSAGES, artifact="mitt", settings={"structure": structure}, overwrite=False)
+    saved = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    assert saved == {"structure": {"kind": "choice", "text": '["ja", "nei"]'}}
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path):
