@@ -64,7 +64,8 @@ _COMMANDS: dict[str, dict[str, Any]] = {
     "bundle": {"rich_help_panel": _MACHINE},
 }
 _FUNCTIONS = {"list": "list_", "eval": "evaluate"}  # where Python has another meaning for the name
-_MODULES = {"list": "models", "show": "models", "rm": "models", "generate": "chat"}
+_MODULES = {"list": "models", "show": "models", "rm": "models", "generate": "chat", "draft-table": "chat"}
+_MODULES |= {"build-kernel": "doctor", "bundle": "publish"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

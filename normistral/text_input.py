@@ -39,20 +39,22 @@ def decode_text(raw: bytes, what: str) -> str:
         ) from exc
 
 
-def read_text_file(path: Path, hint: str) -> str:
-    """The text of a UTF-8 file, without a byte order mark; line ends as they are.
+def read_text_file(path: Path, hint: str, option: str = "", most: int = _MOST_BYTES) -> str:
+    """The text of a UTF-8 file of at most `most` bytes, without a byte order mark; line ends as they are.
 
     Args:
         hint: of the error where the file cannot be read.
+        option: that names it, for messages.
 
     Raises:
         UsageError: it cannot be read, or is not UTF-8.
     """
+    what = f"{option} {path}" if option else str(path)
     try:
-        raw = read_input(path, _MOST_BYTES)
+        raw = read_input(path, most)
     except OSError as exc:
-        raise UsageError(f"cannot read {path}: {explain(exc)[0]}", hint) from exc
-    return decode_text(raw, str(path))
+        raise UsageError(f"cannot read {what}: {explain(exc)[0]}", hint) from exc
+    return decode_text(raw, what)
 
 
 def _foreign_encoding(raw: bytes) -> str | None:

@@ -25,7 +25,7 @@ CATALOGUE = PACKAGE / "commands" / "locale" / "nb.po"
 # Everything that these files show, and the errors that they raise, has to be translated.
 COMPLETE = (
     *("cli.py", "text_input.py", "artifact/store.py", "runtime/chat.py", "runtime/options.py", "runtime/overflow.py"),
-    *(f"commands/{name}.py" for name in ("answer", "batch", "build_kernel", "bundle", "chat", "console", "doctor")),
+    *(f"commands/{name}.py" for name in ("answer", "batch", "chat", "console", "doctor")),
     *(f"commands/{name}.py" for name in ("export", "find_artifact", "line_editor", "models", "options", "progress")),
     *(f"commands/{name}.py" for name in ("publish", "repl", "result_files", "saved_chats", "serve", "translate")),
     *(f"artifact/{name}.py" for name in ("download", "hub", "origin")),

@@ -20,15 +20,14 @@ from normistral.commands.console import (
     say,
     warn,
 )
-from normistral.commands.options import SamplingArgs, StructureArgs, given
+from normistral.commands.options import AnswerArgs, SamplingArgs, StructureArgs, given
 from normistral.commands.translate import translate
 from normistral.errors import NormistralError, UsageError
-from normistral.files import explain, read_input
 from normistral.runtime.chunks import Chunk, Completion, FinishReason, Timings
 from normistral.runtime.options import DraftMode, GenerationConfig, require_applicable
 from normistral.runtime.overflow import LeftOut
 from normistral.runtime.structured.structure import MOST_BYTES, Structure
-from normistral.text_input import decode_text
+from normistral.text_input import read_text_file
 
 WHY_IT_ENDED: dict[FinishReason, str] = {
     "stop": "the model stopped",
@@ -70,40 +69,22 @@ def read_structure(args: StructureArgs) -> Structure | None:
     Raises:
         UsageError: several are given, a file cannot be read, or no model could follow it.
     """
-    named = {
-        "--json-schema": args.json_schema,
-        "--regex": args.regex,
-        "--choice": args.choice or None,
-        "--grammar": args.grammar,
-    }
-    names = [name for name, value in named.items() if value is not None]
-    if not names:
+    values = given(json_schema=args.json_schema, regex=args.regex, choice=args.choice or None, grammar=args.grammar)
+    if not values:
         return None
+    names = ["--" + name.replace("_", "-") for name in values]
     if len(names) > 1:
         raise UsageError(f"{' and '.join(names)} cannot be given together", "leave one of them out")
-    structure = _make_structure(args)
+    ((kind, value),) = values.items()
+    if isinstance(value, Path):
+        text: str | list[str] = read_text_file(value, "give a file that is there", names[0], MOST_BYTES)
+    else:
+        text = decode_argument(value) if isinstance(value, str) else [decode_argument(one) for one in value]
+    structure: Structure = getattr(Structure, kind)(text)
     from normistral.runtime.structured.compile import check_structure
 
     check_structure(structure)
     return structure
-
-
-def _make_structure(args: StructureArgs) -> Structure:
-    if args.json_schema is not None:
-        return Structure.json_schema(_read("--json-schema", args.json_schema))
-    if args.regex is not None:
-        return Structure.regex(decode_argument(args.regex))
-    if args.grammar is not None:
-        return Structure.grammar(_read("--grammar", args.grammar))
-    return Structure.choice([decode_argument(text) for text in args.choice or ()])
-
-
-def _read(option: str, path: Path) -> str:
-    try:
-        raw = read_input(path, MOST_BYTES)
-    except OSError as exc:
-        raise UsageError(f"cannot read {option} {path}: {explain(exc)[0]}", "give a file that is there") from exc
-    return decode_text(raw, f"{option} {path}")
 
 
 def read_pipe() -> str | None:
@@ -127,43 +108,35 @@ def require_text(text: str) -> str:
     return text
 
 
-def require_reasoning(
-    folder: Path, manifest: Manifest, options: dict[str, Any], *, hide_reasoning: bool, as_json: bool
-) -> None:
+def require_reasoning(folder: Path, manifest: Manifest, options: dict[str, Any], shown: AnswerArgs) -> None:
     """Refuse options for reasoning where there is none to be limited or hidden, before the weights are loaded."""
     require_applicable(GenerationConfig(**options), manifest, folder.name)
-    if hide_reasoning and manifest.reasoning is None:
+    if shown.hide_reasoning and manifest.reasoning is None:
         raise UsageError(
             f"--hide-reasoning means nothing here: {folder.name} is no model that marks its reasoning", "leave it out"
         )
-    if hide_reasoning and as_json:
+    if shown.hide_reasoning and shown.as_json:
         raise UsageError("--json shows the reasoning in a field of its own", "leave --hide-reasoning out")
 
 
 def print_answer(
-    chunks: Iterable[Chunk],
-    *,
-    as_json: bool,
-    stats: bool,
-    hide_reasoning: bool,
-    warn_if_cut_off: bool = True,
-    left_out: LeftOut | None = None,
+    chunks: Iterable[Chunk], shown: AnswerArgs, *, warn_if_cut_off: bool = True, left_out: LeftOut | None = None
 ) -> Completion:
     """Print an answer while it comes (as JSON: when it is whole), its reasoning and what it is not on stderr.
 
     Args:
         left_out: of the conversation that is answered.
     """
-    writer, gathered = AnswerWriter(None if hide_reasoning else sys.stderr), []
+    writer, gathered = AnswerWriter(None if shown.hide_reasoning else sys.stderr), []
     try:
         for chunk in chunks:
             gathered.append(chunk)
-            if not as_json:
+            if not shown.as_json:
                 writer.write(chunk.text, chunk.reasoning)
     finally:
         writer.end()
     completion = Completion.from_chunks(gathered)
-    if as_json:
+    if shown.as_json:
         print_json(completion_document(completion, left_out))
     if not warn_if_cut_off:
         pass
@@ -173,7 +146,7 @@ def print_answer(
         warn("the answer is cut off: --max-new-tokens was reached")
     elif completion.finish_reason == "context":
         warn("the answer is cut off: the context is full")
-    if stats:
+    if shown.stats:
         say(describe_timings(completion.timings))
     return completion
 

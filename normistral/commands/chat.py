@@ -1,4 +1,7 @@
-"""`normistral chat` and `normistral generate`: a conversation at the terminal, a single answer, a completed text."""
+"""`normistral chat` and `normistral generate`: a conversation at the terminal, a single answer, a completed text.
+
+Also `draft-table`, which was removed: it is hidden, and answers with an error that says so.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,20 @@ from normistral.commands.answer import (
 )
 from normistral.commands.find_artifact import find_or_make
 from normistral.commands.options import (
+    AnswerArgs,
     ArtifactName,
-    AsJson,
     Debug,
-    Draft,
-    DraftTable,
     EngineArgs,
     Greedy,
-    HideReasoning,
     OverflowPolicy,
     Prompt,
     SamplingArgs,
-    Stats,
     StructureArgs,
     Verbose,
     complete_artifact,
 )
 from normistral.errors import UsageError
+from normistral.runtime.options import refuse_draft_table
 from normistral.runtime.overflow import OVERFLOW
 
 
@@ -68,11 +68,7 @@ def chat(
     sampling: SamplingArgs,
     engine: EngineArgs,
     structure: StructureArgs,
-    draft: Draft = None,
-    draft_table: DraftTable = None,
-    hide_reasoning: HideReasoning = False,
-    stats: Stats = False,
-    as_json: AsJson = False,
+    shown: AnswerArgs,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
@@ -86,7 +82,7 @@ def chat(
     """
     console.require_stdout()
     form = read_structure(structure)
-    options = generation_options(sampling, greedy=greedy, draft=draft, structure=form)
+    options = generation_options(sampling, greedy=greedy, draft=shown.draft, structure=form)
     settings = engine.settings
     message = None if prompt is None else require_text(console.decode_argument(prompt))
     system = None if system is None else console.decode_argument(system)
@@ -101,9 +97,9 @@ def chat(
             f"{folder.name} is a base model: it completes text and cannot chat",
             f"use: normistral generate {folder} --prompt TEXT",
         )
-    require_reasoning(folder, manifest, options, hide_reasoning=hide_reasoning, as_json=as_json)
+    require_reasoning(folder, manifest, options, shown)
     message = read_pipe() if message is None else message
-    if message is None and (as_json or stats):
+    if message is None and (shown.as_json or shown.stats):
         raise UsageError(
             "--json and --stats are for single answers", "add --prompt TEXT; in a conversation there is /stats"
         )
@@ -129,14 +125,7 @@ def chat(
             chunks = conversation.stream(message, **options)
             if conversation.left_out is not None:
                 console.warn(conversation.left_out.describe())
-            completion = print_answer(
-                chunks,
-                left_out=conversation.left_out,
-                as_json=as_json,
-                stats=stats,
-                hide_reasoning=hide_reasoning,
-                warn_if_cut_off=form is None,
-            )
+            completion = print_answer(chunks, shown, left_out=conversation.left_out, warn_if_cut_off=form is None)
             if session is not None:
                 save_session(conversation, session)
             require_whole(completion, form)
@@ -145,7 +134,7 @@ def chat(
         from normistral.commands.repl import Repl
 
         editor = LineEditor(keep_history=not no_history)
-        Repl(model, conversation, options, editor, hide_reasoning=hide_reasoning, session=session).run()
+        Repl(model, conversation, options, editor, hide_reasoning=shown.hide_reasoning, session=session).run()
 
 
 def generate(
@@ -160,11 +149,7 @@ def generate(
     ] = False,
     engine: EngineArgs,
     structure: StructureArgs,
-    draft: Draft = None,
-    draft_table: DraftTable = None,
-    hide_reasoning: HideReasoning = False,
-    stats: Stats = False,
-    as_json: AsJson = False,
+    shown: AnswerArgs,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
@@ -177,25 +162,27 @@ def generate(
     options = generation_options(
         sampling,
         greedy=greedy,
-        draft=draft,
+        draft=shown.draft,
         structure=form,
         further_stops=("\n",) if stop_at_newline else (),
     )
     settings = engine.settings
     text = None if prompt is None else require_text(console.decode_argument(prompt))
     folder = find_or_make(artifact)  # before the pipe is read: a wrong name is told first
-    require_reasoning(folder, read_manifest(folder), options, hide_reasoning=hide_reasoning, as_json=as_json)
+    require_reasoning(folder, read_manifest(folder), options, shown)
     text = read_pipe() if text is None else text
     if text is None:
         raise UsageError("there is no text to complete", "give --prompt TEXT, or pipe it in")
     from normistral.runtime.loading import load
 
     with load(folder, device=engine.device, exact=engine.exact, settings=settings) as model:
-        completion = print_answer(
-            model.stream(text, **options),
-            as_json=as_json,
-            stats=stats,
-            hide_reasoning=hide_reasoning,
-            warn_if_cut_off=form is None,
-        )
+        completion = print_answer(model.stream(text, **options), shown, warn_if_cut_off=form is None)
         require_whole(completion, form)
+
+
+def draft_table(
+    arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    debug: Debug = False,
+) -> None:
+    """Removed."""
+    refuse_draft_table("draft-table")

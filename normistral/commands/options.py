@@ -87,66 +87,6 @@ ArtifactName = Annotated[
 Prompt = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Answer this on stdout and end. Input from a pipe does the same.")
 ]
-Greedy = Annotated[
-    bool,
-    typer.Option(
-        "--greedy", help="Always take the most likely token; same as --temperature 0.", rich_help_panel=SAMPLING
-    ),
-]
-Exact = Annotated[
-    bool,
-    typer.Option(
-        "--exact",
-        help="Reference arithmetic (float32, nothing quantised while running); slower.",
-        rich_help_panel=ENGINE,
-    ),
-]
-Device = Annotated[
-    str, typer.Option(metavar="NAME", help="CPU, or another that `normistral doctor` lists.", rich_help_panel=ENGINE)
-]
-EngineSettings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="A setting of the engine, over the plan for this machine; may be given several times.",
-        rich_help_panel=ENGINE,
-    ),
-]
-JsonSchema = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Answer in JSON of this schema. (docs/structured.md)", rich_help_panel=FORM),
-]
-Regex = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATTERN", help="Answer with a text that this regular expression matches.", rich_help_panel=FORM
-    ),
-]
-Choice = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEXT", help="Answer with one of these texts; given several times.", rich_help_panel=FORM),
-]
-Grammar = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Answer with a text of this grammar (Lark).", rich_help_panel=FORM)
-]
-Draft = Annotated[
-    DraftMode | None,
-    typer.Option(
-        help="auto guesses tokens from the text so far where that is faster, and the model checks them; off does not. "
-        f"Default: {default_of('draft')}.",
-        rich_help_panel=ENGINE,
-    ),
-]
-DraftTable = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Removed.", hidden=True, callback=_refuse_draft_table),
-]
-HideReasoning = Annotated[
-    bool,
-    typer.Option("--hide-reasoning", help="Do not show the reasoning of a thinking model.", rich_help_panel=OUTPUT),
-]
-Stats = Annotated[bool, typer.Option("--stats", help="Print speed and token counts on stderr.", rich_help_panel=OUTPUT)]
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print the whole answer as JSON: text, reasoning, timings.", rich_help_panel=OUTPUT),
@@ -165,6 +105,12 @@ Verbose = Annotated[
     bool,
     typer.Option(
         "--verbose", help="Show the details as well.", callback=_remember_verbose, is_eager=True, rich_help_panel=OUTPUT
+    ),
+]
+Greedy = Annotated[
+    bool,
+    typer.Option(
+        "--greedy", help="Always take the most likely token; same as --temperature 0.", rich_help_panel=SAMPLING
     ),
 ]
 OverflowPolicy = Annotated[Overflow, typer.Option("--overflow", help=OVERFLOW_HELP)]
@@ -196,9 +142,27 @@ class OptionGroup:
 class EngineArgs(OptionGroup):
     """Options of an engine."""
 
-    exact: Exact = False
-    device: Device = "CPU"
-    engine_settings: EngineSettings = None
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Reference arithmetic (float32, nothing quantised while running); slower.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = False
+    device: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="CPU, or another that `normistral doctor` lists.", rich_help_panel=ENGINE),
+    ] = "CPU"
+    engine_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of the engine, over the plan for this machine; may be given several times.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None
 
     @property
     def settings(self) -> dict[str, str]:
@@ -219,10 +183,50 @@ class EngineArgs(OptionGroup):
 class StructureArgs(OptionGroup):
     """The form of an answer; at most one may be given."""
 
-    json_schema: JsonSchema = None
-    regex: Regex = None
-    choice: Choice = None
-    grammar: Grammar = None
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Answer in JSON of this schema. (docs/structured.md)", rich_help_panel=FORM),
+    ] = None
+    regex: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN", help="Answer with a text that this regular expression matches.", rich_help_panel=FORM
+        ),
+    ] = None
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Answer with one of these texts; given several times.", rich_help_panel=FORM),
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Answer with a text of this grammar (Lark).", rich_help_panel=FORM),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerArgs(OptionGroup):
+    """How one answer is written and shown."""
+
+    draft: Annotated[
+        DraftMode | None,
+        typer.Option(
+            help="auto guesses tokens from the text so far where that is faster, and the model checks them; off does "
+            f"not. Default: {default_of('draft')}.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None
+    draft_table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Removed.", hidden=True, callback=_refuse_draft_table),
+    ] = None
+    hide_reasoning: Annotated[
+        bool,
+        typer.Option("--hide-reasoning", help="Do not show the reasoning of a thinking model.", rich_help_panel=OUTPUT),
+    ] = False
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print speed and token counts on stderr.", rich_help_panel=OUTPUT)
+    ] = False
+    as_json: AsJson = False
 
 
 class SamplingArgs(OptionGroup):

@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
@@ -37,26 +36,6 @@ _LEAVING_WORDS = ("exit", "quit")  # alone in a message; nobody means the model
 _LITTLE_CONTEXT_SHARE = 10  # warn when less than a tenth of the context is left
 
 
-@dataclass
-class _Totals:
-    """Sums over this session's answers."""
-
-    answers: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    decode_s: float = 0.0
-    last: Timings | None = field(default=None)
-
-    def add(self, timings: Timings) -> None:
-        self.answers += 1
-        self.prompt_tokens += timings.prompt_tokens
-        self.cached_tokens += timings.cached_tokens
-        self.new_tokens += timings.new_tokens
-        self.decode_s += timings.decode_s
-        self.last = timings
-
-
 class Repl:
     """One session.
 
@@ -82,7 +61,7 @@ class Repl:
         self._model, self._chat, self._options, self._editor = model, chat, options, editor
         self._hide_reasoning = hide_reasoning
         self._session = session
-        self._totals = _Totals()
+        self._timings: list[Timings] = []  # of this session's answers
         self._context_left = chat.context_left  # counting it tokenises the conversation: once a turn is enough
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "help": ("", "this list", self._help),
@@ -137,7 +116,7 @@ class Repl:
 
     def status(self) -> str:
         """The status line: as much of it as the terminal has room for."""
-        name, last = self._model.name, self._totals.last
+        name, last = self._model.name, self._timings[-1] if self._timings else None
         speed = [] if last is None else [translate(f"{last.tokens_per_s:.1f} tokens/s")]
         first = [] if last is None else [translate(f"first token after {last.ttft_s:.2f} s")]
         of = self._model.context_length
@@ -175,7 +154,7 @@ class Repl:
         except ContextLengthError as error:
             raise ContextLengthError(error.message, _room_hint(self._chat)) from error
         else:
-            self._totals.add(timings)
+            self._timings.append(timings)
         finally:
             writer.end()
             self._context_left = self._chat.context_left
@@ -267,7 +246,7 @@ class Repl:
         self._warn_of_little_context()
 
     def _stats(self, _: str) -> None:
-        totals, last, capabilities = self._totals, self._totals.last, self._model.capabilities
+        timings, capabilities = self._timings, self._model.capabilities
         left, length = self._chat.context_left, self._model.context_length
         rows = [
             ("model", f"{self._model.name}, {capabilities.name} on {capabilities.device}"),
@@ -278,11 +257,15 @@ class Repl:
             rows.append(("left out", self._chat.left_out.describe()))
         if self._options:
             rows.append(("options", ", ".join(f"{key} {value}" for key, value in self._options.items())))
-        if last is not None:
+        if timings:
+            answers, decode_s = len(timings), sum(one.decode_s for one in timings)
+            prompt_tokens = sum(one.prompt_tokens for one in timings)
+            cached_tokens = sum(one.cached_tokens for one in timings)
+            new_tokens = sum(one.new_tokens for one in timings)
             rows += [
-                ("last answer", describe_timings(last)),
-                ("all answers", f"{totals.answers} with {totals.new_tokens:,} tokens in {totals.decode_s:.1f} s"),
-                ("read", f"{totals.prompt_tokens:,} tokens, {totals.cached_tokens:,} of them known from before"),
+                ("last answer", describe_timings(timings[-1])),
+                ("all answers", f"{answers} with {new_tokens:,} tokens in {decode_s:.1f} s"),
+                ("read", f"{prompt_tokens:,} tokens, {cached_tokens:,} of them known from before"),
             ]
         if is_verbose():
             settings = ", ".join(f"{key}={value}" for key, value in capabilities.settings.items())
