@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from normistral.server.limits import KIB, LINGER_S, ServerLimits
@@ -48,31 +49,20 @@ _FIRST_PRINTABLE = 0x21  # no request begins with a byte below; h11 refuses it b
 _HEAD_END = re.compile(rb"\n\r?\n")
 
 
+@dataclass(eq=False, slots=True)
 class _Connection:
     """Socket without a protocol."""
 
-    __slots__ = (
-        "deadline",
-        "discarded",
-        "discarding",
-        "idle",
-        "queued",
-        "received",
-        "since",
-        "socket",
-        "tag",
-        "unsent",
-    )
-
-    def __init__(self, connection: socket.socket, since: float, deadline: float) -> None:
-        self.socket, self.since, self.deadline = connection, since, deadline
-        self.received = b""
-        self.unsent = b""
-        self.idle = False  # between two requests
-        self.discarding = False  # answered for the last time; what still comes is dropped
-        self.discarded = 0  # bytes
-        self.queued = False
-        self.tag = 0.0  # virtual time of the next read: small requests before it
+    socket: socket.socket
+    since: float
+    deadline: float
+    received: bytes = b""
+    unsent: bytes = b""
+    idle: bool = False  # between two requests
+    discarding: bool = False  # answered for the last time; what still comes is dropped
+    discarded: int = 0  # bytes
+    queued: bool = False
+    tag: float = 0.0  # virtual time of the next read: small requests before it
 
 
 class Acceptor:

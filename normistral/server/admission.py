@@ -30,7 +30,7 @@ class _Entry:
 
     job: Job
     deliver: Callable[[str, JobOutput], None]
-    expiry: asyncio.TimerHandle | None
+    expiry: asyncio.TimerHandle
     began: float = 0.0
 
 
@@ -142,7 +142,7 @@ class Admission:
             entry = self._next(most=max(1, int(self._share * loaded.slots)))
             if entry is None:
                 return
-            self._cancel_expiry(entry)
+            entry.expiry.cancel()
             entry.began = time.monotonic()
             job_id = entry.job.job_id
             self._running[job_id] = entry
@@ -216,7 +216,7 @@ class Admission:
         for tenant, entries in self._waiting.items():
             for entry in entries:
                 if entry.job.job_id == job_id:
-                    self._cancel_expiry(entry)
+                    entry.expiry.cancel()
                     entries.remove(entry)
                     if not entries:
                         del self._waiting[tenant]
@@ -231,11 +231,6 @@ class Admission:
         """Estimated seconds until a slot is free for one more job."""
         slots = 1 if self._worker.loaded is None else self._worker.loaded.slots
         return min(60.0, self._mean_s * (1 + self.waiting / slots))
-
-    def _cancel_expiry(self, entry: _Entry) -> None:
-        if entry.expiry is not None:
-            entry.expiry.cancel()
-            entry.expiry = None
 
 
 class RoundRobinSemaphore:

@@ -136,7 +136,7 @@ def _add_page(app: FastAPI) -> AnswerSource:
         """A page to chat with."""
         return Response(chat_page.body, headers=chat_page.headers)
 
-    return lambda: PublicAnswer(200, chat_page.headers, chat_page.body)
+    return lambda: chat_page
 
 
 def _add_description(app: FastAPI) -> AnswerSource:

@@ -32,9 +32,6 @@ class Keys:
     def __init__(self, names: Mapping[str, str] | None = None) -> None:
         self._tenants = [(_digest(key), tenant) for key, tenant in (names or {}).items()]
 
-    def __bool__(self) -> bool:
-        return bool(self._tenants)
-
     def __len__(self) -> int:
         return len(self._tenants)
 

@@ -20,16 +20,17 @@ _ANTHROPIC = {
     503: "overloaded_error",
 }
 _SERVER_ERROR = 500
-_ROUTES = (  # those behind a base URL; a longer one comes before one that it ends with
+JSON_PATHS = (  # routes with a body; a longer one comes before one that it ends with
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
     "/v1/messages",
-    "/v1/models",
+    "/v1/messages/count_tokens",
     "/api/chat",
     "/api/generate",
-    "/api/tags",
+    "/api/show",
 )
+_LISTS = ("/v1/models", "/api/tags")
 _UNKNOWN = "extra_forbidden"
 _ALTERNATIVES = frozenset(("body", "str", "int", "float", "bool"))  # steps of a path that are types and no fields
 
@@ -112,7 +113,7 @@ def route_error(status: int, path: str, method: str, headers: Mapping[str, str] 
 
 def _meant(path: str) -> str | None:
     """The route that a client with another base URL looks for."""
-    tails = {route.removeprefix("/v1"): route for route in _ROUTES}
+    tails = {route.removeprefix("/v1"): route for route in (*JSON_PATHS, *_LISTS)}
     return next((route for tail, route in tails.items() if path.rstrip("/").endswith(tail)), None)
 
 

@@ -37,7 +37,7 @@ _WORKING_SHARE = 0.02  # of a processor; a beat takes a hundredth of that
 
 
 class Load(msgspec.Struct, tag=True):
-    """First message: the model to load. Reply: `Loaded` or `LoadFailed`.
+    """First message: the model to load. Reply: `Loaded`, or the `Failure` with which the process ends.
 
     Attributes:
         manifest_sha256: of the artifact that the server opened; None takes what is there.
@@ -51,19 +51,13 @@ class Load(msgspec.Struct, tag=True):
     prefixes: list[NamedPrefix] = []
 
 
-class Add(msgspec.Struct, tag=True):
-    """Start a job. Replies: `Step`."""
-
-    job: Job
-
-
 class Cancel(msgspec.Struct, tag=True):
     """Cancel a job. No reply."""
 
     job_id: str
 
 
-ToWorker = Load | Add | Cancel
+ToWorker = Load | Job | Cancel  # replies to a job: `Step`
 
 
 class Loaded(msgspec.Struct, tag=True):
@@ -107,12 +101,6 @@ class Failure(msgspec.Struct, tag=True):
         return kind(self.message, self.hint)
 
 
-class LoadFailed(msgspec.Struct, tag=True):
-    """The model could not be loaded; the process ends."""
-
-    failure: Failure
-
-
 class Step(msgspec.Struct, tag=True):
     """Next chunk of a job, or the error that ended it."""
 
@@ -135,7 +123,7 @@ class Heartbeat(msgspec.Struct, tag=True):
     cpu_s: float
 
 
-FromWorker = Loaded | LoadFailed | Step | Heartbeat
+FromWorker = Loaded | Failure | Step | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 to_worker = msgspec.msgpack.Decoder(ToWorker)

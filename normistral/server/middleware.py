@@ -23,6 +23,7 @@ from normistral.errors import NormistralError
 from normistral.server.admission import RoundRobinSemaphore
 from normistral.server.auth import ANONYMOUS, Keys
 from normistral.server.errors import (
+    JSON_PATHS,
     ApiError,
     as_api_error,
     document_for,
@@ -39,20 +40,10 @@ _REST = 16  # times the duration of decoding, until the next beside other reques
 _FOR_MONITORS = ("/health", "/ready")
 PROTECTED = ("/v1/", "/api/", "/metrics")  # beginnings of paths that need a key
 _CONTAINERS = (dict, list)
-_JSON_PATHS = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/api/chat",
-    "/api/generate",
-    "/api/show",
-)
-_PREFLIGHT = {
+PREFLIGHT = {  # further headers of the answer to a browser that asks whether a page may ask
     "access-control-allow-methods": "GET, POST",
     "access-control-max-age": "600",
-    "content-length": "0",
+    "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version, *",
 }
 
 
@@ -122,7 +113,7 @@ class RequestMiddleware:
         if scope["path"].startswith(PROTECTED):
             key = authorization_of(headers.get("authorization"), headers.get("x-api-key"))
             scope["state"]["tenant"] = self._keys.tenant(key)
-        if scope["method"] != "POST" or scope["path"] not in _JSON_PATHS:
+        if scope["method"] != "POST" or scope["path"] not in JSON_PATHS:
             return b""
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._limits.body_bytes:
@@ -196,7 +187,7 @@ class RequestMiddleware:
     async def _allow(self, scope: Scope, answer: _Answer) -> None:
         """Answer a browser that asks whether a page may ask."""
         require_known_host(Headers(scope=scope).get("host", ""), self._hosts)
-        headers = [(name.encode(), value.encode()) for name, value in preflight_headers().items()]
+        headers = [(name.encode(), value.encode()) for name, value in (PREFLIGHT | {"content-length": "0"}).items()]
         await answer.send({"type": "http.response.start", "status": 204, "headers": headers})
         await answer.send({"type": "http.response.body", "body": b""})
 
@@ -225,11 +216,6 @@ def cors_headers(origin: str | None, origins: Collection[str]) -> dict[str, str]
 def is_preflight(method: str, origin: str | None, origins: Collection[str]) -> bool:
     """Whether a browser asks if a page of an allowed origin may ask."""
     return method == "OPTIONS" and "access-control-allow-origin" in cors_headers(origin, origins)
-
-
-def preflight_headers() -> dict[str, str]:
-    """Further headers of the answer to that."""
-    return _PREFLIGHT | {"access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version, *"}
 
 
 def require_known_host(host: str, hosts: Collection[str] | None) -> None:

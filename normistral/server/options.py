@@ -16,7 +16,6 @@ from normistral.server.schemas import (
     CompletionRequest,
     JsonObjectFormat,
     SchemaFormat,
-    StructuredOutputs,
 )
 
 # Options that a request calls as the library does, and that are the same for chat and text completions.
@@ -119,23 +118,10 @@ def _structure(body: CommonRequest) -> Structure | None:
             wanted.append(Structure.json_object())
         case SchemaFormat(json_schema=described):
             wanted.append(Structure.json_schema(described.json_schema))
-    if body.structured_outputs is not None:
-        wanted += _structures(body.structured_outputs)
+    if (outputs := body.structured_outputs) is not None:
+        given = ((kind, getattr(outputs, kind)) for kind in ("json_schema", "regex", "choice", "grammar"))
+        wanted += [getattr(Structure, kind)(value) for kind, value in given if value is not None]
+        wanted += [Structure.json_object()] if outputs.json_object else []
     if len(wanted) > 1:
         raise UsageError("the answer can have only one form", "give one of response_format and structured_outputs")
     return wanted[0] if wanted else None
-
-
-def _structures(outputs: StructuredOutputs) -> list[Structure]:
-    wanted = []
-    if outputs.json_schema is not None:
-        wanted.append(Structure.json_schema(outputs.json_schema))
-    if outputs.regex is not None:
-        wanted.append(Structure.regex(outputs.regex))
-    if outputs.choice is not None:
-        wanted.append(Structure.choice(outputs.choice))
-    if outputs.grammar is not None:
-        wanted.append(Structure.grammar(outputs.grammar))
-    if outputs.json_object:
-        wanted.append(Structure.json_object())
-    return wanted

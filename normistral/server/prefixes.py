@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import msgspec
@@ -89,14 +90,9 @@ def _add(handler: ModelHandler, files: Sequence[PrefixFile]) -> ModelHandler:
                 f"to {handler.context_length - 1}",
                 "leave it out" if len(token_ids) <= BLOCK_TOKENS else "shorten it",
             )
-        saved, kept = (
-            (None, _place(handler, file.name)) if isinstance(file.content, str) else (file.path.resolve(), None)
-        )
-        prefixes.append(
-            NamedPrefix(
-                file.name, token_ids, None if saved is None else str(saved), None if kept is None else str(kept)
-            )
-        )
+        is_text = isinstance(file.content, str)
+        place = {"kept": str(_place(handler, file.name))} if is_text else {"saved": str(file.path.resolve())}
+        prefixes.append(NamedPrefix(file.name, token_ids, **place))
     return replace(handler, load=msgspec.structs.replace(handler.load, prefixes=prefixes))
 
 
@@ -127,9 +123,8 @@ def _tokens_of(handler: ModelHandler, text: str) -> tuple[int, ...]:
     """Tokens with which all prompts begin that begin with the text: of a chat model, as the system message."""
     text = text.rstrip()
     encode = handler.tokenizer.encode if handler.template is None else _as_system_message(handler.template)
-    first, *others = (encode(text + following) for following in _FOLLOWING)
-    common = min(_common(first, other) for other in others)
-    return tuple(first[:common])
+    columns = zip(*(encode(text + following) for following in _FOLLOWING), strict=False)
+    return tuple(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _as_system_message(template: ChatTemplate) -> Callable[[str], list[int]]:
@@ -137,11 +132,6 @@ def _as_system_message(template: ChatTemplate) -> Callable[[str], list[int]]:
         return template.encode([{"role": "system", "content": text}, {"role": "user", "content": "a"}])
 
     return encode
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    most = min(len(one), len(other))
-    return next((index for index in range(most) if one[index] != other[index]), most)
 
 
 def _place(handler: ModelHandler, name: str) -> Path:

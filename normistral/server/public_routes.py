@@ -22,11 +22,11 @@ from normistral.server.errors import ApiError, document_for, header_too_large, r
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
 from normistral.server.middleware import (
+    PREFLIGHT,
     PROTECTED,
     authorization_of,
     cors_headers,
     is_preflight,
-    preflight_headers,
     require_known_host,
 )
 
@@ -156,7 +156,7 @@ class PublicRoutes:
                 raise header_too_large(self._limits)
             require_known_host(head.host, self._hosts)
             if is_preflight(head.method, head.origin, self._origins):
-                return PublicAnswer(204, {k: v for k, v in preflight_headers().items() if k != "content-length"}, b"")
+                return PublicAnswer(204, PREFLIGHT, b"")
             if head.path.startswith(PROTECTED):
                 self._keys.tenant(head.authorization)
             page = self._pages.get(head.path)
@@ -199,15 +199,8 @@ def _of_router(status: int, head: Head, headers: Mapping[str, str] | None = None
     return refusal(route_error(status, head.path, head.method, headers), head.path)._replace(reason=None)
 
 
-class Page(NamedTuple):
-    """What to answer to a request for the page: UTF-8, and headers by their names in lower case."""
-
-    body: bytes
-    headers: dict[str, str]
-
-
-def load_page() -> Page:
-    """Read the page that comes with the package."""
+def load_page() -> PublicAnswer:
+    """The page that comes with the package; names of headers are in lower case."""
     html = files("normistral.server").joinpath("page.html").read_text(encoding="utf-8")
     policy = "; ".join(
         (
@@ -223,18 +216,16 @@ def load_page() -> Page:
             "trusted-types 'none'",
         )
     )
-    return Page(
-        html.encode(),
-        {
-            "content-type": "text/html; charset=utf-8",
-            "content-security-policy": policy,
-            "cache-control": "no-store",  # going back does not show a conversation that was left
-            "referrer-policy": "no-referrer",
-            "x-content-type-options": "nosniff",
-            "cross-origin-opener-policy": "same-origin",
-            "cross-origin-resource-policy": "same-origin",
-        },
-    )
+    headers = {
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": policy,
+        "cache-control": "no-store",  # going back does not show a conversation that was left
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+        "cross-origin-opener-policy": "same-origin",
+        "cross-origin-resource-policy": "same-origin",
+    }
+    return PublicAnswer(200, headers, html.encode())
 
 
 def _hash_of(tag: str, html: str) -> str:

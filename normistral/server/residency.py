@@ -124,10 +124,6 @@ class ServedModel:
             return "loading"
         return self.state
 
-    def had_turn(self, now: float) -> bool:
-        """Whether it may be made to wait for others."""
-        return now >= self.turn_ends_at
-
     @property
     def turn_ends_at(self) -> float:
         """`time.monotonic()` from which on it may be made to wait for others."""
@@ -137,7 +133,7 @@ class ServedModel:
         """Whether it can be unloaded for others now."""
         if self.admission.running:
             return False
-        if self.had_turn(now):
+        if now >= self.turn_ends_at:
             return True
         return not self.busy and self.idle_since is not None and now - self.idle_since >= _PAUSE_S
 
@@ -363,7 +359,7 @@ class Residency:
                 break
             if model.may_go(now):
                 self._unload(model, "memory")
-            elif model.had_turn(now):
+            elif now >= model.turn_ends_at:
                 held.add(model)
             else:
                 continue

@@ -255,7 +255,7 @@ def require_text(content: Any) -> Any:
     return content
 
 
-def joined_text(content: str | Sequence[Any] | None) -> str:
+def joined_text(content: str | list[Any] | None) -> str:
     """Text of a content; its parts are lines."""
     return content if isinstance(content, str) else "\n".join(part.text for part in content or ())
 

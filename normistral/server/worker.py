@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -20,17 +21,15 @@ from typing import BinaryIO
 from normistral.errors import NormistralError
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.engines.base import describe_arithmetic
-from normistral.server.backends.base import BatchBackend, JobUpdate
+from normistral.server.backends.base import BatchBackend, Job, JobUpdate
 from normistral.server.backends.create import create_backend
 from normistral.server.ipc import (
-    Add,
     Cancel,
     Failure,
     FromWorker,
     HeartbeatSender,
     Load,
     Loaded,
-    LoadFailed,
     Step,
     ToWorker,
     encode_message,
@@ -43,63 +42,44 @@ _BUG = 70  # EX_SOFTWARE of sysexits.h
 
 
 class _Inbox:
-    """Frames that have come in, read by a thread of their own."""
+    """Messages that have come in, read by a thread of their own."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
         self._arrived: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="commands", daemon=True).start()
+        threading.Thread(target=self._read, args=(stream,), name="commands", daemon=True).start()
 
-    def wait(self) -> ToWorker:
-        """The next one, whenever it comes."""
-        return self._arrived.get()
-
-    def take(self) -> ToWorker | None:
-        """The next one, if it is there."""
+    def take(self, *, wait: bool = False) -> ToWorker | None:
+        """The next one, whenever it comes or if it is there."""
         with suppress(queue.Empty):
-            return self._arrived.get_nowait()
+            return self._arrived.get(block=wait)
         return None
 
-    def _read(self) -> None:
-        while (payload := read_message(self._stream)) is not None:
+    def _read(self, stream: BinaryIO) -> None:
+        while (payload := read_message(stream)) is not None:
             self._arrived.put(to_worker.decode(payload))
         os._exit(0)  # the server is gone; a forward may take seconds, and threads of the engine do not end by asking
 
 
-class _Outbox:
-    """Frames that go out, from two threads."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._lock = threading.Lock()
-
-    def send(self, frame: FromWorker) -> None:
-        """Send one."""
-        with self._lock:
-            self._stream.write(encode_message(frame))
-            self._stream.flush()
-
-
 def serve(requests: BinaryIO, stream: BinaryIO) -> None:
-    """Load what the first frame says, then compute what the others ask for."""
-    outbox = _Outbox(stream)
-    heartbeat = HeartbeatSender(outbox.send)
+    """Load what the first message says, then compute what the others ask for."""
+    sending = threading.Lock()
+
+    def send(message: FromWorker) -> None:  # from this thread, and the heartbeat's
+        with sending:
+            stream.write(encode_message(message))
+            stream.flush()
+
+    heartbeat = HeartbeatSender(send)
     inbox = _Inbox(requests)
-    load = inbox.wait()
+    load = inbox.take(wait=True)
     assert isinstance(load, Load), "Load comes first"
     try:
-        created = create_backend(
-            Path(load.folder),
-            load.batch,
-            load.config,
-            load.manifest_sha256,
-            load.prefixes,
-        )
+        created = create_backend(Path(load.folder), load.batch, load.config, load.manifest_sha256, load.prefixes)
     except NormistralError as error:
-        outbox.send(LoadFailed(Failure.of(error)))
+        send(Failure.of(error))
         return
     capabilities = created.capabilities
-    outbox.send(
+    send(
         Loaded(
             created.slots,
             capabilities.name,
@@ -113,24 +93,24 @@ def serve(requests: BinaryIO, stream: BinaryIO) -> None:
         ),
     )
     while True:
-        _poll(created.batch, inbox, outbox, heartbeat)
+        _poll(created.batch, inbox, send, heartbeat)
         for progress in created.batch.step():
-            outbox.send(_as_step(progress))
+            send(_as_step(progress))
         heartbeat.steps += 1
 
 
-def _poll(batch: BatchBackend, inbox: _Inbox, outbox: _Outbox, heartbeat: HeartbeatSender) -> None:
+def _poll(batch: BatchBackend, inbox: _Inbox, send: Callable[[FromWorker], None], heartbeat: HeartbeatSender) -> None:
     """Hand on what came in; wait for something while there is nothing to compute."""
     heartbeat.busy = not batch.idle
-    command = inbox.take() if heartbeat.busy else inbox.wait()
+    command = inbox.take(wait=not heartbeat.busy)
     heartbeat.busy = True
     while command is not None:
         match command:
-            case Add(job=job):
+            case Job():
                 try:
-                    batch.add(job)
+                    batch.add(command)
                 except NormistralError as error:
-                    outbox.send(_as_step(JobUpdate(job.job_id, error)))
+                    send(_as_step(JobUpdate(command.job_id, error)))
             case Cancel(job_id=job_id):
                 batch.cancel(job_id)
         command = inbox.take()
@@ -155,7 +135,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # both are for the server, which ends this process by closing stdin
     outbox = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine's own words are no frames
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine's own words are no messages
     try:
         serve(sys.stdin.buffer, outbox)
     except BrokenPipeError:

@@ -11,20 +11,19 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from normistral.errors import NormistralError
-from normistral.processes import main_command
+from normistral.processes import main_command, signal_name
 from normistral.runtime.chunks import Chunk
 from normistral.server.auth import KEYS_VARIABLE
 from normistral.server.backends.base import Job
 from normistral.server.errors import ApiError, unavailable
 from normistral.server.ipc import (
     HEARTBEAT_S,
-    Add,
     Cancel,
+    Failure,
     Heartbeat,
     HeartbeatMonitor,
     Load,
     Loaded,
-    LoadFailed,
     Step,
     ToWorker,
     encode_message,
@@ -97,7 +96,7 @@ class WorkerClient:
             deliver: called with each chunk, the last of which has a finish reason; or with the error that ended it.
         """
         self._jobs[job.job_id] = deliver
-        self._send(Add(job))
+        self._send(job)
 
     def cancel(self, job_id: str) -> None:
         """Give up a job; nothing more is delivered."""
@@ -178,8 +177,8 @@ class WorkerClient:
             case Loaded():
                 self.loaded, self._trouble = frame, None
                 self._on_change()
-            case LoadFailed(failure=failure):
-                self._trouble = error = failure.as_error()
+            case Failure():
+                self._trouble = error = frame.as_error()
                 if self.last_end is None:
                     self.failure = error
                 logger.error("%s could not be loaded: %s", self.name, error.message)
@@ -210,8 +209,5 @@ class WorkerClient:
 def _describe(code: int) -> str:
     if code >= 0:
         return f"status {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
+    name = signal_name(-code)
     return f"{name}: most likely the memory was used up" if -code == signal.SIGKILL else name

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+import msgspec
+
 from normistral.artifact.manifest import Manifest
 from normistral.errors import NormistralError, UsageError
 from normistral.hardware import available_memory_bytes
@@ -23,8 +25,12 @@ _MOST_CONTEXTS = 8  # that the KV caches hold, unless told otherwise
 BATCH_SLOTS = 32  # more at once gain little on a CPU, and each would be slower (docs/decisions.md)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+def never() -> bool:
+    """Whether a generation is cancelled that nobody cancels so."""
+    return False
+
+
+class Job(msgspec.Struct, frozen=True, tag=True):
     """One answer to generate.
 
     Attributes:

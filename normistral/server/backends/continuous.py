@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
+import msgspec
 import numpy as np
 from greenlet import getcurrent, greenlet
 
@@ -30,7 +31,7 @@ from normistral.runtime.engines.batching import BatchCall, BatchEngine, Batching
 from normistral.runtime.engines.block_pool import BLOCK_TOKENS, block_hashes, blocks_of
 from normistral.runtime.model import Model
 from normistral.runtime.sequence import WORTH_COPYING, CachedSequence
-from normistral.server.backends.base import BATCH_SLOTS, BatchSettings, Job, JobUpdate
+from normistral.server.backends.base import BATCH_SLOTS, BatchSettings, Job, JobUpdate, never
 from normistral.server.backends.prefixes import LoadedPrefix, shared_hashes
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ class ContinuousScheduler:
                 "ask for fewer new tokens, shorten the prompt, or give the cache more memory",
             )
         # Drafts pay where the products of more tokens cost little more; here the other answers fill them.
-        self._waiting.append(replace(job, config=replace(job.config, draft="off")))
+        self._waiting.append(msgspec.structs.replace(job, config=replace(job.config, draft="off")))
 
     def cancel(self, job_id: str) -> None:
         """Give up a job; its blocks are free at once."""
@@ -311,7 +312,7 @@ class ContinuousScheduler:
         """The loop of one answer, in its greenlet."""
         job = task.job
         try:
-            for chunk in self._model.run(task.sequence, job.prompt_ids, job.config, _never):
+            for chunk in self._model.run(task.sequence, job.prompt_ids, job.config, never):
                 if not task.answering:
                     task.answering = True
                     self._leave_prompts(task)
@@ -364,7 +365,3 @@ def _timed(chunk: Chunk, waited_s: float) -> Chunk:
     timings = chunk.timings
     timings = replace(timings, prefill_s=timings.prefill_s + waited_s, ttft_s=timings.ttft_s + waited_s)
     return replace(chunk, timings=timings)
-
-
-def _never() -> bool:
-    return False

@@ -63,7 +63,11 @@ def create_backend(
         NormistralError: as `normistral.load` and `load_prefixes`; or it is another artifact, or the KV cache is too
             small.
     """
-    manifest = _open(folder, manifest_sha256).manifest
+    manifest = Artifact.open(folder, verify=False).manifest
+    if manifest_sha256 not in (None, manifest.sha256):
+        raise ArtifactError(
+            f"{folder.name} is another artifact than was opened at the start", "put that back, or start the server anew"
+        )
     model = loading.load(folder, config.device, exact=config.exact, settings=config.settings)
     batching = _find_batching(model.backend, prefixes)
     loaded = load_prefixes(model, prefixes)
@@ -87,13 +91,3 @@ def _find_batching(backend: Backend, prefixes: Sequence[NamedPrefix]) -> Batchin
     if isinstance(backend, OnnxBackend) and backend.decoder.takes_lengths and not prefixes:
         return OnnxBatch(backend.decoder, backend.capabilities)
     return None
-
-
-def _open(folder: Path, manifest_sha256: str | None) -> Artifact:
-    """The artifact in a folder, its files unchecked, if it is the right one."""
-    artifact = Artifact.open(folder, verify=False)
-    if manifest_sha256 not in (None, artifact.manifest.sha256):
-        raise ArtifactError(
-            f"{folder.name} is another artifact than was opened at the start", "put that back, or start the server anew"
-        )
-    return artifact

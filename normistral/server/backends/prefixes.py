@@ -21,6 +21,7 @@ from normistral.runtime.engines.block_pool import BLOCK_TOKENS, block_hashes
 from normistral.runtime.model import Model
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.sessions import restore_sequence, save_sequence
+from normistral.server.backends.base import never
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _load(model: Model, prefix: NamedPrefix) -> LoadedPrefix:
     restored = sequence is not None
     if sequence is None:
         sequence = model.create_sequence(lambda: ())
-        sequence.prefill(prefix.token_ids, _never)
+        sequence.prefill(prefix.token_ids, never)
         if prefix.kept is not None:
             _keep(model, prefix, sequence, Path(prefix.kept))
     hashes = list(block_hashes(_OPERATOR, prefix.token_ids))
@@ -124,7 +125,3 @@ def _keep(model: Model, prefix: NamedPrefix, sequence: CachedSequence, path: Pat
     except (OSError, NormistralError) as error:
         reason = error.message if isinstance(error, NormistralError) else error.strerror
         logger.warning("the prefix %s is not kept for the next start: %s", prefix.name, reason)
-
-
-def _never() -> bool:
-    return False

@@ -16,7 +16,7 @@ from normistral.errors import EngineError, NormistralError
 from normistral.runtime.chunks import Chunk
 from normistral.runtime.model import Model
 from normistral.runtime.sequence import WORTH_COPYING, CachedSequence
-from normistral.server.backends.base import BatchSettings, Job, JobUpdate, cache_token_bytes
+from normistral.server.backends.base import BatchSettings, Job, JobUpdate, cache_token_bytes, never
 from normistral.server.backends.prefixes import LoadedPrefix
 
 
@@ -168,11 +168,11 @@ class RoundRobinScheduler:
             if len(prompt_ids) - running.prefilled > slice_tokens:
                 running.prefilled += slice_tokens
                 running.sequence.prefill(
-                    prompt_ids[: running.prefilled], _never, reproducible=running.job.config.reproducible
+                    prompt_ids[: running.prefilled], never, reproducible=running.job.config.reproducible
                 )
                 return None
             running.generating_since = time.perf_counter()
-            running.chunks = self._model.run(running.sequence, prompt_ids, running.job.config, _never)
+            running.chunks = self._model.run(running.sequence, prompt_ids, running.job.config, never)
         chunk = next(running.chunks, None)
         if chunk is None:
             raise EngineError("the generation ended without a reason", "report this")
@@ -200,7 +200,3 @@ class RoundRobinScheduler:
         if not jobs:
             del self._turns[running.job.tenant]
         return running
-
-
-def _never() -> bool:
-    return False
