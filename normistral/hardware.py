@@ -188,11 +188,6 @@ def available_memory_bytes() -> int:
     return read_machine().available_memory_bytes
 
 
-def total_memory_bytes() -> int:
-    """Memory of the machine, or of the container if that has less."""
-    return read_machine().total_memory_bytes
-
-
 def free_disk_bytes(path: Path) -> int:
     """Free bytes for this user on the disk that holds `path`, or would hold it: the part that exists decides.
 
