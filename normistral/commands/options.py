@@ -87,10 +87,6 @@ ArtifactName = Annotated[
 Prompt = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Answer this on stdout and end. Input from a pipe does the same.")
 ]
-AsJson = Annotated[
-    bool,
-    typer.Option("--json", help="Print the whole answer as JSON: text, reasoning, timings.", rich_help_panel=OUTPUT),
-]
 Debug = Annotated[
     bool,
     typer.Option(
@@ -226,7 +222,12 @@ class AnswerArgs(OptionGroup):
     stats: Annotated[
         bool, typer.Option("--stats", help="Print speed and token counts on stderr.", rich_help_panel=OUTPUT)
     ] = False
-    as_json: AsJson = False
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print the whole answer as JSON: text, reasoning, timings.", rich_help_panel=OUTPUT
+        ),
+    ] = False
 
 
 class SamplingArgs(OptionGroup):

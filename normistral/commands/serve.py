@@ -13,7 +13,7 @@ import typer
 from normistral.commands import console
 from normistral.commands.find_artifact import find_or_make
 from normistral.commands.options import (
-    AsJson,
+    OUTPUT,
     Debug,
     EngineArgs,
     OverflowPolicy,
@@ -127,7 +127,9 @@ def serve(
     ] = _LIMITS.grace_s,
     *,
     engine: EngineArgs,
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print where it listens, as a line of JSON.", rich_help_panel=OUTPUT)
+    ] = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
