@@ -254,7 +254,6 @@ class _Search:
         self.bound = quality_bound(artifact.manifest) if options.quality is None else options.quality
 
     def run(self) -> Tuned:
-        """Search and save."""
         if not self.keeps_quality(self.heuristic):
             kl = self.kl(self.heuristic)
             if self.options.quality is not None:
@@ -336,13 +335,11 @@ class _Search:
         return self.model
 
     def close(self) -> None:
-        """Free the model."""
         if self.model is not None:
             self.model.close()
         self.model = self.loaded = None
 
     def save(self) -> Tuned:
-        """Keep the best settings."""
         if not self.heuristic_s:
             raise ResourceError(
                 "the time was up before anything was compared", "give more of it, such as --budget 10; nothing was kept"

@@ -157,7 +157,6 @@ def _answer(
 
 
 def _check(job: BatchJob, manifest: Manifest, output: Path, workers: Workers, *, force: bool) -> None:
-    """Validate the arguments before anything is read or loaded."""
     name = job.artifact.name
     require_applicable(resolve_options(manifest.sampling, job.options), manifest, name)
     require_overflow(job.overflow)

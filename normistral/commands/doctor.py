@@ -85,7 +85,6 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _tuned_table(described: list[dict[str, Any]]) -> Iterator[str]:
-    """Lines about tuned settings."""
     if not described:
         return
     yield translate("Tuned settings")
@@ -106,7 +105,6 @@ def _tuned_table(described: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _artifact_lines(described: dict[str, Any]) -> Iterator[str]:
-    """Lines about an artifact."""
     origin = {"rule": "settings chosen for this kind of machine", "tuned": "settings tuned on this machine"}
     yield translate(f"What will be used for {described['name']}: {origin[described['basis']]}")
     yield format_columns(list(described["settings"].items()), indent=2)

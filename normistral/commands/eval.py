@@ -162,7 +162,6 @@ def _cache_folder() -> Path:
 
 
 def _document(folder: Path, options: EvalArgs, engine: EngineArgs, result: Evaluation) -> dict[str, Any]:
-    """The figures for programs."""
     figures = asdict(result.quality)
     text = result.text
     return {
@@ -184,7 +183,6 @@ def _document(folder: Path, options: EvalArgs, engine: EngineArgs, result: Evalu
 
 
 def _lines(folder: Path, options: EvalArgs, result: Evaluation) -> Iterator[str]:
-    """Lines of the figures."""
     manifest, settings, quality, in_use = result.manifest, result.settings, result.quality, result.engine
     arithmetic = {"exact": "exact", "rule": "default settings", "tuned": "tuned settings"}[in_use.settings_source]
     arithmetic += "".join(f", {name}={in_use.settings[name]}" for name in in_use.overrides)

@@ -56,7 +56,6 @@ def find_or_make(name: str | None) -> Path:
 
 
 def _offer(preset: Preset, missing: ModelNotFoundError) -> Path:
-    """Make the preset's artifact if the user agrees."""
     from normistral.export.tools import find_export_tools
 
     try:

@@ -71,7 +71,6 @@ def tune(
 
 
 def _forget(artifact: str) -> None:
-    """Drop the results of an artifact, and say how many there were."""
     deleted = forget_tuned(sha256_file(store.resolve_artifact(artifact) / MANIFEST_NAME))
     say(f"{len(deleted)} result{'s' if len(deleted) != 1 else ''} dropped; the usual settings serve")
 

@@ -26,8 +26,6 @@ _AVERAGE_WEIGHT = 0.2  # of the latest job, in the mean time that a job holds a 
 
 @dataclass(slots=True)
 class _Entry:
-    """Queued or running job."""
-
     job: Job
     deliver: Callable[[str, JobOutput], None]
     expiry: asyncio.TimerHandle

@@ -224,7 +224,6 @@ def _require_with(schema: dict[str, Any], field: str, given: dict[str, Any], swi
 
 
 def _bound(schema: dict[str, Any], name: str, value: int) -> None:
-    """Set a bound of a nullable number."""
     for alternative in schema["anyOf"]:
         if alternative["type"] != "null":
             alternative[name] = value

@@ -250,7 +250,6 @@ class _Answer:
         self.unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
     async def send(self, message: Message) -> None:
-        """Pass a message on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             closing = [(b"connection", b"close")] if self.unread or self._is_last() else []

@@ -106,23 +106,6 @@ class ModelHandler:
             raise UsageError(f"{self.name} is a base model and knows no conversation", "use /v1/completions")
         return self.template
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), **how: bool
-    ) -> list[int]:
-        """Token ids of a conversation.
-
-        Args:
-            tools, how: as `ChatTemplate.encode` takes them.
-
-        Raises:
-            UsageError: this is a base model, or the text is not valid Unicode.
-            TemplateError: the template refuses the messages.
-            ContextLengthError: they leave no room for an answer.
-        """
-        template = self.require_template()
-        self._require_possible("".join((*strings_in(messages), *strings_in(tools))))
-        return self._fitting(template.encode(messages, tools=tools, **how))
-
     def fit_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -131,15 +114,21 @@ class ModelHandler:
         tools: Sequence[Mapping[str, Any]] = (),
         **how: bool,
     ) -> tuple[list[int], LeftOut | None]:
-        """Token ids of a conversation as `encode_chat` gives them, and what the policy left out of it.
+        """Token ids of a conversation, and what the policy left out of it.
 
         Args:
             options: of the request; they say how much room the answer may need.
             tools, how: as `ChatTemplate.encode` takes them.
+
+        Raises:
+            UsageError: this is a base model, or the text is not valid Unicode.
+            TemplateError: the template refuses the messages.
+            ContextLengthError: they leave no room for an answer.
         """
-        if overflow == "error":
-            return self.encode_chat(messages, tools, **how), None
         template = self.require_template()
+        if overflow == "error":
+            self._require_possible("".join((*strings_in(messages), *strings_in(tools))))
+            return self._fitting(template.encode(messages, tools=tools, **how)), None
         most = min(resolve_options(self.manifest.sampling, options).max_new_tokens, self.new_tokens)
         limit = self.context_length - answer_room(self.context_length, most)
         fitted = fit_conversation(

@@ -352,7 +352,6 @@ def _figures(timings: Timings) -> dict[str, int]:
 
 
 def _read_options(body: OllamaRequest, model: ServedModel) -> dict[str, Any]:
-    """Fields of the internal request."""
     options = body.options or OllamaOptions.model_validate({})
     fields: dict[str, Any] = {name: getattr(options, name) for name in _SAME}
     fields |= {"stop": options.stop, "repetition_penalty": options.repeat_penalty}

@@ -142,7 +142,6 @@ class LimitedProtocol(H11Protocol):
 
     @property
     def _answering(self) -> bool:
-        """A response is in progress."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _review(self) -> None:

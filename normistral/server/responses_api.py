@@ -272,7 +272,6 @@ class _Writer:
 
 
 def _copy(item: dict[str, Any]) -> dict[str, Any]:
-    """An item as it is now."""
     return item | ({"content": [dict(part) for part in item["content"]]} if "content" in item else {})
 
 
@@ -298,7 +297,6 @@ def _as_messages(body: ResponsesRequest) -> tuple[list[dict[str, Any]], list[int
 
 
 def _as_fields(body: ResponsesRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fields of the internal request."""
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     fields: dict[str, Any] = {
         "model": body.model,

@@ -129,7 +129,6 @@ class WorkerClient:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     async def _run_process(self) -> None:
-        """One process from start to death."""
         process = await asyncio.create_subprocess_exec(
             *main_command(self._module),
             env={name: value for name, value in os.environ.items() if name != KEYS_VARIABLE},

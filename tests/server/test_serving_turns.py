@@ -131,7 +131,7 @@ def test_a_text_that_is_far_too_long_costs_next_to_nothing(tmp_path) -> None:
         began = time.process_time()
         for encode in (
             handler.encode_text,
-            lambda content: handler.encode_chat([{"role": "user", "content": content}]),
+            lambda content: handler.fit_chat([{"role": "user", "content": content}], "error", {}),
         ):
             with pytest.raises(ContextLengthError):
                 encode(text * (900_000 // len(text.encode())))
