@@ -23,14 +23,8 @@ from typing import Any
 from normistral import hardware
 from normistral.artifact.manifest import read_manifest
 from normistral.evaluation.bench.configuration import Configuration
-from normistral.evaluation.bench.machine import (
-    SINGLE_THREADED_BLAS,
-    Bandwidth,
-    choose_buffer_bytes,
-    last_level_cache_bytes,
-)
-from normistral.evaluation.bench.speed import Pass
-from normistral.evaluation.bench.worker import LoadModel, MeasureBandwidth, MeasurePass, ModelLoaded, Worker
+from normistral.evaluation.bench.machine import SINGLE_THREADED_BLAS, choose_buffer_bytes, last_level_cache_bytes
+from normistral.evaluation.bench.worker import Measurer, Worker
 
 
 def measure_peak(program: Path, threads: int) -> float:
@@ -46,7 +40,7 @@ def measure_bandwidth(threads: int) -> float:
     """GB/s."""
     size = choose_buffer_bytes(last_level_cache_bytes(), hardware.available_memory_bytes())
     with Worker("the read bandwidth", SINGLE_THREADED_BLAS) as worker:
-        return worker.ask(MeasureBandwidth(threads, size), Bandwidth).gb_per_s
+        return worker.ask(Measurer.read_bandwidth, threads, size).gb_per_s
 
 
 def prefill_weights(configuration: Configuration) -> int:
@@ -71,14 +65,14 @@ def main() -> None:
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(one.label)) for one in configurations]
         for worker, one in zip(workers, configurations, strict=True):
-            worker.ask(LoadModel(str(one.folder), one.manifest.format, one.engine), ModelLoaded)
-            worker.ask(MeasurePass(arguments.prompt, 4, 0), Pass)
+            worker.ask(Measurer.load, one.folder, one.manifest.format, one.engine)
+            worker.ask(Measurer.one_pass, arguments.prompt, 4, 0)
         for repeat in range(arguments.repeats):
             gmac_per_s, gb_per_s = measure_peak(arguments.peak, threads), measure_bandwidth(threads)
             for index in range(len(workers)):
                 index = (index + repeat) % len(workers)
                 one = configurations[index]
-                found = workers[index].ask(MeasurePass(arguments.prompt, arguments.decode, repeat + 1), Pass)
+                found = workers[index].ask(Measurer.one_pass, arguments.prompt, arguments.decode, repeat + 1)
                 prefill, decode = found.prefill_tokens / found.prefill_s, found.decode_tokens / found.decode_s
                 rows.append(
                     {

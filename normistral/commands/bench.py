@@ -76,16 +76,15 @@ def bench(
 
     from normistral.evaluation.bench.configuration import read_configurations, split_settings
     from normistral.evaluation.bench.report import render_report
-    from normistral.evaluation.bench.runner import Watcher, run_benchmark
+    from normistral.evaluation.bench.runner import run_benchmark
 
     _check_files(options)
     for artifact in artifacts:
         find(split_settings(artifact)[0])
     configurations = read_configurations(artifacts, engine.config)
     plan = choose_plan(options, configurations)
-    with show_progress() as progress, progress.stage("measuring", unit="measurements") as stage:
-        watcher = Watcher(stage.set_total, stage.advance, progress.note)
-        result = run_benchmark(configurations, plan, watcher)
+    with show_progress() as progress:
+        result = run_benchmark(configurations, plan, progress)
     failed = [one for one in result.configurations if one.problem is not None]
     if not result.measured:
         raise EngineError(f"nothing could be measured: {failed[0].problem}", _FAILED_HINT)

@@ -89,11 +89,10 @@ def test_a_kernel_reads_all_of_its_part(name):
 def test_blas_is_told_to_use_one_thread_in_time():
     script = (
         "import sys\nassert 'numpy' not in sys.modules\n"
-        "from normistral.evaluation.bench.worker import Worker\n"
-        "from normistral.evaluation.bench.worker import MeasureBandwidth\n"
-        "from normistral.evaluation.bench.machine import SINGLE_THREADED_BLAS, Bandwidth\n"
+        "from normistral.evaluation.bench.worker import Measurer, Worker\n"
+        "from normistral.evaluation.bench.machine import SINGLE_THREADED_BLAS\n"
         "with Worker('x', SINGLE_THREADED_BLAS) as worker:\n"
-        "    found = worker.ask(MeasureBandwidth(1, 2**20), Bandwidth)\n"
+        "    found = worker.ask(Measurer.read_bandwidth, 1, 2**20)\n"
         "    environ = open(f'/proc/{worker._process.pid}/environ').read()\n"
         "assert 'OPENBLAS_NUM_THREADS=1' in environ and found.gb_per_s > 0\n"
     )

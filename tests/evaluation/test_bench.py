@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from sample_artifacts import make_manifest, write_artifact
@@ -25,20 +26,9 @@ from normistral.evaluation.bench.configuration import (
 )
 from normistral.evaluation.bench.machine import Bandwidth, ProcessMemory, read_process_memory
 from normistral.evaluation.bench.results import Spread
-from normistral.evaluation.bench.runner import Watcher, choose_interleaving, run_benchmark
+from normistral.evaluation.bench.runner import choose_interleaving, run_benchmark
 from normistral.evaluation.bench.speed import ConversationPass, Pass, SpeedPlan
-from normistral.evaluation.bench.worker import (
-    Account,
-    Fingerprint,
-    LoadModel,
-    LookAtProcess,
-    MeasureBandwidth,
-    MeasureConversation,
-    MeasureFirstToken,
-    MeasurePass,
-    ModelLoaded,
-    Worker,
-)
+from normistral.evaluation.bench.worker import Account, Measurer, ModelLoaded, Worker
 from normistral.runtime.engines.settings import EngineConfig
 
 PLAN = SpeedPlan(
@@ -142,13 +132,13 @@ def test_models_share_the_memory_where_they_fit():
 class FakeWorker:
     """Answers without a process, and writes down who was asked what."""
 
-    asked: list
+    asked: list  # (name, method or "start" or "close", arguments)
     settings: dict  # name -> in force once it is loaded, over what was given
-    fails_at: dict  # name -> (kind of request, how many of that kind go well)
+    fails_at: dict  # name -> (method, how many of its calls go well)
 
     def __init__(self, name, environment=None):
         self.name, self.started = name, time.perf_counter()
-        self.asked.append((name, "start"))
+        self.asked.append((name, "start", ()))
 
     def __enter__(self):
         return self
@@ -157,28 +147,27 @@ class FakeWorker:
         self.close()
 
     def close(self):
-        self.asked.append((self.name, "close"))
+        self.asked.append((self.name, "close", ()))
 
-    def _in_force(self, request):
-        return getattr(request, "settings", {}) | self.settings.get(self.name, {})
-
-    def ask(self, request, answer_type):
-        self.asked.append((self.name, request))
-        kind, well = self.fails_at.get(self.name, (None, 0))
-        if isinstance(request, kind or ()):
-            self.fails_at[self.name] = (kind, well - 1)
+    def ask(self, method, *arguments):
+        self.asked.append((self.name, method, arguments))
+        failing, well = self.fails_at.get(self.name, (None, 0))
+        if method is failing:
+            self.fails_at[self.name] = (failing, well - 1)
             if well == 0:
                 raise EngineError(f"{self.name}: it broke", "mend it")
-        seen = sum(isinstance(request, type(other)) for name, other in self.asked if name == self.name)
+        seen = sum((name, other) == (self.name, method) for name, other, _ in self.asked)
         return {
-            LoadModel: ModelLoaded(0.1, 0.2, "scripted", "rule", self._in_force(request), 2.0, None),
-            MeasureFirstToken: 1.0,
-            MeasureConversation: ConversationPass(0.5, 0.25, 7),
-            Fingerprint: "f" * 64,
-            LookAtProcess: Account(ProcessMemory(9, 8, 7, 6), 7, 0.5, 1.0),
-            MeasureBandwidth: Bandwidth(getattr(request, "threads", 0), 2**20, 10.0 + seen, "k", {"k": 10.0 + seen}),
-            MeasurePass: Pass(8, 1.0 / seen, 2, 2.0 / seen),
-        }[type(request)]
+            Measurer.load: lambda: ModelLoaded(
+                0.1, 0.2, "scripted", "rule", self.settings.get(self.name, {}), 2.0, None
+            ),
+            Measurer.first_token: lambda: 1.0,
+            Measurer.conversation: lambda: ConversationPass(0.5, 0.25, 7),
+            Measurer.fingerprint: lambda: "f" * 64,
+            Measurer.account: lambda: Account(ProcessMemory(9, 8, 7, 6), 7, 0.5, 1.0),
+            Measurer.read_bandwidth: lambda: Bandwidth(arguments[0], 2**20, 10.0 + seen, "k", {"k": 10.0 + seen}),
+            Measurer.one_pass: lambda: Pass(8, 1.0 / seen, 2, 2.0 / seen),
+        }[method]()
 
 
 @pytest.fixture
@@ -189,7 +178,7 @@ def fake(monkeypatch):
 
 
 def passes(fake):
-    return [(name, request.length) for name, request in fake.asked if isinstance(request, MeasurePass)]
+    return [(name, arguments[0]) for name, method, arguments in fake.asked if method is Measurer.one_pass]
 
 
 def bytes_read(one):
@@ -205,14 +194,15 @@ def test_models_in_memory_take_turns_at_every_measurement(fake):
         *[(name, length) for length in (4, 8) for name in "abc"],
         *[(name, length) for length in (4, 8) for name in "bca"],
     ]
-    seeds = [request.seed for _, request in fake.asked if hasattr(request, "seed")]
+    place = {Measurer.first_token: 1, Measurer.conversation: 1, Measurer.one_pass: 2}
+    seeds = [arguments[place[method]] for _, method, arguments in fake.asked if method in place]
     assert len(set(seeds)) == len(seeds)  # no prompt comes twice: the cache knows none
-    assert [request for name, request in fake.asked if name == "a" and isinstance(request, str)] == ["start", "close"]
+    assert [method for name, method, _ in fake.asked if name == "a" and isinstance(method, str)] == ["start", "close"]
 
 
 def test_the_bandwidth_is_measured_first_and_before_each_round(fake):
     result = run_benchmark(configurations("a"), PLAN)
-    names = [name for name, request in fake.asked if request == "start"]
+    names = [name for name, method, _ in fake.asked if method == "start"]
     assert names == ["the read bandwidth", "a", "the read bandwidth", "the read bandwidth"]
     (bandwidth,) = result.bandwidth
     assert (bandwidth.best.gb_per_s, bandwidth.gb_per_s.n) == (13.0, 3)
@@ -241,7 +231,7 @@ def test_decoding_is_judged_by_the_bandwidth_around_it():
 def test_each_number_of_threads_has_a_ceiling_of_its_own(fake):
     three = Configuration("b", Path("b"), make_manifest(), EngineConfig(settings={"INFERENCE_NUM_THREADS": "3"}))
     run_benchmark([*configurations("a"), three], PLAN)
-    threads = {request.threads for _, request in fake.asked if isinstance(request, MeasureBandwidth)}
+    threads = {arguments[0] for _, method, arguments in fake.asked if method is Measurer.read_bandwidth}
     assert 3 in threads
     assert len(threads) == 2
 
@@ -274,32 +264,35 @@ def test_models_that_do_not_fit_are_loaded_in_turns(fake, monkeypatch):
     monkeypatch.setattr(runner, "available_memory_bytes", lambda: 10**9)
     result = run_benchmark(configurations("a", "b"), PLAN)
     assert result.interleaving == "reloaded"
-    starts = [(name, request) for name, request in fake.asked if isinstance(request, str) and "band" not in name]
+    starts = [(name, method) for name, method, _ in fake.asked if isinstance(method, str) and "band" not in name]
     assert starts == [(name, what) for name in "abba" for what in ("start", "close")]
     assert result.configurations[0].figures.load.ready_s.n == 2
     assert result.configurations[0].figures.decode[0].tokens_per_s.n == 2
 
 
 @pytest.mark.parametrize("available", [10**12, 10**9])
-@pytest.mark.parametrize("kind", [LoadModel, MeasurePass, Fingerprint])
-def test_one_that_fails_is_left_out_and_the_others_go_on(fake, monkeypatch, kind, available):
+@pytest.mark.parametrize("method", [Measurer.load, Measurer.one_pass, Measurer.fingerprint])
+def test_one_that_fails_is_left_out_and_the_others_go_on(fake, monkeypatch, method, available):
     monkeypatch.setattr(runner, "available_memory_bytes", lambda: available)
-    fake.fails_at["b"] = (kind, 0)
+    fake.fails_at["b"] = (method, 0)
     first, second, third = run_benchmark(configurations("a", "b", "c"), PLAN).configurations
     assert second.figures is None
     assert second.problem == "b: it broke (mend it)"
     assert first.figures.decode[0].tokens_per_s.n == third.figures.decode[0].tokens_per_s.n == 2
-    after = fake.asked[fake.asked.index(("b", "close")) :]
-    assert all(request == "close" for name, request in after if name == "b")
+    after = fake.asked[fake.asked.index(("b", "close", ())) :]
+    assert all(method == "close" for name, method, _ in after if name == "b")
 
 
 @pytest.mark.parametrize(("available", "count"), [(10**12, 18), (10**9, 24)])
-def test_a_watcher_is_told_of_every_measurement(fake, monkeypatch, available, count):
+def test_progress_counts_every_measurement(fake, monkeypatch, available, count):
     monkeypatch.setattr(runner, "available_memory_bytes", lambda: available)
-    expected, told, notes = [], [], []
-    run_benchmark(configurations("a", "b"), PLAN, Watcher(expected.append, told.append, notes.append))
-    assert sum(told) == sum(expected) == count
+    progress = MagicMock()
+    run_benchmark(configurations("a", "b"), PLAN, progress)
+    progress.stage.assert_called_once_with("measuring", count, "measurements")
+    advanced = progress.stage.return_value.__enter__.return_value.advance
+    assert [call.args for call in advanced.call_args_list] == [(1,)] * count
     assert len(passes(fake)) == count * 2 // 3
+    notes = [call.args[0] for call in progress.note.call_args_list]
     assert any("do not fit" in note for note in notes) == (available == 10**9)
     assert any("memory is read at" in note for note in notes)
 
@@ -311,25 +304,24 @@ def scripted(name):
     return Worker(name, module="scripted_worker")
 
 
-def load_request(name):
-    return LoadModel(name, "openvino", EngineConfig())
+def load(worker):
+    return worker.ask(Measurer.load, Path(worker.name), "openvino", EngineConfig())
 
 
 def test_a_worker_answers_what_it_is_asked():
     with scripted("a") as worker:
-        loaded = worker.ask(load_request("a"), ModelLoaded)
-        assert loaded.engine == "scripted"
-        assert worker.ask(MeasureFirstToken(6, 1), float) > 0
-        measured = worker.ask(MeasurePass(8, 2, 2), Pass)
+        assert load(worker).engine == "scripted"
+        assert worker.ask(Measurer.first_token, 6, 1) > 0
+        measured = worker.ask(Measurer.one_pass, 8, 2, 2)
         assert (measured.prefill_tokens, measured.decode_tokens) == (8, 2)
-        around = worker.ask(MeasurePass(8, 2, 5, MeasureBandwidth(1, 2**20)), Pass)
+        around = worker.ask(Measurer.one_pass, 8, 2, 5, meter=(1, 2**20))
         assert min(around.bandwidth_gb_per_s) > 0
         assert measured.bandwidth_gb_per_s is None
-        assert worker.ask(MeasureConversation(PLAN, 3), ConversationPass).cached_tokens == 7
-        assert len(worker.ask(Fingerprint(), str)) == 64
+        assert worker.ask(Measurer.conversation, PLAN, 3).cached_tokens == 7
+        assert len(worker.ask(Measurer.fingerprint)) == 64
         with pytest.raises(EngineError, match="a: the prompt takes 1000 tokens"):
-            worker.ask(MeasurePass(1000, 2, 4), Pass)
-        account = worker.ask(LookAtProcess(), Account)  # it went on after the error
+            worker.ask(Measurer.one_pass, 1000, 2, 4)
+        account = worker.ask(Measurer.account)  # it went on after the error
         assert account.idle_s > 0
         process = worker._process
     assert process.returncode is not None
@@ -346,7 +338,7 @@ def test_a_worker_answers_what_it_is_asked():
 )
 def test_a_process_that_goes_wrong_is_an_error(name, message):
     with scripted(name) as worker, pytest.raises(EngineError, match=message):
-        worker.ask(load_request(name), ModelLoaded)
+        load(worker)
 
 
 def test_a_worker_ends_with_the_process_that_asks():
@@ -405,7 +397,7 @@ def test_what_failed_ends_in_an_error_after_the_others_were_reported(tiny_onnx, 
 
 def test_where_nothing_could_be_measured_nothing_is_reported(fake, tmp_path, capsys):
     write_artifact(tmp_path / "sju")
-    fake.fails_at["sju"] = (LoadModel, 0)
+    fake.fails_at["sju"] = (Measurer.load, 0)
     report = tmp_path / "fart.md"
     assert main(["bench", str(tmp_path / "sju"), "--report", str(report)]) == 1
     printed = capsys.readouterr()

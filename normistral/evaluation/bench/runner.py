@@ -9,7 +9,7 @@ agree: the memory of virtual machines changes its speed within a minute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,32 +19,13 @@ from normistral.errors import NormistralError, ResourceError
 from normistral.evaluation.bench.configuration import Configuration, Samples
 from normistral.evaluation.bench.machine import SINGLE_THREADED_BLAS, Bandwidth, choose_buffer_bytes, report_machine
 from normistral.evaluation.bench.results import BandwidthResult, BenchResult, Interleaving, Spread
-from normistral.evaluation.bench.speed import ConversationPass, Pass, SpeedPlan
-from normistral.evaluation.bench.worker import (
-    Account,
-    Fingerprint,
-    LoadModel,
-    LookAtProcess,
-    MeasureBandwidth,
-    MeasureConversation,
-    MeasureFirstToken,
-    MeasurePass,
-    ModelLoaded,
-    Worker,
-)
+from normistral.evaluation.bench.speed import SpeedPlan
+from normistral.evaluation.bench.worker import Measurer, Worker
 from normistral.hardware import available_memory_bytes
+from normistral.progress import NoProgress, Progress, Stage
 
 _RESERVE_BYTES = 2**30  # for everything else while models share the memory
 _MEASURABLE_DEVICE = "CPU"  # the bandwidth of other devices' memory is not measured
-
-
-@dataclass(frozen=True, slots=True)
-class Watcher:
-    """Callbacks: the number of measurements to come, those done, and lines of text."""
-
-    expect: Callable[[int], None] = lambda count: None
-    advance: Callable[[int], None] = lambda count: None
-    note: Callable[[str], None] = lambda text: None
 
 
 @dataclass(slots=True)
@@ -53,7 +34,7 @@ class _Run:
     planned_threads: int
     cache_bytes: int
     samples: list[Samples]
-    watcher: Watcher
+    stage: Stage
     bandwidths: dict[int, list[Bandwidth]] = field(default_factory=dict)
     seed: int = 0
 
@@ -73,7 +54,7 @@ def count_measurements(plan: SpeedPlan, configurations: int, interleaving: Inter
 
 
 def run_benchmark(
-    configurations: Sequence[Configuration], plan: SpeedPlan, watcher: Watcher | None = None
+    configurations: Sequence[Configuration], plan: SpeedPlan, progress: Progress | None = None
 ) -> BenchResult:
     """Measure all configurations.
 
@@ -83,24 +64,20 @@ def run_benchmark(
         ResourceError: there is not enough memory for one of them.
         NormistralError: the read bandwidth could not be measured.
     """
-    machine = report_machine()
+    machine, progress = report_machine(), progress or NoProgress()
     interleaving = choose_interleaving(configurations, plan, available_memory_bytes())
-    run = _Run(
-        plan,
-        machine.planned_threads,
-        machine.last_level_cache_bytes,
-        [Samples(configuration) for configuration in configurations],
-        watcher or Watcher(),
-    )
-    run.watcher.expect(count_measurements(plan, len(configurations), interleaving))
-    if interleaving == "reloaded":
-        run.watcher.note("the models do not fit into memory together: every round loads them one after the other")
-    _measure_bandwidth(run)
-    best = max(one.gb_per_s for found in run.bandwidths.values() for one in found)
-    run.watcher.note(f"memory is read at {best:.1f} GB/s")
-    (_take_turns if interleaving == "together" else _load_in_turns)(run)
-    if not _thread_counts(run) <= run.bandwidths.keys():  # settings that were tuned earlier are known once loaded
+    samples = [Samples(configuration) for configuration in configurations]
+    count = count_measurements(plan, len(configurations), interleaving)
+    with progress.stage("measuring", count, "measurements") as stage:
+        run = _Run(plan, machine.planned_threads, machine.last_level_cache_bytes, samples, stage)
+        if interleaving == "reloaded":
+            progress.note("the models do not fit into memory together: every round loads them one after the other")
         _measure_bandwidth(run)
+        best = max(one.gb_per_s for found in run.bandwidths.values() for one in found)
+        progress.note(f"memory is read at {best:.1f} GB/s")
+        (_take_turns if interleaving == "together" else _load_in_turns)(run)
+        if not _thread_counts(run) <= run.bandwidths.keys():  # settings that were tuned earlier are known once loaded
+            _measure_bandwidth(run)
     ceilings = {threads: max(one.gb_per_s for one in found) for threads, found in run.bandwidths.items()}
     return BenchResult(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -150,7 +127,7 @@ def _take_turns(run: _Run) -> None:
                     worker = workers[samples.configuration.label]
                     with _failing(samples, worker):
                         _measure(worker, samples, point, run, keep=number >= 0)
-                    run.watcher.advance(1)
+                    run.stage.advance(1)
         for samples in run.alive:
             with _failing(samples):
                 _finish(workers[samples.configuration.label], samples)
@@ -166,42 +143,37 @@ def _load_in_turns(run: _Run) -> None:
                 for warm in range(-run.plan.warm_ups, 1):
                     for point in [*run.plan.points, None]:
                         _measure(worker, samples, point, run, keep=warm == 0)
-                        run.watcher.advance(1)
+                        run.stage.advance(1)
                 _finish(worker, samples)
 
 
 def _start(worker: Worker, samples: Samples, run: _Run) -> None:
-    configuration = samples.configuration
-    request = LoadModel(
-        str(configuration.folder),
-        configuration.manifest.format,
-        configuration.engine,
-    )
-    loaded = worker.ask(request, ModelLoaded)
+    one = samples.configuration
+    loaded = worker.ask(Measurer.load, one.folder, one.manifest.format, one.engine)
     samples.loads.append((perf_counter() - worker.started, loaded))
-    samples.first_uses.append(worker.ask(MeasureFirstToken(run.plan.question_tokens, run.next_seed()), float))
-    samples.fingerprints.append(worker.ask(Fingerprint(), str))
+    samples.first_uses.append(worker.ask(Measurer.first_token, run.plan.question_tokens, run.next_seed()))
+    samples.fingerprints.append(worker.ask(Measurer.fingerprint))
 
 
 def _measure(worker: Worker, samples: Samples, point: tuple[int, int] | None, run: _Run, *, keep: bool) -> None:
     """One pass, or without a point the conversation."""
     if point is None:
-        conversation = worker.ask(MeasureConversation(run.plan, run.next_seed()), ConversationPass)
+        conversation = worker.ask(Measurer.conversation, run.plan, run.next_seed())
         if keep:
             samples.conversations.append(conversation)
         return
     length, decode_tokens = point
-    bandwidth = None
+    meter = None
     if keep and decode_tokens and samples.configuration.engine.device == _MEASURABLE_DEVICE:
-        bandwidth = MeasureBandwidth(samples.threads(run.planned_threads), _buffer_bytes(run))
-    measured = worker.ask(MeasurePass(length, decode_tokens, run.next_seed(), bandwidth), Pass)
+        meter = samples.threads(run.planned_threads), _buffer_bytes(run)
+    measured = worker.ask(Measurer.one_pass, length, decode_tokens, run.next_seed(), meter)
     if keep:
         samples.passes[length].append(measured)
 
 
 def _finish(worker: Worker, samples: Samples) -> None:
-    samples.fingerprints.append(worker.ask(Fingerprint(), str))
-    samples.accounts.append(worker.ask(LookAtProcess(), Account))
+    samples.fingerprints.append(worker.ask(Measurer.fingerprint))
+    samples.accounts.append(worker.ask(Measurer.account))
 
 
 @contextmanager
@@ -225,8 +197,7 @@ def _measure_bandwidth(run: _Run) -> None:
     buffer_bytes = _buffer_bytes(run)
     with Worker("the read bandwidth", SINGLE_THREADED_BLAS) as worker:
         for threads in sorted(_thread_counts(run)):
-            measured = worker.ask(MeasureBandwidth(threads, buffer_bytes), Bandwidth)
-            run.bandwidths.setdefault(threads, []).append(measured)
+            run.bandwidths.setdefault(threads, []).append(worker.ask(Measurer.read_bandwidth, threads, buffer_bytes))
 
 
 def _buffer_bytes(run: _Run) -> int:

@@ -1,31 +1,29 @@
 """One configuration in a process of its own: `Worker` starts it, `main` runs in it.
 
-Requests go to its stdin, answers come from its stdout, one line of JSON each.
-
-A request names its kind in "type". An answer is {"result": ...} or {"error": ..., "hint": ...}; after an error of the
-package the process goes on, and it ends when stdin does. What engines print goes to stderr.
+A request is the name of a method of `Measurer` and its arguments, pickled, on the process's stdin. The answer, on its
+stdout, is the method's result, or an error of the package, after which the process goes on. It ends when stdin does.
+What engines print goes to stderr.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, TypeVar
-
-import msgspec
+from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
 
 from normistral.errors import EngineError, NormistralError, first_line
+from normistral.evaluation.bench import speed
 from normistral.evaluation.bench.machine import (
     SINGLE_THREADED_BLAS,
     Bandwidth,
@@ -35,15 +33,6 @@ from normistral.evaluation.bench.machine import (
     measure_read_bandwidth,
     read_process_memory,
 )
-from normistral.evaluation.bench.speed import (
-    Pass,
-    SpeedPlan,
-    fingerprint,
-    measure_conversation,
-    measure_first_token,
-    measure_pass,
-    tokens_per_word,
-)
 from normistral.processes import main_command, signal_name
 from normistral.runtime.engines.settings import EngineConfig
 from normistral.runtime.model import Model
@@ -51,58 +40,8 @@ from normistral.runtime.model import Model
 _MODULE = "normistral.evaluation.bench.worker"
 _ENDS_IN_S = 10.0
 _ENGINE_MODULES = {"openvino": "openvino", "onnx": "onnxruntime"}
+P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class LoadModel(msgspec.Struct, tag=True):
-    """LoadModel a model; answered with `ModelLoaded`."""
-
-    folder: str
-    format: str
-    config: EngineConfig
-
-
-class MeasureFirstToken(msgspec.Struct, tag=True):
-    """Answered with seconds."""
-
-    question_tokens: int
-    seed: int
-
-
-class MeasureBandwidth(msgspec.Struct, tag=True):
-    """Answered with a `bandwidth.Bandwidth`; needs no model."""
-
-    threads: int
-    buffer_bytes: int
-
-
-class MeasurePass(msgspec.Struct, tag=True):
-    """Answered with a `speed.Pass`; with `bandwidth`, the memory is measured around the decode."""
-
-    length: int
-    decode_tokens: int
-    seed: int
-    bandwidth: MeasureBandwidth | None = None
-
-
-class MeasureConversation(msgspec.Struct, tag=True):
-    """Answered with a `speed.ConversationPass`."""
-
-    plan: SpeedPlan
-    seed: int
-
-
-class Fingerprint(msgspec.Struct, tag=True):
-    """Answered with the hash of what it writes."""
-
-
-class LookAtProcess(msgspec.Struct, tag=True):
-    """Answered with an `Account`."""
-
-
-Request = (
-    LoadModel | MeasureFirstToken | MeasurePass | MeasureConversation | Fingerprint | LookAtProcess | MeasureBandwidth
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,91 +79,95 @@ class Account:
     idle_s: float
 
 
-@dataclass(slots=True)
-class _State:
-    model: Model | None = None
-    counter: EnergyCounter | None = None
-    meter: Worker | None = None  # of the bandwidth: a process with BLAS on one thread, which ends with this one
-    peak_anonymous: int | None = None
-    idle_cpu_s: float = 0.0
-    idle_s: float = 0.0
-    answered: tuple[float, float] | None = field(default=None)  # processor time and time of the last answer
+class Measurer:
+    """The measurements of one process; all but `read_bandwidth` and `account` need a model, so `load` comes first."""
 
-    def need_model(self) -> Model:
-        assert self.model is not None, "LoadModel comes first"
-        return self.model
+    def __init__(self) -> None:
+        self._model: Model | None = None
+        self._counter: EnergyCounter | None = None
+        self._meter: Worker | None = None  # of the bandwidth: a process with BLAS on one thread, which ends with this
+        self._peak_anonymous: int | None = None
+        self._idle_cpu_s = self._idle_s = 0.0
 
+    def load(self, folder: Path, format: str, config: EngineConfig) -> ModelLoaded:
+        """Load an artifact."""
+        from normistral.runtime import loading
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until there are no more."""
-    decoder = msgspec.json.Decoder(Request)
-    state = _State()
-    for line in requests:
-        if state.answered is not None:
-            state.idle_cpu_s += time.process_time() - state.answered[0]
-            state.idle_s += time.perf_counter() - state.answered[1]
-        try:
-            answer: dict[str, Any] = {"result": _answer(decoder.decode(line), state)}
-        except NormistralError as error:
-            answer = {"error": error.message, "hint": error.hint}
-        anonymous = read_process_memory().anonymous
-        if anonymous is not None:
-            state.peak_anonymous = max(anonymous, state.peak_anonymous or 0)
-        answers.write(msgspec.json.encode(answer) + b"\n")
-        answers.flush()
-        state.answered = (time.process_time(), time.perf_counter())
-    if state.model is not None:
-        state.model.close()
+        start = time.perf_counter()
+        with suppress(ImportError):  # `load` says what to install
+            importlib.import_module(_ENGINE_MODULES[format])
+        imported = time.perf_counter()
+        self._model = model = loading.load(folder, config.device, exact=config.exact, settings=config.settings)
+        ready = time.perf_counter()
+        counter = find_energy_counter()
+        self._counter = None if isinstance(counter, str) else counter
+        return ModelLoaded(
+            import_s=imported - start,
+            load_s=ready - imported,
+            engine=model.capabilities.name,
+            basis=model.capabilities.settings_source,
+            settings=model.capabilities.settings,
+            tokens_per_word=speed.tokens_per_word(model.tokenizer),
+            energy=counter if isinstance(counter, str) else None,
+        )
 
+    def first_token(self, question_tokens: int, seed: int) -> float:
+        """As `speed.measure_first_token`."""
+        return speed.measure_first_token(self._loaded, question_tokens, seed)
 
-def _answer(request: Request, state: _State) -> Any:
-    match request:
-        case LoadModel():
-            return _load(request, state)
-        case MeasureFirstToken():
-            return measure_first_token(state.need_model(), request.question_tokens, request.seed)
-        case MeasurePass():
-            return _measure_pass(request, state)
-        case MeasureConversation():
-            return measure_conversation(state.need_model(), request.plan, request.seed)
-        case Fingerprint():
-            return fingerprint(state.need_model())
-        case LookAtProcess():
-            return Account(read_process_memory(), state.peak_anonymous, state.idle_cpu_s, state.idle_s)
-        case MeasureBandwidth():
-            return measure_read_bandwidth(request.threads, request.buffer_bytes)
+    def one_pass(self, length: int, decode_tokens: int, seed: int, meter: tuple[int, int] | None = None) -> speed.Pass:
+        """As `speed.measure_pass`; `meter` is what `read_bandwidth` takes to measure the memory around the decode."""
 
+        def gb_per_s() -> float:
+            assert meter is not None
+            self._meter = self._meter or Worker("the read bandwidth", SINGLE_THREADED_BLAS)
+            return self._meter.ask(Measurer.read_bandwidth, *meter).gb_per_s
 
-def _measure_pass(request: MeasurePass, state: _State) -> Pass:
-    def gb_per_s(wanted: MeasureBandwidth) -> float:
-        state.meter = state.meter or Worker("the read bandwidth", SINGLE_THREADED_BLAS)
-        return state.meter.ask(wanted, Bandwidth).gb_per_s
+        around = None if meter is None else gb_per_s
+        return speed.measure_pass(self._loaded, length, decode_tokens, seed, self._counter, around)
 
-    around = partial(gb_per_s, request.bandwidth) if request.bandwidth else None
-    return measure_pass(state.need_model(), request.length, request.decode_tokens, request.seed, state.counter, around)
+    def conversation(self, plan: speed.SpeedPlan, seed: int) -> speed.ConversationPass:
+        """As `speed.measure_conversation`."""
+        return speed.measure_conversation(self._loaded, plan, seed)
 
+    def fingerprint(self) -> str:
+        """As `speed.fingerprint`."""
+        return speed.fingerprint(self._loaded)
 
-def _load(request: LoadModel, state: _State) -> ModelLoaded:
-    from normistral.runtime import loading
+    def read_bandwidth(self, threads: int, buffer_bytes: int) -> Bandwidth:
+        """As `machine.measure_read_bandwidth`."""
+        return measure_read_bandwidth(threads, buffer_bytes)
 
-    start = time.perf_counter()
-    with suppress(ImportError):  # `load` says what to install
-        importlib.import_module(_ENGINE_MODULES[request.format])
-    imported = time.perf_counter()
-    config = request.config
-    model = loading.load(Path(request.folder), config.device, exact=config.exact, settings=config.settings)
-    ready = time.perf_counter()
-    counter = find_energy_counter()
-    state.model, state.counter = model, None if isinstance(counter, str) else counter
-    return ModelLoaded(
-        import_s=imported - start,
-        load_s=ready - imported,
-        engine=model.capabilities.name,
-        basis=model.capabilities.settings_source,
-        settings=model.capabilities.settings,
-        tokens_per_word=tokens_per_word(model.tokenizer),
-        energy=counter if isinstance(counter, str) else None,
-    )
+    def account(self) -> Account:
+        """What this process has used so far."""
+        return Account(read_process_memory(), self._peak_anonymous, self._idle_cpu_s, self._idle_s)
+
+    def serve(self, requests: BinaryIO, answers: BinaryIO) -> None:
+        """Answer requests until there are no more."""
+        answered: tuple[float, float] | None = None  # processor time and time of the last answer
+        with suppress(EOFError):
+            while True:
+                method, arguments, keywords = pickle.load(requests)
+                if answered is not None:
+                    self._idle_cpu_s += time.process_time() - answered[0]
+                    self._idle_s += time.perf_counter() - answered[1]
+                answer: tuple[Any, tuple[str, str] | None]
+                try:
+                    answer = getattr(self, method)(*arguments, **keywords), None
+                except NormistralError as error:
+                    answer = None, (error.message, error.hint)
+                if (anonymous := read_process_memory().anonymous) is not None:
+                    self._peak_anonymous = max(anonymous, self._peak_anonymous or 0)
+                pickle.dump(answer, answers)
+                answers.flush()
+                answered = time.process_time(), time.perf_counter()
+        if self._model is not None:
+            self._model.close()
+
+    @property
+    def _loaded(self) -> Model:
+        assert self._model is not None, "load comes first"
+        return self._model
 
 
 def main() -> None:
@@ -232,13 +175,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that measures: it ends this one
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # an engine's own words are no answers
-    serve(sys.stdin.buffer, answers)
-
-
-class _Answer(msgspec.Struct):
-    result: Any = None
-    error: str | None = None
-    hint: str = ""
+    Measurer().serve(sys.stdin.buffer, answers)
 
 
 class Worker:
@@ -261,27 +198,25 @@ class Worker:
             env={**os.environ, **(environment or {})},
         )
 
-    def ask(self, request: Request, answer_type: type[T]) -> T:
-        """The answer to a request.
+    def ask(self, method: Callable[Concatenate[Measurer, P], T], *arguments: P.args, **keywords: P.kwargs) -> T:
+        """What a method of `Measurer` returns in the process.
 
         Raises:
-            NormistralError: what went wrong in the process, or that it ended.
+            NormistralError: what went wrong there, or that the process ended.
         """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
         try:
-            stdin.write(msgspec.json.encode(request) + b"\n")
+            pickle.dump((method.__name__, arguments, keywords), stdin)
             stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        if not line.endswith(b"\n"):
-            raise self._ended()
-        answer = msgspec.json.decode(line, type=_Answer)
-        if answer.error is not None:
-            raise EngineError(f"{self.name}: {answer.error}", answer.hint)
-        return msgspec.convert(answer.result, answer_type)
+            answer: tuple[T, tuple[str, str] | None] = pickle.load(stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as exc:
+            raise self._ended() from exc
+        result, error = answer
+        if error is not None:
+            raise EngineError(f"{self.name}: {error[0]}", error[1])
+        return result
 
     def close(self) -> None:
         """End the process: it has nothing to save."""
