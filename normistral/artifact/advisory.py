@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,23 +84,19 @@ def _misread(used: dict[str, Any], source: dict[str, Any]) -> str | None:
 
 def _sources(folder: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
     """config.json of the checkpoint, where the very file that was read is still there."""
+    from normistral.artifact.hub import hub_cache
+
     source = manifest.source
     places: list[Path] = []
     if source.kind == "hub" and source.revision is not None:
         cache = f"models--{source.id.replace('/', '--')}"
-        places = [_hub_cache() / cache / "snapshots" / source.revision]
+        places = [hub_cache() / cache / "snapshots" / source.revision]
     elif source.kind == "folder" and source.id == Path(source.id).name:
         places = [Path(source.id), folder.absolute().parent / source.id, folder.absolute().parent.parent / source.id]
     for place in places:
         found = _read(place / _CONFIG, source.files[_CONFIG])
         if found is not None:
             yield found
-
-
-def _hub_cache() -> Path:
-    """Where huggingface_hub keeps downloads."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def _read(path: Path, sha256: str | None = None) -> dict[str, Any] | None:

@@ -20,19 +20,22 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 from normistral.artifact import store
 from normistral.artifact.extra_files import CARD_NAME, ORIGIN_NAME
 from normistral.artifact.hub import (
+    IT_CONTINUES,
     ConnectionBrokenError,
+    FileDownload,
     Listing,
-    PartialUnsupportedError,
+    RemoteFile,
     Repository,
     endpoint,
+    git_blob_id,
     host_of,
 )
 from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, parse_manifest
@@ -51,13 +54,11 @@ from normistral.files import (
 from normistral.hardware import free_disk_bytes
 from normistral.progress import NoProgress, Progress, Stage, format_bytes
 
-_ATTEMPTS = 5  # connections in a row that may break without a single new byte
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _MAX_FILES = 1000
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PAUSE_S = 0.5  # between two looks at a lock, and before a connection is tried again
-_AGAIN = "run the same command again: it continues"
+_PAUSE_S = 0.5  # between two looks at a lock
 
 
 def find_or_download(name: str, progress: Progress | None = None) -> Path:
@@ -157,9 +158,8 @@ def _read_manifest(repository: Repository, listing: Listing) -> bytes:
             if len(raw) > listed.size:
                 break
     except ConnectionBrokenError as exc:
-        raise DownloadError(f"the connection to {host_of(repository.address)} broke off ({exc})", _AGAIN) from exc
-    git = hashlib.sha1(b"blob %d\0" % len(raw) + raw, usedforsecurity=False).hexdigest()
-    if listed.digest not in (git, hashlib.sha256(raw).hexdigest()):
+        raise DownloadError(f"the connection to {host_of(repository.address)} broke off ({exc})", IT_CONTINUES) from exc
+    if listed.digest not in (git_blob_id(len(raw), BytesIO(raw)), hashlib.sha256(raw).hexdigest()):
         raise repository.protocol_error(f"sends another {MANIFEST_NAME} than it lists")
     return raw
 
@@ -239,10 +239,8 @@ def _fetch(repository: Repository, commit: str, name: str, record: FileRecord, w
     """Bring one file."""
     partial = work / "partial" / record.sha256
     with os.fdopen(open_file(partial, os.O_RDWR | os.O_CREAT, 0o666, follow=False), "r+b") as stream:
-        download = _FileDownload(repository, commit, name, record, stream, stage)
-        # What an earlier run left may have been spoilt since, by a power cut for instance: then it is fetched anew.
-        whole = download.receive() or (download.was_resumed and download.begin_anew().receive())
-        os.fsync(stream.fileno())
+        file = RemoteFile(record.size, record.sha256)
+        whole = FileDownload(repository, commit, name, file, stream, stage).receive()
     if not whole:
         partial.unlink()
         raise DownloadError(
@@ -250,79 +248,6 @@ def _fetch(repository: Repository, commit: str, name: str, record: FileRecord, w
             "run the same command again; if it stays wrong, tell its owner, or use another network",
         )
     partial.replace(work / "artifact" / name)
-
-
-class _FileDownload:
-    """A file that comes in over as many connections as it takes; `stream` holds what there is."""
-
-    def __init__(
-        self, repository: Repository, commit: str, name: str, record: FileRecord, stream: BinaryIO, stage: Stage
-    ) -> None:
-        self._repository, self._commit, self._name, self._record = repository, commit, name, record
-        self._stream, self._stage = stream, stage
-        self._digest = hashlib.sha256()
-        self._reported = 0
-        while block := stream.read(2**20):
-            self._digest.update(block)
-        if stream.tell() > record.size:  # it can never become right
-            self.begin_anew()
-        self.was_resumed = stream.tell() > 0
-        self._report()
-
-    def begin_anew(self) -> _FileDownload:
-        """Drop what there is; returns itself."""
-        self._stream.seek(self._stream.truncate(0))
-        self._digest = hashlib.sha256()
-        self.was_resumed = False
-        return self
-
-    def receive(self) -> bool:
-        """Take in what is missing; whether the whole has the right SHA-256.
-
-        Raises:
-            DownloadError: no connection brings more, or one brings too much.
-        """
-        failures, furthest = 0, self._stream.tell()
-        while self._stream.tell() < self._record.size:
-            try:
-                self._receive_part()
-                why = "it ended early"
-            except PartialUnsupportedError:
-                self.begin_anew()
-                why = "the hub does not send parts"
-            except ConnectionBrokenError as exc:
-                why = str(exc)
-            if self._stream.tell() >= self._record.size:
-                break
-            failures = 0 if self._stream.tell() > furthest else failures + 1
-            furthest = max(furthest, self._stream.tell())
-            if failures >= _ATTEMPTS:
-                reached = f"{self._stream.tell()} of {self._record.size} bytes"
-                raise DownloadError(
-                    f"the download of {self._name} broke off after {reached} ({why})",
-                    f"check the connection and {_AGAIN}",
-                )
-            time.sleep(_PAUSE_S * failures)
-        return self._digest.hexdigest() == self._record.sha256
-
-    def _receive_part(self) -> None:
-        """Append what one connection brings, and no more than the file has."""
-        with closing(self._repository.read(self._name, self._commit, self._stream.tell())) as blocks:
-            try:
-                for block in blocks:
-                    left = self._record.size - self._stream.tell()
-                    self._stream.write(block[:left])
-                    self._digest.update(block[:left])
-                    self._report()
-                    if len(block) > left:
-                        raise self._repository.protocol_error(f"sends more bytes of {self._name} than it has")
-            finally:
-                self._stream.flush()
-
-    def _report(self) -> None:
-        """Advance the stage by what was never there before."""
-        self._stage.advance(max(0, self._stream.tell() - self._reported))
-        self._reported = max(self._reported, self._stream.tell())
 
 
 def _write(path: Path, raw: bytes) -> None:
@@ -356,5 +281,5 @@ def _translate_system_errors(name: PublishedName, root: Path) -> Iterator[None]:
     except OSError as exc:
         reason, hint = explain(exc)
         if exc.errno in _NO_SPACE:
-            raise ResourceError(f"{reason}: {root}, while downloading {name}", f"{hint}; then {_AGAIN}") from exc
+            raise ResourceError(f"{reason}: {root}, while downloading {name}", f"{hint}; then {IT_CONTINUES}") from exc
         raise DownloadError(f"cannot write to the store {root}: {reason}", hint) from exc

@@ -1,36 +1,45 @@
 """Reads one repository of a hub over HTTP, with nothing but the standard library.
 
-It asks only when it is called. HF_ENDPOINT, HF_TOKEN (or the file that `huggingface-cli login` writes), HF_HOME and
-HF_HUB_OFFLINE mean what they mean to huggingface_hub. The token goes to the endpoint alone, never to where that
-redirects, and never over plain HTTP to another machine. Nothing that a hub answers becomes a name on disk.
+It asks only when it is called. HF_ENDPOINT, HF_TOKEN (or the file that `huggingface-cli login` writes), HF_HOME,
+HF_HUB_CACHE and HF_HUB_OFFLINE mean what they mean to huggingface_hub, REQUESTS_CA_BUNDLE what it means to requests.
+The token goes to the endpoint alone, never to where that redirects, and never over plain HTTP to another machine.
+Nothing that a hub answers becomes a name on disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
 import re
+import ssl
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from normistral.errors import DownloadError, ModelNotFoundError, UsageError
 from normistral.files import read_file
+from normistral.progress import Stage
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 LOG_IN = "log in with: huggingface-cli login, or set HF_TOKEN"
+IT_CONTINUES = "run the same command again: it continues"
+_ATTEMPTS = 5  # connections in a row that may break without a single new byte
 _BLOCK_BYTES = 2**18
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _MAX_BYTES = 2**50  # of a file; what says more is lying
 _MAX_LISTING_BYTES = 16 * 2**20
 _MAX_REDIRECTS = 5
 _MAX_TOKEN_BYTES = 4096
+_PAUSE_S = 0.5  # before a connection is tried again
 _REDIRECTS = (301, 302, 303, 307, 308)
 _SILENCE_S = 60  # of a connection; then it counts as broken
 _YES = {"1", "ON", "YES", "TRUE"}  # as huggingface_hub reads them
@@ -50,10 +59,10 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a repository has at one commit. Names are the hub's and not checked."""
+    """What a repository has at one commit. Names are the hub's and not checked; None for an impossible size or hash."""
 
     commit: str
-    files: dict[str, RemoteFile]
+    files: dict[str, RemoteFile | None]
 
 
 def endpoint() -> str:
@@ -97,13 +106,31 @@ def find_token() -> str | None:
         if token := os.environ.get(name, "").strip():
             return token if token.isascii() and token.isprintable() else None
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
-        file = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
+        file = Path(os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token").expanduser()
         token = read_file(file, _MAX_TOKEN_BYTES).decode("ascii").strip()
     except (OSError, UnicodeDecodeError, RuntimeError):
         return None
     return token if token.isprintable() and token else None
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps downloads."""
+    return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
+
+
+def _hub_home() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(os.environ.get("HF_HOME") or cache / "huggingface")
+
+
+def git_blob_id(size: int, stream: BinaryIO) -> str:
+    """Name of `size` bytes in git, by which a hub lists small files."""
+    return hashlib.file_digest(stream, lambda: _new_digest(40, size)).hexdigest()
+
+
+def _new_digest(digits: int, size: int) -> hashlib._Hash:
+    """Of a file of this size: SHA-256 for 64 hex digits, git's blob id for 40."""
+    return hashlib.sha256() if digits == 64 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 class Repository:
@@ -122,7 +149,12 @@ class Repository:
             raise DownloadError(f"{name} is not on this machine, and HF_HUB_OFFLINE is set", "unset it to fetch it")
         self.name, self.address = name, address
         self._token = find_token() if may_carry_token(address) else None
-        self._opener = urllib.request.build_opener(_NoRedirects())
+        self._opener = urllib.request.build_opener(_NoRedirects(), urllib.request.HTTPSHandler(context=_trust()))
+
+    @property
+    def host(self) -> str:
+        """The hub in messages."""
+        return host_of(self.address)
 
     def list_files(self, revision: str) -> Listing:
         """What there is at a branch, tag or commit.
@@ -136,7 +168,7 @@ class Repository:
             with self._open(path, 0) as response:
                 raw = response.read(_MAX_LISTING_BYTES + 1)
         except (ConnectionBrokenError, OSError, http.client.HTTPException) as exc:
-            raise self._no_connection(exc) from exc
+            raise self.no_connection(exc) from exc
         if len(raw) > _MAX_LISTING_BYTES:
             raise self.protocol_error("lists more than a model has")
         try:
@@ -148,7 +180,7 @@ class Repository:
             raise self.protocol_error("gives no list of files that can be read") from exc
         if not good:
             raise self.protocol_error("gives no commit, or lists a file twice")
-        return Listing(commit, {name: file for name, file in files.items() if file is not None})
+        return Listing(commit, files)
 
     def read(self, name: str, commit: str, start: int) -> Generator[bytes, None, None]:
         """The bytes of a file from `start` on, in blocks.
@@ -171,9 +203,7 @@ class Repository:
 
     def protocol_error(self, what: str) -> DownloadError:
         """The error for an answer that no hub would give."""
-        return DownloadError(
-            f"{host_of(self.address)} {what}", "check HF_ENDPOINT: what answers there is not as the hub is"
-        )
+        return DownloadError(f"{self.host} {what}", "check HF_ENDPOINT: what answers there is not as the hub is")
 
     @contextmanager
     def _open(self, path: str, start: int, *, retried: bool = False) -> Iterator[http.client.HTTPResponse]:
@@ -225,18 +255,30 @@ class Repository:
             raise self.protocol_error("redirects to where nothing is fetched from")
         return following
 
-    def _no_connection(self, exc: Exception) -> DownloadError:
+    def no_connection(self, exc: Exception) -> Exception:
+        """The error where the hub cannot be asked for its list."""
         return DownloadError(
-            f"no connection to {host_of(self.address)} ({_reason(exc)}), and {self.name} is not on this machine",
+            f"no connection to {self.host} ({_reason(exc)}), and {self.name} is not on this machine",
             "connect to the internet once; after that it needs none",
         )
 
+    def no_revision(self) -> ModelNotFoundError:
+        """The error where the repository does not have the revision."""
+        return ModelNotFoundError(
+            f"{self.name} has no such revision at {self.host}", "name a branch, a tag or a commit after the @"
+        )
+
+    def no_repository(self) -> ModelNotFoundError:
+        """The error where there is no such repository, or where it is not shown."""
+        return ModelNotFoundError(
+            f"there is no {self.name} here or at {self.host}, or it is private",
+            f"check the spelling; for a private one {LOG_IN}",
+        )
+
     def _refused(self, exc: urllib.error.HTTPError) -> NoReturn:
-        host, code = host_of(self.address), exc.headers.get("X-Error-Code", "")
+        code = exc.headers.get("X-Error-Code", "")
         if code == "RevisionNotFound":
-            raise ModelNotFoundError(
-                f"{self.name} has no such revision at {host}", "name a branch, a tag or a commit after the @"
-            ) from exc
+            raise self.no_revision() from exc
         if code == "EntryNotFound":
             raise self.protocol_error("does not have a file that it lists") from exc
         if code == "GatedRepo":
@@ -245,17 +287,98 @@ class Repository:
                 f"accept the terms at {self.address}/{self.name}, then {LOG_IN}",
             ) from exc
         if exc.code == 404 or code == "RepoNotFound":
-            raise ModelNotFoundError(
-                f"there is no {self.name} here or at {host}, or it is private",
-                f"check the spelling; for a private one {LOG_IN}",
-            ) from exc
+            raise self.no_repository() from exc
         if exc.code in (401, 403):
-            raise DownloadError(f"{host} refused {self.name} (HTTP {exc.code})", LOG_IN) from exc
-        raise DownloadError(f"{host} answered HTTP {exc.code} for {self.name}", "try again later") from exc
+            raise DownloadError(f"{self.host} refused {self.name} (HTTP {exc.code})", LOG_IN) from exc
+        raise DownloadError(f"{self.host} answered HTTP {exc.code} for {self.name}", "try again later") from exc
 
 
 class PartialUnsupportedError(Exception):
     """The hub does not send the rest of a file alone: begin anew."""
+
+
+class FileDownload:
+    """A file of a repository that comes in over as many connections as it takes.
+
+    Args:
+        stream: holds what there is of it, open for reading and writing at its start.
+        stage: advanced by bytes that were never there before.
+    """
+
+    def __init__(
+        self, repository: Repository, commit: str, name: str, file: RemoteFile, stream: BinaryIO, stage: Stage
+    ) -> None:
+        self._repository, self._commit, self._name, self._file = repository, commit, name, file
+        self._stream, self._stage = stream, stage
+        self._digest = _new_digest(len(file.digest), file.size)
+        self._reported = 0
+        while block := stream.read(2**20):
+            self._digest.update(block)
+        if stream.tell() > file.size:  # it can never become right
+            self._begin_anew()
+        self._was_resumed = stream.tell() > 0
+        self._report()
+
+    def receive(self) -> bool:
+        """Take in what is missing; whether the whole has the right hash.
+
+        What an earlier run left may have been spoilt since, by a power cut for instance: then it is fetched anew.
+
+        Raises:
+            DownloadError: no connection brings more, or one brings too much.
+        """
+        if not self._receive() and self._was_resumed:
+            self._begin_anew()
+            self._receive()
+        os.fsync(self._stream.fileno())
+        return self._digest.hexdigest() == self._file.digest
+
+    def _receive(self) -> bool:
+        failures, furthest = 0, self._stream.tell()
+        while self._stream.tell() < self._file.size:
+            try:
+                self._receive_part()
+                why = "it ended early"
+            except PartialUnsupportedError:
+                self._begin_anew()
+                why = "the hub does not send parts"
+            except ConnectionBrokenError as exc:
+                why = str(exc)
+            if self._stream.tell() >= self._file.size:
+                break
+            failures = 0 if self._stream.tell() > furthest else failures + 1
+            furthest = max(furthest, self._stream.tell())
+            if failures >= _ATTEMPTS:
+                reached = f"{self._stream.tell()} of {self._file.size} bytes"
+                raise DownloadError(
+                    f"the download of {self._name} broke off after {reached} ({why})",
+                    f"check the connection and {IT_CONTINUES}",
+                )
+            time.sleep(_PAUSE_S * failures)
+        return self._digest.hexdigest() == self._file.digest
+
+    def _receive_part(self) -> None:
+        """Append what one connection brings, and no more than the file has."""
+        with closing(self._repository.read(self._name, self._commit, self._stream.tell())) as blocks:
+            try:
+                for block in blocks:
+                    left = self._file.size - self._stream.tell()
+                    self._stream.write(block[:left])
+                    self._digest.update(block[:left])
+                    self._report()
+                    if len(block) > left:
+                        raise self._repository.protocol_error(f"sends more bytes of {self._name} than it has")
+            finally:
+                self._stream.flush()
+
+    def _begin_anew(self) -> None:
+        self._stream.seek(self._stream.truncate(0))
+        self._digest = _new_digest(len(self._file.digest), self._file.size)
+        self._was_resumed = False
+
+    def _report(self) -> None:
+        self._stage.advance(max(0, self._stream.tell() - self._reported))
+        self._reported = max(self._reported, self._stream.tell())
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -263,6 +386,18 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *arguments: object) -> None:
         """None: the redirect is an HTTPError."""
+
+
+def _trust() -> ssl.SSLContext:
+    """Certificates of the system; those of certifi where it is installed; and REQUESTS_CA_BUNDLE's alone where set."""
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    context = ssl.create_default_context(cafile=bundle)
+    if not bundle:
+        with suppress(ImportError):
+            import certifi
+
+            context.load_verify_locations(certifi.where())
+    return context
 
 
 def _origin(address: str) -> tuple[str, str]:
@@ -275,7 +410,9 @@ def _remote_file(entry: dict[str, Any]) -> RemoteFile | None:
     large = entry.get("lfs")
     digest = entry.get("blobId") if large is None else large["sha256"]
     size = entry.get("size")
-    if type(size) is not int or not 0 <= size <= _MAX_BYTES or not isinstance(digest, str):
+    if type(size) is not int or not 0 <= size <= _MAX_BYTES:
+        return None
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         return None
     return RemoteFile(size, digest)
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from normistral.artifact.hub import (
     Repository,
     endpoint,
     find_token,
+    git_blob_id,
     host_of,
     is_offline,
     may_carry_token,
@@ -180,7 +182,9 @@ def publish(plan: Publication, progress: Progress) -> str:
             parent_commit=plan.commit,
         )
         listed = Repository(plan.repository, plan.address).list_files(done.oid).files
-        lacking = [name for name in plan.files if name not in listed or listed[name].size != plan.files[name].size]
+        lacking = [
+            name for name, record in plan.files.items() if (one := listed.get(name)) is None or one.size != record.size
+        ]
     if lacking:
         raise PublishError(
             f"{plan.repository} lacks {lacking[0]} after the upload", "see that its .gitignore leaves no file out"
@@ -268,14 +272,8 @@ def _is_there(listed: RemoteFile | None, record: FileRecord, path: Path, text: b
         return False
     if len(listed.digest) == 64:
         return listed.digest == record.sha256
-    digest = hashlib.sha1(b"blob %d\0" % record.size, usedforsecurity=False)
-    if text is not None:
-        digest.update(text)
-    else:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return listed.digest == digest.hexdigest()
+    with path.open("rb") if text is None else BytesIO(text) as stream:
+        return listed.digest == git_blob_id(record.size, stream)
 
 
 @contextmanager

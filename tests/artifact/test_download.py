@@ -72,6 +72,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty store, and an empty working folder beside it; the folder of artifacts."""
     leave_own_hub(tmp_path, monkeypatch)
     monkeypatch.setattr(hub_module, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(hub_module, "_PAUSE_S", 0.01)
     monkeypatch.setattr(download_module, "_PAUSE_S", 0.01)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -11,11 +11,11 @@ commits too, file names plain. Nothing is written or deleted through a link that
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
 
+from normistral.artifact.hub import git_blob_id
 from normistral.errors import DownloadError
 from normistral.files import atomic_write, explain, read_file, sha256_file
 from normistral.progress import OnBytes
@@ -145,8 +145,10 @@ class RepositoryCache:
                 raise self._discarded(place, f"{place.name} is a link that leads out of the cache")
             if size is not None and actual != size:
                 raise self._discarded(place, f"{place.name} has {actual} bytes instead of {size}")
-            sha256 = sha256_file(place, on_bytes)
-            found = sha256 if len(etag) == 64 else _git_blob_id(place)
+            found = sha256 = sha256_file(place, on_bytes)
+            if len(etag) == 40:
+                with place.open("rb") as stream:
+                    found = git_blob_id(actual, stream)
         except OSError as exc:
             reason, hint = explain(exc)
             raise DownloadError(f"cannot read {place}: {reason}", hint) from exc
@@ -171,8 +173,3 @@ class RepositoryCache:
 
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
-
-
-def _git_blob_id(path: Path) -> str:
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

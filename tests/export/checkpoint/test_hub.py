@@ -16,6 +16,7 @@ import pytest
 from loopback_hub import COMMIT, LARGE_BYTES, LoopbackHub, etag_of, serve
 from tiny_models import edit_json, make_mistral
 
+from normistral.artifact import hub as hub_module
 from normistral.errors import (
     CheckpointError,
     DownloadError,
@@ -25,7 +26,6 @@ from normistral.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
-from normistral.export.checkpoint import hub as hub_module
 from normistral.export.checkpoint import locate as locate_module
 from normistral.export.checkpoint.hub import Snapshot, download
 from normistral.export.checkpoint.locate import locate
@@ -45,16 +45,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import reset_sessions
-
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_module, "_BLOCK_BYTES", 10_000)  # what has not filled one is lost when a line breaks
-    reset_sessions()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub_module, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(hub_module, "_PAUSE_S", 0.01)
     with serve(checkpoint) as running:
         yield running
-    reset_sessions()
 
 
 class Bytes(NoProgress):
@@ -123,7 +119,7 @@ def test_second_run_downloads_nothing(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.requests.clear()
     assert fetch(hub, tmp_path / "cache") == first
     assert [line.split()[0:2] for line in hub.requests] == [
-        ["GET", f"/api/models/{hub.repository}/revision/main?blobs=True"]
+        ["GET", f"/api/models/{hub.repository}/revision/main?blobs=true"]
     ]
 
 
@@ -141,7 +137,7 @@ def test_interrupted_download_is_resumed_by_the_next_run(
     partial.parent.mkdir(parents=True)
     partial.write_bytes(hub.files[SHARD][:12_345])
     with monkeypatch.context() as patched:
-        patched.setattr(hub_module._Transport, "_receive_from", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(hub_module.FileDownload, "_receive_part", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fetch(hub, tmp_path / "cache")
     assert partial.stat().st_size == 12_345
@@ -217,14 +213,10 @@ def test_revision_by_name(hub: LoopbackHub, tmp_path: Path) -> None:
 def test_offline_with_and_without_a_whole_cache(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import reset_sessions
-
     cache = tmp_path / "cache"
     online = fetch(hub, cache)
     asked = len(hub.requests)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    reset_sessions()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     progress = Bytes()
     assert fetch(hub, cache, progress=progress) == online
     assert "HF_HUB_OFFLINE is set: using the cached copy" in progress.notes[0]
@@ -265,7 +257,7 @@ def test_disk_that_fills_up(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytes
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub_module._Transport, "_receive_from", full)
+    monkeypatch.setattr(hub_module.FileDownload, "_receive_part", full)
     assert "the disk filled up" in refusal(hub, tmp_path / "cache", ResourceError).message
 
 

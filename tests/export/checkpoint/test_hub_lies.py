@@ -13,6 +13,7 @@ from loopback_hub import COMMIT, LoopbackHub, etag_of, serve
 from planted import look
 from tiny_models import make_mistral
 
+from normistral.artifact import hub as hub_module
 from normistral.errors import DownloadError, NormistralError
 from normistral.export.checkpoint.hub import Snapshot, download
 from normistral.progress import NoProgress
@@ -27,15 +28,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import reset_sessions
-
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    reset_sessions()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(hub_module, "_PAUSE_S", 0.01)
     with serve(checkpoint) as running:
         yield running
-    reset_sessions()
 
 
 @pytest.fixture
