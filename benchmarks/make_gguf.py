@@ -43,8 +43,8 @@ def convert(checkpoint: Path, output: Path, dtype: str) -> None:
     """Write float weights, one tensor in memory at a time; norms stay float32."""
     import gguf
 
-    from normistral.export.checkpoint.config import read_json
     from normistral.export.checkpoint.families import find_family
+    from normistral.export.checkpoint.files import read_json
     from normistral.export.checkpoint.tensor import WeightReader
     from normistral.export.checkpoint.weights import find_weight_files, read_tensors, with_prefix
 

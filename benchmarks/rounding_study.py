@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from normistral.export.checkpoint.complete_tokenizer import load_tokenizer
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
+from normistral.export.checkpoint.vocabulary import load_tokenizer
 from normistral.export.reference.model import load_model
 from normistral.progress import NoProgress
 

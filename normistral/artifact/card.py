@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from normistral.artifact.extra_files import CARD_NAME, seal_card
+from normistral.artifact.extra_files import CARD_NAME, HUB_ID, seal_card
 from normistral.artifact.manifest import Manifest, RecipeRecord
-from normistral.artifact.origin import HUB_ID
-from normistral.artifact.presets import PRESETS, Preset, find_preset
+from normistral.artifact.presets import Preset, find_preset, find_source_preset
 from normistral.errors import UsageError
 from normistral.progress import format_bytes
 
@@ -319,12 +318,9 @@ def describe_recipe(recipe: RecipeRecord) -> str:
 
 
 def _find_preset(manifest: Manifest, options: CardOptions) -> Preset | None:
-    """The preset that the artifact was made from; a folder's name is no proof of that."""
     if options.base_model is not None:
         return find_preset(options.base_model)
-    kind, id = manifest.source.kind, manifest.source.id
-    known = (one for one in PRESETS if (kind, id) in (("hub", one.repository), ("package", one.package)))
-    return next(known, None)
+    return find_source_preset(manifest.source.kind, manifest.source.id)
 
 
 def _find_base_model(manifest: Manifest, preset: Preset | None, options: CardOptions) -> str | None:

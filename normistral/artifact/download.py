@@ -26,7 +26,15 @@ from io import BytesIO
 from pathlib import Path
 
 from normistral.artifact import store
-from normistral.artifact.extra_files import CARD_NAME, ORIGIN_NAME
+from normistral.artifact.extra_files import (
+    CARD_NAME,
+    ORIGIN_NAME,
+    Origin,
+    PublishedName,
+    find_copy,
+    parse_published,
+    write_origin,
+)
 from normistral.artifact.hub import (
     IT_CONTINUES,
     ConnectionBrokenError,
@@ -39,7 +47,6 @@ from normistral.artifact.hub import (
     host_of,
 )
 from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, parse_manifest
-from normistral.artifact.origin import Origin, PublishedName, find_copy, parse_published, write_origin
 from normistral.artifact.presets import find_preset
 from normistral.errors import ArtifactError, DownloadError, ModelNotFoundError, ResourceError, UsageError
 from normistral.files import (

@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -123,7 +124,7 @@ def _hub_home() -> Path:
     return Path(os.environ.get("HF_HOME") or cache / "huggingface")
 
 
-def git_blob_id(size: int, stream: BinaryIO) -> str:
+def git_blob_id(size: int, stream: BufferedReader | BytesIO) -> str:
     """Name of `size` bytes in git, by which a hub lists small files."""
     return hashlib.file_digest(stream, lambda: _new_digest(40, size)).hexdigest()
 

@@ -274,3 +274,8 @@ PRESETS: tuple[Preset, ...] = (
 def find_preset(name: str) -> Preset | None:
     """The preset of this name or this hub repository, or None."""
     return next((preset for preset in PRESETS if name in (preset.name, preset.repository)), None)
+
+
+def find_source_preset(kind: str, id: str) -> Preset | None:
+    """The preset that an artifact's `manifest.Source` is, or None; a folder's name is no proof of that."""
+    return next((one for one in PRESETS if (kind, id) in (("hub", one.repository), ("package", one.package))), None)

@@ -29,15 +29,19 @@ from jinja2.utils import Namespace, pass_context, pass_environment  # noqa: TID2
 from jinja2.visitor import NodeTransformer  # noqa: TID253
 from markupsafe import Markup
 
-from normistral.artifact.render_budget import HINT, RenderBudget, current_budget, spending, weigh
 from normistral.artifact.taint import (
+    HINT,
     MESSAGE,
     TEMPLATE,
     UNKNOWN,
+    RenderBudget,
     TaintedStr,
+    current_budget,
     require_width,
     reserve_formatting,
     sources_of,
+    spending,
+    weigh,
 )
 from normistral.errors import TemplateError
 

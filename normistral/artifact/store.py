@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import platformdirs
 
-from normistral.artifact.extra_files import find_foreign_files
+from normistral.artifact.extra_files import find_copy, find_foreign_files, parse_published
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
-from normistral.artifact.origin import find_copy, parse_published
 from normistral.artifact.presets import PRESETS, Preset, find_preset
 from normistral.errors import ArtifactError, ModelNotFoundError, UsageError
 from normistral.files import checked, explain, mount_points, remove_own_folder

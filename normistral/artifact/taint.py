@@ -9,7 +9,11 @@ that stand wholly in the template's own text become ids. No library does this fo
 
 `TaintedStr` is a `str` whose operations carry the sources along. Where one cannot, the result is `UNKNOWN`; nothing but
 the template's own literals ever becomes `TEMPLATE`, so an operation that is missing here cannot make a message look
-like the template. Sizes are asked from the render budget before anything is made. It does not know jinja.
+like the template.
+
+A template comes from a checkpoint, so it is not trusted. Nothing can interrupt one C call of Python, and a watchdog
+thread could only be leaked; therefore every step of a template asks the `RenderBudget` *before* it makes something, and
+looks at the clock. Neither knows jinja.
 """
 
 # ruff: noqa: D102 - methods without a docstring are str's own
@@ -17,11 +21,88 @@ like the template. Sizes are asked from the render budget before anything is mad
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NoReturn, SupportsIndex
 
-from normistral.artifact.render_budget import HINT, current_budget, weigh
 from normistral.errors import TemplateError
+
+TIME_LIMIT_S = 2.0
+BASE_SIZE = 2**20  # characters that a template may make of an empty conversation
+SIZE_PER_INPUT = 4  # and more for each character of the messages
+TOTAL_PER_SIZE = 64  # all values of one rendering together, in multiples of the largest single one
+HINT = "the checkpoint's chat template is faulty or hostile: export with another template"
+
+
+class RenderBudget:
+    """Time and sizes left to one rendering.
+
+    Args:
+        input_size: characters in the messages.
+    """
+
+    def __init__(self, input_size: int) -> None:
+        self.largest = BASE_SIZE + SIZE_PER_INPUT * input_size
+        self._left = TOTAL_PER_SIZE * self.largest
+        self._deadline = time.monotonic() + TIME_LIMIT_S
+
+    def tick(self) -> None:
+        """Check the time; called at every step of the template.
+
+        Raises:
+            TemplateError: the time is over.
+        """
+        if time.monotonic() > self._deadline:
+            raise TemplateError(f"the chat template ran for more than {TIME_LIMIT_S:g} s", HINT)
+
+    def reserve(self, size: int) -> None:
+        """Ask for a value of `size` characters or items before it is made.
+
+        Raises:
+            TemplateError: it, or everything made so far, is too large; or the time is over.
+        """
+        self.tick()
+        self._left -= size
+        if size > self.largest or self._left < 0:
+            raise TemplateError(f"the chat template makes more than {self.largest} characters or items", HINT)
+
+
+_current: ContextVar[RenderBudget] = ContextVar("render_budget")
+
+
+def current_budget() -> RenderBudget:
+    """The budget of the rendering that this thread is in."""
+    return _current.get()
+
+
+@contextmanager
+def spending(budget: RenderBudget) -> Iterator[RenderBudget]:
+    """Make `budget` the current one."""
+    token = _current.set(budget)
+    try:
+        yield budget
+    finally:
+        _current.reset(token)
+
+
+def weigh(value: Any, limit: int) -> int:
+    """Size of a value written out: characters plus items, shared parts counted as often as they appear.
+
+    Stops soon after `limit`, so that a list that holds another twice, which holds another twice ..., costs nothing.
+    """
+    total, stack = 0, [value]
+    while stack and total <= limit:
+        item = stack.pop()
+        total += len(item) + 2 if isinstance(item, str) else 2
+        if isinstance(item, Mapping):
+            stack.extend(item.keys())
+            stack.extend(item.values())
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            stack.extend(item)
+    return total
+
 
 TEMPLATE = "t"
 MESSAGE = "m"
@@ -48,6 +129,24 @@ def reserve_formatting(pattern: str, fields: int, arguments: Any) -> None:
         raise TemplateError("the chat template formats text with a computed or very large width", HINT)
     budget = current_budget()
     budget.reserve(len(pattern) + fields * (weigh(arguments, budget.largest) + MAX_WIDTH))
+
+
+def _respelled(spell: Callable[[str], str]) -> Callable[[TaintedStr], TaintedStr]:
+    """A mapping of case. None drops a character, so an equal length means one for one (ß becomes SS)."""
+
+    def respelled(self: TaintedStr) -> TaintedStr:
+        text = spell(self)
+        return TaintedStr(text, self.sources) if len(text) == len(self) else TaintedStr.following(text, self)
+
+    return respelled
+
+
+def _padded(pad: Callable[..., str]) -> Callable[..., TaintedStr]:
+    def padded(self: TaintedStr, width: SupportsIndex, *fill: str) -> TaintedStr:
+        require_width(width)
+        return TaintedStr.following(pad(self, width, *fill), self, *fill)
+
+    return padded
 
 
 class TaintedStr(str):
@@ -176,50 +275,23 @@ class TaintedStr(str):
 
     # --- letter by letter
 
-    def lower(self) -> TaintedStr:
-        return self._respelled(str.lower)
-
-    def upper(self) -> TaintedStr:
-        return self._respelled(str.upper)
-
-    def casefold(self) -> TaintedStr:
-        return self._respelled(str.casefold)
-
-    def capitalize(self) -> TaintedStr:
-        return self._respelled(str.capitalize)
-
-    def title(self) -> TaintedStr:
-        return self._respelled(str.title)
-
-    def swapcase(self) -> TaintedStr:
-        return self._respelled(str.swapcase)
-
-    def _respelled(self, spell: Callable[[str], str]) -> TaintedStr:
-        """Case mappings never drop a character, so an equal length means one for one (ß becomes SS)."""
-        text = spell(self)
-        return TaintedStr(text, self.sources) if len(text) == len(self) else TaintedStr.following(text, self)
+    lower = _respelled(str.lower)
+    upper = _respelled(str.upper)
+    casefold = _respelled(str.casefold)
+    capitalize = _respelled(str.capitalize)
+    title = _respelled(str.title)
+    swapcase = _respelled(str.swapcase)
 
     # --- padded
 
-    def ljust(self, width: SupportsIndex, fillchar: str = " ", /) -> TaintedStr:
-        return self._padded(str.ljust, width, fillchar)
-
-    def rjust(self, width: SupportsIndex, fillchar: str = " ", /) -> TaintedStr:
-        return self._padded(str.rjust, width, fillchar)
-
-    def center(self, width: SupportsIndex, fillchar: str = " ", /) -> TaintedStr:
-        return self._padded(str.center, width, fillchar)
-
-    def zfill(self, width: SupportsIndex, /) -> TaintedStr:
-        return self._padded(str.zfill, width)
+    ljust = _padded(str.ljust)
+    rjust = _padded(str.rjust)
+    center = _padded(str.center)
+    zfill = _padded(str.zfill)
 
     def expandtabs(self, tabsize: SupportsIndex = 8) -> TaintedStr:
         current_budget().reserve(len(self) + self.count("\t") * abs(int(tabsize)))
-        return self._padded(str.expandtabs, tabsize)
-
-    def _padded(self, pad: Callable[..., str], width: SupportsIndex, *fill: str) -> TaintedStr:
-        require_width(width)
-        return TaintedStr.following(pad(self, width, *fill), self, *fill)
+        return _padded(str.expandtabs)(self, tabsize)
 
     # --- not for templates: the result is no text, or its size cannot be told before
 

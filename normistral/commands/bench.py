@@ -136,8 +136,7 @@ def choose_plan(options: BenchArgs, configurations: Sequence[Configuration]) -> 
 
 def result_lines(result: BenchResult) -> Iterator[str]:
     """Lines of the result for a terminal."""
-    from normistral.evaluation.bench.advice import summarise
-    from normistral.evaluation.bench.tables import configuration_table, machine_table, speed_tables
+    from normistral.evaluation.bench.tables import configuration_table, machine_table, speed_tables, summarise
 
     yield format_columns(machine_table(result).rows[1:])
     for table in speed_tables(result):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normistral.artifact import store
+from normistral.artifact.extra_files import Repeat, read_origin, write_origin
 from normistral.artifact.manifest import MANIFEST_NAME
-from normistral.artifact.origin import Repeat, read_origin, write_origin
 from normistral.artifact.presets import PRESETS
 from normistral.commands import console
 from normistral.commands.console import format_columns, print_json, print_lines

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from normistral.artifact import store
-from normistral.artifact.origin import parse_published
+from normistral.artifact.extra_files import parse_published
 from normistral.artifact.presets import Preset, find_preset
 from normistral.commands.console import confirm, is_terminal, say
 from normistral.commands.progress import show_progress

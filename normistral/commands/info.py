@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from normistral.artifact.advisory import find_advice
+from normistral.artifact.artifact import find_advice
 from normistral.artifact.card import find_reference, render_card
-from normistral.artifact.extra_files import CARD_NAME, is_sealed, read_card
+from normistral.artifact.extra_files import CARD_NAME, Origin, is_sealed, read_card, read_origin
 from normistral.artifact.manifest import (
     Manifest,
     ReasoningMarkers,
@@ -21,7 +21,6 @@ from normistral.artifact.manifest import (
     find_problems,
     read_manifest,
 )
-from normistral.artifact.origin import Origin, read_origin
 from normistral.commands import console
 from normistral.commands.console import format_columns, is_verbose
 from normistral.commands.find_artifact import find

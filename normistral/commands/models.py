@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from normistral.artifact import store
+from normistral.artifact.extra_files import find_copy, parse_published, read_origin
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
-from normistral.artifact.origin import find_copy, parse_published, read_origin
 from normistral.artifact.presets import PRESETS
 from normistral.artifact.store import StoredArtifact
 from normistral.commands import console

@@ -67,7 +67,7 @@ from normistral.export.resources import (
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
 from normistral.export.verify.artifact import VerificationOptions, choose_verification, record_verification
-from normistral.export.verify.positions import check_rotary_buffers
+from normistral.export.verify.weights import check_rotary_buffers
 from normistral.hardware import plan_threads, read_machine
 from normistral.progress import NoProgress, Progress
 from normistral.telemetry import silence_telemetry

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.artifact.card import CardOptions, card_licence, find_licence, render_card
-from normistral.artifact.extra_files import CARD_NAME, is_sealed, read_card
+from normistral.artifact.extra_files import CARD_NAME, is_sealed, parse_published, read_card
 from normistral.artifact.hub import (
     LOG_IN,
     ConnectionBrokenError,
@@ -37,7 +37,6 @@ from normistral.artifact.manifest import (
     parse_manifest,
     read_manifest,
 )
-from normistral.artifact.origin import parse_published
 from normistral.errors import (
     EXPORT_AGAIN,
     ArtifactError,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from normistral.artifact.tool_prompt import ToolFormat
+from normistral.artifact.chat_template import ToolFormat
 from normistral.errors import UsageError
 from normistral.runtime.chunks import ToolCall
 from normistral.runtime.structured.structure import Structure, close_objects

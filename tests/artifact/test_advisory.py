@@ -10,7 +10,7 @@ from tiny_models import edit_json, make_mistral
 from typer.testing import CliRunner
 
 import normistral
-from normistral.artifact.advisory import find_advice
+from normistral.artifact.artifact import find_advice
 from normistral.artifact.manifest import Source, read_manifest, write_manifest
 from normistral.cli import build_app
 from normistral.files import sha256_file

@@ -27,7 +27,7 @@ from normistral.artifact import hub as hub_module
 from normistral.artifact import store
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.download import download_published, find_or_download
-from normistral.artifact.extra_files import ORIGIN_NAME
+from normistral.artifact.extra_files import ORIGIN_NAME, parse_published, read_origin
 from normistral.artifact.manifest import (
     FileRecord,
     check_files,
@@ -36,7 +36,6 @@ from normistral.artifact.manifest import (
     serialise_manifest,
     write_manifest,
 )
-from normistral.artifact.origin import parse_published, read_origin
 from normistral.cli import main
 from normistral.commands.eval import EvalArgs, remember_repeat
 from normistral.errors import (

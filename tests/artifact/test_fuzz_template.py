@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from text_models import byte_level, chat
 from text_models import chat_template as make
 
-from normistral.artifact import render_budget, sandbox
+from normistral.artifact import sandbox, taint
 from normistral.artifact.taint import TEMPLATE
 from normistral.errors import NormistralError
 
@@ -157,7 +157,7 @@ templates = st.recursive(outputs, _statement, max_leaves=5)
 @pytest.fixture(autouse=True)
 def canaries(monkeypatch):
     """Where attributes that must not be reached would lead, and a shorter patience."""
-    monkeypatch.setattr(render_budget, "TIME_LIMIT_S", TIME_LIMIT_S)
+    monkeypatch.setattr(taint, "TIME_LIMIT_S", TIME_LIMIT_S)
     monkeypatch.setattr(sandbox, "CANARY", CANARY, raising=False)
     monkeypatch.setattr(sandbox.ChatEnvironment, "canary", CANARY, raising=False)
     monkeypatch.setitem(os.environ, "NORMISTRAL_CANARY", CANARY)

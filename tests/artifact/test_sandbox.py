@@ -117,7 +117,7 @@ BOMBS = [
 
 @pytest.mark.parametrize("template", BOMBS)
 def test_a_hostile_template_costs_neither_time_nor_memory(template, monkeypatch):
-    monkeypatch.setattr("normistral.artifact.render_budget.TIME_LIMIT_S", 0.3)
+    monkeypatch.setattr("normistral.artifact.taint.TIME_LIMIT_S", 0.3)
     tracemalloc.start()
     start = time.monotonic()
     try:
@@ -132,7 +132,7 @@ def test_a_hostile_template_costs_neither_time_nor_memory(template, monkeypatch)
 
 
 def test_limits_hold_in_any_thread_and_leave_none_behind(monkeypatch):
-    monkeypatch.setattr("normistral.artifact.render_budget.TIME_LIMIT_S", 0.2)
+    monkeypatch.setattr("normistral.artifact.taint.TIME_LIMIT_S", 0.2)
     template = make(byte_level(), BOMBS[-5])
     errors = []
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normistral.artifact.render_budget import RenderBudget, spending
-from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, TaintedStr, sources_of
+from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, RenderBudget, TaintedStr, sources_of, spending
 
 LETTERS = "aBc \n\t,å"
 OWNERS = st.fixed_dictionaries({letter: st.sampled_from([TEMPLATE, MESSAGE]) for letter in LETTERS})

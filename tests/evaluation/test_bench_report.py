@@ -12,17 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normistral.commands.bench import result_lines
-from normistral.evaluation.bench.advice import describe_bound, judge_bound, summarise
-from normistral.evaluation.bench.charts import Scale, Series, character_bars, choose_ticks, draw_plots, line_chart
-from normistral.evaluation.bench.report import render_markdown, render_page
+from normistral.evaluation.bench.report import (
+    Scale,
+    Series,
+    character_bars,
+    choose_ticks,
+    draw_plots,
+    line_chart,
+    render_markdown,
+    render_page,
+)
 from normistral.evaluation.bench.results import BenchResult, Spread
 from normistral.evaluation.bench.tables import (
     bytes_,
+    describe_bound,
     describe_method,
+    judge_bound,
     machine_table,
     seconds,
     significant,
     speed_tables,
+    summarise,
     with_range,
 )
 

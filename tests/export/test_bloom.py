@@ -13,8 +13,9 @@ from tiny_models import edit_json
 import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint.config import read_json, sanitise_config
+from normistral.export.checkpoint.families import sanitise_config
 from normistral.export.checkpoint.families.bloom import BLOOM
+from normistral.export.checkpoint.files import read_json
 from normistral.export.onnx.bloom import slopes
 from normistral.export.openvino import convert
 from normistral.runtime.engines.settings import EngineConfig

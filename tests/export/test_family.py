@@ -13,7 +13,7 @@ from family_cells import FORMATS, WEIGHTS, make_cell
 from tiny_family import ROWS, make_tiny, positions_of, shape_of, stops_of
 
 import normistral
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.files import read_json
 from normistral.export.recipe import FUSED_CONTEXT, UNSTATED_CONTEXT
 
 

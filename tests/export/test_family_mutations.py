@@ -25,8 +25,8 @@ from tiny_models import edit_json
 
 from normistral.errors import NormistralError
 from normistral.export import recipe
-from normistral.export.checkpoint.config import read_json
 from normistral.export.checkpoint.families import bloom as bloom_family
+from normistral.export.checkpoint.files import read_json
 from normistral.export.onnx import bloom as bloom_graph
 
 Edit = Callable[[Path, pytest.MonkeyPatch], None]

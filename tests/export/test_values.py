@@ -21,7 +21,7 @@ from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.export.quantize.weight_values import read_magnitudes, require_range
 from normistral.export.recipe import choose_recipe
-from normistral.export.verify.positions import check_rotary_buffers
+from normistral.export.verify.weights import check_rotary_buffers
 from normistral.progress import NoProgress
 
 EMBEDDING, QUERIES, NORM = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"

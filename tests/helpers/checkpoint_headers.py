@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from normistral.export.checkpoint.config import read_json, sanitise_config
-from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.families import find_family, sanitise_config
+from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.weights import find_weight_files, read_tensors, with_prefix
 
 

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from tiny_models import TEMPLATE
 
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.progress import NoProgress

@@ -7,9 +7,8 @@ import pydantic
 import pytest
 from scripted_models import make_model, make_tokenizer
 
-from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.chat_template import ChatTemplate, find_format
 from normistral.artifact.manifest import Template
-from normistral.artifact.tool_prompt import find_format
 from normistral.errors import TemplateError, UsageError
 from normistral.runtime.tools import Tool, ToolCallParser, read_tools, tool_structure
 

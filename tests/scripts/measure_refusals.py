@@ -19,8 +19,8 @@ from broken_torch import BROKEN_TORCH
 
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint.gguf_file import read_gguf
-from normistral.export.checkpoint.safetensors_file import read_safetensors
 from normistral.export.checkpoint.torch_file import read_torch_file
+from normistral.export.checkpoint.weights import read_safetensors
 
 SPARE_BYTES = 64 * 2**20  # several times the largest of these files; the smallest promise in them is larger
 

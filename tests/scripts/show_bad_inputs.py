@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from tiny_models import VOCABULARY, edit_json, make_mistral, write_tokenizer
 
 from normistral.artifact.manifest import SCHEMA_VERSION, parse_manifest, read_manifest, serialise_manifest
-from normistral.export.checkpoint.config import sanitise_config
-from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.families import find_family, sanitise_config
 
 Command = list[str]
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from normistral.artifact.chat_template import ChatTemplate
 from normistral.artifact.manifest import ReasoningMarkers, Template
+from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import CheckpointError, TemplateError, UsageError
-from normistral.export.checkpoint.config import read_json, write_json
-from normistral.export.checkpoint.file_kinds import recognise
+from normistral.export.checkpoint.files import read_optional_json, recognise, write_json
 from normistral.files import explain, read_input
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -110,8 +111,7 @@ def require_template(folder: Path) -> None:
     Raises:
         CheckpointError: as `find_template`.
     """
-    settings = folder / "tokenizer_config.json"
-    find_template(folder, read_json(settings) if settings.exists() else {})
+    find_template(folder, read_optional_json(folder / "tokenizer_config.json"))
 
 
 def is_go_template(text: str) -> bool:
@@ -119,22 +119,21 @@ def is_go_template(text: str) -> bool:
     return _GO.search(text) is not None
 
 
-def try_template(template: Template, folder: Path, reasoning: ReasoningMarkers | None, file: str | None) -> None:
+def try_template(
+    template: Template, tokenizer: Tokenizer, reasoning: ReasoningMarkers | None, file: str | None
+) -> ChatTemplate:
     """Compile a template and render one question with it, as the runtime will.
 
     Args:
-        folder: with the tokenizer.json.
+        tokenizer: of the tokenizer.json that will be shipped.
         file: the name of --chat-template's FILE, or None for the checkpoint's own.
 
     Raises:
         UsageError: the file's cannot.
         CheckpointError: the checkpoint's cannot.
     """
-    from normistral.artifact.chat_template import ChatTemplate
-    from normistral.artifact.tokenizer import Tokenizer
-
     try:
-        compiled = ChatTemplate(template, Tokenizer.from_folder(folder), reasoning)
+        compiled = ChatTemplate(template, tokenizer, reasoning)
         text = compiled.render([{"role": "user", "content": _PROBE}])
     except TemplateError as exc:
         if file is not None:
@@ -145,6 +144,7 @@ def try_template(template: Template, folder: Path, reasoning: ReasoningMarkers |
             f"--chat-template {file} does not write what a user says: it is no chat template",
             "give jinja that goes through `messages` and writes each one's role and content",
         )
+    return compiled
 
 
 def override_template(view: Path, given: TemplateFile) -> None:
@@ -153,7 +153,7 @@ def override_template(view: Path, given: TemplateFile) -> None:
     path.unlink(missing_ok=True)
     path.write_text(given.text, encoding="utf-8", newline="")
     settings = view / "tokenizer_config.json"
-    if settings.exists() and "chat_template" in (document := read_json(settings)):
+    if "chat_template" in (document := read_optional_json(settings)):
         del document["chat_template"]
         write_json(settings, document)
 

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError, ResourceError, UnsupportedArchitectureError
-from normistral.export.checkpoint.config import sanitise_config
-from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.families import find_family, sanitise_config
 from normistral.export.checkpoint.families.base import Shapes
 from normistral.export.checkpoint.fields import (
     DOWNLOAD_AGAIN,

@@ -20,7 +20,7 @@ from typing import Any
 
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
-from normistral.export.checkpoint.file_kinds import unreadable
+from normistral.export.checkpoint.files import unreadable
 from normistral.export.checkpoint.tensor import shown, some_names
 
 _ORIGINAL = "export the original checkpoint instead of the .gguf file"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint.config import write_json
 from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
+from normistral.export.checkpoint.files import write_json
 
 _ORIGINAL = "export the original checkpoint instead of the .gguf file"
 _CONTROL, _UNKNOWN, _USER_DEFINED = 3, 2, 4

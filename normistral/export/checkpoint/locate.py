@@ -16,10 +16,9 @@ from typing import Literal
 from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.artifact.presets import PRESETS, Preset, find_preset
 from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
-from normistral.export.checkpoint.config import read_json, sanitise_config
-from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.families import find_family, sanitise_config
 from normistral.export.checkpoint.fields import IgnoredFields
-from normistral.export.checkpoint.folder_kinds import recognise_folder, refuse_other_models
+from normistral.export.checkpoint.files import read_json, recognise_folder, refuse_other_models
 from normistral.export.checkpoint.hub import download
 from normistral.progress import Progress
 

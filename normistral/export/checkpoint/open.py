@@ -15,14 +15,13 @@ from typing import Any
 
 from normistral.artifact.manifest import Architecture, ReasoningMarkers, SamplingDefaults, Source, Template
 from normistral.artifact.presets import Preset, Role
+from normistral.artifact.tokenizer import TOKENIZER_NAME, Tokenizer
 from normistral.errors import CheckpointError, ResourceError
 from normistral.export.checkpoint.chat_templates import TemplateFile, override_template, require_template, try_template
-from normistral.export.checkpoint.complete_tokenizer import complete_tokenizer, load_tokenizer
-from normistral.export.checkpoint.config import read_json, sanitise_config, write_json
-from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.families import find_family, sanitise_config
 from normistral.export.checkpoint.families.base import Family
 from normistral.export.checkpoint.fields import IgnoredFields, check_fields, read_token_ids
-from normistral.export.checkpoint.folder_kinds import refuse_other_models
+from normistral.export.checkpoint.files import read_json, refuse_other_models, write_json
 from normistral.export.checkpoint.generation_config import GENERATION_FIELDS, read_sampling_defaults
 from normistral.export.checkpoint.gguf import convert_gguf
 from normistral.export.checkpoint.gguf_file import gguf_parts
@@ -30,7 +29,13 @@ from normistral.export.checkpoint.locate import Located
 from normistral.export.checkpoint.tensor import Dtype, Tensor
 from normistral.export.checkpoint.tokenizer_check import verify_template, verify_tokenizer
 from normistral.export.checkpoint.tokenizer_files import TOKENIZER_FILES, lay_out_tokenizer, link_or_copy
-from normistral.export.checkpoint.vocabulary import Vocabulary, read_vocabulary
+from normistral.export.checkpoint.vocabulary import (
+    Vocabulary,
+    complete_tokenizer,
+    load_backend,
+    load_tokenizer,
+    read_vocabulary,
+)
 from normistral.export.checkpoint.weights import (
     WeightFiles,
     check_tensors,
@@ -207,18 +212,19 @@ def _open_text(
         require_template(view)
         tokenizer = load_tokenizer(view)
         added = complete_tokenizer(view, tokenizer, notes)
-        vocabulary = read_vocabulary(view, tokenizer, config["bos_token_id"], config["vocab_size"])
+        ours = Tokenizer(load_backend(view / TOKENIZER_NAME))
+        vocabulary = read_vocabulary(view, ours, tokenizer, config["bos_token_id"], config["vocab_size"])
         stops = _stop_token_ids(config, generation, vocabulary)
         template = _choose_template(vocabulary, located.preset, given, notes)
         sampling = read_sampling_defaults(generation, notes.append)
         write_json(view / "generation_config.json", _generation_config(config, vocabulary.bos_id, stops, sampling))
         if sampling.max_new_tokens is None and located.preset is not None:
             sampling = replace(sampling, max_new_tokens=located.preset.max_new_tokens)
-        checks = {"tokenizer_tokens": float(verify_tokenizer(view, tokenizer)), "template_conversations": 0.0}
+        checks = {"tokenizer_tokens": float(verify_tokenizer(view, ours, tokenizer)), "template_conversations": 0.0}
         if template is not None:
-            file = None if given is None else given.name
-            try_template(template, view, vocabulary.reasoning, file)
-            checks["template_conversations"] = float(verify_template(template, view, vocabulary.reasoning, tokenizer))
+            compiled = try_template(template, ours, vocabulary.reasoning, None if given is None else given.name)
+            if template.origin != "built-in":  # which the checkpoint does not have
+                checks["template_conversations"] = float(verify_template(compiled, tokenizer))
     return CheckpointText(
         folder=view,
         family=family,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
-from normistral.export.checkpoint.file_kinds import ForeignFile
+from normistral.export.checkpoint.files import ForeignFile
 
 if TYPE_CHECKING:
     import torch

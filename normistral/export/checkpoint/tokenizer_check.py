@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from normistral.artifact.chat_template import ChatTemplate
-from normistral.artifact.manifest import ReasoningMarkers, Template
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ArtifactError, CheckpointError, TemplateError, first_line
 from normistral.export.checkpoint.fields import shorten
@@ -45,14 +44,14 @@ _ODD_TEXTS = (
 )
 
 
-def verify_tokenizer(folder: Path, reference: Any) -> int:
+def verify_tokenizer(folder: Path, tokenizer: Tokenizer, reference: Any) -> int:
     """Compare ids and decoded text for our texts, and for every added token of either side in several surroundings.
 
     Where transformers builds its tokenizer from other files than tokenizer.json, every piece of the vocabulary is
     compared too.
 
     Args:
-        folder: with the tokenizer.json that will be shipped.
+        folder: with the tokenizer.json that will be shipped; `tokenizer` is made of it.
         reference: the checkpoint's tokenizer in transformers.
 
     Returns:
@@ -61,10 +60,6 @@ def verify_tokenizer(folder: Path, reference: Any) -> int:
     Raises:
         CheckpointError: they differ; naming the file that makes transformers differ.
     """
-    try:
-        tokenizer = Tokenizer.from_folder(folder)
-    except ArtifactError as exc:
-        raise CheckpointError(exc.message, "download or copy the file again") from exc
     backend = reference.backend_tokenizer
     if tokenizer.vocabulary() != backend.get_vocab(with_added_tokens=True):
         raise _refusal(folder, reference, "has other tokens than transformers'")
@@ -167,22 +162,19 @@ _GIVE_ONE = "correct the checkpoint's chat template, or give one in jinja with -
 CONVERSATIONS: tuple[Conversation, ...] = (_TURNS[:1], _TURNS, [_SYSTEM, *_TURNS[:1]], [_SYSTEM, *_TURNS])
 
 
-def verify_template(template: Template, folder: Path, reasoning: ReasoningMarkers | None, reference: Any) -> int:
+def verify_template(ours: ChatTemplate, reference: Any) -> int:
     """Compare some conversations.
 
     Args:
-        folder: with the tokenizer.json that will be shipped.
+        ours: the checkpoint's template over the tokenizer.json that will be shipped.
         reference: the checkpoint's tokenizer in transformers.
 
     Returns:
-        how many conversations were compared; 0 for the built-in template, which the checkpoint does not have.
+        how many conversations were compared.
 
     Raises:
         CheckpointError: quoting where they part.
     """
-    if template.origin == "built-in":
-        return 0
-    ours = ChatTemplate(template, Tokenizer.from_folder(folder), reasoning)
     for messages in CONVERSATIONS:
         expected, refused = _render_in_transformers(reference, messages)
         try:

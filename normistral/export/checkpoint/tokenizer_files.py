@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint.config import read_json, write_json
-from normistral.export.checkpoint.file_kinds import unreadable
+from normistral.export.checkpoint.files import read_json, read_optional_json, unreadable, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,15 +59,14 @@ def lay_out_tokenizer(folder: Path, view: Path, config: dict[str, Any], model_ty
             f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model",
             "copy the tokenizer's files beside config.json",
         )
-    given = read_json(view / _SETTINGS) if (view / _SETTINGS).exists() else {}
+    given = read_optional_json(view / _SETTINGS)
     if given.get("auto_map") is not None:
         notes.append("the tokenizer comes with code of its own (auto_map), which is never run")
     settings = {key: value for key, value in given.items() if key not in _DROPPED and not key.endswith("_file")}
     tokenizer = read_json(view / "tokenizer.json") if (view / "tokenizer.json").exists() else None
     _check_files_of_versions(given)
     for name in ("special_tokens_map.json", "added_tokens.json"):
-        if (view / name).exists():
-            _require_short_tokens(read_json(view / name), name)
+        _require_short_tokens(read_optional_json(view / name), name)
     _require_short_tokens({key: value for key, value in settings.items() if "_token" in key}, _SETTINGS)
     _require_short_tokens({"added_tokens": (tokenizer or {}).get("added_tokens")}, "tokenizer.json")
     if is_saved_by_5(config, settings):
@@ -86,7 +84,7 @@ def lay_out_tokenizer(folder: Path, view: Path, config: dict[str, Any], model_ty
 
 def _require_one_description(settings: dict[str, Any], special_map: Path) -> None:
     """Refuse a token with flags (lstrip and so on) that is also listed without: versions 4 and 5 keep another one."""
-    documents = [settings, read_json(special_map) if special_map.exists() else {}]
+    documents = [settings, read_optional_json(special_map)]
     listed = [token for document in documents for token in document.get("additional_special_tokens") or ()]
     for document in documents:
         for name, token in document.items():
@@ -101,7 +99,7 @@ def _require_one_description(settings: dict[str, Any], special_map: Path) -> Non
 
 def _rename_extra_tokens(path: Path) -> None:
     """special_tokens_map.json with version 5's extra_special_tokens under the name that 4.57 knows."""
-    document = read_json(path) if path.exists() else {}
+    document = read_optional_json(path)
     extra = document.pop("extra_special_tokens", None)
     if isinstance(extra, list):
         known = document.get("additional_special_tokens") or []

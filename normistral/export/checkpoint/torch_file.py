@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
-from normistral.export.checkpoint.file_kinds import unreadable
+from normistral.export.checkpoint.files import unreadable
 from normistral.export.checkpoint.tensor import Tensor, make_tensor, shown
 
 _MAX_TABLE_BYTES = 2**20  # some 10,000 entries; NorMistral-7B would have 300

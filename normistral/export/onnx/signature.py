@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from normistral.artifact.manifest import Architecture, Manifest
 from normistral.artifact.presets import WeightFormat
 from normistral.errors import ExportError
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.files import read_json
 from normistral.export.staging import require_free_disk
 from normistral.export.tools import with_plain_partials
 

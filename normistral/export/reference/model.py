@@ -1,7 +1,7 @@
 """The checkpoint in transformers, in float32: the reference for everything that is made from it.
 
 Its configuration is made from config.json as it was given, and shares no code with the reader of the export
-(checkpoint/config.py, families/): a field that one of them drops or misreads shows as a difference. transformers' own
+(checkpoint/families/): a field that one of them drops or misreads shows as a difference. transformers' own
 classes fill in what is missing; only the spellings of transformers 5 are translated to those of transformers 4, which
 ignores unknown names. Fields that name code or choose the form of an output are left out; unknown fields have been
 refused by checkpoint/fields.py.

@@ -8,8 +8,8 @@ from typing import Any
 
 from normistral.artifact.manifest import Manifest
 from normistral.errors import ExportError
-from normistral.export.checkpoint.config import read_json
 from normistral.export.checkpoint.fields import shorten
+from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tokenizer_check import first_difference
 from normistral.export.verify import CAUSE

@@ -13,7 +13,7 @@ from normistral.artifact.manifest import read_manifest
 from normistral.cli import main
 from normistral.errors import CheckpointError, NormistralError, UsageError
 from normistral.export.checkpoint.chat_templates import is_go_template, read_template_file
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.progress import NoProgress

@@ -20,8 +20,8 @@ from tiny_models import END_THINK, TEMPLATE, THINK, THINKING_TEMPLATE, edit_json
 from normistral.artifact.manifest import ReasoningMarkers, SamplingDefaults
 from normistral.artifact.presets import Preset, find_preset
 from normistral.errors import CheckpointError, NormistralError, UnsupportedArchitectureError
-from normistral.export.checkpoint.config import read_json, sanitise_config
-from normistral.export.checkpoint.families import find_family
+from normistral.export.checkpoint.families import find_family, sanitise_config
+from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.locate import Located
 from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.checkpoint.weights import find_weight_files, read_tensors
@@ -378,8 +378,8 @@ def test_reading_config_and_tensor_names_imports_no_torch(tmp_path: Path, safete
     model = make_mistral(tmp_path / "model", safetensors=safetensors, shards=2)
     code = (
         "import sys\n"
-        "from normistral.export.checkpoint.config import read_json, sanitise_config\n"
-        "from normistral.export.checkpoint.families import find_family\n"
+        "from normistral.export.checkpoint.files import read_json\n"
+        "from normistral.export.checkpoint.families import find_family, sanitise_config\n"
         "from normistral.export.checkpoint.locate import locate; from normistral.progress import NoProgress\n"
         "from normistral.export.checkpoint.weights import find_weight_files, read_tensors\n"
         f"folder = locate({str(model)!r}, progress=NoProgress()).path\n"

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 import normistral
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import CheckpointError, ExportError, UsageError
-from normistral.export.checkpoint.config import read_json, sanitise_config
 from normistral.export.checkpoint.config_fields import known_fields
-from normistral.export.checkpoint.families import FAMILIES
+from normistral.export.checkpoint.families import FAMILIES, sanitise_config
 from normistral.export.checkpoint.fields import check_fields
+from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.generation_config import GENERATION_FIELDS
 from normistral.export.checkpoint.gguf import GGUF_FIELDS, known_keys
 from normistral.export.checkpoint.locate import locate

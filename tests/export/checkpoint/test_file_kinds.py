@@ -11,10 +11,10 @@ from broken_gguf import GOOD_GGUF
 from tiny_models import make_mistral
 
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint.file_kinds import recognise, unreadable
+from normistral.export.checkpoint.files import recognise, unreadable
 from normistral.export.checkpoint.gguf_file import read_gguf
-from normistral.export.checkpoint.safetensors_file import read_safetensors
 from normistral.export.checkpoint.torch_file import read_torch_file
+from normistral.export.checkpoint.weights import read_safetensors
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"

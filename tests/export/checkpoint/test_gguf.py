@@ -16,8 +16,8 @@ from tiny_gguf import TYPES, byte_level_vocabulary, open_gguf, write_gguf
 from tiny_models import TEMPLATE, make_llama
 
 from normistral.errors import CheckpointError, NormistralError, ResourceError, UnsupportedArchitectureError
-from normistral.export.checkpoint.config import read_json
 from normistral.export.checkpoint.fields import IgnoredFields
+from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.gguf import convert_gguf
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import hash_sources, open_checkpoint

@@ -45,9 +45,8 @@ from normistral.errors import CheckpointError
 from normistral.export.checkpoint.gguf_file import read_gguf
 from normistral.export.checkpoint.locate import Located
 from normistral.export.checkpoint.open import open_checkpoint
-from normistral.export.checkpoint.safetensors_file import read_safetensors
 from normistral.export.checkpoint.torch_file import read_torch_file
-from normistral.export.checkpoint.weights import find_weight_files, read_tensors
+from normistral.export.checkpoint.weights import find_weight_files, read_safetensors, read_tensors
 from normistral.progress import NoProgress
 
 # What the interpreter itself takes while reading a file of a few hundred bytes: compiled patterns, the traceback, a

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import CheckpointError
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.locate import Located
 from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.export.texts import load_texts

@@ -18,7 +18,7 @@ from normistral.artifact.chat_template import ChatTemplate
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import CheckpointError
 from normistral.export.checkpoint import open as checkpoints
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.locate import Located
 from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.export.checkpoint.tokenizer_check import surround

@@ -18,7 +18,7 @@ from tiny_models import edit_json, make_mistral, write_json
 import normistral
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import EngineError, ExportError, UsageError
-from normistral.export.checkpoint.config import read_json
+from normistral.export.checkpoint.files import read_json
 from normistral.export.reference import model as reference
 from normistral.export.verify import artifact as verification
 from normistral.export.verify.layered_onnx import cut_at_attention, run_layered

@@ -29,7 +29,7 @@ class Family:
         embedding: name of the token embedding.
         context_field: field of config.json that gives the context.
         fields: everything that may stand in config.json.
-        read_fields: checks config.json's fields beyond those that all families have (config.py).
+        read_fields: checks config.json's fields beyond those that all families have (`sanitise_config`).
         describe: the shape, from sanitised fields and the number of parameters.
         outer_tensors: shapes of what is there once, without the output layer.
         layer_tensors: shapes of what every layer has.
