@@ -25,7 +25,7 @@ import normistral
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.extra_files import CARD_NAME, read_card
 from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
-from normistral.artifact.presets import PRESETS
+from normistral.artifact.presets import find_source_preset
 from normistral.bundle import archive, check, install
 from normistral.bundle.archive import ArchiveEntry, archive_bytes, with_sums, write_archive
 from normistral.bundle.wheels import (
@@ -283,7 +283,7 @@ def _library(wheel: Wheel) -> dict[str, Any]:
 def _model(name: str, manifest: Manifest, files: dict[str, FileRecord]) -> dict[str, Any]:
     """The artifact. Its own hash is that of its manifest, which holds the hashes of all other files."""
     source, recipe = manifest.source, manifest.recipe
-    preset = next((p for p in PRESETS if source.id in (p.repository, p.package)), None)
+    preset = find_source_preset(source.kind, source.id)
     licences = [{"license": {"id": preset.licence}}] if preset is not None and preset.licence is not None else []
     ancestor = {"type": "machine-learning-model", "name": source.id, "licenses": licences}
     if source.revision is not None:

