@@ -92,24 +92,25 @@ def test_threads_are_those_of_the_settings():
 
 
 @pytest.mark.parametrize(
-    ("tied", "recipe", "unread"),
+    ("format", "tied", "recipe", "unread"),
     [
-        (True, RecipeRecord("int4", backup="int8_asym"), 0),
-        (False, RecipeRecord("int4", backup="int8_asym"), 320 * 64),
-        (False, RecipeRecord("int4", backup="fp"), 320 * 64 * 2),
-        (False, RecipeRecord("fp16"), 320 * 64 * 2),
-        (False, RecipeRecord("fp32"), 320 * 64 * 4),
+        ("openvino", True, RecipeRecord("int4", backup="int8_asym"), 0),
+        ("openvino", False, RecipeRecord("int4", backup="int8_asym"), 320 * 64),
+        ("openvino", False, RecipeRecord("int4", backup="fp"), 320 * 64 * 2),
+        ("onnx", False, RecipeRecord("int4", backup="fp"), 320 * 64 * 4),
+        ("openvino", False, RecipeRecord("fp16"), 320 * 64 * 2),
+        ("onnx", False, RecipeRecord("fp32"), 320 * 64 * 4),
     ],
 )
-def test_a_token_reads_all_weights_but_an_untied_embedding(tied, recipe, unread):
+def test_a_token_reads_all_weights_but_an_untied_embedding(format, tied, recipe, unread):
     architecture = make_manifest().architecture
     changed = dataclasses.replace(architecture, tied_embeddings=tied)
-    files = {
-        "openvino_model.bin": FileRecord(1_000_000, "a" * 64),
-        "openvino_model.xml": FileRecord(1_000, "a" * 64),
-        "openvino_tokenizer.bin": FileRecord(7_000, "a" * 64),
-    }
-    manifest = make_manifest(architecture=changed, recipe=recipe, files=files)
+    data, graph = {"openvino": ("openvino_model.bin", "openvino_model.xml"), "onnx": ("model.onnx.data", "model.onnx")}[
+        format
+    ]
+    files = {data: FileRecord(1_000_000, "a" * 64), graph: FileRecord(1_000, "a" * 64)}
+    files["openvino_tokenizer.bin"] = FileRecord(7_000, "a" * 64)
+    manifest = make_manifest(format=format, architecture=changed, recipe=recipe, files=files)
     assert Configuration("a", Path("a"), manifest).weight_bytes_per_token == 1_001_000 - unread
 
 

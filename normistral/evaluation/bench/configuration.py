@@ -51,9 +51,12 @@ class Configuration:
 
         Of such an embedding a token reads one row.
         """
-        prefix, shape = _WEIGHT_FILES[self.manifest.format], self.manifest.architecture
+        format, recipe, shape = self.manifest.format, self.manifest.recipe, self.manifest.architecture
+        prefix = _WEIGHT_FILES[format]
         stored = sum(record.size for name, record in self.manifest.files.items() if name.startswith(prefix))
-        element = 2 if self.manifest.recipe.backup == "fp" else _EMBEDDING_BYTES[self.manifest.recipe.weights]
+        element = _EMBEDDING_BYTES[recipe.weights]
+        if recipe.backup == "fp":  # in OpenVINO as in the checkpoint
+            element = 4 if format == "onnx" else 2
         unread = 0 if shape.tied_embeddings else shape.vocabulary * shape.hidden_size * element
         return max(0, stored - unread)
 
