@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from normistral.artifact.artifact import find_advice
 from normistral.artifact.card import find_reference, render_card
 from normistral.artifact.extra_files import CARD_NAME, Origin, is_sealed, read_card, read_origin
 from normistral.artifact.manifest import (
@@ -78,6 +77,8 @@ def info_document(folder: Path, manifest: Manifest, problems: list[str] | None) 
     """The manifest for programs, with its folder, and with what `--check` found if it was asked for."""
     import msgspec
 
+    from normistral.artifact.artifact import find_advice
+
     document: dict[str, Any] = {"path": str(folder), "total_bytes": manifest.total_bytes}
     advice = find_advice(folder, manifest)
     if advice is not None:
@@ -93,6 +94,8 @@ def info_document(folder: Path, manifest: Manifest, problems: list[str] | None) 
 
 def info_lines(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Lines of the manifest."""
+    from normistral.artifact.artifact import find_advice
+
     shape, source = manifest.architecture, manifest.source
     heads = f"{shape.heads} heads, {shape.kv_heads} of keys and values, {shape.head_dim} wide"
     heads += ", ALiBi" if shape.positions == "alibi" else ""
