@@ -168,7 +168,7 @@ def open_answerer(job: BatchJob, engine: WorkerEngine, workers: int = 1) -> Sequ
     settings = BatchSettings(engine.batching, plan_cache_bytes(manifest, context, workers), context)
     served = ModelHandler.open(job.artifact, settings)
     created = create_backend(job.artifact, settings, EngineConfig(engine.device, engine.exact, engine.settings))
-    return ContinuousAnswerer(job, created.batch, served, created.slots)
+    return ContinuousAnswerer(job, created.batch, served, created.told.slots)
 
 
 class SequentialAnswerer:

@@ -263,10 +263,15 @@ def joined_text(content: str | list[Any] | None) -> str:
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
-class FunctionDefinition(Strict):
-    """A function that the model may call."""
+class NamedFunction(Strict):
+    """The name of a function."""
 
     name: ToolName
+
+
+class FunctionDefinition(NamedFunction):
+    """A function that the model may call."""
+
     description: str | None = None
     parameters: dict[str, Any] | None = Field(
         None, description="JSON schema of the arguments, an object; none: no arguments."
@@ -279,12 +284,6 @@ class ToolDefinition(Strict):
 
     type: Literal["function"]
     function: FunctionDefinition
-
-
-class NamedFunction(Strict):
-    """The name of a function."""
-
-    name: ToolName
 
 
 class NamedTool(Strict):

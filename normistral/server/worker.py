@@ -20,7 +20,6 @@ from typing import BinaryIO
 
 from normistral.errors import NormistralError
 from normistral.runtime.chunks import Chunk
-from normistral.runtime.engines.base import describe_arithmetic
 from normistral.server.backends.base import BatchBackend, Job, JobUpdate
 from normistral.server.backends.create import create_backend
 from normistral.server.ipc import (
@@ -29,7 +28,6 @@ from normistral.server.ipc import (
     FromWorker,
     HeartbeatSender,
     Load,
-    Loaded,
     Step,
     ToWorker,
     encode_message,
@@ -78,20 +76,7 @@ def serve(requests: BinaryIO, stream: BinaryIO) -> None:
     except NormistralError as error:
         send(Failure.of(error))
         return
-    capabilities = created.capabilities
-    send(
-        Loaded(
-            created.slots,
-            capabilities.name,
-            capabilities.device,
-            capabilities.settings,
-            created.batching,
-            created.cache_tokens,
-            created.cache_bytes,
-            describe_arithmetic(capabilities),
-            [prefix.describe() for prefix in created.prefixes],
-        ),
-    )
+    send(created.told)
     while True:
         _poll(created.batch, inbox, send, heartbeat)
         for progress in created.batch.step():

@@ -36,7 +36,7 @@ def model(artifact):
 @pytest.fixture
 def batch(artifact):
     created = create_backend(artifact, SETTINGS, EngineConfig(exact=True))
-    assert created.batching == "together"
+    assert created.told.batching == "together"
     yield created.batch
     created.batch.close()
 
@@ -158,5 +158,5 @@ def test_windows_of_attention_are_the_librarys_too(tmp_path):
 def test_attention_with_a_bias_takes_turns(tmp_path):
     export(make_bloom(tmp_path / "checkpoint", seq_length=CONTEXT), tmp_path / "out")
     created = create_backend(tmp_path / "out", SETTINGS, EngineConfig(exact=True))
-    assert created.batching == "in turns"
+    assert created.told.batching == "in turns"
     created.batch.close()

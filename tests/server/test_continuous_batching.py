@@ -73,7 +73,7 @@ def export_thinking_llama(factory):
 
 def open_exact(artifact, batch=SETTINGS, **options):
     created = create_backend(artifact, batch, EngineConfig(exact=True, **options))
-    assert created.batching == "together"
+    assert created.told.batching == "together"
     return created.batch
 
 
@@ -369,7 +369,7 @@ def test_the_cache_takes_what_was_planned(artifact, precision):
     config = EngineConfig(settings={"KV_CACHE_PRECISION": precision})
     created = create_backend(artifact, SETTINGS, config)
     assert sum(array.nbytes for array in created.batch._backend._pool._bytes.values()) == created.batch.plan.bytes
-    assert (created.cache_bytes, created.slots) == (created.batch.plan.bytes, 8)
+    assert (created.told.cache_bytes, created.told.slots) == (created.batch.plan.bytes, 8)
     assert created.capabilities.settings["KV_CACHE_PRECISION"] == precision
     created.batch.close()
 
@@ -377,7 +377,7 @@ def test_the_cache_takes_what_was_planned(artifact, precision):
 @pytest.mark.parametrize("setting", [{"KV_CACHE_PRECISION": "u4"}, {"attention": "stateful"}])
 def test_engines_without_blocks_take_turns(artifact, setting):
     created = create_backend(artifact, SETTINGS, EngineConfig(settings=setting))
-    assert created.batching == "in turns"
+    assert created.told.batching == "in turns"
     created.batch.close()
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from normistral.artifact.artifact import Artifact
 from normistral.errors import ArtifactError
 from normistral.runtime import loading
-from normistral.runtime.engines.base import Backend, EngineInfo
+from normistral.runtime.engines.base import Backend, EngineInfo, describe_arithmetic
 from normistral.runtime.engines.batching import BatchingBackend
 from normistral.runtime.engines.onnx_batch import OnnxBatch
 from normistral.runtime.engines.onnxruntime import OnnxBackend
@@ -26,24 +26,16 @@ from normistral.server.backends.base import (
 from normistral.server.backends.continuous import ContinuousScheduler, plan_cache
 from normistral.server.backends.prefixes import LoadedPrefix, NamedPrefix, load_prefixes
 from normistral.server.backends.scheduler import RoundRobinScheduler
+from normistral.server.ipc import Loaded
 
 
 class LoadedBackend(NamedTuple):
-    """A batch, and what there is to say of it.
-
-    Attributes:
-        slots: jobs that it should be given at once.
-        batching: how they share the model, in a word.
-        cache_tokens, cache_bytes: what the KV caches of all jobs hold at most, and take for it.
-    """
+    """A batch; what its engine can, what the server is told of it, and the prefixes in its KV cache."""
 
     batch: BatchBackend
     capabilities: EngineInfo
-    slots: int
-    batching: str
-    cache_tokens: int
-    cache_bytes: int
-    prefixes: Sequence[LoadedPrefix] = ()
+    told: Loaded
+    prefixes: Sequence[LoadedPrefix]
 
 
 def create_backend(
@@ -71,14 +63,19 @@ def create_backend(
     model = loading.load(folder, config.device, exact=config.exact, settings=config.settings)
     batching = _find_batching(model.backend, prefixes)
     loaded = load_prefixes(model, prefixes)
+    batch: ContinuousScheduler | RoundRobinScheduler
     if settings.batching == "auto" and batching is not None:
         plan = plan_cache(batching.token_bytes, settings)
-        together = ContinuousScheduler(model, batching, plan, loaded)
-        return LoadedBackend(together, model.capabilities, plan.jobs, CONTINUOUS, plan.tokens, plan.bytes, loaded)
-    fair = RoundRobinScheduler(model, settings, loaded)
-    slots = settings.slots or ROUND_ROBIN_SLOTS
-    cache_bytes = fair.room * cache_token_bytes(manifest)
-    return LoadedBackend(fair, model.capabilities, slots, ROUND_ROBIN, fair.room, cache_bytes, loaded)
+        batch = ContinuousScheduler(model, batching, plan, loaded)
+        slots, how, tokens, cache_bytes = plan.jobs, CONTINUOUS, plan.tokens, plan.bytes
+    else:
+        batch = RoundRobinScheduler(model, settings, loaded)
+        slots, how, tokens = settings.slots or ROUND_ROBIN_SLOTS, ROUND_ROBIN, batch.room
+        cache_bytes = tokens * cache_token_bytes(manifest)
+    info, described = model.capabilities, [prefix.describe() for prefix in loaded]
+    arithmetic = describe_arithmetic(info)
+    told = Loaded(slots, info.name, info.device, info.settings, how, tokens, cache_bytes, arithmetic, described)
+    return LoadedBackend(batch, info, told, loaded)
 
 
 def _find_batching(backend: Backend, prefixes: Sequence[NamedPrefix]) -> BatchingBackend | None:
