@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from normistral.commands import console
-from normistral.commands.console import format_columns, print_json, print_lines
+from normistral.commands.console import format_columns
 from normistral.commands.find_artifact import find
 from normistral.commands.options import Debug, EngineArgs, JsonFile, OptionGroup
 from normistral.commands.progress import show_progress
-from normistral.commands.result_files import require_result_place, write_result
+from normistral.commands.result_files import require_result_place, show_result, write_result
 from normistral.errors import ContextLengthError, EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -88,13 +87,7 @@ def bench(
     failed = [one for one in result.configurations if one.problem is not None]
     if not result.measured:
         raise EngineError(f"nothing could be measured: {failed[0].problem}", _FAILED_HINT)
-    document = msgspec.to_builtins(result)
-    if options.json_file == "-":
-        print_json(document)
-    else:
-        print_lines(result_lines(result))
-    if options.json_file not in (None, "-"):
-        write_result(Path(options.json_file or ""), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+    show_result(msgspec.to_builtins(result), result_lines(result), options.json_file)
     if options.report is not None:
         write_result(options.report, render_report(result, options.report.suffix))
     if failed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -18,12 +17,12 @@ from normistral.artifact.extra_files import Repeat, read_origin, write_origin
 from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.artifact.presets import PRESETS
 from normistral.commands import console
-from normistral.commands.console import format_columns, print_json, print_lines
+from normistral.commands.console import format_columns
 from normistral.commands.find_artifact import find
 from normistral.commands.info import describe_weights
 from normistral.commands.options import ArtifactName, Debug, EngineArgs, JsonFile, OptionGroup
 from normistral.commands.progress import show_progress
-from normistral.commands.result_files import require_result_place, write_result
+from normistral.commands.result_files import require_result_place, show_result
 from normistral.errors import UsageError
 from normistral.progress import Progress
 
@@ -107,12 +106,7 @@ def evaluate(
         result = quality.evaluate(opened, text, plan, progress, opening, _cache_folder())
     remember_repeat(opened, options, result)
     document = _document(opened.folder, options, engine, result)
-    if options.json_file == "-":
-        print_json(document)
-        return
-    print_lines(_lines(opened.folder, options, result))
-    if options.json_file is not None:
-        write_result(Path(options.json_file), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+    show_result(document, _lines(opened.folder, options, result), options.json_file)
 
 
 def remember_repeat(artifact: Artifact, options: EvalArgs, result: Evaluation) -> None:

@@ -19,10 +19,6 @@ _GAP = 2
 _LEAST_TEXT = 20  # cells beside the names; with fewer the text goes below them
 
 
-def _is_framed() -> bool:
-    return is_terminal(sys.stdout) and terminal_columns(sys.stdout) >= _LEAST_FRAMED
-
-
 def _fit(formatter: Any) -> None:
     """Give a plain formatter the terminal's real width: click's own has at least 50 columns."""
     if is_terminal(sys.stdout):
@@ -109,7 +105,7 @@ class _GroupedHelp:
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """As a frame, or plain."""
-        if _is_framed():
+        if is_terminal(sys.stdout) and terminal_columns(sys.stdout) >= _LEAST_FRAMED:
             command: Any = self
             command.rich_markup_mode = "rich"
             _escape_markup(command)

@@ -7,10 +7,14 @@ A result may go to a descriptor of this process by its name (/dev/stdout, and /d
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from normistral.commands.console import print_json, print_lines
 from normistral.errors import NormistralError
 from normistral.files import RefusedFileError, atomic_write, checked, descriptor_number, explain, is_own, require_place
 
@@ -26,6 +30,20 @@ def require_result_place(path: Path, option: str) -> None:
     """
     if descriptor_number(path) is None and not _is_stream(path):
         require_place(path, option)
+
+
+def show_result(document: dict[str, Any], lines: Iterable[str], json_file: str | None) -> None:
+    """Print a result as lines, and write it as JSON if a file is named: - is stdout, without the lines.
+
+    Raises:
+        NormistralError: as `write_result`.
+    """
+    if json_file == "-":
+        print_json(document)
+        return
+    print_lines(lines)
+    if json_file is not None:
+        write_result(Path(json_file), json.dumps(document, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_result(path: Path, text: str) -> None:

@@ -309,16 +309,16 @@ async def _lines(
         finished = answer.calls if last else answer.calls[:-1]  # the latest may still go on
         calls, sent = [] if gather else finished[sent:], sent if gather else len(finished)
         if not gather and (part.text or part.chunk.reasoning or calls):
-            yield _frame(asked, piece(part.text, part.chunk.reasoning, calls), None)
+            yield _frame(asked.model, piece(part.text, part.chunk.reasoning, calls), None)
         if last:
             whole = piece(answer.text, answer.reasoning, answer.calls) if gather else piece("", "", [])
             reason = "length" if part.finish_reason == "length" else "stop"
-            yield _frame(asked, whole, reason) | _figures(part.chunk.timings) | left_out
+            yield _frame(asked.model, whole, reason) | _figures(part.chunk.timings) | left_out
 
 
-def _frame(asked: Conversation, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
+def _frame(model: ServedModel, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
     done = {"done": False} if reason is None else {"done": True, "done_reason": reason}
-    return {"model": asked.model.handler.name, "created_at": _now(), **content, **done}
+    return {"model": model.handler.name, "created_at": _time_in(0.0), **content, **done}
 
 
 def _chat_piece(text: str, reasoning: str, calls: list[Any]) -> dict[str, Any]:
@@ -407,8 +407,7 @@ async def _load(request: Request, model: ServedModel, keep_s: float | None, cont
     service: Service = request.app.state.service
     if keep_s != 0:
         await unless_gone(service.residency.load(model), request.receive)
-    reason = "unload" if keep_s == 0 else "load"
-    frame = {"model": model.handler.name, "created_at": _now(), **content, "done": True, "done_reason": reason}
+    frame = _frame(model, content, "unload" if keep_s == 0 else "load")
     return Response(encode(frame), media_type="application/json")
 
 
@@ -457,10 +456,6 @@ def _details(handler: ModelHandler) -> dict[str, Any]:
         "parameter_size": "",
         "quantization_level": manifest.recipe.weights,
     }
-
-
-def _now() -> str:
-    return _time_in(0.0)
 
 
 def _time_in(seconds: float | None) -> str:
