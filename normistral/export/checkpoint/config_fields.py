@@ -70,7 +70,7 @@ _COMMON: Fields = {
     "bos_token_id": used("first token of a text"),
     "eos_token_id": used("one of the tokens that end an answer"),
     "pad_token_id": used("written into generation_config.json"),
-    "quantization_config": used("refused: the weights have to be floats"),
+    "quantization_config": harmless_at(reason="the weights have to be floats"),
     **_CODE,
     "initializer_range": harmless("of weights before training; read and written again"),
     "use_cache": harmless("keys and values are always cached"),

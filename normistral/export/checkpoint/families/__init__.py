@@ -68,13 +68,6 @@ def sanitise_config(config: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: a field is missing, unknown, of the wrong type, out of range, or contradicts another.
     """
     family = find_family(config)
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"the checkpoint is already quantised ({shorten(method)})",
-            "export the original checkpoint with its floating-point weights",
-        )
     check_fields(config, known_fields(family.fields, config), "config.json")
     vocabulary = read_integer(config, "vocab_size", 1, _MAX_VOCABULARY)
     clean: dict[str, Any] = {"architectures": [family.causal_class], "model_type": family.model_type}
