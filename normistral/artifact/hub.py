@@ -390,14 +390,24 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _trust() -> ssl.SSLContext:
-    """Certificates of the system; those of certifi where it is installed; and REQUESTS_CA_BUNDLE's alone where set."""
+    """Certificates of the system and of certifi where it is installed, or those of REQUESTS_CA_BUNDLE alone."""
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    context = ssl.create_default_context(cafile=bundle)
-    if not bundle:
-        with suppress(ImportError):
-            import certifi
+    if bundle:
+        try:
+            is_folder = Path(bundle).is_dir()
+            return ssl.create_default_context(
+                cafile=None if is_folder else bundle, capath=bundle if is_folder else None
+            )
+        except OSError as exc:
+            raise UsageError(
+                f"REQUESTS_CA_BUNDLE is {bundle}, which cannot be read: {exc.strerror or exc}",
+                "name a file of certificates in PEM, or unset it",
+            ) from exc
+    context = ssl.create_default_context()
+    with suppress(ImportError):
+        import certifi
 
-            context.load_verify_locations(certifi.where())
+        context.load_verify_locations(certifi.where())
     return context
 
 

@@ -358,6 +358,15 @@ def test_refusals(hub: LoopbackHub, status: tuple[int, str], kind: type[Normistr
     assert text in refusal(kind).message
 
 
+def test_certificates_that_are_named_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no.pem").write_text("no certificate")
+    for named in ("none.pem", "no.pem"):
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / named))
+        assert f"{named}, which cannot be read" in refusal(UsageError).message
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path))
+    assert refusal(DownloadError)
+
+
 def test_a_server_that_fails_for_a_moment(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = hub_module.Repository._request
 
