@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from normistral.artifact.conversation_encoder import ConversationEncoder
 from normistral.artifact.manifest import ReasoningMarkers, Template
-from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, RenderBudget, TaintedStr, spending
+from normistral.artifact.taint import MESSAGE, TEMPLATE, UNKNOWN, RenderBudget, TaintedStr, spending, strings_in
 from normistral.artifact.tokenizer import AddedToken, Tokenizer
 from normistral.errors import NormistralError, TemplateError
 
@@ -211,19 +211,6 @@ def _track(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_track(inner) for inner in value]
     return value
-
-
-def strings_in(value: Any) -> Iterator[str]:
-    """Every string of a value that JSON can hold, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from strings_in(key)
-            yield from strings_in(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from strings_in(inner)
 
 
 def _typed_strings(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -41,6 +41,7 @@ from normistral.artifact.taint import (
     reserve_formatting,
     sources_of,
     spending,
+    strings_in,
     weigh,
 )
 from normistral.errors import TemplateError
@@ -327,21 +328,8 @@ def _to_json(
     if isinstance(x, str):
         return TaintedStr.following(text, x)
     # Of a container only its strings decide: what is not the template's is as if a message wrote all of it.
-    sources = {source for string in _strings_of(x) for source in sources_of(string).replace(UNKNOWN, MESSAGE)}
+    sources = {source for string in strings_in(x) for source in sources_of(string).replace(UNKNOWN, MESSAGE)}
     return TaintedStr(text, (sources.pop() if len(sources) == 1 else UNKNOWN) * len(text))
-
-
-def _strings_of(value: Any) -> Iterator[str]:
-    """Keys and values of what is written as JSON; keys of messages carry no source of their own."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, Mapping):
-            waiting += [*value.keys(), *value.values()]
-        elif isinstance(value, list | tuple):
-            waiting += value
 
 
 def _raise_exception(message: Any) -> NoReturn:

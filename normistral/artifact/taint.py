@@ -112,6 +112,19 @@ MAX_WIDTH = 10_000  # of a padded field or an indent
 _WIDE_FORMAT = re.compile(r"\d{5}|%[^%a-zA-Z]*\*|\{[^{}]*\{")
 
 
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string of a value that JSON can hold, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from strings_in(key)
+            yield from strings_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from strings_in(inner)
+
+
 def sources_of(text: str) -> str:
     """One of TEMPLATE, MESSAGE, UNKNOWN for each character."""
     return text.sources if isinstance(text, TaintedStr) else UNKNOWN * len(text)

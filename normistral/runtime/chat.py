@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from normistral.artifact.chat_template import ChatTemplate, strings_in
+from normistral.artifact.chat_template import ChatTemplate
+from normistral.artifact.taint import strings_in
 from normistral.artifact.tokenizer import require_unicode
 from normistral.errors import UsageError
 from normistral.progress import OnBytes, ignore_bytes

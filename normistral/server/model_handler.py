@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from normistral.artifact.artifact import Artifact
-from normistral.artifact.chat_template import ChatTemplate, strings_in
+from normistral.artifact.chat_template import ChatTemplate
 from normistral.artifact.manifest import Manifest
+from normistral.artifact.taint import strings_in
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
 from normistral.runtime.detokenizer import spell_vocabulary

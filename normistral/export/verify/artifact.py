@@ -91,10 +91,7 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
         check_tokenizer(folder, checkpoint)
         check_template(manifest, checkpoint)
         matrices = ArtifactMatrices(folder, manifest, checkpoint)
-        quality = {
-            **checkpoint.checks,
-            "matrices": float(matrices.check()),
-        }
+        quality = {**checkpoint.checks, "matrices": float(matrices.check())}
     read = "the same tokenizer, template and matrices"
     small = fits_for_running(manifest.architecture)  # asked once: what is free changes meanwhile
     if estimate_run_bytes(manifest, small=small) > available_memory_bytes():
@@ -111,13 +108,12 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
         f"spread), step by step as at once; {quality['probe_kl_nats']:.2g} nats from the checkpoint and the same first "
         f"choice at {quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
     )
-    if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl(reference):
-        note += _WARNING
+    uniform_kl = compare_logits(reference.logits, np.zeros_like(reference.logits))[0]
+    warning = _WARNING if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl else ""
     return VerificationResult(
         f"quality check passed: {read} as the original, and the same first choice for "
-        f"{quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
-        + (_WARNING if note.endswith(_WARNING) else ""),
-        note,
+        f"{quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text{warning}",
+        note + warning,
         quality,
         has_run=True,
     )
@@ -165,7 +161,7 @@ def run_artifact(folder: Path, manifest: Manifest, token_ids: list[int], *, smal
             at_once, in_parts = run_engine(load_exact(folder, manifest), token_ids, parts)
     except EngineError as exc:
         raise ExportError(f"the written model cannot be run: {exc.message}", exc.hint) from exc
-    require_same_in_parts(at_once, in_parts, tolerance_of(manifest))
+    require_same_in_parts(at_once, in_parts, _STEP_TOLERANCE[_arithmetic(manifest)])
     return at_once
 
 
@@ -202,11 +198,6 @@ def compare_runs(
     }
 
 
-def uniform_kl(reference: ReferenceLogits) -> float:
-    """KL divergence of the uniform distribution from the reference, in nats."""
-    return compare_logits(reference.logits, np.zeros_like(reference.logits))[0]
-
-
 def check_structure(folder: Path, manifest: Manifest) -> None:
     """Inputs, outputs and KV cache, without running anything.
 
@@ -233,11 +224,6 @@ def load_exact(folder: Path, manifest: Manifest) -> Backend:
     from normistral.runtime.engines.openvino import load_openvino
 
     return load_openvino(Artifact(folder, manifest), EngineConfig(exact=True))
-
-
-def tolerance_of(manifest: Manifest) -> float:
-    """Allowed difference of step by step and at once."""
-    return _STEP_TOLERANCE[_arithmetic(manifest)]
 
 
 def _arithmetic(manifest: Manifest) -> str:
