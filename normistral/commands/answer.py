@@ -16,7 +16,6 @@ from normistral.commands.console import (
     AnswerWriter,
     decode_argument,
     print_json,
-    read_piped_prompt,
     say,
     warn,
 )
@@ -27,7 +26,7 @@ from normistral.runtime.chunks import Chunk, Completion, FinishReason, Timings
 from normistral.runtime.options import DraftMode, GenerationConfig, require_applicable
 from normistral.runtime.overflow import LeftOut
 from normistral.runtime.structured.structure import MOST_BYTES, Structure
-from normistral.text_input import read_text_file
+from normistral.text_input import decode_text, read_text_file
 
 WHY_IT_ENDED: dict[FinishReason, str] = {
     "stop": "the model stopped",
@@ -88,13 +87,15 @@ def read_structure(args: StructureArgs) -> Structure | None:
 
 
 def read_pipe() -> str | None:
-    """The text of the pipe; None where stdin is a terminal.
+    """The text piped into stdin, without the line end of `echo`; None if stdin is a terminal or closed.
 
     Raises:
         UsageError: it is empty, or not UTF-8.
     """
-    text = read_piped_prompt()
-    return None if text is None else require_text(text)
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return None
+    text = decode_text(sys.stdin.buffer.read(), "the input")
+    return require_text(text.removesuffix("\n").removesuffix("\r"))
 
 
 def require_text(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from normistral.commands.translate import translate
 from normistral.commands.wrapping import WordWrapper, cell_width, terminal_columns, wrap_text
 from normistral.errors import NormistralError, UsageError
-from normistral.text_input import BOM, decode_text
+from normistral.text_input import BOM
 
 DIM, RED, YELLOW, CYAN = "2", "1;31", "33", "36"  # SGR parameters (ECMA-48, 8.3.117)
 
@@ -170,11 +170,6 @@ def print_diagnostic(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def show_error(error: NormistralError) -> None:
-    """Print an error of the package."""
-    print_error(error.message, error.hint)
-
-
 class AnswerWriter:
     """Writes an answer to stdout piece by piece: to a terminal harmless and in whole words, elsewhere byte for byte.
 
@@ -239,18 +234,6 @@ def _last_word(words: WordWrapper | None) -> str:
     rest = words.finish()
     words.feed("\n")
     return rest
-
-
-def read_piped_prompt() -> str | None:
-    """The text piped into stdin, without the line end of `echo`; None if stdin is a terminal or closed.
-
-    Raises:
-        UsageError: it is not UTF-8.
-    """
-    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
-        return None
-    text = decode_text(sys.stdin.buffer.read(), "the input")
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def decode_argument(text: str) -> str:

@@ -16,9 +16,9 @@ from normistral.commands.console import (
     AnswerWriter,
     format_columns,
     is_verbose,
+    print_error,
     print_lines,
     say,
-    show_error,
     warn,
 )
 from normistral.commands.line_editor import TEXT_BLOCK, LineEditor
@@ -99,7 +99,7 @@ class Repl:
             try:
                 self.handle(text)
             except NormistralError as error:
-                show_error(error)
+                print_error(error.message, error.hint)
 
     def handle(self, text: str) -> None:
         """Run a command, or answer a message; an empty one is ignored."""
@@ -278,7 +278,7 @@ class Repl:
                 save_session(self._chat, self._session)
             except NormistralError as error:
                 self._cannot_save = True
-                show_error(error)
+                print_error(error.message, error.hint)
                 say("(the session is not saved; /save FILE keeps what was said; leave again to give it up)")
                 return
         self._leaving = True

@@ -130,9 +130,9 @@ to_worker = msgspec.msgpack.Decoder(ToWorker)
 from_worker = msgspec.msgpack.Decoder(FromWorker)
 
 
-def encode_message(frame: ToWorker | FromWorker) -> bytes:
+def encode_message(message: ToWorker | FromWorker) -> bytes:
     """Encode a message with its length."""
-    payload = _encoder.encode(frame)
+    payload = _encoder.encode(message)
     return _LENGTH.pack(len(payload)) + payload
 
 

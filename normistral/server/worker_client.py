@@ -170,19 +170,19 @@ class WorkerClient:
             os.kill(process.pid, signal.SIGKILL)
 
     def _take(self, payload: bytes, monitor: HeartbeatMonitor) -> None:
-        match frame := from_worker.decode(payload):
+        match message := from_worker.decode(payload):
             case Heartbeat():
-                monitor.hear(frame)
+                monitor.hear(message)
             case Loaded():
-                self.loaded, self._trouble = frame, None
+                self.loaded, self._trouble = message, None
                 self._on_change()
             case Failure():
-                self._trouble = error = frame.as_error()
+                self._trouble = error = message.as_error()
                 if self.last_end is None:
                     self.failure = error
                 logger.error("%s could not be loaded: %s", self.name, error.message)
             case Step():
-                self._deliver(frame.job_id, frame.chunk if frame.failure is None else frame.failure.as_error())
+                self._deliver(message.job_id, message.chunk if message.failure is None else message.failure.as_error())
 
     def _deliver(self, job_id: str, output: JobOutput | None) -> None:
         deliver = self._jobs.get(job_id)
@@ -199,10 +199,10 @@ class WorkerClient:
         for deliver in jobs:
             deliver(unavailable("the model's process ended while it wrote this answer", "ask again", retry_after_s=2))
 
-    def _send(self, frame: ToWorker) -> None:
+    def _send(self, message: ToWorker) -> None:
         if self._process is not None and self._process.stdin is not None:
             with suppress(ConnectionError, RuntimeError):  # its death is noticed where it is read
-                self._process.stdin.write(encode_message(frame))
+                self._process.stdin.write(encode_message(message))
 
 
 def _describe(code: int) -> str:
