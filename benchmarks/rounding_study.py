@@ -144,13 +144,13 @@ def onnx_model(folder: Path, parameters: int) -> tuple[Predict, dict[str, float]
     return predict, {"bytes": size, "bits_per_weight": 8 * size / parameters}
 
 
-def load_windows(folder: Path, texts: Texts) -> dict[str, torch.Tensor]:
-    """Token ids [windows, tokens] of each text's beginning, as the checkpoint's tokenizer gives them."""
+def load_windows(folder: Path, texts: Texts, count: int = WINDOWS) -> dict[str, torch.Tensor]:
+    """Token ids [count, tokens] of each text's beginning, as the checkpoint's tokenizer gives them."""
     tokenizer = load_tokenizer(folder)
     windows = {}
     for language, file in texts:
-        ids = tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"][: WINDOWS * WINDOW_TOKENS]
-        windows[language] = torch.tensor(ids).view(WINDOWS, WINDOW_TOKENS)
+        ids = tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"][: count * WINDOW_TOKENS]
+        windows[language] = torch.tensor(ids).view(count, WINDOW_TOKENS)
     return windows
 
 
