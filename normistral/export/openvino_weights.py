@@ -6,6 +6,7 @@ Where a matrix takes 8 bits its constants take another type; OpenVINO reads grou
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,9 @@ def replace_weights(graph: openvino.Model, quantized: QuantizedTensorStore) -> N
         ExportError: the graph holds a matrix in another way than `quantized` does, or not at all.
     """
     expected = {(name, part) for name, scheme in quantized.schemes.items() for part in _parts(scheme)}
-    for node in graph.get_ops():
+    nodes = deque(graph.get_ops())
+    while nodes:  # each goes as it comes: kept, they would keep the constants that were replaced, the weights twice
+        node = nodes.popleft()
         match = _MATRIX.fullmatch(node.get_friendly_name())
         if match is None or f"{match[1]}.weight" not in quantized.schemes:
             continue

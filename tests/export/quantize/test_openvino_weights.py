@@ -1,0 +1,62 @@
+"""Quantized matrices in the place of NNCF's constants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from normistral.export.openvino_weights import replace_weights
+from normistral.export.quantize.scheme import QuantizedTensor, QuantScheme
+
+ROWS, COLUMNS, GROUP, MATRICES = 1024, 16384, 128, 32
+MATRIX_BYTES = ROWS * COLUMNS // 2
+
+
+def anonymous_bytes():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))
+
+
+def compressed_graph():
+    """Int4 products in a chain, as NNCF names them."""
+    x = ops.parameter([1, COLUMNS], ov.Type.f32)
+    groups, sums = COLUMNS // GROUP, []
+    for number in range(MATRICES):
+        name = f"self.model.layers.{number}.mlp.up_proj.weight"
+        zeros = np.zeros(MATRIX_BYTES, np.uint8)
+        shape = ov.Shape([ROWS, groups, GROUP])
+        codes = ov.op.Constant(ov.Tensor(zeros, shape, ov.Type.i4), shared_memory=False)
+        scales = ops.constant(np.ones((ROWS, groups, 1), np.float16))
+        codes.set_friendly_name(name)
+        scales.set_friendly_name(f"{name}/scale")
+        weights = ops.multiply(ops.convert(codes, "f16"), scales)
+        weights = ops.reshape(weights, ops.constant(np.array([ROWS, COLUMNS])), False)
+        sums.append(ops.matmul(x, ops.convert(weights, "f32"), False, True))
+    return ov.Model(sums, [x])
+
+
+class Store:
+    """Matrices that are made as they are read; notes the anonymous memory at each."""
+
+    def __init__(self):
+        scheme = QuantScheme(4, GROUP, symmetric=True, float16_scales=True)
+        self.schemes = {f"model.layers.{number}.mlp.up_proj.weight": scheme for number in range(MATRICES)}
+        self.memory: list[int] = []
+
+    def read(self, name):
+        self.memory.append(anonymous_bytes())
+        rows = np.full((ROWS, COLUMNS // 2), 0x99, np.uint8)
+        return QuantizedTensor(rows, np.full((ROWS, COLUMNS // GROUP), 0.5, np.float32), None)
+
+
+def test_constants_that_were_replaced_are_let_go():
+    graph, store = compressed_graph(), Store()
+    replace_weights(graph, store)
+    grown = max(store.memory) - store.memory[0]
+    assert grown < 12 * MATRIX_BYTES  # some that the allocator keeps; all of them are 32
+    codes = [node for node in graph.get_ops() if node.get_friendly_name().endswith("proj.weight")]
+    assert len(codes) == MATRICES
+    assert all((np.asarray(node.data).view(np.uint8) == 0x11).all() for node in codes)  # 9 is 8 + 1
