@@ -75,7 +75,7 @@ def doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     plans = {f"OpenVINO, {weights}": settings for weights, settings in report["settings"].items()}
     plans["onnxruntime"] = report["onnx_settings"]
     rows = [(name, ", ".join(f"{key}={value}" for key, value in settings.items())) for name, settings in plans.items()]
-    yield format_columns([*rows, (translate("int4 on OpenVINO"), translate(report["int4_kernel"]))], indent=2)
+    yield format_columns([*rows, (translate("int4 and int8 on OpenVINO"), translate(report["int4_kernel"]))], indent=2)
     yield from _tuned_table(report["tuned"])
     if report["artifact"]:
         yield from _artifact_lines(report["artifact"])

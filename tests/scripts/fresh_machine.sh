@@ -61,6 +61,6 @@ python3 -m pip config list 2>/dev/null | tr "'= " '\n\n\n' | sed -n '/^\//p' | s
 git -c safe.directory='*' clone --quiet "$source" "$root/root/normistral"
 chroot "$root" sh -c 'python3 --version; command -v c++ || echo "no compiler"'
 within 'make chat PROMPT="What is the capital of Norway?" >/tmp/answer && cat /tmp/answer && grep -q Oslo /tmp/answer'
-within '.venv/bin/normistral doctor | grep "int4 on OpenVINO"'
+within '.venv/bin/normistral doctor | grep "int4 and int8 on OpenVINO"'
 within 'make chat PROMPT="What is the capital of Norway?"'
 if [ -n "${TESTS:-}" ]; then within 'make test'; fi

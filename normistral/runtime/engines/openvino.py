@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "openvino_model.xml"
 _VIRTUAL_DEVICES = ("AUTO", "HETERO")  # OpenVINO's own ways to combine devices
+_KERNEL_WEIGHTS = ("int4", "int8")  # kinds of artifacts with products that the kernel can take
 
 
 def load_openvino(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> Backend:
@@ -140,7 +141,7 @@ def choose_settings(core: ov.Core, manifest: Manifest, config: EngineConfig) -> 
     known = known_settings(core, device)
     if can_page(device):
         known[ATTENTION] = ATTENTION_SETTING
-    if device == "CPU" and manifest.recipe.weights == "int4":
+    if device == "CPU" and manifest.recipe.weights in _KERNEL_WEIGHTS:
         known[INT4_KERNEL] = KERNEL
         known[INT4_WEIGHTS] = INT4_WEIGHTS_SETTING
     settings = override({**plan, **(config.tuned or {})}, overrides, known, engine="OpenVINO", exact=config.exact)
@@ -156,7 +157,7 @@ def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: 
     if device == "CPU":
         if can_page(device):
             settings[ATTENTION] = PAGED
-        if manifest.recipe.weights == "int4" and not exact:
+        if manifest.recipe.weights in _KERNEL_WEIGHTS and not exact:
             settings[INT4_KERNEL] = ENGINES_KERNEL if find_library(machine) is None else OUR_KERNEL
         return settings
     # The plan is for CPUs; elsewhere only what every plugin understands.

@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 import pytest
 from openvino import opset13 as ops
+from tiny_models import make_mistral
 
 import normistral
 from normistral.artifact.artifact import Artifact
@@ -213,6 +214,23 @@ def test_its_loss_is_that_of_activations_rounded_to_8_bits(demo_int4, int4_libra
     assert 0 < losses["normistral"] < 0.01
     if read_machine().instruction_sets & INT8_DOT_PRODUCT:
         assert losses["normistral"] < 1.25 * losses["openvino"]
+
+
+def test_int8_artifacts_use_it_and_lose_nothing_that_could_be_told(int4_library, tmp_path):
+    checkpoint = make_mistral(tmp_path / "checkpoint", layers=2, head_dim=16, vocab=320)
+    folder = tmp_path / "int8"
+    normistral.export_model(str(checkpoint), folder, weights="int8")
+    ids = np.random.default_rng(1).integers(0, 300, 64).tolist()
+    with normistral.load(folder, exact=True) as exact:
+        assert "int4_kernel" not in exact.capabilities.settings
+        reference = predict(exact, ids)
+    with normistral.load(folder) as ours, normistral.load(folder, settings={"int4_kernel": "openvino"}) as theirs:
+        assert ours.capabilities.settings["int4_kernel"] == "normistral"
+        losses = [settings_kl(reference, model, ids) for model in (ours, theirs)]  # both have a KV cache of 8 bits
+    assert losses[0] < 1.25 * losses[1]
+    file = folder / "openvino_model.xml"
+    packed = pack_products(ov.Core().read_model(file), file, open_library(find_library(read_machine())))
+    assert len(packed.numbers) == 2 * 7 + 1  # every matrix of both layers, and the output layer
 
 
 def test_an_engine_outlives_the_backend_it_came_from(demo_int4, int4_library):
