@@ -27,17 +27,22 @@ def modules_after(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+def processor_seconds(*arguments: str) -> float:
+    """Of this interpreter with these arguments."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], capture_output=True, check=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"]])
 def test_the_help_comes_at_once_and_imports_nothing_heavy(arguments: list[str]) -> None:
-    """Within 0.3 s of processor time, whatever else the machine does."""
-    command = [sys.executable, "-m", "normistral", *arguments]
-    seconds = []
+    """Within 0.3 s of processor time, whatever else the machine does; more only where Python itself is slow."""
+    seconds, of_typer = [], []
     for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, capture_output=True, check=True, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.3, seconds
+        seconds.append(processor_seconds("-m", "normistral", *arguments))
+        of_typer.append(processor_seconds("-c", "import typer, rich.console"))
+    assert min(seconds) < max(0.3, 4 * min(of_typer)), (seconds, of_typer)
     imported = modules_after(f"from normistral.cli import main; main({arguments!r})")
     assert "normistral" in imported
     assert not imported & HEAVY
