@@ -23,7 +23,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 from normistral.errors import DownloadError, ModelNotFoundError, UsageError
 from normistral.files import read_file
@@ -97,6 +97,16 @@ def may_carry_token(address: str) -> bool:
     """Whether nobody on the way can read what is sent there: HTTPS, or this very machine."""
     parts = urllib.parse.urlsplit(address)
     return parts.scheme == "https" or parts.hostname in ("127.0.0.1", "::1", "localhost")
+
+
+def is_commit(text: object) -> TypeGuard[str]:
+    """Whether it is a commit's full id."""
+    return isinstance(text, str) and _COMMIT.fullmatch(text) is not None
+
+
+def is_digest(text: object) -> TypeGuard[str]:
+    """Whether it is a SHA-256 or a git blob id, in lower-case hex."""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
 def find_token() -> str | None:
@@ -176,7 +186,7 @@ class Repository:
             answer = json.loads(raw)
             commit, siblings = answer["sha"], answer["siblings"]
             files = {one["rfilename"]: _remote_file(one) for one in siblings}
-            good = isinstance(commit, str) and _COMMIT.fullmatch(commit) and len(files) == len(siblings)
+            good = is_commit(commit) and len(files) == len(siblings)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
             raise self.protocol_error("gives no list of files that can be read") from exc
         if not good:
@@ -423,9 +433,7 @@ def _remote_file(entry: dict[str, Any]) -> RemoteFile | None:
     size = entry.get("size")
     if type(size) is not int or not 0 <= size <= _MAX_BYTES:
         return None
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        return None
-    return RemoteFile(size, digest)
+    return RemoteFile(size, digest) if is_digest(digest) else None
 
 
 def _reason(exc: Exception) -> str:

@@ -35,6 +35,8 @@ from normistral.artifact.hub import (
     Repository,
     git_blob_id,
     hub_cache,
+    is_commit,
+    is_digest,
     is_offline,
 )
 from normistral.artifact.hub import endpoint as hub_endpoint
@@ -45,19 +47,7 @@ from normistral.progress import OnBytes, Progress, Stage
 
 FETCH_AGAIN = "run the same command again to fetch it anew; if it stays wrong, a proxy in between changes files"
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-
-
-def is_commit(text: object) -> bool:
-    """Whether it is a commit's full id."""
-    return isinstance(text, str) and _COMMIT.fullmatch(text) is not None
-
-
-def is_hash(text: object) -> bool:
-    """Whether it can name a blob: a SHA-256 or a git blob id in lower-case hex."""
-    return isinstance(text, str) and _HASH.fullmatch(text) is not None
 
 
 def is_plain_name(text: object) -> bool:
@@ -84,7 +74,7 @@ class RepositoryCache:
 
     def blob(self, etag: str) -> Path:
         """File of the bytes with this hash; it need not exist."""
-        assert is_hash(etag)
+        assert is_digest(etag)
         return self._storage / "blobs" / etag
 
     def partial(self, etag: str) -> Path:
@@ -147,7 +137,7 @@ class RepositoryCache:
             DownloadError: it is not one of the blobs.
         """
         blob = _real(place)
-        if blob.parent != _real(self._storage / "blobs") or not is_hash(blob.name):
+        if blob.parent != _real(self._storage / "blobs") or not is_digest(blob.name):
             raise DownloadError(f"{place.name} of the cached copy is none of its blobs", f"remove {place.parent}")
         return blob.name
 
@@ -161,7 +151,7 @@ class RepositoryCache:
             DownloadError: size or bytes are wrong, or it cannot be read; what is wrong is deleted, so that the next run
                 fetches it again.
         """
-        assert is_hash(etag)
+        assert is_digest(etag)
         try:
             actual = place.stat().st_size
             if not _real(place).is_relative_to(_real(self._storage)):
