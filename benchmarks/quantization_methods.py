@@ -1,7 +1,7 @@
 """Loss of int4 methods at the same bytes: changes to `best`, each alone, in exact arithmetic.
 
     python benchmarks/quantization_methods.py MODEL --text en=FILE --text nb=FILE --cache FOLDER --out OUT.jsonl \\
-        [--method NAME ...] [--seed N ...] [--group-size N ...] [--wait-while FILE]
+        [--method NAME ...] [--seed N ...] [--group-size N ...]
     python benchmarks/quantization_methods.py --report OUT.jsonl
 
 One run is one method, one seed and one group size. It quantizes the matrices inside the layers with the package's own
@@ -591,7 +591,6 @@ def main() -> None:
     parser.add_argument("--seed", action="append", type=int)
     parser.add_argument("--group-size", action="append", type=int)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--wait-while", type=Path, help="start no run while this file exists")
     parser.add_argument("--report", type=Path, help="print a table of a finished file instead")
     arguments = parser.parse_args()
     if arguments.report:
@@ -611,8 +610,6 @@ def main() -> None:
                 for name in arguments.method or METHODS:
                     if (name, seed, group_size) in finished(arguments.out):
                         continue
-                    while arguments.wait_while is not None and arguments.wait_while.exists():
-                        time.sleep(5)
                     line = measure(checkpoint, name, seed, group_size, texts, reference, arguments.cache)
                     with arguments.out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
