@@ -168,7 +168,7 @@ def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: 
 def pack_for_our_kernel(
     model: ov.Model, model_file: Path, *, required: bool, mapped: bool = False
 ) -> PackedWeights | None:
-    """The int4 weights of a model for our kernel; None where it cannot be used, with a warning that gives the reason.
+    """The weights of a model for our kernel; None where it cannot be used, with a warning that gives the reason.
 
     Args:
         model: as read from the file.

@@ -14,7 +14,7 @@ from typing import Literal
 from normistral.errors import UsageError
 
 PREFILL_CHUNK = "prefill_chunk"  # a setting of ours, for both engines: tokens of a prompt that are fed at once
-INT4_KERNEL = "int4_kernel"  # another, for OpenVINO on CPUs: whose products of int4 weights serve
+INT4_KERNEL = "int4_kernel"  # another, for OpenVINO on CPUs: whose products of 4-bit and 8-bit weights serve
 OUR_KERNEL, ENGINES_KERNEL = "normistral", "openvino"
 INT4_WEIGHTS = "int4_weights"  # and where the weights of our kernel lie
 MEMORY, MAPPED = "memory", "mapped"

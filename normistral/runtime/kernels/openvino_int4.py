@@ -2,8 +2,8 @@
 
 The IR on disk stays as it is. A product is `x @ (codes - zeros) * scales`, transposed, as NNCF writes it: a constant of
 i4 or u4 [rows, groups, group], converted, zero points subtracted, scales multiplied, reshaped and converted; or one of
-i8 or u8 [rows, columns] with a scale for each row, as the output layer has it. Products of other weights, of groups of
-16 or over 128, or of widths that the kernel's tiles do not divide, are left to OpenVINO.
+i8 or u8 [rows, columns] with a scale for each row, as the output layer and int8 artifacts have it. Products of other
+weights, of groups of 16 or over 128, or of widths that the kernel's tiles do not divide, are left to OpenVINO.
 """
 
 from __future__ import annotations
