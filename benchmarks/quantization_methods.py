@@ -7,7 +7,7 @@
 One run is one method, one seed and one group size. It quantizes the matrices inside the layers with the package's own
 functions, layer by layer and for the inputs that the quantized layers before give; the dequantized matrices run in
 transformers in float32 (embedding and output layer stay as they are). KL divergence from the checkpoint's own float32
-logits, in nats, on the first 1,024 tokens of each text in windows of 512. Every run appends one line to OUT.jsonl, and
+logits, in nats, on the first 2,048 tokens of each text in windows of 512. Every run appends one line to OUT.jsonl, and
 runs that stand there are left out: the same command goes on where it ended, and several may run side by side.
 
 Seed 0 takes the package's calibration tokens; every other seed rotates each text by a random number of tokens first, so
@@ -51,7 +51,7 @@ from normistral.progress import NoProgress
 
 Rows = NDArray[np.float32]
 TokenWeights = Mapping[str, torch.Tensor]  # of each matrix: [windows, tokens], mean 1
-TEXT_WINDOWS = 2
+TEXT_WINDOWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,9 @@ class Method:
             (arXiv 2504.02692): each column's W_q (X' - X)_q is taken over by the columns that are still to come.
             "qep": Arai and Ichikawa 2025 (arXiv 2504.09629): the least-squares fit of W X' by all columns of X.
         alpha: share of the correction.
+        corrected_windows: share of the calibration's windows that the correction is taken from; only these pass
+            through the checkpoint's own layers.
+        uncorrected: modules without a correction.
         weights: of the tokens in the Hessian. "answer": mean square of the gradient at the matrix's outputs of a drawn
             answer's log-probability (Kim et al. 2025, "GuidedQuant", with one group). "layer": the same of a random
             direction of the layer's output, relative to its size. "states": one over the mean square
@@ -92,6 +95,8 @@ class Method:
     inputs: Literal["quantized", "original"] = "quantized"
     correction: Literal["gptaq", "qep"] | None = None
     alpha: float = 0.0
+    corrected_windows: float = 1.0
+    uncorrected: tuple[str, ...] = ()
     weights: Literal["answer", "layer", "states", "skip1"] | None = None
     exponent: float = 1.0
     heads: bool = False
@@ -111,6 +116,12 @@ METHODS: dict[str, Method] = {
     "gptaq-0.25": replace(BEST, correction="gptaq", alpha=0.25),
     "gptaq-0.5": replace(BEST, correction="gptaq", alpha=0.5),
     "gptaq-1": replace(BEST, correction="gptaq", alpha=1.0),
+    "gptaq-0.25-but-down": replace(BEST, correction="gptaq", alpha=0.25, uncorrected=("down_proj",)),
+    "gptaq-0.5-but-down": replace(BEST, correction="gptaq", alpha=0.5, uncorrected=("down_proj",)),
+    "gptaq-0.25-half": replace(BEST, correction="gptaq", alpha=0.25, corrected_windows=0.5),
+    "gptaq-0.25-half-but-down": replace(
+        BEST, correction="gptaq", alpha=0.25, corrected_windows=0.5, uncorrected=("down_proj",)
+    ),
     "qep-0.25": replace(BEST, correction="qep", alpha=0.25),
     "qep-0.5": replace(BEST, correction="qep", alpha=0.5),
     "awq": replace(BEST, awq=True),
@@ -143,7 +154,8 @@ class Inputs:
 
     Attributes:
         squares: mean square of every column [columns].
-        error: the checkpoint's own inputs less these, weighted alike; None without a correction.
+        error: the checkpoint's own inputs less these, weighted alike [tokens or the first of them, columns]; None
+            without a correction.
     """
 
     values: torch.Tensor
@@ -177,7 +189,8 @@ def quantize_model(
     """Every matrix inside the layers, quantized and dequantized, by its name in the checkpoint."""
     model = LayeredModel(checkpoint, NoProgress())
     states = model.embed_together(windows)
-    own = model.embed_together(windows) if method.correction or method.inputs == "original" else None
+    own_windows = windows[: max(1, round(len(windows) * method.corrected_windows))]
+    own = model.embed_together(own_windows) if method.correction or method.inputs == "original" else None
     done: dict[str, torch.Tensor] = {}
     head_dim = checkpoint.architecture.head_dim
     for index in range(model.layers):
@@ -291,14 +304,15 @@ class LayerRounder:
             return self._seen[1]
         values = flat(tensor)
         error = None
-        if self.own is not None and self.method.correction:
-            error = flat(self.own[name]) - values
+        if self.own is not None and self.method.correction and not name.endswith(self.method.uncorrected):
+            own = flat(self.own[name])
+            error = own - values[: len(own)]
         if self.own is not None and self.method.inputs == "original":
             values = flat(self.own[name])
         if weights is not None:
             roots = weights.reshape(-1, 1).sqrt()
             values = values * roots
-            error = None if error is None else error * roots
+            error = None if error is None else error * roots[: len(error)]
         self._seen = tensor, make_inputs(values, error, self.method)
         return self._seen[1]
 
@@ -337,7 +351,7 @@ def scaled(inputs: Inputs, scales: torch.Tensor) -> Inputs:
 def round_matrix(rows: torch.Tensor, inputs: Inputs, scheme: QuantScheme) -> Rows:
     """A matrix [out, in], quantized by the method and dequantized."""
     method = inputs.method
-    if method.correction is not None:
+    if inputs.error is not None:
         rows = corrected(rows, inputs)
     wanted = rows.numpy()
     importance = inputs.squares
@@ -374,7 +388,8 @@ def corrected(rows: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     method, order = inputs.method, inputs.factor.order
     assert inputs.error is not None
     lower = inputs.triangle() * inputs.variances().clamp(min=0).sqrt()
-    moments = inputs.error[:, order].T @ inputs.values[:, order] / len(inputs.values)
+    count = len(inputs.error)
+    moments = inputs.error[:, order].T @ inputs.values[:count, order] / count
     taken = torch.linalg.solve_triangular(lower, moments.T, upper=False).T
     if method.correction == "gptaq":
         taken = taken.tril(-1)

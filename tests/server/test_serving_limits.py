@@ -51,7 +51,7 @@ def test_bodies_that_are_none(url, body, headers, status, words) -> None:
     answer = http.post(
         f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"} | headers
     )
-    assert time.perf_counter() - start < 1.0
+    assert time.perf_counter() - start < 5  # 0.01 on a quiet machine
     assert answer.status_code == status
     assert words in error_of(answer)["message"]
 

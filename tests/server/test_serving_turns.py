@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from processor_speed import within
 from served_models import make_served, open_served, serving
 from serving_clients import ask, error_of, gauge, http, wait_until
 
@@ -135,7 +136,7 @@ def test_a_text_that_is_far_too_long_costs_next_to_nothing(tmp_path) -> None:
         ):
             with pytest.raises(ContextLengthError):
                 encode(text * (900_000 // len(text.encode())))
-        assert time.process_time() - began < 0.1
+        assert within(time.process_time() - began, 0.1)
 
 
 def test_others_run_while_a_long_text_is_made_into_tokens(tmp_path) -> None:

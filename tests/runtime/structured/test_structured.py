@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processor_speed import within
 from scripted_models import END_OF_TURN, TAG_TEXTS, TAG_TOKENS, make_model
 from text_models import BACKENDS, wrap
 from tiny_models import THINKING_VOCABULARY, VOCABULARY
@@ -462,7 +463,7 @@ def test_what_would_take_long_is_refused_quickly(name):
     before, start = memory_kib("VmRSS"), time.process_time()
     with pytest.raises(UsageError):
         compile_structure(HOSTILE[name](), vocabulary)
-    assert time.process_time() - start < 0.3
+    assert within(time.process_time() - start, 0.3)
     assert memory_kib("VmHWM") - before < 50 * 1024
 
 
@@ -477,7 +478,7 @@ def test_catastrophic_expressions_are_followed_in_linear_time():
     for _ in range(200):
         constraint.commit(VOCABULARIES["byte-level"].tokenizer.token_id("a"))
         constraint.allowed_mask()
-    assert time.process_time() - start < 1.0
+    assert within(time.process_time() - start, 1.0)
 
 
 def test_a_structure_can_be_checked_before_a_model_is_loaded():
