@@ -104,9 +104,6 @@ def run_batch(
     source, output = Path(source).absolute(), Path(output).absolute()
     job = BatchJob(folder, source, parts_folder(output), "", instruction, system, options, overflow)
     _check(job, manifest, output, workers, force=force)
-    if GenerationConfig(seed=options.get("seed")).reproducible and engine.batching == "auto":
-        engine = replace(engine, batching="off")
-        progress.note("with a seed, answers are written one after the other: together they are not reproducible")
     with progress.stage(f"looking through {source.name}"):
         index = index_documents(source)
     with open_journal(output, _identity(job, index.sha256, engine)) as parts:
@@ -183,6 +180,8 @@ def _identity(job: BatchJob, documents: str, engine: WorkerEngine) -> dict[str, 
     Args:
         documents: their SHA-256.
     """
+    # With a seed the answers are the same together and one by one, so either may continue what the other began.
+    seeded = GenerationConfig(seed=job.options.get("seed")).reproducible
     return {
         "artifact": sha256_file(job.artifact / MANIFEST_NAME),
         "documents": documents,
@@ -191,6 +190,6 @@ def _identity(job: BatchJob, documents: str, engine: WorkerEngine) -> dict[str, 
         "device": engine.device,
         "exact": engine.exact,
         "settings": dict(engine.settings),
-        "batching": engine.batching,
+        "batching": "off" if seeded else engine.batching,
         "options": job.options,
     } | ({} if job.overflow == OVERFLOW else {"overflow": job.overflow})  # so that journals of before it still fit

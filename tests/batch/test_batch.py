@@ -453,6 +453,43 @@ def test_a_base_model_completes_prompts(tmp_path, monkeypatch):
     assert "knows no conversation" in second["error"]["message"]
 
 
+def test_with_a_seed_the_answers_are_the_same_together_and_one_by_one(tmp_path, tiny_fp16, monkeypatch):
+    together = []
+    opened = normistral.batch.run.open_answerer
+
+    def note(job, engine):
+        answerer = opened(job, engine)
+        together.append(isinstance(answerer, ContinuousAnswerer))
+        return answerer
+
+    monkeypatch.setattr(normistral.batch.run, "open_answerer", note)
+    prompts = ["Oslo", "a b c d e f g h i j", "tre", "Oslo", "han", "x " * 12, "fire", "b"]
+    source = write_lines(tmp_path / "in.jsonl", *({"prompt": text} for text in prompts))
+    options = {"seed": 11, "temperature": 2.0, "max_new_tokens": 12, "ignore_eos": True}
+    written = {}
+    for batching in ("auto", "off"):
+        output = tmp_path / f"{batching}.jsonl"
+        run_batch(tiny_fp16, source, output, engine=WorkerEngine(batching=batching), **options)
+        written[batching] = read_lines(output)
+    assert together == [True, False]
+    assert written["auto"] == written["off"]
+    assert len({line["text"] for line in written["auto"]}) > 4
+    run_batch(tiny_fp16, source, tmp_path / "other.jsonl", **options | {"seed": 12})
+    assert read_lines(tmp_path / "other.jsonl") != written["auto"]
+
+
+def test_with_a_seed_a_job_goes_on_together_or_one_by_one(tmp_path):
+    artifact = make_artifact(tmp_path / "artifact")
+
+    def identity_of(batching, **options):
+        job = BatchJob(artifact, tmp_path, tmp_path, "", options=options)
+        return normistral.batch.run._identity(job, "0", WorkerEngine(batching=batching))
+
+    assert identity_of("auto", seed=3) == identity_of("off", seed=3)
+    assert identity_of("auto", seed=-1) != identity_of("off", seed=-1)  # no seed
+    assert identity_of("auto") != identity_of("off")
+
+
 class Juggler:
     """A batch that ends its jobs from the last to the first, and says what it was told."""
 
