@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 from normistral.artifact.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ GAP = "\n[...]\n"
 _ANSWER_SHARE = 4  # at least a quarter of the context is kept for the answer, if it may be that long
 _KEPT_TOKENS = 48  # of a message that is cut, at each end at least
 _LEAST_CUT = 32  # tokens; less would hardly be more than what stands for it
+_GUESSES = 4  # by characters, of the place where a conversation is cut; after these its halves are looked at
 _STEPS = 8  # cuts grow by this share of the context, so that the next turn finds the same beginning in the KV cache
 _WORD = 40  # characters in which the end of a word is looked for
 _SYSTEM = ("system", "developer")
@@ -111,18 +113,14 @@ def fit_conversation(
     if overflow == "cut-middle":
         return _cut_middle(messages, encode, tokenizer, limit)
     prompt_ids = encode(without_oldest(messages, dropped))
+    whole = None if dropped else len(prompt_ids)
     if overflow == "drop-oldest" and len(prompt_ids) > limit:
-        ends = [end for end in _exchange_ends(messages) if end > dropped]
-        # As few as fit, or all but the newest message; each look tokenises the conversation.
-        fitting = bisect_left(ends, -limit, key=lambda end: -len(encode(without_oldest(messages, end))))
-        if ends:
-            dropped = ends[min(fitting, len(ends) - 1)]
-            prompt_ids = encode(without_oldest(messages, dropped))
+        dropped, prompt_ids = _drop_oldest(messages, encode, limit, dropped, prompt_ids)
     if not dropped:
         return Fitted(prompt_ids)
     first = len(messages) - len(_turns(messages))
-    tokens = len(encode(messages)) - len(prompt_ids)
-    return Fitted(prompt_ids, dropped, LeftOut(tokens, (first, first + dropped - 1)))
+    whole = len(encode(messages)) if whole is None else whole
+    return Fitted(prompt_ids, dropped, LeftOut(whole - len(prompt_ids), (first, first + dropped - 1)))
 
 
 def room_hint(overflow: Overflow) -> str:
@@ -135,6 +133,42 @@ def room_hint(overflow: Overflow) -> str:
 def count_turns(messages: Sequence[Mapping[str, Any]]) -> int:
     """Messages after a leading system message."""
     return len(_turns(messages))
+
+
+def _drop_oldest(
+    messages: Sequence[Mapping[str, Any]], encode: Encode, limit: int, dropped: int, prompt_ids: list[int]
+) -> tuple[int, list[int]]:
+    """Leave out the fewest oldest exchanges such that the rest fits, or all but the newest message.
+
+    Only the template and the tokenizer together can count a conversation, and that is what takes the time. So places
+    are guessed from the characters, and counted until one fits and the place before it does not.
+
+    Args:
+        dropped, prompt_ids: what is left out already, and the ids of the rest, which are too many.
+    """
+    ends = [end for end in _exchange_ends(messages) if end > dropped]
+    if not ends:
+        return dropped, prompt_ids
+    sizes = [sum(len(str(value)) for value in turn.values()) for turn in _turns(messages)]
+    left = [0, *accumulate(reversed(sizes))][::-1]  # characters without so many messages
+    low, high = -1, len(ends)  # places that do not fit and that fit, if only because nothing else is left
+    low_point, high_point = (left[dropped], len(prompt_ids)), (0, 0)  # (characters, tokens) of these
+    found: dict[int, list[int]] = {}
+    while high - low > 1:
+        if len(found) < _GUESSES:
+            slope = (low_point[0] - high_point[0]) / max(1, low_point[1] - high_point[1])
+            most = high_point[0] + slope * (limit - high_point[1])
+            place = bisect_left(ends, -most, key=lambda end: -left[end])
+        else:
+            place = (low + high) // 2
+        place = min(max(place, low + 1), high - 1)
+        ids = found[place] = encode(without_oldest(messages, ends[place]))
+        if len(ids) <= limit:
+            high, high_point = place, (left[ends[place]], len(ids))
+        else:
+            low, low_point = place, (left[ends[place]], len(ids))
+    place = min(high, len(ends) - 1)
+    return ends[place], found[place]
 
 
 def _cut_middle(messages: Sequence[Mapping[str, Any]], encode: Encode, tokenizer: Tokenizer, limit: int) -> Fitted:

@@ -1,6 +1,7 @@
 """Conversations longer than the context: what is left out, what never is, and how that is told."""
 
 import re
+from bisect import bisect_left
 
 import pytest
 from hypothesis import given
@@ -152,6 +153,51 @@ def test_the_oldest_exchanges_are_left_out_and_no_more_than_have_to(tokenizer, t
     assert fitted.left_out.tokens == len(template.encode(messages)) - len(fitted.prompt_ids)
 
 
+def bisected(messages, encode, limit):
+    """What fits, found by halves alone."""
+    first = 1 if messages[0]["role"] == "system" else 0
+    turns = messages[first:]
+    ends = [number for number, turn in enumerate(turns) if number and turn["role"] == "user"]
+    place = bisect_left(ends, -limit, key=lambda end: -len(encode([*messages[:first], *turns[end:]])))
+    dropped = ends[min(place, len(ends) - 1)]
+    return dropped, encode([*messages[:first], *turns[dropped:]])
+
+
+TEXTS = [PROSE, EMOJI * 80, " " * 9000, CONTROL * 200, "1234567890" * 900]
+
+
+@given(
+    turns=st.lists(
+        st.tuples(st.integers(0, 300), st.integers(0, 900), st.sampled_from(TEXTS)), min_size=2, max_size=40
+    ),
+    share=st.floats(0, 1),
+    system=st.booleans(),
+)
+def test_guessed_places_are_those_that_halving_finds(tokenizer, template, turns, share, system):
+    messages = [SYSTEM] * system
+    for asked, answered, text in turns:
+        messages += [user(text[:asked]), said(text[:answered])]
+    messages.append(user("Hva er den siste?"))
+    whole = template.encode(messages)
+    limit = int(share * (len(whole) - 1))
+    fitted = fit_conversation(messages, template.encode, tokenizer, "drop-oldest", limit)
+    assert (fitted.dropped, fitted.prompt_ids) == bisected(messages, template.encode, limit)
+    assert fitted.left_out.tokens == len(whole) - len(fitted.prompt_ids)
+
+
+@given(counts=st.lists(st.integers(0, 60), min_size=1, max_size=60), limit=st.integers(0, 60))
+def test_as_few_are_left_out_as_fit_even_where_fewer_messages_are_more_tokens(counts, limit):
+    def encode(messages):
+        return [0] * (61 if len(messages) == len(turns) else counts[len(messages) // 2])
+
+    turns = [*[turn for _ in range(len(counts)) for turn in (user("a"), said("b"))], user("c")]
+    fitted = fit_conversation(turns, encode, None, "drop-oldest", limit)
+    if len(fitted.prompt_ids) <= limit:
+        assert fitted.dropped == 2 or len(encode(turns[fitted.dropped - 2 :])) > limit
+    else:
+        assert fitted.dropped == len(turns) - 1
+
+
 def test_a_thousand_messages_are_looked_at_a_few_times(tokenizer, template):
     seen = []
 
@@ -160,10 +206,11 @@ def test_a_thousand_messages_are_looked_at_a_few_times(tokenizer, template):
         return template.encode(messages)
 
     turns = [turn for number in range(500) for turn in (user(f"{number} {PROSE[:100]}"), said(PROSE[:100]))]
-    for overflow in ("drop-oldest", "cut-middle"):
+    for overflow, most in (("drop-oldest", 5), ("cut-middle", 20)):
         seen.clear()
         fit_conversation([*turns, user("Hei")], encode, tokenizer, overflow, 400)
-        assert len(seen) < 20
+        assert len(seen) < most
+        assert seen.count(1001) == 1 or overflow == "cut-middle"
 
 
 def test_how_it_is_said():
