@@ -3,10 +3,10 @@
     python benchmarks/serving/on_demand.py ARTIFACT ARTIFACT ARTIFACT [--clients 6] [--times 20] [--tokens 40]
 
 First each model is asked alone; that is what its answers have to be (seeded, so the same to the last bit). Then so many
-clients ask each model in turn, so many times; with --apart each client begins with another one, so that all are wanted
-all the time. Worker processes and the memory of all
-processes (Pss, what they share counts once) are looked at ten times a second; a model's load and its switches are from
-/metrics.
+clients ask each model in turn, so many rounds; with --apart each client begins with another one, so that all are wanted
+all the time. Worker processes and the memory of all processes (Pss, what they share counts once) are looked at ten
+times a second; loads are from /metrics. After each round the first model is loaded, and the memory is noted. A switch
+is from a question to its whole answer, for the first of the clients that ask a model which is not loaded.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 
@@ -45,9 +46,9 @@ class Watch:
         """Open ones of the HTTP process."""
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
-    def memory_mib(self) -> float:
-        """Of server and workers."""
-        return sum(_pss_mib(pid) for pid in (self.pid, *_children(self.pid)))
+    def memory_mib(self, *, worker: bool = True) -> float:
+        """Of the server, and of its workers."""
+        return sum(_pss_mib(pid) for pid in (self.pid, *(_children(self.pid) if worker else ())))
 
     def end(self) -> None:
         """Look no more."""
@@ -124,25 +125,32 @@ def main() -> None:
             watch = Watch(server.pid)
             idle = watch.memory_mib(), watch.descriptors()
 
-            def visit(number: int) -> list[tuple[str, float]]:
-                found = []
-                for turn in range(arguments.times):
-                    for place in range(len(models)):
-                        model = models[(place + number * arguments.apart) % len(models)]
-                        question = questions[(turn + number) % len(questions)]
-                        text, seconds = _ask(client, model, question, arguments.tokens)
-                        if text == expected[model, question]:
-                            kind = "right"
-                        else:
-                            kind = text if text.startswith("HTTP") else "changed"
-                            others = (expected[other, question] for other in models if other != model)
-                            kind = "another model's" if text in others else kind
-                        found.append((kind, seconds))
-                return found
+            def visit(number: int, turn: int, place: int) -> tuple[str, float]:
+                model = models[(place + number * arguments.apart) % len(models)]
+                question = questions[(turn + number) % len(questions)]
+                text, seconds = _ask(client, model, question, arguments.tokens)
+                if text == expected[model, question]:
+                    return "right", seconds
+                others = (expected[other, question] for other in models if other != model)
+                return "another model's" if text in others else text if text.startswith("HTTP") else "changed", seconds
 
-            began = time.perf_counter()
+            def visit_all(number: int, turn: int) -> list[tuple[str, float]]:
+                return [visit(number, turn, place) for place in range(len(models))]
+
+            began, answers, switches, rounds = time.perf_counter(), [], [], []
             with ThreadPoolExecutor(arguments.clients) as pool:
-                answers = [one for some in pool.map(visit, range(arguments.clients)) for one in some]
+                clients = range(arguments.clients)
+                for turn in range(arguments.times):
+                    if arguments.apart:
+                        answers += [one for some in pool.map(visit_all, clients, repeat(turn)) for one in some]
+                    for place in range(0 if arguments.apart else len(models)):
+                        told = list(pool.map(visit, clients, repeat(turn), repeat(place)))
+                        answers += told
+                        if place:  # the first one is loaded since the end of the round before
+                            switches.append(min(waited for _, waited in told))
+                    switches.append(_ask(client, models[0], questions[0], 1)[1])
+                    rounds.append((watch.memory_mib(worker=False), watch.memory_mib()))
+                    print(f"round {turn + 1}: server {rounds[-1][0]:.1f} MiB, all {rounds[-1][1]:.1f} MiB", flush=True)
             seconds = time.perf_counter() - began
             after = client.get("/metrics").text
             _ask(client, models[0], questions[0], 1)
@@ -155,6 +163,7 @@ def main() -> None:
         server.wait()
     names = ("model_loads_total", "model_load_seconds_sum")
     loads, load_s = (_sum_of(after, name) - _sum_of(before, name) for name in names)
+    loaded_mib = [f"{rounds[turn][0]:.0f} and {rounds[turn][1]:.0f}" for turn in (min(2, len(rounds) - 1), -1)]
     waits = sorted(wait for _, wait in answers)
     p99 = waits[int(0.99 * len(waits))]
     (idle_mib, idle_files), (left_mib, left_files) = idle, left
@@ -162,6 +171,10 @@ def main() -> None:
     print(f"{len(answers)} answers in {seconds:.0f} s: {dict(Counter(kind for kind, _ in answers))}")
     print(f"seconds of an answer: median {median(waits):.2f}, p99 {p99:.2f}, worst {waits[-1]:.2f}")
     print(f"{loads:.0f} loads, {load_s / max(loads, 1):.2f} s each; {len(answers) / max(loads, 1):.1f} answers a load")
+    print(f"{len(switches)} switches, question to answer: median {median(switches):.2f} s, worst {max(switches):.2f}")
+    print(
+        f"memory of the server and of all, MiB, after 3 rounds: {loaded_mib[0]}; after {len(rounds)}: {loaded_mib[1]}"
+    )
     print(f"worker processes at once: {watch.workers} at most; memory of all {watch.peak_mib:.0f} MiB at most")
     print(
         f"one model loaded, before: {idle_mib:.0f} MiB, {idle_files} descriptors; after: {left_mib:.0f}, {left_files}"

@@ -8,9 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-import msgspec
 from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -18,9 +17,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from normistral.cluster.request import ResponseStart, ServeRequest, join_metrics, routing_key
+from normistral.server import anthropic, ollama, responses_api
 from normistral.server.auth import Keys
 from normistral.server.errors import ApiError, unavailable
-from normistral.server.generation import ClientLeftError, unless_gone
+from normistral.server.generation import OPENAI_CHAT, ClientLeftError, Framing, unless_gone
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
 from normistral.server.middleware import RequestMiddleware
@@ -29,6 +29,12 @@ logger = logging.getLogger(__name__)
 
 _ALL_S = 5.0  # for all replicas to answer
 _NOT_READY_S = 2.0
+_FRAMINGS = {
+    "/v1/messages": anthropic.FRAMING,
+    "/v1/responses": responses_api.FRAMING,
+    "/api/chat": ollama.FRAMING,
+    "/api/generate": ollama.FRAMING,
+}
 _NOT_PASSED_ON = {b"x-request-id", b"content-length", b"transfer-encoding", b"connection"}
 
 
@@ -80,7 +86,8 @@ class Ingress:
         try:
             start = await unless_gone(self._first(pieces), receive)
             await send({"type": "http.response.start", "status": start.status, "headers": _passed_on(start.headers)})
-            await unless_gone(self._rest(pieces, start, send), receive)
+            framing = _FRAMINGS.get(request.path, OPENAI_CHAT)
+            await unless_gone(self._rest(pieces, start, framing, send), receive)
         except ClientLeftError:
             pass
         finally:
@@ -95,18 +102,19 @@ class Ingress:
             raise self._too_many() from None
         except TimeoutError:
             raise unavailable("no replica answered in time", code="timeout") from None
-        except (RayError, StopAsyncIteration) as exc:
+        except (RayError, RayServeException, StopAsyncIteration) as exc:
             raise _lost(exc) from None
 
-    async def _rest(self, pieces: AsyncIterator[Any], start: ResponseStart, send: Send) -> None:
+    async def _rest(self, pieces: AsyncIterator[Any], start: ResponseStart, framing: Framing, send: Send) -> None:
+        """The body; an error within a stream is told as the single server tells it, and ends everything else."""
         try:
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-        except RayError as exc:
+        except (RayError, RayServeException) as exc:
             error = _lost(exc)
-            if not _is_event_stream(start):
+            if not _is_stream(start, framing):
                 raise error from None
-            event = b"data: " + msgspec.json.encode(error.document) + b"\n\n"
+            event = framing.encode(framing.describe(error))
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
@@ -132,6 +140,8 @@ class Ingress:
             )
         except TimeoutError:
             raise unavailable("the replicas do not answer", code="not_ready", retry_after_s=_NOT_READY_S) from None
+        except (RayError, RayServeException) as exc:
+            raise _lost(exc) from None
         return answers
 
     def _too_many(self) -> ApiError:
@@ -159,12 +169,16 @@ def _passed_on(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in headers if name.lower() not in _NOT_PASSED_ON]
 
 
-def _is_event_stream(start: ResponseStart) -> bool:
-    return any(name.lower() == b"content-type" and b"event-stream" in value for name, value in start.headers)
+def _is_stream(start: ResponseStart, framing: Framing) -> bool:
+    kind = framing.media_type.encode()
+    return any(name.lower() == b"content-type" and value.startswith(kind) for name, value in start.headers)
 
 
 def _lost(exc: BaseException) -> ApiError:
-    if isinstance(exc, RayActorError | StopAsyncIteration):
+    if isinstance(exc, DeploymentUnavailableError):
+        return unavailable("there is no replica: none could be started", "see Ray's logs", code="no_replica")
+    # Serve's own errors are those of a replica that went between being chosen and being asked.
+    if isinstance(exc, RayActorError | RayServeException | StopAsyncIteration):
         return unavailable("the replica that was to answer is gone", "ask again", code="replica_lost", retry_after_s=1)
     logger.error("Ray: %s", type(exc).__name__)  # its words could quote a prompt
-    return ApiError(500, "a replica failed", "see Ray's logs", code=type(exc).__name__)
+    return ApiError(500, f"a replica failed ({type(exc).__name__})", "see Ray's logs", code="replica_failed")

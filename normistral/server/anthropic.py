@@ -38,7 +38,7 @@ from normistral.server.schemas import (
     joined_text,
 )
 
-_EVENTS = Framing("text/event-stream", encode_named, b"", anthropic_document)
+FRAMING = Framing("text/event-stream", encode_named, b"", anthropic_document)
 _NAMES = {"stop": "stop_sequences"}
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -203,7 +203,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
     asked = await open_conversation(request, as_chat(fields, _NAMES))
     left_out = asked.told_left_out(places)
     if body.stream:
-        return stream(asked.generation, _events(asked, left_out), _EVENTS)
+        return stream(asked.generation, _events(asked, left_out), FRAMING)
     return await answer_whole(request, asked.generation, lambda: _gather(asked, left_out))
 
 

@@ -60,7 +60,7 @@ _NAMES = {name: f"options.{name}" for name in (*_SAME, "stop")} | {
 }
 
 router = APIRouter(route_class=DecodedRoute)
-_LINES = Framing("application/x-ndjson", lambda event: encode(event) + b"\n", b"", lambda error: {"error": str(error)})
+FRAMING = Framing("application/x-ndjson", lambda event: encode(event) + b"\n", b"", lambda error: {"error": str(error)})
 
 
 class OllamaError(BaseModel):
@@ -294,7 +294,7 @@ async def _answer(
     # The prompt of /api/generate is its only message.
     left_out = asked.told_left_out([0] * count if isinstance(body, OllamaGenerateRequest) else range(count))
     if body.stream is not False:
-        return stream(asked.generation, _lines(asked, piece, left_out, gather=False), _LINES)
+        return stream(asked.generation, _lines(asked, piece, left_out, gather=False), FRAMING)
     return await answer_whole(request, asked.generation, lambda: last_of(_lines(asked, piece, left_out, gather=True)))
 
 

@@ -35,7 +35,7 @@ from normistral.server.responses_request import (
 from normistral.server.schemas import joined_text
 
 _KEPT_ANSWERS, _KEPT_BYTES = 256, 8 * 2**20  # of each key
-_EVENTS = Framing(
+FRAMING = Framing(
     "text/event-stream",
     encode_named,
     b"",
@@ -97,7 +97,7 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     counted = [*([0] if body.instructions else []), *range(len(earlier)), *(len(earlier) + place for place in places)]
     writer = _Writer(asked, body, store if body.store else None, tenant, messages, counted)
     if body.stream:
-        return stream(asked.generation, writer.events(), _EVENTS)
+        return stream(asked.generation, writer.events(), FRAMING)
 
     async def gather() -> dict[str, Any]:
         document: dict[str, Any] = (await last_of(writer.events()))["response"]
