@@ -129,12 +129,17 @@ class WorkerClient:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     async def _run_process(self) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *main_command(self._module),
-            env={name: value for name, value in os.environ.items() if name != KEYS_VARIABLE},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *main_command(self._module),
+                env={name: value for name, value in os.environ.items() if name != KEYS_VARIABLE},
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+        except OSError as exc:  # no memory, process or descriptor is left for it; there may be later
+            self.last_end = f"it could not be started: {exc.strerror}"
+            logger.error("%s: no worker process could be started: %s", self.name, exc.strerror)
+            return
         self._process, self.pid, self._ending = process, process.pid, None
         assert process.stdout is not None
         monitor = HeartbeatMonitor(process.pid)

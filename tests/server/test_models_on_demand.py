@@ -1,5 +1,7 @@
 """Models that are loaded when they are asked for, within a budget, and unloaded for others."""
 
+import asyncio
+import errno
 import json
 import os
 import threading
@@ -207,6 +209,21 @@ def test_a_process_that_dies_while_it_loads_is_a_failed_load(folders, monkeypatc
         refused = ask_for(url, "a")
         assert (refused.status_code, error_of(refused)["code"]) == (503, "not_loaded")
         assert "its process ended while it loaded (SIGKILL" in error_of(refused)["message"]
+
+
+def test_a_process_that_cannot_be_started_is_a_failed_load(folders, monkeypatch) -> None:
+    async def start(*command, **how):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with serving(folders, on_demand=frozenset(NAMES)) as url:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+        refused = ask_for(url, "a")
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "not_loaded")
+        assert "it could not be started: Cannot allocate memory" in error_of(refused)["message"]
+        assert "retry-after" in refused.headers
+        wait_until(lambda: states(url)["a"] == "failed")
+        monkeypatch.undo()
+        assert text_of(ask_for(url, "b")) == "Jeg er b."
 
 
 def test_where_none_can_be_loaded_the_server_ends(folders) -> None:

@@ -1,6 +1,7 @@
 """A worker process that stands still, and one whose artifact was exchanged under it."""
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
@@ -60,6 +61,23 @@ def test_a_worker_that_computes_or_waits_is_left_alone(monkeypatch, tmp_path) ->
     monkeypatch.setattr(ipc, "_STILL_S", 1.0)
     assert run_worker(monkeypatch, tmp_path, "works", 3) == (0, True)
     assert run_worker(monkeypatch, tmp_path, "idle", 3) == (0, True)
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(monkeypatch, tmp_path, caplog) -> None:
+    started = asyncio.create_subprocess_exec
+    missing = [errno.EAGAIN, errno.EMFILE]
+
+    async def start(*command, **how):
+        if missing:
+            code = missing.pop()
+            raise OSError(code, os.strerror(code))
+        return await started(*command, **how)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    with serving(make_served(tmp_path / "m", answers=["Ja."]), limits=QUICK) as url:
+        assert ask(url).status_code == 200
+    assert "no worker process could be started: Too many open files" in caplog.text
+    assert "no worker process could be started: Resource temporarily unavailable" in caplog.text
 
 
 def test_a_step_without_beats_may_last_while_the_processor_works(monkeypatch) -> None:
