@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest
-from normistral.artifact.store import list_artifacts
-from normistral.errors import UsageError
+from normistral.artifact.store import StoredArtifact, list_artifacts
+from normistral.errors import NormistralError, UsageError
 from normistral.hardware import available_memory_bytes
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.server.auth import Keys, read_keys
@@ -75,16 +75,36 @@ def find_artifacts(folders: Sequence[Path]) -> FoundArtifacts:
     artifacts: list[Path] = []
     on_demand: list[str] = []
     left_out: list[str] = []
+    taken = {folder.resolve() for folder in folders if (folder / MANIFEST_NAME).is_file()}
     for folder in folders:
         inside = [] if (folder / MANIFEST_NAME).is_file() else list_artifacts(folder)
-        usable = [one for one in inside if isinstance(one.content, Manifest)]
-        if not usable:  # opening it says what is wrong with it
+        if not any(isinstance(one.content, Manifest) for one in inside):  # opening it says what is wrong with it
             artifacts.append(folder)
             continue
-        artifacts += [one.path for one in usable]
-        on_demand += [one.name for one in usable]
-        left_out += [f"{one.path} is left out: {one.content}" for one in inside if isinstance(one.content, str)]
+        for one in inside:
+            reason, place = _find_damage(one), one.path.resolve()
+            if reason is not None:
+                left_out.append(f"{one.path} is left out: {reason}")
+            elif place not in taken:  # another name of a folder is no other model
+                taken.add(place)
+                artifacts.append(one.path)
+                on_demand.append(place.name)
+    if not artifacts:
+        raise UsageError(
+            f"no artifact can be used: {left_out[0]}", "export the model again, or copy the artifact again"
+        )
     return FoundArtifacts(artifacts, frozenset(on_demand), left_out)
+
+
+def _find_damage(found: StoredArtifact) -> str | None:
+    """Why an artifact in a folder of them cannot be served; one must not keep the others from it."""
+    if isinstance(found.content, str):
+        return found.content
+    try:
+        Artifact.open(found.path)
+    except NormistralError as exc:
+        return exc.message
+    return None
 
 
 def plan_residency(
@@ -136,7 +156,9 @@ def open_artifacts(
             limits.new_tokens,
             config=options.config,
         )
-        if one.name in {other.name for other in handler}:
+        if other := next((other for other in handler if other.name == one.name), None):
+            if other.folder.resolve() == one.folder.resolve():
+                raise UsageError(f"{one.name} is given twice", "leave it out once")
             raise UsageError(f"two artifacts are called {one.name}", "rename the folder of one of them")
         handler.append(one)
     handler = add_prefixes(handler, prefixes)

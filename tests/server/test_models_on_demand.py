@@ -293,6 +293,31 @@ def test_a_folder_of_artifacts_is_all_that_is_in_it(folders, tmp_path) -> None:
     assert "x is left out" in reason
 
 
+def test_a_damaged_artifact_in_a_folder_keeps_no_other_from_being_served(tmp_path) -> None:
+    for name in ("a", "b"):
+        make_served(tmp_path / name)
+    (tmp_path / "a" / "tokenizer.json").write_text("{")
+    found = find_artifacts([tmp_path])
+    assert ([folder.name for folder in found.artifacts], found.on_demand) == (["b"], {"b"})
+    (reason,) = found.left_out
+    assert "a is left out" in reason
+    assert "tokenizer.json has 1 bytes instead of" in reason
+    (tmp_path / "b" / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match=r"no artifact can be used: .*tokenizer\.json has 1 bytes"):
+        find_artifacts([tmp_path])
+
+
+def test_two_names_of_one_folder_are_one_model(folders, tmp_path) -> None:
+    make_served(tmp_path / "models" / "v2")
+    (tmp_path / "models" / "newest").symlink_to("v2")
+    found = find_artifacts([tmp_path / "models"])
+    assert (len(found.artifacts), found.on_demand, found.left_out) == (1, {"v2"}, [])
+    found = find_artifacts([tmp_path / "models", tmp_path / "models" / "v2"])  # loaded from the start
+    assert (found.artifacts, found.on_demand) == ([tmp_path / "models" / "v2"], frozenset())
+    with pytest.raises(UsageError, match="a is given twice"):
+        open_artifacts([str(folders / "a")] * 2, EngineOptions(batching="off"), ServerLimits())
+
+
 def test_the_budget_is_kept_to_by_what_the_models_are_given(folders) -> None:
     names = [str(folders / name) for name in NAMES]
     options, limits = EngineOptions(batching="off"), ServerLimits()
