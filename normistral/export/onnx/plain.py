@@ -36,6 +36,7 @@ from normistral.export.checkpoint.tensor import WeightReader
 from normistral.export.onnx.blocks import multiply_by_embedding, past_input
 from normistral.export.onnx.graph import ExternalData, Graph
 from normistral.export.onnx.signature import DATA_NAME, export_config, read_signature
+from normistral.export.reference.model import build_empty
 from normistral.progress import Stage
 
 _TYPES = {"float32": (torch.float32, TensorProto.FLOAT), "float16": (torch.float16, TensorProto.FLOAT16)}
@@ -197,11 +198,7 @@ def build_decoder(config: Any, dtype: torch.dtype) -> nn.Module:
     Args:
         config: the transformers configuration.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):  # buffers are the rotary frequencies, which are wanted
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: nn.Module = build_empty(config, dtype)  # buffers are the rotary frequencies, which are wanted
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(name, _Linear(module))

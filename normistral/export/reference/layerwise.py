@@ -30,7 +30,13 @@ from normistral.export.checkpoint.families.base import OUTPUT_LAYER
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, hash_sources, open_checkpoint
 from normistral.export.checkpoint.tensor import map_tensor
-from normistral.export.reference.model import Logits, fits_for_running, load_reference, read_reference_config
+from normistral.export.reference.model import (
+    Logits,
+    build_empty,
+    fits_for_running,
+    load_reference,
+    read_reference_config,
+)
 from normistral.export.tools import quiet_tools
 from normistral.progress import Progress
 
@@ -292,13 +298,10 @@ def set_parameter(module: torch.nn.Module, name: str, values: torch.Tensor) -> N
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The reference without weights; buffers are computed as always."""
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = read_reference_config(checkpoint)
     try:
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return build_empty(config, torch.float32).eval()
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:
         raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
 

@@ -22,6 +22,7 @@ from normistral.export.checkpoint.tensor import map_tensor, shown
 from normistral.hardware import available_memory_bytes
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 Logits = NDArray[np.float32]
@@ -81,15 +82,13 @@ def load_model(checkpoint: Checkpoint, dtype: str, config: PretrainedConfig | No
         ExportError: transformers cannot build the model, or it does not have the checkpoint's tensors.
     """
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     kind, family, stored = getattr(torch, dtype), checkpoint.family, checkpoint.tensors
     try:
         if config is None:
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+        model = build_empty(config, kind)
         values = {name: map_tensor(tensor).to(kind) for name, tensor in stored.items() if not family.is_computed(name)}
         unknown = model.load_state_dict(values, strict=False, assign=True).unexpected_keys
         model.tie_weights()  # also where the weights hold a copy for the output layer
@@ -103,6 +102,19 @@ def load_model(checkpoint: Checkpoint, dtype: str, config: PretrainedConfig | No
             "config.json and weights belong to different models",
         )
     return model.eval()
+
+
+def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model of a configuration, its parameters without values; buffers are computed as always."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
+
+    # Random values would be drawn for parameters that cannot hold them: a tenth of the time of a tiny model's export.
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()  # as transformers does when it has drawn them
+    return model
 
 
 def compute_reference(model: PreTrainedModel, token_ids: list[int]) -> ReferenceLogits:
