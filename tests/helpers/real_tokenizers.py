@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ def data_file(name: str) -> Path:
 
 
 def make_with_sentencepiece(
-    folder: Path, version: str, *, chatml: str | None = None, legacy: bool | None = None
+    folder: Path, version: str, *, chatml: str | None = None, legacy: bool | None = None, merges: int | None = None
 ) -> Path:
     """A checkpoint with tokenizer.model alone.
 
@@ -42,13 +41,17 @@ def make_with_sentencepiece(
         chatml: where the ChatML tokens stand: "added_tokens.json", "added_tokens_decoder", "additional_special_tokens",
             "special_tokens_map.json"; None for no such tokens.
         legacy: of tokenizer_config.json; None leaves it out.
+        merges: keep the first so many of 28,000. Reading, converting and writing takes a second with all of them.
     """
     name, size = SENTENCEPIECE[version]
+    model = data_file(name).read_bytes()
+    if merges is not None:
+        model, size = _with_fewer_merges(model, merges)
     make_mistral(
         folder, layers=1, hidden=16, heads=2, kv_heads=1, head_dim=8, feed_forward=16, vocab=size + 2, chat=False
     )
     (folder / "tokenizer.json").unlink()
-    shutil.copyfile(data_file(name), folder / "tokenizer.model")
+    (folder / "tokenizer.model").write_bytes(model)
     settings: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
     settings |= {"unk_token": "<unk>"} | ({} if legacy is None else {"legacy": legacy})
     special_map: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -66,6 +69,19 @@ def make_with_sentencepiece(
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", special_map)
     return folder
+
+
+def _with_fewer_merges(model: bytes, merges: int) -> tuple[bytes, int]:
+    """The model without its last merges, and its number of pieces; all letters, bytes and control tokens stay."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    whole = sentencepiece_model_pb2.ModelProto.FromString(model)
+    normal = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+    merged = [number for number, piece in enumerate(whole.pieces) if piece.type == normal and len(piece.piece) > 1]
+    for number in reversed(merged[merges:]):
+        del whole.pieces[number]
+    whole.trainer_spec.vocab_size = len(whole.pieces)
+    return whole.SerializeToString(), len(whole.pieces)
 
 
 def make_with_tekken(folder: Path, entries: int) -> Path:

@@ -48,6 +48,8 @@ TEXTS = [
     ),
     *("".join(chr(code) for code in range(start, start + 128)) for start in range(0, 1024, 128)),
 ]
+# Where a test is about the files around tokenizer.model; test_tokenizer_model_alone has all 28,000.
+MERGES = 4_000
 CHATS = [
     *(
         "<|im_start|>user\nHei!<|im_end|>\n<|im_start|>assistant\n",
@@ -120,16 +122,16 @@ def test_tokenizer_model_alone(tmp_path: Path, version: str, legacy: bool | None
 )
 def test_chatml_beside_tokenizer_model(tmp_path: Path, chatml: str, legacy: bool | None) -> None:
     """All four ways in which fine-tunes are published, which the exporter refused."""
-    folder = make_with_sentencepiece(tmp_path / "model", "v1", chatml=chatml, legacy=legacy)
+    folder = make_with_sentencepiece(tmp_path / "model", "v1", chatml=chatml, legacy=legacy, merges=MERGES)
     opened = expect_parity(folder, [*TEXTS[::8], *CHATS])
     assert {token.text for token in Tokenizer.from_folder(opened.folder).added_tokens} >= set(CHATML)
     if chatml == "special_tokens_map.json":
-        assert 32_001 in opened.stop_token_ids
+        assert 3 + 256 + 3295 + MERGES + 1 in opened.stop_token_ids  # behind control tokens, bytes, letters, merges
 
 
 def test_converted_tokenizer_json_with_and_without_chatml(tmp_path: Path) -> None:
-    source = make_with_sentencepiece(tmp_path / "source", "v3", legacy=False)
-    folder = make_with_sentencepiece(tmp_path / "model", "v3")
+    source = make_with_sentencepiece(tmp_path / "source", "v3", legacy=False, merges=MERGES)
+    folder = make_with_sentencepiece(tmp_path / "model", "v3", merges=MERGES)
     AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
     (folder / "tokenizer.model").unlink()
     opened = expect_parity(folder, TEXTS)
@@ -141,7 +143,7 @@ def test_converted_tokenizer_json_with_and_without_chatml(tmp_path: Path) -> Non
 
 def test_prefix_space_makes_transformers_read_tokenizer_model(tmp_path: Path) -> None:
     """With both files, tokenizer.json ships where it says the same; where it does not, the setting is named."""
-    folder = make_with_sentencepiece(tmp_path / "model", "v1", legacy=False)
+    folder = make_with_sentencepiece(tmp_path / "model", "v1", legacy=False, merges=MERGES)
     AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
     edit_json(folder / "tokenizer_config.json", add_prefix_space=True)
     opened = expect_parity(folder, TEXTS[::8])
