@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from fork_server import run_forked
 from sample_artifacts import BIG_FILE, SMALL_FILE
-from scripted_cli import DEFAULTS, HELPERS, command, make_artifact
+from scripted_cli import HELPERS, command, make_artifact
 
 from normistral import errors
 from normistral.artifact.manifest import Manifest, RecipeRecord, read_manifest, write_manifest
@@ -41,11 +41,11 @@ def artifact(tmp_path):
 def run(tmp_path, *arguments, stdin=None, settings=None, env=None):
     """Run in a process of its own; stdout and stderr as bytes."""
     settings = {"answers": [ANSWER]} | (settings or {})
-    if env is None and sys.platform == "linux":
-        script = DEFAULTS | {"folder": str(tmp_path)} | settings
-        return run_forked(script, list(map(str, arguments)), stdin=stdin, cwd=HELPERS)
+    words = command(tmp_path, *map(str, arguments), **settings)
+    if env is None:
+        return run_forked(words, stdin=stdin or b"", cwd=HELPERS)
     return subprocess.run(
-        command(tmp_path, *map(str, arguments), **settings),
+        words,
         input=stdin,
         stdin=subprocess.DEVNULL if stdin is None else None,
         capture_output=True,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from fork_server import run_forked
 from pseudo_terminal import WIDE, Terminal
 from sample_artifacts import write_artifact
 
@@ -42,12 +43,8 @@ def test_wide_terminals_get_frames_and_brackets_stay():
 def complete(words: str, home, **environment) -> subprocess.CompletedProcess:
     """What bash gets for the last of these words."""
     asked = {"_NORMISTRAL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    return subprocess.run(
-        NORMISTRAL,
-        env=os.environ | asked | {"NORMISTRAL_HOME": str(home)} | environment,
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | asked | {"NORMISTRAL_HOME": str(home)} | environment
+    return run_forked(NORMISTRAL, cwd=home, env=environment, text=True)
 
 
 @pytest.mark.parametrize(

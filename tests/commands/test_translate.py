@@ -4,12 +4,12 @@ import gettext
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import typer.main
+from fork_server import run_forked
 from pseudo_terminal import WIDE, Terminal
 from sample_artifacts import write_artifact
 from scripted_cli import command
@@ -37,13 +37,8 @@ def nb(monkeypatch):
 
 
 def run(*arguments, home, **environment):
-    return subprocess.run(
-        [*NORMISTRAL, *arguments],
-        env=os.environ | {"NORMISTRAL_HOME": str(home), "NORMISTRAL_LANG": "nb"} | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | {"NORMISTRAL_HOME": str(home), "NORMISTRAL_LANG": "nb"} | environment
+    return run_forked([*NORMISTRAL, *arguments], cwd=home, env=environment, text=True)
 
 
 # The catalogue

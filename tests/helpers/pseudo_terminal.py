@@ -6,10 +6,10 @@ import pty
 import re
 import select
 import struct
-import subprocess
 import termios
 import time
 
+from fork_server import start_forked
 from scripted_cli import HELPERS
 
 PATIENCE_S = 30
@@ -17,23 +17,21 @@ WIDE = 300  # columns: no line of a test's is broken
 
 
 class Terminal:
-    """A process on a pseudo-terminal, as somebody in front of it sees it."""
+    """A command on a pseudo-terminal, as somebody in front of it sees it.
+
+    Args:
+        arguments: words for the fork server.
+        env: what differs from this process's environment.
+        columns: width.
+    """
 
     def __init__(self, arguments: list[str], env: dict[str, str], columns: int = WIDE) -> None:
         widths = {"COLUMNS", "LINES"}  # pytest-xdist sets them, and programs believe them more than the terminal
         kept = {name: value for name, value in os.environ.items() if name not in widths}
         self._leader, follower = pty.openpty()
         self.resize(columns)
-        self.process = subprocess.Popen(
-            arguments,
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            cwd=HELPERS,
-            env=kept | {"TERM": "xterm"} | env,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C becomes a signal
-        )
+        streams, environment = (follower, follower, follower), kept | {"TERM": "xterm"} | env
+        self.process = start_forked(arguments, streams, cwd=HELPERS, env=environment, terminal=True)
         os.close(follower)
         self.raw = b""
         self._seen = 0

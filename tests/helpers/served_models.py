@@ -20,12 +20,10 @@ from normistral.artifact.manifest import Manifest, hash_files, read_manifest, wr
 from normistral.errors import EngineError
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.model import Model
-from normistral.server.app import create_app
 from normistral.server.auth import Keys
 from normistral.server.backends.base import BatchSettings
 from normistral.server.limits import ServerLimits
 from normistral.server.model_handler import ModelHandler
-from normistral.server.server import background_server
 
 CONTEXT = 400
 HELPERS = Path(__file__).parent
@@ -92,6 +90,10 @@ def serving(
     folder: Path, limits: ServerLimits | None = None, keys: Keys | None = None, wait_s: float = 60.0, **options
 ) -> Iterator[str]:
     """A server in this process with a worker process of its own; gives its URL."""
+    # Not at the top: each worker process imports this file, and needs none of the web frameworks.
+    from normistral.server.app import create_app
+    from normistral.server.server import background_server
+
     limits = limits or ServerLimits(grace_s=0.2)
     app = create_app([open_served(folder, limits, **options)], limits, keys, worker_module="served_models")
     with background_server(app, wait_s) as url:
