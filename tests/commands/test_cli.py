@@ -42,8 +42,9 @@ def run(tmp_path, *arguments, stdin=None, settings=None, env=None):
     """Run in a process of its own; stdout and stderr as bytes."""
     settings = {"answers": [ANSWER]} | (settings or {})
     words = command(tmp_path, *map(str, arguments), **settings)
-    if env is None:
-        return run_forked(words, stdin=stdin or b"", cwd=HELPERS)
+    environment = os.environ | (env or {})
+    if not any(name.startswith(("LC_", "PYTHON")) for name in env or ()):
+        return run_forked(words, stdin=stdin or b"", cwd=HELPERS, env=environment)
     return subprocess.run(
         words,
         input=stdin,
@@ -51,7 +52,7 @@ def run(tmp_path, *arguments, stdin=None, settings=None, env=None):
         capture_output=True,
         timeout=60,
         cwd=HELPERS,
-        env=os.environ | (env or {}),
+        env=environment,
     )
 
 

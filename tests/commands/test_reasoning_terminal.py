@@ -4,10 +4,11 @@ import io
 import json
 import os
 import pty
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from fork_server import start_forked
 from scripted_cli import HELPERS, command, make_artifact
 from scripted_models import TAG_TEXTS, TAG_TOKENS
 from test_cli import require_two_lines, run
@@ -147,23 +148,25 @@ def test_info_shows_the_markers(tmp_path, plain, capsys):
 def on_terminal(tmp_path, artifact, *options, written=WRITTEN, env=None):
     """stdout, and what a terminal got that is stderr."""
     leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        command(tmp_path, "chat", str(artifact), "--prompt", "x", *options, answers=[written]),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=follower,
-        cwd=HELPERS,
-        env={name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | (env or {}),
-    )
+    reader, writer = os.pipe()
+    kept = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    with Path(os.devnull).open("rb") as nothing:
+        process = start_forked(
+            command(tmp_path, "chat", str(artifact), "--prompt", "x", *options, answers=[written]),
+            (nothing.fileno(), writer, follower),
+            cwd=HELPERS,
+            env=kept | {"TERM": "xterm"} | (env or {}),
+        )
     os.close(follower)
+    os.close(writer)
     raw = b""
     try:
         while block := os.read(leader, 65536):
             raw += block
     except OSError:  # Linux says EIO when nobody writes there any more
         pass
-    out = process.stdout.read()
-    process.stdout.close()
+    with os.fdopen(reader, "rb") as stdout:
+        out = stdout.read()
     assert process.wait(timeout=30) == 0
     os.close(leader)
     return out.decode(), raw.decode().replace("\r", "")

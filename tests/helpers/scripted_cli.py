@@ -13,7 +13,6 @@ from pathlib import Path
 from sample_artifacts import write_artifact
 from scripted_models import make_model
 
-import normistral.export.pipeline
 import normistral.runtime.loading
 from normistral.artifact.manifest import Source, read_manifest
 from normistral.cli import main
@@ -55,7 +54,9 @@ def run(script: dict, arguments: list[str]) -> int:
 
     normistral.runtime.loading.load = load
     if script["exports"]:
-        normistral.export.pipeline.export_model = _export
+        from normistral.export import pipeline
+
+        pipeline.export_model = _export
     return main(arguments)
 
 
