@@ -35,13 +35,17 @@ def shape_of(preset: Preset) -> Shape:
     return shape
 
 
-def make_tiny(preset: Preset, folder: Path) -> Path:
-    """Write the checkpoint; returns what `export_model` is given."""
+def make_tiny(preset: Preset, folder: Path, vocabulary: int | None = None) -> Path:
+    """Write the checkpoint; returns what `export_model` is given.
+
+    Args:
+        vocabulary: tokens, where not as published: tens of thousands take most of an export's time.
+    """
     shape = shape_of(preset)
     heads = shape.heads if shape.heads < 16 else shape.heads // 4
     unit = HEAD_DIM * heads * shape.hidden_size // (shape.heads * shape.head_dim)  # the hidden width
     files, kind = shape.weight_files
-    sizes: dict[str, Any] = {"hidden": unit, "heads": heads, "vocab": shape.vocabulary}
+    sizes: dict[str, Any] = {"hidden": unit, "heads": heads, "vocab": vocabulary or shape.vocabulary}
     if shape.architecture == "BloomModel":
         return make_bloom(folder, **sizes, dtype="bfloat16", safetensors=kind == "safetensors", shards=files)
     sizes |= {
