@@ -91,6 +91,11 @@ def unavailable(message: str, hint: str = "", *, code: str = "unavailable", retr
     return ApiError(503, message, hint, code=code, retry_after_s=retry_after_s)
 
 
+def bug_error(bug: BaseException) -> ApiError:
+    """500: an exception that nobody expected. Not its words: they could quote a prompt."""
+    return ApiError(500, "this is a bug in normistral", f"report {type(bug).__name__}", code="bug")
+
+
 def header_too_large(limits: ServerLimits) -> ApiError:
     """431: headers over the limit."""
     message = f"the headers have more than {limits.header_bytes} bytes"

@@ -16,7 +16,7 @@ from normistral.errors import NormistralError
 from normistral.runtime.chunks import Chunk, Timings
 from normistral.server.admission import Admission
 from normistral.server.backends.base import Job
-from normistral.server.errors import ApiError, as_api_error, unavailable
+from normistral.server.errors import ApiError, as_api_error, bug_error, unavailable
 from normistral.server.limits import ServerLimits
 from normistral.server.metrics import Metrics
 from normistral.server.worker_client import JobOutput
@@ -209,6 +209,10 @@ class EventStream(Response):
                 await write(framing.end)
         except NormistralError as error:
             await write(framing.encode(framing.describe(as_api_error(error))))
+        except Exception as bug:  # no answer ends without a reason; the middleware logs it
+            await write(framing.encode(framing.describe(bug_error(bug))))
+            await send({"type": "http.response.body", "body": b""})
+            raise
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -26,6 +26,7 @@ from normistral.server.errors import (
     JSON_PATHS,
     ApiError,
     as_api_error,
+    bug_error,
     document_for,
     header_too_large,
     too_many_connections,
@@ -92,8 +93,7 @@ class RequestMiddleware:
         except Exception as bug:
             # Not its words: they could quote a prompt.
             logger.error("a bug: %s in %s", type(bug).__name__, scope["path"], exc_info=_without_words(bug))
-            told = ApiError(500, "this is a bug in normistral", f"report {type(bug).__name__}", code="bug")
-            await self._refuse(told, scope, answer)
+            await self._refuse(bug_error(bug), scope, answer)
         finally:
             self._in_progress -= 1
             route = getattr(scope.get("route"), "path", "none")
@@ -178,7 +178,8 @@ class RequestMiddleware:
     async def _refuse(self, error: ApiError, scope: Scope, answer: _Answer) -> None:
         self._metrics.rejected.labels(error.code or str(error.status)).inc()
         if answer.status:  # it has begun, so it can only end; streams tell their errors themselves
-            scope["state"].get("abort", lambda: None)()
+            if not answer.ended:
+                scope["state"].get("abort", lambda: None)()
             return
         response = JSONResponse(document_for(scope["path"], error), error.status, error.headers)
         await answer.send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
@@ -234,6 +235,7 @@ class _Answer:
 
     Attributes:
         status: what was sent; 0 is nothing.
+        ended: all of it was sent.
         unread: there is more of the request.
     """
 
@@ -246,7 +248,7 @@ class _Answer:
         self._cors = [
             (name.encode(), value.encode("latin-1")) for name, value in cors_headers(self.origin, origins).items()
         ]
-        self.status = 0
+        self.status, self.ended = 0, False
         self.unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
     async def send(self, message: Message) -> None:
@@ -259,6 +261,7 @@ class _Answer:
             await self._linger()
             message = {"type": "http.response.body", "body": b""}
         await self._send(message)
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def _linger(self) -> None:
         """Discard the rest of the body while the client reads the answer; a reset would discard the answer."""

@@ -11,6 +11,7 @@ from serving_clients import ask, gauge, http, stream, wait_until
 
 from normistral.errors import EngineError
 from normistral.runtime.engines.settings import EngineConfig
+from normistral.server import completions
 from normistral.server.auth import Keys
 from normistral.server.backends.base import BatchSettings
 from normistral.server.ipc import Load
@@ -192,6 +193,27 @@ def test_a_reader_that_reads_nothing_is_cut_off(tmp_path) -> None:
             wait_until(lambda: gauge(url, "running_answers") == 0, 20)
             assert gauge(url, "cancelled_answers_total") == 8
             assert gauge(url, "generated_tokens_total") < 8 * 2900
+
+
+def test_a_bug_in_the_middle_of_a_stream_is_told_in_it(folder, monkeypatch, caplog):
+    calls, event = [], completions._chat_event
+
+    def fail_late(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise ZeroDivisionError("hemme" + "lig")  # not as a whole in the line that the log shows
+        return event(*arguments)
+
+    monkeypatch.setattr(completions, "_chat_event", fail_late)
+    with serving(folder, QUICK) as url:
+        with stream(url, max_tokens=100) as answer:
+            *begun, last = [line for line in answer.iter_lines() if line]
+        assert len(begun) == 3
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "bug"
+        wait_until(lambda: "ZeroDivisionError" in caplog.text)  # logged once it has been told
+        assert "hemmelig" not in caplog.text + last
+        wait_until(lambda: gauge(url, "running_answers") == 0)
+        assert ask(url, max_tokens=2).status_code == 200
 
 
 def test_a_bug_is_told_without_its_words_whatever_it_is_made_of(caplog):
