@@ -105,7 +105,7 @@ class Generation:
             self._open.discard(job_id)
         if self._arrived.qsize() >= self._limits.backlog:
             self.close()
-            output = ApiError(408, "the answer was not read in time", code="reader_too_slow")
+            output = ApiError(408, "the answer was not read in time", "read it as it comes", code="reader_too_slow")
         self._arrived.put_nowait((self._index[job_id], output))
 
     def _count(self, timings: Timings) -> None:

@@ -148,7 +148,7 @@ class RequestMiddleware:
         except RecursionError:
             raise _too_deep(self._limits) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise ApiError(400, f"the body is not JSON: {exc}", code="not_json") from None
+            raise ApiError(400, f"the body is not JSON: {exc}", "send one object in UTF-8", code="not_json") from None
         _require_simple(document, self._limits)
         return document
 
@@ -171,9 +171,8 @@ class RequestMiddleware:
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise ApiError(
-                408, f"the body did not arrive within {self._limits.body_s:g} s", code="body_timeout"
-            ) from None
+            late = f"the body did not arrive within {self._limits.body_s:g} s"
+            raise ApiError(408, late, "send it in one go, or send less", code="body_timeout") from None
 
     async def _refuse(self, error: ApiError, scope: Scope, answer: _Answer) -> None:
         self._metrics.rejected.labels(error.code or str(error.status)).inc()

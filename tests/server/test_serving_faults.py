@@ -237,3 +237,27 @@ def test_a_bug_is_told_without_its_words_whatever_it_is_made_of(caplog):
     assert json.loads(sent[1]["body"])["error"]["code"] == "bug"
     assert "UnicodeDecodeError" in caplog.text
     assert "can't decode" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "hint"),
+    [(b'{"model": "', 400, "not_json", "send one object in UTF-8"), (None, 408, "body_timeout", "send it in one go")],
+)
+def test_a_body_that_is_no_json_or_comes_too_late_is_refused_with_a_hint(body, status, code, hint):
+    limits = ServerLimits(body_s=0.05)
+    gate = RequestMiddleware(None, keys=Keys({}), limits=limits, metrics=Metrics(), hosts=None)
+    sent = []
+
+    async def receive():
+        if body is None:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+    asyncio.run(gate({**scope, "headers": [(b"content-type", b"application/json")]}, receive, send))
+    error = json.loads(sent[1]["body"])["error"]
+    assert (sent[0]["status"], error["code"]) == (status, code)
+    assert hint in error["message"]
