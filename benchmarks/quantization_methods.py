@@ -1,4 +1,4 @@
-"""Loss of int4 methods at the same bytes: changes to `best`, each alone, in exact arithmetic.
+"""Loss of int4 methods at the same bytes: changes to GPTQ, each alone, in exact arithmetic; `best` is the package's.
 
     python benchmarks/quantization_methods.py MODEL --text en=FILE --text nb=FILE --cache FOLDER --out OUT.jsonl \\
         [--method NAME ...] [--seed N ...] [--group-size N ...]
@@ -11,7 +11,8 @@ logits, in nats, on the first 2,048 tokens of each text in windows of 512. Every
 runs that stand there are left out: the same command goes on where it ended, and several may run side by side.
 
 Seed 0 takes the package's calibration tokens; every other seed rotates each text by a random number of tokens first, so
-that other windows are drawn from the same texts. A method's figures are compared with `best` of the same seed.
+that other windows are drawn from the same texts. A method's figures are compared with GPTQ's of the same seed, or
+with those of `--beside`.
 
 The demo model's weights lie on llama.cpp's Q4_1 grid (blocks of 32): groups of 32 prove nothing there.
 """
@@ -41,7 +42,7 @@ from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.export.quantize import gptq, plan
 from normistral.export.quantize.calibrate import fast_matmul, linear_modules
-from normistral.export.quantize.gptq import HessianFactor, factorize, mean_squares, quantize_gptq
+from normistral.export.quantize.gptq import HessianFactor, OwnInputs, correct, factorize, mean_squares, quantize_gptq
 from normistral.export.quantize.rtn import quantize
 from normistral.export.quantize.scale_search import search_params
 from normistral.export.quantize.scheme import QuantParams, QuantScheme, dequantize, round_scales
@@ -56,7 +57,7 @@ TEXT_WINDOWS = 4
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A change to `best`; the defaults are `best`.
+    """A change to GPTQ; the defaults are GPTQ with searched scales, `best` without its correction.
 
     Attributes:
         nearest: round to nearest with the searched scales, without GPTQ (the recipe `balanced`, with zero points).
@@ -68,8 +69,8 @@ class Method:
             (arXiv 2504.02692): each column's W_q (X' - X)_q is taken over by the columns that are still to come.
             "qep": Arai and Ichikawa 2025 (arXiv 2504.09629): the least-squares fit of W X' by all columns of X.
         alpha: share of the correction.
-        corrected_windows: share of the calibration's windows that the correction is taken from; only these pass
-            through the checkpoint's own layers.
+        corrected_share: of the windows that the correction is taken from; only these pass through the checkpoint's own
+            layers.
         uncorrected: modules without a correction.
         weights: of the tokens in the Hessian. "answer": mean square of the gradient at the matrix's outputs of a drawn
             answer's log-probability (Kim et al. 2025, "GuidedQuant", with one group). "layer": the same of a random
@@ -95,7 +96,7 @@ class Method:
     inputs: Literal["quantized", "original"] = "quantized"
     correction: Literal["gptaq", "qep"] | None = None
     alpha: float = 0.0
-    corrected_windows: float = 1.0
+    corrected_share: float = 1.0
     uncorrected: tuple[str, ...] = ()
     weights: Literal["answer", "layer", "states", "skip1"] | None = None
     exponent: float = 1.0
@@ -109,42 +110,42 @@ class Method:
     awq: bool = False
 
 
-BEST = Method()
+GPTQ = Method()
+BEST = replace(GPTQ, correction="gptaq", alpha=plan.CORRECTION, uncorrected=("down_proj",))
 METHODS: dict[str, Method] = {
+    "gptq": GPTQ,
     "best": BEST,
-    "balanced-asymmetric": replace(BEST, nearest=True),
-    "gptaq-0.25": replace(BEST, correction="gptaq", alpha=0.25),
-    "gptaq-0.5": replace(BEST, correction="gptaq", alpha=0.5),
-    "gptaq-1": replace(BEST, correction="gptaq", alpha=1.0),
-    "gptaq-0.25-but-down": replace(BEST, correction="gptaq", alpha=0.25, uncorrected=("down_proj",)),
-    "gptaq-0.5-but-down": replace(BEST, correction="gptaq", alpha=0.5, uncorrected=("down_proj",)),
-    "gptaq-0.25-half": replace(BEST, correction="gptaq", alpha=0.25, corrected_windows=0.5),
-    "gptaq-0.25-half-but-down": replace(
-        BEST, correction="gptaq", alpha=0.25, corrected_windows=0.5, uncorrected=("down_proj",)
-    ),
-    "qep-0.25": replace(BEST, correction="qep", alpha=0.25),
-    "qep-0.5": replace(BEST, correction="qep", alpha=0.5),
-    "awq": replace(BEST, awq=True),
-    "own-order": replace(BEST, by_moments=False),
-    "refit": replace(BEST, refits=1),
-    "refit-requantize": replace(BEST, refits=1, requantize=True),
-    "descent": replace(BEST, sweeps=1),
-    "damping-0.003": replace(BEST, damping=0.003),
-    "damping-0.03": replace(BEST, damping=0.03),
-    "damping-0.1": replace(BEST, damping=0.1),
-    "tokens-4096": replace(BEST, tokens=4096),
-    "tokens-16384": replace(BEST, tokens=16384),
-    "original-inputs": replace(BEST, inputs="original"),
-    "conditional": replace(BEST, conditional=True),
-    "stretch-1.03": replace(BEST, stretch=1.03),
-    "research": replace(BEST, conditional=True, researches=1),
-    "skip1": replace(BEST, weights="skip1"),
-    "layer-weights": replace(BEST, weights="layer"),
-    "layer-weights-heads": replace(BEST, weights="layer", heads=True),
-    "state-weights": replace(BEST, weights="states"),
-    "answer-weights": replace(BEST, weights="answer"),
-    "answer-weights-root": replace(BEST, weights="answer", exponent=0.5),
-    "answer-weights-heads": replace(BEST, weights="answer", heads=True),
+    "balanced-asymmetric": replace(GPTQ, nearest=True),
+    "gptaq-0.25": replace(GPTQ, correction="gptaq", alpha=0.25),
+    "gptaq-0.5": replace(GPTQ, correction="gptaq", alpha=0.5),
+    "gptaq-1": replace(GPTQ, correction="gptaq", alpha=1.0),
+    "best-0.25": replace(BEST, alpha=0.25),
+    "best-0.75": replace(BEST, alpha=0.75),
+    "best-half": replace(BEST, corrected_share=0.5),
+    "best-4096": replace(BEST, tokens=4096),
+    "qep-0.25": replace(GPTQ, correction="qep", alpha=0.25),
+    "qep-0.5": replace(GPTQ, correction="qep", alpha=0.5),
+    "awq": replace(GPTQ, awq=True),
+    "own-order": replace(GPTQ, by_moments=False),
+    "refit": replace(GPTQ, refits=1),
+    "refit-requantize": replace(GPTQ, refits=1, requantize=True),
+    "descent": replace(GPTQ, sweeps=1),
+    "damping-0.003": replace(GPTQ, damping=0.003),
+    "damping-0.03": replace(GPTQ, damping=0.03),
+    "damping-0.1": replace(GPTQ, damping=0.1),
+    "tokens-4096": replace(GPTQ, tokens=4096),
+    "tokens-16384": replace(GPTQ, tokens=16384),
+    "original-inputs": replace(GPTQ, inputs="original"),
+    "conditional": replace(GPTQ, conditional=True),
+    "stretch-1.03": replace(GPTQ, stretch=1.03),
+    "research": replace(GPTQ, conditional=True, researches=1),
+    "skip1": replace(GPTQ, weights="skip1"),
+    "layer-weights": replace(GPTQ, weights="layer"),
+    "layer-weights-heads": replace(GPTQ, weights="layer", heads=True),
+    "state-weights": replace(GPTQ, weights="states"),
+    "answer-weights": replace(GPTQ, weights="answer"),
+    "answer-weights-root": replace(GPTQ, weights="answer", exponent=0.5),
+    "answer-weights-heads": replace(GPTQ, weights="answer", heads=True),
 }
 
 
@@ -154,14 +155,14 @@ class Inputs:
 
     Attributes:
         squares: mean square of every column [columns].
-        error: the checkpoint's own inputs less these, weighted alike [tokens or the first of them, columns]; None
-            without a correction.
+        own: the checkpoint's own inputs, weighted alike [tokens or the first of them, columns]; None without a
+            correction.
     """
 
     values: torch.Tensor
     squares: torch.Tensor
     factor: HessianFactor
-    error: torch.Tensor | None
+    own: torch.Tensor | None
     method: Method
 
     def variances(self) -> torch.Tensor:
@@ -189,7 +190,7 @@ def quantize_model(
     """Every matrix inside the layers, quantized and dequantized, by its name in the checkpoint."""
     model = LayeredModel(checkpoint, NoProgress())
     states = model.embed_together(windows)
-    own_windows = windows[: max(1, round(len(windows) * method.corrected_windows))]
+    own_windows = windows[: max(1, round(len(windows) * method.corrected_share))]
     own = model.embed_together(own_windows) if method.correction or method.inputs == "original" else None
     done: dict[str, torch.Tensor] = {}
     head_dim = checkpoint.architecture.head_dim
@@ -303,17 +304,16 @@ class LayerRounder:
         if self._seen is not None and self._seen[0] is tensor and weights is None:
             return self._seen[1]
         values = flat(tensor)
-        error = None
+        own = None
         if self.own is not None and self.method.correction and not name.endswith(self.method.uncorrected):
             own = flat(self.own[name])
-            error = own - values[: len(own)]
         if self.own is not None and self.method.inputs == "original":
             values = flat(self.own[name])
         if weights is not None:
             roots = weights.reshape(-1, 1).sqrt()
             values = values * roots
-            error = None if error is None else error * roots[: len(error)]
-        self._seen = tensor, make_inputs(values, error, self.method)
+            own = None if own is None else own * roots[: len(own)]
+        self._seen = tensor, make_inputs(values, own, self.method)
         return self._seen[1]
 
     def _channel_scales(self, name: str, inputs: Inputs) -> torch.Tensor:
@@ -333,25 +333,27 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def make_inputs(values: torch.Tensor, error: torch.Tensor | None, method: Method) -> Inputs:
+def make_inputs(values: torch.Tensor, own: torch.Tensor | None, method: Method) -> Inputs:
     """Moments of weighted inputs, and their factor as the method has it."""
     with ExitStack() as changes:
         changes.enter_context(patch.object(gptq, "_DAMPINGS", (method.damping, *gptq._DAMPINGS)))
         if not method.by_moments:
             changes.enter_context(patch.object(gptq, "mean_squares", lambda inputs: torch.arange(inputs.shape[1])))
-        return Inputs(values, mean_squares(values), factorize(values), error, method)
+        corrects = own is not None and method.correction == "gptaq"
+        factor = factorize(values, own=OwnInputs(own, method.alpha) if corrects else None)
+        return Inputs(values, mean_squares(values), factor, own, method)
 
 
 def scaled(inputs: Inputs, scales: torch.Tensor) -> Inputs:
     """Inputs of a matrix whose columns were multiplied by `scales`."""
-    error = None if inputs.error is None else inputs.error / scales
-    return make_inputs(inputs.values / scales, error, inputs.method)
+    own = None if inputs.own is None else inputs.own / scales
+    return make_inputs(inputs.values / scales, own, inputs.method)
 
 
 def round_matrix(rows: torch.Tensor, inputs: Inputs, scheme: QuantScheme) -> Rows:
     """A matrix [out, in], quantized by the method and dequantized."""
     method = inputs.method
-    if inputs.error is not None:
+    if inputs.own is not None:
         rows = corrected(rows, inputs)
     wanted = rows.numpy()
     importance = inputs.squares
@@ -381,28 +383,14 @@ def round_matrix(rows: torch.Tensor, inputs: Inputs, scheme: QuantScheme) -> Row
 def corrected(rows: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """The weights that, for the inputs as they come, give most of what the checkpoint's own inputs should have given.
 
-    With L Lᵀ the Hessian, D = (X' - X) Xᵀ: "qep" adds alpha W D (L Lᵀ)⁻¹. "gptaq" lets only columns take over that are
-    rounded later, P = (D L⁻ᵀ below the diagonal) L⁻¹, and hands on what was taken over: W (1 - alpha P)⁻¹. (The
-    published code hands on rounding errors, too.)
+    "gptaq" is the package's own. "qep" adds alpha W D H⁻¹, with H the Hessian and D the moments of (x' - x) xᵀ.
     """
-    method, order = inputs.method, inputs.factor.order
-    assert inputs.error is not None
-    lower = inputs.triangle() * inputs.variances().clamp(min=0).sqrt()
-    count = len(inputs.error)
-    moments = inputs.error[:, order].T @ inputs.values[:count, order] / count
-    taken = torch.linalg.solve_triangular(lower, moments.T, upper=False).T
-    if method.correction == "gptaq":
-        taken = taken.tril(-1)
-    taken = torch.linalg.solve_triangular(lower, taken, upper=False, left=False)
-    ordered = rows[:, order]
-    if method.correction == "gptaq":
-        handed = torch.eye(len(order)) - method.alpha * taken
-        ordered = torch.linalg.solve_triangular(handed, ordered, upper=False, left=False, unitriangular=True)
-    else:
-        ordered = ordered + method.alpha * ordered @ taken
-    result = torch.empty_like(ordered)
-    result[:, order] = ordered
-    return result
+    if inputs.factor.correction is not None:
+        return correct(rows.clone(), inputs.factor)
+    assert inputs.own is not None
+    first = inputs.values[: len(inputs.own)]
+    moments = (inputs.own - first).T @ first / len(first)
+    return rows + inputs.method.alpha * torch.linalg.solve(inputs.hessian(), (rows @ moments).T).T
 
 
 def with_errors(rows: torch.Tensor, restored: Rows, inputs: Inputs) -> Rows:
@@ -576,18 +564,18 @@ def cached_answer_weights(
     return weights
 
 
-def report(lines: list[dict[str, Any]]) -> str:
-    """A Markdown table: mean KL over seeds, and the ratio to `best` of the same seeds, lowest and highest."""
+def report(lines: list[dict[str, Any]], beside: str) -> str:
+    """A Markdown table: mean KL over seeds, and the ratio to a method's of the same seeds, lowest and highest."""
     runs = {(line["group_size"], line["method"], line["seed"]): line for line in lines}
     rows = []
     for group, method in dict.fromkeys((group, method) for group, method, _ in runs):
         seeds = sorted(seed for size, name, seed in runs if (size, name) == (group, method))
-        paired = [seed for seed in seeds if (group, "best", seed) in runs]
+        paired = [seed for seed in seeds if (group, beside, seed) in runs]
         cells = []
         for language in runs[group, method, seeds[0]]["kl"]:
             found = [runs[group, method, seed]["kl"][language] for seed in seeds]
             ratios = [
-                runs[group, method, seed]["kl"][language] / runs[group, "best", seed]["kl"][language] for seed in paired
+                runs[group, method, seed]["kl"][language] / runs[group, beside, seed]["kl"][language] for seed in paired
             ]
             ratio = f" {statistics.mean(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})" if ratios else ""
             cells.append(f"{statistics.mean(found):.4f}:{ratio}")
@@ -607,9 +595,10 @@ def main() -> None:
     parser.add_argument("--group-size", action="append", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", type=Path, help="print a table of a finished file instead")
+    parser.add_argument("--beside", default="gptq", choices=METHODS, help="method that a report compares with")
     arguments = parser.parse_args()
     if arguments.report:
-        print(report([json.loads(line) for line in arguments.report.read_text().splitlines()]))
+        print(report([json.loads(line) for line in arguments.report.read_text().splitlines()], arguments.beside))
         return
     if not (arguments.model and arguments.text and arguments.cache and arguments.out):
         parser.error("MODEL, --text, --cache and --out are needed")

@@ -48,8 +48,9 @@ class Recipe:
     Attributes:
         weights: "int4", "int8", "fp16", or in ONNX "fp32".
         recipe: how int4 and int8 are rounded inside the layers. "fast" rounds to nearest. "balanced" runs our texts
-            through the model and searches scales that lose least on them. "best" does so too, and lets GPTQ choose
-            every code. None takes "best" for int4, where it halves what is lost, and "fast" for int8.
+            through the model and searches scales that lose least on them. "best" does so too, and lets GPTQ with
+            GPTAQ's correction choose every value. None takes "best" for int4, where it more than halves what is lost,
+            and "fast" for int8.
         group_size: weights that share one scale (128, 64, 32 or 16); for OpenVINO also -1, one scale per output
             channel. None takes the largest that divides the widths of this model, and -1 for int8 in OpenVINO.
         symmetric: rounding to a grid around zero, without zero points; for int4 and int8. None takes it but for "best"

@@ -86,7 +86,7 @@ def estimate_needs(
         disk += stored  # all matrices wait in files of ours
     elif plan is not None:
         disk += estimate_inner_bytes(architecture, recipe, group_size)
-        disk += 2 * 4 * CALIBRATION_TOKENS * architecture.hidden_size  # states that are kept, and those before them
+        disk += 2 * _state_bytes(architecture, plan)  # those that are kept, and those before them
     if plan is not None:  # before anything is written
         memory = max(memory, _PROGRAM_BYTES + estimate_calibration_bytes(architecture, plan))
     return ResourceNeeds(disk, memory)
@@ -96,7 +96,8 @@ def estimate_calibration_bytes(architecture: Architecture, plan: QuantPlan) -> i
     """Most memory of a calibration: a matrix, what flows through a layer, what GPTQ or the choice of 8 bits needs."""
     hidden, wide = architecture.hidden_size, architecture.feed_forward
     layer = 4 * inner_weights(architecture) // architecture.layers
-    flowing = 4 * CALIBRATION_TOKENS * (2 * hidden + 2 * wide)  # states, and what stands around the activation
+    flowing = _state_bytes(architecture, plan)
+    flowing += 4 * CALIBRATION_TOKENS * (hidden + 2 * wide)  # what a layer adds, and stands around the activation
     matrices = 3 * 4 * hidden * wide  # one is moved about as columns and given back as rows
     quantizing = flowing + matrices
     if plan.method == "gptq":
@@ -108,6 +109,11 @@ def estimate_calibration_bytes(architecture: Architecture, plan: QuantPlan) -> i
     waiting = 4 * SENSITIVITY_TOKENS * hidden * architecture.layers
     window = 4 * WINDOW_TOKENS * max(3 * architecture.vocabulary, 8 * hidden + 6 * wide)
     return max(quantizing, waiting + 2 * layer + matrices + window)
+
+
+def _state_bytes(architecture: Architecture, plan: QuantPlan) -> int:
+    """Hidden states between two layers; with a correction, the checkpoint's own as well."""
+    return 4 * CALIBRATION_TOKENS * architecture.hidden_size * (2 if plan.correction else 1)
 
 
 def measure_matmul(cores: int) -> float:
@@ -126,7 +132,7 @@ def measure_matmul(cores: int) -> float:
 def estimate_calibration_s(
     architecture: Architecture, plan: QuantPlan, cores: int, products_per_s: float = _REFERENCE_PRODUCTS_PER_S
 ) -> float:
-    """Roughly how long a calibration takes, in seconds: one pass, GPTQ's share, and that of the choice of 8 bits.
+    """Roughly how long a calibration takes, in seconds: its passes, GPTQ's share, and that of the choice of 8 bits.
 
     Args:
         products_per_s: of one core, as `measure_matmul` gives it.
@@ -143,6 +149,11 @@ def estimate_calibration_s(
         moved = inner_weights(architecture) / architecture.layers * 2 * max(hidden, attention)
         moved += 2 * hidden * wide * (wide - hidden)  # the last matrix has the wide inputs
         operations += architecture.layers * (moments + factors + moved)
+        if plan.correction:  # the tokens through the layers once more, and what is solved for three inputs
+            operations += 2.0 * CALIBRATION_TOKENS * inner_weights(architecture)
+            solved = sum(CALIBRATION_TOKENS * width**2 + 3 * width**3 for width in widths[:3])
+            corrected = inner_weights(architecture) / architecture.layers * max(hidden, attention)
+            operations += architecture.layers * (solved + corrected)
     return operations / (_CORE_OPERATIONS_PER_S * cores * products_per_s / _REFERENCE_PRODUCTS_PER_S)
 
 

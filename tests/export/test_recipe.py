@@ -218,7 +218,7 @@ def test_a_calibration_holds_one_layer_and_what_gptq_needs():
         best = resources.estimate_needs(SEVEN_B, Recipe(format=format, recipe="best"), 128)
         assert 3.0 * gib < best.memory < (5.0 if format == "openvino" else 4.2) * gib  # OpenVINO's: while it is written
         plain = resources.estimate_needs(SEVEN_B, Recipe(format=format, recipe="fast"), 128)
-        assert 3.5 * gib < best.disk - plain.disk < 4.0 * gib  # matrices, and twice the states of all tokens
+        assert 3.7 * gib < best.disk - plain.disk < 4.2 * gib  # matrices, and twice both kinds of states of all tokens
     balanced = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced"), 128)
     assert 1.5 * gib < balanced.memory < 2.5 * gib
     mixed = resources.estimate_needs(SEVEN_B, Recipe(format="onnx", recipe="balanced", ratio=0.7), 128)

@@ -4,29 +4,32 @@ The hidden states of all tokens pass through a layer once, together. In front of
 matrix is quantized for the inputs that have come, then go on through the quantized one. So each matrix is quantized for
 the inputs that it will get, errors of earlier layers and of earlier matrices in its own layer included.
 
-Memory: a matrix in float32, what flows through a layer, and one Hessian. reference/layerwise.py runs the layers.
+With a correction (`QuantPlan.correction`) the checkpoint's own states pass through each layer first, with its own
+matrices; the difference of their inputs is what the quantized matrices partly take over.
+
+Memory: a matrix in float32, what flows through a layer, and one Hessian; with a correction, the inputs that a layer's
+own matrices had, too. reference/layerwise.py runs the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from normistral.errors import ExportError
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.quantize.gptq import HessianFactor, factorize, mean_squares, quantize_gptq
+from normistral.export.quantize.gptq import HessianFactor, OwnInputs, correct, factorize, mean_squares, quantize_gptq
 from normistral.export.quantize.kept_layers import KeptLayers
 from normistral.export.quantize.plan import QuantPlan
 from normistral.export.quantize.rtn import quantize
 from normistral.export.quantize.scale_search import search_params
 from normistral.export.quantize.scheme import QuantizedTensor, QuantScheme, unpack
 from normistral.export.quantize.tensor_store import QuantizedTensorStore
-from normistral.export.reference.layerwise import LayeredModel, clear_parameter, set_parameter
+from normistral.export.reference.layerwise import LayeredModel, SequenceState, clear_parameter, set_parameter
 from normistral.hardware import read_machine
 from normistral.progress import NoProgress, Stage
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
 # With these the processor multiplies bfloat16 at twice the speed of float32, or more.
 _FAST_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
+# Inputs of at least so many times the hidden size, those of the feed-forward's last matrix, are not corrected: at the
+# 7B's widths their products and solutions would take 7 times as long as those of all others.
+_LEAST_UNCORRECTED = 2
 
 
 def quantize_layers(
@@ -68,32 +74,102 @@ def quantize_layers(
     start = first = 0 if kept is None else kept.done
     if start == model.layers:
         return
-    sequences = model.embed_together(windows)
+    quantized_states = model.embed_together(windows)
+    own_states = model.embed_together(windows) if plan.correction else None
+    states = [quantized_states] if own_states is None else [quantized_states, own_states]
     if kept is not None:
-        states = kept.load_states()
-        if states is None:
+        saved = kept.load_states()
+        if saved is None:
             first = 0  # through the layers that are done, which quantize nothing again
         else:
-            sequences.hidden = states
+            parts = torch.split(saved, [len(each.hidden) for each in states])
+            for each, part in zip(states, parts, strict=True):
+                each.hidden = part
     for index in range(first, model.layers):
-        quantizer = _LayerQuantizer(model, index, plan, quantized, in_int8, dtype)
-        with (
-            model.open_layer(index, without=quantizer.matrices) as layer,
-            torch.inference_mode(),
-            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-            quantizer.watch(layer),
-        ):
-            model.run(layer, sequences)
+        own_inputs = {} if own_states is None else _record_inputs(model, index, own_states, dtype)
+        quantizer = _LayerQuantizer(model, index, plan, quantized, in_int8, dtype, own_inputs)
+        _run_layer(model, index, quantized_states, dtype, quantizer.quantize)
         if index < start:
             continue
         if kept is not None:
-            kept.save(quantizer.stored_matrices, sequences.hidden if index + 1 < model.layers else None)
+            names = [_stored(model, index, name) for name in linear_modules(model.layer(index))]
+            kept.save(names, torch.cat([each.hidden for each in states]) if index + 1 < model.layers else None)
         stage.advance(1)
 
 
 def calibration_dtype() -> str:
     """The type of the products on this machine: "bfloat16" or "float32"."""
     return "bfloat16" if read_machine().instruction_sets & _FAST_BFLOAT16 else "float32"
+
+
+def _run_layer(
+    model: LayeredModel,
+    index: int,
+    sequence: SequenceState,
+    dtype: torch.dtype,
+    matrix: Callable[[str, torch.Tensor], torch.Tensor],
+) -> None:
+    """Pass a sequence through layer `index`, whose linear modules get their matrices one after the other.
+
+    Args:
+        dtype: in which these matrices are multiplied.
+        matrix: from a module's name and its inputs [windows, tokens, columns], when they come, to its matrix.
+
+    Raises:
+        ExportError: transformers does not use each matrix once in its layer.
+    """
+    import torch
+
+    modules = linear_modules(model.layer(index))
+    waiting = set(modules)
+
+    def before(name: str, inputs: torch.Tensor) -> None:
+        if name not in waiting:
+            raise ExportError(f"transformers uses {_stored(model, index, name)} more than once in its layer")
+        waiting.remove(name)
+        with torch.autocast("cpu", enabled=False):
+            set_parameter(model.layer(index), f"{name}.weight", matrix(name, inputs).to(dtype))
+
+    def after(name: str) -> None:
+        clear_parameter(model.layer(index), f"{name}.weight")
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            for hook in (
+                module.register_forward_pre_hook(lambda module, inputs, name=name: before(name, inputs[0])),
+                module.register_forward_hook(lambda module, inputs, output, name=name: after(name)),
+            ):
+                hooks.callback(hook.remove)
+        with (
+            model.open_layer(index, without={f"{name}.weight" for name in modules}) as layer,
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
+            model.run(layer, sequence)
+    if waiting:
+        raise ExportError(f"transformers does not use {_stored(model, index, min(waiting))} once in its layer")
+
+
+def _record_inputs(
+    model: LayeredModel, index: int, sequence: SequenceState, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Pass the checkpoint's own states through its own layer; inputs of the modules whose matrices are corrected.
+
+    Returns:
+        [tokens, columns] in `dtype`, by the first module that has these inputs.
+    """
+    found: dict[str, torch.Tensor] = {}
+    last: torch.Tensor | None = None
+
+    def matrix(name: str, inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal last
+        if inputs is not last and inputs.shape[-1] < _LEAST_UNCORRECTED * sequence.hidden.shape[-1]:
+            found[name] = _flat(inputs, dtype)
+        last = inputs
+        return model.read_matrix(_stored(model, index, name))
+
+    _run_layer(model, index, sequence, dtype, matrix)
+    return found
 
 
 @dataclass(slots=True)
@@ -110,7 +186,8 @@ class _LayerQuantizer:
     """Quantizes the linear modules of layer `index`, each when its inputs come; one that is quantized already is used.
 
     Attributes:
-        dtype: in which quantized matrices are multiplied, and their errors fed back.
+        dtype: in which their errors are fed back.
+        own_inputs: of the checkpoint's own layer, for the correction: `_record_inputs`. Each goes when it was used.
     """
 
     model: LayeredModel
@@ -119,81 +196,47 @@ class _LayerQuantizer:
     quantized: QuantizedTensorStore
     in_int8: Set[str]
     dtype: torch.dtype
-    _waiting: set[str] = field(default_factory=set)
+    own_inputs: dict[str, torch.Tensor]
     _inputs: _Inputs | None = None
 
-    @property
-    def matrices(self) -> set[str]:
-        """The parameters of the layer that this quantizes."""
-        return {f"{name}.weight" for name in linear_modules(self.model.layer(self.index))}
+    def quantize(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Quantize a module's matrix for its inputs [windows, tokens, columns]. Returns it as it will be: float32."""
+        stored = _stored(self.model, self.index, name)
+        if stored not in self.quantized.schemes:
+            if self._inputs is None or self._inputs.tensor is not tensor:
+                self._inputs = None  # its factor goes before the next one comes
+                self._inputs = self._take(name, tensor)
+            rows = self.model.read_matrix(stored)
+            scheme = (self.plan.int8_scheme if stored in self.in_int8 else self.plan.scheme)(rows.shape[1])
+            _quantize(stored, rows, self._inputs, scheme, self.quantized)
+        return _restore(self.quantized.read(stored), self.quantized.schemes[stored])
 
-    @property
-    def stored_matrices(self) -> set[str]:
-        """Names of these parameters in the checkpoint."""
-        return {f"{self.model.prefix(self.index)}{name}" for name in self.matrices}
-
-    @contextmanager
-    def watch(self, layer: nn.Module) -> Iterator[None]:
-        """Quantize what runs while the context is open."""
-        modules = linear_modules(layer)
-        self._waiting = set(modules)
-        hooks = [
-            hook
-            for name, module in modules.items()
-            for hook in (
-                module.register_forward_pre_hook(lambda module, inputs, name=name: self._before(name, inputs[0])),
-                module.register_forward_hook(lambda module, inputs, output, name=name: self._after(name)),
-            )
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if self._waiting:
-            raise ExportError(f"transformers does not use {self._stored(min(self._waiting))} once in its layer")
-
-    def _stored(self, name: str) -> str:
-        return f"{self.model.prefix(self.index)}{name}.weight"
-
-    def _before(self, name: str, tensor: torch.Tensor) -> None:
-        """Quantize a module's matrix for its inputs, and put it into the module as it will be when it runs."""
-        import torch
-
-        stored = self._stored(name)
-        if name not in self._waiting:
-            raise ExportError(f"transformers uses {stored} more than once in its layer")
-        self._waiting.remove(name)
-        with torch.autocast("cpu", enabled=False):
-            if stored not in self.quantized.schemes:
-                if self._inputs is None or self._inputs.tensor is not tensor:
-                    self._inputs = None  # its factor goes before the next one comes
-                    self._inputs = self._take(tensor)
-                rows = self.model.read_matrix(stored).numpy()
-                scheme = (self.plan.int8_scheme if stored in self.in_int8 else self.plan.scheme)(rows.shape[1])
-                _quantize(stored, rows, self._inputs, scheme, self.quantized)
-            restored = _restore(self.quantized.read(stored), self.quantized.schemes[stored])
-            set_parameter(self.model.layer(self.index), f"{name}.weight", restored.to(self.dtype))
-
-    def _take(self, tensor: torch.Tensor) -> _Inputs:
-        flat = tensor.reshape(-1, tensor.shape[-1]).to(self.dtype)
-        factor = factorize(flat, self.dtype) if self.plan.method == "gptq" else None
+    def _take(self, name: str, tensor: torch.Tensor) -> _Inputs:
+        flat, own = _flat(tensor, self.dtype), self.own_inputs.pop(name, None)
+        factor = None
+        if self.plan.method == "gptq":
+            factor = factorize(flat, self.dtype, None if own is None else OwnInputs(own, self.plan.correction))
         return _Inputs(tensor, mean_squares(flat), factor)
 
-    def _after(self, name: str) -> None:
-        """Let go of a matrix that was used: a layer uses each one once."""
-        clear_parameter(self.model.layer(self.index), f"{name}.weight")
+
+def _flat(inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[windows, tokens, columns] → [tokens, columns]."""
+    return inputs.reshape(-1, inputs.shape[-1]).to(dtype)
+
+
+def _stored(model: LayeredModel, index: int, name: str) -> str:
+    """The checkpoint's name of a module's matrix."""
+    return f"{model.prefix(index)}{name}.weight"
 
 
 def _quantize(
-    name: str, rows: NDArray[np.float32], inputs: _Inputs, scheme: QuantScheme, quantized: QuantizedTensorStore
+    name: str, matrix: torch.Tensor, inputs: _Inputs, scheme: QuantScheme, quantized: QuantizedTensorStore
 ) -> None:
     """Quantize a matrix [out, in] into `quantized`."""
+    factor = inputs.factor
+    rows = (matrix if factor is None else correct(matrix, factor)).numpy()
     params = search_params(rows, scheme, inputs.mean_squares.numpy())
-    if inputs.factor is None:
-        qweight = quantize(rows, params, scheme)
-    else:
-        qweight = quantize_gptq(rows, inputs.factor, params, scheme)
+    qweight = quantize(rows, params, scheme) if factor is None else quantize_gptq(rows, factor, params, scheme)
     quantized.write(name, qweight, params, scheme)
 
 

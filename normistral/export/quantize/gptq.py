@@ -4,6 +4,10 @@ Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Gene
 algorithm 1, with its activation order and damping. The parameters of every group are fixed before the first weight
 changes ("static groups"), so that columns may be taken in any order while groups stay in the order of the formats.
 
+GPTQ keeps the outputs for the inputs that come, errors of earlier layers included. A correction after Li et al. 2025,
+"GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration" (arXiv 2504.02692), has the weights also take
+over a part of those errors: the outputs approach what the checkpoint's own inputs would give.
+
 It is written as Chee et al. 2023, "QuIP", show it to be the same (LDLQ, theorem 6): with H = U D Uᵀ, U of unit upper
 triangular form, column k is rounded to nearest after the errors of the columns before it, times U's column k, were
 added. That takes one Cholesky factor of H itself, and no inverse.
@@ -38,18 +42,35 @@ class HessianFactor:
         order: int64 [columns], by growing mean square of the inputs; columns are rounded from the last to the first.
         feedback: [columns, columns] in that order, below the diagonal: U's coefficients; elsewhere anything. bfloat16
             or float32.
+        correction: float32 [columns, columns] in that order, zeros on and above the diagonal: `correct` adds weights @
+            correction. None: there is nothing to correct.
     """
 
     order: torch.Tensor
     feedback: torch.Tensor
+    correction: torch.Tensor | None = None
 
 
-def factorize(inputs: torch.Tensor, dtype: torch.dtype | None = None) -> HessianFactor:
+@dataclass(frozen=True, slots=True)
+class OwnInputs:
+    """Inputs that the checkpoint's own layers give.
+
+    Attributes:
+        values: [tokens, columns], of the first tokens or all.
+        share: of their difference from the inputs that come, which is corrected: 0 to 1.
+    """
+
+    values: torch.Tensor
+    share: float
+
+
+def factorize(inputs: torch.Tensor, dtype: torch.dtype | None = None, own: OwnInputs | None = None) -> HessianFactor:
     """The factor of the mean of x xᵀ over the inputs x, damped.
 
     Args:
         inputs: [tokens, columns].
         dtype: of the feedback, None is float32. The error of bfloat16's is far below a step of the grid.
+        own: gives the correction.
 
     Raises:
         ExportError: the inputs are no numbers.
@@ -60,13 +81,50 @@ def factorize(inputs: torch.Tensor, dtype: torch.dtype | None = None) -> Hessian
     order = torch.argsort(squares, stable=True)
     inputs = inputs[:, order].float()
     for damping in _DAMPINGS:
-        factor = _lower_products(inputs)
+        factor = _lower_products(inputs, inputs)
         mean = factor.diagonal().mean()
         factor.diagonal().add_(damping * mean if mean > 0 else 1.0)
         if _cholesky_in_place(factor):
+            correction = None if own is None else _correction(factor, order, inputs, own)
             factor /= factor.diagonal().clone()
-            return HessianFactor(order, factor.to(dtype or torch.float32))
+            return HessianFactor(order, factor.to(dtype or torch.float32), correction)
     raise ExportError("the calibration's second moments cannot be inverted", "use the recipe balanced or fast")
+
+
+def _correction(factor: torch.Tensor, order: torch.Tensor, inputs: torch.Tensor, own: OwnInputs) -> torch.Tensor:
+    """GPTAQ's correction, of which each column may use only those that are rounded later (algorithm 1, with alpha).
+
+    With L Lᵀ the Hessian and D the moments of (x' - x) xᵀ, x' the checkpoint's own inputs, column q's part of the
+    error is taken over by the columns k before it as row q of P = ((D L⁻ᵀ) below the diagonal) L⁻¹. What a column took
+    over it hands on: W (1 - share P)⁻¹. (The paper's code hands on rounding errors, too.)
+
+    Args:
+        factor: L [columns, columns] on and below the diagonal, in `order`.
+        inputs: [tokens, columns], in `order`.
+    """
+    import torch
+
+    first = inputs[: len(own.values)]
+    moments = _lower_products(own.values[:, order].float() - first, first).tril_(-1)  # what is above has no effect
+    moments *= len(inputs) / len(first)
+    taken = torch.linalg.solve_triangular(factor, moments.T, upper=False).T.tril(-1)
+    taken = torch.linalg.solve_triangular(factor, taken, upper=False, left=False).tril_(-1)
+    taken.mul_(-own.share)
+    handed: torch.Tensor = torch.linalg.solve_triangular(taken, torch.eye(len(order)), upper=False, unitriangular=True)
+    handed.diagonal().zero_()
+    return handed
+
+
+def correct(matrix: torch.Tensor, factor: HessianFactor) -> torch.Tensor:
+    """Add the factor's correction, if it has one, to a matrix [rows, columns] in place. Returns the matrix."""
+    if factor.correction is None:
+        return matrix
+    corrected = matrix[:, factor.order]
+    for start in range(0, corrected.shape[1], _PANEL):
+        stop = start + _PANEL
+        corrected[:, start:stop] += corrected[:, start:] @ factor.correction[start:, start:stop]
+    matrix[:, factor.order] = corrected
+    return matrix
 
 
 def mean_squares(inputs: torch.Tensor) -> torch.Tensor:
@@ -127,16 +185,16 @@ def quantize_gptq(
     return back.T.contiguous().numpy()
 
 
-def _lower_products(inputs: torch.Tensor) -> torch.Tensor:
-    """x xᵀ summed over the inputs x [tokens, columns], on and below the diagonal only."""
+def _lower_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """x yᵀ summed over pairs of `left` and `right` [tokens, columns], on and below the diagonal; above it, anything."""
     import torch
 
-    columns = inputs.shape[1]
+    columns = left.shape[1]
     step = max(_PANEL, columns // 16)
     sums = torch.empty(columns, columns)
     for start in range(0, columns, step):
         stop = min(start + step, columns)
-        torch.mm(inputs[:, start:].T, inputs[:, start:stop], out=sums[start:, start:stop])
+        torch.mm(left[:, start:].T, right[:, start:stop], out=sums[start:, start:stop])
     return sums
 
 

@@ -15,6 +15,7 @@ from normistral.export.texts import load_texts
 Method = Literal["scale_search", "gptq"]
 
 CALIBRATION_TOKENS = 8192
+CORRECTION = 0.5  # share of GPTAQ's that is made: more fits the calibration's own tokens, and less other texts
 SENSITIVITY_TOKENS = 2048  # of these, for the mixed-precision selection
 WINDOW_TOKENS = 512
 _METHODS: dict[RecipeName, Method | None] = {"fast": None, "balanced": "scale_search", "best": "gptq"}
@@ -31,6 +32,7 @@ class QuantPlan:
         group_size: weights that share a scale; None is a whole row.
         float16_scales: of the scheme.
         ratio: share of the weights in that scheme; the others take `int8_scheme`.
+        correction: with "gptq", the share of the error of the inputs that weights take over (`gptq.OwnInputs`).
     """
 
     method: Method
@@ -39,6 +41,7 @@ class QuantPlan:
     symmetric: bool
     float16_scales: bool = False
     ratio: float = 1.0
+    correction: float = 0.0
 
     def scheme(self, columns: int) -> QuantScheme:
         """The scheme of a matrix."""
@@ -56,7 +59,8 @@ def choose_plan(recipe: Recipe, group_size: int | None) -> QuantPlan | None:
         return None
     groups = None if group_size in (None, PER_CHANNEL) else group_size
     bits, float16_scales = 4 if recipe.weights == "int4" else 8, recipe.format == "openvino"
-    return QuantPlan(method, bits, groups, recipe.is_symmetric, float16_scales, recipe.ratio)
+    correction = CORRECTION if method == "gptq" else 0.0
+    return QuantPlan(method, bits, groups, recipe.is_symmetric, float16_scales, recipe.ratio, correction)
 
 
 def calibration_windows(encode: Callable[[str], list[int]], context: int) -> list[list[int]]:

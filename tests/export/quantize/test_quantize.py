@@ -19,7 +19,7 @@ from normistral.export.checkpoint.open import open_checkpoint
 from normistral.export.quantize import calibrate as calibrate_module
 from normistral.export.quantize import plan
 from normistral.export.quantize.calibrate import quantize_layers
-from normistral.export.quantize.gptq import factorize, mean_squares, quantize_gptq
+from normistral.export.quantize.gptq import OwnInputs, correct, factorize, mean_squares, quantize_gptq
 from normistral.export.quantize.plan import QuantPlan, calibration_windows
 from normistral.export.quantize.rtn import minmax_params, quantize
 from normistral.export.quantize.scale_search import search_params, weighted_error
@@ -134,6 +134,50 @@ def test_gptq_takes_inputs_that_are_fewer_than_columns_or_always_zero():
     np.testing.assert_array_equal(silent, quantize(rows, steps, grid))
 
 
+def own_inputs(inputs, seed=4):
+    """Inputs that follow from `inputs`, with an error of two per cent."""
+    columns = inputs.shape[1]
+    return inputs + np.float32(0.02) * inputs @ gaussian(columns, columns, seed=seed)
+
+
+@pytest.mark.parametrize("columns", [64, 192])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_correction_lessens_the_error_towards_the_own_inputs_outputs(columns, share):
+    grid, rows, inputs = QuantScheme(4, 32, False), gaussian(48, columns), correlated_inputs(columns, tokens=2000)
+    own = own_inputs(inputs)
+    found = factorize(torch.from_numpy(inputs), own=OwnInputs(torch.from_numpy(own), share))
+    errors = []
+    for wanted in (rows, correct(torch.from_numpy(rows.copy()), found).numpy()):
+        steps = half(minmax_params(wanted, grid))
+        codes = quantize_gptq(wanted, found, steps, grid)
+        errors.append(float(np.square(rows @ own.T - dequantize(codes, steps, grid) @ inputs.T).sum()))
+    assert errors[1] < (1 - 0.2 * share) * errors[0]
+
+
+@pytest.mark.parametrize("of_own", [500, 2000])  # the first tokens, and all
+def test_the_correction_is_handed_on_from_column_to_column(of_own):
+    """Column by column: each takes over, from those that are rounded before it, what it can explain of their error."""
+    rows, inputs = torch.from_numpy(gaussian(8, 48)), torch.from_numpy(correlated_inputs(48, tokens=2000))
+    own = torch.from_numpy(own_inputs(inputs.numpy()))[:of_own]
+    found = factorize(inputs, own=OwnInputs(own, 0.5))
+    order = found.order
+    hessian = (inputs.T @ inputs / len(inputs)).double()
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    hessian = hessian[order][:, order]
+    moments = ((own - inputs[:of_own]).T @ inputs[:of_own] / of_own)[order][:, order].double()
+    expected = rows[:, order].double()
+    for column in reversed(range(1, len(order))):
+        share = torch.linalg.solve(hessian[:column, :column], moments[column, :column])
+        expected[:, :column] += 0.5 * expected[:, column : column + 1] * share
+    corrected = correct(rows.clone(), found)[:, order]
+    torch.testing.assert_close(corrected, expected.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_own_inputs_that_are_the_inputs_correct_nothing():
+    inputs = torch.from_numpy(correlated_inputs(64))
+    assert torch.equal(factorize(inputs, own=OwnInputs(inputs, 0.5)).correction, torch.zeros(64, 64))
+
+
 def test_gptq_refuses_inputs_that_are_no_numbers():
     with pytest.raises(ExportError, match="computes values that are not numbers"):
         factorize(torch.full((40, 32), torch.nan))
@@ -173,6 +217,23 @@ def calibrate(folder, scratch, plan, windows=WINDOWS):
     return checkpoint, tables
 
 
+def inputs_of(model, names):
+    """Inputs [tokens, columns] of matrices while all windows pass through the model."""
+    seen = {name: [] for name in names}
+    hooks = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda module, given, name=name: seen[name].append(given[0][0])
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for window in WINDOWS:
+            model(torch.tensor([window]))
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(inputs) for name, inputs in seen.items()}
+
+
 def restored(tables, name):
     rounded, grid = tables.read(name), tables.schemes[name]
     zeros = np.full_like(rounded.scales, grid.middle)
@@ -181,15 +242,19 @@ def restored(tables, name):
     return dequantize(unpack(rounded.qweight, grid.bits), QuantParams(rounded.scales, zeros), grid)
 
 
+@pytest.mark.parametrize("correction", [0.0, 1.0])
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it_give(kind, tmp_path, monkeypatch):
+def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it_give(
+    kind, correction, tmp_path, monkeypatch
+):
     """The whole model in transformers, all matrices rounded, gives the second layer's inputs: the same codes.
 
-    A matrix's inputs depend on those before it only, so that all may be rounded.
+    A matrix's inputs depend on those before it only, so that all may be rounded. With a correction, the model as it was
+    gives the checkpoint's own inputs.
     """
     monkeypatch.setattr(calibrate_module, "_FAST_BFLOAT16", set())  # in float32, as the model below
     folder = MODELS[kind](tmp_path / "model")
-    plan = QuantPlan("gptq", 4, 16, symmetric=False)
+    plan = QuantPlan("gptq", 4, 16, symmetric=False, correction=correction)
     checkpoint, tables = calibrate(folder, tmp_path / "scratch", plan)
     model = load_model(checkpoint, "float32")
     state = {name: parameter for name, parameter in model.named_parameters() if name in tables.schemes}
@@ -197,22 +262,19 @@ def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it
     last = [name for name in state if f"{checkpoint.family.layer_prefix}1." in name]
     assert 2 * len(last) == len(state)
     exact = {name: state[name].detach().numpy().copy() for name in last}
+    own = inputs_of(model, last)
     with torch.no_grad():
         for name in state:
             state[name].copy_(torch.from_numpy(restored(tables, name)))
-        seen = {}
-        for name in last:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            module.register_forward_pre_hook(
-                lambda module, given, name=name: seen.setdefault(name, []).append(given[0][0])
-            )
-        for window in WINDOWS:
-            model(torch.tensor([window]))
-    for name in last:
-        inputs = torch.cat(seen[name])
-        scheme = plan.scheme(inputs.shape[1])
-        steps = search_params(exact[name], scheme, mean_squares(inputs).numpy())
-        codes = quantize_gptq(exact[name], factorize(inputs), steps, scheme)
+    for name, inputs in inputs_of(model, last).items():
+        rows, factor, scheme = exact[name], factorize(inputs), plan.scheme(inputs.shape[1])
+        if correction and inputs.shape[1] < 2 * model.config.hidden_size:
+            factor = factorize(inputs, own=OwnInputs(own[name], correction))
+            rows = correct(torch.from_numpy(rows.copy()), factor).numpy()
+            grid = minmax_params(rows, scheme)
+            assert (quantize(rows, grid, scheme) != quantize(exact[name], grid, scheme)).mean() > 0.01, name
+        steps = search_params(rows, scheme, mean_squares(inputs).numpy())
+        codes = quantize_gptq(rows, factor, steps, scheme)
         same = (codes == unpack(tables.read(name).qweight, 4)).mean()
         assert same > 0.995, name  # sums in another order turn a code here and there
 
