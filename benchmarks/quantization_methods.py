@@ -122,6 +122,8 @@ METHODS: dict[str, Method] = {
     "best-0.25": replace(BEST, alpha=0.25),
     "best-0.75": replace(BEST, alpha=0.75),
     "best-half": replace(BEST, corrected_share=0.5),
+    "best-0.25-half": replace(BEST, alpha=0.25, corrected_share=0.5),
+    "best-0.25-4096": replace(BEST, alpha=0.25, tokens=4096),
     "best-4096": replace(BEST, tokens=4096),
     "qep-0.25": replace(GPTQ, correction="qep", alpha=0.25),
     "qep-0.5": replace(GPTQ, correction="qep", alpha=0.5),

@@ -35,7 +35,8 @@ _SMALL_FILES_BYTES = 64 * 2**20
 _RUNNING_SHARE = 1.6  # memory of a running artifact over its size on disk (benchmarks/load_memory.py: 1.2 to 1.5)
 _SAMPLES_PER_S = 20
 # Operations a second of one core over a whole calibration, its searches included (EPYC with AVX512 and bf16: a layer of
-# the 7B's widths takes 114 s of one core), and in float32 products there: a slower core takes longer in proportion.
+# the 7B's widths takes 114 s of one core without the correction), and in float32 products there: a slower core takes
+# longer in proportion.
 _CORE_OPERATIONS_PER_S = 85e9
 _REFERENCE_PRODUCTS_PER_S = 105e9
 _SHORT_S = 2.0  # a calibration beside which `measure_matmul` would take long: up to a second
