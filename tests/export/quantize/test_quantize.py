@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from normistral.export.checkpoint.open import open_checkpoint
 from normistral.export.quantize import calibrate as calibrate_module
 from normistral.export.quantize import plan
 from normistral.export.quantize.calibrate import quantize_layers
-from normistral.export.quantize.gptq import OwnInputs, correct, factorize, mean_squares, quantize_gptq
+from normistral.export.quantize.gptq import HessianFactor, OwnInputs, correct, factorize, mean_squares, quantize_gptq
 from normistral.export.quantize.plan import QuantPlan, calibration_windows
 from normistral.export.quantize.rtn import minmax_params, quantize
 from normistral.export.quantize.scale_search import search_params, weighted_error
@@ -288,6 +290,20 @@ def test_two_calibrations_give_the_same_bytes(method, tmp_path):
     assert len(files) == 2 * 14  # codes and scales
     for file in files:
         assert file.read_bytes() == (tmp_path / "second" / "tables" / file.name).read_bytes()
+
+
+def test_no_factor_of_a_layer_is_held_while_the_next_one_runs(tmp_path, monkeypatch):
+    """At the 7B's widths the last one and its inputs take 1.3 GB."""
+    record, held = calibrate_module._record_inputs, []
+
+    def watched(*arguments):
+        held.append([each for each in gc.get_objects() if isinstance(each, HessianFactor)])
+        return record(*arguments)
+
+    monkeypatch.setattr(calibrate_module, "_record_inputs", watched)
+    plan = QuantPlan("gptq", 4, 16, symmetric=False, correction=0.5)
+    calibrate(make_mistral(tmp_path / "model"), tmp_path / "scratch", plan)
+    assert held == [[], []]
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
