@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,8 +75,8 @@ def quantize_layers(
     if start == model.layers:
         return
     quantized_states = model.embed_together(windows)
-    own_states = model.embed_together(windows) if plan.correction else None
-    states = [quantized_states] if own_states is None else [quantized_states, own_states]
+    own_states = replace(quantized_states)
+    states = [quantized_states, own_states] if plan.correction else [quantized_states]
     if kept is not None:
         saved = kept.load_states()
         if saved is None:
@@ -86,11 +86,10 @@ def quantize_layers(
             for each, part in zip(states, parts, strict=True):
                 each.hidden = part
     for index in range(first, model.layers):
-        own_inputs = {} if own_states is None else _record_inputs(model, index, own_states, dtype)
-        # The quantizer goes with its last factor, 1.3 GB at the 7B's widths, before the next layer runs.
-        quantize = _LayerQuantizer(model, index, plan, quantized, in_int8, dtype, own_inputs).quantize
-        _run_layer(model, index, quantized_states, dtype, quantize)
-        del quantize
+        own_inputs = _record_inputs(model, index, own_states, dtype) if plan.correction else {}
+        quantizer = _LayerQuantizer(model, index, plan, quantized, in_int8, dtype, own_inputs)
+        _run_layer(model, index, quantized_states, dtype, quantizer.quantize)
+        del quantizer  # and its last factor, 1.3 GB at the 7B's widths, before the next layer runs
         if index < start:
             continue
         if kept is not None:
