@@ -7,6 +7,7 @@ import time
 
 import httpx
 import pytest
+from processor_speed import within
 from served_models import make_served, serving
 from serving_clients import error_of, http
 
@@ -47,11 +48,11 @@ def url(tmp_path_factory):
     ],
 )
 def test_bodies_that_are_none(url, body, headers, status, words) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # the server is in this process
     answer = http.post(
         f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"} | headers
     )
-    assert time.perf_counter() - start < 5  # 0.01 on a quiet machine
+    assert within(time.process_time() - start, 1.0)
     assert answer.status_code == status
     assert words in error_of(answer)["message"]
 
