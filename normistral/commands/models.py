@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from normistral.commands.info import info_document
 from normistral.commands.options import ArtifactName, Debug, Verbose, complete_stored
 from normistral.commands.translate import translate
 from normistral.errors import UsageError
+from normistral.export.staging import discard_unfinished, find_unfinished
 from normistral.files import sha256_file
 from normistral.progress import format_bytes
 
@@ -107,14 +109,26 @@ def list_(
 
 
 def _store_document(folder: Path, artifacts: list[StoredArtifact]) -> dict[str, Any]:
-    return {"store": str(folder), "artifacts": [_artifact_document(*artifact) for artifact in artifacts]}
+    return {
+        "store": str(folder),
+        "artifacts": [_artifact_document(*artifact) for artifact in artifacts],
+        "unfinished": [{"name": one.output.name, "bytes": one.size} for one in find_unfinished(folder)],
+    }
 
 
 def _store_lines(folder: Path, artifacts: list[StoredArtifact]) -> Iterator[str]:
-    if not artifacts:
+    if artifacts:
+        yield from _table_lines(artifacts)
+    else:
         yield translate(f"There are no models yet in {folder}.")
         yield translate(f"Make one with: {PRESETS[0].export_command}")
-        return
+    if unfinished := find_unfinished(folder):
+        yield ""
+        yield translate("Unfinished exports: the same command goes on, or begins anew; rm NAME frees the disk")
+        yield format_columns([(one.output.name, format_bytes(one.size)) for one in unfinished], indent=2)
+
+
+def _table_lines(artifacts: list[StoredArtifact]) -> Iterator[str]:
     rows = []
     for name, _, content in artifacts:
         if isinstance(content, Manifest):
@@ -194,17 +208,17 @@ def rm(
 ) -> None:
     """Remove models from the local store, to free disk space.
 
-    Only artifacts of the store are removed, by their names; folders with other files in them, and links, are refused.
+    Only artifacts of the store are removed, by their names, with what unfinished exports of these names left; folders
+    with other files in them, and links, are refused.
     """
     from normistral.runtime.tuned import forget_tuned
 
     given = [name for name in dict.fromkeys(names) if not _discard_partial(name)]
-    folders = [store.find_stored(name) for name in given]
-    if not folders:
+    if not given:
         return
-    for folder in folders:
-        store.check_removable(folder)
-    sizes = {folder: format_bytes(store.folder_bytes(folder)) for folder in folders}
+    left = {one.output: one.size for one in find_unfinished(store.artifacts_dir())}
+    folders = [_find_removable(name, left) for name in given]
+    sizes = {folder: format_bytes(store.folder_bytes(folder) + left.get(folder, 0)) for folder in folders}
     if not yes:
         if not console.is_terminal(sys.stdin):
             raise UsageError("nobody is there to be asked whether to remove", "add --yes")
@@ -213,10 +227,24 @@ def rm(
             console.say("nothing was removed")
             return
     for folder in folders:
-        tuned_for = sha256_file(folder / MANIFEST_NAME)
-        store.remove_artifact(folder)
-        forget_tuned(tuned_for)
+        if folder in left:
+            discard_unfinished(folder)
+    for folder in folders:
+        if os.path.lexists(folder):
+            tuned_for = sha256_file(folder / MANIFEST_NAME)
+            store.remove_artifact(folder)
+            forget_tuned(tuned_for)
         console.say(f"removed {folder.name} ({sizes[folder]})")
+
+
+def _find_removable(name: str, unfinished: Iterable[Path]) -> Path:
+    """The artifact's folder in the store, or the one that an unfinished export was to make."""
+    folder = store.artifacts_dir() / name
+    if folder in unfinished and not os.path.lexists(folder):
+        return folder
+    folder = store.find_stored(name)
+    store.check_removable(folder)
+    return folder
 
 
 def _discard_partial(name: str) -> bool:

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from normistral.artifact.extra_files import find_foreign_files
 from normistral.artifact.manifest import MANIFEST_NAME
+from normistral.artifact.store import folder_bytes
 from normistral.errors import ResourceError, UsageError
 from normistral.files import (
     checked,
@@ -44,6 +45,8 @@ from normistral.files import (
 )
 from normistral.hardware import free_disk_bytes
 
+_KINDS = ("partial", "kept")
+_NEIGHBOUR = re.compile(rf"\.(?P<output>.+)\.(?P<kind>{'|'.join(_KINDS)})-[0-9a-f]{{8}}", re.DOTALL)
 _REPLACED = "replaced"
 _FULL_BELOW_BYTES = 2**20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -147,6 +150,43 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
                 _remove(folder)
 
 
+@dataclass(frozen=True, slots=True)
+class UnfinishedExport:
+    """What an export left that was interrupted, or is still running.
+
+    Attributes:
+        output: its OUTPUT, which may be there as an older artifact.
+        size: bytes of its files on the disk.
+    """
+
+    output: Path
+    size: int
+
+
+def find_unfinished(parent: Path) -> list[UnfinishedExport]:
+    """The unfinished exports to folders in `parent`, which need not exist, by name."""
+    sizes: dict[str, int] = {}
+    with suppress(OSError):
+        for path in parent.iterdir():
+            if (found := _NEIGHBOUR.fullmatch(path.name)) and is_own_folder(path):
+                sizes[found["output"]] = sizes.get(found["output"], 0) + folder_bytes(path)
+    return [UnfinishedExport(parent / name, size) for name, size in sorted(sizes.items())]
+
+
+def discard_unfinished(output: Path) -> None:
+    """Remove what an interrupted export to `output` left; an older artifact of that name stays.
+
+    Raises:
+        UsageError: the export is still running, or this user may not write there.
+    """
+    with _lock(output):
+        for leftover in _neighbours(output, "partial"):
+            _put_back(leftover / _REPLACED, output)
+        for kind in _KINDS:
+            for leftover in _neighbours(output, kind):
+                _remove(leftover)
+
+
 @contextmanager
 def translate_full_disk(path: Path) -> Iterator[None]:
     """Turn the system's "no space left" into a ResourceError that says how much is free."""
@@ -205,8 +245,13 @@ def _lock(output: Path) -> Iterator[None]:
 
 def _neighbours(output: Path, kind: str) -> list[Path]:
     """Folders of this kind that exports to this OUTPUT left; to be asked only while holding the lock."""
-    name = re.compile(re.escape(f".{output.name}.{kind}-") + "[0-9a-f]{8}")
-    return sorted(path for path in output.parent.iterdir() if name.fullmatch(path.name) and is_own_folder(path))
+    return sorted(
+        path
+        for path in output.parent.iterdir()
+        if (found := _NEIGHBOUR.fullmatch(path.name))
+        and (found["output"], found["kind"]) == (output.name, kind)
+        and is_own_folder(path)
+    )
 
 
 def _choose_kept(output: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 
 import pytest
 from fork_server import run_forked
@@ -9,6 +10,8 @@ from pseudo_terminal import Terminal
 from scripted_cli import DEMO, HELPERS, command, make_artifact
 
 from normistral.cli import main
+from normistral.export.staging import stage
+from normistral.files import make_own_folder
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,46 @@ def test_rm_removes_all_or_nothing(own_store, capsys):
     assert sorted(path.name for path in own_store.iterdir()) == ["a", "b", "fremmed"]
     assert main(["rm", "--yes", "a", "b", "a"]) == 0
     assert [path.name for path in own_store.iterdir()] == ["fremmed"]
+
+
+def leave_kept(output):
+    """What an export to `output` leaves that was interrupted behind its first layer."""
+    with suppress(KeyboardInterrupt), stage(output, force=True) as staging:
+        make_own_folder(staging.kept)
+        (staging.kept / "matrix").write_bytes(bytes(4_000_000))
+        raise KeyboardInterrupt
+    return staging.kept
+
+
+def test_what_an_interrupted_export_kept_is_listed_and_removed(own_store, capsys):
+    kept = leave_kept(own_store / "mitt.v2")
+    assert main(["list"]) == 0
+    assert re.search(r"^  mitt\.v2  4 MB$", capsys.readouterr().out, re.M)
+    assert main(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unfinished"] == [{"name": "mitt.v2", "bytes": 4_000_000}]
+    assert main(["rm", "--yes", "v2"]) == 1
+    assert kept.exists()
+    capsys.readouterr()
+    assert main(["rm", "--yes", "mitt.v2"]) == 0
+    assert capsys.readouterr().err == "removed mitt.v2 (4 MB)\n"
+    assert not any(own_store.iterdir())
+
+
+def test_rm_takes_an_artifact_and_what_an_export_kept_for_its_place(own_store, capsys):
+    make_artifact(own_store / "mitt")
+    leave_kept(own_store / "mitt")
+    assert main(["rm", "--yes", "mitt"]) == 0
+    assert capsys.readouterr().err == "removed mitt (20.8 MB)\n"
+    assert not any(own_store.iterdir())
+
+
+def test_rm_leaves_a_running_export_alone(own_store, capsys):
+    make_artifact(own_store / "annet")
+    with stage(own_store / "mitt", force=False):
+        assert main(["rm", "--yes", "annet", "mitt"]) == 2
+        assert "another export is writing" in capsys.readouterr().err
+    assert (own_store / "mitt").exists()
+    assert (own_store / "annet").exists()
 
 
 def test_a_presets_name_is_enough_to_chat(own_store, tmp_path):
