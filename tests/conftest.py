@@ -67,6 +67,17 @@ def tiny_fp16(tiny_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_int4(tiny_checkpoint, tmp_path_factory) -> Path:
+    """Groups of 32, rounded to nearest; OpenVINO, not verified."""
+    from normistral import export_model
+
+    def export(output: Path) -> None:
+        export_model(str(tiny_checkpoint), output, weights="int4", group_size=32, recipe="fast", verify=False)
+
+    return make_once(tmp_path_factory, "tiny-openvino-int4", export)
+
+
+@pytest.fixture(scope="session")
 def demo_int4(tmp_path_factory) -> Path:
     """The demo model, rounded to nearest: its default takes a minute more."""
     from normistral import export_model

@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import pytest
 import torch
+from fork_server import start_forked
 from tiny_models import edit_json, make_mistral
 from transformers import AutoModelForCausalLM
 
@@ -232,16 +235,18 @@ def long_run(tiny_onnx, tiny_checkpoint, tmp_path_factory):
 def stop_in_the_middle(arguments, cache, number):
     """Send a signal once a good part of the reference is on disk; the process's exit code and stderr."""
     command = [sys.executable, "-m", "normistral", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ONE_THREAD)
-    deadline = time.monotonic() + 120
-    while not cache.exists() or cache.stat().st_size < 200_000:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
+    with Path(os.devnull).open("rb") as nothing, TemporaryFile() as out, TemporaryFile() as err:
+        streams = [stream.fileno() for stream in (nothing, out, err)]
+        process = start_forked(command, streams, cwd=cache.parent, env=os.environ | ONE_THREAD, tools=True)
+        deadline = time.monotonic() + 120
+        while not cache.exists() or cache.stat().st_size < 200_000:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(process.pid, number)
+        code = process.wait(60)
+        stdout, stderr = (os.pread(stream.fileno(), 2**20, 0) for stream in (out, err))
     assert stdout == b""
-    return process.returncode, stderr.decode()
+    return code, stderr.decode()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import run_forked
 from tiny_models import edit_json, make_mistral
 
 import normistral
@@ -45,9 +45,8 @@ def run(codes: Sequence[str], folder: Path) -> None:
         "    with contextlib.redirect_stdout(out):\n        exec(code, {})\n    assert out.getvalue().strip(), code\n"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *codes], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    words = [sys.executable, "-c", code, *codes]
+    done = run_forked(words, cwd=folder, env=environment, text=True, timeout=120, tools=True)
     assert done.returncode == 0, done.stderr
 
 

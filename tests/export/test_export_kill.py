@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fork_server import run_forked
 from tiny_models import make_mistral
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -23,13 +23,8 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path, format, re
     script = Path(__file__).parents[1] / "scripts" / "kill_export.py"
     options = ["--format", format, "--recipe", recipe, "--calibration-tokens", "512"]
     options += ["--kills", str(KILLS), "--recover-every", "3"]
-    done = subprocess.run(
-        [sys.executable, str(script), str(checkpoint), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60 + 60 * KILLS,
-    )
+    words = [sys.executable, "-c", script.read_text(encoding="utf-8"), str(checkpoint), *options]
+    done = run_forked(words, cwd=tmp_path, text=True, timeout=60 + 60 * KILLS, tools=True)
     assert done.returncode == 0, done.stderr
     tally = json.loads(done.stdout)
     assert tally["killed"] + tally["finished"] == KILLS

@@ -2,9 +2,12 @@
 
     done = run_forked([sys.executable, "-m", "normistral", "list"], stdin=b"...")
 
-Words are those of `python -m normistral` or of `scripted_cli.command`. A child has its own streams, directory,
-environment and exit, as a command that a shell starts. What depends on how the interpreter starts (locale, encodings,
-imports) needs a process from `subprocess`. Where the system is not Linux, every command is one.
+Words are those of `python -m normistral`, of `scripted_cli.command` or of `python -c CODE`. A child has its own
+streams, directory, environment and exit, as a command that a shell starts. What depends on how the interpreter starts
+(locale, encodings, imports) needs a process from `subprocess`. Where the system is not Linux, every command is one.
+
+With `tools` the server is another one, which has imported the engines and the export's tools besides: seconds of each
+process that uses them.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ _LONGEST_REQUEST = 2**20
 _IMPORTED = ("concurrent.futures", "jinja2.sandbox", "numpy.random", "tokenizers")
 _IMPORTED += ("normistral.artifact.sandbox", "normistral.commands.chat", "normistral.commands.line_editor")
 _IMPORTED += ("prompt_toolkit.shortcuts", "rich.console", "rich.progress", "typer.rich_utils")
+_TOOLS = ("nncf", "onnxruntime", "openvino", "optimum.exporters.onnx.model_configs", "optimum.intel")
+_TOOLS += ("optimum.onnxruntime", "torch", "normistral.evaluation.quality", "normistral.export.pipeline")
 
 
 class Forked:
@@ -67,13 +72,20 @@ class Forked:
 
 
 def start_forked(
-    words: Sequence[str], streams: Sequence[int], *, cwd: Path, env: dict[str, str], terminal: bool = False
+    words: Sequence[str],
+    streams: Sequence[int],
+    *,
+    cwd: Path,
+    env: dict[str, str],
+    terminal: bool = False,
+    tools: bool = False,
 ) -> Forked | subprocess.Popen[bytes]:
     """Start a command.
 
     Args:
         streams: stdin, stdout and stderr; the caller closes its own.
         terminal: stdin becomes its controlling terminal, so that Ctrl-C is a signal.
+        tools: fork from the process that has imported the engines and the export's tools.
     """
     if sys.platform != "linux":
         take = _take_terminal if terminal else None
@@ -82,7 +94,7 @@ def start_forked(
         )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     request = {"words": list(words[1:]), "cwd": str(cwd), "environment": env, "terminal": terminal}
-    socket.send_fds(_server(), [json.dumps(request).encode()], [*streams, theirs.fileno()])
+    socket.send_fds(_server(tools), [json.dumps(request).encode()], [*streams, theirs.fileno()])
     theirs.close()
     return Forked(words, ours)
 
@@ -95,6 +107,7 @@ def run_forked(
     env: dict[str, str] | None = None,
     text: bool = False,
     timeout: float = 60,
+    tools: bool = False,
 ) -> subprocess.CompletedProcess:
     """`subprocess.run` with captured output, which `text` decodes.
 
@@ -103,7 +116,7 @@ def run_forked(
     """
     (in_read, in_write), (out_read, out_write), (err_read, err_write) = os.pipe(), os.pipe(), os.pipe()
     streams = in_read, out_write, err_write
-    process = start_forked(words, streams, cwd=cwd, env=dict(os.environ) if env is None else env)
+    process = start_forked(words, streams, cwd=cwd, env=dict(os.environ) if env is None else env, tools=tools)
     for theirs in streams:
         os.close(theirs)
     with ThreadPoolExecutor(3) as threads:
@@ -120,10 +133,11 @@ def run_forked(
 
 
 @cache
-def _server() -> socket.socket:
+def _server(tools: bool) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST_REQUEST)
-    server = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    words = [sys.executable, __file__, str(theirs.fileno()), *(["tools"] if tools else [])]
+    server = subprocess.Popen(words, pass_fds=[theirs.fileno()])
     theirs.close()
     atexit.register(server.wait)
     atexit.register(ours.close)
@@ -144,9 +158,9 @@ def _read(end: int) -> bytes:
         return file.read()
 
 
-def serve(channel: socket.socket) -> None:
+def serve(channel: socket.socket, tools: bool) -> None:
     """Of the server: a child for each request; its process id, and its exit status when it has ended."""
-    for name in _IMPORTED:
+    for name in (*_IMPORTED, *(_TOOLS if tools else ())):
         importlib.import_module(name)
     import scripted_cli  # noqa: F401
 
@@ -190,6 +204,10 @@ def _run(words: list[str]) -> int:
 
     from normistral.cli import main
 
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        return 0
     if words[0] == scripted_cli.__file__:
         return scripted_cli.run(scripted_cli.DEFAULTS | json.loads(words[1]), words[2:])
     assert words[:2] == ["-m", "normistral"], words
@@ -223,4 +241,4 @@ def _become(request: dict, streams: list[int]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), "tools" in sys.argv[2:])

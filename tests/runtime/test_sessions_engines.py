@@ -1,11 +1,11 @@
 """Sessions on real engines: caches come back bit by bit, in another process, and not with other settings."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from fork_server import run_forked
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,7 +102,8 @@ def test_another_process_goes_on_with_the_same_tokens(artifact, tmp_path):
         document.save(tmp_path / "s.prefix")
         expected = [chat.send("B", **OPTIONS).token_ids, document.generate("å?", **OPTIONS).token_ids]
     command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(artifact), str(tmp_path / "s"), json.dumps(OPTIONS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = run_forked(command, cwd=tmp_path, text=True, timeout=120, tools=True)
+    assert done.returncode == 0, done.stderr
     (chat_ids, chat_cached), (document_ids, document_cached) = json.loads(done.stdout)
     assert [chat_ids, document_ids] == [list(ids) for ids in expected]
     assert chat_cached > 10

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from fork_server import run_forked
 from tiny_models import make_mistral
 
 import normistral
@@ -56,7 +56,7 @@ def export_apart(checkpoint, output, options, kill_at=None):
     """
     arguments = [str(checkpoint), str(output), options, kill_at, plan.CALIBRATION_TOKENS]
     command = [sys.executable, "-c", APART, *map(json.dumps, arguments)]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=300)
+    done = run_forked(command, cwd=output.parent, timeout=300, tools=True)
     assert done.returncode == (0 if kill_at is None else -signal.SIGKILL), done.stderr.decode()
     return json.loads(done.stdout.splitlines()[-1]) if kill_at is None else None
 

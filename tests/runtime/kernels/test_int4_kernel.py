@@ -244,33 +244,33 @@ def test_an_engine_outlives_the_backend_it_came_from(demo_int4, int4_library):
     assert np.array_equal(engine.forward([1, 2, 3]), before)
 
 
-def test_sessions_are_not_carried_from_one_arithmetic_to_the_other(demo_int4, int4_library, tmp_path):
+def test_sessions_are_not_carried_from_one_arithmetic_to_the_other(tiny_int4, int4_library, tmp_path):
     path = tmp_path / "session"
-    with normistral.load(demo_int4) as ours:
+    with normistral.load(tiny_int4) as ours:
         ours.prefill("Oslo er hovedstaden i Norge.").save(path)
         ours.restore_prefix(path).close()
     with (
-        normistral.load(demo_int4, settings={"int4_kernel": "openvino"}) as theirs,
+        normistral.load(tiny_int4, settings={"int4_kernel": "openvino"}) as theirs,
         pytest.raises(SessionError, match="int4_kernel"),
     ):
         theirs.restore_prefix(path)
 
 
-def test_exact_arithmetic_does_without(demo_int4, int4_library):
-    with normistral.load(demo_int4, exact=True) as model:
+def test_exact_arithmetic_does_without(tiny_int4, int4_library):
+    with normistral.load(tiny_int4, exact=True) as model:
         assert "int4_kernel" not in model.capabilities.settings
     with pytest.raises(UsageError, match="reference arithmetic"):
-        normistral.load(demo_int4, exact=True, settings=OURS)
+        normistral.load(tiny_int4, exact=True, settings=OURS)
 
 
 def test_asked_for_where_it_is_not_there_it_is_an_error_with_the_way_out(
-    demo_int4, tmp_path, monkeypatch, no_packaged_kernel
+    tiny_int4, tmp_path, monkeypatch, no_packaged_kernel
 ):
     monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="int4_kernel cannot be normistral") as caught:
-        normistral.load(demo_int4, settings=OURS)
+        normistral.load(tiny_int4, settings=OURS)
     assert caught.value.hint in ("compile it: normistral build-kernel", "say openvino")
-    with normistral.load(demo_int4) as model:  # not asked for, OpenVINO's own serve
+    with normistral.load(tiny_int4) as model:  # not asked for, OpenVINO's own serve
         assert model.capabilities.settings["int4_kernel"] == "openvino"
 
 
@@ -305,14 +305,14 @@ def test_a_store_that_is_no_folder_is_an_error(int4_library, tmp_path, monkeypat
         build_library(read_machine())
 
 
-def test_a_damaged_library_is_not_used_and_said_so(demo_int4, int4_library, tmp_path, monkeypatch, caplog):
+def test_a_damaged_library_is_not_used_and_said_so(tiny_int4, int4_library, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
     library_path(read_machine()).parent.mkdir(parents=True)
     library_path(read_machine()).write_bytes(int4_library.read_bytes()[:1000])
-    with normistral.load(demo_int4) as model:
+    with normistral.load(tiny_int4) as model:
         assert model.capabilities.settings["int4_kernel"] == "openvino"
     assert "damaged" in caplog.text
     assert "build-kernel" in caplog.text
     with pytest.raises(EngineError, match="damaged") as caught:
-        normistral.load(demo_int4, settings=OURS)
+        normistral.load(tiny_int4, settings=OURS)
     assert "build-kernel" in caught.value.hint

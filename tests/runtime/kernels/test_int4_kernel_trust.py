@@ -22,14 +22,6 @@ OURS = {"int4_kernel": "normistral"}
 PLANTED = b"not the library that was hashed"
 
 
-@pytest.fixture(scope="module")
-def tiny_int4(tiny_checkpoint, tmp_path_factory):
-    output = tmp_path_factory.mktemp("artifacts") / "tiny-openvino-int4"
-    options = {"weights": "int4", "group_size": 32, "recipe": "fast", "verify": False}
-    normistral.export_model(str(tiny_checkpoint), output, **options)
-    return output
-
-
 @pytest.fixture
 def stored(int4_library, tmp_path, monkeypatch):
     """A kernel in a store of this test's own."""

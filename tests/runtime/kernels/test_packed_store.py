@@ -193,13 +193,6 @@ def test_pages_of_files_are_dropped_and_read_again(tmp_path):
     assert np.array_equal(anonymous, WEIGHTS)
 
 
-@pytest.fixture(scope="module")
-def tiny_int4(tiny_checkpoint, tmp_path_factory):
-    output = tmp_path_factory.mktemp("artifacts") / "tiny"
-    normistral.export_model(str(tiny_checkpoint), output, weights="int4", group_size=32, recipe="fast", verify=False)
-    return output
-
-
 ANSWER = """
 import sys
 import normistral
