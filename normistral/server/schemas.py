@@ -202,7 +202,7 @@ class CommonRequest(WithNumbers):
         Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], TokenBias], Field(max_length=_BIASES)] | None
     ) = Field(None, description="Added to the logits of tokens, by their ids.")
     # Asks for nothing, or for nothing that changes the answer
-    keep_alive: str | int | float | None = Field(None, description="Not used: the model stays loaded.")
+    keep_alive: str | int | float | None = Field(None, description="Not used: the server decides.")
     user: str | None = Field(None, description="Not used.")
     metadata: dict[str, str] | None = Field(None, description="Not used.")
     store: NeverTrue = Field(None, description="Nothing is ever stored.")

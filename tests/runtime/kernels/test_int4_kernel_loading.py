@@ -44,11 +44,11 @@ def answer(batch, jobs):
     return list(texts.values())
 
 
-def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_library):
-    with normistral.load(demo_int4) as model:
+def test_answers_computed_together_use_it_and_are_the_librarys(tiny_int4, int4_library):
+    with normistral.load(tiny_int4) as model:
         prompts = [model.encode(text) for text in BEGINNINGS]
         alone = [model.generate(ids, max_new_tokens=3, temperature=0.0, draft="off").text for ids in prompts]
-    opened = create_backend(demo_int4, SETTINGS, EngineConfig())
+    opened = create_backend(tiny_int4, SETTINGS, EngineConfig())
     config = GenerationConfig(max_new_tokens=3, temperature=0.0)
     together = answer(opened.batch, [Job(str(at), ids, config, "somebody") for at, ids in enumerate(prompts)])
     opened.batch.close()
@@ -58,18 +58,18 @@ def test_answers_computed_together_use_it_and_are_the_librarys(demo_int4, int4_l
     assert together == alone
 
 
-def test_asked_for_where_it_is_not_there_it_is_an_error(demo_int4, tmp_path, monkeypatch, no_packaged_kernel):
+def test_asked_for_where_it_is_not_there_it_is_an_error(tiny_int4, tmp_path, monkeypatch, no_packaged_kernel):
     monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="int4_kernel cannot be normistral"):
-        create_backend(demo_int4, SETTINGS, EngineConfig(settings=OURS))
-    opened = create_backend(demo_int4, SETTINGS, EngineConfig())
+        create_backend(tiny_int4, SETTINGS, EngineConfig(settings=OURS))
+    opened = create_backend(tiny_int4, SETTINGS, EngineConfig())
     opened.batch.close()
     assert opened.capabilities.settings["int4_kernel"] == "openvino"
 
 
-def test_structured_answers_use_the_same_weights(demo_int4, int4_library):
+def test_structured_answers_use_the_same_weights(tiny_int4, int4_library):
     assert held() == 0
-    created = create_backend(demo_int4, SETTINGS, EngineConfig())
+    created = create_backend(tiny_int4, SETTINGS, EngineConfig())
     structured = GenerationConfig(max_new_tokens=8, structure=Structure.choice(["Oslo", "Bergen"]))
     plain = GenerationConfig(max_new_tokens=8)
     jobs = [Job("a", [1, 2, 3], structured, "somebody"), Job("b", [1, 2, 3], plain, "somebody")]
@@ -80,18 +80,18 @@ def test_structured_answers_use_the_same_weights(demo_int4, int4_library):
     assert held() == 0
 
 
-def test_weights_are_held_once_and_forgotten_with_the_last_model(demo_int4, int4_library):
-    first, second = pack(demo_int4), pack(demo_int4)
+def test_weights_are_held_once_and_forgotten_with_the_last_model(tiny_int4, int4_library):
+    first, second = pack(tiny_int4), pack(tiny_int4)
     assert first is second
     core = ov.Core()
-    model = core.read_model(demo_int4 / MODEL_FILE)
+    model = core.read_model(tiny_int4 / MODEL_FILE)
     replace_products(core, model, first)
     numbers = set(first.numbers.values())
     del first, second
     gc.collect()
     with pytest.raises(RuntimeError, match="not held in this process"):
         model.validate_nodes_and_infer_types()
-    assert not numbers & set(pack(demo_int4).numbers.values())
+    assert not numbers & set(pack(tiny_int4).numbers.values())
 
 
 def test_an_artifact_that_was_replaced_is_packed_anew(tiny_checkpoint, tmp_path, int4_library):
