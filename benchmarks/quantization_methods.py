@@ -128,6 +128,7 @@ METHODS: dict[str, Method] = {
     "qep-0.25": replace(GPTQ, correction="qep", alpha=0.25),
     "qep-0.5": replace(GPTQ, correction="qep", alpha=0.5),
     "awq": replace(GPTQ, awq=True),
+    "best-awq": replace(BEST, awq=True),
     "own-order": replace(GPTQ, by_moments=False),
     "refit": replace(GPTQ, refits=1),
     "refit-requantize": replace(GPTQ, refits=1, requantize=True),
