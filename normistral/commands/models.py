@@ -240,7 +240,7 @@ def rm(
 def _find_removable(name: str, unfinished: Iterable[Path]) -> Path:
     """The artifact's folder in the store, or the one that an unfinished export was to make."""
     folder = store.artifacts_dir() / name
-    if folder in unfinished and not os.path.lexists(folder):
+    if folder.name == name and folder in unfinished and not os.path.lexists(folder):  # a path is no name
         return folder
     folder = store.find_stored(name)
     store.check_removable(folder)

@@ -100,7 +100,8 @@ def test_what_an_interrupted_export_kept_is_listed_and_removed(own_store, capsys
     assert re.search(r"^  mitt\.v2  4 MB$", capsys.readouterr().out, re.M)
     assert main(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["unfinished"] == [{"name": "mitt.v2", "bytes": 4_000_000}]
-    assert main(["rm", "--yes", "v2"]) == 1
+    for name in ("v2", str(own_store / "mitt.v2"), kept.name):
+        assert main(["rm", "--yes", name]) == 1
     assert kept.exists()
     capsys.readouterr()
     assert main(["rm", "--yes", "mitt.v2"]) == 0
