@@ -166,10 +166,12 @@ class UnfinishedExport:
 def find_unfinished(parent: Path) -> list[UnfinishedExport]:
     """The unfinished exports to folders in `parent`, which need not exist, by name."""
     sizes: dict[str, int] = {}
-    with suppress(OSError):
-        for path in parent.iterdir():
-            if (found := _NEIGHBOUR.fullmatch(path.name)) and is_own_folder(path):
-                sizes[found["output"]] = sizes.get(found["output"], 0) + folder_bytes(path)
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if (found := _NEIGHBOUR.fullmatch(path.name)) and is_own_folder(path):
+            size = 0
+            with suppress(FileNotFoundError):  # a running export removes files meanwhile
+                size = folder_bytes(path)
+            sizes[found["output"]] = sizes.get(found["output"], 0) + size
     return [UnfinishedExport(parent / name, size) for name, size in sorted(sizes.items())]
 
 
