@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,7 +112,7 @@ def _store_document(folder: Path, artifacts: list[StoredArtifact]) -> dict[str, 
     return {
         "store": str(folder),
         "artifacts": [_artifact_document(*artifact) for artifact in artifacts],
-        "unfinished": [{"name": one.output.name, "bytes": one.size} for one in find_unfinished(folder)],
+        "unfinished": [{"name": name, "bytes": size} for name, size in find_unfinished(folder).items()],
     }
 
 
@@ -125,7 +125,7 @@ def _store_lines(folder: Path, artifacts: list[StoredArtifact]) -> Iterator[str]
     if unfinished := find_unfinished(folder):
         yield ""
         yield translate("Unfinished exports: the same command goes on, or begins anew; rm NAME frees the disk")
-        yield format_columns([(one.output.name, format_bytes(one.size)) for one in unfinished], indent=2)
+        yield format_columns([(name, format_bytes(size)) for name, size in unfinished.items()], indent=2)
 
 
 def _table_lines(artifacts: list[StoredArtifact]) -> Iterator[str]:
@@ -216,9 +216,9 @@ def rm(
     given = [name for name in dict.fromkeys(names) if not _discard_partial(name)]
     if not given:
         return
-    left = {one.output: one.size for one in find_unfinished(store.artifacts_dir())}
-    folders = [_find_removable(name, left) for name in given]
-    sizes = {folder: format_bytes(store.folder_bytes(folder) + left.get(folder, 0)) for folder in folders}
+    unfinished = find_unfinished(store.artifacts_dir())
+    folders = [_find_removable(name, unfinished) for name in given]
+    sizes = {folder: format_bytes(store.folder_bytes(folder) + unfinished.get(folder.name, 0)) for folder in folders}
     if not yes:
         if not console.is_terminal(sys.stdin):
             raise UsageError("nobody is there to be asked whether to remove", "add --yes")
@@ -227,7 +227,7 @@ def rm(
             console.say("nothing was removed")
             return
     for folder in folders:
-        if folder in left:
+        if folder.name in unfinished:
             discard_unfinished(folder)
     for folder in folders:
         if os.path.lexists(folder):
@@ -237,10 +237,10 @@ def rm(
         console.say(f"removed {folder.name} ({sizes[folder]})")
 
 
-def _find_removable(name: str, unfinished: Iterable[Path]) -> Path:
+def _find_removable(name: str, unfinished: Container[str]) -> Path:
     """The artifact's folder in the store, or the one that an unfinished export was to make."""
     folder = store.artifacts_dir() / name
-    if folder.name == name and folder in unfinished and not os.path.lexists(folder):  # a path is no name
+    if name in unfinished and not os.path.lexists(folder):
         return folder
     folder = store.find_stored(name)
     store.check_removable(folder)

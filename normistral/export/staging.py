@@ -131,9 +131,7 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
     with translate_full_disk(output):
         _make_parent(output)
         with _lock(output):
-            for leftover in _neighbours(output, "partial"):
-                _put_back(leftover / _REPLACED, output)
-                _remove(leftover)
+            _remove_neighbours(output, "partial")
             check_output(output, force=force)  # now that nobody else can change it
             folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
             staging = Staging(folder / "artifact", folder / "workspace", _choose_kept(output))
@@ -144,35 +142,24 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
                 yield staging
                 _flush_to_disk(staging.artifact)
                 _move_into_place(staging.artifact, output)
-                for done in _neighbours(output, "kept"):
-                    _remove(done)
+                _remove_neighbours(output, "kept")
             finally:
                 _remove(folder)
 
 
-@dataclass(frozen=True, slots=True)
-class UnfinishedExport:
-    """What an export left that was interrupted, or is still running.
+def find_unfinished(parent: Path) -> dict[str, int]:
+    """What exports left in `parent` that were interrupted, or are still running: bytes by the name of their OUTPUT.
 
-    Attributes:
-        output: its OUTPUT, which may be there as an older artifact.
-        size: bytes of its files on the disk.
+    Args:
+        parent: a folder of artifacts; it need not exist.
     """
-
-    output: Path
-    size: int
-
-
-def find_unfinished(parent: Path) -> list[UnfinishedExport]:
-    """The unfinished exports to folders in `parent`, which need not exist, by name."""
     sizes: dict[str, int] = {}
-    for path in parent.iterdir() if parent.is_dir() else ():
-        if (found := _NEIGHBOUR.fullmatch(path.name)) and is_own_folder(path):
-            size = 0
-            with suppress(FileNotFoundError):  # a running export removes files meanwhile
-                size = folder_bytes(path)
-            sizes[found["output"]] = sizes.get(found["output"], 0) + size
-    return [UnfinishedExport(parent / name, size) for name, size in sorted(sizes.items())]
+    for name, _, folder in _leftovers(parent) if parent.is_dir() else ():
+        size = 0
+        with suppress(FileNotFoundError):  # a running export removes files meanwhile
+            size = folder_bytes(folder)
+        sizes[name] = sizes.get(name, 0) + size
+    return dict(sorted(sizes.items()))
 
 
 def discard_unfinished(output: Path) -> None:
@@ -182,11 +169,8 @@ def discard_unfinished(output: Path) -> None:
         UsageError: the export is still running, or this user may not write there.
     """
     with _lock(output):
-        for leftover in _neighbours(output, "partial"):
-            _put_back(leftover / _REPLACED, output)
         for kind in _KINDS:
-            for leftover in _neighbours(output, kind):
-                _remove(leftover)
+            _remove_neighbours(output, kind)
 
 
 @contextmanager
@@ -245,15 +229,24 @@ def _lock(output: Path) -> Iterator[None]:
         yield
 
 
+def _leftovers(parent: Path) -> Iterator[tuple[str, str, Path]]:
+    """Folders of ours that exports left in `parent`: name of their OUTPUT, kind, path."""
+    for path in parent.iterdir():
+        if (found := _NEIGHBOUR.fullmatch(path.name)) and is_own_folder(path):
+            yield found["output"], found["kind"], path
+
+
 def _neighbours(output: Path, kind: str) -> list[Path]:
     """Folders of this kind that exports to this OUTPUT left; to be asked only while holding the lock."""
-    return sorted(
-        path
-        for path in output.parent.iterdir()
-        if (found := _NEIGHBOUR.fullmatch(path.name))
-        and (found["output"], found["kind"]) == (output.name, kind)
-        and is_own_folder(path)
-    )
+    found = _leftovers(output.parent)
+    return sorted(path for name, of_kind, path in found if (name, of_kind) == (output.name, kind))
+
+
+def _remove_neighbours(output: Path, kind: str) -> None:
+    """Remove such folders; an old OUTPUT that one of them holds is put back."""
+    for leftover in _neighbours(output, kind):
+        _put_back(leftover / _REPLACED, output)
+        _remove(leftover)
 
 
 def _choose_kept(output: Path) -> Path:
