@@ -40,7 +40,8 @@ def snippets(artifact: Path) -> dict[str, str]:
 
 def run(codes: Sequence[str], folder: Path) -> None:
     """Run them one after the other, in one process that cannot reach a hub; each has to print something."""
-    code = "import contextlib, io, sys\nfor code in sys.argv[1:]:\n    out = io.StringIO()\n"
+    code = "import contextlib, io, sys\nfrom huggingface_hub import constants\nassert constants.HF_HUB_OFFLINE\n"
+    code += "for code in sys.argv[1:]:\n    out = io.StringIO()\n"
     code += (
         "    with contextlib.redirect_stdout(out):\n        exec(code, {})\n    assert out.getvalue().strip(), code\n"
     )

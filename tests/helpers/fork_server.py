@@ -7,7 +7,7 @@ streams, directory, environment and exit, as a command that a shell starts. What
 (locale, encodings, imports) needs a process from `subprocess`. Where the system is not Linux, every command is one.
 
 With `tools` the server is another one, which has imported the engines and the export's tools besides: seconds of each
-process that uses them.
+process that uses them. What these read from the environment when they are imported is the server's: it reaches no hub.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _server(tools: bool) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST_REQUEST)
     words = [sys.executable, __file__, str(theirs.fileno()), *(["tools"] if tools else [])]
-    server = subprocess.Popen(words, pass_fds=[theirs.fileno()])
+    environment = os.environ | ({"HF_HUB_OFFLINE": "1"} if tools else {})
+    server = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment)
     theirs.close()
     atexit.register(server.wait)
     atexit.register(ours.close)
