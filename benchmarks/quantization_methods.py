@@ -87,8 +87,6 @@ class Method:
         requantize: run GPTQ again with refitted scales, and refit once more.
         sweeps: of coordinate descent over the values.
         awq: scale channels by a power of their mean magnitude, the best of a few (Lin et al. 2023, "AWQ").
-        unscaled: modules whose channels are not: several heads of the attention's output share a head of values, which
-            would have to take the scales over.
     """
 
     nearest: bool = False
@@ -110,7 +108,6 @@ class Method:
     requantize: bool = False
     sweeps: int = 0
     awq: bool = False
-    unscaled: tuple[str, ...] = ("o_proj",)
 
 
 GPTQ = Method()
@@ -132,7 +129,6 @@ METHODS: dict[str, Method] = {
     "qep-0.5": replace(GPTQ, correction="qep", alpha=0.5),
     "awq": replace(GPTQ, awq=True),
     "best-awq": replace(BEST, awq=True),
-    "best-awq-norms": replace(BEST, awq=True, unscaled=("o_proj", "down_proj")),
     "own-order": replace(GPTQ, by_moments=False),
     "refit": replace(GPTQ, refits=1),
     "refit-requantize": replace(GPTQ, refits=1, requantize=True),
@@ -298,8 +294,8 @@ class LayerRounder:
         return plan.QuantPlan("gptq", 4, self.group_size, False, float16_scales=True).scheme(rows.shape[1])
 
     def _round(self, name: str, rows: torch.Tensor, inputs: Inputs, scheme: QuantScheme) -> torch.Tensor:
-        is_scaled = self.method.awq and not name.endswith(self.method.unscaled)
-        scales = self._channel_scales(name, inputs) if is_scaled else None
+        # Not those that the attention's output has: several of its heads share a head of values, which would take them.
+        scales = self._channel_scales(name, inputs) if self.method.awq and not name.endswith("o_proj") else None
         if scales is not None:
             inputs = scaled(inputs, scales)
             rows = rows * scales
