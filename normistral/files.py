@@ -262,9 +262,10 @@ def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow
         flags |= getattr(os, name, 0)
     descriptor = -1
     try:
+        checked(path)
         with suppress(FileNotFoundError):  # a device may do something when it is opened: look first
             _require_regular(path, path.stat() if follow else path.lstat())
-        descriptor = os.open(checked(path), flags, mode)
+        descriptor = os.open(path, flags, mode)
         _require_regular(path, os.fstat(descriptor))
         return descriptor
     except BaseException:

@@ -90,7 +90,7 @@ def open_journal(output: Path, job: dict[str, Any]) -> Iterator[Path]:
 def begin_run(folder: Path) -> str:
     """Start anew on this job: gives the run its name. Whoever works for an earlier one writes no more answers."""
     run = secrets.token_hex(4)
-    with atomic_write(folder / _RUN_NAME) as stream:
+    with _writing(folder), atomic_write(folder / _RUN_NAME) as stream:
         stream.write(run.encode())
     return run
 
@@ -147,23 +147,26 @@ class PartJournal:
                     self.answered.add(line.row)
                 elif line.begun is not None:
                     self.begun[line.begun] += 1
-        descriptor, _ = tempfile.mkstemp(prefix=prefix, suffix=".jsonl", dir=folder)  # permissions 0600
+        with _writing(folder):
+            descriptor, _ = tempfile.mkstemp(prefix=prefix, suffix=".jsonl", dir=folder)  # permissions 0600
         self._stream = os.fdopen(descriptor, "wb")
 
     def begin(self, number: int) -> None:
         """Note that this row is being worked on; raises NormistralError as `finish`."""
-        self._require_current()
-        self._write({"begun": number})
+        with _writing(self._folder):
+            self._require_current()
+            self._write({"begun": number})
 
     def finish(self, answer: dict[str, Any]) -> None:
         """Keep an answer; it has `row`. When this returns it is on disk.
 
         Raises:
-            NormistralError: the job was started anew without this worker.
+            NormistralError: the job was started anew without this worker, or the disk is full.
         """
-        self._require_current()
-        self._write(answer)
-        os.fsync(self._stream.fileno())
+        with _writing(self._folder):
+            self._require_current()
+            self._write(answer)
+            os.fsync(self._stream.fileno())
         self.answered.add(answer["row"])
 
     def _require_current(self) -> None:
@@ -180,10 +183,21 @@ class PartJournal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
+        with _writing(self._folder):
+            self._stream.close()  # it writes once more what did not fit on the disk before
 
 
 _MOST_OPEN = 256  # files at once; many systems allow 1,024
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Errors of the system as ours, with the folder's name; what is on disk by then is kept."""
+    try:
+        yield
+    except OSError as exc:
+        reason, hint = explain(exc)
+        raise NormistralError(f"cannot write in {folder}: {reason}", f"{hint}; then run the same again") from exc
 
 
 def _make_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest
-from normistral.batch.documents import Row, check_instruction, index_documents
+from normistral.batch.documents import TEXT_SUFFIXES, Row, check_instruction, index_documents
 from normistral.batch.job import (
     BatchJob,
     OnRow,
@@ -170,8 +170,19 @@ def _check(job: BatchJob, manifest: Manifest, output: Path, workers: Workers, *,
     if workers.count is None and (workers.threads is not None or workers.address is not None):
         raise UsageError("without --workers there is no Ray", "add --workers N")
     require_place(output)
+    if _is_document(output, job.source):
+        raise UsageError(
+            f"{output} would be one of the documents", "choose an OUTPUT elsewhere, or one that ends in .jsonl"
+        )
     if os.path.lexists(output) and not force:
         raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
+
+
+def _is_document(output: Path, source: Path) -> bool:
+    """Whether OUTPUT is INPUT, or belongs to it."""
+    if source.is_dir():
+        return output.suffix.lower() in TEXT_SUFFIXES and output.is_relative_to(source)
+    return output.exists() and source.exists() and output.samefile(source)
 
 
 def _identity(job: BatchJob, documents: str, engine: WorkerEngine) -> dict[str, Any]:

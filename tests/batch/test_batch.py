@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from scripted_models import ANSWER_MARKER, END_OF_TURN, make_base_model, make_mo
 from tiny_models import VOCABULARY
 
 import normistral.batch.job
+import normistral.batch.journal
 import normistral.batch.run
 from normistral.artifact.chat_template import ChatTemplate
 from normistral.batch.documents import Row, check_instruction, fill, find_prompt, index_documents, read_document
@@ -585,6 +587,31 @@ def test_wrong_options_are_refused_before_anything_is_written(tmp_path, artifact
     with pytest.raises(UsageError, match=message):
         run_batch(artifact, source, tmp_path / "out.jsonl", **options)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_an_output_is_never_one_of_the_documents(tmp_path, artifact, echo):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"})
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("tekst")
+    for documents, output in ((source, source), (tmp_path / "texts", tmp_path / "texts" / "a.txt")):
+        before = output.read_bytes()
+        with pytest.raises(UsageError, match="would be one of the documents"):
+            run_batch(artifact, documents, output, instruction="{text}", force=True)
+        assert output.read_bytes() == before
+    assert echo == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+def test_a_full_disk_is_named_and_the_job_goes_on_later(tmp_path, artifact, echo, monkeypatch):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "en"}, {"prompt": "to"})
+
+    with monkeypatch.context() as patch:  # the buffered line is written again when the file is closed
+        full = SimpleNamespace(mkstemp=lambda **_: (os.open("/dev/full", os.O_WRONLY), ""))
+        patch.setattr(normistral.batch.journal, "tempfile", full)
+        with pytest.raises(NormistralError, match=r"cannot write in .*out\.jsonl\.parts: the disk is full"):
+            run_batch(artifact, source, tmp_path / "out.jsonl")
+    run_batch(artifact, source, tmp_path / "out.jsonl")
+    assert [line["text"] for line in read_lines(tmp_path / "out.jsonl")] == ["en", "to"]
 
 
 def test_an_output_that_is_there_is_replaced_only_by_force(tmp_path, artifact, echo):
