@@ -126,8 +126,20 @@ def _invoke(arguments: Sequence[str]) -> int:
             command.invoke(context)
     except typer.Exit as exit_:
         code = exit_.exit_code
+    except Exception as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from error
+        raise
     sys.stdout.flush()  # here, where a closed pipe is still noticed
     return code
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """True for an error that Ctrl-C became: where it comes while C++ modules are imported, they raise ImportErrors."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__
+    return cause is not None
 
 
 def _memory_hint() -> str | None:

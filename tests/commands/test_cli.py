@@ -228,6 +228,35 @@ def test_an_interrupt_ends_with_130_and_keeps_what_was_written(tmp_path, artifac
     assert complaints == b"\n"
 
 
+def test_an_interrupt_while_modules_are_imported_shows_no_traceback():
+    code = """if True:
+        import os, signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == "normistral.commands.console":
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupting())
+        from normistral.__main__ import main
+        main()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_an_interrupt_that_a_package_makes_an_import_error_of_is_one(monkeypatch, capsys):
+    def fail():
+        try:
+            raise ImportError("initialization failed") from KeyboardInterrupt()  # as pybind11 does
+        except ImportError as exc:
+            raise errors.MissingExtraError("no engine") from exc
+
+    monkeypatch.setattr("normistral.artifact.store.list_artifacts", fail)
+    assert main(["models"]) == 130
+    assert capsys.readouterr() == ("", "\n")
+
+
 def test_a_bug_is_two_lines_and_a_traceback_only_with_debug(monkeypatch, capsys):
     def fail():
         raise ZeroDivisionError("fem\nog seks")
