@@ -97,6 +97,7 @@ class Chat:
 
         Raises:
             UsageError: an unknown option or wrong value, one that means nothing to this model, or an empty message.
+                From the iterator: the conversation was changed after this call and before the answer began.
             ContextLengthError: the conversation does not fit and `overflow` is "error", or the message alone does not.
             BusyError: this chat is still answering.
             ClosedError: the model was closed.
@@ -122,19 +123,23 @@ class Chat:
             described = [tool.described for tool in known]
         fitted = self._fit([*self.messages, *asked], config, described)
         self.left_out = fitted.left_out
-        return self._answer(asked, fitted.dropped, fitted.prompt_ids, config, parser)
+        return self._answer(list(self.messages), asked, fitted.dropped, fitted.prompt_ids, config, parser)
 
     def cancel(self) -> None:
         """Stop the running answer within one token; may be called from any thread or a signal handler."""
-        if self._cancelled is not None:
-            self._cancelled.set()
+        event = self._cancelled  # the answer may end meanwhile
+        if event is not None:
+            event.set()
 
     def reset(self, system: str | None = None) -> None:
         """Begin anew, with this system message.
 
         Raises:
+            UsageError: it is no text.
             BusyError: an answer is running.
         """
+        if system is not None and not isinstance(system, str):
+            raise UsageError(f"a system message is a text, not a {type(system).__name__}", "leave it out for none")
         self._busy.require_free()
         self.messages = [{"role": "system", "content": system}] if system is not None else []
         self.dropped = 0
@@ -230,7 +235,9 @@ class Chat:
     def _as_messages(self, message: str | Mapping[str, str]) -> list[Message]:
         """The next messages of the conversation: the user's, or results of calls."""
         if not isinstance(message, Mapping):
-            if not isinstance(message, str) or not message.strip():
+            if not isinstance(message, str):
+                raise UsageError(f"a message is a text, not a {type(message).__name__}", "turn it into a text")
+            if not message.strip():
                 raise UsageError("the message is empty", "write something")
             return [{"role": "user", "content": message}]
         asked = [call["id"] for call in self.messages[-1].get("tool_calls", ())] if self.messages else []
@@ -240,6 +247,7 @@ class Chat:
 
     def _answer(
         self,
+        before: list[Message],
         asked: list[Message],
         dropped: int,
         prompt_ids: list[int],
@@ -247,6 +255,11 @@ class Chat:
         parser: ToolCallParser,
     ) -> Iterator[Chunk]:
         with self._busy.held():
+            if self.messages != before:  # by another answer, `reset` or `undo`: the prompt is of what was there then
+                raise UsageError(
+                    "the conversation has changed since this message was given to stream",
+                    "read each answer before you change the conversation, or give the message again",
+                )
             text, failed = "", False
             try:
                 with self._runner.cancellation() as event:

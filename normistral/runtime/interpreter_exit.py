@@ -64,7 +64,7 @@ class Closable(Protocol):
         ...
 
 
-_open: weakref.WeakSet[Closable] = weakref.WeakSet()
+_open: weakref.WeakValueDictionary[int, Closable] = weakref.WeakValueDictionary()
 
 
 def close_at_exit(closable: Closable) -> None:
@@ -72,7 +72,7 @@ def close_at_exit(closable: Closable) -> None:
 
     The interpreter calls first what was registered last, so this comes before what the engine registered.
     """
-    _open.add(closable)
+    _open[id(closable)] = closable
     atexit.unregister(_close_all)
     atexit.register(_close_all)
 
@@ -103,12 +103,17 @@ def computing_each(items: Generator[T, None, None]) -> Iterator[T]:
 
 
 def _close_all() -> None:
-    for closable in list(_open):
+    for closable in _still_open():
         closable.cancel()
     _wait_until_idle(_CANCEL_S)  # a thread that waits for its turn would raise ClosedError to its user
-    for closable in list(_open):
+    for closable in _still_open():
         closable.close()
     _wait_until_idle(_MOST_S)
+
+
+def _still_open() -> list[Closable]:
+    """Those that exist. Another thread may load one meanwhile, so this must not iterate over `_open` itself."""
+    return [closable for reference in _open.valuerefs() if (closable := reference()) is not None]
 
 
 def _wait_until_idle(most_s: float) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
+from normistral.errors import UsageError
 from normistral.hardware import read_machine
 from normistral.runtime.engines.base import Backend
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
@@ -51,6 +52,10 @@ def load(
         DeviceError: the device is not there.
         EngineError: the engine could not load it.
     """
+    if not isinstance(device, str):
+        raise UsageError(f"a device is named by a text, not by {device!r}", "such as CPU; leave it out for that")
+    if not isinstance(settings, Mapping | None):
+        raise UsageError(f"settings are a mapping, not a {type(settings).__name__}", 'such as {"prefill_chunk": "512"}')
     if draft_table is not None:
         refuse_draft_table("draft_table")
     if download:

@@ -87,6 +87,7 @@ class Prefix:
         if isinstance(self.prompt, str) and isinstance(continuation, str):
             return self.prompt + continuation
         if not isinstance(self.prompt, str) and not isinstance(continuation, str):
+            self._runner.require_token_ids(continuation)
             return [*self.prompt, *continuation]
         wanted = "a text" if isinstance(self.prompt, str) else "token ids"
         raise UsageError(f"this prefix is {wanted}, and its continuation is not", f"continue it with {wanted}")

@@ -82,7 +82,7 @@ class Runner:
         self._list_lock = InterruptSafeLock()  # of what is alive and what is idle
         self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it
         self._sequences: weakref.WeakSet[CachedSequence] = weakref.WeakSet()
-        self._running: weakref.WeakSet[threading.Event] = weakref.WeakSet()
+        self._running: set[threading.Event] = set()  # no WeakSet: threads change it while `cancel` reads it
         self._closed = False
         self.chat_template: ChatTemplate | None = None
         if manifest.template is not None:
@@ -200,11 +200,11 @@ class Runner:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; raises UsageError where `stream` does."""
-        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        self.require_token_ids(prompt_ids)
         if not prompt or not prompt_ids:
             raise UsageError("the prompt is empty", "give it some text")
-        self.require_token_ids(prompt_ids)
-        return prompt_ids
+        return list(prompt_ids)
 
     def _living_sequences(self) -> list[CachedSequence]:
         with self._list_lock:
@@ -244,7 +244,12 @@ class Runner:
         return config.draft != "off" and not config.reproducible
 
     def require_token_ids(self, token_ids: Sequence[int]) -> None:
-        """Raise UsageError for an id outside the vocabulary."""
+        """Raise UsageError for an id outside the vocabulary, and for what is no list: bytes would be taken for ids."""
+        if not isinstance(token_ids, Sequence) or isinstance(token_ids, bytes | bytearray | memoryview):
+            raise UsageError(
+                f"a {type(token_ids).__name__} is neither a text nor a list of token ids",
+                "decode bytes to a text, and make a list of an array with tolist()",
+            )
         vocabulary = self.manifest.architecture.vocabulary
         wrong = [i for i in token_ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocabulary]
         if wrong:

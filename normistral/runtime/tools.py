@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -69,7 +69,7 @@ class Tool:
         if isinstance(tool, type) and hasattr(tool, "model_json_schema"):
             schema = {key: value for key, value in tool.model_json_schema().items() if key not in _DOCUMENTATION}
             return cls(tool.__name__, inspect.cleandoc(tool.__doc__ or ""), schema)
-        if callable(tool):
+        if callable(tool) and hasattr(tool, "__name__"):  # a partial, or an object that can be called, has none
             return cls(tool.__name__, inspect.getdoc(tool) or "", _schema_of(tool))
         raise UsageError(f"a {type(tool).__name__} is no tool", "give a function, a pydantic model or a JSON schema")
 
@@ -106,6 +106,8 @@ def _schema_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 def read_tools(tools: Sequence[Any]) -> list[Tool]:
     """The tools of a request; raises UsageError as `Tool.of`, or where two have one name, or there are too many."""
+    if not isinstance(tools, Iterable):
+        raise UsageError(f"tools are a list, not a {type(tools).__name__}", "write them in brackets: tools=[function]")
     read = [Tool.of(tool) for tool in tools]
     if len(read) > MOST_TOOLS:
         raise UsageError(f"{len(read)} tools are too many", f"give at most {MOST_TOOLS}")
@@ -138,7 +140,7 @@ def tool_structure(
         if mode not in ("none", "auto"):
             raise UsageError("a call is asked for, and there are no tools", "give tools")
         return text
-    if text is not None and text.kind not in ("json_schema", "json_object"):
+    if text is not None and getattr(text, "kind", None) not in ("json_schema", "json_object"):
         raise UsageError("with tools the answer's own form can only be JSON", "leave out tools, or ask for JSON")
     if mode not in get_args(ToolMode):
         tools, parallel = [tool for tool in tools if tool.name == mode], False
@@ -155,7 +157,11 @@ def tool_structure(
         "thinking": thinking,
         "text": None if mode != "auto" else schema if schema is not None else True,
     }
-    return Structure("tool_calls", json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    try:
+        written = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise UsageError(f"parameters of tools cannot be written as JSON: {exc}", "use texts, numbers, lists") from exc
+    return Structure("tool_calls", written)
 
 
 @dataclass(frozen=True, slots=True)

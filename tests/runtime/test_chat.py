@@ -1,10 +1,16 @@
 """Conversations on the scripted engine: what is kept, what is computed, what does not fit."""
 
+import sys
+import threading
+from contextlib import ExitStack
+
+import numpy as np
 import pytest
 from scripted_models import END_OF_TURN, make_base_model, make_model
 from tiny_models import VOCABULARY
 
 from normistral.errors import BusyError, ContextLengthError, UsageError
+from normistral.runtime.chat import Chat
 from normistral.runtime.engines.scripted import random_logits
 from normistral.runtime.overflow import without_oldest
 
@@ -178,3 +184,59 @@ def test_an_empty_message_is_refused(tmp_path, message):
     with pytest.raises(UsageError, match="empty"):
         chat.send(message)
     assert chat.messages == []
+
+
+@pytest.mark.parametrize(
+    "change", [lambda chat: chat.send("to"), lambda chat: chat.reset("Nei."), lambda chat: chat.undo()]
+)
+def test_a_stream_that_begins_after_the_conversation_changed_is_refused(tmp_path, change):
+    chat = make_model(tmp_path, ["svar"]).chat()
+    chat.send("en")
+    late = chat.stream("tre")
+    change(chat)
+    messages = list(chat.messages)
+    with pytest.raises(UsageError, match="has changed since"):
+        next(late)
+    assert chat.messages == messages
+    assert chat.send("tre").text == "svar"
+
+
+@pytest.mark.parametrize("given", [None, 5, b"Hei", bytearray(b"Hei"), np.array([5, 6]), {5, 6}, iter([5, 6])])
+def test_what_is_neither_text_nor_ids_is_refused(tmp_path, given):
+    model = make_model(tmp_path, ["svar"])
+    prefix = model.prefill([5, 6])
+    for call in (model.generate, model.prefill, prefix.generate, lambda ids: model.score(ids, 1)):
+        with pytest.raises(UsageError, match=r"neither a text nor a list of token ids|continuation is not"):
+            call(given)
+    with pytest.raises(UsageError, match="a message is a text, not a"):
+        model.chat().send(given)
+    if given is not None:
+        with pytest.raises(UsageError, match="a system message is a text, not a"):
+            model.chat(system=given)
+
+
+def test_cancel_may_come_while_answers_begin(tmp_path):
+    model = make_model(tmp_path, ["svar"])
+    with ExitStack() as running:
+        events = [running.enter_context(model.cancellation()) for _ in range(3)]
+
+        def begin_another(*_):  # at every line of Python, as another thread may
+            running.enter_context(model.cancellation())
+            return begin_another
+
+        before = sys.gettrace()
+        sys.settrace(begin_another)
+        try:
+            model.cancel()
+        finally:
+            sys.settrace(before)
+    assert all(event.is_set() for event in events)
+
+
+def test_cancel_may_come_when_the_answer_ends(tmp_path, monkeypatch):
+    chat = make_model(tmp_path, ["svar"]).chat()
+    event = threading.Event()
+    read = [None, event]  # it is None when it is read again
+    monkeypatch.setattr(Chat, "_cancelled", property(lambda _: read.pop()), raising=False)
+    chat.cancel()
+    assert event.is_set()

@@ -330,8 +330,9 @@ def test_what_is_no_session_is_said_to_be_none(tmp_path, model):
         model.restore_chat(tmp_path / "text")
     with pytest.raises(UsageError, match="there is no session"):
         model.restore_chat(tmp_path / "none")
-    with pytest.raises(SessionError, match="cannot read"):
-        model.restore_chat(tmp_path)
+    for name in (tmp_path, "a\0b", "\ud800"):
+        with pytest.raises(SessionError, match="cannot read"):
+            model.restore_chat(name)
     with pytest.raises(UsageError, match="is a folder"):
         model.chat().save(tmp_path)
 

@@ -1,6 +1,7 @@
 """Tools in the library: descriptions, calls in a chat, templates that know tools, and calls in pieces."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pydantic
@@ -49,11 +50,29 @@ def test_functions_models_and_schemas_are_tools() -> None:
 
 
 @pytest.mark.parametrize(
-    "tool", [5, "f", int, {"name": "f", "colour": 1}, {"name": "f g"}, {"name": "f", "parameters": {"type": "array"}}]
+    "tool",
+    [
+        5,
+        "f",
+        int,
+        partial(weather, "Oslo"),
+        {"name": "f", "colour": 1},
+        {"name": "f g"},
+        {"name": "f", "parameters": {"type": "array"}},
+    ],
 )
 def test_what_is_no_tool_is_refused(tool) -> None:
     with pytest.raises(UsageError):
         Tool.of(tool)
+
+
+def test_what_is_no_list_of_tools_or_no_json_is_refused() -> None:
+    with pytest.raises(UsageError, match="tools are a list"):
+        read_tools(weather)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="cannot be written as JSON"):
+        tool_structure(
+            read_tools([{"name": "f", "parameters": {"properties": {"a": {"enum": {1}}}}}]), find_format("", ())
+        )
 
 
 def test_a_chat_calls_and_takes_results(tmp_path) -> None:

@@ -110,7 +110,9 @@ def override(
         setting = known.get(name)
         if setting is None:
             raise UsageError(f"{engine} has no setting {name!r} here", f"known are: {', '.join(allowed)}")
-        if not isinstance(value, str) or not re.fullmatch(setting.pattern, value):
+        if not isinstance(value, str):
+            raise UsageError(f"{name} cannot be {value!r}", f"it takes {setting.values}, as a text: {str(value)!r}")
+        if not re.fullmatch(setting.pattern, value):
             raise UsageError(f"{name} cannot be {value!r}", f"it takes {setting.values}")
         if name not in allowed:
             raise UsageError(

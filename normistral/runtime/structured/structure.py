@@ -98,12 +98,12 @@ class Structure:
         Raises:
             UsageError: there are none, or one is empty or no text.
         """
-        if isinstance(texts, str):
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
             raise UsageError("a choice is between several texts", "give a list")
-        chosen = list(dict.fromkeys(texts))
+        chosen = list(texts)
         if not chosen or not all(isinstance(text, str) and text for text in chosen):
             raise UsageError("a choice needs texts that are not empty", "give at least one")
-        return cls("choice", json.dumps(chosen, ensure_ascii=False))
+        return cls("choice", json.dumps(list(dict.fromkeys(chosen)), ensure_ascii=False))
 
     @classmethod
     def grammar(cls, lark: str) -> Structure:

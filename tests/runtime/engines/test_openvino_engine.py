@@ -45,7 +45,7 @@ def test_given_settings_go_over_the_plan_and_reach_the_report(tiny_fp16):
         ({"KV_CACHE_PRECISION": "i3"}, "Supported values: u8", "take one"),
         ({"INFERENCE_NUM_THREADS": "4000"}, "does not take INFERENCE_NUM_THREADS=4000: it uses", "leave it out"),
         ({"prefill_chunk": "0"}, "prefill_chunk cannot be '0'", "1 to 4096"),
-        ({"INFERENCE_NUM_THREADS": 2}, "cannot be 2", "a number"),
+        ({"INFERENCE_NUM_THREADS": 2}, "cannot be 2", "a number from 1 to 9999, as a text: '2'"),
     ],
 )
 def test_a_setting_that_openvino_would_not_take_as_given_is_refused(tiny_fp16, settings, message, hint):

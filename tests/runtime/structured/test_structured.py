@@ -400,6 +400,8 @@ def test_an_answer_that_could_not_be_told_from_blanks_is_refused(tmp_path):
         (lambda: Structure.choice([]), "not empty"),
         (lambda: Structure.choice(["a", ""]), "not empty"),
         (lambda: Structure.choice("ja"), "several texts"),
+        (lambda: Structure.choice(5), "several texts"),
+        (lambda: Structure.choice([["ja"]]), "not empty"),
         (lambda: Structure("choice", "ja"), "no JSON list"),
         (lambda: Structure("choice", "[1]"), "not empty"),
         (lambda: Structure("xml", "a"), "no structure 'xml'"),
