@@ -11,6 +11,7 @@ from scripted_models import make_model, make_tokenizer
 from normistral.artifact.chat_template import ChatTemplate, find_format
 from normistral.artifact.manifest import Template
 from normistral.errors import TemplateError, UsageError
+from normistral.runtime.structured.structure import close_objects
 from normistral.runtime.tools import Tool, ToolCallParser, read_tools, tool_structure
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -34,6 +35,12 @@ class Clock(pydantic.BaseModel):
     """Time of a zone."""
 
     zone: str
+
+
+def test_a_property_that_is_required_and_not_listed_is_one() -> None:
+    """Such schemas are in use; closed without it, no arguments would fit them."""
+    closed = close_objects({"type": "object", "properties": {"a": {}}, "required": ["a", "b"]})
+    assert (closed["properties"], closed["additionalProperties"]) == ({"a": {}, "b": True}, False)
 
 
 def test_functions_models_and_schemas_are_tools() -> None:

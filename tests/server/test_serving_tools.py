@@ -195,14 +195,15 @@ def tool_of(schema: dict, **more) -> dict:
 
 
 def test_keywords_that_no_grammar_keeps_to_are_left_to_the_model_unless_strict(serve) -> None:
-    """As generators of schemas write them: pydantic for a set, Home Assistant for an entity."""
+    """As generators of schemas write them: pydantic for a set, Home Assistant for an entity, zod for an address."""
     schema = {
         "type": "object",
         "properties": {
             "names": {"type": "array", "items": {"type": "string", "maxLength": 5}, "maxItems": 2, "uniqueItems": True},
             "entity": {"type": "string", "format": "entity_id", "maxLength": 8},
+            "mail": {"type": "string", "pattern": r"^(?!\.)[\w\b]+@\w+$", "maxLength": 8},
         },
-        "required": ["names", "entity"],
+        "required": ["names", "entity", "mail"],
         "if": {"required": ["names"]},
     }
     url = serve()
@@ -212,9 +213,9 @@ def test_keywords_that_no_grammar_keeps_to_are_left_to_the_model_unless_strict(s
     arguments = json.loads(call["function"]["arguments"])
     assert len(arguments["names"]) <= 2
     assert len(arguments["entity"]) <= 8
-    refused = ask(url, tools=[tool_of(schema, strict=True)])
+    refused = ask(url, tools=[CLOCK, tool_of(schema, strict=True), WEATHER])
     assert refused.status_code == 400
-    assert "not supported" in error_of(refused)["message"]
+    assert "the tool f cannot be used" in error_of(refused)["message"]
 
 
 def called(arguments: str = "{}", **message) -> dict:

@@ -23,6 +23,7 @@ Grammar = dict[str, Any]
 MOST_RULES = 1_000  # colons and brackets of a grammar; the library dies of some 2,000 rules that lead to each other
 MOST_INTERSECTIONS = 8  # terminals that have to match together; of 16 on, time doubles with each
 _ANSWER = "answer"  # name of the structure's grammar, for a grammar of what comes before it
+_FIRST_CALL = 4  # line of the first tool's rule in `_tool_grammar`
 _HINT = "docs/structured.md says what can be asked for"
 
 
@@ -126,7 +127,10 @@ def _tool_grammar(document: dict[str, Any]) -> str:
     rules = [f"calls: {calls}", "call: " + " | ".join(f"call{i}" for i in range(len(document["tools"])))]
     for i, (name, schema) in enumerate(document["tools"].items()):
         head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
-        prepared = prepare_schema(schema, lenient=name not in document["strict"])
+        try:
+            prepared = prepare_schema(schema, lenient=name not in document["strict"])
+        except UsageError as error:
+            raise UsageError(f"the tool {name} cannot be used: {error.message}", error.hint) from None
         rules.append(f'call{i}: {head} %json {json.dumps(prepared, ensure_ascii=False)} "}}"')
     start = "start: calls"
     if document["text"] is True:
@@ -201,6 +205,10 @@ def _limits() -> llguidance.LLParserLimits:
 
 def _refusal(structure: Structure, message: str) -> UsageError:
     """The library's message in one short line, without the picture of the place that it draws."""
+    what = structure.kind.replace("_", " ")
+    if structure.kind == "tool_calls" and (place := re.match(r"at (\d+)\(", message)):
+        tools = dict(enumerate(json.loads(structure.text)["tools"], _FIRST_CALL))
+        what = f"tool {tools[line]}" if (line := int(place[1])) in tools else what
     picture = re.search(r"\n\s*\d+ \|", message)
     short = message[: picture.start()] if picture is not None else message
     if "error: " in short:  # of the parser of regular expressions, which draws one too
@@ -211,4 +219,4 @@ def _refusal(structure: Structure, message: str) -> UsageError:
     short = re.sub(r"^Unimplemented keys: \[(.*)\]$", r"not supported: \1", short)
     if short.startswith("NoExtensionBias"):
         short = "no text fits it"
-    return UsageError(f"the {structure.kind.replace('_', ' ')} cannot be used: {short[:200]}", _HINT)
+    return UsageError(f"the {what} cannot be used: {short[:200]}", _HINT)

@@ -37,6 +37,9 @@ _COMBINE = {"allOf", "anyOf", "oneOf", "$ref"}
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01][0-9a-f]|\x7f")
 
 
+_PLAIN = re.compile(r"\[(?:\\.|[^\]\\])*\]|\\[^bBk1-9]", re.DOTALL)  # classes, and escapes that mean one character
+_IRREGULAR = re.compile(r"\(\?<?[=!]|\\[bBk1-9]")
+
 # JSON Schema 2020-12, Validation, 7.3. Another name is an annotation there, which means nothing to a validator.
 _FORMATS = frozenset(
     (
@@ -68,20 +71,27 @@ def prepare_schema(schema: dict[str, Any], *, lenient: bool = False) -> dict[str
     _limit_multiples(subschemas)
     for part in subschemas:
         _refuse_repeatable_keys(part)
-    return {**_without_other_formats(schema), "x-guidance": WRITING | ({"lenient": True} if lenient else {})}
+    kept = _without(schema, lenient=lenient)
+    return {**kept, "x-guidance": WRITING | ({"lenient": True} if lenient else {})}
 
 
-def _without_other_formats(value: Any) -> Any:
-    """A schema without formats of which the standard knows nothing."""
+def _without(value: Any, *, lenient: bool) -> Any:
+    """A schema without formats of which the standard knows nothing and, where it is lenient, irregular patterns."""
     if isinstance(value, list):
-        return [_without_other_formats(part) for part in value]
+        return [_without(part, lenient=lenient) for part in value]
     if not isinstance(value, dict):
         return value
     return {
-        key: part if key in DATA_KEYWORDS else _without_other_formats(part)
+        key: part if key in DATA_KEYWORDS else _without(part, lenient=lenient)
         for key, part in value.items()
-        if key != "format" or not isinstance(part, str) or part in _FORMATS
+        if not isinstance(part, str)
+        or not ((key == "format" and part not in _FORMATS) or (key == "pattern" and lenient and _is_irregular(part)))
     }
+
+
+def _is_irregular(pattern: str) -> bool:
+    """Whether a pattern (ECMA-262) looks around or back, which no automaton does; zod writes one for `email()`."""
+    return _IRREGULAR.search(_PLAIN.sub("", pattern)) is not None
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any] | list[Any]]:

@@ -112,14 +112,18 @@ class Structure:
 
 
 def close_objects(schema: Any) -> Any:
-    """A schema whose objects have only the properties that it lists, where it says nothing of others."""
+    """A schema whose objects have only the properties that it lists or requires, where it says nothing of others."""
     if isinstance(schema, list):
         return [close_objects(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     closed = {key: part if key in DATA_KEYWORDS else close_objects(part) for key, part in schema.items()}
-    if closed.get("type") == "object" and "properties" in closed:
-        closed.setdefault("additionalProperties", False)
+    properties, required = closed.get("properties"), closed.get("required")
+    if closed.get("type") == "object" and isinstance(properties, dict) and "additionalProperties" not in closed:
+        if isinstance(required, list):
+            others = [name for name in required if isinstance(name, str) and name not in properties]
+            closed["properties"] = properties | dict.fromkeys(others, True)
+        closed["additionalProperties"] = False
     return closed
 
 
