@@ -22,6 +22,7 @@ from normistral.server.metrics import Metrics
 from normistral.server.worker_client import JobOutput
 
 T = TypeVar("T")
+_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 Events = AsyncIterator[dict[str, Any]]
 
 
@@ -157,9 +158,17 @@ class Framing(NamedTuple):
     describe: Callable[[ApiError], dict[str, Any]]
 
 
+def encode_line(event: dict[str, Any]) -> bytes:
+    """JSON that is one line for every reader: httpx, which Ollama's package reads with, ends lines as Python does."""
+    line = msgspec.json.encode(event)
+    for character, escaped in _LINE_ENDS:
+        line = line.replace(character, escaped)
+    return line
+
+
 def encode_data(event: dict[str, Any]) -> bytes:
     """A server-sent event (html.spec.whatwg.org, 9.2) without a name."""
-    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+    return b"data: " + encode_line(event) + b"\n\n"
 
 
 def encode_named(event: dict[str, Any]) -> bytes:

@@ -28,7 +28,7 @@ from normistral.server.conversation import (
     stream,
 )
 from normistral.server.errors import ApiError
-from normistral.server.generation import Framing, unless_gone
+from normistral.server.generation import Framing, encode_line, unless_gone
 from normistral.server.model_handler import ModelHandler
 from normistral.server.residency import ServedModel
 from normistral.server.responses import STATUSES, DecodedRoute, error_responses
@@ -60,7 +60,9 @@ _NAMES = {name: f"options.{name}" for name in (*_SAME, "stop")} | {
 }
 
 router = APIRouter(route_class=DecodedRoute)
-FRAMING = Framing("application/x-ndjson", lambda event: encode(event) + b"\n", b"", lambda error: {"error": str(error)})
+FRAMING = Framing(
+    "application/x-ndjson", lambda event: encode_line(event) + b"\n", b"", lambda error: {"error": str(error)}
+)
 
 
 class OllamaError(BaseModel):
