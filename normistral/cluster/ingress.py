@@ -107,15 +107,19 @@ class Ingress:
 
     async def _rest(self, pieces: AsyncIterator[Any], start: ResponseStart, framing: Framing, send: Send) -> None:
         """The body; an error within a stream is told as the single server tells it, and ends everything else."""
+        sent = 0
         try:
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
+                sent += 1
         except (RayError, RayServeException) as exc:
             error = _lost(exc)
             if not _is_stream(start, framing):
                 raise error from None
-            event = framing.encode(framing.describe(error))
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            event = framing.describe(error)
+            if "sequence_number" in event:  # a piece is an event
+                event["sequence_number"] = sent
+            await send({"type": "http.response.body", "body": framing.encode(event), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
     async def _tell_ready(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
 
 from normistral.runtime.chunks import ToolCall
 from normistral.runtime.overflow import OVERFLOW_HELP, Overflow
@@ -28,7 +28,9 @@ from normistral.server.errors import ApiError, anthropic_document
 from normistral.server.generation import Framing, encode_named
 from normistral.server.responses import EVENTS, STATUSES, DecodedRoute, UsageCounter, error_responses
 from normistral.server.schemas import (
+    BEGINNINGS,
     MOST_MESSAGES,
+    CallId,
     NeverTrue,
     ReasoningEffort,
     SentBack,
@@ -36,6 +38,8 @@ from normistral.server.schemas import (
     ToolName,
     WithNumbers,
     joined_text,
+    require_text,
+    type_tag,
 )
 
 FRAMING = Framing("text/event-stream", encode_named, b"", anthropic_document)
@@ -60,7 +64,7 @@ class AnthropicError(BaseModel):
 
 
 class _Block(SentBack):
-    cache_control: dict[str, Any] | None = Field(None, description="Not used: beginnings are found by their tokens.")
+    cache_control: dict[str, Any] | None = Field(None, description=BEGINNINGS)
 
 
 class TextBlock(_Block):
@@ -84,7 +88,7 @@ class ToolUseBlock(_Block):
     """A call of an earlier answer."""
 
     type: Literal["tool_use"]
-    id: str
+    id: CallId
     name: ToolName
     input: dict[str, Any]
     caller: dict[str, Any] | None = Field(None, description="Not used: the model calls.")
@@ -94,22 +98,30 @@ class ToolResultBlock(_Block):
     """The result of a call."""
 
     type: Literal["tool_result"]
-    tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    tool_use_id: CallId
+    content: Annotated[str | list[TextBlock] | None, BeforeValidator(require_text)] = None
     is_error: bool | None = None
+
+
+Block = Annotated[
+    Annotated[TextBlock, Tag("Text")]
+    | Annotated[ToolUseBlock, Tag("Tool_use")]
+    | Annotated[ToolResultBlock, Tag("Tool_result")]
+    | Annotated[ThinkingBlock, Tag("Thinking")],
+    Discriminator(
+        lambda block: "Thinking" if type_tag(block) == "Redacted_thinking" else type_tag(block),
+        custom_error_type="block_type",
+        custom_error_message="this model reads text only; blocks are of type text, tool_use, tool_result, thinking or "
+        "redacted_thinking",
+    ),
+]
 
 
 class AnthropicMessage(SentBack):
     """A turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: (
-        str
-        | Annotated[
-            list[Annotated[TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock, Field(discriminator="type")]],
-            Field(fail_fast=True, min_length=1),
-        ]
-    )
+    content: str | Annotated[list[Block], Field(fail_fast=True, min_length=1)]
 
 
 class AnthropicTool(_Block):
@@ -166,7 +178,7 @@ class CountRequest(Strict):
     thinking: AnthropicThinking | None = None
     output_config: AnthropicOutput | None = None
     output_format: AnthropicFormat | None = Field(None, description="An older place of output_config.format.")
-    cache_control: dict[str, Any] | None = Field(None, description="Not used: beginnings are found by their tokens.")
+    cache_control: dict[str, Any] | None = Field(None, description=BEGINNINGS)
 
 
 class MessagesRequest(CountRequest, WithNumbers):

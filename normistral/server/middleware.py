@@ -143,6 +143,8 @@ class RequestMiddleware:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "the body has to be JSON", "send Content-Type: application/json", code="not_json")
+        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise ApiError(415, "the body is compressed", "send it without Content-Encoding", code="compressed")
         try:
             document = msgspec.json.decode(body)
         except RecursionError:

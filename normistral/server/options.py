@@ -45,7 +45,7 @@ def read_options(body: CommonRequest) -> dict[str, Any]:
     if body.logit_bias:
         options["logit_bias"] = {int(token_id): value for token_id, value in body.logit_bias.items()}
     if (most := _max_tokens(body)) is not None:
-        options["max_new_tokens"] = most
+        options["max_new_tokens"] = min(most, NUMERIC_OPTIONS["max_new_tokens"].high)  # the server has less anyway
     if (logprobs := _logprobs(body)) is not None:
         options["logprobs"] = logprobs
         if isinstance(body, CompletionRequest) and body.echo:

@@ -35,12 +35,19 @@ from normistral.server.responses_request import (
 from normistral.server.schemas import joined_text
 
 _KEPT_ANSWERS, _KEPT_BYTES = 256, 8 * 2**20  # of each key
-FRAMING = Framing(
-    "text/event-stream",
-    encode_named,
-    b"",
-    lambda error: {"type": "error", "code": error.code, "message": str(error), "param": error.param},
-)
+
+
+def describe_error(error: ApiError, number: int = 0) -> dict[str, Any]:
+    """The event of an error; every field but `param` has to have a value.
+
+    Args:
+        number: of the events before it.
+    """
+    code = error.code or error.document["error"]["type"]
+    return {"type": "error", "sequence_number": number, "code": code, "message": str(error), "param": error.param}
+
+
+FRAMING = Framing("text/event-stream", encode_named, b"", describe_error)
 _ERRORS = error_responses(*STATUSES)
 _NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}
 
@@ -97,7 +104,7 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     counted = [*([0] if body.instructions else []), *range(len(earlier)), *(len(earlier) + place for place in places)]
     writer = _Writer(asked, body, store if body.store else None, tenant, messages, counted)
     if body.stream:
-        return stream(asked.generation, writer.events(), FRAMING)
+        return stream(asked.generation, writer.events(), FRAMING._replace(describe=writer.describe_error))
 
     async def gather() -> dict[str, Any]:
         document: dict[str, Any] = (await last_of(writer.events()))["response"]
@@ -145,6 +152,10 @@ class _Writer:
             yield event
         self._keep()
         yield self._event(f"response.{status}", response=self._response(status))
+
+    def describe_error(self, error: ApiError) -> dict[str, Any]:
+        """The event of an error behind those that there were."""
+        return describe_error(error, self._sequence)
 
     def _part(self, part: AnswerPart) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
@@ -248,7 +259,7 @@ class _Writer:
             if status == "in_progress"
             else {
                 "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": usage.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,

@@ -9,7 +9,10 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from normistral.runtime.overflow import OVERFLOW_HELP, Overflow
 from normistral.runtime.tools import MOST_TOOLS
 from normistral.server.schemas import (
+    BEGINNINGS,
     MOST_MESSAGES,
+    CallArguments,
+    CallId,
     Only,
     ReasoningEffort,
     SentBack,
@@ -29,11 +32,11 @@ class InputText(SentBack):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description=BEGINNINGS)
 
 
-Content = Annotated[
-    str | Annotated[list[InputText], Field(fail_fast=True, min_length=1)], BeforeValidator(require_text)
-]
+Texts = Annotated[list[InputText], Field(fail_fast=True)]
+Content = Annotated[str | Annotated[Texts, Field(min_length=1)], BeforeValidator(require_text)]
 
 
 class InputMessage(SentBack):
@@ -51,9 +54,9 @@ class InputCall(SentBack):
     """A call of an earlier answer."""
 
     type: Literal["function_call"]
-    call_id: str
+    call_id: CallId
     name: ToolName
-    arguments: str
+    arguments: CallArguments
     id: str | None = None
     status: str | None = None
 
@@ -62,8 +65,8 @@ class InputResult(SentBack):
     """The result of a call."""
 
     type: Literal["function_call_output"]
-    call_id: str
-    output: Content
+    call_id: CallId
+    output: Annotated[str | Texts, BeforeValidator(require_text), Field(description="No texts if the tool gave none.")]
     id: str | None = None
     status: str | None = None
 
@@ -101,7 +104,8 @@ InputItem = Annotated[
     Discriminator(
         _kind_of,
         custom_error_type="item_type",
-        custom_error_message="items are of type message, function_call, function_call_output or reasoning",
+        custom_error_message="items are of type message, function_call, function_call_output or reasoning; clients "
+        "that refer to stored items (item_reference) send them whole with store: false",
     ),
 ]
 
@@ -194,5 +198,6 @@ class ResponsesRequest(WithNumbers):
     user: str | None = Field(None, description="Not used.")
     service_tier: str | None = Field(None, description="Not used.")
     safety_identifier: str | None = Field(None, description="Not used.")
-    prompt_cache_key: str | None = Field(None, description="Not used: beginnings are found by their tokens.")
+    prompt_cache_key: str | None = Field(None, description=BEGINNINGS)
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=BEGINNINGS)
     prompt_cache_retention: str | None = Field(None, description="Not used.")

@@ -12,8 +12,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     GetCoreSchemaHandler,
+    Tag,
     model_validator,
 )
 from pydantic_core import core_schema
@@ -28,6 +30,7 @@ _BIASES = 1024
 MOST_MESSAGES = 1024
 _ID_CHARACTERS = 256
 _GUIDED = "it became structured_outputs"
+BEGINNINGS = "Not used: beginnings are found by their tokens."
 _NO_FUNCTIONS = "functions became tools; there are tools, tool_choice and tool_calls"
 
 
@@ -124,7 +127,22 @@ class SchemaFormat(Strict):
     json_schema: JsonSchemaFormat
 
 
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")]
+def type_tag(value: Any) -> str | None:
+    """Tag of an object by its `type`; not in lower case, as an error's path to a field leaves such steps out."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind.capitalize() if isinstance(kind, str) else None
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("Text")]
+    | Annotated[JsonObjectFormat, Tag("Json_object")]
+    | Annotated[SchemaFormat, Tag("Json_schema")],
+    Discriminator(
+        type_tag,
+        custom_error_type="format_type",
+        custom_error_message="it is an object whose type is one of 'text', 'json_object', 'json_schema'",
+    ),
+]
 
 
 class StructuredOutputs(Strict):
@@ -208,7 +226,7 @@ class CommonRequest(WithNumbers):
     store: NeverTrue = Field(None, description="Nothing is ever stored.")
     service_tier: str | None = Field(None, description="Not used.")
     safety_identifier: str | None = Field(None, description="Not used.")
-    prompt_cache_key: str | None = Field(None, description="Not used: beginnings are found by their tokens.")
+    prompt_cache_key: str | None = Field(None, description=BEGINNINGS)
     prompt_cache_retention: str | None = Field(None, description="Not used.")
     cache_prompt: bool | None = Field(None, description="Not used: beginnings are always looked for.")
     skip_special_tokens: Annotated[bool | None, Only("control tokens are never shown", True)] = None
@@ -232,6 +250,11 @@ class TextPart(SentBack):
 
     type: Literal["text"]
     text: str
+    id: str | None = Field(None, description="Not used: LangChain's name of the piece.")
+    index: int | str | None = Field(None, description="Not used: of a streamed piece.")
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    cache_control: dict[str, Any] | None = Field(None, description=BEGINNINGS)
+    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description=BEGINNINGS)
 
 
 def _require_object(arguments: str) -> str:
@@ -260,6 +283,8 @@ def joined_text(content: str | list[Any] | None) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content or ())
 
 
+CallId = Annotated[str, Field(min_length=1, max_length=_ID_CHARACTERS)]
+CallArguments = Annotated[str, AfterValidator(_require_object)]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
@@ -297,13 +322,14 @@ class CalledFunction(SentBack):
     """A function with its arguments."""
 
     name: ToolName
-    arguments: Annotated[str, AfterValidator(_require_object)] = Field(description="A JSON object.")
+    arguments: CallArguments = Field(description="A JSON object.")
+    parsed_arguments: Any = Field(None, description="Not used: what the package openai made of the arguments.")
 
 
 class CalledTool(SentBack):
     """A call of an earlier answer."""
 
-    id: Annotated[str, Field(min_length=1, max_length=_ID_CHARACTERS)]
+    id: CallId
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = Field(None, description="Not used: of a streamed call.")
@@ -317,9 +343,12 @@ class Message(SentBack):
         Field(description="developer is another name of system."),
     ]
     content: Annotated[
-        str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] | None,
+        str | Annotated[list[TextPart], Field(fail_fast=True)] | None,
         BeforeValidator(require_text),
-        Field(description="Text; parts of text are joined by line ends. null only beside tool_calls."),
+        Field(
+            description="Text; parts of text are joined by line ends. null only beside tool_calls, no parts there and "
+            "of the role tool."
+        ),
     ] = None
     reasoning_content: str | None = Field(None, description="Of an earlier answer; models do not read it again.")
     reasoning: str | None = Field(None, description="Another name of reasoning_content.")
@@ -330,10 +359,12 @@ class Message(SentBack):
     refusal: Annotated[None, Only("this server writes no refusals")] = None
     audio: Annotated[None, Only("this server does not hear or speak")] = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    parsed: Any = Field(None, description="Not used: what the package openai made of the text.")
+    provider_specific_fields: dict[str, Any] | None = Field(None, description="Not used: LiteLLM's.")
 
     @model_validator(mode="after")
     def _check(self) -> Message:
-        if self.content is None and not self.tool_calls:
+        if not self.tool_calls and (self.content is None or (self.content == [] and self.role != "tool")):
             raise ValueError("content should be a valid string or list of text")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls are of the assistant")
@@ -347,7 +378,10 @@ class Message(SentBack):
         message: dict[str, Any] = {"role": role, "content": joined_text(self.content)}
         message |= self.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
         if self.tool_calls:
-            message["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
+            message["tool_calls"] = [
+                call.model_dump(include={"id": True, "type": True, "function": {"name", "arguments"}})
+                for call in self.tool_calls
+            ]
         return message
 
 
@@ -390,6 +424,7 @@ class ChatCompletionRequest(CommonRequest):
         None, description="Extension: go on inside the last message, which has to be the assistant's."
     )
     verbosity: Annotated[Literal["medium"] | None, Only("verbosity cannot be set", "medium")] = None
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=BEGINNINGS)
     web_search_options: Annotated[None, Only("this server searches nothing")] = None
 
 

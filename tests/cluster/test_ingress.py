@@ -164,7 +164,7 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_of_its_api(ray, path):
     document = json.loads(data.removeprefix("data: "))
     assert named == ([] if path == "/v1/chat/completions" else ["event: error"])
     if path == "/v1/responses":
-        assert (document["type"], document["code"]) == ("error", "replica_lost")
+        assert (document["type"], document["code"], document["sequence_number"]) == ("error", "replica_lost", 1)
         assert "gone" in document["message"]
     else:
         assert "gone" in told(path, document)

@@ -6,8 +6,11 @@ import httpx
 import pytest
 from served_models import make_served, open_served, serving
 
+from normistral.errors import UsageError
+from normistral.server import anthropic, ollama, responses_api
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
+from normistral.server.generation import OPENAI_CHAT
 from normistral.server.limits import ServerLimits
 from normistral.server.server import background_server
 
@@ -52,6 +55,7 @@ def lines(answer: httpx.Response) -> list[dict]:
 # --- /v1/responses
 
 FUNCTION = {"type": "function", "name": "weather", "parameters": SCHEMA}
+CALLED = {"type": "function_call", "call_id": "x", "name": "weather", "arguments": "{}"}
 
 
 def test_a_response_is_the_chat_s_answer(urls) -> None:
@@ -63,6 +67,7 @@ def test_a_response_is_the_chat_s_answer(urls) -> None:
     assert (document["object"], document["status"], document["store"]) == ("response", "completed", False)
     assert document["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
     assert document["usage"]["output_tokens"] == chat["usage"]["completion_tokens"]
+    assert document["usage"]["input_tokens_details"]["cache_write_tokens"] == 0
     assert document["metadata"] == {"a": "b"}
 
 
@@ -77,6 +82,17 @@ def test_events_of_a_response(urls) -> None:
     last = found[-1]["response"]
     assert [item["content"] for item in last["output"]] == [item["content"] for item in whole["output"]]
     assert last["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+
+
+def test_an_error_in_a_response_is_its_last_event(urls, monkeypatch) -> None:
+    def fail(writer, part):
+        raise UsageError("it is full")
+
+    monkeypatch.setattr(responses_api._Writer, "_part", fail)
+    *_, before, last = events(post(urls[0], "/v1/responses", input="Hei", stream=True))
+    number = before["sequence_number"] + 1
+    error = {"code": "invalid_request_error", "message": "it is full", "param": None}
+    assert last == {"type": "error", "sequence_number": number, **error}
 
 
 def test_a_response_calls_and_goes_on(urls) -> None:
@@ -122,7 +138,9 @@ def test_a_response_of_a_schema(tmp_path) -> None:
         ({"reasoning": {"summary": "detailed"}}, "not summarised"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "reads text only"),
         ({"input": [{"type": []}]}, "items are of type"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "items are of type"),
+        ({"input": [CALLED | {"arguments": "{"}]}, "input.0.arguments: arguments have to be a JSON object"),
+        ({"input": [CALLED | {"call_id": ""}]}, "input.0.call_id"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "store: false"),
         ({"max_output_tokens": 0.5}, "valid integer"),
         ({"colour": 1}, "unknown field colour"),
     ],
@@ -165,6 +183,11 @@ def test_kept_answers_are_a_key_s_own(tmp_path) -> None:
 
 MESSAGES = [{"role": "user", "content": "Hei"}]
 ANTHROPIC_TOOL = {"name": "weather", "input_schema": SCHEMA}
+RESULT = {"type": "tool_result", "tool_use_id": "x"}
+
+
+def user(block: dict) -> list[dict]:
+    return [{"role": "user", "content": [block]}]
 
 
 def test_messages_answer_text(urls) -> None:
@@ -220,7 +243,9 @@ def test_an_answer_may_come_back_with_fields_that_are_null(urls) -> None:
     call = post(urls[1], "/v1/responses", input="Vær?", tools=[FUNCTION]).json()["output"][0]
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "regn", "caller": None}
     items = [{"role": "user", "content": "Vær?"}, call | {"async_": None, "caller": None}, result]
-    assert post(urls[1], "/v1/responses", input=items, tools=[FUNCTION]).status_code == 200
+    for output in ("regn", []):
+        items[-1] = result | {"output": output}
+        assert post(urls[1], "/v1/responses", input=items, tools=[FUNCTION]).status_code == 200
     answer = post(urls[1], "/v1/responses", input=[*items, {"role": "user", "content": "x", "colour": "y"}])
     assert "unknown field" in answer.json()["error"]["message"]
     chat = [*MESSAGES, {"role": "assistant", "content": "Ja", "reasoning_details": None}, *MESSAGES]
@@ -251,6 +276,14 @@ def test_a_base_url_that_is_off_is_told(urls, path, meant) -> None:
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "has a name"),
         ({"thinking": {"type": "enabled"}}, 400, "invalid_request_error", "budget_tokens"),
         ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens"),
+        ({"messages": user({"type": "image", "source": {}})}, 400, "invalid_request_error", "reads text only"),
+        (
+            {"messages": user(RESULT | {"content": [{"type": "image"}]})},
+            400,
+            "invalid_request_error",
+            "reads text only",
+        ),
+        ({"messages": user(RESULT | {"a": 1})}, 400, "invalid_request_error", "field messages.0.content.0.a "),
     ],
 )
 def test_errors_of_messages_are_anthropic_s(urls, fields, status, kind, words) -> None:
@@ -273,6 +306,13 @@ def test_ollama_chats_in_lines(urls) -> None:
     assert (whole["message"]["content"], whole["done"], whole["done_reason"]) == (ANSWER, True, "stop")
     assert whole["eval_count"] == found[-1]["eval_count"]
     assert post(urls[0], "/api/chat", **fields | {"model": "m:latest"}, stream=False).json()["model"] == "m"
+
+
+@pytest.mark.parametrize("framing", [ollama.FRAMING, anthropic.FRAMING, OPENAI_CHAT])
+def test_no_character_of_an_answer_ends_a_line_of_a_stream(framing) -> None:
+    event = {"type": "x", "text": "".join(map(chr, range(0x3000)))}
+    lines = framing.encode(event).decode().splitlines()
+    assert json.loads(next(line for line in lines if "{" in line).removeprefix("data: ")) == event
 
 
 def test_ollama_generates(urls) -> None:

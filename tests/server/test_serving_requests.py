@@ -1,5 +1,7 @@
 """What a server refuses, and in which words; nothing of it reaches the worker."""
 
+import gzip
+
 import pytest
 from served_models import CONTEXT, make_served, open_served, serving
 from serving_clients import error_of, http
@@ -7,6 +9,7 @@ from serving_clients import error_of, http
 from normistral.server.app import create_app
 from normistral.server.auth import Keys
 from normistral.server.limits import ServerLimits
+from normistral.server.schemas import Message
 from normistral.server.server import background_server
 
 LIMITS = ServerLimits(body_bytes=64 * 1024, choices=4, new_tokens=100, grace_s=0.2, body_s=0.5, header_s=0.5)
@@ -35,6 +38,7 @@ CHAT_REFUSALS = [
         None,
         "text only",
     ),
+    ({"messages": [{"role": "user", "content": []}]}, "messages.0", "valid string"),
     ({"messages": CHAT["messages"] * 1025}, "messages", "at most 1024 items"),
     ({"functions": [{}]}, "functions", "functions became tools"),
     ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
@@ -78,6 +82,7 @@ CHAT_REFUSALS = [
         None,
         "json schema",
     ),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name", "required"),
     ({"structured_outputs": {"regex": "("}}, None, "regex"),
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, None, "only one form"),
     ({"store": True}, "store", "cannot be switched on"),
@@ -89,7 +94,7 @@ CHAT_REFUSALS = [
 def test_a_limit_beyond_the_servers_is_the_servers(url) -> None:
     """As elsewhere; the finish reason says that there was more to write."""
     for path, body in (("chat/completions", CHAT), ("completions", TEXT)):
-        document = http.post(f"{url}/v1/{path}", json=body | {"max_tokens": 100_000, "ignore_eos": True}).json()
+        document = http.post(f"{url}/v1/{path}", json=body | {"max_tokens": 2**53, "ignore_eos": True}).json()
         assert document["usage"]["completion_tokens"] == 100
         assert document["choices"][0]["finish_reason"] == "length"
 
@@ -176,6 +181,22 @@ def test_switches_of_other_servers_that_are_off_are_let_through(url) -> None:
     assert http.post(f"{url}/v1/chat/completions", json=CHAT | off).status_code == 200
 
 
+def test_what_packages_keep_with_a_message_is_let_through(url) -> None:
+    """openai's `parse` and LiteLLM with an answer; LangChain with a piece of text, and where a tool gave nothing."""
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": {"a": 1}}
+    called = {"content": [], "tool_calls": [{"id": "x", "type": "function", "function": function}], "parsed": {"a": 1}}
+    piece = {"type": "text", "text": "Hei", "id": "lc_1", "index": 0, "cache_control": {"type": "ephemeral"}}
+    messages = [
+        {"role": "user", "content": [piece]},
+        {"role": "assistant", **called, "provider_specific_fields": {"refusal": None}},
+        {"role": "tool", "tool_call_id": "x", "content": []},
+    ]
+    answer = http.post(f"{url}/v1/chat/completions", json=CHAT | {"messages": messages, "max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+    (call,) = Message.model_validate(messages[1]).for_template()["tool_calls"]
+    assert call == {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
 def test_every_field_that_may_be_null_is_as_if_left_out(url, route) -> None:
     """Clients that write all of their fields do so; a constraint that met a null once was an error of ours."""
@@ -184,6 +205,12 @@ def test_every_field_that_may_be_null_is_as_if_left_out(url, route) -> None:
     optional = {field: None for field in schema["properties"] if field not in schema["required"]}
     answer = http.post(url + route, json=optional | (CHAT if "chat" in route else TEXT) | {"max_tokens": 1})
     assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 1)
+
+
+def test_a_compressed_body_is_told_so(url) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = http.post(f"{url}/v1/completions", content=gzip.compress(b"{}"), headers=headers)
+    assert (answer.status_code, error_of(answer)["code"]) == (415, "compressed")
 
 
 @pytest.mark.parametrize("length", [CONTEXT, 25_000])
