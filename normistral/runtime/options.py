@@ -32,8 +32,7 @@ class OptionSpec:
         low, high: the range, both ends included.
         metavar: name of the value in the help of a command.
         help: sentence for the help of a command, without the default.
-        api_name: field of a request to the server.
-        api_range: (low, high) of that field where it differs from `low` and `high`; None is unbounded.
+        api_range: (low, high) of the field of a request where it differs from `low` and `high`; None is unbounded.
         api_help: description of that field.
         at_minus_one: -1 is accepted and becomes this, as in vLLM and llama.cpp; "refused" is no such value.
     """
@@ -43,7 +42,6 @@ class OptionSpec:
     high: float
     metavar: str
     help: str
-    api_name: str
     api_range: tuple[float | None, float | None] | None = None
     api_help: str | None = None
     at_minus_one: int | Literal["refused"] | None = "refused"
@@ -58,19 +56,12 @@ NUMERIC_OPTIONS = {
         _ALL,
         "N",
         "Most tokens to write; -1 is as many as fit.",
-        "max_tokens",
         (-1, None),
         "-1 is as many as fit.",
         at_minus_one=_ALL,
     ),
     "temperature": OptionSpec(
-        float,
-        0.0,
-        100.0,
-        "T",
-        "Above 0 answers vary; 0 is greedy.",
-        "temperature",
-        api_help="Default: the model's authors'.",
+        float, 0.0, 100.0, "T", "Above 0 answers vary; 0 is greedy.", api_help="Default: the model's authors'."
     ),
     "top_k": OptionSpec(
         int,
@@ -78,14 +69,13 @@ NUMERIC_OPTIONS = {
         2**31,
         "K",
         "Sample among the K likeliest tokens; 0 is all.",
-        "top_k",
         (-1, 2**31),
         "Extension: 0 and -1 are all tokens.",
         at_minus_one=0,
     ),
-    "top_p": OptionSpec(float, 0.0, 1.0, "P", "Sample among the likeliest that reach probability P.", "top_p"),
+    "top_p": OptionSpec(float, 0.0, 1.0, "P", "Sample among the likeliest that reach probability P."),
     "min_p": OptionSpec(
-        float, 0.0, 1.0, "P", "Leave out tokens below P times the likeliest one.", "min_p", api_help="Extension."
+        float, 0.0, 1.0, "P", "Leave out tokens below P times the likeliest one.", api_help="Extension."
     ),
     "typical_p": OptionSpec(
         float,
@@ -93,31 +83,21 @@ NUMERIC_OPTIONS = {
         1.0,
         "P",
         "Sample among the tokens of most typical probability that reach P.",
-        "typical_p",
         api_help="Extension: locally typical sampling; 1 is off.",
     ),
     "repetition_penalty": OptionSpec(
-        float,
-        0.01,
-        100.0,
-        "R",
-        "Above 1 makes repeated tokens less likely.",
-        "repetition_penalty",
-        api_help="Extension.",
+        float, 0.01, 100.0, "R", "Above 1 makes repeated tokens less likely.", api_help="Extension."
     ),
     "presence_penalty": OptionSpec(
-        float, -2.0, 2.0, "R", "Above 0 makes tokens of the answer less likely to come again.", "presence_penalty"
+        float, -2.0, 2.0, "R", "Above 0 makes tokens of the answer less likely to come again."
     ),
-    "frequency_penalty": OptionSpec(
-        float, -2.0, 2.0, "R", "The same for each time that a token has come.", "frequency_penalty"
-    ),
+    "frequency_penalty": OptionSpec(float, -2.0, 2.0, "R", "The same for each time that a token has come."),
     "dry_multiplier": OptionSpec(
         float,
         0.0,
         100.0,
         "R",
         "Above 0 makes tokens less likely that would go on with a repeated sequence (DRY).",
-        "dry_multiplier",
         api_help="Extension: weight of the DRY penalty; 0 is off.",
     ),
     "dry_base": OptionSpec(
@@ -126,7 +106,6 @@ NUMERIC_OPTIONS = {
         100.0,
         "R",
         "Growth of the DRY penalty with each repeated token.",
-        "dry_base",
         api_help="Extension: growth of the DRY penalty with each repeated token.",
     ),
     "dry_allowed_length": OptionSpec(
@@ -135,7 +114,6 @@ NUMERIC_OPTIONS = {
         _ALL,
         "N",
         "Repeated tokens from which the DRY penalty begins.",
-        "dry_allowed_length",
         api_help="Extension: repeated tokens from which the DRY penalty begins.",
     ),
     "dry_penalty_last_n": OptionSpec(
@@ -144,7 +122,6 @@ NUMERIC_OPTIONS = {
         _ALL,
         "N",
         "Tokens before the next that DRY looks at; -1 is all.",
-        "dry_penalty_last_n",
         (-1, _ALL),
         "Extension: tokens that DRY looks at, prompt included; -1 is all.",
         at_minus_one=_ALL,
@@ -155,7 +132,6 @@ NUMERIC_OPTIONS = {
         1.0,
         "P",
         "How often to leave out the likeliest of several good tokens (XTC).",
-        "xtc_probability",
         api_help="Extension: chance at each token that XTC acts; 0 is off.",
     ),
     "xtc_threshold": OptionSpec(
@@ -164,7 +140,6 @@ NUMERIC_OPTIONS = {
         0.5,
         "P",
         "Probability from which XTC takes a token for a good one.",
-        "xtc_threshold",
         api_help="Extension: probability from which XTC takes a token for a good one.",
     ),
     "seed": OptionSpec(
@@ -173,22 +148,18 @@ NUMERIC_OPTIONS = {
         2**64 - 1,
         "N",
         "Same seed and input, same text. Default, and -1: a new one every time.",
-        "seed",
         (-1, 2**63),
         "The same text again, while system_fingerprint is the same and not null; -1 is none.",
         at_minus_one=None,
     ),
-    "logprobs": OptionSpec(int, 0, 100, "N", "Report log-probabilities of the N likeliest tokens.", "logprobs"),
-    "prompt_logprobs": OptionSpec(
-        int, 0, 100, "N", "Report log-probabilities of the prompt's tokens too.", "prompt_logprobs"
-    ),
+    "logprobs": OptionSpec(int, 0, 100, "N", "Report log-probabilities of the N likeliest tokens."),
+    "prompt_logprobs": OptionSpec(int, 0, 100, "N", "Report log-probabilities of the prompt's tokens too."),
     "max_reasoning_tokens": OptionSpec(
         int,
         0,
         2**31,
         "N",
         "Of a thinking model: end its reasoning after N tokens; 0 is none. Default: no limit.",
-        "max_reasoning_tokens",
         api_help="Extension: ends the reasoning of a thinking model after so many tokens.",
     ),
 }

@@ -20,7 +20,7 @@ from normistral.server.schemas import (
 
 # Options that a request calls as the library does, and that are the same for chat and text completions.
 _SAME = (
-    *(name for name, spec in NUMERIC_OPTIONS.items() if spec.api_name == name and not name.endswith("logprobs")),
+    *(name for name in NUMERIC_OPTIONS if name in CommonRequest.model_fields),
     "dry_sequence_breakers",
     "ignore_eos",
 )
