@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ArtifactError
@@ -17,16 +17,18 @@ from normistral.errors import ArtifactError
 _REPLACEMENT = "\ufffd"
 
 
-class _Stage(Protocol):
-    """One step of the chain: a piece in, the pieces that are now certain out."""
+class _Stage:
+    """One step of the chain: a piece in, the pieces that are now certain out; by default nothing is held."""
 
-    def push(self, piece: str) -> list[str]: ...
+    def push(self, piece: str) -> list[str]:
+        raise NotImplementedError
 
-    def flush(self) -> list[str]: ...
+    def flush(self) -> list[str]:
+        return []
 
     def forget(self) -> list[str]:
         """The prompt ends: give out its whole characters, keep one that it left unfinished."""
-        ...
+        return []
 
 
 class StreamDetokenizer:
@@ -39,17 +41,13 @@ class StreamDetokenizer:
     Args:
         tokenizer: the artifact's.
         prompt_tail: last tokens of the prompt, all or at least one that is not special.
-        skip_special_tokens: leave special tokens out.
 
     Raises:
         ArtifactError: the tokenizer's decoder has a step that is not known here.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_tail: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
         self._stages = _make_stages(tokenizer)
         if not self._stages:
             raise ArtifactError("the tokenizer has no decoder", "add one to tokenizer.json and export the model again")
@@ -59,9 +57,9 @@ class StreamDetokenizer:
             self._run(stage.forget(), index + 1)  # later steps must know that there was text before
 
     def push(self, token_id: int) -> str:
-        """Characters that became certain; "" in the middle of one. Ids outside the vocabulary give nothing."""
+        """Characters that became certain: none in the middle of one, nor of special tokens and unknown ids."""
         token = self._tokenizer.token_text(token_id)
-        if token is None or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
+        if token is None or self._tokenizer.is_special(token_id):
             return ""
         return self._run([token], from_stage=0)
 
@@ -98,7 +96,7 @@ def _spell(piece: str, stages: Sequence[_Stage]) -> bytes:
     return piece.encode()
 
 
-class _PerPiece:
+class _PerPiece(_Stage):
     """Steps that look at one piece only."""
 
     def __init__(self, change: Callable[[str], str]) -> None:
@@ -107,14 +105,8 @@ class _PerPiece:
     def push(self, piece: str) -> list[str]:
         return [self._change(piece)]
 
-    def flush(self) -> list[str]:
-        return []
 
-    def forget(self) -> list[str]:
-        return []
-
-
-class _ByteFallback:
+class _ByteFallback(_Stage):
     """`<0xF0>`: runs of byte tokens are UTF-8. One wrong byte spoils its whole run, each byte giving one U+FFFD, so
     nothing of a run is certain before it ends.
     """
@@ -144,7 +136,7 @@ class _ByteFallback:
         return [whole] if whole else []
 
 
-class _ByteLevel:
+class _ByteLevel(_Stage):
     """GPT-2's bytes as letters. All tokens together are UTF-8, malformed parts replaced.
 
     A token with a letter that stands for no byte counts as UTF-8 itself. (Behind `Fuse`, tokenizers then takes the
@@ -160,11 +152,8 @@ class _ByteLevel:
     def flush(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]
 
-    def forget(self) -> list[str]:
-        return []
 
-
-class _Metaspace:
+class _Metaspace(_Stage):
     """▁ is a blank, except in the very first token, where it is nothing."""
 
     def __init__(self, replacement: str, prepend_scheme: str) -> None:
@@ -176,14 +165,8 @@ class _Metaspace:
         self._first = False
         return [piece.replace(self._replacement, blank)]
 
-    def flush(self) -> list[str]:
-        return []
 
-    def forget(self) -> list[str]:
-        return []
-
-
-class _StripStart:
+class _StripStart(_Stage):
     """Drops the first characters of the whole text, if they are `content`."""
 
     def __init__(self, content: str, count: int) -> None:
@@ -200,14 +183,8 @@ class _StripStart:
                 self._left = 0
         return [piece[start:]]
 
-    def flush(self) -> list[str]:
-        return []
 
-    def forget(self) -> list[str]:
-        return []
-
-
-class _ReplaceInText:
+class _ReplaceInText(_Stage):
     """Replaces a text that may begin in one piece and end in a later one: what could be its beginning is held."""
 
     def __init__(self, pattern: str, content: str) -> None:

@@ -58,8 +58,8 @@ def eleven_b_like() -> tokenizers.Tokenizer:
 DECODERS = BACKENDS | {"metaspace decoder": unigram_like, "from GGUF": demo_like, "11B": eleven_b_like}
 
 
-def stream(tokenizer, ids, prompt=(), **options) -> list[str]:
-    detokenizer = StreamDetokenizer(tokenizer, prompt, **options)
+def stream(tokenizer, ids, prompt=()) -> list[str]:
+    detokenizer = StreamDetokenizer(tokenizer, prompt)
     return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
 
 
@@ -79,9 +79,7 @@ def test_any_ids_give_the_decoded_text(kind, data):
     tokenizer = wrap(DECODERS[kind]())
     byte_tokens = st.integers(6, 261)
     ids = data.draw(st.lists(st.one_of(byte_tokens, st.integers(0, tokenizer.vocabulary_size + 3)), max_size=24))
-    for skip in (True, False):
-        pieces = stream(tokenizer, ids, skip_special_tokens=skip)
-        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=skip)
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,11 +145,9 @@ def test_an_unfinished_character_is_replaced_at_the_end():
     assert pieces[-1] == "\ufffd"
 
 
-def test_special_tokens_appear_only_when_asked_for():
+def test_special_tokens_are_no_text():
     tokenizer = wrap(byte_level())
-    ids = tokenizer.encode("Oslo<|im_end|>")
-    assert "".join(stream(tokenizer, ids)) == "Oslo"
-    assert "".join(stream(tokenizer, ids, skip_special_tokens=False)) == "<s>Oslo<|im_end|>"
+    assert "".join(stream(tokenizer, tokenizer.encode("Oslo<|im_end|>"))) == "Oslo"
 
 
 def test_a_token_costs_the_same_however_long_the_answer_is():
