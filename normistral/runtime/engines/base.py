@@ -11,16 +11,17 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normistral.errors import EngineError
+from normistral.errors import ClosedError, EngineError
 from normistral.hardware import available_memory_bytes, read_machine
 from normistral.runtime.engines.settings import SettingsSource
 
 Logits = NDArray[np.float32]
+T = TypeVar("T")
 
 
 class CacheTensor(NamedTuple):
@@ -176,6 +177,13 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the weights; engines made from it must not be used any more."""
         ...
+
+
+def opened(resource: T | None) -> T:
+    """What a closed engine or backend no longer has; raises ClosedError where it is None."""
+    if resource is None:
+        raise ClosedError
+    return resource
 
 
 _WARM_UP_LENGTHS = (8, 1)  # kernels for a prompt and for one token are compiled at first use: do that at load

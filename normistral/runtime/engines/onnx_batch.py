@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normistral.errors import ClosedError, EngineError
-from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors
+from normistral.errors import EngineError
+from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors, opened
 from normistral.runtime.engines.batching import BatchCall
 from normistral.runtime.engines.block_pool import BLOCK_TOKENS, blocks_of
 from normistral.runtime.engines.onnx_cache import CAPACITY_STEP
@@ -46,18 +46,18 @@ class RowEngine:
         Raises:
             EngineError: onnxruntime failed, or the sequence outgrows the model's context.
         """
-        batch, call = self._open_batch(), BatchCall(self, token_ids, last)
+        batch, call = opened(self._batch), BatchCall(self, token_ids, last)
         return batch.forward_batch([call])[0] if batch.submit is None else batch.submit(call)
 
     def share(self, hashes: Sequence[bytes]) -> int:
         """Begin an empty sequence with copies of published blocks, as far as they are there; how many tokens."""
         assert self.length == 0, "only an empty sequence begins with shared blocks"
-        self.length = self._open_batch().copy_blocks(self.row, hashes)
+        self.length = opened(self._batch).copy_blocks(self.row, hashes)
         return self.length
 
     def publish(self, hashes: Sequence[bytes]) -> None:
         """Let others begin with the full blocks of this sequence, whose tokens have these hashes."""
-        self._open_batch().publish(self.row, hashes[: self.length // BLOCK_TOKENS])
+        opened(self._batch).publish(self.row, hashes[: self.length // BLOCK_TOKENS])
 
     @property
     def intact(self) -> int:
@@ -76,12 +76,12 @@ class RowEngine:
 
     def save(self, length: int) -> Iterator[CacheTensor]:
         """The first `length` tokens of the KV cache, in its own precision: [1, kv_heads, length, head_dim]."""
-        return self._open_batch().read(self.row, length)
+        return opened(self._batch).read(self.row, length)
 
     def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
         """Continue from what `save` gave."""
         self.length = 0
-        self._open_batch().write(self.row, length, tensors)
+        opened(self._batch).write(self.row, length, tensors)
         self.length = length
 
     def close(self) -> None:
@@ -89,11 +89,6 @@ class RowEngine:
         if self._batch is not None:
             self._batch.free_row(self.row)
             self._batch = None
-
-    def _open_batch(self) -> OnnxBatch:
-        if self._batch is None:
-            raise ClosedError
-        return self._batch
 
 
 class OnnxBatch:
@@ -116,7 +111,7 @@ class OnnxBatch:
     @property
     def token_bytes(self) -> int:
         """Bytes that a token takes in the KV cache, keys and values of all layers and heads."""
-        layout = self._open_decoder().layout
+        layout = opened(self._decoder).layout
         return len(layout.names) * layout.kv_heads * layout.head_dim * layout.dtype.itemsize
 
     def create_engine(self) -> RowEngine:
@@ -162,7 +157,7 @@ class OnnxBatch:
 
     def take_row(self, engine: RowEngine) -> int:
         """The first free row."""
-        self._open_decoder()
+        opened(self._decoder)
         self._rows.append(engine)
         return len(self._rows) - 1
 
@@ -209,12 +204,12 @@ class OnnxBatch:
     def write(self, row: int, length: int, tensors: Iterable[CacheTensor]) -> None:
         """Fill the first tokens of a row."""
         self._fit(length)
-        for name, tensor in check_cache_tensors(tensors, self._open_decoder().layout.kinds(length)):
+        for name, tensor in check_cache_tensors(tensors, opened(self._decoder).layout.kinds(length)):
             self._buffers[name].array[row, :, :length] = tensor[0]
 
     def _run(self, begin: int, token_ids: Sequence[Sequence[int]], last: int) -> Logits:
         """Compute as many tokens for each row from `begin` on; logits [rows, last, vocabulary]."""
-        decoder = self._open_decoder()
+        decoder = opened(self._decoder)
         ids = np.array(token_ids, np.int64)
         rows, count = ids.shape
         past = np.array([engine.length for engine in self._rows[begin : begin + rows]])
@@ -242,7 +237,7 @@ class OnnxBatch:
 
     def _fit(self, tokens: int) -> None:
         """Have a row for each sequence, with room for so many tokens; buffers move when they grow."""
-        layout = self._open_decoder().layout
+        layout = opened(self._decoder).layout
         had = len(next(iter(self._buffers.values())).array) if self._buffers else 0
         if len(self._rows) <= had and tokens <= self._capacity:
             return
@@ -258,11 +253,6 @@ class OnnxBatch:
         used = sum(blocks_of(engine.length) for engine in self._rows)
         while self._blocks and used + len(self._blocks) > self._most_blocks:
             self._blocks.popitem(last=False)
-
-    def _open_decoder(self) -> OnnxDecoder:
-        if self._decoder is None:
-            raise ClosedError
-        return self._decoder
 
 
 class _Buffer:

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from normistral import hardware
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
-from normistral.errors import ArtifactError, ClosedError, EngineError, UsageError
+from normistral.errors import ArtifactError, EngineError, UsageError
 from normistral.runtime.engines import onnx_activations, onnx_graph
-from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors, warm_up
+from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors, opened, warm_up
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache
 from normistral.runtime.engines.onnx_graph import LAST_POSITIONS, LOGITS, LOGITS_START, OnnxGraph
 from normistral.runtime.engines.onnx_session import (
@@ -89,9 +89,7 @@ class OnnxBackend:
     @property
     def decoder(self) -> OnnxDecoder:
         """The session and what it computes."""
-        if self._decoder is None:
-            raise ClosedError
-        return self._decoder
+        return opened(self._decoder)
 
     def create_engine(self) -> OnnxEngine:
         """A new, empty sequence with a KV cache of its own."""
@@ -131,7 +129,7 @@ class OnnxEngine:
         Raises:
             EngineError: onnxruntime failed, or the sequence outgrows the model's context.
         """
-        sequence = self._open_sequence()
+        sequence = opened(self._sequence)
         decoder, binding = sequence.decoder, sequence.binding
         total = self._length + len(token_ids)
         if total > decoder.layout.limit:
@@ -164,18 +162,18 @@ class OnnxEngine:
             raise ValueError(f"cannot trim {self._length} tokens to {length}")
         if length < self._length:
             with translated("onnxruntime could not shorten the KV cache"):
-                self._open_sequence().cache.trim(length)
+                opened(self._sequence).cache.trim(length)
             self._length = length
 
     def reset(self) -> None:
         """Forget everything."""
         with translated("onnxruntime could not clear the KV cache"):
-            self._open_sequence().cache.trim(0)
+            opened(self._sequence).cache.trim(0)
         self._length = 0
 
     def save(self, length: int) -> Iterator[CacheTensor]:
         """The first `length` tokens of the KV cache, in its own precision."""
-        tensors = self._open_sequence().cache.read(length)
+        tensors = opened(self._sequence).cache.read(length)
         while True:
             with translated("onnxruntime could not read the KV cache"):
                 tensor = next(tensors, None)
@@ -185,7 +183,7 @@ class OnnxEngine:
 
     def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
         """Continue from what `save` gave."""
-        sequence = self._open_sequence()
+        sequence = opened(self._sequence)
         kinds = sequence.decoder.layout.kinds(length)
         with translated("onnxruntime could not write the KV cache"):
             sequence.cache.write(length, check_cache_tensors(tensors, kinds))
@@ -194,11 +192,6 @@ class OnnxEngine:
     def close(self) -> None:
         """Free the KV cache."""
         self._sequence = None
-
-    def _open_sequence(self) -> _Sequence:
-        if self._sequence is None:
-            raise ClosedError
-        return self._sequence
 
 
 def load_onnx(artifact: Artifact, config: EngineConfig = DEFAULT_CONFIG) -> OnnxBackend:

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from normistral.errors import ClosedError
-from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, TensorKinds, check_cache_tensors
+from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, TensorKinds, check_cache_tensors, opened
 from normistral.runtime.engines.batching import BatchCall
 from normistral.runtime.engines.block_pool import BLOCK_TOKENS, BlockPool, blocks_of
 from normistral.runtime.engines.openvino_graph import POSITIONS
@@ -60,9 +59,7 @@ class PagedBackend:
 
     def create_engine(self) -> PagedEngine:
         """A new, empty sequence with blocks of its own."""
-        if self._pool is None:
-            raise ClosedError
-        return PagedEngine(self, self._pool, self._keeps)
+        return PagedEngine(self, opened(self._pool), self._keeps)
 
     def forward_batch(self, calls: Sequence[PagedCall]) -> list[Logits]:
         """One forward of several sequences; logits [last, vocabulary] of each.
@@ -70,9 +67,7 @@ class PagedBackend:
         Raises:
             EngineError: OpenVINO failed; no sequence is longer than before.
         """
-        if self._pool is None:
-            raise ClosedError
-        return _forward(self._pool, calls)
+        return _forward(opened(self._pool), calls)
 
     def measure_batch_invariance(self) -> bool:
         """Whether `PagedEngine.batch_invariant` holds for the kernels of this machine and these weights.
@@ -102,17 +97,13 @@ class PagedBackend:
 
     def reserve_blocks(self, blocks: int) -> None:
         """Have a KV cache of so many blocks, all sequences together, that does not grow."""
-        if self._pool is None:
-            raise ClosedError
         with translated("OpenVINO could not make the KV cache"):
-            self._pool.reserve(blocks)
+            opened(self._pool).reserve(blocks)
 
     @property
     def token_bytes(self) -> int:
         """Bytes that a token takes in the KV cache, keys and values of all layers and heads."""
-        if self._pool is None:
-            raise ClosedError
-        return sum(heads * row for heads, row in self._pool.row_shapes().values())
+        return sum(heads * row for heads, row in opened(self._pool).row_shapes().values())
 
     def close(self) -> None:
         """Let go of weights and cache; they are freed with the last engine made from them."""
@@ -138,7 +129,7 @@ class PagedEngine:
         Raises:
             EngineError: OpenVINO failed.
         """
-        pool, call = self._open_pool(), PagedCall(self, token_ids, last)
+        pool, call = opened(self._pool), PagedCall(self, token_ids, last)
         backend = self._backend
         assert backend is not None, "kept as long as the pool"
         submit = backend.submit
@@ -151,13 +142,13 @@ class PagedEngine:
             how many tokens are in the cache now.
         """
         assert not self._blocks, "only an empty sequence begins with shared blocks"
-        self._blocks += self._open_pool().share(hashes)
+        self._blocks += opened(self._pool).share(hashes)
         self.length = len(self._blocks) * BLOCK_TOKENS
         return self.length
 
     def publish(self, hashes: Sequence[bytes]) -> None:
         """Let others begin with the full blocks of this sequence, whose tokens have these hashes."""
-        self._open_pool().publish(self._blocks[: self.length // BLOCK_TOKENS], hashes)
+        opened(self._pool).publish(self._blocks[: self.length // BLOCK_TOKENS], hashes)
 
     @property
     def intact(self) -> int:
@@ -171,22 +162,22 @@ class PagedEngine:
         self.length = length
         surplus = self._blocks[blocks_of(length) :]
         del self._blocks[blocks_of(length) :]
-        self._open_pool().release(surplus)
+        opened(self._pool).release(surplus)
 
     def reset(self) -> None:
         """Forget everything."""
         self.trim(0)
-        self._open_pool().shrink()
+        opened(self._pool).shrink()
 
     def save(self, length: int) -> Iterator[CacheTensor]:
         """The first `length` tokens of the KV cache, as they lie there: uint8 [kv_heads, length, row bytes]."""
-        pool = self._open_pool()
+        pool = opened(self._pool)
         for name in pool.row_shapes():
             yield CacheTensor(name, pool.read(name, self._blocks[: blocks_of(length)], length))
 
     def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
         """Continue from what `save` gave."""
-        pool = self._open_pool()
+        pool = opened(self._pool)
         self.reset()
         self.prepare(length)
         kinds: TensorKinds = {
@@ -203,7 +194,7 @@ class PagedEngine:
 
     def prepare(self, length: int) -> list[int]:
         """The block table for so many tokens; those behind the present ones may be written."""
-        pool = self._open_pool()
+        pool = opened(self._pool)
         with translated("OpenVINO could not enlarge the KV cache"):
             if self.length % BLOCK_TOKENS and length > self.length:
                 place = self.length // BLOCK_TOKENS
@@ -212,11 +203,6 @@ class PagedEngine:
             if missing > 0:
                 self._blocks += pool.allocate(missing)
         return self._blocks[: blocks_of(length)]
-
-    def _open_pool(self) -> BlockPool:
-        if self._pool is None:
-            raise ClosedError
-        return self._pool
 
 
 PagedCall: TypeAlias = BatchCall[PagedEngine]

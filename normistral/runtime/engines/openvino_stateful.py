@@ -30,10 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.artifact.manifest import Manifest
-from normistral.errors import ClosedError, EngineError
-from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors
+from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors, opened
 from normistral.runtime.engines.openvino_graph import LAST
-from normistral.runtime.engines.openvino_settings import said_first, translated
+from normistral.runtime.engines.openvino_settings import translated
 from normistral.runtime.kernels.openvino_int4 import PackedWeights
 
 if TYPE_CHECKING:
@@ -74,12 +73,8 @@ class StatefulBackend:
 
     def create_engine(self) -> StatefulEngine:
         """A new, empty sequence with a KV cache of its own."""
-        if self._compiled is None:
-            raise ClosedError
-        try:
-            request = self._compiled.create_infer_request()
-        except RuntimeError as exc:
-            raise EngineError(f"OpenVINO could not create an infer request: {said_first(exc)}") from exc
+        with translated("OpenVINO could not create an infer request"):
+            request = opened(self._compiled).create_infer_request()
         positions = MaskedPositions(self._position_limit, keeps_dead=self._keeps_dead)
         return StatefulEngine(request, self._takes_positions, positions, self._cache_precision, self._packed)
 
@@ -120,7 +115,7 @@ class StatefulEngine:
         Raises:
             EngineError: OpenVINO failed.
         """
-        request, positions, count = self._open_request(), self._positions, len(token_ids)
+        request, positions, count = opened(self._request), self._positions, len(token_ids)
         if positions.must_compact(count):
             self._compact()
         total = positions.length + count
@@ -132,11 +127,9 @@ class StatefulEngine:
         }
         if self._takes_positions:
             inputs["position_ids"] = np.arange(positions.length, total, dtype=np.int64)[None]
-        try:
+        with translated(f"OpenVINO failed at token {total}"):
             request.infer(inputs, share_inputs=True)
             logits = request.get_tensor("logits").data  # [1, last, vocabulary]
-        except RuntimeError as exc:
-            raise EngineError(f"OpenVINO failed at token {total}: {said_first(exc)}") from exc
         positions.append(count)
         return np.array(logits[0], dtype=np.float32)  # a copy: the request overwrites its tensor at the next step
 
@@ -158,7 +151,7 @@ class StatefulEngine:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._open_request().reset_state()
+        opened(self._request).reset_state()
         self._positions.compacted(0)
         self._requantised = False
 
@@ -206,12 +199,7 @@ class StatefulEngine:
 
     def _query_states(self) -> list[Any]:
         with translated("OpenVINO could not find the KV cache"):
-            return list(self._open_request().query_state())
-
-    def _open_request(self) -> ov.InferRequest:
-        if self._request is None:
-            raise ClosedError
-        return self._request
+            return list(opened(self._request).query_state())
 
 
 class MaskedPositions:
@@ -296,12 +284,15 @@ def pack(values: NDArray[Any], precision: str) -> NDArray[Any]:
     if precision == "u8":
         packed = _pack_rows(values)
         return values if packed is None else packed
-    with np.errstate(over="ignore"):
-        narrow: NDArray[Any] | None = {
-            "f16": lambda: values.astype(np.float16),
-            "bf16": lambda: (values.view(np.uint32) >> 16).astype(np.uint16),
-        }.get(precision, lambda: None)()
-    return values if narrow is None or not np.array_equal(unpack(narrow), values) else narrow
+    narrow: NDArray[Any]
+    if precision == "f16":
+        with np.errstate(over="ignore"):
+            narrow = values.astype(np.float16)
+    elif precision == "bf16":
+        narrow = (values.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        return values
+    return narrow if np.array_equal(unpack(narrow), values) else values
 
 
 def is_lossless(packed: NDArray[Any], precision: str) -> bool:
