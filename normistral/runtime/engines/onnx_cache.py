@@ -2,14 +2,15 @@
 
 Each is [1, kv_heads, length, head_dim]. What the graph does with the past decides how it is kept:
 `SharedCache` for attention that appends to the past where it lies, `ChainedCache` for attention that returns a longer
-copy.
+copy. Both have the same methods: `prepare` binds a step from `length` to `total` positions, `advance` takes over what
+it computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,30 +57,6 @@ class CacheLayout:
         import onnxruntime as ort
 
         return ort.OrtValue.ortvalue_from_numpy(tensor, self.memory, self.device_id)
-
-
-class Cache(Protocol):
-    """Past keys and values of one sequence, bound to a session's inputs and outputs."""
-
-    def prepare(self, length: int, total: int) -> None:
-        """Bind for a step from `length` to `total` positions."""
-        ...
-
-    def advance(self) -> None:
-        """Take over what the step computed."""
-        ...
-
-    def trim(self, length: int) -> None:
-        """Keep the first `length` positions; 0 also clears the state of a failed step."""
-        ...
-
-    def read(self, length: int) -> Iterator[CacheTensor]:
-        """Copies of the first `length` positions, one after the other."""
-        ...
-
-    def write(self, length: int, tensors: Iterable[CacheTensor]) -> None:
-        """Replace all content by `length` positions; every tensor has to be among them."""
-        ...
 
 
 class SharedCache:
@@ -155,7 +132,7 @@ class ChainedCache:
         self._values = dict(zip(self._layout.names, self._binding.get_outputs(), strict=False))  # logits come last
 
     def trim(self, length: int) -> None:
-        """Cut every tensor: copies what stays."""
+        """Cut every tensor: copies what stays; 0 also clears the state of a failed step."""
         if length:
             self.write(length, self.read(length))
         else:

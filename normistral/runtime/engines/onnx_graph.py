@@ -6,8 +6,9 @@ numbers: onnx.proto of the ONNX repository.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,18 @@ _PRODUCTS = ("MatMul", "Gemm", QUANTIZED_PRODUCT)
 _PAST_INPUTS, _LENGTHS, _ATTENTION_BIAS = (3, 4), 5, 10
 _PADDING = "mask.row"  # what hides padding in every attention's bias, as the exporter names it: [b, 1, 1, total]
 
-Result = TypeVar("Result")
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Translate what the wire format says of bytes that are no ONNX model."""
+    try:
+        yield
+    except WireError as exc:
+        raise _damaged(str(exc)) from exc
+
+
+def _damaged(what: str) -> ArtifactError:
+    return ArtifactError(f"model.onnx is damaged: {what}", EXPORT_AGAIN)
 
 
 class Node:
@@ -105,7 +117,7 @@ class OnnxGraph:
         Raises:
             ArtifactError: the bytes are no ONNX model.
         """
-        self._model, self._graph, self.nodes = _readable(lambda: _take_apart(data))
+        self._model, self._graph, self.nodes = _take_apart(data)
 
     def inputs(self) -> list[str]:
         """Names of the graph's inputs."""
@@ -115,28 +127,22 @@ class OnnxGraph:
         """Names of the graph's outputs."""
         return self._names(_GRAPH_OUTPUT)
 
+    @_readable()
     def opset(self) -> int:
         """Version of the ONNX standard's operators; 0 where it is not said."""
+        imports = [WireMessage(chunk) for chunk in self._model.chunks(_MODEL_OPSET_IMPORT)]
+        standard = [entry for entry in imports if entry.text(_OPSET_DOMAIN) in ("", "ai.onnx")]
+        return standard[-1].number(_OPSET_VERSION) if standard else 0
 
-        def find() -> int:
-            imports = [WireMessage(chunk) for chunk in self._model.chunks(_MODEL_OPSET_IMPORT)]
-            standard = [entry for entry in imports if entry.text(_OPSET_DOMAIN) in ("", "ai.onnx")]
-            return standard[-1].number(_OPSET_VERSION) if standard else 0
-
-        return _readable(find)
-
+    @_readable()
     def external_files(self) -> set[str]:
         """Names of the files that hold the weights, as the graph gives them."""
-
-        def collect() -> set[str]:
-            entries = [
-                WireMessage(entry)
-                for tensor in self._graph.chunks(_GRAPH_INITIALIZER)
-                for entry in WireMessage(tensor).chunks(_TENSOR_EXTERNAL_DATA)
-            ]
-            return {entry.text(_ENTRY_VALUE) for entry in entries if entry.text(_ENTRY_KEY) == "location"}
-
-        return _readable(collect)
+        entries = [
+            WireMessage(entry)
+            for tensor in self._graph.chunks(_GRAPH_INITIALIZER)
+            for entry in WireMessage(tensor).chunks(_TENSOR_EXTERNAL_DATA)
+        ]
+        return {entry.text(_ENTRY_VALUE) for entry in entries if entry.text(_ENTRY_KEY) == "location"}
 
     def add_vector_input(self, name: str, kind: int = _INT64, size: int | None = 1) -> None:
         """A new input [size] of a TensorProto.DataType; a size of None is any."""
@@ -175,8 +181,9 @@ class OnnxGraph:
         model.fields = list(self._model.fields)
         return bytes(model.add(_MODEL_GRAPH, graph))
 
+    @_readable()
     def _names(self, field: int) -> list[str]:
-        return _readable(lambda: [WireMessage(chunk).text(_VALUE_INFO_NAME) for chunk in self._graph.chunks(field)])
+        return [WireMessage(chunk).text(_VALUE_INFO_NAME) for chunk in self._graph.chunks(field)]
 
 
 def keep_last_logits(graph: OnnxGraph) -> None:
@@ -214,22 +221,18 @@ def _walk_back(graph: OnnxGraph, name: str, operators: Sequence[str]) -> Node | 
     return node
 
 
+@_readable()
 def accuracy_levels(graph: OnnxGraph) -> list[int]:
     """The levels of the products of rounded weights, each once: 1 computes in float32, 4 rounds activations to int8."""
-    return _readable(
-        lambda: sorted({node.get_int("accuracy_level") for node in graph.nodes if node.operator == QUANTIZED_PRODUCT})
-    )
+    return sorted({node.get_int("accuracy_level") for node in graph.nodes if node.operator == QUANTIZED_PRODUCT})
 
 
+@_readable()
 def set_accuracy_level(graph: OnnxGraph, level: int) -> None:
     """How the products of rounded weights are computed, by `accuracy_levels`."""
-
-    def set_levels() -> None:
-        for node in graph.nodes:
-            if node.operator == QUANTIZED_PRODUCT:
-                node.set_int("accuracy_level", level)
-
-    _readable(set_levels)
+    for node in graph.nodes:
+        if node.operator == QUANTIZED_PRODUCT:
+            node.set_int("accuracy_level", level)
 
 
 def is_fused(graph: OnnxGraph) -> bool:
@@ -291,9 +294,10 @@ def _leave_out_padding(graph: OnnxGraph, bias: str) -> str:
     raise _damaged(f"an attention's bias comes from {source.operator}")
 
 
+@_readable()
 def remove_unused(graph: OnnxGraph) -> None:
     """Drop the nodes whose results are not read; onnxruntime would compute them."""
-    if _readable(lambda: any(node.has_subgraph() for node in graph.nodes)):
+    if any(node.has_subgraph() for node in graph.nodes):
         return
     used = set(graph.outputs())
     kept = []
@@ -304,6 +308,7 @@ def remove_unused(graph: OnnxGraph) -> None:
     graph.nodes[:] = reversed(kept)
 
 
+@_readable()
 def _take_apart(data: bytes) -> tuple[WireMessage, WireMessage, list[Node]]:
     model = WireMessage(data)
     graphs = model.chunks(_MODEL_GRAPH)
@@ -314,14 +319,3 @@ def _take_apart(data: bytes) -> tuple[WireMessage, WireMessage, list[Node]]:
     model.remove(_MODEL_GRAPH)
     graph.remove(_GRAPH_NODE)
     return model, graph, nodes
-
-
-def _readable(read: Callable[[], Result]) -> Result:
-    try:
-        return read()
-    except WireError as exc:
-        raise _damaged(str(exc)) from exc
-
-
-def _damaged(what: str) -> ArtifactError:
-    return ArtifactError(f"model.onnx is damaged: {what}", EXPORT_AGAIN)
