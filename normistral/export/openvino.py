@@ -27,7 +27,7 @@ from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.export.recipe import Recipe
 from normistral.export.reference.model import load_model
 from normistral.export.staging import require_free_disk
-from normistral.export.tools import with_plain_partials
+from normistral.export.tools import export_config
 from normistral.progress import Stage
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IR_NAME = "openvino_model.xml"
-_TASK = "text-generation-with-past"
 
 
 def write_model(job: ExportJob, quantized: QuantizedTensorStore | None) -> None:
@@ -106,7 +105,7 @@ def convert(model: PreTrainedModel) -> openvino.Model:
 
     model.config.return_dict = True
     try:
-        config = _export_config(model)
+        config = export_config("openvino", model.config)
         inputs = config.rename_ambiguous_inputs(config.generate_dummy_inputs(framework="pt"))
         patcher = config.patch_model_for_export(model)
         patcher.patched_forward = _positional(patcher.patched_forward, patcher.orig_forward, inputs)
@@ -228,18 +227,6 @@ def check_structure(folder: Path, architecture: Architecture) -> None:
         found = tuple(shape[axis].get_length() if shape[axis].is_static else None for axis in (1, 3))
         if found != heads:
             raise ExportError(f"the converted model's KV cache is {shape}, without {heads[0]} heads of {heads[1]}")
-
-
-def _export_config(model: PreTrainedModel) -> Any:
-    """Optimum's export configuration for a decoder with past keys and values among its inputs."""
-    import optimum.exporters.openvino.model_configs  # noqa: F401  (registers them)
-    from optimum.exporters.tasks import TasksManager
-
-    constructor = TasksManager.get_exporter_config_constructor(
-        model=model, exporter="openvino", task=_TASK, library_name="transformers"
-    )
-    kind = with_plain_partials(constructor.func)  # the constructor is a partial that knows only the task
-    return kind(model.config, task="text-generation", use_past=True, use_past_in_inputs=True)
 
 
 @contextmanager

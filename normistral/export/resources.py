@@ -10,7 +10,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from normistral.artifact.manifest import Architecture, Manifest
 from normistral.errors import ResourceError
@@ -55,17 +54,11 @@ class ResourceNeeds:
     memory: int
 
 
-def estimate_needs(
-    architecture: Architecture, recipe: Recipe, group_size: int | None, *, workspace_bytes: int = 0
-) -> ResourceNeeds:
-    """Estimate an export's disk and memory.
-
-    Args:
-        workspace_bytes: what the opened checkpoint put, or will put, on OUTPUT's disk.
-    """
+def estimate_needs(architecture: Architecture, recipe: Recipe, group_size: int | None) -> ResourceNeeds:
+    """Estimate an export's disk and memory, without what the opened checkpoint puts on OUTPUT's disk."""
     stored = estimate_weight_bytes(architecture, recipe, group_size)
     widest_rows = max(architecture.vocabulary, architecture.feed_forward)
-    disk = stored + _SMALL_FILES_BYTES + workspace_bytes
+    disk = stored + _SMALL_FILES_BYTES
     memory = _PROGRAM_BYTES + _GRAPH_BYTES_PER_LAYER * architecture.layers
     if recipe.format == "onnx":
         # Written in blocks as they are read; a float matrix is turned round as a whole, in the type it is stored in.
@@ -245,9 +238,7 @@ class MemoryMeter:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()

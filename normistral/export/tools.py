@@ -89,6 +89,22 @@ def with_plain_partials(kind: type[Any]) -> type[Any]:
     return type(kind.__name__, (kind,), {**partials, "__module__": kind.__module__})
 
 
+def export_config(format: ArtifactFormat, config: Any) -> Any:
+    """Optimum's export configuration for a decoder with past keys and values among its inputs.
+
+    Args:
+        config: the transformers configuration.
+    """
+    from optimum.exporters.tasks import TasksManager
+
+    importlib.import_module(f"optimum.exporters.{format}.model_configs")  # registers them
+    constructor = TasksManager.get_exporter_config_constructor(
+        exporter=format, model_type=config.model_type, task="text-generation-with-past", library_name="transformers"
+    )
+    kind = with_plain_partials(constructor.func)  # the constructor is a partial that knows only the task
+    return kind(config, task="text-generation", use_past=True, use_past_in_inputs=True)
+
+
 @contextmanager
 def quiet_tools(format: ArtifactFormat | None) -> Iterator[None]:
     """Keep the tools' own bars, tables and warnings off stdout and stderr; ours say what matters.

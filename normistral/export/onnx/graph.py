@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -41,9 +40,7 @@ class ExternalData:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._file.close()
 
     def write(self, name: str, dtype: int, shape: tuple[int, ...], blocks: Iterable[NDArray[Any]]) -> onnx.TensorProto:
@@ -197,8 +194,8 @@ class Graph:
         graph = onnx.helper.make_graph(
             self.nodes,
             "decoder",
-            [port.value_info() for port in signature.inputs],
-            [port.value_info() for port in signature.outputs],
+            signature.inputs,
+            signature.outputs,
             self.initializers,
         )
         opsets = {"": signature.opset} | {node.domain: 1 for node in self.nodes if node.domain == MICROSOFT}

@@ -19,6 +19,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -35,8 +36,9 @@ from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tensor import WeightReader
 from normistral.export.onnx.blocks import multiply_by_embedding, past_input
 from normistral.export.onnx.graph import ExternalData, Graph
-from normistral.export.onnx.signature import DATA_NAME, export_config, read_signature
+from normistral.export.onnx.signature import DATA_NAME, read_signature
 from normistral.export.reference.model import build_empty
+from normistral.export.tools import export_config
 from normistral.progress import Stage
 
 _TYPES = {"float32": (torch.float32, TensorProto.FLOAT), "float16": (torch.float16, TensorProto.FLOAT16)}
@@ -165,31 +167,19 @@ class _Normalisation(torch.autograd.Function):
         return graph.op("LayerNormalization", x, weight, bias, axis_i=-1, epsilon_f=epsilon).setType(x.type())
 
 
-class _Linear(nn.Module):
-    def __init__(self, original: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias, self.width = original.weight, original.bias, original.out_features
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return _Product.apply(x, self.weight, self.bias, self.width)  # type: ignore[no-untyped-call]
+def _linear(module: nn.Linear, x: torch.Tensor) -> Any:
+    return _Product.apply(x, module.weight, module.bias, module.out_features)  # type: ignore[no-untyped-call]
 
 
-class _Embedding(nn.Module):
-    def __init__(self, original: nn.Embedding) -> None:
-        super().__init__()
-        self.weight, self.width = original.weight, original.embedding_dim
-
-    def forward(self, ids: torch.Tensor) -> Any:
-        return _LookUp.apply(ids, self.weight, self.width)  # type: ignore[no-untyped-call]
+def _embedding(module: nn.Embedding, ids: torch.Tensor) -> Any:
+    return _LookUp.apply(ids, module.weight, module.embedding_dim)  # type: ignore[no-untyped-call]
 
 
-class _LayerNorm(nn.Module):
-    def __init__(self, original: nn.LayerNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.epsilon = original.weight, original.bias, original.eps
+def _layer_norm(module: nn.LayerNorm, x: torch.Tensor) -> Any:
+    return _Normalisation.apply(x, module.weight, module.bias, module.eps)  # type: ignore[no-untyped-call]
 
-    def forward(self, x: torch.Tensor) -> Any:
-        return _Normalisation.apply(x, self.weight, self.bias, self.epsilon)  # type: ignore[no-untyped-call]
+
+_FORWARDS: dict[type[nn.Module], Any] = {nn.Linear: _linear, nn.Embedding: _embedding, nn.LayerNorm: _layer_norm}
 
 
 def build_decoder(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -199,13 +189,10 @@ def build_decoder(config: Any, dtype: torch.dtype) -> nn.Module:
         config: the transformers configuration.
     """
     model: nn.Module = build_empty(config, dtype)  # buffers are the rotary frequencies, which are wanted
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, _Linear(module))
-        elif isinstance(module, nn.Embedding):
-            model.set_submodule(name, _Embedding(module))
-        elif isinstance(module, nn.LayerNorm):
-            model.set_submodule(name, _LayerNorm(module))
+    for module in model.modules():
+        for kind, forward in _FORWARDS.items():
+            if isinstance(module, kind):
+                module.forward = partial(forward, module)
     _shrink_parameters(model, dtype)
     return model.eval()
 
@@ -234,7 +221,7 @@ def trace(config: Any, dtype: torch.dtype, folder: Path) -> onnx.GraphProto:
     """
     from optimum.exporters.onnx.convert import export_pytorch
 
-    optimum = export_config(config)
+    optimum = export_config("onnx", config)
     optimum.float_dtype = "fp16" if dtype == torch.float16 else "fp32"
     try:
         with _quiet(), TemporaryDirectory(prefix="trace-", dir=folder) as scratch:

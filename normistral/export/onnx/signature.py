@@ -19,59 +19,24 @@ from normistral.artifact.presets import WeightFormat
 from normistral.errors import ExportError
 from normistral.export.checkpoint.files import read_json
 from normistral.export.staging import require_free_disk
-from normistral.export.tools import with_plain_partials
+from normistral.export.tools import export_config
 
 GRAPH_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
-TASK = "text-generation-with-past"
-Axis = int | str
-
-
-@dataclass(frozen=True, slots=True)
-class Port:
-    """An input or output: a name, a TensorProto.DataType, and for every axis its size or its name."""
-
-    name: str
-    dtype: int
-    shape: tuple[Axis, ...]
-
-    def value_info(self) -> onnx.ValueInfoProto:
-        """The declaration in the graph."""
-        return onnx.helper.make_tensor_value_info(self.name, self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
     """Inputs and outputs of a decoder; `opset` is the one that Optimum exports this architecture with."""
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[onnx.ValueInfoProto, ...]
+    outputs: tuple[onnx.ValueInfoProto, ...]
     opset: int
 
 
 def float_type(weights: WeightFormat) -> int:
     """TensorProto.DataType of keys, values and logits."""
     return onnx.TensorProto.FLOAT16 if weights == "fp16" else onnx.TensorProto.FLOAT
-
-
-def export_config(config: Any) -> Any:
-    """Optimum's ONNX configuration for a decoder with past keys and values among its inputs.
-
-    Args:
-        config: the transformers configuration.
-    """
-    import optimum.exporters.onnx.model_configs  # noqa: F401  (registers them)
-    from optimum.exporters.tasks import TasksManager
-
-    constructor = TasksManager.get_exporter_config_constructor(
-        exporter="onnx", model_type=config.model_type, task=TASK, library_name="transformers"
-    )
-    kind = with_plain_partials(constructor.func)
-    return kind(config, task="text-generation", use_past=True, use_past_in_inputs=True)
-
-
-def _is_past(name: str) -> bool:
-    return name.startswith("past_key_values.")
 
 
 def read_signature(config: Any, architecture: Architecture, float_type: int) -> Signature:
@@ -84,19 +49,22 @@ def read_signature(config: Any, architecture: Architecture, float_type: int) -> 
     Args:
         float_type: TensorProto.DataType of keys, values and logits.
     """
-    optimum = export_config(config)
+    optimum = export_config("onnx", config)
 
-    def port(name: str, axes: dict[int, str]) -> Port:
+    make = onnx.helper.make_tensor_value_info
+
+    def port(name: str, axes: dict[int, str]) -> onnx.ValueInfoProto:
         if name == "logits":
-            return Port(name, float_type, (axes[0], axes[1], architecture.vocabulary))
+            return make(name, float_type, (axes[0], axes[1], architecture.vocabulary))
         if name.endswith((".key", ".value")):
             odd = architecture.head_dim * architecture.heads != architecture.hidden_size
-            width: Axis = "head_dim" if odd and name.startswith("past") else architecture.head_dim
-            return Port(name, float_type, (axes[0], architecture.kv_heads, axes[2], width))
-        return Port(name, onnx.TensorProto.INT64, (axes[0], axes[1]))
+            width = "head_dim" if odd and name.startswith("past") else architecture.head_dim
+            return make(name, float_type, (axes[0], architecture.kv_heads, axes[2], width))
+        return make(name, onnx.TensorProto.INT64, (axes[0], axes[1]))
 
+    past_last = sorted(optimum.inputs, key=lambda name: name.startswith("past_key_values."))
     return Signature(
-        tuple(port(name, optimum.inputs[name]) for name in sorted(optimum.inputs, key=_is_past)),
+        tuple(port(name, optimum.inputs[name]) for name in past_last),
         tuple(port(name, axes) for name, axes in optimum.outputs.items()),
         optimum.DEFAULT_ONNX_OPSET,
     )
@@ -121,11 +89,10 @@ def check_structure(folder: Path, manifest: Manifest) -> None:
         raise ExportError(f"the written {GRAPH_NAME} cannot be read again") from exc
     config = AutoConfig.for_model(**read_json(folder / "config.json"))
     signature = read_signature(config, manifest.architecture, float_type(manifest.recipe.weights))
-    for kind, ports, values in (
+    for kind, wanted, values in (
         ("input", signature.inputs, graph.input),
         ("output", signature.outputs, graph.output),
     ):
-        wanted = [port.value_info() for port in ports]
         for promised, found in zip(wanted, values, strict=False):
             if promised != found:
                 raise ExportError(

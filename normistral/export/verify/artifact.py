@@ -37,6 +37,7 @@ from normistral.hardware import available_memory_bytes
 from normistral.progress import Progress
 from normistral.runtime.engines.base import Backend
 from normistral.runtime.engines.settings import EngineConfig
+from normistral.runtime.loading import load_backend
 
 # Largest difference between logits step by step and at once, as a share of the largest logit. Both are float32 sums of
 # the same terms in another order (measured: 2e-6 on the demo model); a wrong mask or position costs 0.01 and more.
@@ -217,13 +218,7 @@ def check_structure(folder: Path, manifest: Manifest) -> None:
 
 def load_exact(folder: Path, manifest: Manifest) -> Backend:
     """The artifact in its own engine, on the CPU, with reference arithmetic."""
-    if manifest.format == "onnx":
-        from normistral.runtime.engines.onnxruntime import load_onnx
-
-        return load_onnx(Artifact(folder, manifest), EngineConfig(exact=True))
-    from normistral.runtime.engines.openvino import load_openvino
-
-    return load_openvino(Artifact(folder, manifest), EngineConfig(exact=True))
+    return load_backend(Artifact(folder, manifest), EngineConfig(exact=True))
 
 
 def _arithmetic(manifest: Manifest) -> str:
