@@ -101,7 +101,7 @@ def run_prompts(arguments: argparse.Namespace) -> dict[str, Any]:
             ratio = statistics.median(row["ratio"] for row in rows)
             print(f"{kind}: median ratio {ratio:.2f}, least {min(row['ratio'] for row in rows):.2f}", flush=True)
             report[kind] = {"median_ratio": ratio, "rows": rows}
-        report["step_costs_ms"] = step_costs(model._speculative.costs)
+        report["step_costs_ms"] = step_costs(model._step_costs)
     return report
 
 
@@ -145,7 +145,7 @@ def run_replay(arguments: argparse.Namespace) -> dict[str, Any]:
             plain, drafted = [], []
             for _ in range(arguments.repeats + 1):  # the first one learns what steps cost, and is left out
                 plain.append(follow(model, sequence, prompt, expected, PlainDecoder(sequence)))
-                decoder = SpeculativeDecoder(sequence, [Replay(expected, rate, vocabulary)], costs)
+                decoder = SpeculativeDecoder(sequence, Replay(expected, rate, vocabulary), costs)
                 drafted.append(follow(model, sequence, prompt, expected, decoder))
             speeds = [statistics.median(t.tokens_per_s for t in timings[1:]) for timings in (plain, drafted)]
             rows.append(

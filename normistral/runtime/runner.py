@@ -21,7 +21,8 @@ from normistral.runtime.interpreter_exit import InterruptSafeLock, close_at_exit
 from normistral.runtime.options import GenerationConfig, encode_breakers, require_applicable, resolve_options
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.sequence import CachedSequence
-from normistral.runtime.speculative.decoder import Decoder, PlainDecoder, SpeculativeDecoding
+from normistral.runtime.speculative.decoder import Decoder, PlainDecoder, PromptLookup, SpeculativeDecoder
+from normistral.runtime.speculative.draft_length import StepCosts
 from normistral.runtime.stopping import StopTexts
 from normistral.runtime.structured.constraint import Constraint, StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
@@ -77,7 +78,7 @@ class Runner:
         self.structures = StructureCompiler(
             GrammarVocabulary(tokenizer, manifest.architecture.vocabulary, manifest.stop_token_ids)
         )
-        self._speculative = SpeculativeDecoding()
+        self._step_costs = StepCosts()
         self._forward_lock = InterruptSafeLock()
         self._list_lock = InterruptSafeLock()  # of what is alive and what is idle
         self._idle: CachedSequence | None = None  # kept between calls, so that prompts with one beginning share it
@@ -235,9 +236,8 @@ class Runner:
     ) -> Decoder:
         if not self._drafts(config):
             return PlainDecoder(sequence)
-        return self._speculative.decoder(
-            sequence, prompt_ids, None if constraint is None else constraint.count_accepted
-        )
+        draft_filter = None if constraint is None else constraint.count_accepted
+        return SpeculativeDecoder(sequence, PromptLookup(prompt_ids), self._step_costs, draft_filter)
 
     def _drafts(self, config: GenerationConfig) -> bool:
         """Whether to draft: measured times decide how much, and the last bits of the logits show it."""

@@ -18,7 +18,7 @@ class FixedLength(StepCosts):
 
 def draft_always(model, length=4):
     """Let this model feed drafts of `length` tokens, pay or not; also under a seed, so that runs can be compared."""
-    model._speculative.costs = FixedLength(length)
+    model._step_costs = FixedLength(length)
     model._drafts = lambda config: config.draft != "off"
     return model
 

@@ -73,7 +73,7 @@ class SpeculativeDecoder:
 
     Args:
         sequence: holds the prompt by the time of the first step; it also knows how good its drafts have been.
-        drafters: have seen the prompt; the first that has a draft is asked, the others only where it has none.
+        drafter: has seen the prompt.
         costs: of steps on these weights.
         draft_filter: how many of drafted tokens may follow at all, one after the other; None lets all.
     """
@@ -81,11 +81,11 @@ class SpeculativeDecoder:
     def __init__(
         self,
         sequence: CachedSequence,
-        drafters: Sequence[Drafter],
+        drafter: Drafter,
         costs: StepCosts,
         draft_filter: Callable[[Sequence[int]], int] | None = None,
     ) -> None:
-        self._sequence, self._drafters, self._costs, self._draft_filter = sequence, drafters, costs, draft_filter
+        self._sequence, self._drafter, self._costs, self._draft_filter = sequence, drafter, costs, draft_filter
         self._draft: Draft | None = None  # for the places behind the last token that was not drafted
         self._fed: list[int] = []  # its tokens that were fed; with none it is only compared with what comes
         self._right = 0  # how many of these were chosen
@@ -97,8 +97,7 @@ class SpeculativeDecoder:
 
         With jump-forward tokens nothing is drafted.
         """
-        for drafter in self._drafters:
-            drafter.observe(token_id)
+        self._drafter.observe(token_id)
         if self._right < len(self._fed) and self._fed[self._right] == token_id:
             self._right += 1
             self.accepted += self._draft is not None
@@ -107,10 +106,11 @@ class SpeculativeDecoder:
         self.rollback()
         self._draft = None if jump_forward else self._propose(min(most, MOST_DRAFTED))
         self._fed = list(jump_forward)
-        if self._draft is not None:
-            self._fed = self._draft.token_ids[: self._choose_length(self._draft)]
-            self.drafted += len(self._fed)
         context = self._sequence.length
+        if self._draft is not None:
+            rates = self._sequence.acceptance.rates(self._draft.source, len(self._draft.token_ids))
+            self._fed = self._draft.token_ids[: self._costs.choose(rates, context)]
+            self.drafted += len(self._fed)
         self._logits = list(self._sequence.append_each([token_id, *self._fed]))
         self._costs.observe(1 + len(self._fed), self._sequence.forward_s, self._sequence.trim_s, context)
         return self._logits[0]
@@ -121,20 +121,12 @@ class SpeculativeDecoder:
         self._draft, self._fed, self._right = None, [], 0
 
     def _propose(self, most: int) -> Draft | None:
-        if most < 1:
-            return None
-        drafts = (self._cut(draft) for drafter in self._drafters if (draft := drafter.propose(most)))
-        return next((draft for draft in drafts if draft.token_ids), None)
-
-    def _cut(self, draft: Draft) -> Draft:
-        """The draft up to the first token that the filter refuses."""
-        if self._draft_filter is None:
+        """A draft up to the first token that the filter refuses."""
+        draft = self._drafter.propose(most) if most > 0 else None
+        if draft is None or self._draft_filter is None:
             return draft
-        return Draft(draft.token_ids[: self._draft_filter(draft.token_ids)], draft.source)
-
-    def _choose_length(self, draft: Draft) -> int:
-        rates = self._sequence.acceptance.rates(draft.source, len(draft.token_ids))
-        return self._costs.choose(rates, self._sequence.length)
+        kept = draft.token_ids[: self._draft_filter(draft.token_ids)]
+        return Draft(kept, draft.source) if kept else None
 
     def _observe_acceptance(self, token_id: int) -> None:
         """Note how far the draft was right. One that was not fed was right or wrong about this token."""
@@ -142,26 +134,6 @@ class SpeculativeDecoder:
             return
         right, of = (self._right, len(self._fed)) if self._fed else (int(self._draft.token_ids[0] == token_id), 1)
         self._sequence.acceptance.observe(self._draft.source, right, of)
-
-
-class SpeculativeDecoding:
-    """Costs of steps, shared by all sequences on the same weights; makes their decoders."""
-
-    def __init__(self) -> None:
-        self.costs = StepCosts()
-
-    def drafters(self, token_ids: Sequence[int]) -> list[Drafter]:
-        """New ones for a sequence that begins with these tokens, in the order in which they are asked."""
-        return [PromptLookup(token_ids)]
-
-    def decoder(
-        self,
-        sequence: CachedSequence,
-        token_ids: Sequence[int],
-        draft_filter: Callable[[Sequence[int]], int] | None = None,
-    ) -> Decoder:
-        """A decoder for what follows these tokens."""
-        return SpeculativeDecoder(sequence, self.drafters(token_ids), self.costs, draft_filter)
 
 
 _LONGEST, _SHORTEST = 5, 2  # tokens that have to match; a single one says too little

@@ -222,7 +222,7 @@ def test_drafting_is_on_unless_it_is_switched_off(model):
 
 def test_a_seed_gives_the_same_text_every_time_so_nothing_is_drafted(tmp_path):
     model, options = make_model(tmp_path, LOGITS), {"max_new_tokens": 40, "ignore_eos": True}
-    model._speculative.costs = FixedLength(4)
+    model._step_costs = FixedLength(4)
     assert model.generate(PROMPT, seed=1, **options).timings.drafted_tokens == 0
     assert model.generate(PROMPT, **options).timings.drafted_tokens > 0
 

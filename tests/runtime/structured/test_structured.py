@@ -266,7 +266,7 @@ def test_drafts_are_cut_to_what_may_follow(tmp_path):
     """A prompt that repeats itself is drafted from; what is written stays of the structure, and the same."""
     structure = Structure.regex("(ja takk, ja takk, ){9}nei")
     with make_model(tmp_path, random_logits(VOCABULARY)) as model:
-        model._speculative.costs.choose = lambda rates, context: min(3, len(rates))  # drafting pays
+        model._step_costs.choose = lambda rates, context: min(3, len(rates))  # drafting pays
         prompt = "ja takk, ja takk, nei takk, " * 4
         drafted = model.generate(prompt, structure=structure)
         plain = model.generate(prompt, structure=structure, draft="off")
