@@ -56,7 +56,9 @@ def write_model(job: ExportJob, quantized: QuantizedTensorStore | None) -> None:
         with progress.stage(f"compressing to {recipe.weights}") as compressing:
             graph = compress(graph, recipe, job.group_size, compressing)
             if recipe.weights == "int8" and job.group_size is not None:
-                quantized = QuantizedTensorStore.make(staging.workspace) if quantized is None else quantized
+                if quantized is None:
+                    (staging.workspace / "rounded").mkdir()
+                    quantized = QuantizedTensorStore(staging.workspace / "rounded")
                 quantize_remaining(
                     checkpoint, QuantScheme(8, job.group_size, recipe.is_symmetric, float16_scales=True), quantized
                 )

@@ -27,7 +27,7 @@ from normistral.export.quantize.kept_layers import KeptLayers
 from normistral.export.quantize.plan import QuantPlan
 from normistral.export.quantize.rtn import quantize
 from normistral.export.quantize.scale_search import search_params
-from normistral.export.quantize.scheme import QuantizedTensor, QuantScheme, unpack
+from normistral.export.quantize.scheme import QuantizedTensor, QuantParams, QuantScheme, dequantize, unpack
 from normistral.export.quantize.tensor_store import QuantizedTensorStore
 from normistral.export.reference.layerwise import LayeredModel, SequenceState, clear_parameter, set_parameter
 from normistral.hardware import read_machine
@@ -131,22 +131,16 @@ def _run_layer(
         with torch.autocast("cpu", enabled=False):
             set_parameter(model.layer(index), f"{name}.weight", matrix(name, inputs).to(dtype))
 
-    def after(name: str) -> None:
+    def after(name: str, inputs: torch.Tensor, output: torch.Tensor) -> None:
         clear_parameter(model.layer(index), f"{name}.weight")
 
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            for hook in (
-                module.register_forward_pre_hook(lambda module, inputs, name=name: before(name, inputs[0])),
-                module.register_forward_hook(lambda module, inputs, output, name=name: after(name)),
-            ):
-                hooks.callback(hook.remove)
-        with (
-            model.open_layer(index, without={f"{name}.weight" for name in modules}) as layer,
-            torch.inference_mode(),
-            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-        ):
-            model.run(layer, sequence)
+    with (
+        hooked_modules(model.layer(index), before, after),
+        model.open_layer(index, without={f"{name}.weight" for name in modules}) as layer,
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+    ):
+        model.run(layer, sequence)
     if waiting:
         raise ExportError(f"transformers does not use {_stored(model, index, min(waiting))} once in its layer")
 
@@ -207,9 +201,13 @@ class _LayerQuantizer:
             if self._inputs is None or self._inputs.tensor is not tensor:
                 self._inputs = None  # its factor goes before the next one comes
                 self._inputs = self._take(name, tensor)
-            rows = self.model.read_matrix(stored)
+            matrix, factor = self.model.read_matrix(stored), self._inputs.factor
+            rows = (matrix if factor is None else correct(matrix, factor)).numpy()
             scheme = (self.plan.int8_scheme if stored in self.in_int8 else self.plan.scheme)(rows.shape[1])
-            _quantize(stored, rows, self._inputs, scheme, self.quantized)
+            params = search_params(rows, scheme, self._inputs.mean_squares.numpy())
+            qweight = quantize(rows, params, scheme) if factor is None else quantize_gptq(rows, factor, params, scheme)
+            self.quantized.write(stored, qweight, params, scheme)
+            del matrix, rows  # 235 MB at the 7B's widest, before it is there as it will be
         return _restore(self.quantized.read(stored), self.quantized.schemes[stored])
 
     def _take(self, name: str, tensor: torch.Tensor) -> _Inputs:
@@ -230,31 +228,17 @@ def _stored(model: LayeredModel, index: int, name: str) -> str:
     return f"{model.prefix(index)}{name}.weight"
 
 
-def _quantize(
-    name: str, matrix: torch.Tensor, inputs: _Inputs, scheme: QuantScheme, quantized: QuantizedTensorStore
-) -> None:
-    """Quantize a matrix [out, in] into `quantized`."""
-    factor = inputs.factor
-    rows = (matrix if factor is None else correct(matrix, factor)).numpy()
-    params = search_params(rows, scheme, inputs.mean_squares.numpy())
-    qweight = quantize(rows, params, scheme) if factor is None else quantize_gptq(rows, factor, params, scheme)
-    quantized.write(name, qweight, params, scheme)
-
-
 def _restore(matrix: QuantizedTensor, scheme: QuantScheme) -> torch.Tensor:
     """A quantized matrix [out, in] in float32."""
     import torch
 
-    rows, groups = matrix.scales.shape
+    groups = matrix.scales.shape[1]
     qweight = unpack(matrix.qweight, scheme.bits)[:, : groups * scheme.group_size]
-    values = torch.from_numpy(qweight.astype(np.float32)).view(rows, groups, scheme.group_size)
     if matrix.zero_points is None:
-        values -= scheme.middle
+        zeros = np.full(matrix.scales.shape, scheme.middle, np.float32)
     else:
-        zero_points = unpack(matrix.zero_points, scheme.bits)[:, :groups]
-        values -= torch.from_numpy(zero_points.astype(np.float32))[..., None]
-    values *= torch.from_numpy(matrix.scales.copy())[..., None]
-    return values.view(rows, -1)
+        zeros = unpack(matrix.zero_points, scheme.bits)[:, :groups].astype(np.float32)
+    return torch.from_numpy(dequantize(qweight, QuantParams(matrix.scales, zeros), scheme))
 
 
 def linear_modules(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -262,6 +246,23 @@ def linear_modules(layer: nn.Module) -> dict[str, nn.Linear]:
     from torch import nn
 
     return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
+@contextmanager
+def hooked_modules(
+    layer: nn.Module,
+    before: Callable[[str, torch.Tensor], None] = lambda name, inputs: None,
+    after: Callable[[str, torch.Tensor, torch.Tensor], None] = lambda name, inputs, output: None,
+) -> Iterator[None]:
+    """Have a layer call these with the name, inputs and output of each linear module while the context is open."""
+    with ExitStack() as hooks:
+        for name, module in linear_modules(layer).items():
+            for hook in (
+                module.register_forward_pre_hook(lambda module, inputs, name=name: before(name, inputs[0])),
+                module.register_forward_hook(lambda module, inputs, output, name=name: after(name, inputs[0], output)),
+            ):
+                hooks.callback(hook.remove)
+        yield
 
 
 @contextmanager

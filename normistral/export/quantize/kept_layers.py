@@ -212,7 +212,7 @@ class KeptLayers:
                 checking.advance(sum((self.tensors.folder / name).stat().st_size for name in layer["files"]))
         for layer in self._done:
             for name, scheme in layer["schemes"].items():
-                self.tensors.adopt(name, QuantScheme(**scheme))
+                self.tensors.schemes[name] = QuantScheme(**scheme)
         if self.done < len(index["layers"]):
             number = self.done + 1
             progress.note(f"kept layer {number} is damaged: it and the following are done again")

@@ -90,8 +90,10 @@ def round_scales(params: QuantParams, scheme: QuantScheme) -> QuantParams:
 
 def dequantize(qweight: NDArray[np.uint8], params: QuantParams, scheme: QuantScheme) -> NDArray[np.float32]:
     """Weights [rows, columns] from unpacked values of the same shape."""
-    values = split_groups(qweight.astype(np.float32), scheme) - params.zero_points[..., None]
-    return np.asarray(values * params.scales[..., None]).reshape(qweight.shape)
+    values = split_groups(qweight.astype(np.float32), scheme)
+    values -= params.zero_points[..., None]
+    values *= params.scales[..., None]
+    return values.reshape(qweight.shape)
 
 
 def pack(qweight: NDArray[np.uint8], params: QuantParams, scheme: QuantScheme) -> QuantizedTensor:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from normistral.errors import ExportError
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.quantize.calibrate import linear_modules
+from normistral.export.quantize.calibrate import hooked_modules
 from normistral.export.quantize.plan import QuantPlan
 from normistral.export.quantize.rtn import quantize
 from normistral.export.quantize.scale_search import search_params
@@ -128,15 +128,8 @@ def _collect_mean_squares(layer: nn.Module) -> Iterator[dict[str, torch.Tensor]]
         sums[name] = squares if name not in sums else sums[name].add_(squares)
         tokens[name] += len(inputs)
 
-    hooks = [
-        module.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
-        for name, module in linear_modules(layer).items()
-    ]
-    try:
+    with hooked_modules(layer, before=see):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
     found |= {name: squares / tokens[name] for name, squares in sums.items()}
 
 
@@ -156,21 +149,16 @@ def _watch(layer: nn.Module, errors: Mapping[str, torch.Tensor]) -> Iterator[dic
     sums = {name: Sensitivity(error.numel()) for name, error in errors.items()}
 
     def see(name: str, inputs: torch.Tensor, output: torch.Tensor) -> None:
+        inputs = inputs.detach()
+
         def add(gradient: torch.Tensor) -> None:
             change = (inputs @ errors[name].T).mul_(gradient).sum(dim=-1)
             sums[name].loss += change.double().square().sum().item()
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
 
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: see(name, inputs[0].detach(), output))
-        for name, module in linear_modules(layer).items()
-    ]
-    try:
+    with hooked_modules(layer, after=see):
         yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _step_back(

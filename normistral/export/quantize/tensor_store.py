@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,45 +20,33 @@ from normistral.files import open_file
 
 @dataclass(slots=True)
 class QuantizedTensorStore:
-    """The matrices of one export, under the checkpoint's names ("model.layers.0.self_attn.q_proj.weight")."""
+    """The matrices of one export, under the checkpoint's names ("model.layers.0.self_attn.q_proj.weight").
+
+    Attributes:
+        schemes: of each matrix whose files are in the folder.
+    """
 
     folder: Path
-    _schemes: dict[str, QuantScheme] = field(default_factory=dict)
-
-    @classmethod
-    def make(cls, workspace: Path) -> QuantizedTensorStore:
-        """An empty collection in a folder of its own."""
-        folder = workspace / "rounded"
-        folder.mkdir()
-        return cls(folder)
-
-    @property
-    def schemes(self) -> Mapping[str, QuantScheme]:
-        """The scheme of each matrix."""
-        return self._schemes
+    schemes: dict[str, QuantScheme] = field(default_factory=dict)
 
     def write(self, name: str, qweight: NDArray[np.uint8], params: QuantParams, scheme: QuantScheme) -> None:
         """Keep a matrix: values [rows, columns], one to a byte."""
         rounded = pack(qweight, params, scheme)
-        self._schemes[name] = scheme
+        self.schemes[name] = scheme
         parts = (rounded.qweight, rounded.scales, rounded.zero_points)
         for path, part in zip(self.files(name), parts, strict=False):
             assert part is not None
             _save(path, part)
 
-    def adopt(self, name: str, scheme: QuantScheme) -> None:
-        """Take a matrix whose files are in the folder already."""
-        self._schemes[name] = scheme
-
     def files(self, name: str) -> list[Path]:
         """The files of a matrix: packed values, scales, and zero points if its scheme has them."""
-        parts = ("codes", "scales") if self._schemes[name].symmetric else ("codes", "scales", "zero_points")
+        parts = ("codes", "scales") if self.schemes[name].symmetric else ("codes", "scales", "zero_points")
         return [self.folder / f"{name}.{part}.npy" for part in parts]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor:
         """Rows of a matrix, mapped."""
         rows = slice(start, stop)
-        zeros = None if self._schemes[name].symmetric else self._map(name, "zero_points")[rows]
+        zeros = None if self.schemes[name].symmetric else self._map(name, "zero_points")[rows]
         return QuantizedTensor(self._map(name, "codes")[rows], self._map(name, "scales")[rows], zeros)
 
     def _map(self, name: str, part: str) -> NDArray[Any]:
