@@ -19,8 +19,7 @@ from normistral.evaluation.bench.report import (
     choose_ticks,
     draw_plots,
     line_chart,
-    render_markdown,
-    render_page,
+    render_report,
 )
 from normistral.evaluation.bench.results import BenchResult, Spread
 from normistral.evaluation.bench.tables import (
@@ -200,12 +199,12 @@ def test_more_than_memory_gives_is_doubted():
 def test_a_failure_is_in_every_report():
     bad = dataclasses.replace(make_configuration("dårlig"), figures=None, problem="it crashed (SIGILL)")
     result = make_result(make_configuration(), bad)
-    for text in (render_page(result), render_markdown(result), "\n".join(result_lines(result))):
+    for text in (render_report(result, ".html"), render_report(result, ".md"), "\n".join(result_lines(result))):
         assert "it crashed (SIGILL)" in text
         assert "6.7 Norwegian words" in text  # the other one is there
     alone = make_result(bad)
     assert draw_plots(alone) == speed_tables(alone) == []
-    assert "it crashed" in render_page(alone)
+    assert "it crashed" in render_report(alone, ".html")
 
 
 # Charts
@@ -243,7 +242,7 @@ def test_a_line_chart_is_drawn_to_scale():
 
 
 def test_character_bars_are_to_scale():
-    assert character_bars([("a", 1.0, "8"), ("bb", 0.5, "4"), ("c", 0.0, "0")]) == (
+    assert character_bars([("a", 8.0, "8"), ("bb", 4.0, "4"), ("c", 0.0, "0")], 8.0) == (
         "a   " + "█" * 40 + " 8",
         "bb  " + "█" * 20 + " 4",
         "c    0",
@@ -279,7 +278,7 @@ HOSTILE = "<script>alert(1)</script>&|*_`å"
 
 
 def test_the_page_needs_nothing_else_and_escapes_names():
-    page = render_page(make_result(make_configuration(HOSTILE), make_configuration("b")))
+    page = render_report(make_result(make_configuration(HOSTILE), make_configuration("b")), ".html")
     tags = Tags()
     tags.feed(page)
     assert tags.open == tags.addresses == []
@@ -294,7 +293,7 @@ def test_the_page_needs_nothing_else_and_escapes_names():
 
 
 def test_markdown_tables_are_whole():
-    text = render_markdown(make_result(make_configuration(HOSTILE), make_configuration("b")))
+    text = render_report(make_result(make_configuration(HOSTILE), make_configuration("b")), ".md")
     outside_code = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     assert "<script>" not in outside_code.replace("\\<script\\>", "")
     rows = [line for line in text.splitlines() if line.startswith("| ")]
@@ -325,7 +324,7 @@ def test_how_it_was_measured_is_what_was_done():
 
 
 def test_tuned_settings_are_called_so():
-    assert "openvino int4, CPU, tuned here" in render_markdown(make_result())
+    assert "openvino int4, CPU, tuned here" in render_report(make_result(), ".md")
 
 
 def test_a_containers_limit_is_told():

@@ -72,12 +72,8 @@ _SERIES = "".join(f".s{index} {{ --c: var(--c{index}); }}\n" for index in range(
 
 def render_report(result: BenchResult, suffix: str) -> str:
     """The whole report, as Markdown for ".md" and HTML for anything else."""
-    return render_markdown(result) if suffix.lower() == ".md" else render_page(result)
-
-
-def render_page(result: BenchResult) -> str:
-    """The report as HTML."""
-    return "\n".join(_page_lines(result)) + "\n"
+    lines = _markdown_lines(result) if suffix.lower() == ".md" else _page_lines(result)
+    return "\n".join(lines) + "\n"
 
 
 def _page_lines(result: BenchResult) -> Iterator[str]:
@@ -143,11 +139,6 @@ def _breakable(label: str) -> str:
     return re.sub("([@,=])", r"\1<wbr>", escape(label))
 
 
-def render_markdown(result: BenchResult) -> str:
-    """The report as Markdown."""
-    return "\n".join(_markdown_lines(result)) + "\n"
-
-
 def _markdown_lines(result: BenchResult) -> Iterator[str]:
     yield f"# Speed on {_escape_markdown(describe_machine(result))}"
     yield ""
@@ -202,13 +193,8 @@ class Series:
     points: tuple[tuple[int, Spread], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """`value`, and the same in words; the label is the legend's."""
-
-    label: str
-    value: float
-    text: str
+Bar = tuple[str, float, str]
+"""Label, value, and the value in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,13 +217,13 @@ class Scale:
         return self.start + place * (self.end - self.start)
 
 
-def choose_ticks(highest: float, most: int = _TICKS) -> list[float]:
+def choose_ticks(highest: float) -> list[float]:
     """0 and multiples of 1, 2 or 5 times a power of ten, up to the first that is not below `highest`."""
     if highest <= 0:
         return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(highest))
     steps = [factor * scale for scale in (power / 10, power) for factor in (1, 2, 5)] + [power * 10]
-    step = next(step for step in steps if math.ceil(highest / step - 1e-9) <= most)
+    step = next(step for step in steps if math.ceil(highest / step - 1e-9) <= _TICKS)
     count = max(1, math.ceil(highest / step - 1e-9))
     return [round(index * step, 12) for index in range(count + 1)]
 
@@ -256,20 +242,20 @@ def line_chart(title: str, x_label: str, series: Sequence[Series]) -> str:
     return _svg(title, _WIDTH, _HEIGHT, parts)
 
 
-def bar_chart(title: str, bars: Sequence[Bar], ceiling: float, ceiling_text: str) -> str:
-    """Bars from zero, beside a line at the ceiling."""
+def bar_chart(title: str, bars: Sequence[Bar], ceiling_text: str) -> str:
+    """Bars from zero, beside a line at the ceiling, which is 1."""
     row, top = 44, 26
     height = top + row * len(bars) + 8
-    across = Scale(0.0, max(ceiling, *(bar.value for bar in bars)), 4, _WIDTH - 8)
-    x = across(ceiling)
+    across = Scale(0.0, max(1.0, *(value for _, value, _ in bars)), 4, _WIDTH - 8)
+    x = across(1.0)
     parts = []
-    for index, bar in enumerate(bars):
+    for index, (label, value, text) in enumerate(bars):
         y = top + row * index
-        parts.append(f'<text x="4" y="{y + 14}">{escape(bar.text)}</text>')
+        parts.append(f'<text x="4" y="{y + 14}">{escape(text)}</text>')
         parts.append(
             f'<rect class="track" x="4" y="{y + 20}" width="{x - 4:.1f}" height="14"/>'
-            f'<rect class="bar s{index % COLOURS}" x="4" y="{y + 20}" width="{max(1.0, across(bar.value) - 4):.1f}" '
-            f'height="14"><title>{escape(bar.label)}: {escape(bar.text)}</title></rect>'
+            f'<rect class="bar s{index % COLOURS}" x="4" y="{y + 20}" width="{max(1.0, across(value) - 4):.1f}" '
+            f'height="14"><title>{escape(label)}: {escape(text)}</title></rect>'
         )
     parts.append(f'<line class="ceiling" x1="{x:.1f}" x2="{x:.1f}" y1="18" y2="{height - 6}"/>')
     parts.append(f'<text class="tick" x="{x:.1f}" y="12" text-anchor="end">{escape(ceiling_text)}</text>')
@@ -359,41 +345,34 @@ def draw_plots(result: BenchResult) -> list[Plot]:
 def _line_plot(title: str, x_label: str, series: Sequence[Series]) -> Plot:
     highest = max(spread.median for one in series for _, spread in one.points)
     rows = [
-        (f"{one.label}  {x:,}", spread.median / highest, significant(spread.median))
-        for one in series
-        for x, spread in one.points
+        (f"{one.label}  {x:,}", spread.median, significant(spread.median)) for one in series for x, spread in one.points
     ]
     legend = tuple(one.label for one in series)
-    return Plot(title, x_label, line_chart(title, x_label, series), character_bars(rows), legend)
+    return Plot(title, x_label, line_chart(title, x_label, series), character_bars(rows, highest), legend)
 
 
 def _shares(result: BenchResult) -> list[Plot]:
     """At the shortest context, where next to nothing but weights is read."""
     title = "Share of the memory's read bandwidth"
-    bars = [
-        Bar(
-            one.label,
-            figures.decode[0].share,
-            f"{figures.decode[0].weight_gb_per_s:.1f} GB/s, {figures.decode[0].share:.0%}",
-        )
+    bars: list[Bar] = [
+        (one.label, first.share, f"{first.weight_gb_per_s:.1f} GB/s, {first.share:.0%}")
         for one, figures in result.measured
-        if figures.decode[0].share is not None
+        if (first := figures.decode[0]).share is not None
     ]
     if not bars:
         return []
     ceilings = ", ".join(f"{found.best.gb_per_s:.1f} GB/s" for found in result.bandwidth)
-    chart = bar_chart(title, bars, 1.0, f"memory gives {ceilings}")
-    highest = max(1.0, *(bar.value for bar in bars))
-    rows = [(bar.label, bar.value / highest, bar.text) for bar in bars]
-    return [Plot(title, "", chart, character_bars(rows), tuple(bar.label for bar in bars))]
+    chart = bar_chart(title, bars, f"memory gives {ceilings}")
+    highest = max(1.0, *(value for _, value, _ in bars))
+    return [Plot(title, "", chart, character_bars(bars, highest), tuple(label for label, _, _ in bars))]
 
 
-def character_bars(rows: Sequence[tuple[str, float, str]]) -> tuple[str, ...]:
-    """(label, part of the longest bar, text behind it) as lines, in eighths of a character."""
-    width = max(len(label) for label, _, _ in rows)
+def character_bars(bars: Sequence[Bar], longest: float) -> tuple[str, ...]:
+    """Bars as lines, in eighths of a character; one of the value `longest` has the full width."""
+    width = max(len(label) for label, _, _ in bars)
     lines = []
-    for label, part, text in rows:
-        eighths = round(part * _BAR_CELLS * 8)
+    for label, value, text in bars:
+        eighths = round(value / longest * _BAR_CELLS * 8)
         bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
         lines.append(f"{label:<{width}}  {bar} {text}")
     return tuple(lines)
