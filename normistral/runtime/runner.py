@@ -64,13 +64,7 @@ class Runner:
     Chats, prefixes and sessions work on it; `Model` is its public face. Forwards of all sequences are serialised.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        manifest: Manifest,
-        tokenizer: Tokenizer,
-        name: str = "model",
-    ) -> None:
+    def __init__(self, backend: Backend, manifest: Manifest, tokenizer: Tokenizer, name: str = "model") -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.name = name
@@ -114,10 +108,7 @@ class Runner:
         """Stop what is running and free engine, weights and caches. Closing twice is fine."""
         self._closed = True
         self.cancel()
-        with (
-            computing(),
-            self._forward_lock,
-        ):  # a running forward ends first; the next one finds the engine closed
+        with computing(), self._forward_lock:  # a running forward ends first; the next finds the engine closed
             for sequence in self._living_sequences():
                 sequence.close()
             self._backend.close()
@@ -182,7 +173,6 @@ class Runner:
                 forced,
                 lambda: constraint is None or constraint.count_accepted(close_ids) == len(close_ids),
             ),
-            forced,
         )
         tokens = generate_tokens(sequence, prompt_ids, config, limits, forced, decoder, constraint)
         return computing_each(stream_text(tokens, text))

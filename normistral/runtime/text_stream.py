@@ -6,16 +6,11 @@ what generates the tokens: the decode loop of the library, or an engine that ans
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normistral.artifact.manifest import ReasoningMarkers
-from normistral.artifact.tokenizer import Tokenizer
 from normistral.runtime.chunks import Chunk, FinishReason, Timings, TokenLogprobs
 from normistral.runtime.detokenizer import StreamDetokenizer
-from normistral.runtime.options import GenerationConfig
-from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
+from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter
 from normistral.runtime.stopping import StopTexts
 
 
@@ -32,11 +27,7 @@ class TokenStep:
 
 
 class TextStream:
-    """The text of one generation.
-
-    Attributes:
-        forced: ids that have to come next, without asking the model; the decode loop takes them from the front.
-    """
+    """The text of one generation."""
 
     def __init__(
         self,
@@ -44,32 +35,12 @@ class TextStream:
         stop_texts: StopTexts,
         splitter: ReasoningSplitter,
         budget: ReasoningBudget,
-        forced: deque[int],
     ) -> None:
         self._detokenizer = detokenizer
         self._stop_texts = stop_texts
         self._splitter = splitter
         self._budget = budget
-        self.forced = forced
         budget.watch(inside=splitter.inside)  # the prompt may have opened it
-
-    @classmethod
-    def after_prompt(
-        cls,
-        tokenizer: Tokenizer,
-        markers: ReasoningMarkers | None,
-        prompt_ids: Sequence[int],
-        config: GenerationConfig,
-    ) -> TextStream:
-        """For what follows a prompt, without a structure; `markers` are the model's tags around its reasoning."""
-        forced: deque[int] = deque()
-        return cls(
-            StreamDetokenizer(tokenizer, prompt_ids),
-            StopTexts(config.stop),
-            ReasoningSplitter.after_prompt(markers, tokenizer, prompt_ids),
-            ReasoningBudget(config.max_reasoning_tokens, encode_close_tag(markers, tokenizer), forced),
-            forced,
-        )
 
     def push(self, step: TokenStep) -> Chunk:
         """The chunk of one more token; it ends the generation early at a stop text, of which nothing is shown."""

@@ -32,7 +32,7 @@ _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR_64 = struct.Struct("<4sLQL")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
+_FULL_32 = 0xFFFFFFFF
 _ENCRYPTED = 0x0001 | 0x0040 | 0x2000
 _NAME = re.compile(r"[^/\\\0]+(/[^/\\\0]+)*/?")
 

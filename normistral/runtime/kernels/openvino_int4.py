@@ -35,7 +35,7 @@ from normistral.runtime.kernels.packed_store import (
 if TYPE_CHECKING:
     import openvino as ov
 
-OPERATOR, OPERATOR_SET, NUMBER = "Int4MatMul", "normistral", "weights"  # as int4_matmul.cpp names itself
+OPERATOR, NUMBER = "Int4MatMul", "weights"  # as int4_matmul.cpp names itself
 _STEP = 32  # as there: rows and groups are multiples of it
 _LARGEST_GROUP = 128
 _LINE = 64  # bytes of a cache line, which no load of codes crosses

@@ -178,7 +178,6 @@ SCALINGS = {
     },
 }
 _HAS_TRAINED_LENGTH = ("llama3", "yarn")
-_UNREAD = harmless("read with the types of scaling that have it")
 ROPE_FIELDS: dict[str, KnownField] = {
     "rope_type": used("the type of scaling"),
     "type": used("the type of scaling, as it was called first"),
