@@ -155,19 +155,17 @@ def describe_artifact(folder: Path, machine: Machine, versions: dict[str, str]) 
     key = make_key(folder, machine, engine, versions.get(engine, "missing"), "CPU")
     settings = heuristic_settings(machine, manifest)
     why = explain_openvino(machine, manifest.recipe.weights) if engine == "openvino" else []
-    problem = None
+    basis, problem = "rule", None
     try:
         tuned = read_tuned(tuned_path(key))
-        problem = find_mismatch(tuned.key, key)
+        if (problem := find_mismatch(tuned.key, key)) is None:
+            basis, settings = "tuned", tuned.settings
+            why = [f"tuned for {tuned.profile} on {tuned.created[:10]}; gain: {describe_gain(tuned)}"]
     except FileNotFoundError:
         why.append("not tuned on this machine: normistral tune finds what is faster here")
-        return {"name": folder.name, "basis": "rule", "settings": settings, "why": why, "problem": None}
     except (OSError, ValueError) as exc:
         problem = str(exc)
-    if problem is not None:
-        return {"name": folder.name, "basis": "rule", "settings": settings, "why": why, "problem": problem}
-    why = [f"tuned for {tuned.profile} on {tuned.created[:10]}; gain: {describe_gain(tuned)}"]
-    return {"name": folder.name, "basis": "tuned", "settings": tuned.settings, "why": why, "problem": None}
+    return {"name": folder.name, "basis": basis, "settings": settings, "why": why, "problem": problem}
 
 
 def heuristic_settings(machine: Machine, manifest: Manifest) -> dict[str, str]:

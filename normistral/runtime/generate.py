@@ -68,7 +68,7 @@ def generate_tokens(
     of_prompt: tuple[TokenLogprobs, ...] = ()
     logits: Logits | None
     if config.prompt_logprobs is None:
-        clock.reused(sequence.reuse(prompt_ids, reproducible=config.reproducible))
+        clock.cached_tokens = sequence.reuse(prompt_ids, reproducible=config.reproducible)
         logits = sequence.prefill(prompt_ids, limits.cancelled, reproducible=config.reproducible)
     else:
         logits, of_prompt = score_prompt(sequence, prompt_ids, config.prompt_logprobs, limits.cancelled)
@@ -160,13 +160,10 @@ class _Clock:
 
     def __init__(self, prompt_tokens: int, decoder: Decoder) -> None:
         self._start = time.perf_counter()
-        self._prompt_tokens, self._cached_tokens = prompt_tokens, 0
+        self._prompt_tokens, self.cached_tokens = prompt_tokens, 0
         self._prefill_s = self._first_s = self._last_s = 0.0
         self._new_tokens = 0
         self._decoder = decoder
-
-    def reused(self, tokens: int) -> None:
-        self._cached_tokens = tokens
 
     def prefilled(self) -> None:
         self._prefill_s = time.perf_counter() - self._start
@@ -180,7 +177,7 @@ class _Clock:
     def read(self) -> Timings:
         return Timings(
             prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
+            cached_tokens=self.cached_tokens,
             prefill_s=self._prefill_s,
             ttft_s=self._first_s,
             new_tokens=self._new_tokens,

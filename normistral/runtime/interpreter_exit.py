@@ -19,12 +19,6 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 
 
-class _End:
-    """Marks the end of an iterator."""
-
-
-_END = _End()
-
 _POLL_S = 0.002
 _CANCEL_S = 2.0
 _MOST_S = 60.0  # a forward, or compiling a model
@@ -96,9 +90,10 @@ def computing_each(items: Generator[T, None, None]) -> Iterator[T]:
     with closing(items):
         while True:
             with computing():
-                item = next(items, _END)
-            if isinstance(item, _End):
-                return
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
             yield item
 
 

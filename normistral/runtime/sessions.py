@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar, get_args
@@ -270,36 +271,31 @@ class SessionReader:
         """
         number = 0
         buffer = np.empty(0, np.uint8)
+        read = partial(_read_exactly, self._file, self._path)
         while True:
             number += 1
-            start = self._read(4)
+            start = read(4)
             length = int.from_bytes(start, "little")
             if length > _MAX_RECORD_HEADER_BYTES:
                 raise _damaged(self._path, f"record {number} is too long")
-            start += self._read(length)
+            start += read(length)
             digest = _record_digest(self._seal, number, start)
             if length == 0:
-                if self._read(_DIGEST_BYTES) != digest.digest() or self._left():
+                if read(_DIGEST_BYTES) != digest.digest() or _bytes_left(self._file):
                     raise _damaged(self._path, "its end does not fit its hash")
                 return
             record = _decode(start[4:], _Record, self._path)
-            if record.size > self._left():
+            if record.size > _bytes_left(self._file):
                 raise _damaged(self._path, "it ends too early")
             if record.size > len(buffer):
                 buffer = np.empty(record.size, np.uint8)
             content = buffer[: record.size]
             self._file.readinto(content.data)
             digest.update(content)
-            if self._read(_DIGEST_BYTES) != digest.digest():
+            if read(_DIGEST_BYTES) != digest.digest():
                 raise _damaged(self._path, f"record {number} does not fit its hash")
             self._on_bytes(record.size)
             yield CacheTensor(record.name, content.view(np.dtype(record.type).newbyteorder("<")).reshape(record.shape))
-
-    def _read(self, count: int) -> bytes:
-        return _read_exactly(self._file, count, self._path)
-
-    def _left(self) -> int:
-        return _bytes_left(self._file)
 
 
 @contextmanager
@@ -326,7 +322,7 @@ def open_session(path: Path, on_bytes: OnBytes = ignore_bytes) -> Iterator[Sessi
 def _open(path: Path, file: BufferedReader, on_bytes: OnBytes) -> SessionReader:
     if file.read(len(MAGIC)) != MAGIC:
         raise UsageError(f"{path} is no saved session", "name a file that a session was saved to")
-    numbers = _read_exactly(file, 12, path)
+    numbers = _read_exactly(file, path, 12)
     version, length = int.from_bytes(numbers[:4], "little"), int.from_bytes(numbers[4:], "little")
     if version not in _READABLE:
         raise SessionError(
@@ -335,14 +331,14 @@ def _open(path: Path, file: BufferedReader, on_bytes: OnBytes) -> SessionReader:
         )
     if length > _MAX_HEADER_BYTES:
         raise _damaged(path, "its header is too long")
-    text = _read_exactly(file, length, path)
+    text = _read_exactly(file, path, length)
     seal = hashlib.sha256(MAGIC + numbers + text).digest()
-    if _read_exactly(file, _DIGEST_BYTES, path) != seal:
+    if _read_exactly(file, path, _DIGEST_BYTES) != seal:
         raise _damaged(path, "its header does not fit its hash")
     return SessionReader(path, file, _decode(text, SessionHeader, path), seal, on_bytes)
 
 
-def _read_exactly(file: BufferedReader, count: int, path: Path) -> bytes:
+def _read_exactly(file: BufferedReader, path: Path, count: int) -> bytes:
     if count > _bytes_left(file):
         raise _damaged(path, "it ends too early")
     return file.read(count)

@@ -79,11 +79,6 @@ class Tool:
         return {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
 
 
-def _schema_of_arguments(tool: Tool) -> dict[str, Any]:
-    """JSON schema; as in OpenAI's API, a tool without one has no arguments."""
-    return {"type": "object", **(tool.parameters or {"properties": {}})}
-
-
 _DOCUMENTATION = ("title", "description")
 
 
@@ -149,8 +144,9 @@ def tool_structure(
     schema = None
     if text is not None:
         schema = json.loads(text.text) if text.text else {"type": "object"}
+    none: Mapping[str, Any] = {"properties": {}}  # as in OpenAI's API, of a tool without a schema
     document = {
-        "tools": {tool.name: close_objects(_schema_of_arguments(tool)) for tool in tools},
+        "tools": {tool.name: close_objects({"type": "object", **(tool.parameters or none)}) for tool in tools},
         "format": asdict(format),
         "strict": [tool.name for tool in tools if tool.strict],
         "most": MOST_CALLS if parallel else 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from normistral.runtime.engines.base import Engine, EngineInfo, Logits
+from normistral.runtime.engines.base import Backend, Engine, Logits
 
 E = TypeVar("E")
 
@@ -35,7 +35,7 @@ class BatchEngine(Engine, Protocol):
         ...
 
 
-class BatchingBackend(Protocol):
+class BatchingBackend(Backend, Protocol):
     """Loaded weights, from which sequences are made that may be computed together.
 
     Attributes:
@@ -43,11 +43,6 @@ class BatchingBackend(Protocol):
     """
 
     submit: Callable[[BatchCall[Any]], Logits] | None
-
-    @property
-    def capabilities(self) -> EngineInfo:
-        """How these weights run."""
-        ...
 
     @property
     def token_bytes(self) -> int:
@@ -72,8 +67,4 @@ class BatchingBackend(Protocol):
 
     def measure_batch_invariance(self) -> bool:
         """Whether `Engine.batch_invariant` holds beside other sequences."""
-        ...
-
-    def close(self) -> None:
-        """Let go of weights and caches."""
         ...

@@ -110,7 +110,7 @@ class StructureCompiler:
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         self.vocabulary = vocabulary
-        self._compile = lru_cache(_KEPT)(self._compile_anew)
+        self._compile = lru_cache(_KEPT)(lambda structure, prefix: compile_structure(structure, vocabulary, prefix))
 
     def require(self, structure: Structure, markers: ReasoningMarkers | None) -> None:
         """Refuse what this model cannot follow.
@@ -132,9 +132,6 @@ class StructureCompiler:
         if markers is not None and not splitter.keeps_blanks:
             grammar_prefix = reasoning_prefix_grammar(markers, splitter.place)
         return Constraint(self._compile(structure, grammar_prefix)), AcceptanceMatcher(self._compile(structure, None))
-
-    def _compile_anew(self, structure: Structure, grammar_prefix: str | None) -> CompiledStructure:
-        return compile_structure(structure, self.vocabulary, grammar_prefix)
 
 
 def reasoning_prefix_grammar(markers: ReasoningMarkers, place: Place) -> str:

@@ -63,9 +63,8 @@ class _Spelling:
         self.special_token_ids = sorted(controls)
         self.eos_token_id = next(iter(vocabulary.stop_token_ids), None)
         self._tokenizer, self._controls = tokenizer, controls
-        if (
-            self._encode("a") is None
-        ):  # it puts a blank in front; a copy that does not is dear only in large vocabularies
+        # One that puts a blank in front gets a copy that does not, which is dear only in large vocabularies.
+        if self._encode("a") is None:
             self._tokenizer = tokenizer.with_tokens_as_text(
                 [token for token in tokenizer.added_tokens if token.id in controls], at_start=False
             )
