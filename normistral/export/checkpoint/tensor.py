@@ -180,14 +180,13 @@ class WeightReader:
         numbers = [number for part in parts for number in part]
         return np.concatenate([self._read_rows(tensor, numbers[row], numbers[row] + 1) for row in rows])
 
-    def blocks(self, names: Sequence[str]) -> Iterator[Rows]:
-        """Matrices [out, in] below each other, in blocks of rows: float32 [rows, in]. A block never spans two."""
-        for name in names:
-            tensor, parts = self._place(name)
-            rows = max(1, _BLOCK_VALUES // tensor.shape[1])
-            for part in parts:
-                for start in range(part.start, part.stop, rows):
-                    yield self._read_rows(tensor, start, min(start + rows, part.stop))
+    def blocks(self, name: str) -> Iterator[Rows]:
+        """A matrix [out, in] in blocks of rows: float32 [rows, in]."""
+        tensor, parts = self._place(name)
+        rows = max(1, _BLOCK_VALUES // tensor.shape[1])
+        for part in parts:
+            for start in range(part.start, part.stop, rows):
+                yield self._read_rows(tensor, start, min(start + rows, part.stop))
 
     def source(self, name: str) -> tuple[str, tuple[range, ...]]:
         """The tensor of the checkpoint that `name` stands for, and which of its rows, in order."""

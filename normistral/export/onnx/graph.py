@@ -229,7 +229,7 @@ class Graph:
     def _read(self, parts: Sequence[str]) -> Iterator[Rows]:
         for part in parts:
             width = self.reader.nbytes([part]) // self.reader.shape(part)[0]
-            for block in self.reader.blocks([part]):
+            for block in self.reader.blocks(part):
                 self.stage.advance(width * len(block))
                 yield block
 

@@ -74,7 +74,7 @@ def quantize_remaining(checkpoint: Checkpoint, scheme: QuantScheme, quantized: Q
         if len(shape) != 2 or name in quantized.schemes:
             continue
         qweight, params = [], []
-        for rows in reader.blocks([name]):
+        for rows in reader.blocks(name):
             params.append(round_scales(minmax_params(rows, scheme), scheme))
             qweight.append(quantize(rows, params[-1], scheme))
         scales = np.concatenate([some.scales for some in params])

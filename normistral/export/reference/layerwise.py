@@ -237,7 +237,7 @@ class LayeredModel:
             values = torch.from_numpy(self._matrices.read(stored))
         else:
             values = self.read_matrix(stored)
-        if values.shape != _parameter(module, name).shape:
+        if values.shape != module.get_parameter(name).shape:
             raise ExportError(f"transformers expects another shape of {stored}", "config.json and weights differ")
         set_parameter(module, name, values)
 
@@ -278,13 +278,9 @@ def _make_probe() -> Any:
     return Probe()
 
 
-def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor:
-    return module.get_parameter(name)
-
-
 def clear_parameter(module: torch.nn.Module, name: str) -> None:
     """Let go of a parameter's values."""
-    set_parameter(module, name, _parameter(module, name).to("meta"))
+    set_parameter(module, name, module.get_parameter(name).to("meta"))
 
 
 def set_parameter(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:

@@ -110,7 +110,8 @@ class OnnxWeights:
         """The fused graph's tables and windows, or the constants of the plain one, by the names Optimum gives them."""
         if "rotary.cos" not in self._tensors:
             return self._plain_positions()
-        (cosines, sines), windows = self.rotary_tables(2), set()
+        cosines, sines = (self._rows(f"rotary.{name}", range(2)).astype(np.float64) for name in ("cos", "sin"))
+        windows = set()
         for node in self._nodes:
             if node.op_type == "GroupQueryAttention":
                 windows |= {entry.i for entry in node.attribute if entry.name == "local_window_size"}
@@ -121,11 +122,6 @@ class OnnxWeights:
             window=None if window == -1 else window,
             dtype=str(_dtype(self._tensors["rotary.cos"])),
         )
-
-    def rotary_tables(self, positions: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Cosines and sines of the first positions."""
-        rows = range(positions)
-        return self._rows("rotary.cos", rows).astype(np.float64), self._rows("rotary.sin", rows).astype(np.float64)
 
     def _plain_positions(self) -> StoredPositions:
         made = {node.output[0]: node for node in self._nodes}

@@ -80,7 +80,7 @@ def test_the_reader_gives_what_torch_reads(tmp_path, monkeypatch, stored, option
     reader = WeightReader(read_headers(folder).tensors)
     for name, parameter in AutoModelForCausalLM.from_pretrained(folder, dtype="auto").named_parameters():
         expected = parameter.detach().float().numpy()
-        found = np.concatenate(list(reader.blocks([name]))) if expected.ndim == 2 else reader.read(name)
+        found = np.concatenate(list(reader.blocks(name))) if expected.ndim == 2 else reader.read(name)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected, err_msg=name)
 
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(4096)
     with pytest.raises(CheckpointError, match="ended while it was read"):
-        list(reader.blocks(["lm_head.weight"]))
+        list(reader.blocks("lm_head.weight"))
 
 
 def test_tensors_in_the_data_file_start_on_pages_of_their_own(tmp_path):
