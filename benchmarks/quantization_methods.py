@@ -42,7 +42,7 @@ from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import Checkpoint, open_checkpoint
 from normistral.export.quantize import gptq, plan
 from normistral.export.quantize.calibrate import fast_matmul, linear_modules
-from normistral.export.quantize.gptq import HessianFactor, OwnInputs, correct, factorize, mean_squares, quantize_gptq
+from normistral.export.quantize.gptq import HessianFactor, correct, factorize, mean_squares, quantize_gptq
 from normistral.export.quantize.rtn import quantize
 from normistral.export.quantize.scale_search import search_params
 from normistral.export.quantize.scheme import QuantParams, QuantScheme, dequantize, round_scales
@@ -343,7 +343,7 @@ def make_inputs(values: torch.Tensor, own: torch.Tensor | None, method: Method) 
         if not method.by_moments:
             changes.enter_context(patch.object(gptq, "mean_squares", lambda inputs: torch.arange(inputs.shape[1])))
         corrects = own is not None and method.correction == "gptaq"
-        factor = factorize(values, own=OwnInputs(own, method.alpha) if corrects else None)
+        factor = factorize(values, own=own if corrects else None, share=method.alpha)
         return Inputs(values, mean_squares(values), factor, own, method)
 
 

@@ -52,7 +52,7 @@ def write_decoder(
         normed, skip = add_and_norm(graph, hidden, skip, f"model.layers.{layer}.input_layernorm", config)
         attended = attend(graph, normed, layer, architecture, storage.inner, shared)
         normed, skip = add_and_norm(graph, attended, skip, f"model.layers.{layer}.post_attention_layernorm", config)
-        hidden = feed_forward(graph, normed, layer, architecture, config, storage.inner)
+        hidden = feed_forward(graph, normed, layer, config, storage.inner)
     normed, _ = add_and_norm(graph, hidden, skip, "model.norm", config)
     output_layer(graph, normed, architecture, storage.output, LLAMA.embedding, table)
 
@@ -142,9 +142,7 @@ def project(graph: Graph, x: str, name: str, scheme: QuantScheme | None) -> str:
     return products[0] if len(runs) == 1 else graph.node("Concat", products, [f"{name}.qkv_proj.out"], axis=-1)
 
 
-def feed_forward(
-    graph: Graph, x: str, layer: int, architecture: Architecture, config: dict[str, Any], scheme: QuantScheme | None
-) -> str:
+def feed_forward(graph: Graph, x: str, layer: int, config: dict[str, Any], scheme: QuantScheme | None) -> str:
     """down(act(gate(x)) * up(x)): [b, s, hidden]."""
     prefix = f"model.layers.{layer}.mlp"
     gate = linear(graph, x, f"{prefix}.gate_proj", [f"{prefix}.gate_proj"], scheme)  # [b, s, F]

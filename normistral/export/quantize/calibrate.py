@@ -22,7 +22,7 @@ import numpy as np
 
 from normistral.errors import ExportError
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.quantize.gptq import HessianFactor, OwnInputs, correct, factorize, mean_squares, quantize_gptq
+from normistral.export.quantize.gptq import HessianFactor, correct, factorize, mean_squares, quantize_gptq
 from normistral.export.quantize.kept_layers import KeptLayers
 from normistral.export.quantize.plan import QuantPlan
 from normistral.export.quantize.rtn import quantize
@@ -214,7 +214,7 @@ class _LayerQuantizer:
         flat, own = _flat(tensor, self.dtype), self.own_inputs.pop(name, None)
         factor = None
         if self.plan.method == "gptq":
-            factor = factorize(flat, self.dtype, None if own is None else OwnInputs(own, self.plan.correction))
+            factor = factorize(flat, self.dtype, own, self.plan.correction)
         return _Inputs(tensor, mean_squares(flat), factor)
 
 

@@ -51,26 +51,16 @@ class HessianFactor:
     correction: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class OwnInputs:
-    """Inputs that the checkpoint's own layers give.
-
-    Attributes:
-        values: [tokens, columns], of the first tokens or all.
-        share: of their difference from the inputs that come, which is corrected: 0 to 1.
-    """
-
-    values: torch.Tensor
-    share: float
-
-
-def factorize(inputs: torch.Tensor, dtype: torch.dtype | None = None, own: OwnInputs | None = None) -> HessianFactor:
+def factorize(
+    inputs: torch.Tensor, dtype: torch.dtype | None = None, own: torch.Tensor | None = None, share: float = 0.0
+) -> HessianFactor:
     """The factor of the mean of x xᵀ over the inputs x, damped.
 
     Args:
         inputs: [tokens, columns].
         dtype: of the feedback, None is float32. The error of bfloat16's is far below a step of the grid.
-        own: gives the correction.
+        own: the inputs of the first tokens or all that the checkpoint's own layers give; None is no correction.
+        share: of their difference from the inputs that come, which is corrected: 0 to 1.
 
     Raises:
         ExportError: the inputs are no numbers.
@@ -85,13 +75,15 @@ def factorize(inputs: torch.Tensor, dtype: torch.dtype | None = None, own: OwnIn
         mean = factor.diagonal().mean()
         factor.diagonal().add_(damping * mean if mean > 0 else 1.0)
         if _cholesky_in_place(factor):
-            correction = None if own is None else _correction(factor, order, inputs, own)
+            correction = None if own is None else _correction(factor, order, inputs, own, share)
             factor /= factor.diagonal().clone()
             return HessianFactor(order, factor.to(dtype or torch.float32), correction)
     raise ExportError("the calibration's second moments cannot be inverted", "use the recipe balanced or fast")
 
 
-def _correction(factor: torch.Tensor, order: torch.Tensor, inputs: torch.Tensor, own: OwnInputs) -> torch.Tensor:
+def _correction(
+    factor: torch.Tensor, order: torch.Tensor, inputs: torch.Tensor, own: torch.Tensor, share: float
+) -> torch.Tensor:
     """GPTAQ's correction, of which each column may use only those that are rounded later (algorithm 1, with alpha).
 
     With L Lᵀ the Hessian and D the moments of (x' - x) xᵀ, x' the checkpoint's own inputs, column q's part of the
@@ -104,12 +96,12 @@ def _correction(factor: torch.Tensor, order: torch.Tensor, inputs: torch.Tensor,
     """
     import torch
 
-    first = inputs[: len(own.values)]
-    moments = _lower_products(own.values[:, order].float() - first, first).tril_(-1)  # what is above has no effect
+    first = inputs[: len(own)]
+    moments = _lower_products(own[:, order].float() - first, first).tril_(-1)  # what is above has no effect
     moments *= len(inputs) / len(first)
     taken = torch.linalg.solve_triangular(factor, moments.T, upper=False).T.tril(-1)
     taken = torch.linalg.solve_triangular(factor, taken, upper=False, left=False).tril_(-1)
-    taken.mul_(-own.share)
+    taken.mul_(-share)
     handed: torch.Tensor = torch.linalg.solve_triangular(taken, torch.eye(len(order)), upper=False, unitriangular=True)
     handed.diagonal().zero_()
     return handed

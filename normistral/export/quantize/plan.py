@@ -32,7 +32,7 @@ class QuantPlan:
         group_size: weights that share a scale; None is a whole row.
         float16_scales: of the scheme.
         ratio: share of the weights in that scheme; the others take `int8_scheme`.
-        correction: with "gptq", the share of the error of the inputs that weights take over (`gptq.OwnInputs`).
+        correction: with "gptq", the share of the error of the inputs that weights take over (`gptq.factorize`).
     """
 
     method: Method

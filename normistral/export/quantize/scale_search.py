@@ -97,12 +97,6 @@ class _Search:
         for shift in (-1, 1):
             self.try_params(QuantParams(best.scales, np.clip(best.zero_points + np.float32(shift), 0, self.scheme.top)))
 
-    def stretch_scales(self) -> None:
-        """Try the best zero points with scales a little smaller and larger."""
-        best = self.best
-        for width in _STRETCHES:
-            self.try_params(QuantParams(best.scales * np.float32(width), best.zero_points))
-
 
 def _search(rows: Floats, scheme: QuantScheme, importance: Floats) -> QuantParams:
     widest = minmax_params(rows, scheme)
@@ -121,6 +115,8 @@ def _search(rows: Floats, scheme: QuantScheme, importance: Floats) -> QuantParam
             search.try_params(QuantParams(widest.scales * np.float32(width * sign), widest.zero_points))
     if not scheme.symmetric:
         search.shift_zero_points()
-        search.stretch_scales()
+        best = search.best
+        for width in _STRETCHES:
+            search.try_params(QuantParams(best.scales * np.float32(width), best.zero_points))
         search.shift_zero_points()
     return search.best

@@ -21,7 +21,7 @@ from normistral.export.checkpoint.open import open_checkpoint
 from normistral.export.quantize import calibrate as calibrate_module
 from normistral.export.quantize import plan
 from normistral.export.quantize.calibrate import quantize_layers
-from normistral.export.quantize.gptq import HessianFactor, OwnInputs, correct, factorize, mean_squares, quantize_gptq
+from normistral.export.quantize.gptq import HessianFactor, correct, factorize, mean_squares, quantize_gptq
 from normistral.export.quantize.plan import QuantPlan, calibration_windows
 from normistral.export.quantize.rtn import minmax_params, quantize
 from normistral.export.quantize.scale_search import search_params, weighted_error
@@ -147,7 +147,7 @@ def own_inputs(inputs, seed=4):
 def test_the_correction_lessens_the_error_towards_the_own_inputs_outputs(columns, share):
     grid, rows, inputs = QuantScheme(4, 32, False), gaussian(48, columns), correlated_inputs(columns, tokens=2000)
     own = own_inputs(inputs)
-    found = factorize(torch.from_numpy(inputs), own=OwnInputs(torch.from_numpy(own), share))
+    found = factorize(torch.from_numpy(inputs), own=torch.from_numpy(own), share=share)
     errors = []
     for wanted in (rows, correct(torch.from_numpy(rows.copy()), found).numpy()):
         steps = half(minmax_params(wanted, grid))
@@ -161,7 +161,7 @@ def test_the_correction_is_handed_on_from_column_to_column(of_own):
     """Column by column: each takes over, from those that are rounded before it, what it can explain of their error."""
     rows, inputs = torch.from_numpy(gaussian(8, 48)), torch.from_numpy(correlated_inputs(48, tokens=2000))
     own = torch.from_numpy(own_inputs(inputs.numpy()))[:of_own]
-    found = factorize(inputs, own=OwnInputs(own, 0.5))
+    found = factorize(inputs, own=own, share=0.5)
     order = found.order
     hessian = (inputs.T @ inputs / len(inputs)).double()
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
@@ -177,7 +177,7 @@ def test_the_correction_is_handed_on_from_column_to_column(of_own):
 
 def test_own_inputs_that_are_the_inputs_correct_nothing():
     inputs = torch.from_numpy(correlated_inputs(64))
-    assert torch.equal(factorize(inputs, own=OwnInputs(inputs, 0.5)).correction, torch.zeros(64, 64))
+    assert torch.equal(factorize(inputs, own=inputs, share=0.5).correction, torch.zeros(64, 64))
 
 
 def test_gptq_refuses_inputs_that_are_no_numbers():
@@ -271,7 +271,7 @@ def test_every_layer_is_rounded_for_the_inputs_that_the_rounded_layers_before_it
     for name, inputs in inputs_of(model, last).items():
         rows, factor, scheme = exact[name], factorize(inputs), plan.scheme(inputs.shape[1])
         if correction and inputs.shape[1] < 2 * model.config.hidden_size:
-            factor = factorize(inputs, own=OwnInputs(own[name], correction))
+            factor = factorize(inputs, own=own[name], share=correction)
             rows = correct(torch.from_numpy(rows.copy()), factor).numpy()
             grid = minmax_params(rows, scheme)
             assert (quantize(rows, grid, scheme) != quantize(exact[name], grid, scheme)).mean() > 0.01, name
