@@ -179,6 +179,18 @@ class Backend(Protocol):
         ...
 
 
+class UnmaskedEngine:
+    """An `Engine` whose cache masks nothing, and gives back the very bits that were computed."""
+
+    length = 0
+    batch_invariant = False
+
+    @property
+    def intact(self) -> int:
+        """All of them."""
+        return self.length
+
+
 def opened(resource: T | None) -> T:
     """What a closed engine or backend no longer has; raises ClosedError where it is None."""
     if resource is None:

@@ -50,7 +50,6 @@ def _is_of_8_bits(node: Node) -> bool:
 class _Splitter:
     graph: OnnxGraph
     parts: dict[tuple[str, int], str] = field(default_factory=dict)  # of an input, which several products may read
-    constants: dict[str, str] = field(default_factory=dict)
 
     def split(self, node: Node) -> None:
         output, (bias,) = node.outputs[0], node.inputs[_BIAS:] or [""]
@@ -85,12 +84,7 @@ class _Splitter:
         return parts
 
     def _ints(self, name: str, *values: int) -> str:
-        return self._constant(name, np.array(values, np.int64))
+        return self.graph.add_constant(name, np.array(values, np.int64))
 
     def _float(self, name: str, value: float) -> str:
-        return self._constant(name, np.array(value, np.float32))
-
-    def _constant(self, name: str, values: np.ndarray[tuple[int, ...], np.dtype[np.float32 | np.int64]]) -> str:
-        if name not in self.constants:
-            self.constants[name] = self.graph.add_constant(name, values)
-        return self.constants[name]
+        return self.graph.add_constant(name, np.array(value, np.float32))

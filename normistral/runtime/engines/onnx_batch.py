@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normistral.errors import EngineError
-from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors, opened
+from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, UnmaskedEngine, check_cache_tensors, opened
 from normistral.runtime.engines.batching import BatchCall
 from normistral.runtime.engines.block_pool import BLOCK_TOKENS, blocks_of
 from normistral.runtime.engines.onnx_cache import CAPACITY_STEP
@@ -31,14 +31,12 @@ _PRIVATE = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
 _DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
-class RowEngine:
+class RowEngine(UnmaskedEngine):
     """One sequence: a row of the buffers of an `OnnxBatch`."""
 
     def __init__(self, batch: OnnxBatch) -> None:
         self._batch: OnnxBatch | None = batch
         self.row = batch.take_row(self)
-        self.length = 0
-        self.batch_invariant = False
 
     def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
         """Append tokens; logits [last, vocabulary] of the last positions.
@@ -58,11 +56,6 @@ class RowEngine:
     def publish(self, hashes: Sequence[bytes]) -> None:
         """Let others begin with the full blocks of this sequence, whose tokens have these hashes."""
         opened(self._batch).publish(self.row, hashes[: self.length // BLOCK_TOKENS])
-
-    @property
-    def intact(self) -> int:
-        """All of them: nothing is ever masked."""
-        return self.length
 
     def trim(self, length: int, *, exactly: bool = False) -> None:
         """Forget everything after the first `length` tokens."""

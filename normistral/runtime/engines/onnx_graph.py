@@ -118,6 +118,7 @@ class OnnxGraph:
             ArtifactError: the bytes are no ONNX model.
         """
         self._model, self._graph, self.nodes = _take_apart(data)
+        self._constants: set[str] = set()  # those that were added
 
     def inputs(self) -> list[str]:
         """Names of the graph's inputs."""
@@ -155,7 +156,10 @@ class OnnxGraph:
         self._graph.add(_GRAPH_INPUT, value_info)
 
     def add_constant(self, name: str, values: NDArray[Any]) -> str:
-        """A new constant, float32 or int64 of any shape; returns its name."""
+        """A constant, float32 or int64 of any shape, once for its name; returns the name."""
+        if name in self._constants:
+            return name
+        self._constants.add(name)
         tensor = WireMessage()
         for length in values.shape:
             tensor.add(_TENSOR_DIMS, length)

@@ -23,7 +23,15 @@ from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import Manifest
 from normistral.errors import ArtifactError, EngineError, UsageError
 from normistral.runtime.engines import onnx_activations, onnx_graph
-from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, check_cache_tensors, opened, warm_up
+from normistral.runtime.engines.base import (
+    CacheTensor,
+    EngineInfo,
+    Logits,
+    UnmaskedEngine,
+    check_cache_tensors,
+    opened,
+    warm_up,
+)
 from normistral.runtime.engines.onnx_cache import CacheLayout, ChainedCache, SharedCache
 from normistral.runtime.engines.onnx_graph import LAST_POSITIONS, LOGITS, LOGITS_START, OnnxGraph
 from normistral.runtime.engines.onnx_session import (
@@ -110,18 +118,11 @@ class _Sequence:
             self.cache = (SharedCache if decoder.in_place else ChainedCache)(decoder.layout, self.binding)
 
 
-class OnnxEngine:
+class OnnxEngine(UnmaskedEngine):
     """One sequence: an I/O binding and a KV cache."""
 
     def __init__(self, sequence: _Sequence) -> None:
         self._sequence: _Sequence | None = sequence
-        self._length = 0
-        self.batch_invariant = False  # one sequence at a time
-
-    @property
-    def length(self) -> int:
-        """Tokens in the KV cache."""
-        return self._length
 
     def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
         """Append tokens; logits [last, vocabulary] of the last positions.
@@ -131,45 +132,40 @@ class OnnxEngine:
         """
         sequence = opened(self._sequence)
         decoder, binding = sequence.decoder, sequence.binding
-        total = self._length + len(token_ids)
+        total = self.length + len(token_ids)
         if total > decoder.layout.limit:
             raise EngineError(f"{total} tokens do not fit into the model's context of {decoder.layout.limit}")
         logits = np.empty((1, last, decoder.vocabulary), decoder.logits_dtype)
         with translated(f"onnxruntime failed at token {total}"):
-            sequence.cache.prepare(self._length, total)
+            sequence.cache.prepare(self.length, total)
             binding.bind_cpu_input("input_ids", np.array([token_ids], np.int64))
             binding.bind_cpu_input("attention_mask", decoder.ones[:, :total])
             if decoder.takes_positions:
-                binding.bind_cpu_input("position_ids", decoder.positions[:, self._length : total])
+                binding.bind_cpu_input("position_ids", decoder.positions[:, self.length : total])
             if decoder.takes_lengths:
                 binding.bind_cpu_input(LAST_POSITIONS, np.array([total - 1], np.int32))
             binding.bind_cpu_input(LOGITS_START, np.array([-last], np.int64))
             binding.bind_output(LOGITS, "cpu", 0, decoder.logits_dtype, logits.shape, logits.ctypes.data)
             decoder.session.run_with_iobinding(binding)
             sequence.cache.advance()
-        self._length = total
+        self.length = total
         result: Logits = logits[0].astype(np.float32, copy=False)
         return result
 
-    @property
-    def intact(self) -> int:
-        """All of them: nothing is ever masked, and the cache is kept in its own precision."""
-        return self._length
-
     def trim(self, length: int, *, exactly: bool = False) -> None:
         """Forget everything after the first `length` tokens."""
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot trim {self._length} tokens to {length}")
-        if length < self._length:
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot trim {self.length} tokens to {length}")
+        if length < self.length:
             with translated("onnxruntime could not shorten the KV cache"):
                 opened(self._sequence).cache.trim(length)
-            self._length = length
+            self.length = length
 
     def reset(self) -> None:
         """Forget everything."""
         with translated("onnxruntime could not clear the KV cache"):
             opened(self._sequence).cache.trim(0)
-        self._length = 0
+        self.length = 0
 
     def save(self, length: int) -> Iterator[CacheTensor]:
         """The first `length` tokens of the KV cache, in its own precision."""
@@ -187,7 +183,7 @@ class OnnxEngine:
         kinds = sequence.decoder.layout.kinds(length)
         with translated("onnxruntime could not write the KV cache"):
             sequence.cache.write(length, check_cache_tensors(tensors, kinds))
-        self._length = length
+        self.length = length
 
     def close(self) -> None:
         """Free the KV cache."""

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, TensorKinds, check_cache_tensors, opened
+from normistral.runtime.engines.base import (
+    CacheTensor,
+    EngineInfo,
+    Logits,
+    TensorKinds,
+    UnmaskedEngine,
+    check_cache_tensors,
+    opened,
+)
 from normistral.runtime.engines.batching import BatchCall
 from normistral.runtime.engines.block_pool import BLOCK_TOKENS, BlockPool, blocks_of
 from normistral.runtime.engines.openvino_graph import POSITIONS
@@ -110,7 +118,7 @@ class PagedBackend:
         self._pool = self._keeps = None
 
 
-class PagedEngine:
+class PagedEngine(UnmaskedEngine):
     """One sequence: a block table into the pool that all sequences of a model share."""
 
     def __init__(self, backend: PagedBackend | None, pool: BlockPool, keeps: object = None) -> None:
@@ -120,8 +128,6 @@ class PagedEngine:
         self._blocks: list[int] = []  # the block table
         self._release = weakref.finalize(self, pool.release, self._blocks)  # also where it is not closed
         self._release.atexit = False
-        self.length = 0
-        self.batch_invariant = False
 
     def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
         """Append tokens; logits [last, vocabulary] of the last positions.
@@ -149,11 +155,6 @@ class PagedEngine:
     def publish(self, hashes: Sequence[bytes]) -> None:
         """Let others begin with the full blocks of this sequence, whose tokens have these hashes."""
         opened(self._pool).publish(self._blocks[: self.length // BLOCK_TOKENS], hashes)
-
-    @property
-    def intact(self) -> int:
-        """All of them: nothing is masked, and what is restored is what was saved."""
-        return self.length
 
     def trim(self, length: int, *, exactly: bool = False) -> None:
         """Forget everything after the first `length` tokens; `exactly` or not, nothing stays."""
