@@ -130,13 +130,10 @@ def plan_publication(
         }
         with progress.stage(f"asking {host_of(address)}"):
             api.whoami()
-            there = _find_repository(api, repository)
-        if there is None:
-            return Publication(folder, repository, address, None, private, licence, files, tuple(files), (), card, raw)
-        commit, is_private, listed = there
+            commit, is_private, listed = _find_repository(api, repository) or (None, private, {})
         if private and not is_private:
             raise UsageError(f"{repository} is there and public", "leave --private out, or choose another name")
-        old = _require_artifact(repository, address, commit, listed)
+        old = set() if commit is None else _require_artifact(repository, address, commit, listed)
         texts = {CARD_NAME: card, MANIFEST_NAME: raw}
         missing = [
             name

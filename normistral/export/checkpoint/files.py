@@ -178,34 +178,26 @@ _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".tmp")
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """Files that show a kind of folder; `{file}` in the hint is the first of them."""
-
-    pattern: str
-    what: str
-    hint: str
-
-
+# Files that show a kind of folder, what it is, and a hint; `{file}` is the first of them.
 _KINDS = (
-    _Kind("model_index.json", "a Diffusers pipeline, which makes images", "give the folder of a language model"),
-    _Kind("*.gguf", "a folder of GGUF files", "give the file itself: {file}"),
-    _Kind("openvino_*.xml", "an OpenVINO model that another tool made", _ORIGINAL),
-    _Kind("*.onnx", "an ONNX model that another tool made", _ORIGINAL),
-    _Kind("onnx/*.onnx", "an ONNX model that another tool made", _ORIGINAL),
-    _Kind(
+    ("model_index.json", "a Diffusers pipeline, which makes images", "give the folder of a language model"),
+    ("*.gguf", "a folder of GGUF files", "give the file itself: {file}"),
+    ("openvino_*.xml", "an OpenVINO model that another tool made", _ORIGINAL),
+    ("*.onnx", "an ONNX model that another tool made", _ORIGINAL),
+    ("onnx/*.onnx", "an ONNX model that another tool made", _ORIGINAL),
+    (
         "consolidated*",
         "a checkpoint in the layout of Mistral or Meta ({file})",
         "give the one in transformers' layout, with config.json and model.safetensors",
     ),
-    _Kind("ggml*.bin", "a GGML model, which llama.cpp wrote before GGUF", "export the original checkpoint"),
-    _Kind("*.npz", "an MLX model ({file})", _ORIGINAL),
-    _Kind("tf_model.h5", "a TensorFlow model", "save it as safetensors with transformers: from_tf=True"),
-    _Kind("flax_model*.msgpack", "a Flax model", "save it as safetensors with transformers: from_flax=True"),
-    _Kind("qmodel.pt", "a checkpoint quantised by HQQ", _ORIGINAL),
-    _Kind("*.distcp", "a training checkpoint in pieces (FSDP)", "join it first: accelerate merge-weights"),
-    _Kind("zero_to_fp32.py", "a training checkpoint in pieces (DeepSpeed)", "join it first: python zero_to_fp32.py"),
-    _Kind("model.*.safetensors", "a checkpoint in a variant ({file})", "rename it to model.safetensors"),
+    ("ggml*.bin", "a GGML model, which llama.cpp wrote before GGUF", "export the original checkpoint"),
+    ("*.npz", "an MLX model ({file})", _ORIGINAL),
+    ("tf_model.h5", "a TensorFlow model", "save it as safetensors with transformers: from_tf=True"),
+    ("flax_model*.msgpack", "a Flax model", "save it as safetensors with transformers: from_flax=True"),
+    ("qmodel.pt", "a checkpoint quantised by HQQ", _ORIGINAL),
+    ("*.distcp", "a training checkpoint in pieces (FSDP)", "join it first: accelerate merge-weights"),
+    ("zero_to_fp32.py", "a training checkpoint in pieces (DeepSpeed)", "join it first: python zero_to_fp32.py"),
+    ("model.*.safetensors", "a checkpoint in a variant ({file})", "rename it to model.safetensors"),
 )
 
 
@@ -222,11 +214,11 @@ def recognise_folder(folder: Path) -> ForeignFile | None:
             f"a download that did not finish: {ascii(min(unfinished))[1:-1][:80]}",
             "run the download again until it ends",
         )
-    for kind in _KINDS:
-        found = sorted(folder.glob(kind.pattern))
+    for pattern, what, hint in _KINDS:
+        found = sorted(folder.glob(pattern))
         if found:
-            place = found[0] if kind.pattern == "*.gguf" else found[0].name
-            return ForeignFile(kind.what.format(file=place), kind.hint.format(file=place))
+            place = found[0] if pattern == "*.gguf" else found[0].name
+            return ForeignFile(what.format(file=place), hint.format(file=place))
     inner = sorted(path.parent for path in folder.glob("*/config.json"))
     if inner:
         more = "" if len(inner) == 1 else f" (the last of {len(inner)})"

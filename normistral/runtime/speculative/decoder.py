@@ -81,7 +81,7 @@ class SpeculativeDecoder:
     def __init__(
         self,
         sequence: CachedSequence,
-        drafter: Drafter,
+        drafter: PromptLookup,
         costs: StepCosts,
         draft_filter: Callable[[Sequence[int]], int] | None = None,
     ) -> None:
@@ -152,20 +152,8 @@ class Draft:
     source: str
 
 
-class Drafter(Protocol):
-    """Guesses how one sequence goes on; cheap, and may be wrong."""
-
-    def observe(self, token_id: int) -> None:
-        """The sequence has one more token."""
-        ...
-
-    def propose(self, most: int) -> Draft | None:
-        """At most `most` tokens that may follow; None without a guess."""
-        ...
-
-
 class PromptLookup:
-    """Drafts from a sequence's own past: the longest match counts, of equal ones the latest.
+    """Guesses from a sequence's own past how it goes on: the longest match counts, of equal ones the latest.
 
     Args:
         token_ids: the sequence so far.
