@@ -24,7 +24,7 @@ from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.speculative.decoder import Decoder, PlainDecoder, PromptLookup, SpeculativeDecoder
 from normistral.runtime.speculative.draft_length import StepCosts
 from normistral.runtime.stopping import StopTexts
-from normistral.runtime.structured.constraint import Constraint, StructureCompiler
+from normistral.runtime.structured.constraint import StructureCompiler
 from normistral.runtime.structured.vocabulary import GrammarVocabulary
 from normistral.runtime.text_stream import TextStream
 
@@ -162,7 +162,10 @@ class Runner:
         close_ids = encode_close_tag(self.manifest.reasoning, self.tokenizer)
         splitter = ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids)
         constraint, whole = self.structures.begin(config.structure, self.manifest.reasoning, splitter)
-        decoder = self._decoder(sequence, prompt_ids, config, constraint)
+        decoder: Decoder = PlainDecoder(sequence)
+        if self._drafts(config):
+            draft_filter = None if constraint is None else constraint.count_accepted
+            decoder = SpeculativeDecoder(sequence, PromptLookup(prompt_ids), self._step_costs, draft_filter)
         text = TextStream(
             StreamDetokenizer(self.tokenizer, prompt_ids),
             StopTexts(config.stop, None if whole is None else whole.advance),
@@ -216,18 +219,6 @@ class Runner:
                     self._idle = sequence
             if spare:
                 sequence.close()
-
-    def _decoder(
-        self,
-        sequence: CachedSequence,
-        prompt_ids: Sequence[int],
-        config: GenerationConfig,
-        constraint: Constraint | None,
-    ) -> Decoder:
-        if not self._drafts(config):
-            return PlainDecoder(sequence)
-        draft_filter = None if constraint is None else constraint.count_accepted
-        return SpeculativeDecoder(sequence, PromptLookup(prompt_ids), self._step_costs, draft_filter)
 
     def _drafts(self, config: GenerationConfig) -> bool:
         """Whether to draft: measured times decide how much, and the last bits of the logits show it."""
