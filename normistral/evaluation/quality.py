@@ -45,7 +45,6 @@ class Predictor(Protocol):
 
     def predict(self, windows: Sequence[Window]) -> Iterator[Logits]:
         """Float32 [scored, vocabulary] for each window, in their order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,11 +51,9 @@ class Closable(Protocol):
 
     def cancel(self) -> None:
         """Ask running computations to end soon."""
-        ...
 
     def close(self) -> None:
         """Stop what is running."""
-        ...
 
 
 _open: weakref.WeakValueDictionary[int, Closable] = weakref.WeakValueDictionary()

@@ -57,7 +57,6 @@ class MatrixSource(Protocol):
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A whole matrix [out, in]."""
-        ...
 
 
 @dataclass(slots=True)

@@ -108,12 +108,10 @@ class Engine(Protocol):
     @property
     def length(self) -> int:
         """Tokens in the KV cache."""
-        ...
 
     @property
     def intact(self) -> int:
         """Leading tokens whose cache entries are the very bits that were computed, with nothing masked between them."""
-        ...
 
     def forward(self, token_ids: Sequence[int], last: int = 1) -> Logits:
         """Append `token_ids` to the sequence.
@@ -124,7 +122,6 @@ class Engine(Protocol):
         Raises:
             EngineError: the engine failed.
         """
-        ...
 
     def trim(self, length: int, *, exactly: bool = False) -> None:
         """Forget everything after the first `length` tokens.
@@ -133,11 +130,9 @@ class Engine(Protocol):
             exactly: leave nothing behind. Otherwise an engine may keep the others behind a mask: that costs nothing
                 now, and changes the order of sums in later steps.
         """
-        ...
 
     def reset(self) -> None:
         """Forget everything."""
-        ...
 
     def save(self, length: int) -> Iterator[CacheTensor]:
         """The first `length` tokens of the KV cache, without loss, one tensor after the other.
@@ -147,7 +142,6 @@ class Engine(Protocol):
         Raises:
             EngineError: the engine failed.
         """
-        ...
 
     def restore(self, length: int, tensors: Iterable[CacheTensor]) -> None:
         """Continue from `length` tokens that `save` of an engine with the same weights and `kv_cache_key` gave.
@@ -155,11 +149,9 @@ class Engine(Protocol):
         Raises:
             EngineError: the engine failed, or they are not the tensors of this cache.
         """
-        ...
 
     def close(self) -> None:
         """Free the KV cache."""
-        ...
 
 
 class Backend(Protocol):
@@ -168,15 +160,12 @@ class Backend(Protocol):
     @property
     def capabilities(self) -> EngineInfo:
         """How these weights run."""
-        ...
 
     def create_engine(self) -> Engine:
         """A new, empty sequence."""
-        ...
 
     def close(self) -> None:
         """Free the weights; engines made from it must not be used any more."""
-        ...
 
 
 class UnmaskedEngine:

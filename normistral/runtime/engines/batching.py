@@ -28,11 +28,9 @@ class BatchEngine(Engine, Protocol):
 
     def share(self, hashes: Sequence[bytes]) -> int:
         """Begin an empty sequence with the published blocks of these hashes; how many tokens are there now."""
-        ...
 
     def publish(self, hashes: Sequence[bytes]) -> None:
         """Let others begin with the full blocks of this sequence, whose tokens have these hashes."""
-        ...
 
 
 class BatchingBackend(Backend, Protocol):
@@ -47,11 +45,9 @@ class BatchingBackend(Backend, Protocol):
     @property
     def token_bytes(self) -> int:
         """Bytes that a token takes in the KV cache, keys and values of all layers and heads."""
-        ...
 
     def create_engine(self) -> BatchEngine:
         """A new, empty sequence."""
-        ...
 
     def forward_batch(self, calls: Sequence[BatchCall[Any]]) -> list[Logits]:
         """Compute the calls of several sequences; logits [last, vocabulary] of each.
@@ -59,12 +55,9 @@ class BatchingBackend(Backend, Protocol):
         Raises:
             EngineError: the engine failed; no sequence is longer than before.
         """
-        ...
 
     def reserve_blocks(self, blocks: int) -> None:
         """Have a KV cache of so many blocks, all sequences together."""
-        ...
 
     def measure_batch_invariance(self) -> bool:
         """Whether `Engine.batch_invariant` holds beside other sequences."""
-        ...

@@ -40,11 +40,9 @@ class Decoder(Protocol):
             most: how many more tokens may be fed with it.
             jump_forward: tokens that come next in any case, at most as many; they are fed with it.
         """
-        ...
 
     def rollback(self) -> None:
         """Take tokens out of the KV cache that were fed and not chosen."""
-        ...
 
 
 class PlainDecoder:
