@@ -201,13 +201,9 @@ class _LayerQuantizer:
             if self._inputs is None or self._inputs.tensor is not tensor:
                 self._inputs = None  # its factor goes before the next one comes
                 self._inputs = self._take(name, tensor)
-            matrix, factor = self.model.read_matrix(stored), self._inputs.factor
-            rows = (matrix if factor is None else correct(matrix, factor)).numpy()
+            rows = self.model.read_matrix(stored)
             scheme = (self.plan.int8_scheme if stored in self.in_int8 else self.plan.scheme)(rows.shape[1])
-            params = search_params(rows, scheme, self._inputs.mean_squares.numpy())
-            qweight = quantize(rows, params, scheme) if factor is None else quantize_gptq(rows, factor, params, scheme)
-            self.quantized.write(stored, qweight, params, scheme)
-            del matrix, rows  # 235 MB at the 7B's widest, before it is there as it will be
+            _quantize(stored, rows, self._inputs, scheme, self.quantized)
         return _restore(self.quantized.read(stored), self.quantized.schemes[stored])
 
     def _take(self, name: str, tensor: torch.Tensor) -> _Inputs:
@@ -226,6 +222,17 @@ def _flat(inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _stored(model: LayeredModel, index: int, name: str) -> str:
     """The checkpoint's name of a module's matrix."""
     return f"{model.prefix(index)}{name}.weight"
+
+
+def _quantize(
+    name: str, matrix: torch.Tensor, inputs: _Inputs, scheme: QuantScheme, quantized: QuantizedTensorStore
+) -> None:
+    """Quantize a matrix [out, in] into `quantized`."""
+    factor = inputs.factor
+    rows = (matrix if factor is None else correct(matrix, factor)).numpy()
+    params = search_params(rows, scheme, inputs.mean_squares.numpy())
+    qweight = quantize(rows, params, scheme) if factor is None else quantize_gptq(rows, factor, params, scheme)
+    quantized.write(name, qweight, params, scheme)
 
 
 def _restore(matrix: QuantizedTensor, scheme: QuantScheme) -> torch.Tensor:
