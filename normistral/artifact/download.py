@@ -46,7 +46,7 @@ from normistral.artifact.hub import (
     git_blob_id,
     host_of,
 )
-from normistral.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest, parse_manifest
+from normistral.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
 from normistral.artifact.presets import find_preset
 from normistral.errors import ArtifactError, DownloadError, ModelNotFoundError, ResourceError, UsageError
 from normistral.files import (
@@ -61,7 +61,6 @@ from normistral.files import (
 from normistral.hardware import free_disk_bytes
 from normistral.progress import NoProgress, Progress, Stage, format_bytes
 
-_MAX_MANIFEST_BYTES = 4 * 2**20
 _MAX_FILES = 1000
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -156,7 +155,7 @@ def _read_manifest(repository: Repository, listing: Listing) -> bytes:
             f"{repository.name} is {'a checkpoint and ' if checkpoint else ''}no artifact: it has no {MANIFEST_NAME}",
             f"make one with: normistral export {repository.name}" if checkpoint else "check the name",
         )
-    if listed.size > _MAX_MANIFEST_BYTES:
+    if listed.size > MAX_MANIFEST_BYTES:
         raise repository.protocol_error(f"has a {MANIFEST_NAME} of {listed.size} bytes")
     raw = b""
     try:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from normistral.artifact.manifest import MANIFEST_NAME
+from normistral.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from normistral.files import RefusedFileError, atomic_write, read_file
 
 CARD_NAME = "README.md"
@@ -73,7 +73,7 @@ def find_foreign_files(folder: Path) -> list[str] | None:
     """
     manifest = folder / MANIFEST_NAME
     try:
-        document: Any = json.loads(manifest.read_bytes()) if not manifest.is_symlink() else None
+        document: Any = json.loads(read_file(manifest, MAX_MANIFEST_BYTES)) if not manifest.is_symlink() else None
         ours = {MANIFEST_NAME, *document["files"]}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

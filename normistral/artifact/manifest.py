@@ -28,7 +28,7 @@ MANIFEST_NAME = "normistral.json"
 # What an older one described reads the same.
 SCHEMA_VERSION = 6
 HASHED_AT_LOAD_BYTES = 16 * 2**20  # smaller files are hashed at every load; of larger ones only the size is checked
-_MAX_MANIFEST_BYTES = 4 * 2**20
+MAX_MANIFEST_BYTES = 4 * 2**20
 _CHECKSUM = re.compile(rb'("checksum": ")([0-9a-f]{64})(")')
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
@@ -265,8 +265,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder} has no {MANIFEST_NAME}: it is not a whole artifact",
                 "make one with: normistral export MODEL OUTPUT",
             )
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise ArtifactError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes", "export the model again")
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes", "export the model again")
         raw = path.read_bytes()
     except OSError as exc:
         raise ArtifactError(f"cannot read {path}: {exc.strerror}", "check the folder's permissions") from exc

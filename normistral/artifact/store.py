@@ -19,7 +19,7 @@ from normistral.artifact.extra_files import find_copy, find_foreign_files, parse
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
 from normistral.artifact.presets import PRESETS, Preset, find_preset
 from normistral.errors import ArtifactError, ModelNotFoundError, UsageError
-from normistral.files import checked, explain, mount_points, remove_own_folder
+from normistral.files import checked, explain, make_own_folder, mount_points, remove_own_folder
 
 
 class StoredArtifact(NamedTuple):
@@ -164,16 +164,20 @@ def folder_bytes(folder: Path) -> int:
 def remove_artifact(folder: Path) -> None:
     """Remove an artifact from the store. Links in it are removed, what they lead to is not.
 
-    It is renamed first: what a kill leaves is hidden, and never half an artifact under its name.
+    It is moved into a folder as an export's first, which an export to its name and `rm` remove: what a kill leaves is
+    never half an artifact under its name.
 
     Raises:
         UsageError: as `check_removable`.
         OSError: it cannot be removed.
     """
     check_removable(folder)
-    hidden = folder.with_name(f".{folder.name}.removed-{os.urandom(4).hex()}")
-    folder.rename(hidden)
-    remove_own_folder(hidden, first=(MANIFEST_NAME,))
+    hidden = folder.with_name(f".{folder.name}.partial-{os.urandom(4).hex()}")
+    make_own_folder(hidden)
+    try:
+        folder.rename(hidden / "artifact")
+    finally:
+        remove_own_folder(hidden, first=(f"artifact/{MANIFEST_NAME}",))
 
 
 def default_output(model_name: str, weights: str, format: str) -> Path:

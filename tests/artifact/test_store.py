@@ -1,5 +1,6 @@
 """The local store: names, paths and what is said when there is nothing."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -184,10 +185,12 @@ def test_what_is_no_artifact_of_ours_is_not_removed(home: Path, tmp_path: Path) 
     (home / "notes" / "mine.txt").write_text("x")
     write_artifact(tmp_path / "elsewhere")
     (home / "link").symlink_to(tmp_path / "elsewhere")
-    for name in ("plain", "file", "notes", "link"):
+    (home / "fifo").mkdir()
+    os.mkfifo(home / "fifo" / "normistral.json")  # nobody waits for it
+    for name in ("plain", "file", "notes", "link", "fifo"):
         with pytest.raises(UsageError, match="is not removed"):
             store.remove_artifact(store.find_stored(name))
-    assert sorted(path.name for path in home.iterdir()) == ["file", "link", "notes", "plain"]
+    assert sorted(path.name for path in home.iterdir()) == ["fifo", "file", "link", "notes", "plain"]
     assert (tmp_path / "elsewhere" / "normistral.json").is_file()
 
 

@@ -1,14 +1,19 @@
 """list, show and rm; names of presets; and the offer to make what is not there yet."""
 
+import errno
 import json
 import re
 from contextlib import suppress
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fork_server import run_forked
 from pseudo_terminal import Terminal
 from scripted_cli import DEMO, HELPERS, command, make_artifact
 
+from normistral.artifact import store
+from normistral.artifact.manifest import read_manifest
 from normistral.cli import main
 from normistral.export.staging import stage
 from normistral.files import make_own_folder
@@ -114,6 +119,23 @@ def test_rm_takes_an_artifact_and_what_an_export_kept_for_its_place(own_store, c
     leave_kept(own_store / "mitt")
     assert main(["rm", "--yes", "mitt"]) == 0
     assert capsys.readouterr().err == "removed mitt (20.8 MB)\n"
+    assert not any(own_store.iterdir())
+
+
+def test_a_removal_that_fails_changes_nothing_and_one_that_is_killed_is_listed(own_store, monkeypatch, capsys):
+    make_artifact(own_store / "mitt")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", Mock(side_effect=PermissionError(errno.EACCES, "no")))  # a read-only artifact
+        assert main(["rm", "--yes", "mitt"]) == 1
+    assert [path.name for path in own_store.iterdir()] == ["mitt"]
+    read_manifest(own_store / "mitt")
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "remove_own_folder", Mock(side_effect=KeyboardInterrupt))
+        assert main(["rm", "--yes", "mitt"]) == 130
+    assert main(["list", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["artifacts"], [one["name"] for one in document["unfinished"]]) == ([], ["mitt"])
+    assert main(["rm", "--yes", "mitt"]) == 0
     assert not any(own_store.iterdir())
 
 
