@@ -1,6 +1,7 @@
 """The form of a bundle, and its check: signature, headers, sums. First half of the install.py in every bundle.
 
-`pack.installer_source` puts install.py behind it, so it needs the standard library alone.
+`pack.installer_source` puts install.py behind it, so it needs the standard library alone. Both keep to the syntax of
+Python 3.6, which python3 still is on some systems: an older Python has to get as far as the line that says so.
 """
 
 import sys
@@ -154,21 +155,23 @@ def _read_members(reader: "_Reader") -> tuple[dict[str, Member], dict[str, bytes
     """
     members: dict[str, Member] = {}
     texts: dict[str, bytes] = {}
-    while any(header := reader.read(BLOCK)):
+    header = reader.read(BLOCK)
+    while any(header):
         name, size = _read_name_and_size(reader, header)
         if name in members:
             raise damaged(f"it holds {name} twice")
         if name in (SUMS, DESCRIPTION) and size > _MAX_TEXT_BYTES:
             raise damaged(f"its {name} is too large")
         offset, digest = reader.position, hashlib.sha256()
-        while rest := offset + size - reader.position:
-            block = reader.read(min(rest, READ_BYTES))
+        while reader.position < offset + size:
+            block = reader.read(min(offset + size - reader.position, READ_BYTES))
             digest.update(block)
             if name in (SUMS, DESCRIPTION):
                 texts[name] = texts.get(name, b"") + block
         members[name] = Member(offset, size, digest.hexdigest())
         if any(reader.read(-size % BLOCK)):
             raise damaged(f"there is something behind {name}")
+        header = reader.read(BLOCK)
     if header + reader.up_to(BLOCK + 1) != END:
         raise damaged("its end is not where it should be")
     for name in (SUMS, DESCRIPTION, INSTALLER, SBOM):

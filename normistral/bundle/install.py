@@ -161,10 +161,12 @@ def _unpack(bundle: Bundle, folder: str, target: Path) -> None:
             stream.seek(member.offset)
             digest, left = hashlib.sha256(), member.size
             with (target / name.removeprefix(folder)).open("xb") as file:
-                while block := stream.read(min(left, READ_BYTES)):
+                block = stream.read(min(left, READ_BYTES))
+                while block:
                     digest.update(block)
                     file.write(block)
                     left -= len(block)
+                    block = stream.read(min(left, READ_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
             if digest.hexdigest() != member.sha256:

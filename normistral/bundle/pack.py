@@ -119,11 +119,13 @@ def _check_arguments(artifact: Path, file: Path, options: BundleOptions) -> None
     name = artifact.resolve().name
     if name.startswith(".") or not check.is_member_name(check.ARTIFACT + name):
         raise UsageError(f"an artifact of the name {name!r} could not be installed", "rename its folder")
+    if file.absolute().parent.resolve() == artifact.resolve():  # perhaps one of its own files
+        raise UsageError(f"{file} is in the artifact's folder", "name a FILE elsewhere")
     signature_file = file.with_name(file.name + archive.SUFFIX)
     for place in (file, signature_file):  # an old signature is removed even where no new one is written
         require_place(place)
-    if os.path.lexists(file) and not options.force:
-        raise UsageError(f"{file} exists already", "choose another FILE, or replace it with --force")
+        if os.path.lexists(place) and not options.force:
+            raise UsageError(f"{place} exists already", "choose another FILE, or replace it with --force")
     if options.wheels is not None and not options.wheels.is_dir():
         raise UsageError(f"there is no folder {options.wheels}", "give the folder that holds the wheels")
     if options.key is not None:

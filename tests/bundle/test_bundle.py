@@ -223,6 +223,10 @@ def test_a_file_that_is_there_is_replaced_only_by_force_and_loses_its_signature(
     make_bundle(artifact, file, dataclasses.replace(options, force=True))
     assert names(file)[:4] == ["SHA256SUMS", "install.py", "bundle.json", "sbom.cdx.json"]
     assert not (tmp_path / "a.tar.sig").exists()
+    (tmp_path / "b.tar.sig").write_text("of a bundle that is elsewhere")
+    refused(UsageError, artifact, options, tmp_path / "b.tar", "b.tar.sig exists already")
+    forced = dataclasses.replace(options, force=True)
+    refused(UsageError, artifact, forced, artifact / "model.bin", "is in the artifact's folder")
 
 
 @pytest.mark.parametrize("name", ["model.bin", "config.json"])
