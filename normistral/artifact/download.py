@@ -163,6 +163,8 @@ def _read_manifest(repository: Repository, listing: Listing) -> bytes:
             raw += block
             if len(raw) > listed.size:
                 break
+        if len(raw) < listed.size:
+            raise ConnectionBrokenError("it ended early")
     except ConnectionBrokenError as exc:
         raise DownloadError(f"the connection to {host_of(repository.address)} broke off ({exc})", IT_CONTINUES) from exc
     if listed.digest not in (git_blob_id(len(raw), BytesIO(raw)), hashlib.sha256(raw).hexdigest()):

@@ -94,9 +94,12 @@ def host_of(address: str) -> str:
 
 
 def may_carry_token(address: str) -> bool:
-    """Whether nobody on the way can read what is sent there: HTTPS, or this very machine."""
+    """Whether nobody on the way can read what is sent there: HTTPS, or this very machine and no proxy before it."""
     parts = urllib.parse.urlsplit(address)
-    return parts.scheme == "https" or parts.hostname in ("127.0.0.1", "::1", "localhost")
+    if parts.scheme == "https":
+        return True
+    proxied = "http" in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.netloc)
+    return parts.hostname in ("127.0.0.1", "::1", "localhost") and not proxied
 
 
 def is_commit(text: object) -> TypeGuard[str]:
@@ -160,7 +163,7 @@ class Repository:
             raise DownloadError(f"{name} is not on this machine, and HF_HUB_OFFLINE is set", "unset it to fetch it")
         self.name, self.address = name, address
         self._token = find_token() if may_carry_token(address) else None
-        self._opener = urllib.request.build_opener(_NoRedirects(), urllib.request.HTTPSHandler(context=_trust()))
+        self._opener = _make_opener()
 
     @property
     def host(self) -> str:
@@ -178,7 +181,9 @@ class Repository:
         try:
             with self._open(path, 0) as response:
                 raw = response.read(_MAX_LISTING_BYTES + 1)
-        except (ConnectionBrokenError, OSError, http.client.HTTPException) as exc:
+                if response.length and len(raw) <= _MAX_LISTING_BYTES:
+                    raise ConnectionBrokenError("it ended early")
+        except ConnectionBrokenError as exc:
             raise self.no_connection(exc) from exc
         if len(raw) > _MAX_LISTING_BYTES:
             raise self.protocol_error("lists more than a model has")
@@ -202,15 +207,12 @@ class Repository:
             ModelNotFoundError, DownloadError: as `list_files`.
         """
         path = f"/{self.name}/resolve/{commit}/{urllib.parse.quote(name, safe='')}"
-        try:
-            with self._open(path, start, retried=True) as response:
-                part = response.headers.get("Content-Range", "")
-                if start and not (response.status == 206 and part.startswith(f"bytes {start}-")):
-                    raise PartialUnsupportedError
-                while block := response.read1(_BLOCK_BYTES):
-                    yield block
-        except (OSError, http.client.HTTPException) as exc:
-            raise ConnectionBrokenError(_reason(exc)) from exc
+        with self._open(path, start, retried=True) as response:
+            part = response.headers.get("Content-Range", "")
+            if start and not (response.status == 206 and part.startswith(f"bytes {start}-")):
+                raise PartialUnsupportedError
+            while block := response.read1(_BLOCK_BYTES):
+                yield block
 
     def protocol_error(self, what: str) -> DownloadError:
         """The error for an answer that no hub would give."""
@@ -224,25 +226,36 @@ class Repository:
 
         Args:
             retried: the caller tries again, so that a failure of the server counts as a broken connection.
+
+        Raises:
+            ConnectionBrokenError: here, or while the answer is read.
         """
-        address = self.address + path
+        address = first = self.address + path
         for _ in range(_MAX_REDIRECTS + 1):
             try:
                 response = self._opener.open(self._request(address, start), timeout=_SILENCE_S)
             except urllib.error.HTTPError as exc:
                 exc.close()
                 if exc.code >= 500 and retried:
-                    raise ConnectionBrokenError(f"HTTP {exc.code}") from exc
+                    raise self._broken(address, f"HTTP {exc.code}") from exc
                 if exc.code not in _REDIRECTS:
-                    self._refused(exc)
+                    self._refused(exc, address)
                 address = self._redirected(address, exc.headers.get("Location", ""))
                 continue
             except (ValueError, http.client.InvalidURL) as exc:  # an address that is none
+                if address == first:  # `exc` may tell the password of a proxy
+                    raise UsageError(
+                        f"{self.host} cannot be asked: its address, or a proxy's, is none",
+                        "check HF_ENDPOINT, HTTPS_PROXY and HTTP_PROXY",
+                    ) from None
                 raise self.protocol_error("redirects to no address") from exc
             except (OSError, http.client.HTTPException) as exc:
-                raise ConnectionBrokenError(_reason(exc)) from exc
-            with response:
-                yield response
+                raise self._broken(address, _reason(exc)) from exc
+            try:
+                with response:
+                    yield response
+            except (OSError, http.client.HTTPException) as exc:
+                raise self._broken(address, _reason(exc)) from exc
             return
         raise self.protocol_error("redirects again and again")
 
@@ -255,6 +268,11 @@ class Repository:
         if self._token is not None and _origin(address) == _origin(self.address):
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         return request
+
+    def _broken(self, address: str, reason: str) -> ConnectionBrokenError:
+        """The error of a connection: which host it was to, if the hub had redirected there."""
+        host = host_of(address)
+        return ConnectionBrokenError(reason if host == host_of(self.address) else f"{host}: {reason}")
 
     def _redirected(self, address: str, location: str) -> str:
         try:
@@ -286,8 +304,13 @@ class Repository:
             f"check the spelling; for a private one {LOG_IN}",
         )
 
-    def _refused(self, exc: urllib.error.HTTPError) -> NoReturn:
-        code = exc.headers.get("X-Error-Code", "")
+    def _refused(self, exc: urllib.error.HTTPError, address: str) -> NoReturn:
+        code, host = exc.headers.get("X-Error-Code", ""), host_of(address)
+        if not code and host != host_of(self.address):  # no hub, but a store of files, or a filter in between
+            raise DownloadError(
+                f"{host}, where {self.host} redirects to, answered HTTP {exc.code} for {self.name}",
+                "see whether this network lets it through; otherwise try again later",
+            ) from exc
         if code == "RevisionNotFound":
             raise self.no_revision() from exc
         if code == "EntryNotFound":
@@ -392,11 +415,19 @@ class FileDownload:
         self._reported = max(self._reported, self._stream.tell())
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects to `Repository`."""
-
-    def redirect_request(self, *arguments: object) -> None:
-        """None: the redirect is an HTTPError."""
+def _make_opener() -> urllib.request.OpenerDirector:
+    """For HTTP alone, and without urllib's own redirects: those are `Repository`'s."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.UnknownHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(context=_trust()),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener
 
 
 def _trust() -> ssl.SSLContext:
@@ -442,5 +473,7 @@ def _reason(exc: Exception) -> str:
     if isinstance(reason, TimeoutError):
         return "no answer"
     if isinstance(reason, OSError):
-        return reason.strerror or type(reason).__name__
+        return reason.strerror or str(reason) or type(reason).__name__
+    if isinstance(reason, str):
+        return reason
     return str(exc) if isinstance(exc, ConnectionBrokenError) else type(exc).__name__

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +48,7 @@ from normistral.errors import (
     UsageError,
 )
 from normistral.evaluation.metrics import Estimate
+from normistral.export.staging import Unfinished, find_unfinished
 from normistral.files import locked, make_own_folder
 from normistral.progress import NoProgress
 
@@ -212,6 +214,13 @@ def test_a_connection_that_always_breaks(hub: LoopbackHub, home: Path) -> None:
     find_or_download(NAME)
     assert hub.asked_for(BIG)[-1].endswith("bytes=10000-")
     assert len(hub.asked_for("config.json")) == 1
+
+
+def test_listing_or_manifest_that_end_early(hub: LoopbackHub) -> None:
+    hub.cut = {"": [100], "normistral.json": [100]}
+    assert "no connection to 127.0.0.1" in refusal(DownloadError).message
+    assert "broke off (it ended early)" in refusal(DownloadError).message
+    find_or_download(NAME)
 
 
 def test_a_hub_that_sends_no_parts_and_always_breaks(
@@ -510,6 +519,34 @@ def test_the_token_stays_with_the_hub(
     assert "hf_secret" not in shown.out + shown.err
 
 
+def test_what_another_host_answers_is_not_taken_for_the_hubs_word(hub: LoopbackHub, elsewhere: Any) -> None:
+    address, _, answers = elsewhere
+    answers.append(lambda handler: handler.send_error(404))
+    hub.redirect = f"{address}/blob"
+    host = address.removeprefix("http://")
+    assert f"{host}, where 127.0.0.1:" in refusal(DownloadError).message
+    hub.redirect = "http://127.0.0.1:9/blob"
+    assert "broke off (127.0.0.1:9: " in refusal(DownloadError).message
+
+
+def test_proxies_see_no_token_and_no_message_shows_their_password(
+    elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, seen, answers = elsewhere
+    answers.append(lambda handler: handler.send_error(403))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("http_proxy", address)
+    refusal(DownloadError)
+    assert seen
+    assert "Authorization" not in seen[0]
+    monkeypatch.setenv("http_proxy", "user:secret")
+    error = refusal(UsageError)
+    assert "HTTP_PROXY" in error.hint
+    assert "secret" not in "".join(traceback.format_exception(error))
+
+
 def test_the_token_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert hub_module.may_carry_token("https://huggingface.co")
     assert not hub_module.may_carry_token("http://huggingface.co")
@@ -582,7 +619,8 @@ def test_rm_takes_the_name_and_what_was_left(hub: LoopbackHub, home: Path) -> No
     refusal(DownloadError)
     assert [*home.iterdir()] == [home / f".{COPY}.download"]
     with locked(home / f".{COPY}.lock"):
-        assert main(["rm", NAME, "--yes"]) == 2
+        assert main(["rm", NAME, "--yes"]) == main(["rm", COPY, "--yes"]) == 2
+    assert find_unfinished(home) == {COPY: Unfinished(18, False)}
     assert main(["rm", NAME, "--yes"]) == 0
     assert [*home.iterdir()] == []
 

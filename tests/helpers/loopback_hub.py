@@ -38,7 +38,7 @@ class LoopbackHub:
     Attributes:
         files: contents by name.
         status: HTTP status for every request to the repository, with the hub's error code; None is the normal answer.
-        cut: close the connection after this many bytes of a body, this many times; by file name.
+        cut: close the connection after this many bytes of a body, this many times; by file name, "" for the listing.
         swapped: bytes that are sent instead of a file's own.
         headers: of every answer about a file, over the right ones; a lie.
         listed: fields of a file's entry in the listing, over the right ones, by file name; a lie.
@@ -139,7 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         if match[2] not in hub.revisions:
             return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         if api:
-            return self._send(200, json.dumps(self._listing()).encode(), {"Content-Type": "application/json"}, body)
+            listing = json.dumps(self._listing()).encode()
+            return self._send(200, listing, {"Content-Type": "application/json"}, body, hub.cut.get(""))
         assert file is not None
         if file[3] not in hub.files:
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, body)
