@@ -126,7 +126,7 @@ class ClosedError(NormistralError):
 # Hints of several errors. This package is on no package index yet: a release is a wheel file, or a checkout. pip adds
 # an extra to an installed package by the package's name all the same.
 
-EXPORT_AGAIN = "export the model again, or copy the artifact again"
+EXPORT_AGAIN = "export, copy or download it again (normistral rm NAME removes it)"
 SOURCE = "a wheel's file, or . in a checkout"
 UPGRADE = f"install a newer normistral: pip install --upgrade SOURCE, which is {SOURCE}"
 REINSTALL = f"install it again: pip install --force-reinstall --no-deps SOURCE, which is {SOURCE}"

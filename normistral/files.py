@@ -355,6 +355,19 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of this name. For the moment of the look nobody else can take it."""
+    try:
+        if path.exists():
+            with locked(path):
+                pass
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def _take(path: Path) -> int:
     while True:
         descriptor = open_file(path, os.O_RDWR | os.O_CREAT, follow=False)

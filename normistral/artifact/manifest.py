@@ -266,7 +266,7 @@ def read_manifest(folder: Path) -> Manifest:
                 "make one with: normistral export MODEL OUTPUT",
             )
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ArtifactError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes", "export the model again")
+            raise ArtifactError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes", EXPORT_AGAIN)
         raw = path.read_bytes()
     except OSError as exc:
         raise ArtifactError(f"cannot read {path}: {exc.strerror}", "check the folder's permissions") from exc

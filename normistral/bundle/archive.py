@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from normistral.bundle.check import BLOCK, END, NAMESPACE, SUMS, is_member_name, member_header, sums_line
-from normistral.errors import ArtifactError, MissingExtraError, NormistralError, UsageError, first_line
+from normistral.errors import EXPORT_AGAIN, ArtifactError, MissingExtraError, NormistralError, UsageError, first_line
 from normistral.progress import OnBytes, ignore_bytes
 
 SUFFIX = ".sig"
@@ -82,8 +82,7 @@ def write_archive(stream: BinaryIO, entries: list[ArchiveEntry], on_bytes: OnByt
             on_bytes(len(block))
         if written != entry.size or digest.hexdigest() != entry.sha256:
             raise ArtifactError(
-                f"{entry.source if isinstance(entry.source, Path) else entry.name} is not as its sum says",
-                "export the model again, or copy the artifact again",
+                f"{entry.source if isinstance(entry.source, Path) else entry.name} is not as its sum says", EXPORT_AGAIN
             )
         write(bytes(-entry.size % BLOCK))
     write(END)

@@ -25,7 +25,7 @@ from normistral.commands.console import format_columns, is_verbose
 from normistral.commands.find_artifact import find
 from normistral.commands.options import ArtifactName, Debug, Verbose
 from normistral.commands.progress import show_progress
-from normistral.errors import ArtifactError, UsageError
+from normistral.errors import EXPORT_AGAIN, ArtifactError, UsageError
 from normistral.files import explain
 from normistral.progress import format_bytes
 
@@ -58,9 +58,7 @@ def info(
             console.print_lines(problems or [f"all {len(manifest.files)} files are as they were exported"])
             console.print_lines(_card_lines(folder))
     if problems:
-        raise ArtifactError(
-            f"{folder} has {len(problems)} damaged or missing files", "export the model again, or copy it again"
-        )
+        raise ArtifactError(f"{folder} has {len(problems)} damaged or missing files", EXPORT_AGAIN)
 
 
 def _card_lines(folder: Path) -> Iterator[str]:

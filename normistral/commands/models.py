@@ -22,7 +22,7 @@ from normistral.commands.info import info_document
 from normistral.commands.options import ArtifactName, Debug, Verbose, complete_stored
 from normistral.commands.translate import translate
 from normistral.errors import UsageError
-from normistral.export.staging import discard_unfinished, find_unfinished
+from normistral.export.staging import Unfinished, discard_unfinished, find_unfinished
 from normistral.files import sha256_file
 from normistral.progress import format_bytes
 
@@ -112,7 +112,10 @@ def _store_document(folder: Path, artifacts: list[StoredArtifact]) -> dict[str, 
     return {
         "store": str(folder),
         "artifacts": [_artifact_document(*artifact) for artifact in artifacts],
-        "unfinished": [{"name": name, "bytes": size} for name, size in find_unfinished(folder).items()],
+        "unfinished": [
+            {"name": name, "bytes": size, "running": is_running}
+            for name, (size, is_running) in find_unfinished(folder).items()
+        ],
     }
 
 
@@ -124,8 +127,12 @@ def _store_lines(folder: Path, artifacts: list[StoredArtifact]) -> Iterator[str]
         yield translate(f"Make one with: {PRESETS[0].export_command}")
     if unfinished := find_unfinished(folder):
         yield ""
-        yield translate("Unfinished exports: the same command goes on, or begins anew; rm NAME frees the disk")
-        yield format_columns([(name, format_bytes(size)) for name, size in unfinished.items()], indent=2)
+        yield translate("Unfinished: the same command goes on, or begins anew; rm NAME frees the disk")
+        rows = [
+            (name, format_bytes(size), translate("running") if is_running else "")
+            for name, (size, is_running) in unfinished.items()
+        ]
+        yield format_columns(rows, indent=2)
 
 
 def _table_lines(artifacts: list[StoredArtifact]) -> Iterator[str]:
@@ -208,8 +215,8 @@ def rm(
 ) -> None:
     """Remove models from the local store, to free disk space.
 
-    Only artifacts of the store are removed, by their names, with what unfinished exports of these names left; folders
-    with other files in them, and links, are refused.
+    Only artifacts of the store are removed, by their names, with what unfinished exports and downloads of these names
+    left; folders with other files in them, and links, are refused.
     """
     from normistral.runtime.tuned import forget_tuned
 
@@ -218,7 +225,10 @@ def rm(
         return
     unfinished = find_unfinished(store.artifacts_dir())
     folders = [_find_removable(name, unfinished) for name in given]
-    sizes = {folder: format_bytes(store.folder_bytes(folder) + unfinished.get(folder.name, 0)) for folder in folders}
+    none = Unfinished(0, False)
+    sizes = {
+        folder: format_bytes(store.folder_bytes(folder) + unfinished.get(folder.name, none).size) for folder in folders
+    }
     if not yes:
         if not console.is_terminal(sys.stdin):
             raise UsageError("nobody is there to be asked whether to remove", "add --yes")
@@ -238,7 +248,7 @@ def rm(
 
 
 def _find_removable(name: str, unfinished: Container[str]) -> Path:
-    """The artifact's folder in the store, or the one that an unfinished export was to make."""
+    """The artifact's folder in the store, or the one that an unfinished export or download was to make."""
     folder = store.artifacts_dir() / name
     if name in unfinished and not os.path.lexists(folder):
         return folder

@@ -31,6 +31,7 @@ from normistral.artifact.hub import (
 )
 from normistral.artifact.manifest import (
     MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
     FileRecord,
     Manifest,
     find_problems,
@@ -134,6 +135,12 @@ def plan_publication(
         if private and not is_private:
             raise UsageError(f"{repository} is there and public", "leave --private out, or choose another name")
         old = set() if commit is None else _require_artifact(repository, address, commit, listed)
+        if commit is not None and is_sealed(card) and old and CARD_NAME in listed:
+            there = _read_there(repository, address, CARD_NAME, commit)
+            if not is_sealed(there):
+                progress.note(f"{CARD_NAME} of {repository} was rewritten there, and stays as it is")
+                card, licence = there, card_licence(there) or licence
+                files[CARD_NAME] = FileRecord(len(card), hashlib.sha256(card).hexdigest())
         texts = {CARD_NAME: card, MANIFEST_NAME: raw}
         missing = [
             name
@@ -257,10 +264,24 @@ def _require_artifact(repository: str, address: str, commit: str, listed: dict[s
             f"{repository} is taken: it holds {others[0]}, and is no artifact of normistral", "choose another name"
         )
     try:
-        raw = b"".join(Repository(repository, address).read(MANIFEST_NAME, commit, 0))
-        return set(parse_manifest(raw).files)
-    except (ArtifactError, ConnectionBrokenError) as exc:
+        return set(parse_manifest(_read_there(repository, address, MANIFEST_NAME, commit)).files)
+    except ArtifactError as exc:
         raise PublishError(f"the {MANIFEST_NAME} of {repository} cannot be read: {exc}", "choose another name") from exc
+
+
+def _read_there(repository: str, address: str, name: str, commit: str) -> bytes:
+    """A small file that the repository has."""
+    raw = b""
+    try:
+        for block in Repository(repository, address).read(name, commit, 0):
+            raw += block
+            if len(raw) > MAX_MANIFEST_BYTES:
+                raise PublishError(
+                    f"the {name} of {repository} is larger than {MAX_MANIFEST_BYTES} bytes", "shorten it"
+                )
+        return raw
+    except ConnectionBrokenError as exc:
+        raise PublishError(f"the {name} of {repository} cannot be read: {exc}", _AGAIN) from exc
 
 
 def _is_there(listed: RemoteFile | None, record: FileRecord, path: Path, text: bytes | None) -> bool:

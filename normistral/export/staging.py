@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from normistral.artifact.extra_files import find_foreign_files
 from normistral.artifact.manifest import MANIFEST_NAME
@@ -36,6 +37,7 @@ from normistral.files import (
     checked,
     explain,
     flush_to_disk,
+    is_locked,
     is_own_folder,
     locked,
     make_own_folder,
@@ -45,12 +47,19 @@ from normistral.files import (
 )
 from normistral.hardware import free_disk_bytes
 
-_KINDS = ("partial", "kept")
-_NEIGHBOUR = re.compile(rf"\.(?P<output>.+)\.(?P<kind>{'|'.join(_KINDS)})-[0-9a-f]{{8}}", re.DOTALL)
+_KINDS = ("partial", "kept", "download")  # the last is `artifact.download`'s
+_NEIGHBOUR = re.compile(rf"\.(?P<output>.+)\.(?P<kind>{'|'.join(_KINDS)})(-[0-9a-f]{{8}})?", re.DOTALL)
 _REPLACED = "replaced"
 _FULL_BELOW_BYTES = 2**20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BY_HAND = "choose another OUTPUT, or remove this one yourself"
+
+
+class Unfinished(NamedTuple):
+    """What an export or download has made so far: bytes, and whether it is still running."""
+
+    size: int
+    is_running: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +81,15 @@ def check_output(output: Path, *, force: bool) -> None:
     """Refuse an OUTPUT that must not be written or replaced.
 
     Raises:
-        UsageError: it exists and `force` is off; or `force` is on and it holds something that no export made.
+        UsageError: it exists and `force` is off; or `force` is on and it holds something that no export made; or
+            another process is writing it.
     """
+    _check_place(output, force=force)
+    if is_locked(_lock_file(output)):
+        raise _is_written(output)
+
+
+def _check_place(output: Path, *, force: bool) -> None:
     if output.name in ("", ".."):
         raise UsageError(f"{output} cannot be the name of a new folder", "name a folder that does not exist yet")
     try:
@@ -124,7 +140,7 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
     When the block raises (`KeyboardInterrupt` included) everything but `kept` is removed and OUTPUT is untouched.
 
     Raises:
-        UsageError: as `check_output`, or another export is writing the same OUTPUT.
+        UsageError: as `check_output`.
         ResourceError: the disk is full.
     """
     output = output.absolute()
@@ -132,7 +148,7 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
         _make_parent(output)
         with _lock(output):
             _remove_neighbours(output, "partial")
-            check_output(output, force=force)  # now that nobody else can change it
+            _check_place(output, force=force)  # now that nobody else can change it
             folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
             staging = Staging(folder / "artifact", folder / "workspace", _choose_kept(output))
             try:
@@ -147,8 +163,8 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
                 _remove(folder)
 
 
-def find_unfinished(parent: Path) -> dict[str, int]:
-    """What exports left in `parent` that were interrupted, or are still running: bytes by the name of their OUTPUT.
+def find_unfinished(parent: Path) -> dict[str, Unfinished]:
+    """What exports and downloads in `parent` were interrupted or are still running, by the name of their OUTPUT.
 
     Args:
         parent: a folder of artifacts; it need not exist.
@@ -159,14 +175,14 @@ def find_unfinished(parent: Path) -> dict[str, int]:
         with suppress(FileNotFoundError):  # a running export removes files meanwhile
             size = folder_bytes(folder)
         sizes[name] = sizes.get(name, 0) + size
-    return dict(sorted(sizes.items()))
+    return {name: Unfinished(size, is_locked(_lock_file(parent / name))) for name, size in sorted(sizes.items())}
 
 
 def discard_unfinished(output: Path) -> None:
-    """Remove what an interrupted export to `output` left; an older artifact of that name stays.
+    """Remove what an interrupted export or download to `output` left; an older artifact of that name stays.
 
     Raises:
-        UsageError: the export is still running, or this user may not write there.
+        UsageError: it is still running, or this user may not write there.
     """
     with _lock(output):
         for kind in _KINDS:
@@ -211,16 +227,22 @@ def _make_parent(output: Path) -> None:
         raise UsageError(f"cannot make the folder {output.parent}: {reason}", hint) from exc
 
 
+def _lock_file(output: Path) -> Path:
+    return output.parent / f".{output.name}.lock"
+
+
+def _is_written(output: Path) -> UsageError:
+    return UsageError(f"another process is writing {output}", "wait until it is done, or choose another OUTPUT")
+
+
 @contextmanager
 def _lock(output: Path) -> Iterator[None]:
     """Hold the lock of this OUTPUT; the kernel releases it if the process dies."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(output.parent / f".{output.name}.lock"))
+            stack.enter_context(locked(_lock_file(output)))
         except BlockingIOError as exc:
-            raise UsageError(
-                f"another export is writing {output}", "wait until it is done, or choose another OUTPUT"
-            ) from exc
+            raise _is_written(output) from exc
         except OSError as exc:
             if exc.errno in _NO_SPACE:
                 raise
@@ -230,7 +252,7 @@ def _lock(output: Path) -> Iterator[None]:
 
 
 def _leftovers(parent: Path) -> Iterator[tuple[str, str, Path]]:
-    """Folders of ours that exports left in `parent`: name of their OUTPUT, kind, path."""
+    """Folders of ours that exports and downloads left in `parent`: name of their OUTPUT, kind, path."""
     for path in parent.iterdir():
         if (found := _NEIGHBOUR.fullmatch(path.name)) and is_own_folder(path):
             yield found["output"], found["kind"], path

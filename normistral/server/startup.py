@@ -14,7 +14,7 @@ from typing import NamedTuple
 from normistral.artifact.artifact import Artifact
 from normistral.artifact.manifest import MANIFEST_NAME, Manifest
 from normistral.artifact.store import StoredArtifact, list_artifacts
-from normistral.errors import NormistralError, UsageError
+from normistral.errors import EXPORT_AGAIN, NormistralError, UsageError
 from normistral.hardware import available_memory_bytes
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.server.auth import Keys, read_keys
@@ -90,9 +90,7 @@ def find_artifacts(folders: Sequence[Path]) -> FoundArtifacts:
                 artifacts.append(one.path)
                 on_demand.append(place.name)
     if not artifacts:
-        raise UsageError(
-            f"no artifact can be used: {left_out[0]}", "export the model again, or copy the artifact again"
-        )
+        raise UsageError(f"no artifact can be used: {left_out[0]}", EXPORT_AGAIN)
     return FoundArtifacts(artifacts, frozenset(on_demand), left_out)
 
 

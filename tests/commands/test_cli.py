@@ -473,7 +473,7 @@ def test_info_check_finds_every_damaged_file(artifact, capsys, kind):
                 file.write(bytes([byte[0] ^ 1]))
     assert main(["info", str(artifact), "--check"]) == 1
     printed = capsys.readouterr()
-    assert printed.err.endswith("hint: export the model again, or copy it again\n")
+    assert printed.err.endswith("hint: export, copy or download it again (normistral rm NAME removes it)\n")
     assert "2 damaged or missing files" in printed.err
     assert sum(str(artifact / name) + " " in printed.out for name in (SMALL_FILE, BIG_FILE)) == 2
     assert main(["info", str(artifact), "--check", "--json"]) == 1

@@ -104,7 +104,9 @@ def test_what_an_interrupted_export_kept_is_listed_and_removed(own_store, capsys
     assert main(["list"]) == 0
     assert re.search(r"^  mitt\.v2  4 MB$", capsys.readouterr().out, re.M)
     assert main(["list", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["unfinished"] == [{"name": "mitt.v2", "bytes": 4_000_000}]
+    assert json.loads(capsys.readouterr().out)["unfinished"] == [
+        {"name": "mitt.v2", "bytes": 4_000_000, "running": False}
+    ]
     for name in ("v2", str(own_store / "mitt.v2"), kept.name):
         assert main(["rm", "--yes", name]) == 1
     assert kept.exists()
@@ -143,7 +145,9 @@ def test_rm_leaves_a_running_export_alone(own_store, capsys):
     make_artifact(own_store / "annet")
     with stage(own_store / "mitt", force=False):
         assert main(["rm", "--yes", "annet", "mitt"]) == 2
-        assert "another export is writing" in capsys.readouterr().err
+        assert "another process is writing" in capsys.readouterr().err
+        assert main(["list", "--json"]) == 0
+        assert [one["running"] for one in json.loads(capsys.readouterr().out)["unfinished"]] == [True]
     assert (own_store / "mitt").exists()
     assert (own_store / "annet").exists()
 

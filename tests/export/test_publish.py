@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,21 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
 
 def publish(artifact: Path, *options: str, name: str = NAME) -> int:
     return main(["publish", str(artifact), name, "--yes", *options])
+
+
+def test_a_card_that_was_rewritten_on_the_hub_stays(
+    hub: LoopbackHub, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(artifact)
+    hub.files["README.md"] = b"---\nlicense: mit\n---\n# Mine\n"
+    old = read_manifest(artifact)
+    write_manifest(artifact, replace(old, created="2026-11-30T00:00:00Z"))
+    assert publish(artifact) == 0
+    assert hub.uploads[-1] == ["normistral.json"]
+    assert "was rewritten there, and stays as it is" in capsys.readouterr().err
+    (artifact / "README.md").write_bytes(b"---\nlicense: mit\n---\n# Mine, in the folder\n")
+    assert publish(artifact) == 0
+    assert hub.files["README.md"] == (artifact / "README.md").read_bytes()
 
 
 def put(hub: LoopbackHub) -> list[str]:
@@ -227,6 +243,7 @@ def test_the_licence(hub: LoopbackHub, artifact: Path, capsys: pytest.CaptureFix
     assert publish(artifact) == 0
     assert hub.files["README.md"] == own
     (artifact / "README.md").unlink()
+    del hub.files["README.md"]  # that of the author's own would stay
     assert publish(artifact, "--base-model", "norallm/normistral-7b-warm") == 0
     assert b'license: "apache-2.0"' in hub.files["README.md"]
 

@@ -115,8 +115,10 @@ def test_an_output_without_a_usable_name_or_parent_is_refused(tmp_path):
 
 def test_a_second_export_to_the_same_output_is_refused(tmp_path):
     with stage(tmp_path / "out", force=False) as staged:
-        with pytest.raises(UsageError, match="another export is writing"), stage(tmp_path / "out", force=False):
+        with pytest.raises(UsageError, match="another process is writing"), stage(tmp_path / "out", force=False):
             pass
+        with pytest.raises(UsageError, match="another process is writing"):  # before an hour of downloading
+            check_output(tmp_path / "out", force=False)
         with stage(tmp_path / "other", force=False) as other:
             fill(other, "other")
         fill(staged, "new")
