@@ -11,7 +11,7 @@ from normistral.export.checkpoint.families import FAMILIES
 from normistral.export.checkpoint.families.llama import ROPE_FIELDS
 from normistral.export.checkpoint.fields import KnownField
 from normistral.export.checkpoint.generation_config import GENERATION_FIELDS
-from normistral.export.checkpoint.gguf import GGUF_FIELDS
+from normistral.export.checkpoint.gguf import GGUF_FIELDS, SAMPLING_PREFIX
 
 _HEAD = """# The fields of a checkpoint, and what becomes of each
 
@@ -47,7 +47,8 @@ def render() -> str:
         "\nOther types of scaling than these (longrope, ...) and positions that differ between layers are refused.\n"
     )
     page.append("\n## generation_config.json\n\n" + _table(GENERATION_FIELDS))
-    page.append("\n## GGUF\n\nKeys outside `llama.` and `tokenizer.` describe the file, and are harmless.\n\n")
+    page.append("\n## GGUF\n\nKeys outside `llama.`, `tokenizer.` and `general.sampling.` describe the file, and are ")
+    page.append("harmless.\n\n")
     page.append(_table(GGUF_FIELDS))
     page.append("\nRefused, of the keys that the package `gguf` knows:\n\n")
     page.append(", ".join(f"`{name}`" for name in model_keys() if name not in GGUF_FIELDS) + ".\n")
@@ -55,10 +56,11 @@ def render() -> str:
 
 
 def model_keys() -> list[str]:
-    """The keys of architecture and tokenizer that the package `gguf` knows."""
+    """The keys of architecture, tokenizer and sampling that the package `gguf` knows."""
     groups = [vars(group) for group in vars(Keys).values() if isinstance(group, type)]
     names = [value for group in groups for key, value in group.items() if isinstance(value, str) and key.isupper()]
-    wanted = {name.replace("{arch}", "llama") for name in names if name.startswith(("{arch}.", "tokenizer."))}
+    prefixes = ("{arch}.", "tokenizer.", SAMPLING_PREFIX)
+    wanted = {name.replace("{arch}", "llama") for name in names if name.startswith(prefixes)}
     return sorted(name for name in wanted if name != "tokenizer.chat_template.{name}")
 
 

@@ -21,6 +21,7 @@ from normistral.export.checkpoint.files import read_optional_json, recognise, wr
 from normistral.files import explain, read_input
 
 TEMPLATE_NAME = "chat_template.jinja"
+_FURTHER = "additional_chat_templates"  # a folder of transformers 4.51 and later: NAME.jinja
 _MAX_CHARACTERS = 256 * 2**10
 # What Go's text/template writes and jinja2 cannot read: {{ .Prompt }}, {{ if .System }}, {{ $last := 1 }}
 _GO = re.compile(r"\{\{-?\s*(?:(?:else\s+)?(?:if|range|with)\s+[^}]*?[.$][A-Za-z_]|\.[A-Z]\w*|\$\w*\s*:=|\$\.)")
@@ -105,13 +106,27 @@ def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
     return template
 
 
-def require_template(folder: Path) -> None:
+def require_template(view: Path, folder: Path, notes: list[str]) -> None:
     """Refuse a template of an unreadable form before transformers fails on it with a message of its own.
 
+    Templates beside the default one, which transformers takes by name, or for tools, are told in a note.
+
+    Args:
+        view: with the template's file, and tokenizer_config.json.
+        folder: the checkpoint's own, which may have further templates in files.
+
     Raises:
-        CheckpointError: as `find_template`.
+        CheckpointError: as `find_template`; or there are files of templates, and none is the default.
     """
-    find_template(folder, read_optional_json(folder / "tokenizer_config.json"))
+    settings = read_optional_json(view / "tokenizer_config.json")
+    find_template(view, settings)
+    further = {path.stem: None for path in sorted((folder / _FURTHER).glob("*.jinja"))}
+    if not (view / TEMPLATE_NAME).exists():
+        if further:  # transformers then leaves tokenizer_config.json's aside
+            _choose_default(further)
+        further = _by_name(settings.get("chat_template"))
+    if names := [ascii(name)[1:-1][:40] for name in further if name != "default"]:
+        notes.append(f"of several chat templates the default one is used, not: {', '.join(names[:5])}")
 
 
 def is_go_template(text: str) -> bool:
@@ -160,8 +175,7 @@ def override_template(view: Path, given: TemplateFile) -> None:
 
 def _choose_default(several: dict[Any, Any] | list[Any]) -> object:
     """The template called "default", as transformers takes it."""
-    if isinstance(several, list):
-        several = {item.get("name"): item.get("template") for item in several if isinstance(item, dict)}
+    several = _by_name(several)
     if "default" in several:
         return several["default"]
     names = ", ".join(ascii(name)[:40] for name in list(several)[:3])
@@ -169,6 +183,14 @@ def _choose_default(several: dict[Any, Any] | list[Any]) -> object:
         f"the checkpoint has several chat templates ({names or 'none with a name'}), but none is called default",
         f"put the one you want into {TEMPLATE_NAME}, or {_GIVE_ONE}",
     )
+
+
+def _by_name(several: object) -> dict[Any, Any]:
+    """tokenizer_config.json's chat_template, where it holds several: a dict, or a list of names and templates."""
+    if isinstance(several, list):
+        named = [item for item in several if isinstance(item, dict) and isinstance(item.get("name"), str)]
+        return {item["name"]: item.get("template") for item in named}
+    return several if isinstance(several, dict) else {}
 
 
 def _is_json(text: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from normistral.errors import CheckpointError, UsageError
 
 DOWNLOAD_AGAIN = "download or copy the file again"
+FOLLOW_LINKS = "copy the checkpoint again with its links followed (cp -rL), as one out of the hub's cache needs it"
 AS_PUBLISHED = "use a checkpoint whose config.json is as its authors published it"
 
 MAX_POSITIONS = 2**26
@@ -178,6 +179,10 @@ class IgnoredFields:
             del place[key]
             self.found.add(name)
         return kept
+
+    def without(self, document: Document) -> dict[str, Any]:
+        """A document less these fields, whether they may be ignored or not."""
+        return {key: value for key, value in document.items() if key not in self.names}
 
     def require_found(self) -> None:
         """Raise UsageError for a name that is in no file: it is mistyped, or no longer needed."""

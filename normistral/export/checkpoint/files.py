@@ -174,6 +174,12 @@ def _why_no_json(exc: ValueError | RecursionError) -> str:
 
 
 _ORIGINAL = "export the original checkpoint, from which it was made"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# transformers adds it, where peft is installed; a merged model that was saved in its adapter's folder has it already.
+MODEL_AND_ADAPTER = ForeignFile(
+    "a whole model with a LoRA adapter beside it, which may be merged into it or not",
+    f"if it is, remove {' or '.join(ADAPTER_WEIGHTS)}; if not, merge it first, with peft, and export what that saves",
+)
 _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".tmp")
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -230,13 +236,13 @@ def refuse_other_models(folder: Path, config: dict[str, Any], name: str = "") ->
     """Refuse a checkpoint whose config.json could be read, and that is another kind of model all the same.
 
     Args:
-        config: as it was read.
+        config: as it was read, less what is ignored.
         name: of the model, for the message; by default the folder's.
 
     Raises:
         CheckpointError: naming what it is.
     """
-    found = _adapter(folder) if (folder / "adapter_config.json").is_file() and not _has_weights(folder) else None
+    found = None
     if isinstance(config.get("text_config"), dict) or isinstance(config.get("vision_config"), dict):
         names = config.get("architectures")
         kind = names[0] if isinstance(names, list) and names else config.get("model_type")
@@ -247,10 +253,13 @@ def refuse_other_models(folder: Path, config: dict[str, Any], name: str = "") ->
         found = ForeignFile("a sentence-transformers model: it compares texts, and writes none", "give another model")
     elif method := _quantisation(folder, config):
         base = config.get("_name_or_path")
-        named = f" ({shorten(base)[1:-1]})" if isinstance(base, str) and "/" in base else ""
-        found = ForeignFile(
-            f"quantised already, by {method}", f"export the original checkpoint with its floating-point weights{named}"
-        )
+        hint = "export the original checkpoint with its floating-point weights"
+        hint += f" ({shorten(base)[1:-1]})" if isinstance(base, str) and "/" in base else ""
+        if config.get("quantization_config"):
+            hint += "; or, if these are floats again, with --ignore-field quantization_config"
+        found = ForeignFile(f"quantised already, by {method}", hint)
+    elif _has_weights(folder) and (folder / "adapter_config.json").is_file():
+        found = MODEL_AND_ADAPTER if any((folder / name).exists() for name in ADAPTER_WEIGHTS) else None
     if found is not None:
         raise CheckpointError(f"{name or folder.name} is {found.what}", found.hint)
 

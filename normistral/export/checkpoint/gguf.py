@@ -8,8 +8,8 @@ arithmetic of the quantised formats.
 The weights come out as float32, so nothing is lost on top of what the file's own quantisation lost.
 
 The metadata that is used, or without effect, is collected from the keys of the package `gguf`, and from what llama.cpp
-reads for its architecture "llama"; other keys are refused. Keys outside the architecture's and the tokenizer's own
-(`general.`, `quantize.`, ...) describe the file.
+reads for its architecture "llama"; other keys are refused. Keys outside the architecture's, the tokenizer's and those
+of sampling (`general.name`, `quantize.`, ...) describe the file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import math
 import re
 import shutil
 import struct
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from normistral.export.checkpoint.fields import (
     harmless_at,
     used,
 )
+from normistral.export.checkpoint.files import write_json
 from normistral.export.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from normistral.export.checkpoint.gguf_tokenizer import write_tokenizer
 from normistral.hardware import available_memory_bytes
@@ -71,7 +73,7 @@ def convert_gguf(
     progress: Progress,
     before_weights: Callable[[Path], None] = lambda folder: None,
 ) -> tuple[str, ...]:
-    """Write config.json, model.safetensors and tokenizer files into `folder`.
+    """Write config.json, generation_config.json, model.safetensors and tokenizer files into `folder`.
 
     Args:
         ignored: keys that were accepted knowingly, although they may change what the model computes.
@@ -97,6 +99,8 @@ def convert_gguf(
     folder.mkdir(parents=True, exist_ok=True)
     notes = write_tokenizer(gguf.metadata, folder)
     (folder / "config.json").write_text(json.dumps(described | {"torch_dtype": "float32"}, indent=2), encoding="utf-8")
+    if sampling := _sampling(gguf.metadata):
+        write_json(folder / "generation_config.json", sampling)
     before_weights(folder)
     with progress.stage("Unpacking the GGUF weights", sum(item.nbytes for item in sources.values()), "bytes") as stage:
         _write_weights(gguf, config, sources, folder / "model.safetensors", stage.advance)
@@ -106,6 +110,12 @@ def convert_gguf(
 def _config(gguf: GgufFile) -> dict[str, Any]:
     """The metadata as the config.json of a Llama model, or of a Mistral one when there is a sliding window."""
     metadata = gguf.metadata
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise UnsupportedArchitectureError(
+            f"{gguf.path.name} is of the type {ascii(kind)[:40]}, not a model",
+            "merge it into its base model, and export that" if kind == "adapter" else "give the model's own .gguf file",
+        )
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedArchitectureError(
@@ -166,6 +176,20 @@ def _linear_scaling(file: str, metadata: dict[str, Any]) -> dict[str, Any] | Non
         raise CheckpointError(f"{file} contradicts itself: {named[0]} and {named[1]} differ", _ORIGINAL)
     factor = factors.pop() if factors else 1.0
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _sampling(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The authors' settings of sampling, as generation_config.json has them: llama.cpp's converter reads that.
+
+    It leaves do_sample out: llama.cpp always samples, and has these for its defaults.
+    """
+    found: dict[str, Any] = {}
+    for key, name in _SAMPLING.items():
+        value = metadata.get(f"{SAMPLING_PREFIX}{key}")
+        if value is not None:  # a decimal number is kept in 32 bits: 0.3 comes back as 0.30000001192092896
+            is_array = isinstance(value, array)
+            found[name] = float(f"{value:.7g}") if isinstance(value, float) else list(value) if is_array else value
+    return found | {"do_sample": True} if found.keys() - {"repetition_penalty"} else found
 
 
 def _match_tensors(gguf: GgufFile, expected: Shapes) -> dict[str, GgufTensor]:
@@ -261,7 +285,15 @@ def _interleaved_to_halves(values: Any, heads: int) -> Any:
     return values.reshape(heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-ARCHITECTURE_PREFIX, TOKENIZER_PREFIX = "llama.", "tokenizer."
+ARCHITECTURE_PREFIX, TOKENIZER_PREFIX, SAMPLING_PREFIX = "llama.", "tokenizer.", "general.sampling."
+# llama.cpp's name of a setting -> transformers'
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 _SCALED = "positions that are scaled, which is not read from GGUF"
 _EXPERTS = "a mixture of experts"
 _MARKER = "a marker of a task; the vocabulary has it as a token"
@@ -277,6 +309,19 @@ def _is_trained_context(value: Any, metadata: Document) -> bool:
 GGUF_FIELDS: dict[str, KnownField] = {
     "general.architecture": used("has to be llama"),
     "general.alignment": used("where tensors begin"),
+    "general.type": used("has to be model"),
+    **{f"{SAMPLING_PREFIX}{key}": used(f"{name} of generation_config.json") for key, name in _SAMPLING.items()},
+    "general.sampling.penalty_last_n": KnownField(
+        "how far back the repetition penalty looks; here it is the whole text",
+        accepts=lambda value, metadata: value == -1 or metadata.get("general.sampling.penalty_repeat", 1.0) == 1.0,
+        values="-1, or any without a penalty",
+    ),
+    "general.sampling.sequence": harmless_at(reason="which samplers run, and in which order"),
+    "general.sampling.xtc_probability": harmless_at(0.0, reason="sampling without the likeliest tokens"),
+    "general.sampling.xtc_threshold": harmless("of xtc_probability"),
+    "general.sampling.mirostat": harmless_at(0, reason="sampling of even surprise"),
+    "general.sampling.mirostat_tau": harmless("of mirostat"),
+    "general.sampling.mirostat_eta": harmless("of mirostat"),
     "llama.vocab_size": KnownField(
         "rows of the embedding",
         accepts=lambda value, metadata: value == len(metadata.get("tokenizer.ggml.tokens") or ()),
@@ -369,8 +414,8 @@ GGUF_FIELDS: dict[str, KnownField] = {
 
 
 def describes_model(name: str) -> bool:
-    """Whether a key says anything about the arithmetic or the tokenizer; others describe the file."""
-    return name.startswith((ARCHITECTURE_PREFIX, TOKENIZER_PREFIX)) or name in GGUF_FIELDS
+    """Whether a key says anything about arithmetic, tokenizer or sampling; others describe the file."""
+    return name.startswith((ARCHITECTURE_PREFIX, TOKENIZER_PREFIX, SAMPLING_PREFIX)) or name in GGUF_FIELDS
 
 
 def known_keys(metadata: Mapping[str, Any]) -> dict[str, KnownField]:

@@ -41,6 +41,7 @@ from normistral.artifact.hub import (
 )
 from normistral.artifact.hub import endpoint as hub_endpoint
 from normistral.errors import CheckpointError, DownloadError, ModelNotFoundError, ResourceError, UsageError
+from normistral.export.checkpoint.files import ADAPTER_WEIGHTS, MODEL_AND_ADAPTER, recognise_folder
 from normistral.export.checkpoint.weights import find_weight_files
 from normistral.files import atomic_write, explain, open_file, read_file, sha256_file
 from normistral.progress import OnBytes, Progress, Stage
@@ -238,6 +239,12 @@ def download(
     except _UnreachableError as exc:
         return _open_cached(files, repository, revision, before_weights, progress, exc)
     wanted = _choose_files(hub, listing)
+    if (
+        "adapter_config.json" in wanted
+        and any(map(_WEIGHTS.fullmatch, wanted))
+        and listing.files.keys() & set(ADAPTER_WEIGHTS)
+    ):
+        raise CheckpointError(f"{repository} is {MODEL_AND_ADAPTER.what}", MODEL_AND_ADAPTER.hint)
     transfer = _Transfer(hub, listing.commit, files, cache, progress)
     hashes = transfer.fetch({n: f for n, f in wanted.items() if _SMALL.fullmatch(n)}, "Downloading configuration")
     folder = files.folder(listing.commit)
@@ -408,6 +415,8 @@ def _choose_weights(folder: Path, known: dict[str, RemoteFile], repository: str)
                     "tell the repository's owner, or give another --revision",
                 )
             return {name: known[name] for name in names}
+    if (found := recognise_folder(folder)) is not None:
+        raise CheckpointError(f"{repository} is {found.what}", found.hint)
     raise CheckpointError(
         f"{repository} has no weights in safetensors or torch format",
         "for a GGUF repository, download the .gguf file and give its path",

@@ -17,7 +17,7 @@ from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.artifact.presets import PRESETS, Preset, find_preset
 from normistral.errors import MissingExtraError, ModelNotFoundError, UsageError
 from normistral.export.checkpoint.families import find_family, sanitise_config
-from normistral.export.checkpoint.fields import IgnoredFields
+from normistral.export.checkpoint.fields import FOLLOW_LINKS, IgnoredFields
 from normistral.export.checkpoint.files import read_json, recognise_folder, refuse_other_models
 from normistral.export.checkpoint.hub import download
 from normistral.progress import Progress
@@ -100,8 +100,8 @@ def _on_hub(repository: str, revision: str | None, ignore_fields: Sequence[str],
                 "for a GGUF repository, download the .gguf file and give its path",
             )
         config = read_json(folder / "config.json")
-        refuse_other_models(folder, config, repository)
         ignored = IgnoredFields(tuple(ignore_fields))
+        refuse_other_models(folder, ignored.without(config), repository)
         sanitise_config(ignored.take_from(config, find_family(config).fields, "config.json"))
 
     snapshot = download(repository, revision, before_weights=refuse_unsupported, progress=progress)
@@ -127,6 +127,8 @@ def _local(path: Path) -> Located:
             f"{path} is an exported artifact already", "export the original checkpoint, or chat with this one"
         )
     if not (path / "config.json").exists():
+        if (path / "config.json").is_symlink():
+            raise ModelNotFoundError(f"{path / 'config.json'} is a link to a file that is missing", FOLLOW_LINKS)
         found = recognise_folder(path)
         if found is not None:
             raise ModelNotFoundError(f"{path} has no config.json: it is {found.what}", found.hint)

@@ -20,7 +20,7 @@ from normistral.errors import CheckpointError, ResourceError
 from normistral.export.checkpoint.chat_templates import TemplateFile, override_template, require_template, try_template
 from normistral.export.checkpoint.families import find_family, sanitise_config
 from normistral.export.checkpoint.families.base import Family
-from normistral.export.checkpoint.fields import IgnoredFields, check_fields, read_token_ids
+from normistral.export.checkpoint.fields import FOLLOW_LINKS, IgnoredFields, check_fields, read_token_ids
 from normistral.export.checkpoint.files import read_json, refuse_other_models, write_json
 from normistral.export.checkpoint.generation_config import GENERATION_FIELDS, read_sampling_defaults
 from normistral.export.checkpoint.gguf import convert_gguf
@@ -209,7 +209,8 @@ def _open_text(
         lay_out_tokenizer(folder, view, raw_config, family.model_type, notes)
         if given is not None:
             override_template(view, given)
-        require_template(view)
+        else:
+            require_template(view, folder, notes)
         tokenizer = load_tokenizer(view)
         added = complete_tokenizer(view, tokenizer, notes)
         ours = Tokenizer(load_backend(view / TOKENIZER_NAME))
@@ -292,7 +293,7 @@ def _read_config(
         raise CheckpointError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
     _require_inside(folder, "config.json")
     raw = read_json(folder / "config.json")
-    refuse_other_models(folder, raw)
+    refuse_other_models(folder, ignored.without(raw))
     family = find_family(raw)
     raw = ignored.take_from(raw, family.fields, "config.json")
     context = family.context_field
@@ -339,7 +340,7 @@ def _require_inside(folder: Path, name: str) -> None:
     try:
         target, root = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError) as exc:  # a dangling link, or a circle of them
-        raise CheckpointError(f"{name} is a link to a file that is missing", _AGAIN) from exc
+        raise CheckpointError(f"{name} is a link to a file that is missing", FOLLOW_LINKS) from exc
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(target.is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(f"{name} is a link that leads out of {folder}", "replace the link by the file itself")

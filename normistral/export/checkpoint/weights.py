@@ -57,6 +57,15 @@ def find_weight_files(folder: Path) -> WeightFiles:
     found = recognise_folder(folder)
     if found is not None:
         raise CheckpointError(f"{folder} has no weights that can be read: it is {found.what}", found.hint)
+    others = sorted(path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern))
+    if others:
+        shard = re.fullmatch(r"(\w+)-\d+-of-\d+(\.\w+)", others[0])
+        raise CheckpointError(
+            f"{folder} has weights, but not under a name that transformers looks for: {some_names(others, 'files')}",
+            f"copy the shards' index too, {shard[1]}{shard[2]}.index.json"
+            if shard
+            else f"if {others[0]} holds the whole model, rename it to {_INDEXED[others[0].endswith('.bin')]}",
+        )
     raise CheckpointError(
         f"{folder} has no weights: neither {' nor '.join(_INDEXED)}, nor an index of shards",
         "give the folder of a whole checkpoint",
@@ -104,9 +113,19 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
     if other is not None:
         raise CheckpointError(f"the weights are {other.what}", other.hint)
     if missing:
+        tail = family.embedding.removeprefix(family.prefix)
+        inside = next((name.removesuffix(tail) for name in tensors if name.endswith(f".{tail}")), family.prefix)
+        if inside != family.prefix:
+            raise CheckpointError(
+                f"the weights were saved from inside another model: names begin with {shown(inside)} and not with "
+                f"{family.prefix!r}",
+                f"save the language model itself, or put {family.prefix} in the place of {ascii(inside[:80])[1:-1]}",
+            )
         hint = "give the folder of a whole checkpoint"
         if missing == [OUTPUT_LAYER]:
             hint = "it may have been saved without its output layer; export the causal language model"
+        if missing == [family.embedding] and OUTPUT_LAYER in found.keys() - expected.keys():
+            hint = f"of two tied tensors {OUTPUT_LAYER} alone was saved: rename it to {family.embedding}"
         raise CheckpointError(f"the weights lack {some_names(missing, 'tensors')}, which config.json asks for", hint)
     for name, shape in expected.items():
         if found[name].shape != shape:

@@ -156,6 +156,17 @@ def test_a_dict_of_templates_has_a_default(tmp_path: Path) -> None:
     assert (template.text, template.origin) == (OTHER, "checkpoint")
 
 
+def test_templates_in_a_folder_of_their_own_are_not_passed_over(tmp_path: Path) -> None:
+    folder = make_mistral(tmp_path / "model", chat=False)
+    (folder / "additional_chat_templates").mkdir()
+    write(folder / "additional_chat_templates" / "tool_use.jinja", OTHER)
+    with pytest.raises(CheckpointError, match=r"several chat templates \('tool_use'\), but none is called default"):
+        opened(folder, tmp_path / "a")
+    assert opened(folder, tmp_path / "b", write(tmp_path / "own.jinja", TEMPLATE)).role == "chat"
+    write(folder / "chat_template.jinja", TEMPLATE)
+    assert "of several chat templates the default one is used, not: tool_use" in opened(folder, tmp_path / "c").notes
+
+
 @pytest.mark.parametrize("template", [TEMPLATE, THINKING_TEMPLATE, OTHER, "{{ range(3) }}{{ iffy.x }}{{ with_x.y }}"])
 def test_jinja_is_not_taken_for_go(template: str) -> None:
     assert not is_go_template(template)

@@ -266,6 +266,9 @@ def test_settings_of_generation_in_config_json_count_where_there_is_no_other_fil
         ("llama.final_logit_softcapping", 30.0, "softcapping is 30.0"),
         ("tokenizer.ggml.remove_extra_whitespaces", True, "remove_extra_whitespaces is True"),
         ("tokenizer.ggml.add_sep_token", True, "add_sep_token is True"),
+        ("general.sampling.mirostat", 2, "general.sampling.mirostat is 2"),
+        ("general.sampling.mystery", 2, "the field general.sampling.mystery is unknown here"),
+        ("general.type", "adapter", "is of the type 'adapter', not a model"),
     ],
 )
 def test_keys_of_gguf_that_change_the_model_are_refused(key, value, message, tmp_path):

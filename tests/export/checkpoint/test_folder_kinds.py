@@ -120,6 +120,7 @@ def config(**fields: object) -> Edit:
             "text alone",
         ),
         (files("modules.json"), "a sentence-transformers model", "another model"),
+        (files("adapter_model.safetensors", adapter_config=BASE), "a whole model with a LoRA adapter beside", "merge"),
     ],
 )
 def test_a_checkpoint_of_another_kind(tmp_path: Path, edit: Edit, what: str, hint: str) -> None:
@@ -136,6 +137,38 @@ def test_a_merged_model_keeps_its_adapters_settings_and_is_opened(tmp_path: Path
     (tmp_path / "workspace").mkdir()
     located = locate(str(folder), progress=NoProgress())
     assert open_checkpoint(located, tmp_path / "workspace", progress=NoProgress()).role == "chat"
+
+
+def test_a_field_of_quantization_that_was_left_behind_can_be_ignored(tmp_path: Path) -> None:
+    folder = make_mistral(tmp_path / "model", layers=1)
+    config(quantization_config={"load_in_4bit": True})(folder)
+    assert "--ignore-field quantization_config" in refusal(folder, tmp_path / "a").hint
+    (tmp_path / "b").mkdir()
+    located = locate(str(folder), progress=NoProgress())
+    names = ("quantization_config",)
+    made = open_checkpoint(located, tmp_path / "b", progress=NoProgress(), ignore_fields=names)
+    assert made.ignored_fields == names
+
+
+def test_a_tied_model_that_kept_the_other_name(tmp_path: Path) -> None:
+    """As safetensors.torch.save_model does, which keeps the first of the names."""
+    folder = make_mistral(tmp_path / "model", layers=1, tied=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    error = refusal(folder, tmp_path / "workspace")
+    assert "lack model.embed_tokens.weight" in error.message
+    assert "rename it to model.embed_tokens.weight" in error.hint
+
+
+def test_weights_under_other_names(tmp_path: Path) -> None:
+    folder = make_mistral(tmp_path / "model", layers=1)
+    (folder / "model.safetensors").rename(folder / "merged.safetensors")
+    error = refusal(folder, tmp_path / "a")
+    assert error.message.endswith("not under a name that transformers looks for: merged.safetensors")
+    assert error.hint == "if merged.safetensors holds the whole model, rename it to model.safetensors"
+    (folder / "merged.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert refusal(folder, tmp_path / "b").hint == "copy the shards' index too, model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +189,8 @@ def test_a_merged_model_keeps_its_adapters_settings_and_is_opened(tmp_path: Path
         ({"q_proj.weight": "q_proj.scales"}, torch.float16, "quantised by MLX"),
         ({"model.": "_orig_mod.model.", "lm_head": "_orig_mod.lm_head"}, None, "saved from inside torch.compile"),
         ({"model.": "module.model.", "lm_head": "module.lm_head"}, None, "saved from inside torch's DataParallel"),
+        ({"model.": "model.model.", "lm_head": "model.lm_head"}, None, "names begin with 'model.model.' and not with"),
+        ({"model.": "model.language_model."}, None, "names begin with 'model.language_model.' and not with 'model.'"),
     ],
 )
 def test_weights_that_another_tool_wrote(

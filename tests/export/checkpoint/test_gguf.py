@@ -15,6 +15,7 @@ import pytest
 from tiny_gguf import TYPES, byte_level_vocabulary, open_gguf, write_gguf
 from tiny_models import TEMPLATE, make_llama
 
+from normistral.artifact.manifest import SamplingDefaults
 from normistral.errors import CheckpointError, NormistralError, ResourceError, UnsupportedArchitectureError
 from normistral.export.checkpoint.fields import IgnoredFields
 from normistral.export.checkpoint.files import read_json
@@ -95,6 +96,15 @@ def test_packed_weights(model: Path, tmp_path: Path) -> None:
     after = load_file(open_gguf(path, tmp_path / "workspace").folder / "model.safetensors")
     for name, values in before.items():
         assert np.abs(after[name] - values).max() <= np.abs(values).max() / 127, name
+
+
+def test_settings_of_sampling_are_the_authors(model: Path, tmp_path: Path) -> None:
+    """llama.cpp's converter takes them from generation_config.json."""
+    settings = {"temp": 0.3, "top_k": 64, "top_p": 0.9, "penalty_repeat": 1.1}
+    extra = {f"general.sampling.{name}": value for name, value in settings.items()}
+    path = write_gguf(tmp_path / "a.gguf", model, byte_level_vocabulary(model), extra=extra)
+    found = open_gguf(path, tmp_path / "workspace").sampling
+    assert found == SamplingDefaults(temperature=0.3, top_k=64, top_p=0.9, repetition_penalty=1.1)
 
 
 def test_unknown_pre_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:

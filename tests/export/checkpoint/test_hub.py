@@ -276,6 +276,22 @@ def test_unsupported_model_is_refused_before_its_weights(
     assert hub.asked_for(SHARD) == []
 
 
+def test_an_adapter_beside_the_weights(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merged model may keep its adapter's settings; with the adapter itself nobody knows whether it is merged."""
+    place = {"endpoint": hub.endpoint, "cache": tmp_path / "cache"}
+    monkeypatch.setattr(locate_module, "download", lambda *a, **k: download(*a, **k, **place))
+    for name in [name for name in hub.files if name.startswith("model")]:
+        del hub.files[name]
+    hub.files |= {"adapter_config.json": b'{"peft_type": "LORA"}'}
+    with pytest.raises(CheckpointError, match="norallm/tiny is a LoRA adapter, not a whole model"):
+        locate(hub.repository, progress=NoProgress())
+    hub.files |= {"model.safetensors": b"weights in one file"}
+    assert (locate(hub.repository, progress=NoProgress()).path / "model.safetensors").exists()
+    hub.files |= {"adapter_model.safetensors": b"an adapter"}
+    with pytest.raises(CheckpointError, match="norallm/tiny is a whole model with a LoRA adapter beside it"):
+        locate(hub.repository, progress=NoProgress())
+
+
 def test_index_that_names_a_file_the_repository_lacks(hub: LoopbackHub, tmp_path: Path) -> None:
     del hub.files[SHARD]
     assert f"lacks {SHARD}" in refusal(hub, tmp_path / "cache", CheckpointError).message

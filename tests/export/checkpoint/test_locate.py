@@ -95,6 +95,13 @@ def test_folder_without_a_checkpoint(tmp_path: Path) -> None:
     assert caught.value.hint.endswith("weights.gguf")
 
 
+def test_a_copy_out_of_the_hubs_cache_whose_links_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("../../blobs/0123")
+    with pytest.raises(ModelNotFoundError, match=r"config\.json is a link to a file that is missing") as caught:
+        locate(str(tmp_path), progress=NoProgress())
+    assert "cp -rL" in caught.value.hint
+
+
 def test_other_file_and_exported_artifact(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UsageError, match=r"not a \.gguf one"):
