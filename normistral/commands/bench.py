@@ -14,7 +14,7 @@ from normistral.commands.console import format_columns
 from normistral.commands.find_artifact import find
 from normistral.commands.options import Debug, EngineArgs, JsonFile, OptionGroup
 from normistral.commands.progress import show_progress
-from normistral.commands.result_files import require_result_place, show_result, write_result
+from normistral.commands.result_files import require_distinct, require_result_place, show_result, write_result
 from normistral.errors import ContextLengthError, EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ def _check_files(options: BenchArgs) -> None:
     for option, path in named.items():
         if path is not None:
             require_result_place(path, option)
-    if options.report is not None and named["--json"] == options.report:
-        raise UsageError(f"--json and --report both name {options.report}", "take two names")
+    require_distinct(named)
 
 
 def _parse_lengths(option: str, text: str) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from normistral.commands.find_artifact import find
 from normistral.commands.info import describe_weights
 from normistral.commands.options import ArtifactName, Debug, EngineArgs, JsonFile, OptionGroup
 from normistral.commands.progress import show_progress
-from normistral.commands.result_files import require_result_place, show_result
+from normistral.commands.result_files import require_distinct, require_result_place, show_result
 from normistral.errors import UsageError
 from normistral.progress import Progress
 
@@ -131,8 +131,10 @@ def _check_options(options: EvalArgs) -> None:
     for name, value in (("--reference-cache", options.reference_cache), ("--ignore-field", options.ignore_field)):
         if value and options.reference is None:
             raise UsageError(f"{name} means nothing without --reference", "leave it out, or add --reference")
-    if options.json_file not in (None, "-"):
-        require_result_place(Path(options.json_file or ""), "--json")
+    json_file = None if options.json_file in (None, "-") else Path(options.json_file or "")
+    if json_file is not None:
+        require_result_place(json_file, "--json")
+    require_distinct({"--text": options.text, "--reference-cache": options.reference_cache, "--json": json_file})
 
 
 def _open_reference(options: EvalArgs, progress: Progress) -> AbstractContextManager[ReferenceModel]:

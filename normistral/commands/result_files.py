@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from normistral.commands.console import print_json, print_lines
-from normistral.errors import NormistralError
+from normistral.errors import NormistralError, UsageError
 from normistral.files import RefusedFileError, atomic_write, checked, descriptor_number, explain, is_own, require_place
 
 
@@ -30,6 +31,21 @@ def require_result_place(path: Path, option: str) -> None:
     """
     if descriptor_number(path) is None and not _is_stream(path):
         require_place(path, option)
+
+
+def require_distinct(files: Mapping[str, Path | None]) -> None:
+    """Refuse two options that name one file: a result would be written over a text, or over another result.
+
+    Args:
+        files: by their options; None is one that was not given.
+
+    Raises:
+        UsageError: two of them are the same file.
+    """
+    named = [(option, path) for option, path in files.items() if path is not None]
+    for (option, path), (other, second) in combinations(named, 2):
+        if os.path.realpath(path) == os.path.realpath(second):
+            raise UsageError(f"{other} and {option} both name {path}", "take two names")
 
 
 def show_result(document: dict[str, Any], lines: Iterable[str], json_file: str | None) -> None:

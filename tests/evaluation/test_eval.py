@@ -345,6 +345,16 @@ def test_wrong_options_are_clear_errors(capsys, fp32, text, arguments, code, mes
     require_error(capsys, code, message, fp32, "--text", text, *arguments)
 
 
+@pytest.mark.parametrize("options", [["--json"], ["--reference", "demo", "--reference-cache"]])
+def test_nothing_is_written_over_the_text(capsys, fp32, tmp_path, options):
+    text = tmp_path / "tekst.txt"
+    text.write_text("Dette er en tekst.")
+    same = tmp_path / "x" / ".." / "tekst.txt"
+    (tmp_path / "x").mkdir()
+    require_error(capsys, 2, "both name", fp32, "--text", text, *options, same)
+    assert text.read_text() == "Dette er en tekst."
+
+
 def test_a_reference_of_another_vocabulary_is_refused(capsys, fp32, text, tmp_path):
     larger = make_mistral(tmp_path / "larger", vocab=300)
     require_error(
