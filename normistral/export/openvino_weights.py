@@ -5,7 +5,9 @@ Where a matrix takes 8 bits its constants take another type; OpenVINO reads grou
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +46,20 @@ def replace_weights(graph: openvino.Model, quantized: QuantizedTensorStore) -> N
         elif (name, part) in expected:
             expected.remove((name, part))
             _replace(node, _values(quantized.read(name), scheme, part), _type(scheme, part))
+            _trim_heap()
         elif scheme.bits == 4:
             raise ExportError(f"NNCF's graph holds {name}{part}, which was not rounded for it")
     if expected:
         name, part = min(expected)
         raise ExportError(f"NNCF's graph lacks {name}{part} and {len(expected) - 1} more constants")
     graph.validate_nodes_and_infer_types()
+
+
+def _trim_heap() -> None:
+    """Give the system back what is freed: glibc keeps blocks below 32 MiB, and new constants do not fill all the holes
+    that old ones leave (2 GB of a 7B's 4, measured)."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _parts(scheme: QuantScheme) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ Run as a program, it prints by how many matrices the memory grows while they are
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -53,10 +52,9 @@ class Store:
         return QuantizedTensor(rows, np.full((ROWS, COLUMNS // GROUP), 0.5, np.float32), None)
 
 
-def test_constants_that_were_replaced_are_let_go():
-    # Each large block is mapped by itself, so that memory is the system's again as soon as it is freed.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-    ran = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=True)
+def test_memory_of_replaced_constants_is_the_systems_again():
+    """As a program, because pytest's own heap has holes that new constants would fill."""
+    ran = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True)
     assert float(ran.stdout) < 3  # of 32
 
 
