@@ -29,6 +29,7 @@ from normistral.export.checkpoint.files import read_json
 from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tokenizer_check import first_difference
 from normistral.export.job import ExportJob
+from normistral.export.recipe import Recipe
 from normistral.export.reference.layerwise import LayeredModel, MatrixSource
 from normistral.export.reference.model import PROBE_TOKENS, Logits, ReferenceLogits, fits_for_running
 from normistral.export.resources import estimate_layered_bytes, estimate_running_bytes
@@ -52,8 +53,6 @@ _GRAPH_TOLERANCE = {"float32": 5e-3, "float16": 3e-2}
 # What rounding to 4 or 8 bits costs is the model's affair and bounds nothing: it is reported.
 _FLOAT_KL_LIMIT = 1e-3
 _WARNING_SHARE = 0.5  # of the uniform distribution's KL divergence; from there on the result gets a warning
-
-_WARNING = "; this rounding costs the model a great deal: think of --weights int8, or --recipe best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,7 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
         f"choice at {quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
     )
     uniform_kl = compare_logits(reference.logits, np.zeros_like(reference.logits))[0]
-    warning = _WARNING if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl else ""
+    warning = f"; {warn(job.recipe)}" if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl else ""
     return VerificationResult(
         f"quality check passed: {read} as the original, and the same first choice for "
         f"{quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text{warning}",
@@ -118,6 +117,13 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
         quality,
         has_run=True,
     )
+
+
+def warn(recipe: Recipe) -> str:
+    """Warning that quantization costs a great deal, with what this recipe leaves to try."""
+    finer = f"--weights {'int8' if recipe.weights == 'int4' else 'fp16'}"
+    others = "" if recipe.recipe_name == "best" else ", or --recipe best"
+    return f"this rounding costs the model a great deal: think of {finer}{others}"
 
 
 def run_checkpoint(

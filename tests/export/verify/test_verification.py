@@ -19,6 +19,7 @@ import normistral
 from normistral.artifact.manifest import read_manifest
 from normistral.errors import EngineError, ExportError, UsageError
 from normistral.export.checkpoint.files import read_json
+from normistral.export.recipe import Recipe
 from normistral.export.reference import model as reference
 from normistral.export.verify import artifact as verification
 from normistral.export.verify.layered_onnx import cut_at_attention, run_layered
@@ -302,6 +303,19 @@ def test_an_artifact_that_does_not_fit_is_only_read(checkpoint, tmp_path, monkey
     assert made.verified == "read"
     assert "probe_kl_nats" not in made.quality
     assert any("too large to run here" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "advice"),
+    [
+        (Recipe(), "think of --weights int8"),
+        (Recipe(recipe="fast"), "think of --weights int8, or --recipe best"),
+        (Recipe(weights="int8"), "think of --weights fp16, or --recipe best"),
+        (Recipe(weights="int8", recipe="best"), "think of --weights fp16"),
+    ],
+)
+def test_a_warning_advises_what_the_recipe_leaves_to_try(recipe, advice):
+    assert verification.warn(recipe).endswith(advice)
 
 
 def test_groups_are_compared_by_factor_and_direction():
