@@ -48,7 +48,7 @@
 namespace {
 
 constexpr int kStep = 32;  // rows: whole tiles of either kind
-static_assert(kStep % (kLanes * kRows) == 0 && kStep % (kLanes * kAloneRows) == 0);
+static_assert(kStep % (kLanes * kRows) == 0 && kStep % (kLanes * kAloneRows) == 0 && kStep % (kLanes * kWideAloneRows) == 0);
 constexpr int kPartsPerThread = 8;  // of a prompt's product, so that a thread that is held up holds nobody up
 constexpr size_t kQuantisedAlone = 8;  // fewer tokens are rounded by one thread
 
@@ -63,11 +63,11 @@ struct Narrow {
 };
 
 struct Wide {
-    static constexpr int kTileTokens = kWideTokens, kTileRows = 1, kAlone = 1, kBytes = 2;
+    static constexpr int kTileTokens = kWideTokens, kTileRows = 1, kAlone = kWideAloneRows, kBytes = 2;
     static constexpr auto& round = quantise_wide;
     template <int tokens, int rows>
     static void tile(const Weights& weights, const Activations& x, float* out, int row, size_t token) {
-        multiply_wide_tile<tokens>(weights, x, out, row, token);
+        multiply_wide_tile<tokens, rows>(weights, x, out, row, token);
     }
 };
 

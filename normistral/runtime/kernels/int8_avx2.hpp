@@ -7,6 +7,7 @@
 #include "int8_arrays.hpp"
 
 constexpr int kWideTokens = 4;  // tokens in a tile of 8-bit weights: 8 sums in int32 and 4 in float32
+constexpr int kWideAloneRows = 4;  // vectors of rows in a tile of one token, as for weights of 4 bits
 
 #ifdef __AVXVNNI__
 
@@ -51,33 +52,48 @@ struct WideCodes {
 
 #endif
 
-template <int tokens>
+// Outputs of `tokens` tokens and `rows` vectors of rows.
+template <int tokens, int rows>
 inline __attribute__((always_inline)) void multiply_wide_tile(const Weights& weights, const Activations& x, float* out, int row,
                                                               size_t token) {
     const int groups = weights.groups(), columns = weights.columns, block = row / kLanes;
-    const uint8_t* codes = weights.codes + size_t(row) * columns;
+    const size_t stride = size_t(kLanes) * columns;  // bytes from one vector of rows to the next
+    const uint8_t* codes = weights.codes + block * stride;
     const int8_t* activations = x.codes + token * columns * 2;
-    const __m256i zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weights.zeros + block * kLanes)));
-    __m256 totals[tokens];
-    UNROLL for (int t = 0; t < tokens; t++) totals[t] = _mm256_setzero_ps();
+    __m256i zeros[rows];
+    __m256 totals[rows][tokens];
+    UNROLL for (int r = 0; r < rows; r++) {
+        const uint8_t* from = weights.zeros + (block + r) * kLanes;
+        zeros[r] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+        UNROLL for (int t = 0; t < tokens; t++) totals[r][t] = _mm256_setzero_ps();
+    }
     for (int g = 0; g < groups; g++) {
-        WideSums sums[tokens];
-        UNROLL for (int t = 0; t < tokens; t++) sums[t].clear();
+        WideSums sums[rows][tokens];
+        UNROLL for (int r = 0; r < rows; r++) {
+            UNROLL for (int t = 0; t < tokens; t++) sums[r][t].clear();
+        }
         for (int column = g * weights.group; column < (g + 1) * weights.group; column += kFour) {
-            const WideCodes of_rows(codes + size_t(column) * kLanes);
-            UNROLL for (int t = 0; t < tokens; t++) {
-                of_rows.add_to(sums[t], activations + (size_t(column) * tokens + t * kFour) * 2);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const WideCodes of_rows(codes + r * stride + size_t(column) * kLanes);
+                UNROLL for (int t = 0; t < tokens; t++) {
+                    of_rows.add_to(sums[r][t], activations + (size_t(column) * tokens + t * kFour) * 2);
+                }
             }
         }
-        UNROLL for (int t = 0; t < tokens; t++) {
-            const size_t at = (token + t) * groups + g;
-            const __m256i zero = _mm256_mullo_epi32(zeros, _mm256_set1_epi32(x.sums[at]));
-            const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums[t].total(), zero));
-            totals[t] = _mm256_fmadd_ps(_mm256_set1_ps(x.scales[at]), sum, totals[t]);
+        UNROLL for (int r = 0; r < rows; r++) {
+            UNROLL for (int t = 0; t < tokens; t++) {
+                const size_t at = (token + t) * groups + g;
+                const __m256i zero = _mm256_mullo_epi32(zeros[r], _mm256_set1_epi32(x.sums[at]));
+                const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums[r][t].total(), zero));
+                totals[r][t] = _mm256_fmadd_ps(_mm256_set1_ps(x.scales[at]), sum, totals[r][t]);
+            }
         }
     }
-    const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights.scales + block * kLanes * 2)));
-    UNROLL for (int t = 0; t < tokens; t++) {
-        _mm256_storeu_ps(out + (token + t) * weights.rows + row, _mm256_mul_ps(totals[t], scales));
+    UNROLL for (int r = 0; r < rows; r++) {
+        const uint8_t* from = weights.scales + (block + r) * kLanes * 2;
+        const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        UNROLL for (int t = 0; t < tokens; t++) {
+            _mm256_storeu_ps(out + (token + t) * weights.rows + row + r * kLanes, _mm256_mul_ps(totals[r][t], scales));
+        }
     }
 }

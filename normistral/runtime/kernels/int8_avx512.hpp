@@ -7,10 +7,12 @@
 #include "int8_arrays.hpp"
 
 constexpr int kWideTokens = 8;  // tokens in a tile of 8-bit weights: 16 sums in int32 and 8 in float32
+constexpr int kWideAloneRows = 1;  // vectors of rows in a tile of one token
 
-template <int tokens>
+template <int tokens, int rows>
 inline __attribute__((always_inline)) void multiply_wide_tile(const Weights& weights, const Activations& x, float* out, int row,
                                                               size_t token) {
+    static_assert(rows == 1);
     const int groups = weights.groups(), columns = weights.columns, block = row / kLanes;
     const uint8_t* codes = weights.codes + size_t(row) * columns;
     const int8_t* activations = x.codes + token * columns * 2;
