@@ -47,8 +47,9 @@ from normistral.files import (
 )
 from normistral.hardware import free_disk_bytes
 
-_KINDS = ("partial", "kept", "download")  # the last is `artifact.download`'s
-_NEIGHBOUR = re.compile(rf"\.(?P<output>.+)\.(?P<kind>{'|'.join(_KINDS)})(-[0-9a-f]{{8}})?", re.DOTALL)
+_DOWNLOAD = "download"  # `artifact.download`'s; the others are of exports
+_KINDS = ("partial", "kept", _DOWNLOAD)
+_NEIGHBOUR = re.compile(rf"\.(?P<output>.+)\.(?:(?P<kind>partial|kept)-[0-9a-f]{{8}}|{_DOWNLOAD})", re.DOTALL)
 _REPLACED = "replaced"
 _FULL_BELOW_BYTES = 2**20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -255,7 +256,7 @@ def _leftovers(parent: Path) -> Iterator[tuple[str, str, Path]]:
     """Folders of ours that exports and downloads left in `parent`: name of their OUTPUT, kind, path."""
     for path in parent.iterdir():
         if (found := _NEIGHBOUR.fullmatch(path.name)) and is_own_folder(path):
-            yield found["output"], found["kind"], path
+            yield found["output"], found["kind"] or _DOWNLOAD, path
 
 
 def _neighbours(output: Path, kind: str) -> list[Path]:

@@ -14,7 +14,7 @@ from planted import AS_ROOT, KINDS, NOBODY, look, plant
 from normistral.artifact.manifest import MANIFEST_NAME
 from normistral.errors import ResourceError, UsageError
 from normistral.export import staging
-from normistral.export.staging import check_output, stage
+from normistral.export.staging import check_output, discard_unfinished, find_unfinished, stage
 from normistral.files import FOLDER_MARK, make_own_folder
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
@@ -139,6 +139,16 @@ def test_a_killed_export_is_cleaned_up_by_the_next(tmp_path):
     with stage(tmp_path / "out", force=False) as staged:
         fill(staged, "new")
     assert names(tmp_path) == ["out"]
+
+
+def test_folders_with_names_almost_as_ours_stay(tmp_path):
+    for name in (".out.partial", ".out.kept", ".out.download-12345678"):
+        make_own_folder(tmp_path / name)
+    assert find_unfinished(tmp_path) == {}
+    discard_unfinished(tmp_path / "out")
+    with stage(tmp_path / "out", force=False) as staged:
+        fill(staged, "new")
+    assert names(tmp_path) == [".out.download-12345678", ".out.kept", ".out.partial", "out"]
 
 
 @POSIX
