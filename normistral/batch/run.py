@@ -181,7 +181,7 @@ def _check(job: BatchJob, manifest: Manifest, output: Path, workers: Workers, *,
 def _is_document(output: Path, source: Path) -> bool:
     """Whether OUTPUT is INPUT, or belongs to it."""
     if source.is_dir():
-        return output.suffix.lower() in TEXT_SUFFIXES and output.is_relative_to(source)
+        return output.suffix.lower() in TEXT_SUFFIXES and output.resolve().is_relative_to(source.resolve())
     return output.exists() and source.exists() and output.samefile(source)
 
 

@@ -593,7 +593,14 @@ def test_an_output_is_never_one_of_the_documents(tmp_path, artifact, echo):
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"})
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("tekst")
-    for documents, output in ((source, source), (tmp_path / "texts", tmp_path / "texts" / "a.txt")):
+    (tmp_path / "link").symlink_to(tmp_path / "texts")
+    texts, link = tmp_path / "texts", tmp_path / "link"
+    for documents, output in (
+        (source, source),
+        (texts, texts / "a.txt"),
+        (link, texts / "a.txt"),
+        (texts, link / "a.txt"),
+    ):
         before = output.read_bytes()
         with pytest.raises(UsageError, match="would be one of the documents"):
             run_batch(artifact, documents, output, instruction="{text}", force=True)
