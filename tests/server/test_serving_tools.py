@@ -216,6 +216,9 @@ def test_keywords_that_no_grammar_keeps_to_are_left_to_the_model_unless_strict(s
     refused = ask(url, tools=[CLOCK, tool_of(schema, strict=True), WEATHER])
     assert refused.status_code == 400
     assert "the tool f cannot be used" in error_of(refused)["message"]
+    del schema["properties"]["mail"]
+    schema["required"].remove("mail")
+    assert "not supported" in error_of(ask(url, tools=[tool_of(schema, strict=True)]))["message"]
 
 
 def called(arguments: str = "{}", **message) -> dict:
