@@ -56,8 +56,10 @@ def replace_weights(graph: openvino.Model, quantized: QuantizedTensorStore) -> N
 
 
 def _trim_heap() -> None:
-    """Give the system back what is freed: glibc keeps blocks below 32 MiB, and new constants do not fill all the holes
-    that old ones leave (2 GB of a 7B's 4, measured)."""
+    """Return freed memory to the system.
+
+    glibc keeps freed blocks below 32 MiB, and new constants do not fill all the holes of old ones: 2 GB of a 7B's 4.
+    """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 

@@ -109,7 +109,7 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
         f"choice at {quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
     )
     uniform_kl = compare_logits(reference.logits, np.zeros_like(reference.logits))[0]
-    warning = f"; {warn(job.recipe)}" if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl else ""
+    warning = f"; {quantization_warning(job.recipe)}" if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl else ""
     return VerificationResult(
         f"quality check passed: {read} as the original, and the same first choice for "
         f"{quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text{warning}",
@@ -119,7 +119,7 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
     )
 
 
-def warn(recipe: Recipe) -> str:
+def quantization_warning(recipe: Recipe) -> str:
     """Warning that quantization costs a great deal, with what this recipe leaves to try."""
     finer = f"--weights {'int8' if recipe.weights == 'int4' else 'fp16'}"
     others = "" if recipe.recipe_name == "best" else ", or --recipe best"

@@ -315,7 +315,7 @@ def test_an_artifact_that_does_not_fit_is_only_read(checkpoint, tmp_path, monkey
     ],
 )
 def test_a_warning_advises_what_the_recipe_leaves_to_try(recipe, advice):
-    assert verification.warn(recipe).endswith(advice)
+    assert verification.quantization_warning(recipe).endswith(advice)
 
 
 def test_groups_are_compared_by_factor_and_direction():
