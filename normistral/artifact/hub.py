@@ -206,7 +206,7 @@ class Repository:
             ConnectionBrokenError: it ended in between.
             ModelNotFoundError, DownloadError: as `list_files`.
         """
-        path = f"/{self.name}/resolve/{commit}/{urllib.parse.quote(name, safe='')}"
+        path = f"/{self.name}/resolve/{commit}/{urllib.parse.quote(name)}"
         with self._open(path, start, retried=True) as response:
             part = response.headers.get("Content-Range", "")
             if start and not (response.status == 206 and part.startswith(f"bytes {start}-")):

@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         plain = re.fullmatch(r"(/api/models/[^/]+/[^/?]+)(\?.*)?", self.path)
         path = f"{plain[1]}/revision/main" if plain else self.path
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^?]+)(\?.*)?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^/?]+)", self.path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)", self.path)
         match = api or file
         hidden = not hub.exists or (hub.private and not self._is_authorised())
         if match is None or match[1] != hub.repository or hidden:

@@ -21,7 +21,7 @@ from normistral.export.checkpoint.files import read_optional_json, recognise, wr
 from normistral.files import explain, read_input
 
 TEMPLATE_NAME = "chat_template.jinja"
-_FURTHER = "additional_chat_templates"  # a folder of transformers 4.51 and later: NAME.jinja
+FURTHER_TEMPLATES = "additional_chat_templates"  # a folder of transformers 4.51 and later: NAME.jinja
 _MAX_CHARACTERS = 256 * 2**10
 # What Go's text/template writes and jinja2 cannot read: {{ .Prompt }}, {{ if .System }}, {{ $last := 1 }}
 _GO = re.compile(r"\{\{-?\s*(?:(?:else\s+)?(?:if|range|with)\s+[^}]*?[.$][A-Za-z_]|\.[A-Z]\w*|\$\w*\s*:=|\$\.)")
@@ -120,7 +120,7 @@ def require_template(view: Path, folder: Path, notes: list[str]) -> None:
     """
     settings = read_optional_json(view / "tokenizer_config.json")
     find_template(view, settings)
-    further = {path.stem: None for path in sorted((folder / _FURTHER).glob("*.jinja"))}
+    further = {path.stem: None for path in sorted((folder / FURTHER_TEMPLATES).glob("*.jinja"))}
     if not (view / TEMPLATE_NAME).exists():
         if further:  # transformers then leaves tokenizer_config.json's aside
             _choose_default(further)

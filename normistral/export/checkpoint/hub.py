@@ -41,6 +41,7 @@ from normistral.artifact.hub import (
 )
 from normistral.artifact.hub import endpoint as hub_endpoint
 from normistral.errors import CheckpointError, DownloadError, ModelNotFoundError, ResourceError, UsageError
+from normistral.export.checkpoint.chat_templates import FURTHER_TEMPLATES
 from normistral.export.checkpoint.files import ADAPTER_WEIGHTS, MODEL_AND_ADAPTER, recognise_folder
 from normistral.export.checkpoint.weights import find_weight_files
 from normistral.files import atomic_write, explain, open_file, read_file, sha256_file
@@ -48,7 +49,8 @@ from normistral.progress import OnBytes, Progress, Stage
 
 FETCH_AGAIN = "run the same command again to fetch it anew; if it stays wrong, a proxy in between changes files"
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+# Plain names, and the one folder that a checkpoint may have in it.
+_NAME = re.compile(rf"({FURTHER_TEMPLATES}/)?[A-Za-z0-9_][A-Za-z0-9._-]{{0,199}}")
 
 
 def is_plain_name(text: object) -> bool:
@@ -94,18 +96,21 @@ class RepositoryCache:
             DownloadError: one is a link out of the repository's folder.
         """
         for folder in (self._storage / "blobs", self._storage / "refs", self.folder(commit), self._locks):
-            folder.mkdir(parents=True, exist_ok=True)
-            root = self._locks if folder == self._locks else self._storage
-            if not _real(folder).is_relative_to(_real(root)):
-                raise DownloadError(f"{folder} is a link that leads out of the cache", "remove that link")
+            self._make_folder(folder, self._locks if folder == self._locks else self._storage)
+
+    def _make_folder(self, folder: Path, root: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _real(folder).is_relative_to(_real(root)):
+            raise DownloadError(f"{folder} is a link that leads out of the cache", "remove that link")
 
     def add(self, commit: str, name: str, etag: str) -> None:
         """Give a whole blob its name in a commit."""
         assert is_plain_name(name)
         place, blob = self.folder(commit) / name, self.blob(etag)
+        self._make_folder(place.parent, self._storage)
         place.unlink(missing_ok=True)  # a link to nothing, or to other bytes
         try:
-            place.symlink_to(Path("..", "..", "blobs", blob.name))
+            place.symlink_to(Path(*[".."] * (2 + name.count("/")), "blobs", blob.name))
         except (OSError, NotImplementedError):  # a file system without links
             blob.rename(place)
 
@@ -190,7 +195,10 @@ def _real(path: Path) -> Path:
 
 
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
-_SMALL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,190}\.(json|jinja)|tokenizer\.model")
+_SMALL = re.compile(
+    rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,190}}\.json|({FURTHER_TEMPLATES}/)?[A-Za-z0-9_][A-Za-z0-9._-]{{0,190}}\.jinja"
+    r"|tokenizer\.model"
+)
 _WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)")
 
 
@@ -391,7 +399,8 @@ def _open_cached(
             f"the cached copy of {repository} lacks {', '.join(absent)}, and {reason}", hint
         ) from reason
     progress.note(f"{reason}: using the cached copy of {repository} at commit {commit[:12]}")
-    names = [path.name for path in folder.iterdir() if _SMALL.fullmatch(path.name) and path.exists()]
+    there = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    names = [name for name in there if _SMALL.fullmatch(name) and (folder / name).exists()]
     names += weights
     total = sum((folder / name).stat().st_size for name in names)
     hashes = {}

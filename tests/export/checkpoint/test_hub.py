@@ -312,6 +312,27 @@ def test_downloaded_model_opens_without_hashing_again(
     assert source.files == located.hashes
 
 
+def test_templates_in_a_folder_of_their_own_are_fetched(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "additional_chat_templates/tool_use.jinja"
+    hub.files[name] = b"{{ messages }}"
+    hub.files["additional_chat_templates/../../escaped.jinja"] = hub.files["other/folder.jinja"] = b"no"
+    fetched = fetch(hub, tmp_path / "cache")
+    assert (fetched.folder / name).read_bytes() == b"{{ messages }}"
+    assert name in fetched.hashes
+    assert sorted(path.name for path in tmp_path.rglob("*.jinja")) == ["tool_use.jinja"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch(hub, tmp_path / "cache") == fetched
+    (fetched.folder / name).unlink()
+    (fetched.folder / name).parent.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (fetched.folder / name).parent.symlink_to(tmp_path / "elsewhere")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert "leads out of the cache" in refusal(hub, tmp_path / "cache", DownloadError).message
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_environment_variables_are_honoured(hub: LoopbackHub, tmp_path: Path) -> None:
     """HF_ENDPOINT, HF_HOME and HF_TOKEN, in a process of its own, since huggingface_hub reads them at import."""
     code = (
