@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from normistral.export.tools import with_plain_partials
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SCRIPT = """
 import functools
 import os
@@ -32,6 +34,23 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(given, in_force):
     )
     assert f"OMP_WAIT_POLICY = '{in_force}'" in done.stderr
     assert done.stdout.splitlines()[-1] == str(given)  # the environment is as it was
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="this system gives no huge pages"
+)
+def test_tensors_lie_in_huge_pages():
+    counting = (
+        "import resource, torch\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.zeros(2**26).fill_(1)\n"  # 2^16 pages of 4 KiB
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT + counting], env=environment, capture_output=True, check=True, timeout=120
+    )
+    assert int(done.stdout.split()[-1]) < 2**13
 
 
 class PartialOfPython314(functools.partial):
