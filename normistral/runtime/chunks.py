@@ -107,6 +107,7 @@ class Chunk:
         prompt_logprobs: of each token of the prompt, its log-probability (the first has none) and the most likely
             tokens in its place, when asked for; only the first chunk has them.
         tool_calls: of a chat with tools: the calls of the answer, on its last chunk.
+        stop_text: that ended the answer, on its last chunk; None if none did.
     """
 
     text: str
@@ -119,6 +120,7 @@ class Chunk:
     reasoning_open: bool = False
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+    stop_text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,7 @@ class Completion:
     reasoning_open: bool = False
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+    stop_text: str | None = None
 
     @classmethod
     def from_chunks(cls, chunks: Iterable[Chunk]) -> Completion:
@@ -154,4 +157,5 @@ class Completion:
             reasoning_open=last.reasoning_open,
             prompt_logprobs=gathered[0].prompt_logprobs,
             tool_calls=last.tool_calls,
+            stop_text=last.stop_text,
         )

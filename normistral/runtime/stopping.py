@@ -14,9 +14,13 @@ class StopTexts:
         stops: the texts; none lets everything through.
         may_end: is given the text piece by piece, in order, and says whether it may end there; where it may not, a stop
             text is text. None lets every stop text end it.
+
+    Attributes:
+        found: the stop text that ended it.
     """
 
     def __init__(self, stops: Sequence[str], may_end: Callable[[str], bool] | None = None) -> None:
+        self.found: str | None = None
         self._stops = tuple(stops)
         self._held = ""
         self._may_end = may_end
@@ -29,6 +33,7 @@ class StopTexts:
         self._held += text
         end = self._find_end()
         if end is not None:
+            self.found = next(stop for stop in self._stops if self._held.startswith(stop, end))
             shown, self._held = self._held[:end], ""
             return shown, True
         keep = max(overlap(self._held, stop) for stop in self._stops)

@@ -74,6 +74,7 @@ class TextStream:
             reasoning,
             splitter.inside,
             step.prompt_logprobs,
+            stop_text=stop_texts.found,
         )
 
     def _finish(self) -> tuple[str, str]:

@@ -288,11 +288,9 @@ def _pieces(part: AnswerPart) -> list[tuple[str, dict[str, Any], dict[str, Any]]
 
 
 def _ending(asked: Conversation, part: AnswerPart) -> dict[str, Any]:
-    reason = _STOP_REASONS.get(part.finish_reason or "")
-    if not asked.stopped_by_text(part):
-        return {"stop_reason": reason, "stop_sequence": None}
-    stops = asked.body.stop
-    return {"stop_reason": "stop_sequence", "stop_sequence": stops[0] if stops and len(stops) == 1 else None}
+    stop_text = part.chunk.stop_text
+    reason = _STOP_REASONS.get(part.finish_reason or "") if stop_text is None else "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": stop_text}
 
 
 def _message(asked: Conversation, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:

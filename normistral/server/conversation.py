@@ -135,11 +135,6 @@ class Conversation:
         """
         return {} if self.left_out is None else {"left_out": self.left_out.renumbered(places).document()}
 
-    def stopped_by_text(self, part: AnswerPart) -> bool:
-        """Whether a stop text ended the answer, by its last part."""
-        stop_ids = self.model.handler.manifest.stop_token_ids
-        return bool(self.body.stop) and part.finish_reason == "stop" and part.chunk.token_id not in stop_ids
-
 
 async def open_conversation(request: Request, body: ChatCompletionRequest) -> Conversation:
     """Check, render and tokenise a conversation; `answer` then computes it.

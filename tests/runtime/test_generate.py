@@ -84,6 +84,12 @@ def test_stop_text_is_not_shown_and_its_parts_never(spell):
     assert "\n" not in "".join(chunk.text for chunk in chunks)
 
 
+def test_the_stop_text_that_ended_an_answer_is_told(spell):
+    stopped = spell("ja\nnei").generate([7], stop=["zz", "\nnei", "\n"])
+    assert (stopped.text, stopped.stop_text) == ("ja", "\n")  # the first that is complete
+    assert spell("ja").generate([7], stop=["zz"]).stop_text is None
+
+
 def test_held_back_text_is_shown_when_the_answer_ends_without_the_stop_text(spell):
     assert spell("ja\nne").generate([7], stop=["\nnei"]).text == "ja\nne"
 

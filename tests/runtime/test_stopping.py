@@ -28,6 +28,13 @@ def test_the_earliest_stop_text_wins():
     assert run(["tre", "to"], ["en to tre"]) == ("en ", True)
 
 
+def test_of_two_at_one_place_the_first_given_is_told():
+    for stops in (["to", "to tre"], ["to tre", "to"]):
+        stop_texts = StopTexts(stops)
+        assert stop_texts.push("en to tre") == ("en ", True)
+        assert stop_texts.found == stops[0]
+
+
 def test_text_before_it_is_shown_as_soon_as_it_is_certain():
     stop_texts = StopTexts(["xyz"])
     assert stop_texts.push("abx") == ("ab", False)

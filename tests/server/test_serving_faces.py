@@ -221,7 +221,7 @@ def test_messages_call_tools(urls) -> None:
 
 
 def test_messages_end_at_a_stop_text_and_a_limit(urls) -> None:
-    stopped = post(urls[0], "/v1/messages", messages=MESSAGES, max_tokens=100, stop_sequences=["Oslo"]).json()
+    stopped = post(urls[0], "/v1/messages", messages=MESSAGES, max_tokens=100, stop_sequences=["Bergen", "Oslo"]).json()
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "Oslo")
     assert post(urls[0], "/v1/messages", messages=MESSAGES, max_tokens=2).json()["stop_reason"] == "max_tokens"
 
