@@ -176,13 +176,13 @@ async def _refuse_fields(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     error = describe_validation(exc.errors())
     request.app.state.service.metrics.rejected.labels(error.code or "invalid").inc()
-    return JSONResponse(document_for(request.url.path, error), error.status)
+    return JSONResponse(document_for(request.scope["path"], error), error.status)
 
 
 async def _refuse_route(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
-    error = route_error(exc.status_code, request.url.path, request.method, exc.headers)
-    return JSONResponse(document_for(request.url.path, error), error.status, headers=error.headers)
+    error = route_error(exc.status_code, request.scope["path"], request.method, exc.headers)
+    return JSONResponse(document_for(request.scope["path"], error), error.status, headers=error.headers)
 
 
 def describe_api(app: FastAPI, service: Service, keys: Keys) -> dict[str, Any]:

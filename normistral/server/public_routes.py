@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from importlib.resources import files
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import msgspec
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES
@@ -30,21 +31,24 @@ from normistral.server.middleware import (
     require_known_host,
 )
 
-# A target without escapes, at most 100 headers, no folded lines and no lone CR or LF: nothing that two servers could
-# read in two ways (RFC 9112).
+# A path (RFC 3986) and a query, at most 100 headers, no folded lines and no lone CR or LF: nothing that two servers
+# could read in two ways (RFC 9112).
 _HEAD = re.compile(
-    rb"([A-Z]{3,7}) (/[\w./~-]*) HTTP/1\.1\r\n((?:[A-Za-z0-9_-]+:[\t\x20-\x7e\x80-\xff]*\r\n){1,100})\r\n"
+    rb"([A-Z]{3,7}) (/[\w./~!$&'()*+,;=:@%-]*)(?:\?[!-~]*)? HTTP/1\.1\r\n"
+    rb"((?:[A-Za-z0-9_-]+:[\t\x20-\x7e\x80-\xff]*\r\n){1,100})\r\n"
 )
-_SINGLE = frozenset((b"host", b"authorization", b"x-api-key", b"origin", b"content-length", b"transfer-encoding"))
-_HOP = frozenset((b"connection", b"expect", b"upgrade"))
+_SINGLE = frozenset(
+    (b"host", b"authorization", b"x-api-key", b"origin", b"content-length", b"transfer-encoding", b"connection")
+)
 _METHODS = frozenset(("GET", "HEAD", "OPTIONS", "DELETE", "POST", "PUT", "PATCH"))
 _JSON = {"content-type": "application/json"}
 
 
 class Head(NamedTuple):
-    """A request up to its empty line.
+    """A request up to its empty line. The headers Expect and Upgrade, which a server need not follow, are not in it.
 
     Attributes:
+        path: without escapes and query.
         has_body: bytes of a body follow.
         close: the client wants no further request on this connection.
         size: bytes of names and values.
@@ -82,19 +86,15 @@ def parse_head(raw: bytes) -> Head | None:
     for line in match[3].split(b"\r\n"):
         name, _, value = line.partition(b":")
         name = name.lower()
-        if name in _SINGLE or name in _HOP:
+        if name in _SINGLE:
             if name in values:
                 return None
             values[name] = value.strip(b" \t")
     method, length = match[1].decode(), values.get(b"content-length", b"0")
-    connection = values.get(b"connection", b"keep-alive").lower()
     has_body = b"transfer-encoding" in values or length != b"0"
     if (
         method not in _METHODS
         or b"host" not in values
-        or b"expect" in values
-        or b"upgrade" in values
-        or connection not in (b"keep-alive", b"close")
         or not length.isdigit()
         or (b"content-length" in values and b"transfer-encoding" in values)
         or values.get(b"transfer-encoding", b"chunked").lower() != b"chunked"
@@ -103,11 +103,11 @@ def parse_head(raw: bytes) -> Head | None:
     texts = {name: value.decode("latin-1") for name, value in values.items()}
     return Head(
         method,
-        match[2].decode(),
+        unquote(match[2].decode()),
         texts[b"host"],
         authorization_of(texts.get(b"authorization"), texts.get(b"x-api-key")),
         has_body,
-        connection == b"close",
+        b"close" in (token.strip() for token in values.get(b"connection", b"").lower().split(b",")),
         len(match[3]) - 3 * match[3].count(b"\r\n"),
         texts.get(b"origin"),
     )
