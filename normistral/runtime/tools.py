@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from normistral.artifact.chat_template import ToolFormat
 from normistral.errors import UsageError
 from normistral.runtime.chunks import ToolCall
-from normistral.runtime.structured.structure import Structure, close_objects
+from normistral.runtime.structured.structure import Structure, close_objects, without_nulls
 
 ToolMode = Literal["auto", "required", "none"]
 
@@ -64,8 +64,8 @@ class Tool:
             inner = tool.get("function", tool)
             if not isinstance(inner, Mapping) or set(inner) - {"name", "description", "parameters", "strict"}:
                 raise UsageError("a tool has name, description and parameters", "see docs/tools.md")
-            described = inner.get("name", ""), inner.get("description") or "", inner.get("parameters") or {}
-            return cls(*described, inner.get("strict") is True)
+            parameters = without_nulls(inner.get("parameters") or {})
+            return cls(inner.get("name", ""), inner.get("description") or "", parameters, inner.get("strict") is True)
         if isinstance(tool, type) and hasattr(tool, "model_json_schema"):
             schema = {key: value for key, value in tool.model_json_schema().items() if key not in _DOCUMENTATION}
             return cls(tool.__name__, inspect.cleandoc(tool.__doc__ or ""), schema)

@@ -127,6 +127,19 @@ def close_objects(schema: Any) -> Any:
     return closed
 
 
+def without_nulls(schema: Any) -> Any:
+    """A schema without keywords that are null, which no keyword may be: Go writes an empty list so, others no value."""
+    if isinstance(schema, list):
+        return [without_nulls(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: part if key in DATA_KEYWORDS else without_nulls(part)
+        for key, part in schema.items()
+        if part is not None or key in ("const", "default")
+    }
+
+
 def parse_schema(text: str) -> dict[str, Any]:
     """Parse a JSON schema.
 
@@ -143,7 +156,8 @@ def parse_schema(text: str) -> dict[str, Any]:
         raise UsageError(f"the schema is not JSON: {exc}", "mend it") from exc
     if not isinstance(schema, dict):
         raise UsageError("a JSON schema is a JSON object", 'such as {"type": "object", "properties": {...}}')
-    return schema
+    kept: dict[str, Any] = without_nulls(schema)
+    return kept
 
 
 def _nesting(text: str) -> int:
