@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -345,7 +346,11 @@ def _with_prompt(
 
 
 def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that are no JSON object, as of a call that was cut off, stay text."""
     function = dict(call["function"])
     if isinstance(function["arguments"], str):
-        function["arguments"] = json.loads(function["arguments"])
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(function["arguments"])
+            if isinstance(arguments, dict):
+                function["arguments"] = arguments
     return dict(call) | {"function": function}

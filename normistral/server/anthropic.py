@@ -32,8 +32,8 @@ from normistral.server.schemas import (
     MOST_MESSAGES,
     CallId,
     NeverTrue,
+    Only,
     ReasoningEffort,
-    SentBack,
     Strict,
     ToolName,
     WithNumbers,
@@ -49,11 +49,18 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 router = APIRouter(route_class=DecodedRoute)
 
 
+class AnthropicErrorDetails(BaseModel):
+    """What went wrong, for programs."""
+
+    error_code: str
+
+
 class AnthropicErrorBody(BaseModel):
     """What went wrong."""
 
     type: str
     message: str
+    details: AnthropicErrorDetails | None = None
 
 
 class AnthropicError(BaseModel):
@@ -63,7 +70,7 @@ class AnthropicError(BaseModel):
     error: AnthropicErrorBody
 
 
-class _Block(SentBack):
+class _Block(Strict):
     cache_control: dict[str, Any] | None = Field(None, description=BEGINNINGS)
 
 
@@ -117,11 +124,11 @@ Block = Annotated[
 ]
 
 
-class AnthropicMessage(SentBack):
+class AnthropicMessage(Strict):
     """A turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[Block], Field(fail_fast=True, min_length=1)]
+    content: str | Annotated[list[Block], Field(fail_fast=True)]
 
 
 class AnthropicTool(_Block):
@@ -167,6 +174,19 @@ class AnthropicOutput(Strict):
     format: AnthropicFormat | None = None
 
 
+class ClearedThinking(Strict):
+    """Reasoning of earlier turns, which models do not read again anyway."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Any = None
+
+
+class AnthropicContextManagement(Strict):
+    """What is to be left out of a long conversation; for other contents there is `overflow`."""
+
+    edits: Annotated[list[ClearedThinking], Field(fail_fast=True)] | None = None
+
+
 class CountRequest(Strict):
     """POST /v1/messages/count_tokens; null is the same as leaving out."""
 
@@ -179,6 +199,9 @@ class CountRequest(Strict):
     output_config: AnthropicOutput | None = None
     output_format: AnthropicFormat | None = Field(None, description="An older place of output_config.format.")
     cache_control: dict[str, Any] | None = Field(None, description=BEGINNINGS)
+    context_management: AnthropicContextManagement | None = None
+    mcp_servers: Annotated[list[Any] | None, Only("the client calls the tools of MCP servers", [])] = None
+    speed: Literal["standard", "fast"] | None = Field(None, description="Not used.")
 
 
 class MessagesRequest(CountRequest, WithNumbers):
@@ -193,6 +216,10 @@ class MessagesRequest(CountRequest, WithNumbers):
     overflow: Overflow | None = Field(None, description=f"Extension. {OVERFLOW_HELP} Default: the server's.")
     metadata: dict[str, str | None] | None = Field(None, description="Not used.")
     service_tier: str | None = Field(None, description="Not used.")
+    diagnostics: dict[str, Any] | None = Field(None, description="Not used.")
+    inference_geo: Annotated[Literal["global"] | None, Only("it is computed where the server is", "global")] = None
+    fallbacks: str | list[Any] | None = Field(None, description="Not used: this server declines nothing.")
+    thread: dict[str, Any] | None = Field(None, description="Refused: conversations are not kept.")
 
 
 @router.post(
@@ -203,6 +230,8 @@ class MessagesRequest(CountRequest, WithNumbers):
 )
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """Answer a conversation, as Anthropic's API does."""
+    if body.thread is not None:  # by this code its package knows that it has to send the conversation whole
+        raise ApiError(400, "thread: conversations are not kept", param="thread", code="thread_unsupported_request")
     turns, places = _as_turns(body)
     fields = _as_fields(body, turns, request) | {
         "max_tokens": body.max_tokens,
@@ -320,6 +349,8 @@ def _as_turns(body: CountRequest) -> tuple[list[dict[str, Any]], list[int]]:
     """Internal messages, and for each the number of the message that it is of."""
     system = [] if not body.system else [(0, {"role": "system", "content": joined_text(body.system)})]
     numbered = [*system, *((i, turn) for i, message in enumerate(body.messages) for turn in _as_messages(message))]
+    if len(numbered) > 1 and numbered[-1][1] == {"role": "assistant", "content": ""}:
+        numbered.pop()  # an answer that has no beginning yet
     return [turn for _, turn in numbered], [number for number, _ in numbered]
 
 

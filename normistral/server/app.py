@@ -113,7 +113,9 @@ def _add_looking(app: FastAPI, service: Service) -> dict[str, AnswerSource]:
     @app.get("/v1/models", response_model=ModelList, responses=error_responses(401))
     async def models() -> dict[str, Any]:
         """The models that are served."""
-        return {"object": "list", "data": [_card(model) for model in service.models.values()]}
+        cards = [_card(model) for model in service.models.values()]
+        page = {"has_more": False, "first_id": cards[0]["id"], "last_id": cards[-1]["id"]}
+        return {"object": "list", "data": cards, **page}
 
     @app.get("/v1/models/{model}", response_model=ModelCard, responses=error_responses(401, 404))
     async def model(model: str) -> dict[str, Any]:
@@ -159,11 +161,14 @@ def _as_json(body: bytes) -> PublicAnswer:
 
 def _card(model: ServedModel) -> dict[str, Any]:
     handler = model.handler
-    created = int(datetime.fromisoformat(handler.manifest.created).timestamp())
+    created = datetime.fromisoformat(handler.manifest.created)
     return {
         "id": handler.name,
         "object": "model",
-        "created": created,
+        "type": "model",
+        "display_name": handler.name,
+        "created": int(created.timestamp()),
+        "created_at": created.isoformat(),
         "owned_by": handler.manifest.source.id.partition("/")[0],
         "context_length": handler.context_length,
         "max_new_tokens": handler.new_tokens,

@@ -19,7 +19,7 @@ from normistral.errors import UsageError
 from normistral.runtime.chunks import Chunk, ToolCall
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.overflow import LeftOut, Overflow
-from normistral.runtime.tools import CallDelta, ToolCallParser, read_tools, tool_structure
+from normistral.runtime.tools import CallDelta, Tool, ToolCallParser, read_tools, tool_structure
 from normistral.server.errors import ApiError, describe_validation
 from normistral.server.generation import (
     OPENAI_CHAT,
@@ -34,7 +34,7 @@ from normistral.server.model_handler import ModelHandler
 from normistral.server.options import count_choices, read_options, read_reasoning_budget
 from normistral.server.residency import ServedModel
 from normistral.server.responses import finish_reason
-from normistral.server.schemas import ChatCompletionRequest
+from normistral.server.schemas import AllowedToolChoice, ChatCompletionRequest, NamedTool
 from normistral.server.service import Service
 
 
@@ -173,7 +173,7 @@ def _prepare_chat(
         options |= budget
     tools, mode = read_tools([tool.function.model_dump() for tool in body.tools or ()]), _tool_mode(body)
     structure = tool_structure(
-        tools,
+        _callable_tools(body, tools),
         handler.require_template().tool_format,
         mode,
         parallel=body.parallel_tool_calls is not False,
@@ -197,9 +197,23 @@ def _prepare_chat(
 
 def _tool_mode(body: ChatCompletionRequest) -> str:
     """As `tool_structure` takes it."""
-    if isinstance(body.tool_choice, str):
-        return body.tool_choice
-    return "auto" if body.tool_choice is None else body.tool_choice.function.name
+    match body.tool_choice:
+        case NamedTool(function=function):
+            return function.name
+        case AllowedToolChoice(allowed_tools=allowed):
+            return allowed.mode
+        case choice:
+            return choice or "auto"
+
+
+def _callable_tools(body: ChatCompletionRequest, tools: list[Tool]) -> list[Tool]:
+    """The tools that `tool_choice` allows; raises UsageError where it names one that is not there."""
+    if not isinstance(body.tool_choice, AllowedToolChoice):
+        return tools
+    allowed = {tool.function.name for tool in body.tool_choice.allowed_tools.tools}
+    if absent := sorted(allowed - {tool.name for tool in tools}):
+        raise UsageError(f"there is no tool {absent[0]!r}", "name some of the tools")
+    return [tool for tool in tools if tool.name in allowed]
 
 
 def as_chat(fields: dict[str, Any], names: Mapping[str, str]) -> ChatCompletionRequest:

@@ -83,7 +83,8 @@ def document_for(path: str, error: ApiError) -> dict[str, Any]:
 def anthropic_document(error: ApiError) -> dict[str, Any]:
     """An error as Anthropic's API writes it."""
     kind = _ANTHROPIC.get(error.status, "invalid_request_error" if error.status < _SERVER_ERROR else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    details = {} if error.code is None else {"details": {"error_code": error.code}}
+    return {"type": "error", "error": {"type": kind, "message": str(error), **details}}
 
 
 def unavailable(message: str, hint: str = "", *, code: str = "unavailable", retry_after_s: float = 5) -> ApiError:

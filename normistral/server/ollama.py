@@ -34,11 +34,10 @@ from normistral.server.residency import ServedModel
 from normistral.server.responses import STATUSES, DecodedRoute, error_responses
 from normistral.server.schemas import (
     MOST_MESSAGES,
-    NamedTool,
     NeverTrue,
     Only,
-    SentBack,
     Strict,
+    ToolChoice,
     ToolDefinition,
     ToolName,
     WithNumbers,
@@ -77,7 +76,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = _ERRORS | {
 }
 
 
-class CalledOllamaFunction(SentBack):
+class CalledOllamaFunction(Strict):
     """A function with its arguments."""
 
     name: ToolName
@@ -85,7 +84,7 @@ class CalledOllamaFunction(SentBack):
     index: int | None = None
 
 
-class CalledOllamaTool(SentBack):
+class CalledOllamaTool(Strict):
     """A call of an earlier answer."""
 
     function: CalledOllamaFunction
@@ -93,7 +92,7 @@ class CalledOllamaTool(SentBack):
     type: Literal["function"] | None = None
 
 
-class OllamaMessage(SentBack):
+class OllamaMessage(Strict):
     """A turn of the conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -173,9 +172,7 @@ class OllamaChatRequest(OllamaRequest):
 
     messages: Annotated[list[OllamaMessage], Field(fail_fast=True, max_length=MOST_MESSAGES)] | None = None
     tools: list[ToolDefinition] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
-        None, description="Extension: as in /v1/chat/completions."
-    )
+    tool_choice: ToolChoice | None = Field(None, description="Extension: as in /v1/chat/completions.")
 
 
 class OllamaGenerateRequest(OllamaRequest):

@@ -210,11 +210,14 @@ class TextCompletion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served."""
+    """A model that is served; `type`, `display_name` and `created_at` are Anthropic's."""
 
     id: str
     object: Literal["model"]
+    type: Literal["model"]
+    display_name: str
     created: int
+    created_at: str
     owned_by: str
     context_length: int
     max_new_tokens: int
@@ -223,10 +226,13 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Answer of /v1/models."""
+    """Answer of /v1/models; a page that is all of them, as Anthropic's API has pages."""
 
     object: Literal["list"]
     data: list[ModelCard]
+    has_more: Literal[False]
+    first_id: str
+    last_id: str
 
 
 class Status(BaseModel):

@@ -29,6 +29,7 @@ from normistral.server.responses_request import (
     InputCall,
     InputMessage,
     InputResult,
+    ResponseAllowedTools,
     ResponsesRequest,
     ResponseToolChoice,
 )
@@ -251,7 +252,7 @@ class _Writer:
             "store": self._store is not None,
             "temperature": config.temperature,
             "text": {"format": {"type": "text"}} | text,
-            "tool_choice": choice.model_dump() if isinstance(choice, ResponseToolChoice) else choice or "auto",
+            "tool_choice": choice or "auto" if choice is None or isinstance(choice, str) else choice.model_dump(),
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": config.top_p,
             "truncation": body.truncation or "disabled",
@@ -320,8 +321,12 @@ def _as_fields(body: ResponsesRequest, messages: list[dict[str, Any]]) -> dict[s
         "tool_choice": body.tool_choice,
         "overflow": body.overflow or {"auto": "drop-oldest", "disabled": "error"}.get(body.truncation or ""),
     }
-    if isinstance(body.tool_choice, ResponseToolChoice):
-        fields["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
+    match body.tool_choice:
+        case ResponseToolChoice(name=name):
+            fields["tool_choice"] = _named(name)
+        case ResponseAllowedTools(mode=mode, tools=allowed):
+            choice = {"mode": mode, "tools": [_named(tool.name) for tool in allowed]}
+            fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": choice}
     if body.tools:
         fields["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools]
     form = body.text.format if body.text is not None else None
@@ -332,3 +337,7 @@ def _as_fields(body: ResponsesRequest, messages: list[dict[str, Any]]) -> dict[s
     elif form is not None and form.type == "json_object":
         fields["response_format"] = {"type": "json_object"}
     return fields
+
+
+def _named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}

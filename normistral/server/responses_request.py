@@ -11,21 +11,23 @@ from normistral.runtime.tools import MOST_TOOLS
 from normistral.server.schemas import (
     BEGINNINGS,
     MOST_MESSAGES,
+    TOOL_CHOICES,
     CallArguments,
     CallId,
+    NeverTrue,
     Only,
     ReasoningEffort,
-    SentBack,
     Strict,
     ToolName,
     WithNumbers,
     require_text,
+    type_tag,
 )
 
 _NO_SUMMARY = "reasoning is not summarised; it is in the output as it is"
 
 
-class InputText(SentBack):
+class InputText(Strict):
     """A piece of text."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -33,13 +35,14 @@ class InputText(SentBack):
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description=BEGINNINGS)
+    parsed: Any = Field(None, description="Not used: what the package openai made of the text.")
 
 
 Texts = Annotated[list[InputText], Field(fail_fast=True)]
 Content = Annotated[str | Annotated[Texts, Field(min_length=1)], BeforeValidator(require_text)]
 
 
-class InputMessage(SentBack):
+class InputMessage(Strict):
     """A turn of the conversation."""
 
     type: Literal["message"] | None = None
@@ -50,7 +53,7 @@ class InputMessage(SentBack):
     phase: str | None = None
 
 
-class InputCall(SentBack):
+class InputCall(Strict):
     """A call of an earlier answer."""
 
     type: Literal["function_call"]
@@ -59,9 +62,10 @@ class InputCall(SentBack):
     arguments: CallArguments
     id: str | None = None
     status: str | None = None
+    parsed_arguments: Any = Field(None, description="Not used: what the package openai made of the arguments.")
 
 
-class InputResult(SentBack):
+class InputResult(Strict):
     """The result of a call."""
 
     type: Literal["function_call_output"]
@@ -71,7 +75,7 @@ class InputResult(SentBack):
     status: str | None = None
 
 
-class InputReasoning(SentBack):
+class InputReasoning(Strict):
     """Reasoning of an earlier answer; models do not read it again."""
 
     type: Literal["reasoning"]
@@ -118,6 +122,8 @@ class ResponseTool(Strict):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(None, description="Arguments always fit the schema, whatever this says.")
+    defer_loading: NeverTrue = None
+    allowed_callers: list[Literal["direct"]] | None = None
 
 
 class ResponseToolChoice(Strict):
@@ -125,6 +131,14 @@ class ResponseToolChoice(Strict):
 
     type: Literal["function"]
     name: ToolName
+
+
+class ResponseAllowedTools(Strict):
+    """The tools that may be called; the model is told of all."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ResponseToolChoice], Field(fail_fast=True, min_length=1, max_length=MOST_TOOLS)]
 
 
 class ResponseTextFormat(Strict):
@@ -148,6 +162,8 @@ class ResponseReasoning(Strict):
     """How much to reason."""
 
     effort: ReasoningEffort | None = None
+    context: Literal["auto", "current_turn"] | None = Field(None, description="Earlier reasoning is not read again.")
+    mode: Literal["standard"] | None = None
     summary: Annotated[Literal["auto"] | None, Only(_NO_SUMMARY, "auto")] = None
     generate_summary: Annotated[Literal["auto"] | None, Only(_NO_SUMMARY, "auto")] = None
 
@@ -176,7 +192,14 @@ class ResponsesRequest(WithNumbers):
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, ge=0, le=1)
     tools: Annotated[list[ResponseTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[ResponseToolChoice, Tag("Function")] | Annotated[ResponseAllowedTools, Tag("Allowed_tools")],
+            Discriminator(type_tag, custom_error_type="tool_choice", custom_error_message=TOOL_CHOICES),
+        ]
+        | Literal["none", "auto", "required"]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
     text: ResponseText | None = None
     reasoning: ResponseReasoning | None = None

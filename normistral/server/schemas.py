@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast, get_args
@@ -31,13 +30,24 @@ MOST_MESSAGES = 1024
 _ID_CHARACTERS = 256
 _GUIDED = "it became structured_outputs"
 BEGINNINGS = "Not used: beginnings are found by their tokens."
+TOOL_CHOICES = "it is 'none', 'auto' or 'required', or an object of type function or allowed_tools"
 _NO_FUNCTIONS = "functions became tools; there are tools, tool_choice and tool_calls"
 
 
 class Strict(BaseModel):
-    """An object whose fields are all known and of their very types."""
+    """An object whose fields are all known and of their very types; unknown ones may be there if they are null.
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    Null asks for nothing, and clients write it for every field that their package knows and the caller left out.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"additionalProperties": {"type": "null"}})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and None in fields.values():
+            return {name: value for name, value in fields.items() if value is not None}
+        return fields
 
 
 class WithNumbers(Strict):
@@ -58,19 +68,6 @@ class WithNumbers(Strict):
 def _is_whole(annotation: Any) -> bool:
     kinds = {annotation, *get_args(annotation)}
     return int in kinds and float not in kinds
-
-
-class SentBack(Strict):
-    """An object of an earlier answer, as a client's package keeps it: further fields may be there if they are null."""
-
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"type": "null"}})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and None in fields.values():
-            return {name: value for name, value in fields.items() if value is not None}
-        return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +242,7 @@ class CommonRequest(WithNumbers):
     guided_grammar: Annotated[None, Only(_GUIDED)] = None
 
 
-class TextPart(SentBack):
+class TextPart(Strict):
     """A piece of a message."""
 
     type: Literal["text"]
@@ -257,16 +254,9 @@ class TextPart(SentBack):
     prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description=BEGINNINGS)
 
 
-def _require_object(arguments: str) -> str:
-    """Refuse arguments that no call can have; some clients write none as an empty text."""
-    if not arguments.strip():
-        return "{}"
-    try:
-        if isinstance(json.loads(arguments), dict):
-            return arguments
-    except (ValueError, RecursionError):
-        pass
-    raise ValueError("arguments have to be a JSON object")
+def _none_as_empty(arguments: str) -> str:
+    """Some clients write no arguments as an empty text."""
+    return arguments if arguments.strip() else "{}"
 
 
 def require_text(content: Any) -> Any:
@@ -284,7 +274,7 @@ def joined_text(content: str | list[Any] | None) -> str:
 
 
 CallId = Annotated[str, Field(min_length=1, max_length=_ID_CHARACTERS)]
-CallArguments = Annotated[str, AfterValidator(_require_object)]
+CallArguments = Annotated[str, AfterValidator(_none_as_empty)]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
@@ -307,7 +297,7 @@ class FunctionDefinition(NamedFunction):
 class ToolDefinition(Strict):
     """A tool; there are functions only."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionDefinition
 
 
@@ -318,15 +308,40 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-class CalledFunction(SentBack):
+class AllowedTools(Strict):
+    """Some of the tools, and whether one has to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(fail_fast=True, min_length=1, max_length=MOST_TOOLS)]
+
+
+class AllowedToolChoice(Strict):
+    """The tools that may be called; the model is told of all."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = (
+    Annotated[
+        Annotated[NamedTool, Tag("Function")] | Annotated[AllowedToolChoice, Tag("Allowed_tools")],
+        Discriminator(type_tag, custom_error_type="tool_choice", custom_error_message=TOOL_CHOICES),
+    ]
+    | Literal["none", "auto", "required"]
+)
+
+
+class CalledFunction(Strict):
     """A function with its arguments."""
 
     name: ToolName
-    arguments: CallArguments = Field(description="A JSON object.")
+    arguments: CallArguments = Field(
+        description="A JSON object, or as much of one as there is in a call that was cut off."
+    )
     parsed_arguments: Any = Field(None, description="Not used: what the package openai made of the arguments.")
 
 
-class CalledTool(SentBack):
+class CalledTool(Strict):
     """A call of an earlier answer."""
 
     id: CallId
@@ -335,7 +350,7 @@ class CalledTool(SentBack):
     index: int | None = Field(None, description="Not used: of a streamed call.")
 
 
-class Message(SentBack):
+class Message(Strict):
     """A turn of the conversation."""
 
     role: Annotated[
@@ -401,7 +416,7 @@ class ChatCompletionRequest(CommonRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs.")
     tools: Annotated[list[ToolDefinition], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+    tool_choice: ToolChoice | None = Field(
         None, description="auto (default) is text or calls, required is calls; a named tool is called once."
     )
     parallel_tool_calls: bool | None = Field(None, description="false is at most one call.")

@@ -6,7 +6,10 @@ import httpx
 import pytest
 from served_models import make_served, serving
 from serving_clients import error_of
+from tiny_models import TEMPLATE
 from tool_schemas import count_valid_calls
+
+from normistral.artifact.manifest import Template
 
 http = httpx.Client()
 WEATHER = {
@@ -125,6 +128,28 @@ def test_one_call_where_several_are_not_wanted(serve) -> None:
         assert without_ids(called) == (None, [{"name": "weather", "arguments": ARGUMENTS}], "tool_calls")
 
 
+def allowed(mode: str, *names: str) -> dict:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_only_allowed_tools_are_called_and_the_model_is_told_of_all(serve) -> None:
+    """So that the beginning of the prompt stays the same."""
+    url = serve(TWO)
+    tools = [WEATHER, CLOCK]
+    for mode in ("auto", "required"):
+        called = choice(url, tools=tools, tool_choice=allowed(mode, "weather"))
+        assert {call["function"]["name"] for call in called["message"]["tool_calls"]} == {"weather"}
+    whole = ask(url, tools=tools).json()["usage"]["prompt_tokens"]
+    assert ask(url, tools=tools, tool_choice=allowed("auto", "clock")).json()["usage"]["prompt_tokens"] == whole
+    function = {"type": "function", "name": "weather"}
+    body = {"model": "m", "input": "Vær?", "tools": [function | WEATHER["function"], function | CLOCK["function"]]}
+    only = {"type": "allowed_tools", "mode": "required", "tools": [function]}
+    answer = http.post(f"{url}/v1/responses", json=body | {"tool_choice": only}, timeout=60).json()
+    assert {item["name"] for item in answer["output"]} == {"weather"}
+    assert answer["tool_choice"] == only
+
+
 def test_none_leaves_text_as_it_is(serve) -> None:
     url = serve(CALL)
     assert without_ids(choice(url, tools=[WEATHER], tool_choice="none")) == (CALL, [], "stop")
@@ -175,6 +200,23 @@ def test_a_call_that_is_cut_off_says_so(serve) -> None:
     cut = choice(url, tools=[WEATHER], max_tokens=60)
     assert cut["finish_reason"] == "length"
     assert ARGUMENTS.startswith(cut["message"]["tool_calls"][0]["function"]["arguments"])
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Os', "Oslo", "[]", "[" * 2000])
+def test_a_call_that_was_cut_off_may_come_back(tmp_path, arguments) -> None:
+    """LangChain sends it beside the result that says so, in `tool_calls`, from what it calls `invalid_tool_calls`."""
+    messages = [
+        {"role": "user", "content": "Vær?"},
+        called(arguments),
+        {"role": "tool", "tool_call_id": "x", "content": "error: no JSON"},
+    ]
+    knows = TEMPLATE + "{% if tools %}<tool_call> {{ messages[1].tool_calls[0].function.arguments }}{% endif %}"
+    for name, template in (("prompt", TEMPLATE), ("native", knows)):
+        changes = {"template": Template(template, "checkpoint", bos_token="<s>", eos_token="<|im_end|>")}
+        folder = make_served(tmp_path / name / "m", answers=["Hei."] * 3, context_length=9000, **changes)
+        with serving(folder) as url:
+            fields = {"tools": [WEATHER], "max_tokens": 1}
+            assert ask(url, messages=messages, **fields).status_code == 200
 
 
 def test_text_beside_tools_may_have_a_schema(serve) -> None:
@@ -242,8 +284,9 @@ def called(arguments: str = "{}", **message) -> dict:
         ({"tools": [CLOCK], "structured_outputs": {"regex": "a"}}, "can only be JSON"),
         ({"tools": [CLOCK], "ignore_eos": True}, "ignore_eos"),
         ({"functions": [{}]}, "functions became tools"),
-        ({"messages": [called("[]")]}, "JSON object"),
-        ({"messages": [called("{")]}, "JSON object"),
+        ({"tools": [CLOCK], "tool_choice": {"type": "custom"}}, "or an object of type function or allowed_tools"),
+        ({"tools": [CLOCK], "tool_choice": allowed("auto", "g")}, "no tool 'g'"),
+        ({"tools": [CLOCK], "tool_choice": allowed("all", "clock")}, "'auto' or 'required'"),
         ({"messages": [called(role="user")]}, "of the assistant"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "y"}]}, "tool_call_id"),
