@@ -3,12 +3,17 @@
 A daemon thread that comes back from native code to an interpreter that has ended is unwound there, through frames of
 C++ that do not allow it, and the process aborts ("terminate called without an active exception", status 134). So
 running computations are counted, cancelled and waited for before.
+
+A forked child has the models of its parent without the engines' threads. Closing or freeing one there waits for these
+threads for good, so the child never does; nor does it wait for the computations of the parent's threads.
 """
 
 from __future__ import annotations
 
 import _thread
 import atexit
+import ctypes
+import os
 import threading
 import time
 import weakref
@@ -93,6 +98,27 @@ def computing_each(items: Generator[T, None, None]) -> Iterator[T]:
                 except StopIteration:
                     return
             yield item
+
+
+_inherited: list[Closable] = []
+
+
+def is_inherited(closable: Closable) -> bool:
+    """Whether another process made this, of which this one is a fork."""
+    return any(one is closable for one in _inherited)
+
+
+def _keep_inherited() -> None:
+    """In a forked child: nothing of the parent's is closed, or freed when the interpreter ends."""
+    for closable in _still_open():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(closable))  # the list itself is freed then
+        _inherited.append(closable)
+    _open.clear()
+    _computing.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def _close_all() -> None:

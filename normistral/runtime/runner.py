@@ -17,7 +17,13 @@ from normistral.runtime.chunks import Chunk
 from normistral.runtime.detokenizer import StreamDetokenizer
 from normistral.runtime.engines.base import Backend, Engine, EngineInfo
 from normistral.runtime.generate import Limits, generate_tokens, stream_text
-from normistral.runtime.interpreter_exit import InterruptSafeLock, close_at_exit, computing, computing_each
+from normistral.runtime.interpreter_exit import (
+    InterruptSafeLock,
+    close_at_exit,
+    computing,
+    computing_each,
+    is_inherited,
+)
 from normistral.runtime.options import GenerationConfig, encode_breakers, require_applicable, resolve_options
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.sequence import CachedSequence
@@ -108,6 +114,8 @@ class Runner:
         """Stop what is running and free engine, weights and caches. Closing twice is fine."""
         self._closed = True
         self.cancel()
+        if is_inherited(self):
+            return
         with computing(), self._forward_lock:  # a running forward ends first; the next finds the engine closed
             for sequence in self._living_sequences():
                 sequence.close()

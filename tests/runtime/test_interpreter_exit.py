@@ -1,5 +1,6 @@
 """The interpreter ends, or is interrupted, while threads compute."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -88,6 +89,39 @@ interrupted = computing()
 interrupted.__enter__()
 """
     subprocess.run([sys.executable, "-c", script, str(folders["onnx"])], check=True, timeout=30)
+
+
+FORKED = """
+import os, signal, sys, threading, time
+import normistral
+
+model = normistral.load(sys.argv[1])
+model.generate([5, 6, 7], max_new_tokens=1)
+begun = threading.Event()
+
+def run():
+    for _ in model.stream([5, 6, 7], max_new_tokens=200, ignore_eos=True, draft="off"):
+        begun.set()
+
+if sys.argv[2] == "while a thread computes":
+    threading.Thread(target=run, daemon=True).start()
+    begun.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # ends it if it waits
+    if sys.argv[2] == "and closes":
+        model.close()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert model.generate([5, 6, 7], max_new_tokens=1).token_ids
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("child", ["and does nothing", "and closes", "while a thread computes"])
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+def test_a_forked_child_ends_and_the_parent_goes_on(folders, engine, child) -> None:
+    subprocess.run([sys.executable, "-c", FORKED, str(folders[engine]), child], check=True, timeout=60)
 
 
 def test_a_lock_is_free_after_an_interrupt_that_came_when_it_was_taken() -> None:
