@@ -305,6 +305,11 @@ def read_input(path: Path, most: int) -> bytes:
     return raw
 
 
+def name_as_text(path: Path) -> str:
+    """Name of a file or folder for messages and documents: bytes that are no UTF-8 are replaced in it."""
+    return path.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def descriptor_number(path: Path) -> int | None:
     """Of this process's descriptor that a name such as /dev/stdout or /dev/fd/63 stands for; None for other names."""
     found = _DESCRIPTOR.fullmatch(str(path))

@@ -72,6 +72,11 @@ def test_a_result_is_replaced_whole_and_others_may_read_it(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_result_may_hold_a_name_that_is_no_utf_8(tmp_path):
+    write_result(tmp_path / "fart.json", '{"artifact": "sju\udcff"}')
+    assert (tmp_path / "fart.json").read_bytes() == b'{"artifact": "sju?"}'
+
+
 @AS_ROOT
 def test_a_replaced_result_stays_its_owners(tmp_path):
     path = tmp_path / "fart.md"

@@ -210,16 +210,16 @@ class AnswerWriter:
     def _end_reasoning(self) -> None:
         if not self._reasoning_at_line_start:
             self._reasoning_at_line_start = True
-            self._write_reasoning(_last_word(self._reasoning_words))
-            print(file=self._reasoning, flush=True)
+            self._write_reasoning(_last_word(self._reasoning_words), end="\n")
 
     def _write_answer(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    def _write_reasoning(self, text: str) -> None:
-        if self._reasoning is not None and text:
-            print(colour(text, DIM, self._reasoning), end="", file=self._reasoning, flush=True)
+    def _write_reasoning(self, text: str, end: str = "") -> None:
+        if self._reasoning is not None and text + end:
+            with suppress(OSError):  # as in `print_diagnostic`: the answer matters
+                print(colour(text, DIM, self._reasoning) if text else "", end=end, file=self._reasoning, flush=True)
 
 
 def _word_wrapper(stream: TextIO | None) -> WordWrapper | None:

@@ -63,7 +63,7 @@ def show_result(document: dict[str, Any], lines: Iterable[str], json_file: str |
 
 
 def write_result(path: Path, text: str) -> None:
-    """Write a text in UTF-8, for anybody to read.
+    """Write a text in UTF-8, for anybody to read; bytes of a name in it that are no UTF-8 become question marks.
 
     Raises:
         NormistralError: it cannot be written. Nothing is left of it, and a file of that name is as it was.
@@ -76,7 +76,7 @@ def write_result(path: Path, text: str) -> None:
             _write(_open_stream(path), text)
         else:
             with atomic_write(path, private=False) as file:
-                file.write(text.encode())
+                file.write(text.encode(errors="replace"))
     except BrokenPipeError:
         raise  # nobody reads any more: the command line ends quietly
     except OSError as exc:
@@ -108,4 +108,4 @@ def _open_stream(path: Path) -> int:
 
 def _write(descriptor: int, text: str) -> None:
     with os.fdopen(descriptor, "wb") as stream:
-        stream.write(text.encode())
+        stream.write(text.encode(errors="replace"))

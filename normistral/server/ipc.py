@@ -40,11 +40,12 @@ class Load(msgspec.Struct, tag=True):
     """First message: the model to load. Reply: `Loaded`, or the `Failure` with which the process ends.
 
     Attributes:
+        folder: of the artifact, as bytes: its name need not be UTF-8.
         manifest_sha256: of the artifact that the server opened; None takes what is there.
         prefixes: that it has to have in its KV cache before it is ready.
     """
 
-    folder: str
+    folder: bytes
     config: EngineConfig
     batch: BatchSettings
     manifest_sha256: str | None = None

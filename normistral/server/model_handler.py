@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ from normistral.artifact.manifest import Manifest
 from normistral.artifact.taint import strings_in
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
+from normistral.files import name_as_text
 from normistral.runtime.detokenizer import spell_vocabulary
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.runtime.options import GenerationConfig, encode_breakers, require_applicable, resolve_options
@@ -70,11 +72,18 @@ class ModelHandler:
         opened = Artifact.find(artifact)
         opened.warn_of_advice()
         folder, manifest = opened.folder, opened.manifest
-        load = Load(str(folder.resolve()), config, batch, manifest.sha256)
+        load = Load(os.fsencode(folder.resolve()), config, batch, manifest.sha256)
         context = min(batch.context, manifest.context_length)
         most = context - 1 if new_tokens is None else min(new_tokens, context - 1)
         return cls(
-            name or folder.resolve().name, folder, manifest, opened.tokenizer, context, most, load, opened.chat_template
+            name or name_as_text(folder.resolve()),
+            folder,
+            manifest,
+            opened.tokenizer,
+            context,
+            most,
+            load,
+            opened.chat_template,
         )
 
     @property

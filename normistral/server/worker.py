@@ -72,7 +72,9 @@ def serve(requests: BinaryIO, stream: BinaryIO) -> None:
     load = inbox.take(wait=True)
     assert isinstance(load, Load), "Load comes first"
     try:
-        created = create_backend(Path(load.folder), load.batch, load.config, load.manifest_sha256, load.prefixes)
+        created = create_backend(
+            Path(os.fsdecode(load.folder)), load.batch, load.config, load.manifest_sha256, load.prefixes
+        )
     except NormistralError as error:
         send(Failure.of(error))
         return

@@ -1,6 +1,8 @@
 """An artifact is opened once: manifest and files at once, tokenizer and chat template at their first use."""
 
 import dataclasses
+import io
+import os
 
 import pytest
 from sample_artifacts import make_manifest
@@ -12,6 +14,9 @@ from normistral.artifact.manifest import MANIFEST_NAME, Template, hash_files, wr
 from normistral.errors import ArtifactError, ModelNotFoundError
 from normistral.files import sha256_file
 from normistral.runtime.engines.settings import EngineConfig
+from normistral.server.backends.base import BatchSettings
+from normistral.server.ipc import encode_message, read_message, to_worker
+from normistral.server.model_handler import ModelHandler
 
 
 def write(folder, **changes):
@@ -35,6 +40,16 @@ def test_it_is_found_by_path_and_by_its_name_in_the_store(tmp_path, monkeypatch)
     assert Artifact.find("sju").name == "sju"
     with pytest.raises(ModelNotFoundError, match="there is no artifact 'åtte'"):
         Artifact.find("åtte")
+
+
+def test_a_folder_whose_name_is_no_utf_8_has_a_name_that_is(tmp_path):
+    folder = write(tmp_path / "sju").rename(tmp_path / "sju\udcff")
+    assert Artifact.open(folder).name == "sju\ufffd"
+    served = ModelHandler.open(folder, BatchSettings("auto", 0, 100))
+    assert served.name == "sju\ufffd"
+    payload = read_message(io.BytesIO(encode_message(served.load)))
+    received = to_worker.decode(payload)
+    assert received.folder == os.fsencode(folder)
 
 
 def test_files_are_compared_with_the_manifest_unless_it_alone_is_wanted(tmp_path):

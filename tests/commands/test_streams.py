@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from scripted_cli import HELPERS, command, make_artifact
+from scripted_models import TAG_TEXTS
 from test_cli import ANSWER, require_two_lines
 
 from normistral.batch.documents import Row, read_document
@@ -30,9 +31,9 @@ def artifact(tmp_path):
     return make_artifact(tmp_path / "scripted")
 
 
-def shell(tmp_path, redirection, *arguments, stdin=b""):
+def shell(tmp_path, redirection, *arguments, stdin=b"", answers=(ANSWER,)):
     """Run a command with a redirection of the shell's."""
-    words = command(tmp_path, *map(str, arguments), answers=[ANSWER])
+    words = command(tmp_path, *map(str, arguments), answers=list(answers))
     script = ["bash", "-c", f'exec "$@" {redirection}', "bash", *words]
     return subprocess.run(script, input=stdin, capture_output=True, timeout=60, cwd=HELPERS)
 
@@ -85,6 +86,15 @@ def test_a_full_disk_is_named_and_a_full_log_stops_nothing(tmp_path, artifact):
         assert "free some space" in hint
     done = shell(tmp_path, "2>/dev/full", "chat", artifact, "--prompt", "x", "--max-new-tokens", "2", "--stats")
     assert (done.returncode, done.stdout.decode()) == (0, ANSWER[:2] + "\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2> >(true)"])
+def test_a_reasoning_that_nobody_reads_stops_no_answer(tmp_path, redirection):
+    thinker = make_artifact(tmp_path / "tenker", reasoning=TAG_TEXTS)
+    arguments = ("chat", thinker, "--prompt", "x")
+    done = shell(tmp_path, redirection, *arguments, answers=[f"<think> {'Hm. ' * 20}</think> {ANSWER}"])
+    assert (done.returncode, done.stdout.decode()) == (0, ANSWER + "\n")
 
 
 # Text

@@ -21,7 +21,7 @@ from normistral.server.middleware import RequestMiddleware
 from normistral.server.worker_client import WorkerClient
 
 MESSAGES = [{"role": "user", "content": "Hei"}]
-LOAD = Load("m", EngineConfig(), BatchSettings("auto", 0, 0))
+LOAD = Load(b"m", EngineConfig(), BatchSettings("auto", 0, 0))
 QUICK = ServerLimits(grace_s=0.2)
 
 

@@ -19,7 +19,7 @@ from normistral.server.ipc import HEARTBEAT_S, Heartbeat, HeartbeatMonitor, Load
 from normistral.server.limits import ServerLimits
 from normistral.server.worker_client import WorkerClient
 
-LOAD = Load("m", EngineConfig(), BatchSettings("auto", 0, 0))
+LOAD = Load(b"m", EngineConfig(), BatchSettings("auto", 0, 0))
 QUICK = ServerLimits(grace_s=0.2)
 
 
