@@ -31,6 +31,9 @@ MOST_PATTERN_PAIRS = 600  # of patternProperties, which are compared with each o
 MOST_PATTERNS_TOGETHER = 8  # that may have to hold for one text; of 12 on, time doubles with each
 MOST_MULTIPLE = 10_000  # sum of multipleOf without decimal point: states of an automaton, of which a million take 6 s
 
+_MOST_NAMES = 64  # of propertyNames; each has the schema of additionalProperties
+
+_MAPS_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
 _COMBINE = {"allOf", "anyOf", "oneOf", "$ref"}
 
 # As json.dumps writes those without a name, behind an even number of backslashes; and DEL.
@@ -59,6 +62,7 @@ def prepare_schema(schema: dict[str, Any], *, lenient: bool = False) -> dict[str
     Raises:
         UsageError: it is too large, or cannot be kept to.
     """
+    schema = _as_properties(schema)
     if "x-guidance" in schema:
         raise UsageError('the schema has options of a library ("x-guidance")', "leave them out")
     if _CONTROL.search(json.dumps(schema, ensure_ascii=False)):
@@ -73,6 +77,49 @@ def prepare_schema(schema: dict[str, Any], *, lenient: bool = False) -> dict[str
         _refuse_repeatable_keys(part)
     kept = _without(schema, lenient=lenient)
     return {**kept, "x-guidance": WRITING | ({"lenient": True} if lenient else {})}
+
+
+def _as_properties(value: Any, *, is_map: bool = False) -> Any:
+    """A schema without `propertyNames` and `uniqueItems` where they ask for nothing, or list all keys there may be.
+
+    zod writes the first for a record of strings, pydantic the second for a mapping from a Literal.
+
+    Args:
+        is_map: the keys are names, not keywords.
+    """
+    if isinstance(value, list):
+        return [_as_properties(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {
+        key: part
+        if key in DATA_KEYWORDS and not is_map
+        else _as_properties(part, is_map=key in _MAPS_OF_SCHEMAS and not is_map)
+        for key, part in value.items()
+    }
+    if is_map:
+        return kept
+    if kept.get("uniqueItems") is False:
+        del kept["uniqueItems"]
+    if kept.get("propertyNames") in ({}, True, {"type": "string"}):
+        del kept["propertyNames"]
+    names = _listed_names(kept)
+    if names:
+        del kept["propertyNames"]
+        kept["properties"] = dict.fromkeys(names, kept.get("additionalProperties", True))
+        kept["additionalProperties"] = False
+    return kept
+
+
+def _listed_names(schema: dict[str, Any]) -> list[str]:
+    """All keys that an object may have, where `propertyNames` is nothing but a list and says all of them."""
+    rule = schema.get("propertyNames")
+    if not isinstance(rule, dict) or rule.keys() - {"enum", "type"} or rule.get("type", "string") != "string":
+        return []
+    names = rule.get("enum")
+    if not isinstance(names, list) or len(names) > _MOST_NAMES or {"properties", "patternProperties"} & schema.keys():
+        return []
+    return names if all(isinstance(name, str) for name in names) else []
 
 
 def _without(value: Any, *, lenient: bool) -> Any:

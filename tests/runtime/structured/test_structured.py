@@ -366,6 +366,35 @@ def test_an_answer_that_could_not_be_told_from_blanks_is_refused(tmp_path):
                 model.generate("Hei", structure=Structure.regex(pattern))
 
 
+@pytest.mark.parametrize(
+    ("schema", "fits", "not_fits"),
+    [
+        ({"propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}}, '{"x": 1}', '{"x": "y"}'),
+        ({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "integer"}}, '{"a": 1}', '{"c": 1}'),
+        ({"propertyNames": {"enum": ["a"]}, "required": ["a"]}, '{"a": "x"}', "{}"),
+        ({"properties": {"l": {"type": "array", "uniqueItems": False}}, "required": ["l"]}, '{"l": [1, 1]}', "{}"),
+        # Names of properties, not keywords
+        (
+            {
+                "properties": {"propertyNames": {"type": "string"}, "uniqueItems": False, "properties": {"enum": [5]}},
+                "required": ["propertyNames", "properties"],
+                "additionalProperties": False,
+            },
+            '{"propertyNames": "x", "properties": 5}',
+            '{"propertyNames": "x", "properties": 6}',
+        ),
+    ],
+)
+def test_keywords_that_ask_for_nothing_or_list_all_keys(schema, fits, not_fits):
+    """As zod writes a record, and pydantic a mapping whose keys are a Literal."""
+    compiled = compile_structure(Structure.json_schema({"type": "object"} | schema), VOCABULARIES["byte-level"])
+    assert can_write(compiled, fits)
+    assert not can_write(compiled, not_fits)
+    jsonschema.validate(json.loads(fits), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(json.loads(not_fits), schema)
+
+
 # What is refused
 
 
@@ -379,6 +408,11 @@ def test_an_answer_that_could_not_be_told_from_blanks_is_refused(tmp_path):
         (lambda: Structure.json_schema({"const": float("nan")}), "cannot be written as JSON"),
         (lambda: Structure.json_schema({"type": "strng"}), "Invalid type: strng"),
         (lambda: Structure.json_schema({"type": "array", "uniqueItems": True}), 'not supported: "uniqueItems"'),
+        (lambda: Structure.json_schema({"propertyNames": {"pattern": "a"}}), 'not supported: "propertyNames"'),
+        (
+            lambda: Structure.json_schema({"propertyNames": {"enum": ["a"]}, "properties": {"b": {}}}),
+            'not supported: "propertyNames"',
+        ),
         (lambda: Structure.json_schema({"not": {}, "if": {}}), 'not supported: "if", "not"'),
         (lambda: Structure.json_schema({"type": "string", "format": "regex"}), "Unknown format: regex"),
         (lambda: Structure.json_schema({"properties": {"format": {"format": "iri"}}}), "Unknown format: iri"),
