@@ -41,6 +41,7 @@ _REST = 16  # times the duration of decoding, until the next beside other reques
 _FOR_MONITORS = ("/health", "/ready")
 PROTECTED = ("/v1/", "/api/", "/metrics")  # beginnings of paths that need a key
 _CONTAINERS = (dict, list)
+_OF_BROWSERS = ("origin", "sec-fetch-site")  # in every POST of a page
 PREFLIGHT = {  # further headers of the answer to a browser that asks whether a page may ask
     "access-control-allow-methods": "GET, POST",
     "access-control-max-age": "600",
@@ -120,6 +121,7 @@ class RequestMiddleware:
             raise self._too_large()
         body = await self._read(receive)
         answer.unread = False
+        _require_json(scope["path"], headers)
         if len(body) < _HEAVY_BYTES:
             scope["state"]["document"] = self._decode(headers, body)
         else:
@@ -140,9 +142,6 @@ class RequestMiddleware:
                 self._rest_until = now + _REST * (now - began)
 
     def _decode(self, headers: Headers, body: bytes) -> Any:
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, "the body has to be JSON", "send Content-Type: application/json", code="not_json")
         if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             raise ApiError(415, "the body is compressed", "send it without Content-Encoding", code="compressed")
         try:
@@ -285,6 +284,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _require_json(path: str, headers: Headers) -> None:
+    """Raise ApiError for a body of another type, which a page of any origin can make a browser send.
+
+    Ollama takes every type, and its clients (curl -d, LiteLLM) write another or none; so its routes take them here from
+    all but browsers.
+    """
+    if headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
+        return
+    if not path.startswith("/api/") or any(name in headers for name in _OF_BROWSERS):
+        raise ApiError(415, "the body has to be JSON", "send Content-Type: application/json", code="not_json")
 
 
 def _require_simple(document: Any, limits: ServerLimits) -> None:

@@ -54,7 +54,12 @@ def error_responses(*statuses: int, model: type[BaseModel] = ErrorAnswer) -> dic
 
 
 class DecodedRequest(Request):
-    """Request whose body the middleware has decoded."""
+    """Request whose body the middleware has decoded; FastAPI would read one of another type as bytes."""
+
+    def __init__(self, request: Request) -> None:
+        others = [header for header in request.scope["headers"] if header[0] != b"content-type"]
+        headers = [*others, (b"content-type", b"application/json")]
+        super().__init__({**request.scope, "headers": headers}, request.receive)
 
     async def json(self) -> Any:
         """The body."""
@@ -69,7 +74,7 @@ class DecodedRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_decoded(request: Request) -> Response:
-            return await handle(DecodedRequest(request.scope, request.receive))
+            return await handle(DecodedRequest(request))
 
         return handle_decoded
 

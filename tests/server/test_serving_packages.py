@@ -84,6 +84,19 @@ def test_fields_of_anthropic_s_betas_that_would_change_the_answer_are_refused(ur
     assert (answer.status_code, words in answer.json()["error"]["message"]) == (400, True)
 
 
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain;charset=UTF-8"])
+def test_ollama_s_routes_take_json_of_any_type_but_not_of_a_page(url, kind) -> None:
+    """LiteLLM writes no type, curl -d that of a form; so can a page of any origin, whose browser says where from."""
+    types = {} if kind is None else {"content-type": kind}
+    for path in ("/api/chat", "/api/generate", "/api/show"):
+        content = json.dumps({"model": "m", **ROUTES[path]})
+        assert http.post(url + path, content=content, headers=types).status_code == 200
+        for page in ({"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+            assert http.post(url + path, content=content, headers=types | page).status_code == 415
+    content = json.dumps({"model": "m", **ROUTES["/v1/chat/completions"]})
+    assert http.post(f"{url}/v1/chat/completions", content=content, headers=types).status_code == 415
+
+
 def test_anthropic_s_tool_runner_is_told_to_do_without_a_thread(url) -> None:
     """It asks for one by itself, and sends the conversation whole where the error has this code."""
     answer = post(url, "/v1/messages", thread={"type": "create"})
