@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from normistral.evaluation.bench.speed import SpeedPlan
 
 _FAILED_HINT = "`normistral info ARTIFACT --check` and `normistral doctor` may say what is wrong"
+_MOST_DIGITS = 9  # of a length in tokens; Python refuses to read thousands of them
 _REPORTS = (".html", ".htm", ".md")
 
 
@@ -164,6 +165,6 @@ def _check_files(options: BenchArgs) -> None:
 
 def _parse_lengths(option: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) <= _MOST_DIGITS for part in parts):
         raise UsageError(f"{option} {text}: not a list of whole numbers", f"such as: {option} 128,512")
     return tuple(sorted({int(part) for part in parts}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,10 @@ class LineEditor:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import InMemoryHistory
 
+        self._problem: OSError | None = None
+        history = _open_history(store.history_file(), self._note) if keep_history else InMemoryHistory()
         self._session: PromptSession[str] = PromptSession(
-            history=_open_history(store.history_file()) if keep_history else InMemoryHistory(),
+            history=history,
             multiline=True,
             key_bindings=_bindings(),
             enable_open_in_editor=False,
@@ -48,7 +50,13 @@ class LineEditor:
             KeyboardInterrupt: Ctrl-C; what was typed is gone.
         """
         text: str = self._session.prompt("> ", bottom_toolbar=lambda: one_line(status()))
+        if self._problem is not None:  # told only now: the line was still being drawn
+            _warn_of_history(self._problem)
+            self._problem = None
         return strip_text_block(text)
+
+    def _note(self, problem: OSError) -> None:
+        self._problem = problem
 
 
 def wants_more(text: str) -> bool:
@@ -74,9 +82,27 @@ def _whole_characters(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _open_history(path: Path) -> History:
-    """The history in `path`, which only its owner may read; kept for this session only if that cannot be had."""
+def _open_history(path: Path, on_error: Callable[[OSError], None]) -> History:
+    """The history in `path`, which only its owner may read; kept for this session only if that cannot be had.
+
+    Args:
+        on_error: told why it could not be read or written later on.
+    """
     from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class Remembered(FileHistory):
+        def load_history_strings(self) -> Iterable[str]:
+            try:
+                return list(super().load_history_strings())
+            except OSError as exc:
+                on_error(exc)
+                return ()
+
+        def store_string(self, string: str) -> None:
+            try:
+                super().store_string(string)
+            except OSError as exc:
+                on_error(exc)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -87,9 +113,14 @@ def _open_history(path: Path) -> History:
         finally:
             os.close(descriptor)
     except OSError as exc:
-        warn(f"messages are not remembered: {path}: {explain(exc)[0]}")
+        _warn_of_history(exc)
         return InMemoryHistory()
-    return FileHistory(path)
+    return Remembered(path)
+
+
+def _warn_of_history(exc: OSError) -> None:
+    path = store.history_file()
+    warn(f"messages are not remembered: {path}: {explain(exc)[0]}")
 
 
 def _bindings() -> KeyBindings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from normistral.runtime.model import Model
 
 _LEAVING_WORDS = ("exit", "quit")  # alone in a message; nobody means the model
+_SIGNALLED = 128  # an exit code is this and the signal's number, as a shell reports it
 _LITTLE_CONTEXT_SHARE = 10  # warn when less than a tenth of the context is left
 
 
@@ -78,14 +79,15 @@ class Repl:
         self._leaving = self._cannot_save = False
 
     def run(self) -> None:
-        """Talk until the user leaves, then save the session."""
+        """Talk until the user leaves, or the terminal is closed, then save the session."""
         say(f"{self._model.name}: /help lists the commands, Ctrl-D leaves, Ctrl-C stops an answer")
-        try:
-            self._talk()
-        except BaseException:
-            if self._session is not None:
-                save_session(self._chat, self._session)
-            raise
+        with _ending_on_signals():
+            try:
+                self._talk()
+            except BaseException:
+                if self._session is not None:
+                    save_session(self._chat, self._session)
+                raise
 
     def _talk(self) -> None:
         while not self._leaving:
@@ -134,9 +136,9 @@ class Repl:
         finish_reason: FinishReason | None = None
         thinking = thought = answered = False
         try:
-            with _interruptible(self._chat.cancel) as interrupted:
+            with _interruptible(self._chat.cancel) as interrupted, ExitStack() as stack:
                 before = self._chat.left_out
-                stream = self._chat.stream(message, **self._options)
+                stream = stack.enter_context(closing(self._chat.stream(message, **self._options)))
                 if self._chat.left_out not in (None, before):
                     warn(self._chat.left_out.describe())
                 if interrupted():  # before there was anything to cancel: nothing was sent
@@ -305,6 +307,27 @@ def _interruptible(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         yield lambda: presses > 0
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Let a closed terminal (SIGHUP) and SIGTERM end the conversation by SystemExit, and only the first of them."""
+    names = ("SIGHUP", "SIGTERM")  # Windows has no SIGHUP; after nohup it is ignored
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for one in handled:
+            signal.signal(one, signal.SIG_IGN)
+        raise SystemExit(_SIGNALLED + number)
+
+    for number in handled:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _room_hint(chat: Chat) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,10 @@ class Chat:
         self._template = template
         self._overflow = overflow
         self._sequence: CachedSequence | None = None
-        self._busy = NonBlockingLock("this chat is still answering", "wait for the answer, or cancel() it")
+        self._busy = NonBlockingLock(
+            "this chat is still answering",
+            "read the answer to its end, or close() its iterator; cancel() makes it end soon",
+        )
         self._cancelled: threading.Event | None = None
         self.reset(system)
 
@@ -82,7 +85,7 @@ class Chat:
         tool_choice: str = "auto",
         parallel_tool_calls: bool = True,
         **options: Any,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Send a message; the answer comes chunk by chunk.
 
         Message and answer join `messages` when the answer ends, also when it was cancelled or the iterator is closed
@@ -253,7 +256,7 @@ class Chat:
         prompt_ids: list[int],
         config: GenerationConfig,
         parser: ToolCallParser,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         with self._busy.held():
             if self.messages != before:  # by another answer, `reset` or `undo`: the prompt is of what was there then
                 raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +30,7 @@ class Model(Runner):
         """Complete a prompt; arguments and errors as in `stream`."""
         return Completion.from_chunks(self.stream(prompt, **options))
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
         """Complete a prompt, chunk by chunk, without a chat template.
 
         Args:
@@ -143,6 +143,6 @@ class Model(Runner):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _stream_once(self, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
+    def _stream_once(self, prompt_ids: list[int], config: GenerationConfig) -> Generator[Chunk, None, None]:
         with self.borrow_sequence() as sequence, self.cancellation() as event:
             yield from self.run(sequence, prompt_ids, config, event.is_set)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,15 @@ class Prefix:
         self.prompt = prompt
         self._runner, self._sequence = runner, sequence
         self._busy = NonBlockingLock(
-            "this prefix is being completed", "wait for that, or cancel it with the model's cancel()"
+            "this prefix is being completed",
+            "read that to its end, or close() its iterator; the model's cancel() makes it end soon",
         )
 
     def generate(self, continuation: str | Sequence[int], **options: Any) -> Completion:
         """Complete prefix and continuation; arguments and errors as in `stream`."""
         return Completion.from_chunks(self.stream(continuation, **options))
 
-    def stream(self, continuation: str | Sequence[int], **options: Any) -> Iterator[Chunk]:
+    def stream(self, continuation: str | Sequence[int], **options: Any) -> Generator[Chunk, None, None]:
         """Complete prefix and continuation, chunk by chunk.
 
         Args:
@@ -78,7 +79,7 @@ class Prefix:
                 self._sequence.close()
                 self._sequence = None
 
-    def _complete(self, prompt_ids: list[int], config: GenerationConfig) -> Iterator[Chunk]:
+    def _complete(self, prompt_ids: list[int], config: GenerationConfig) -> Generator[Chunk, None, None]:
         with self._busy.held(), self._runner.cancellation() as event:
             self._sequence = self._sequence or self._runner.create_sequence()
             yield from self._runner.run(self._sequence, prompt_ids, config, event.is_set)

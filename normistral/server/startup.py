@@ -111,7 +111,13 @@ def plan_residency(
     idle_minutes: float | None,
     on_demand: frozenset[str] = frozenset(),
 ) -> ResidencyOptions:
-    """Which models are in memory; by default several take 90 % of what is available, and one what it needs."""
+    """Which models are in memory; by default several take 90 % of what is available, and one what it needs.
+
+    Raises:
+        UsageError: the minutes are no number.
+    """
+    if idle_minutes is not None and not idle_minutes > 0:
+        raise UsageError(f"the limit idle_minutes must be above 0, not {idle_minutes}", "leave it out for the default")
     if memory_mib is not None:
         budget: int | None = memory_mib * MIB
     else:

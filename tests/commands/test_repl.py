@@ -489,3 +489,17 @@ def test_a_text_block_loses_its_marks_only():
     assert strip_text_block('"""\n  en\nto\n"""') == "  en\nto"
     assert strip_text_block('si """ igjen') == 'si """ igjen'
     assert strip_text_block('"""') == '"""'
+
+
+def test_a_history_that_cannot_be_written_any_more_costs_no_conversation(start, tmp_path):
+    terminal = start(["svar"])
+    history = next((tmp_path / "home").rglob("history"))
+    history.unlink()
+    history.mkdir()
+    for message in ("hei", "hallo"):
+        terminal.type(f"{message}\r")
+        terminal.expect("warning: messages are not remembered: ")
+        terminal.expect("svar\n")
+        terminal.expect(PROMPT)
+    terminal.type(CTRL_D)
+    assert terminal.end() == 0

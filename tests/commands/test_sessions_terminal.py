@@ -1,6 +1,8 @@
 """--session: continued where it is there, saved when an answer or a conversation ends; mistakes lose nothing."""
 
 import json
+import os
+import signal
 import stat
 
 import pytest
@@ -118,6 +120,30 @@ def test_a_conversation_is_saved_when_it_ends_and_goes_on(start, tmp_path):  # n
     again.type("/exit\r")
     assert again.end() == 0
     assert read_messages(tmp_path / "s") == ["Hva?", ANSWER]
+
+
+@pytest.mark.parametrize("when", ["at the prompt", "in an answer"])
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGHUP", "closed"])
+def test_a_session_is_saved_when_the_terminal_is_closed(start, tmp_path, end, when):  # noqa: F811
+    terminal = start([ANSWER, "a " * 100], "--session", str(tmp_path / "s"), pause_s=0.05)
+    terminal.type("Hva?\r")
+    terminal.expect(ANSWER)
+    terminal.expect(PROMPT)
+    if when == "in an answer":
+        terminal.type("Og?\r")
+        terminal.expect("a a a")
+    if end == "closed":
+        terminal.hang_up()
+        assert terminal.process.wait(timeout=30) != 0 or when == "at the prompt"  # there it may be read as Ctrl-D
+    else:
+        os.kill(terminal.process.pid, signal.Signals[end])
+        assert terminal.end() == 128 + signal.Signals[end]
+    saved = read_messages(tmp_path / "s")
+    assert saved[:2] == ["Hva?", ANSWER]
+    if when == "in an answer":
+        assert saved[2] == "Og?"
+        assert saved[3].startswith("a a a")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".s")] == []
 
 
 def test_save_alone_needs_a_session(start):  # noqa: F811

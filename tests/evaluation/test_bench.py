@@ -415,6 +415,7 @@ def test_where_nothing_could_be_measured_nothing_is_reported(fake, tmp_path, cap
         (["--report", "a.md", "--json", "a.md"], 2, "both name a.md"),
         (["--json", "no/such/fart.json"], 2, "there is no folder"),
         (["--prefill", "12,x"], 2, "not a list of whole numbers"),
+        (["--prefill", "1" * 5000], 2, "not a list of whole numbers"),
         (["--decode", "0"], 2, "rising whole numbers from 1"),
         (["--tokens", "0"], 2, "has to be 1 or more"),
         (["--repeats", "0"], 2, "has to be 1 or more"),

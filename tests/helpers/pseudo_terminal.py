@@ -77,7 +77,13 @@ class Terminal:
             os.write(self._leader, b"\x1b[1;1R")
         return bool(block)
 
+    def hang_up(self) -> None:
+        """Close the window."""
+        os.close(self._leader)
+        self._leader = -1
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self._leader)
+        if self._leader >= 0:
+            os.close(self._leader)

@@ -134,6 +134,18 @@ def test_a_busy_chat_refuses_and_stays_whole(tmp_path):
     assert [message["content"] for message in chat.messages] == ["hei", "abc"]
 
 
+def test_what_a_busy_chat_advises_ends_an_answer_that_nobody_reads_on(tmp_path):
+    chat = make_model(tmp_path, ["abc"]).chat()
+    stream = chat.stream("hei")
+    next(stream)
+    chat.cancel()
+    with pytest.raises(BusyError) as caught:
+        chat.send("nei")
+    assert "close() its iterator" in caught.value.hint
+    stream.close()
+    assert chat.send("nei").text == "abc"
+
+
 def test_undo_and_reset(tmp_path):
     chat = make_model(tmp_path, ["en", "to"]).chat(system="S")
     assert not chat.undo()

@@ -333,6 +333,9 @@ def test_the_budget_is_kept_to_by_what_the_models_are_given(folders) -> None:
     assert plan_residency(names[:1], None, None) == ResidencyOptions()
     assert plan_residency(names, 500, 2) == ResidencyOptions(500 * MIB, 120)
     assert plan_residency(names, None, None).budget_bytes > MIB
+    for minutes in (float("nan"), 0.0):
+        with pytest.raises(UsageError, match="idle_minutes must be above 0"):
+            plan_residency(names, None, minutes)
 
 
 def test_one_that_is_too_large_is_named_and_the_others_serve(folders, tmp_path) -> None:
