@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from normistral.artifact.chat_template import ToolFormat
 from normistral.errors import UsageError
 from normistral.runtime.chunks import ToolCall
-from normistral.runtime.structured.structure import Structure, close_objects, without_nulls
+from normistral.runtime.structured.structure import Structure, close_objects, without_documentation, without_nulls
 
 ToolMode = Literal["auto", "required", "none"]
 
@@ -145,8 +145,9 @@ def tool_structure(
     if text is not None:
         schema = json.loads(text.text) if text.text else {"type": "object"}
     none: Mapping[str, Any] = {"properties": {}}  # as in OpenAI's API, of a tool without a schema
+    schemas = {tool.name: without_documentation(tool.parameters) or none for tool in tools}
     document = {
-        "tools": {tool.name: close_objects({"type": "object", **(tool.parameters or none)}) for tool in tools},
+        "tools": {name: close_objects({"type": "object", **parameters}) for name, parameters in schemas.items()},
         "format": asdict(format),
         "strict": [tool.name for tool in tools if tool.strict],
         "most": MOST_CALLS if parallel else 1,

@@ -11,8 +11,9 @@ from scripted_models import make_model, make_tokenizer
 from normistral.artifact.chat_template import ChatTemplate, find_format
 from normistral.artifact.manifest import Template
 from normistral.errors import TemplateError, UsageError
+from normistral.runtime.structured.compile import check_structure
 from normistral.runtime.structured.structure import close_objects
-from normistral.runtime.tools import Tool, ToolCallParser, read_tools, tool_structure
+from normistral.runtime.tools import MOST_TOOLS, Tool, ToolCallParser, read_tools, tool_structure
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 QWEN = (
@@ -41,6 +42,21 @@ def test_a_property_that_is_required_and_not_listed_is_one() -> None:
     """Such schemas are in use; closed without it, no arguments would fit them."""
     closed = close_objects({"type": "object", "properties": {"a": {}}, "required": ["a", "b"]})
     assert (closed["properties"], closed["additionalProperties"]) == ({"a": {}, "b": True}, False)
+
+
+def test_many_tools_that_are_described_at_length_are_taken() -> None:
+    """As servers of MCP have them. The prompt has their descriptions; and a property may be called as a keyword is."""
+    described = {"type": "string", "title": "T" * 20, "description": "d" * 400}
+    properties = {"title": described, "description": described | {"const": {"title": "x"}}, "a": described}
+    schema = {"type": "object", "description": "d" * 400, "properties": properties, "required": ["title"]}
+    tools = read_tools([{"name": f"tool-{i}", "description": "d", "parameters": schema} for i in range(MOST_TOOLS)])
+    structure = tool_structure(tools, find_format("", ()), "required")
+    assert structure is not None
+    written = json.loads(structure.text)["tools"]["tool-0"]
+    text = {"type": "string"}
+    assert written["properties"] == {"title": text, "description": text | {"const": {"title": "x"}}, "a": text}
+    assert tools[0].described["parameters"] == schema
+    check_structure(structure)
 
 
 def test_functions_models_and_schemas_are_tools() -> None:

@@ -16,6 +16,7 @@ StructureKind = Literal["json_schema", "json_object", "regex", "choice", "gramma
 
 MOST_BYTES = 64 * 1024  # of a structure's text
 DATA_KEYWORDS = ("enum", "const", "default", "examples")  # of a JSON schema: what they hold is no schema
+_DOCUMENTATION = frozenset(("title", "description", "$comment"))
 MOST_NESTING = 64  # brackets within brackets; libraries that parse by recursion may crash far beyond
 
 
@@ -125,6 +126,19 @@ def close_objects(schema: Any) -> Any:
             closed["properties"] = properties | dict.fromkeys(others, True)
         closed["additionalProperties"] = False
     return closed
+
+
+def without_documentation(schema: Any) -> Any:
+    """A schema without the texts that describe it, of which a grammar has no use."""
+    if isinstance(schema, list):
+        return [without_documentation(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: part if key in DATA_KEYWORDS else without_documentation(part)
+        for key, part in schema.items()
+        if key not in _DOCUMENTATION or not isinstance(part, str)  # a property of that name has a schema
+    }
 
 
 def without_nulls(schema: Any) -> Any:
