@@ -367,6 +367,8 @@ class Message(Strict):
     ] = None
     reasoning_content: str | None = Field(None, description="Of an earlier answer; models do not read it again.")
     reasoning: str | None = Field(None, description="Another name of reasoning_content.")
+    reasoning_details: list[Any] | None = Field(None, description="Not used: OpenRouter's form of reasoning_content.")
+    thinking_blocks: list[Any] | None = Field(None, description="Not used: LiteLLM's form of reasoning_content.")
     name: str | None = Field(None, description="For templates that read it.")
     tool_calls: Annotated[list[CalledTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_call_id: str | None = Field(None, max_length=_ID_CHARACTERS, description="Of the role tool.")

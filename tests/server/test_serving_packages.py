@@ -132,6 +132,20 @@ def test_an_empty_answer_may_come_back_to_messages(url, empty) -> None:
     assert last.json()["content"] == [{"type": "text", "text": TEXT}]
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "reasoning_details", "thinking_blocks"])
+def test_reasoning_of_an_earlier_answer_is_not_read_again(url, name) -> None:
+    """By the names that packages keep it under."""
+    reasoning = (
+        "Hm." if name.startswith("reasoning") and name != "reasoning_details" else [{"type": "x", "text": "Hm."}]
+    )
+    turns = [*MESSAGES, {"role": "assistant", "content": TEXT}, *MESSAGES]
+    plain = post(url, "/v1/chat/completions", messages=turns).json()
+    turns[1] = turns[1] | {name: reasoning}
+    again = post(url, "/v1/chat/completions", messages=turns).json()
+    assert again["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+    assert again["choices"] == plain["choices"]
+
+
 def test_what_openai_s_package_parsed_may_come_back_to_responses(url) -> None:
     """`model_dump` of an answer of `responses.parse` has it."""
     text = {"type": "output_text", "text": "{}", "annotations": [], "logprobs": [], "parsed": {"city": "Oslo"}}
