@@ -705,3 +705,30 @@ def byte_id(letter: str) -> int:
     from tokenizers import pre_tokenizers
 
     return len(SPECIALS) + sorted(pre_tokenizers.ByteLevel.alphabet()).index(letter)
+
+
+INTERRUPTED_AGAIN = """
+import atexit, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+import normistral.__main__, normistral.cli
+
+class Freed:
+    def __del__(self):
+        if sys.argv[1] == "frees":
+            raise KeyboardInterrupt
+
+def interrupted():
+    freed = Freed()
+    return 130
+
+normistral.cli.main = interrupted
+if sys.argv[1] == "ends":
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.exit(normistral.__main__.main())
+"""
+
+
+@pytest.mark.parametrize(("when", "code"), [("frees", 130), ("ends", -signal.SIGINT)])
+def test_another_interrupt_while_an_interrupted_command_frees_or_ends_is_quiet(when, code):
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_AGAIN, when], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, b"")
