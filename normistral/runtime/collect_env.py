@@ -161,7 +161,7 @@ def describe_artifact(folder: Path, machine: Machine, versions: dict[str, str]) 
         if (problem := find_mismatch(tuned.key, key)) is None:
             basis, settings = "tuned", tuned.settings
             why = [f"tuned for {tuned.profile} on {tuned.created[:10]}; gain: {describe_gain(tuned)}"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         why.append("not tuned on this machine: normistral tune finds what is faster here")
     except (OSError, ValueError) as exc:
         problem = str(exc)

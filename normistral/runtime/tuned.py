@@ -146,7 +146,7 @@ def find_tuned(key: TunedFor) -> Tuned | None:
     path = tuned_path(key)
     try:
         tuned = read_tuned(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a home such as /dev/null
         return None
     except (OSError, ValueError) as exc:
         reason = f"{path}: {explain(exc)[0]}" if isinstance(exc, OSError) else exc

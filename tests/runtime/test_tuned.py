@@ -12,6 +12,7 @@ from sample_artifacts import write_artifact
 from normistral.artifact import store
 from normistral.errors import ResourceError
 from normistral.hardware import Machine
+from normistral.runtime.collect_env import describe_artifact
 from normistral.runtime.tuned import (
     Tuned,
     find_mismatch,
@@ -62,6 +63,15 @@ def result(key, **changes):
 
 def without_checksum(tuned):
     return dataclasses.replace(tuned, checksum="")
+
+
+def test_a_home_that_no_folder_can_be_in_holds_nothing_and_warns_of_nothing(artifact, tmp_path, monkeypatch, caplog):
+    (tmp_path / "fil").touch()
+    monkeypatch.setenv("NORMISTRAL_HOME", str(tmp_path / "fil" / "hjem"))  # as HOME=/dev/null of many services
+    assert find_tuned(key_of(artifact)) is None
+    assert caplog.text == ""
+    described = describe_artifact(artifact, MACHINE, {"openvino": "2026.4.1"})
+    assert (described["basis"], described["problem"]) == ("rule", None)
 
 
 def test_what_was_saved_is_found(artifact):
