@@ -260,12 +260,19 @@ def _none_as_empty(arguments: str) -> str:
 
 
 def require_text(content: Any) -> Any:
-    """Say what is wrong with pictures and sounds before a list of types does."""
-    if isinstance(content, list):
-        for part in content:
-            if isinstance(part, dict) and not str(part.get("type", "text")).endswith("text"):
-                raise ValueError("this model reads text only; parts have to be of type text")
-    return content
+    """Say what is wrong with pictures and sounds before a list of types does; another model's refusal is its text."""
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for part in content:
+        kind = str(part.get("type", "text")) if isinstance(part, dict) else "text"
+        if kind == "refusal":
+            parts.append({"type": "text", "text": part.get("refusal")})
+        elif kind.endswith("text"):
+            parts.append(part)
+        else:
+            raise ValueError("this model reads text only; parts have to be of type text")
+    return parts
 
 
 def joined_text(content: str | list[Any] | None) -> str:
@@ -373,7 +380,7 @@ class Message(Strict):
     tool_calls: Annotated[list[CalledTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_call_id: str | None = Field(None, max_length=_ID_CHARACTERS, description="Of the role tool.")
     function_call: Annotated[None, Only(_NO_FUNCTIONS)] = None
-    refusal: Annotated[None, Only("this server writes no refusals")] = None
+    refusal: str | None = Field(None, description="Of another model's answer: its text where there is no content.")
     audio: Annotated[None, Only("this server does not hear or speak")] = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     parsed: Any = Field(None, description="Not used: what the package openai made of the text.")
@@ -381,6 +388,7 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Message:
+        self.content = self.refusal if self.content is None else self.content
         if not self.tool_calls and (self.content is None or (self.content == [] and self.role != "tool")):
             raise ValueError("content should be a valid string or list of text")
         if self.tool_calls and self.role != "assistant":

@@ -146,6 +146,21 @@ def test_reasoning_of_an_earlier_answer_is_not_read_again(url, name) -> None:
     assert again["choices"] == plain["choices"]
 
 
+def test_a_refusal_of_another_model_is_what_it_said(url) -> None:
+    def count(path: str, field: str, answer: dict) -> int:
+        usage = post(url, path, **{field: [*MESSAGES, {"role": "assistant", **answer}, *MESSAGES]}).json()["usage"]
+        return usage.get("prompt_tokens", usage.get("input_tokens"))
+
+    part = {"type": "refusal", "refusal": "Nei takk."}
+    for path, field in (("/v1/chat/completions", "messages"), ("/v1/responses", "input")):
+        said = count(path, field, {"content": "Nei takk."})
+        assert count(path, field, {"content": [part]}) == said > count(path, field, {"content": ""})
+    assert count("/v1/chat/completions", "messages", {"content": None, "refusal": "Nei takk."}) == said
+    for wrong in ({"content": [part | {"refusal": 5}]}, {"content": None, "refusal": None}):
+        messages = [*MESSAGES, {"role": "assistant", **wrong}]
+        assert post(url, "/v1/chat/completions", messages=messages).status_code == 400
+
+
 def test_what_openai_s_package_parsed_may_come_back_to_responses(url) -> None:
     """`model_dump` of an answer of `responses.parse` has it."""
     text = {"type": "output_text", "text": "{}", "annotations": [], "logprobs": [], "parsed": {"city": "Oslo"}}
