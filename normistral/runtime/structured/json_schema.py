@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from normistral.errors import UsageError
-from normistral.runtime.structured.structure import DATA_KEYWORDS
+from normistral.runtime.structured.structure import DATA_KEYWORDS, filter_keywords
 
 # How JSON is written: with one blank behind comma and colon and none elsewhere. That is what models write most readily;
 # and where blanks are allowed they may go on without end. Named escapes only: "\u0061" would be another spelling of a
@@ -75,7 +76,7 @@ def prepare_schema(schema: dict[str, Any], *, lenient: bool = False) -> dict[str
     _limit_multiples(subschemas)
     for part in subschemas:
         _refuse_repeatable_keys(part)
-    kept = _without(schema, lenient=lenient)
+    kept = filter_keywords(schema, partial(_is_kept, lenient=lenient))
     return {**kept, "x-guidance": WRITING | ({"lenient": True} if lenient else {})}
 
 
@@ -122,18 +123,11 @@ def _listed_names(schema: dict[str, Any]) -> list[str]:
     return names if all(isinstance(name, str) for name in names) else []
 
 
-def _without(value: Any, *, lenient: bool) -> Any:
-    """A schema without formats of which the standard knows nothing and, where it is lenient, irregular patterns."""
-    if isinstance(value, list):
-        return [_without(part, lenient=lenient) for part in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: part if key in DATA_KEYWORDS else _without(part, lenient=lenient)
-        for key, part in value.items()
-        if not isinstance(part, str)
-        or not ((key == "format" and part not in _FORMATS) or (key == "pattern" and lenient and _is_irregular(part)))
-    }
+def _is_kept(key: str, part: Any, *, lenient: bool) -> bool:
+    """All but formats of which the standard knows nothing and, where it is lenient, irregular patterns."""
+    if not isinstance(part, str):
+        return True
+    return not ((key == "format" and part not in _FORMATS) or (key == "pattern" and lenient and _is_irregular(part)))
 
 
 def _is_irregular(pattern: str) -> bool:

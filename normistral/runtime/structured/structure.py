@@ -6,7 +6,7 @@ It knows neither models nor the grammar library; nothing heavy is imported here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -128,30 +128,28 @@ def close_objects(schema: Any) -> Any:
     return closed
 
 
-def without_documentation(schema: Any) -> Any:
-    """A schema without the texts that describe it, of which a grammar has no use."""
+def filter_keywords(schema: Any, keep: Callable[[str, Any], bool]) -> Any:
+    """A schema with only those keywords, at any depth, for which `keep` says so, given each with its value."""
     if isinstance(schema, list):
-        return [without_documentation(part) for part in schema]
+        return [filter_keywords(part, keep) for part in schema]
     if not isinstance(schema, dict):
         return schema
     return {
-        key: part if key in DATA_KEYWORDS else without_documentation(part)
+        key: part if key in DATA_KEYWORDS else filter_keywords(part, keep)
         for key, part in schema.items()
-        if key not in _DOCUMENTATION or not isinstance(part, str)  # a property of that name has a schema
+        if keep(key, part)
     }
+
+
+def without_documentation(schema: Any) -> Any:
+    """A schema without the texts that describe it, of which a grammar has no use."""
+    # A property of that name has a schema.
+    return filter_keywords(schema, lambda key, part: key not in _DOCUMENTATION or not isinstance(part, str))
 
 
 def without_nulls(schema: Any) -> Any:
     """A schema without keywords that are null, which no keyword may be: Go writes an empty list so, others no value."""
-    if isinstance(schema, list):
-        return [without_nulls(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: part if key in DATA_KEYWORDS else without_nulls(part)
-        for key, part in schema.items()
-        if part is not None or key in ("const", "default")
-    }
+    return filter_keywords(schema, lambda key, part: part is not None or key in ("const", "default"))
 
 
 def parse_schema(text: str) -> dict[str, Any]:
