@@ -57,7 +57,7 @@ def test_names_in_the_conversation_are_refused_with_a_reason(name):
 def test_the_history_is_a_file(tmp_path, kind, capsys):
     path = plant(tmp_path / "history", kind)
     before = look(tmp_path)
-    history = _open_history(path)
+    history = _open_history(path, on_error=pytest.fail)
     history.append_string("secret")
     assert look(tmp_path) == before
     assert "messages are not remembered" in capsys.readouterr().err

@@ -105,7 +105,8 @@ def told(path, document):
         return document["error"]
     if path == "/v1/messages":
         assert document["type"] == "error"
-        assert set(document["error"]) == {"type", "message"}
+        assert set(document["error"]) == {"type", "message", "details"}
+        assert set(document["error"]["details"]) == {"error_code"}
     else:
         assert set(document["error"]) == {"message", "type", "param", "code"}
     return document["error"]["message"]
@@ -138,7 +139,7 @@ def test_refusals_of_the_front_have_the_form_of_the_api(ray, path):
         (401, "key", ask(path, headers={})),
         (401, "key", ask(path, headers={"authorization": "Bearer wrong-wrong-wrong"})),
         (413, "more than 1000 bytes", ask(path, body={"model": "x" * 2000}, limits=small)),
-        (415, "JSON", ask(path, headers=KEY | {"content-type": "text/plain"})),
+        (415, "JSON", ask(path, headers=KEY | {"content-type": "text/plain", "origin": "https://example.org"})),
         (503, "in time", ask(path, "wait", limits=ServerLimits(queue_s=0.05, request_s=0.05))),
     ]
     for status, words, answer in refused:

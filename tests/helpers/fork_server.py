@@ -220,6 +220,7 @@ def _run(words: list[str]) -> int:
 
 
 def _take_terminal() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
