@@ -219,14 +219,14 @@ def test_nothing_is_written_into_the_artifact(scripted):
 
 @pytest.mark.parametrize("format", ["openvino", "onnx"])
 def test_an_engine_is_tuned_and_load_finds_it(format, tiny_fp16, tiny_onnx, monkeypatch, capsys):
-    """Seconds are real, and those of a tiny model noise: any setting may win. The scripted engine shows the choice."""
+    """Speeds of a tiny model are noise, so one setting does; its seconds are real, and 40 tokens at once win mostly."""
     folder = tiny_fp16 if format == "openvino" else tiny_onnx("onnx-int4")
     monkeypatch.setattr(tuning, "variants_to_try", lambda *arguments: [{CHUNK: "1"}, {CHUNK: "512"}])
     assert main(["tune", str(folder), "--profile", "batch", "--quality", "1", "--json"]) == 0
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert (document["artifact"], document["profile"], document["complete"]) == (folder.name, "batch", True)
-    assert document["settings"][CHUNK] in ("1", "256", "512")
+    assert document["settings"][CHUNK] in ("256", "512")
     assert 0 <= document["kl"] <= document["kl_bound"] == 1.0
     assert document["gain"] == pytest.approx(document["rule_s"] / document["tuned_s"])
     assert "the usual settings: passes" in printed.err

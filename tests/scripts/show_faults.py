@@ -202,6 +202,7 @@ def refusals(server: Server, report: Report) -> None:
         return b'{"model":' + b"[" * depth
 
     report.refuse("n = 10^9", 400, lambda: server.ask(n=10**9))
+    report.endure("max_tokens = 10^12", lambda: server.ask(max_tokens=10**12, structured_outputs={"choice": ["ja"]}))
     report.refuse("n = 10^400", 400, lambda: post(chat, content=b'{"n":1' + b"0" * 400 + b"}", headers=JSON))
     report.refuse(
         "a header of 1 MiB",
