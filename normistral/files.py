@@ -305,9 +305,9 @@ def read_input(path: Path, most: int) -> bytes:
     return raw
 
 
-def name_as_text(path: Path) -> str:
-    """Name of a file or folder for messages and documents: bytes that are no UTF-8 are replaced in it."""
-    return path.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def replace_undecodable(text: str) -> str:
+    """A text of the system, such as a file's name: bytes of it that are no UTF-8 become replacement characters."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def descriptor_number(path: Path) -> int | None:

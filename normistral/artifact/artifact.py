@@ -23,7 +23,7 @@ from normistral.artifact.manifest import MANIFEST_NAME, Manifest, check_files, r
 from normistral.artifact.presets import find_preset
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ArtifactError
-from normistral.files import name_as_text, sha256_file
+from normistral.files import replace_undecodable, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Artifact:
     @property
     def name(self) -> str:
         """Name of the folder."""
-        return name_as_text(self.folder)
+        return replace_undecodable(self.folder.name)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from normistral.artifact import store
 from normistral.commands.console import one_line, warn
-from normistral.files import explain, open_file
+from normistral.files import explain, open_file, replace_undecodable
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -77,11 +77,6 @@ def _block_is_open(text: str) -> bool:
     return inner.startswith(TEXT_BLOCK) and (inner == TEXT_BLOCK or not inner.endswith(TEXT_BLOCK))
 
 
-def _whole_characters(text: str) -> str:
-    """Bytes that were typed and are no UTF-8 as replacement characters: they could not be sent or remembered."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def _open_history(path: Path, on_error: Callable[[OSError], None]) -> History:
     """The history in `path`, which only its owner may read; kept for this session only if that cannot be had.
 
@@ -132,7 +127,7 @@ def _bindings() -> KeyBindings:
     def _send_or_continue(event: KeyPressEvent) -> Any:
         buffer = event.current_buffer
         if not wants_more(buffer.text):
-            buffer.text = _whole_characters(buffer.text)
+            buffer.text = replace_undecodable(buffer.text)  # others could not be sent or remembered
             buffer.validate_and_handle()
             return
         if buffer.text.endswith("\\") and not _block_is_open(buffer.text):

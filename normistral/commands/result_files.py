@@ -68,15 +68,16 @@ def write_result(path: Path, text: str) -> None:
     Raises:
         NormistralError: it cannot be written. Nothing is left of it, and a file of that name is as it was.
     """
+    raw = text.encode(errors="replace")
     try:
         number = descriptor_number(path)
         if number is not None:
-            _write(os.dup(number), text)
+            _write(os.dup(number), raw)
         elif _is_stream(path):
-            _write(_open_stream(path), text)
+            _write(_open_stream(path), raw)
         else:
             with atomic_write(path, private=False) as file:
-                file.write(text.encode(errors="replace"))
+                file.write(raw)
     except BrokenPipeError:
         raise  # nobody reads any more: the command line ends quietly
     except OSError as exc:
@@ -106,6 +107,6 @@ def _open_stream(path: Path) -> int:
     return descriptor
 
 
-def _write(descriptor: int, text: str) -> None:
+def _write(descriptor: int, raw: bytes) -> None:
     with os.fdopen(descriptor, "wb") as stream:
-        stream.write(text.encode(errors="replace"))
+        stream.write(raw)

@@ -16,7 +16,7 @@ from normistral.artifact.manifest import Manifest
 from normistral.artifact.taint import strings_in
 from normistral.artifact.tokenizer import Tokenizer
 from normistral.errors import ContextLengthError, UsageError
-from normistral.files import name_as_text
+from normistral.files import replace_undecodable
 from normistral.runtime.detokenizer import spell_vocabulary
 from normistral.runtime.engines.settings import DEFAULT_CONFIG, EngineConfig
 from normistral.runtime.options import GenerationConfig, encode_breakers, require_applicable, resolve_options
@@ -76,7 +76,7 @@ class ModelHandler:
         context = min(batch.context, manifest.context_length)
         most = context - 1 if new_tokens is None else min(new_tokens, context - 1)
         return cls(
-            name or name_as_text(folder.resolve()),
+            name or replace_undecodable(folder.resolve().name),
             folder,
             manifest,
             opened.tokenizer,
