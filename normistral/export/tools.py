@@ -43,13 +43,11 @@ def find_export_tools(format: ArtifactFormat) -> None:
 def require_export_tools(format: ArtifactFormat) -> None:
     """Import everything an export needs.
 
-    PyTorch gets huge pages where the system gives them to those who ask. It reads this at its first tensor. At the 7B's
-    widths its temporary tensors then fault a tenth as often, and a layer of `best` with 2,048 tokens takes 7 to 11 %
-    less time.
-
     Raises:
         MissingExtraError: an extra is installed only in part.
     """
+    # Huge pages, where the system gives them to those who ask: PyTorch reads it at its first tensor. At the 7B's widths
+    # its temporary tensors fault a tenth as often, and a layer of `best` with 2,048 tokens takes 7 to 11 % less time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         with _patient_threads():

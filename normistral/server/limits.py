@@ -76,12 +76,18 @@ class ServerLimits:
         require_overflow(self.overflow)
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not isinstance(value, str) and not value > 0:
-                raise UsageError(f"the limit {field.name} must be above 0, not {value}", "leave it out for the default")
+            if value is not None and not isinstance(value, str):
+                require_above_zero(field.name, value)
 
     def context_of(self, context_length: int) -> int:
         """Tokens that prompt and answer may take together on a model with this context."""
         return context_length if self.context is None else min(self.context, context_length)
+
+
+def require_above_zero(name: str, value: float) -> None:
+    """Raise UsageError for a limit that is not above 0, or no number."""
+    if not value > 0:
+        raise UsageError(f"the limit {name} must be above 0, not {value}", "leave it out for the default")
 
 
 class ConnectionPlan(NamedTuple):

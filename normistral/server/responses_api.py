@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from msgspec.json import decode, encode
+from pydantic import BaseModel
 
 from normistral.runtime.chunks import ToolCall
 from normistral.server.conversation import (
@@ -252,7 +253,7 @@ class _Writer:
             "store": self._store is not None,
             "temperature": config.temperature,
             "text": {"format": {"type": "text"}} | text,
-            "tool_choice": choice or "auto" if choice is None or isinstance(choice, str) else choice.model_dump(),
+            "tool_choice": choice.model_dump() if isinstance(choice, BaseModel) else choice or "auto",
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": config.top_p,
             "truncation": body.truncation or "disabled",

@@ -27,7 +27,7 @@ from normistral.server.backends.base import (
     uses_continuous_batching,
 )
 from normistral.server.ipc import Loaded
-from normistral.server.limits import GIB, MIB, ServerLimits
+from normistral.server.limits import GIB, MIB, ServerLimits, require_above_zero
 from normistral.server.model_handler import ModelHandler, model_memory_bytes
 from normistral.server.prefixes import PrefixFile, add_prefixes
 from normistral.server.residency import ResidencyOptions
@@ -116,8 +116,8 @@ def plan_residency(
     Raises:
         UsageError: the minutes are no number.
     """
-    if idle_minutes is not None and not idle_minutes > 0:
-        raise UsageError(f"the limit idle_minutes must be above 0, not {idle_minutes}", "leave it out for the default")
+    if idle_minutes is not None:
+        require_above_zero("idle_minutes", idle_minutes)
     if memory_mib is not None:
         budget: int | None = memory_mib * MIB
     else:

@@ -195,10 +195,8 @@ def _real(path: Path) -> Path:
 
 
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
-_SMALL = re.compile(
-    rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,190}}\.json|({FURTHER_TEMPLATES}/)?[A-Za-z0-9_][A-Za-z0-9._-]{{0,190}}\.jinja"
-    r"|tokenizer\.model"
-)
+_STEM = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,190}"
+_SMALL = re.compile(rf"{_STEM}\.json|({FURTHER_TEMPLATES}/)?{_STEM}\.jinja|tokenizer\.model")
 _WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)")
 
 
