@@ -46,7 +46,7 @@ def write_model(job: ExportJob, quantized: QuantizedTensorStore | None) -> None:
     """
     checkpoint, recipe, staging, progress = job.checkpoint, job.recipe, job.staging, job.progress
     with progress.stage("loading the model"):
-        model = load_model(checkpoint, checkpoint.dtype)
+        model = load_model(checkpoint)
     if recipe.weights == "fp16":
         with progress.stage("rounding to float16"):
             cast_to_float16(model, staging.workspace / "float16")

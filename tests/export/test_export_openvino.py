@@ -207,6 +207,27 @@ def test_every_recipe_stores_what_it_says(tmp_path, options, kinds):
     assert manifest.quality["probe_kl_nats"] > 0
 
 
+def test_weights_of_a_finer_type_than_most_are_not_rounded_to_it(tmp_path):
+    """As QLoRA leaves embeddings and norms in float32 beside matrices in bfloat16."""
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = make_mistral(tmp_path / "checkpoint", dtype="bfloat16", layers=1, head_dim=16)
+    path = checkpoint / "model.safetensors"
+    fine = ("norm.weight", "down_proj.weight", "embed_tokens.weight")
+    tensors = {
+        name: values.float() * 1.003 if name.endswith(fine) else values for name, values in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    normistral.export_model(str(checkpoint), tmp_path / "out", weights="fp16")
+    graph = openvino.Core().read_model(tmp_path / "out" / "openvino_model.xml")
+    found = {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Constant"}
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
+        (values,) = [node.data for key, node in found.items() if key.startswith(f"self.{name.rpartition('.')[0]}.")]
+        assert np.array_equal(values, tensors[name].half().numpy()), name
+    expected = reference_logits(checkpoint, IDS, tmp_path / "f16")
+    assert np.abs(Artifact(tmp_path / "out").feed(IDS) - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
 def is_matrix(node):
     return (
         node.get_element_type().size * np.prod(node.get_output_shape(0)) >= 0

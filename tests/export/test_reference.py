@@ -15,6 +15,7 @@ from normistral.errors import CheckpointError, ExportError
 from normistral.export.reference.model import load_model
 
 IDS = torch.arange(5, 45)[None]
+FINE = ("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight")
 
 
 def mapped_ranges(file: Path) -> list[range]:
@@ -47,6 +48,13 @@ def test_parameters_are_the_mapped_file(tmp_path: Path, safetensors: bool, dtype
         last = parameter.data_ptr() + parameter.nbytes - 1
         assert any(parameter.data_ptr() in span and last in span for span in ranges), name
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_every_parameter_keeps_the_type_that_it_is_stored_in(tmp_path: Path) -> None:
+    folder = make_mistral(tmp_path / "model", dtype="bfloat16", layers=1)
+    edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].float() for name in FINE}))
+    for name, parameter in load_model(read_headers(folder)).named_parameters():
+        assert parameter.dtype == (torch.float32 if name in FINE else torch.bfloat16), name
 
 
 @pytest.mark.parametrize("safetensors", [True, False])

@@ -75,6 +75,9 @@ def write_gguf(
         writer.add_add_bos_token(vocabulary["adds_bos"])
     writer.add_chat_template(vocabulary.get("template", TEMPLATE))
     for key, value in (extra or {}).items():
+        if value is None:  # takes a key away
+            del writer.kv_data[0][key]
+            continue
         kind = {str: gguf.GGUFValueType.STRING, bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32}
         writer.add_key_value(key, value, kind.get(type(value), gguf.GGUFValueType.FLOAT32))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])

@@ -130,6 +130,11 @@ def _config(gguf: GgufFile) -> dict[str, Any]:
         raise UnsupportedArchitectureError(
             f"{gguf.path.name} has scaled rotary positions, which are not read from GGUF", _ORIGINAL
         )
+    for required in ("context_length", "attention.layer_norm_rms_epsilon"):  # others have no default in transformers
+        if get(required) is None:
+            raise CheckpointError(
+                f"{gguf.path.name} has no llama.{required}, without which llama.cpp loads no file", _ORIGINAL
+            )
     named = [get("rope.dimension_count"), get("attention.key_length"), get("attention.value_length")]
     widths = [width for width in named if width is not None]
     heads, hidden = get("attention.head_count"), get("embedding_length")

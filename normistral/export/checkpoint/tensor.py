@@ -107,15 +107,21 @@ def shown(name: str) -> str:
 
 
 _ORIGINAL = "export the original checkpoint, from which it was made"
-# Endings of tensors' names that tell who wrote them.
+_MERGE = "merge it into its base model first"
+_HEADLESS = "save the language model without that head (with TRL: model.pretrained_model.save_pretrained)"
+# Parts of tensors' names that tell who wrote them: who, and a hint.
 _TENSORS = {
-    r"\.(?:qweight|qzeros|g_idx)$": "quantised by GPTQ or AWQ",
-    r"\.(?:absmax|quant_map|nested_absmax|SCB)$|\.quant_state\.": "quantised by bitsandbytes",
-    r"\.weight_(?:packed|scale|scale_inv|zero_point|shape)$|\.input_scale$": "quantised (compressed-tensors or fp8)",
-    r"\.W_q$": "quantised by HQQ",
-    r"\.lora_[AB]\b": "a LoRA adapter, not a whole model",
-    r"\.base_layer\.": "a model with a LoRA adapter that was not merged",
-    r"\.scales$": "quantised by MLX",
+    r"\.(?:qweight|qzeros|g_idx)$": ("quantised by GPTQ or AWQ", _ORIGINAL),
+    r"\.(?:absmax|quant_map|nested_absmax|SCB)$|\.quant_state\.": ("quantised by bitsandbytes", _ORIGINAL),
+    r"\.weight_(?:packed|scale|scale_inv|zero_point|shape)$|\.input_scale$": (
+        "quantised (compressed-tensors or fp8)",
+        _ORIGINAL,
+    ),
+    r"\.W_q$": ("quantised by HQQ", _ORIGINAL),
+    r"\.lora_(?:(?:embedding_)?[AB]|magnitude_vector)\b": ("a LoRA adapter, not a whole model", _MERGE),
+    r"\.(?:base_layer|original_module|modules_to_save)\.": ("a model with a LoRA adapter that was not merged", _MERGE),
+    r"\.scales$": ("quantised by MLX", _ORIGINAL),
+    r"^(?:v_head|value_head|score|classifier)\.": ("a model with a classifier's or a value head", _HEADLESS),
 }
 _PREFIXES = {"_orig_mod.": "torch.compile", "module.": "torch's DataParallel"}
 
@@ -123,9 +129,8 @@ _PREFIXES = {"_orig_mod.": "torch.compile", "module.": "torch's DataParallel"}
 def recognise_tensors(names: Iterable[str]) -> ForeignFile | None:
     """The tool that wrote tensors which config.json does not describe; None if unknown."""
     names = list(names)
-    for pattern, what in _TENSORS.items():
+    for pattern, (what, hint) in _TENSORS.items():
         if any(re.search(pattern, name) for name in names):
-            hint = "merge it into its base model first" if "LoRA" in what else _ORIGINAL
             return ForeignFile(what, hint)
     for prefix, writer in _PREFIXES.items():
         if names and all(name.startswith(prefix) for name in names):

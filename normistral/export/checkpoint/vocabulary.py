@@ -87,7 +87,7 @@ def complete_tokenizer(folder: Path, reference: Any, notes: list[str]) -> tuple[
 
 
 def load_backend(path: Path) -> Any:
-    """A tokenizer.json in the `tokenizers` library.
+    """A tokenizer.json in the `tokenizers` library, without the truncation and padding that training left in it.
 
     Raises:
         CheckpointError: it is damaged.
@@ -96,13 +96,16 @@ def load_backend(path: Path) -> Any:
 
     read_json(path)  # for its size limit and its clear messages
     try:
-        return Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_file(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as exc:  # a panic in its Rust code is no Exception
         raise unreadable(
             path, f"{path.name} cannot be read: {first_line(exc)[:160]}", "download or copy the file again"
         ) from exc
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _as_decoded(token: dict[str, Any], backend: Any) -> dict[str, Any]:

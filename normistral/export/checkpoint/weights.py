@@ -92,6 +92,13 @@ def read_tensors(files: WeightFiles) -> dict[str, Tensor]:
                 raise CheckpointError(
                     f"{file} does not hold {some_names(lacking, 'tensors')}, which the index says", DOWNLOAD_AGAIN
                 )
+            unnamed = [name for name in found if name not in weight_map]
+            if unnamed:
+                raise CheckpointError(
+                    f"{file} holds {some_names(unnamed, 'tensors')}, which {files.index} does not name: transformers "
+                    "leaves such tensors out",
+                    "copy the shards and their index again, from one and the same checkpoint",
+                )
         twice = sorted(tensors.keys() & found.keys())
         if twice:
             raise CheckpointError(
@@ -128,6 +135,11 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
             hint = f"of two tied tensors {OUTPUT_LAYER} alone was saved: rename it to {family.embedding}"
         raise CheckpointError(f"the weights lack {some_names(missing, 'tensors')}, which config.json asks for", hint)
     for name, shape in expected.items():
+        if 0 in found[name].shape:
+            raise CheckpointError(
+                f"{name} is empty: DeepSpeed (ZeRO 3) leaves such tensors in the place of those it holds in pieces",
+                "join the pieces first: python zero_to_fp32.py, in the training run's folder",
+            )
         if found[name].shape != shape:
             raise CheckpointError(
                 f"{name} has shape {list(found[name].shape)}, but config.json asks for {list(shape)}",

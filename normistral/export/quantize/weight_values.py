@@ -139,7 +139,7 @@ def _stored_bits(name: str, dimensions: int, checkpoint: Checkpoint, recipe: Rec
     if recipe.format == "onnx":
         return 16 if recipe.weights == "fp16" else None
     if dimensions < 2:  # as in the checkpoint
-        return 16 if checkpoint.dtype == "float16" else None
+        return 16 if checkpoint.tensors[name].dtype == "float16" else None
     if recipe.weights != "int4":
         return 16 if recipe.weights == "fp16" else 8
     if name not in (checkpoint.family.embedding, OUTPUT_LAYER):

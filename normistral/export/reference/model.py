@@ -67,7 +67,9 @@ def read_reference_config(checkpoint: Checkpoint) -> PretrainedConfig:
         raise ExportError(f"transformers cannot load the checkpoint: {first_line(exc)}") from exc
 
 
-def load_model(checkpoint: Checkpoint, dtype: str, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def load_model(
+    checkpoint: Checkpoint, dtype: str | None = None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """The checkpoint as a transformers model whose parameters are the mapped file when `dtype` is their own.
 
     Nothing is read before it is used, and a page that was read can be dropped again: the model takes address space and
@@ -75,7 +77,7 @@ def load_model(checkpoint: Checkpoint, dtype: str, config: PretrainedConfig | No
     Runs no code of the checkpoint and asks no network.
 
     Args:
-        dtype: "float32", "float16" or "bfloat16".
+        dtype: "float32", "float16" or "bfloat16"; None leaves every tensor in the type that it is stored in.
         config: describes the model; None takes the checkpoint's sanitised config.json.
 
     Raises:
@@ -84,12 +86,13 @@ def load_model(checkpoint: Checkpoint, dtype: str, config: PretrainedConfig | No
     import torch
     from transformers import AutoConfig
 
-    kind, family, stored = getattr(torch, dtype), checkpoint.family, checkpoint.tensors
+    family = checkpoint.family
+    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not family.is_computed(name)}
     try:
         if config is None:
             config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-        model = build_empty(config, kind)
-        values = {name: map_tensor(tensor).to(kind) for name, tensor in stored.items() if not family.is_computed(name)}
+        model = build_empty(config, getattr(torch, dtype or checkpoint.dtype))
+        values = {name: map_tensor(tensor).to(getattr(torch, dtype or tensor.dtype)) for name, tensor in stored.items()}
         unknown = model.load_state_dict(values, strict=False, assign=True).unexpected_keys
         model.tie_weights()  # also where the weights hold a copy for the output layer
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as exc:

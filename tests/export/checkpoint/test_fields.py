@@ -269,6 +269,8 @@ def test_settings_of_generation_in_config_json_count_where_there_is_no_other_fil
         ("general.sampling.mirostat", 2, "general.sampling.mirostat is 2"),
         ("general.sampling.mystery", 2, "the field general.sampling.mystery is unknown here"),
         ("general.type", "adapter", "is of the type 'adapter', not a model"),
+        ("llama.context_length", None, "has no llama.context_length, without which llama.cpp loads no file"),
+        ("llama.attention.layer_norm_rms_epsilon", None, "has no llama.attention.layer_norm_rms_epsilon"),
     ],
 )
 def test_keys_of_gguf_that_change_the_model_are_refused(key, value, message, tmp_path):

@@ -186,6 +186,7 @@ def test_weights_under_other_names(tmp_path: Path) -> None:
         ({"q_proj.weight": "q_proj.W_q"}, torch.uint8, "quantised by HQQ"),
         ({"q_proj.weight": "q_proj.lora_A.weight"}, torch.float32, "a LoRA adapter, not a whole model"),
         ({"q_proj.weight": "q_proj.base_layer.weight"}, torch.float32, "a LoRA adapter that was not merged"),
+        ({"embed_tokens": "embed_tokens.modules_to_save.default"}, None, "a LoRA adapter that was not merged"),
         ({"q_proj.weight": "q_proj.scales"}, torch.float16, "quantised by MLX"),
         ({"model.": "_orig_mod.model.", "lm_head": "_orig_mod.lm_head"}, None, "saved from inside torch.compile"),
         ({"model.": "module.model.", "lm_head": "module.lm_head"}, None, "saved from inside torch's DataParallel"),
@@ -207,6 +208,45 @@ def test_weights_that_another_tool_wrote(
     error = refusal(folder, tmp_path / "workspace")
     assert what in error.message
     assert error.hint
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "score.weight"])
+def test_a_head_for_something_else(tmp_path: Path, name: str) -> None:
+    folder = make_mistral(tmp_path / "model", layers=1)
+    tensors = load_file(folder / "model.safetensors") | {name: torch.ones(2, 64)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    error = refusal(folder, tmp_path / "workspace")
+    assert error.message == f"the weights are a model with a classifier's or a value head: they hold {name}"
+    assert "without that head" in error.hint
+
+
+def test_the_empty_tensors_of_a_training_in_pieces(tmp_path: Path) -> None:
+    """As DeepSpeed's ZeRO 3 leaves them where the weights were not gathered before they were saved."""
+    folder = make_mistral(tmp_path / "model", layers=1)
+    tensors = {name: torch.empty(0) for name in load_file(folder / "model.safetensors")}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    error = refusal(folder, tmp_path / "workspace")
+    assert "model.embed_tokens.weight is empty: DeepSpeed (ZeRO 3)" in error.message
+    assert "zero_to_fp32.py" in error.hint
+
+
+def test_a_tensor_that_the_index_does_not_name(tmp_path: Path) -> None:
+    """transformers draws random numbers in its place, or ties the output layer."""
+    folder = make_mistral(tmp_path / "model", layers=1, shards=2)
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    del index["weight_map"]["lm_head.weight"]
+    files(**{"model.safetensors.index": index})(folder)
+    message = refusal(folder, tmp_path / "workspace").message
+    assert "holds lm_head.weight, which model.safetensors.index.json does not name" in message
+
+
+def test_the_class_of_a_model_that_was_trained_in_shards(tmp_path: Path) -> None:
+    folder = make_mistral(tmp_path / "model", layers=1)
+    config(architectures=["FSDPMistralForCausalLM"])(folder)
+    (tmp_path / "workspace").mkdir()
+    located = locate(str(folder), progress=NoProgress())
+    opened = open_checkpoint(located, tmp_path / "workspace", progress=NoProgress())
+    assert opened.architecture.name == "MistralForCausalLM"
 
 
 def test_all_missing_shards_are_named_and_the_unfinished_download(tmp_path: Path) -> None:

@@ -137,6 +137,17 @@ def test_tokenizer_json_ships_byte_for_byte(model: Path) -> None:
     assert opened.added_tokens == ()
 
 
+def test_truncation_and_padding_that_training_left_change_nothing(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model", layers=1, chat=False, adds_bos=True)
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 16}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0}
+    edit_json(folder / "tokenizer.json", truncation=cut, padding=pad | {"pad_token": "</s>"})
+    opened = expect_ids_of_transformers(folder)
+    assert opened.adds_bos
+    assert opened.notes == ()
+    assert (opened.folder / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
 # Tokens that stand only beside tokenizer.json, and the files that name them.
 BESIDE: dict[str, dict[str, dict[str, Any]]] = {
     "additional_special_tokens": {"tokenizer_config": {"additional_special_tokens": ["<|tool|>", "<|/tool|>"]}},

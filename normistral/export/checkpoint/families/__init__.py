@@ -27,6 +27,7 @@ from normistral.export.checkpoint.fields import (
 
 _MAX_PARAMETERS = 2**40
 _MAX_VOCABULARY = 2**22
+_SHARDED = "FSDP"  # torch's fully_shard puts it before the class's name, and older versions of transformers write that
 
 FAMILIES: tuple[Family, ...] = (MISTRAL, LLAMA, BLOOM)
 
@@ -49,7 +50,7 @@ def find_family(config: Config) -> Family:
             f"config.json names no single architecture: architectures is {shorten(names)}", supported
         )
     for family in FAMILIES:
-        if names[0] in (family.causal_class, family.headless_class):
+        if names[0].removeprefix(_SHARDED) in (family.causal_class, family.headless_class):
             if config.get("model_type", family.model_type) != family.model_type:
                 raise CheckpointError(
                     f"config.json contradicts itself: architecture {names[0]}, "
