@@ -62,6 +62,10 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+_REQUIRED = (
+    *("context_length", "embedding_length", "block_count", "feed_forward_length"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+)
 _LAYER = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
 
 
@@ -130,7 +134,7 @@ def _config(gguf: GgufFile) -> dict[str, Any]:
         raise UnsupportedArchitectureError(
             f"{gguf.path.name} has scaled rotary positions, which are not read from GGUF", _ORIGINAL
         )
-    for required in ("context_length", "attention.layer_norm_rms_epsilon"):  # others have no default in transformers
+    for required in _REQUIRED:
         if get(required) is None:
             raise CheckpointError(
                 f"{gguf.path.name} has no llama.{required}, without which llama.cpp loads no file", _ORIGINAL

@@ -270,6 +270,7 @@ def test_settings_of_generation_in_config_json_count_where_there_is_no_other_fil
         ("general.sampling.mystery", 2, "the field general.sampling.mystery is unknown here"),
         ("general.type", "adapter", "is of the type 'adapter', not a model"),
         ("llama.context_length", None, "has no llama.context_length, without which llama.cpp loads no file"),
+        ("llama.block_count", None, "has no llama.block_count"),
         ("llama.attention.layer_norm_rms_epsilon", None, "has no llama.attention.layer_norm_rms_epsilon"),
     ],
 )
