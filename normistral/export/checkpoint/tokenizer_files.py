@@ -65,6 +65,12 @@ def lay_out_tokenizer(folder: Path, view: Path, config: dict[str, Any], model_ty
     settings = {key: value for key, value in given.items() if key not in _DROPPED and not key.endswith("_file")}
     tokenizer = read_json(view / "tokenizer.json") if (view / "tokenizer.json").exists() else None
     _check_files_of_versions(given)
+    model = (tokenizer or {}).get("model")
+    if isinstance(model, dict) and model.get("dropout"):
+        raise CheckpointError(
+            f"tokenizer.json cuts words at random, as for training: dropout is {ascii(model['dropout'])[:20]}",
+            "set dropout of model to null in tokenizer.json",
+        )
     for name in ("special_tokens_map.json", "added_tokens.json"):
         _require_short_tokens(read_optional_json(view / name), name)
     _require_short_tokens({key: value for key, value in settings.items() if "_token" in key}, _SETTINGS)

@@ -148,6 +148,13 @@ def test_truncation_and_padding_that_training_left_change_nothing(tmp_path: Path
     assert (opened.folder / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
+def test_a_tokenizer_that_cuts_at_random_is_refused(model: Path) -> None:
+    """transformers would do so too, and a comparison may find both alike by chance."""
+    document = read_json(model / "tokenizer.json")
+    edit_json(model / "tokenizer.json", model=document["model"] | {"dropout": 0.01})
+    assert "dropout is 0.01" in refusal(model).message
+
+
 # Tokens that stand only beside tokenizer.json, and the files that name them.
 BESIDE: dict[str, dict[str, dict[str, Any]]] = {
     "additional_special_tokens": {"tokenizer_config": {"additional_special_tokens": ["<|tool|>", "<|/tool|>"]}},
