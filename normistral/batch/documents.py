@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +34,12 @@ class Row(NamedTuple):
     Attributes:
         number: from 1: of its line, or its place in the order of the names; the same as long as the input is.
         place: bytes before its line; or the file's path from the folder.
+        checksum: CRC-32 of its bytes when the job began; None is not compared.
     """
 
     number: int
     place: int | str
+    checksum: int | None = None
 
 
 class Index(NamedTuple):
@@ -69,19 +72,23 @@ def read_document(source: Path, row: Row) -> Document:
     """Read one document; a text of a folder becomes {"id": its path, "text": ...}.
 
     Raises:
-        UsageError: it is no JSON object, no UTF-8, or gone.
+        UsageError: it is no JSON object, no UTF-8, gone, or changed since it was indexed.
     """
     try:
         if isinstance(row.place, str):
             raw = (source / row.place).read_bytes()
-            text = decode_text(raw, "the text").replace("\r\n", "\n").replace("\r", "\n")
-            return {"id": row.place, "text": text}
-        with source.open("rb") as stream:
-            stream.seek(row.place)
-            line = stream.readline()
+        else:
+            with source.open("rb") as stream:
+                stream.seek(row.place)
+                raw = stream.readline()
     except OSError as exc:
         raise UsageError(f"cannot read the document: {exc.strerror}") from exc
-    return _parse(decode_text(line, "the line"))
+    if row.checksum not in (None, zlib.crc32(raw)):
+        raise UsageError("the document was changed while the job ran", "run the job again, with --force")
+    if isinstance(row.place, int):
+        return _parse(decode_text(raw, "the line"))
+    text = decode_text(raw, "the text").replace("\r\n", "\n").replace("\r", "\n")
+    return {"id": row.place, "text": text}
 
 
 def _parse(line: str) -> Document:
@@ -100,7 +107,7 @@ def _lines(source: Path, digest: hashlib._Hash) -> Iterator[Row]:
         for number, line in enumerate(stream, 1):
             digest.update(line)
             if line.strip():
-                yield Row(number, place)
+                yield Row(number, place, zlib.crc32(line))
             place += len(line)
 
 
@@ -116,7 +123,7 @@ def _files(source: Path, digest: hashlib._Hash) -> Iterator[Row]:
             digest.update(f"{len(name.encode())} {len(content)} {name}".encode() + content)
         except UnicodeEncodeError as exc:
             raise UsageError(f"a file in {source} has a name that is not UTF-8: {name!r}", "rename it") from exc
-        yield Row(number, name)
+        yield Row(number, name, zlib.crc32(content))
 
 
 def check_instruction(instruction: str) -> None:
@@ -142,7 +149,11 @@ def fill(instruction: str, document: Mapping[str, Any]) -> str:
         name = match[1]
         found = document.get(name)
         if isinstance(found, bool) or not isinstance(found, str | int | float):
-            raise UsageError(f"the document has no text {name!r}", f"it has: {', '.join(sorted(document))}")
+            fields = f"it has: {', '.join(sorted(document))}"
+            raise UsageError(
+                f"the document has no text {name!r}",
+                "what it has there is neither a text nor a number" if name in document else fields,
+            )
         return str(found)
 
     return _FIELD.sub(value, instruction)

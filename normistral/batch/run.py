@@ -93,7 +93,8 @@ def run_batch(
         options: fields of `GenerationConfig`.
 
     Raises:
-        UsageError: a wrong option; OUTPUT exists; or what an earlier run left belongs to another job.
+        UsageError: a wrong option; OUTPUT exists, or came while the job ran, without `force`; or what an earlier run
+            left belongs to another job.
         NormistralError: the model cannot be loaded, or workers cannot be had; what is answered is kept, and the same
             call goes on from there.
     """
@@ -119,6 +120,7 @@ def run_batch(
         lost = [row.number for row in index.rows if row.number not in places]
         if lost:
             raise NormistralError(f"{len(lost)} rows have no answer, the first is {lost[0]}", "run the same again")
+        _require_new(output, force=force)  # it may have come while the job ran
         try:
             join_answers((places[row.number] for row in index.rows), output)
         except OSError as exc:
@@ -171,9 +173,11 @@ def _check(job: BatchJob, manifest: Manifest, output: Path, workers: Workers, *,
         raise UsageError("without --workers there is no Ray", "add --workers N")
     require_place(output)
     if _is_document(output, job.source):
-        raise UsageError(
-            f"{output} would be one of the documents", "choose an OUTPUT elsewhere, or one that ends in .jsonl"
-        )
+        raise UsageError(f"{output} would be one of the documents", "choose an OUTPUT elsewhere, such as answers.jsonl")
+    _require_new(output, force=force)
+
+
+def _require_new(output: Path, *, force: bool) -> None:
     if os.path.lexists(output) and not force:
         raise UsageError(f"{output} exists already", "choose another OUTPUT, or replace it with --force")
 

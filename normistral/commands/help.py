@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
+from typer.models import TyperPath
 
 from normistral.commands.console import is_terminal
 from normistral.commands.translate import is_translated, translate, translate_paragraphs
 from normistral.commands.wrapping import terminal_columns, wrap_text
+from normistral.errors import UsageError
 
 _DEFAULT = re.compile(r" (\(\*\)|Default:) [-\d.]+$")  # at the end of an option's help, after its own text
 _LEAST_FRAMED = 100  # columns; in narrower frames options and choices would be broken in the midst of words
@@ -133,6 +135,16 @@ class _GroupedHelp:
 
 class HelpCommand(_GroupedHelp, TyperCommand):
     """A command whose options are grouped, framed or plain."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """typer's, without two names that are none: Path("") would be this folder, and - a file of that name."""
+        rest = super().parse_args(ctx, args)
+        for one in self.params:
+            value = ctx.params.get(one.name or "")
+            if isinstance(one.type, TyperPath) and value in ("", "-"):
+                name = one.opts[0] if one.param_type_name == "option" else one.make_metavar(ctx).strip("{}[]")
+                raise UsageError(f"{name}: {value!r} names no file or folder", "name one")
+        return rest
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Examples and notes."""

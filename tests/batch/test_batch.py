@@ -194,8 +194,9 @@ def test_an_instruction_takes_fields_and_leaves_other_braces():
 
 @pytest.mark.parametrize("document", [{}, {"text": None}, {"text": ["a"]}, {"text": True}])
 def test_a_field_that_is_missing_or_no_text_is_an_error(document):
-    with pytest.raises(UsageError, match="has no text 'text'"):
+    with pytest.raises(UsageError, match="has no text 'text'") as error:
         fill("{text}", document)
+    assert error.value.hint == ("what it has there is neither a text nor a number" if document else "it has: ")
 
 
 def test_an_instruction_without_a_field_is_refused():
@@ -630,6 +631,42 @@ def test_an_output_that_is_there_is_replaced_only_by_force(tmp_path, artifact, e
     assert output.read_text() == "gammel"
     run_batch(artifact, source, output, force=True)
     assert read_lines(output)[0]["text"] == "ny"
+
+
+def test_a_document_that_changes_while_the_job_runs_is_not_answered(tmp_path):
+    """The second of three becomes another, in a file and in a folder."""
+    lines = write_lines(tmp_path / "in.jsonl", *({"prompt": text} for text in ("en", "to", "tre")))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (texts / name).write_text("tekst")
+    for source in (lines, texts):
+        rows = index_documents(source).rows
+        if source is texts:
+            (texts / "b.txt").write_text("TEKST")
+        else:
+            lines.write_text(lines.read_text().replace("to", "ny"))  # as long as before
+        read_document(source, rows[0])
+        with pytest.raises(UsageError, match="was changed while the job ran"):
+            read_document(source, rows[1])
+
+
+def test_an_output_that_comes_while_the_job_runs_is_kept(tmp_path, artifact, echo, monkeypatch):
+    source, output = write_lines(tmp_path / "in.jsonl", {"prompt": "ny"}), tmp_path / "out.jsonl"
+    answer = normistral.batch.run._answer
+
+    def other_job_writes(*arguments):
+        answer(*arguments)
+        output.write_text("en annens")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(normistral.batch.run, "_answer", other_job_writes)
+        with pytest.raises(UsageError, match="exists already"):
+            run_batch(artifact, source, output)
+    assert output.read_text() == "en annens"
+    output.unlink()
+    assert run_batch(artifact, source, output).found == 1  # what was answered is kept
+    assert echo == ["ny"]
 
 
 def test_without_ray_the_error_names_the_extra(tmp_path, artifact, monkeypatch):

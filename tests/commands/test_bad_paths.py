@@ -120,6 +120,15 @@ def test_names_that_cannot_be(
     assert sorted(path.name for path in place.iterdir() if path.name != "home") == before
 
 
+@pytest.mark.parametrize("name", ["", "-"])
+def test_a_name_of_nothing_is_not_this_folder(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `batch demo "$FILE" out.jsonl` has it where FILE is not set; and - would be made as a file."""
+    before = sorted(place.iterdir())
+    for key in ("export OUTPUT", "batch INPUT", "batch OUTPUT", "eval --text", "bundle FILE", "bundle --wheels"):
+        assert f"{name!r} names no file or folder" in refusal(named(COMMANDS[key], name), capsys), key
+    assert sorted(place.iterdir()) == before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS.keys())
 def test_what_is_no_file_or_folder(
