@@ -92,11 +92,15 @@ def convert_gguf(
         ResourceError: its float copy does not fit in memory or on the disk.
     """
     gguf = read_gguf(path)
-    gguf = replace(gguf, metadata=ignored.take_from(gguf.metadata, GGUF_FIELDS, path.name))
+    metadata = ignored.take_from(gguf.metadata, GGUF_FIELDS, path.name)
+    gguf = replace(gguf, metadata={name: value for name, value in metadata.items() if not _names_no_token(name, value)})
     described = _config(gguf)
     of_the_model = {name: value for name, value in gguf.metadata.items() if describes_model(name)}
     check_fields(of_the_model, known_keys(of_the_model), path.name)
-    config = sanitise_config(described)
+    try:
+        config = sanitise_config(described)
+    except CheckpointError as exc:
+        raise CheckpointError(exc.message.replace("config.json", path.name), _ORIGINAL) from exc
     family = find_family(config)
     sources = _match_tensors(gguf, family.tensor_shapes(config))
     _require_room(path, folder, 4 * family.count_parameters(config))
@@ -173,6 +177,11 @@ def _config(gguf: GgufFile) -> dict[str, Any]:
         ],
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
+
+
+def _names_no_token(key: str, value: Any) -> bool:
+    """Whether it is the id -1, which llama.cpp writes for "none" and GGUF keeps without a sign."""
+    return key.startswith(TOKENIZER_PREFIX) and key.endswith("_token_id") and value in (-1, 2**32 - 1)
 
 
 def _linear_scaling(file: str, metadata: dict[str, Any]) -> dict[str, Any] | None:

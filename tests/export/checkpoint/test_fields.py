@@ -282,6 +282,18 @@ def test_keys_of_gguf_that_change_the_model_are_refused(key, value, message, tmp
     assert message in caught.value.message
 
 
+def test_a_gguf_file_is_called_by_its_name_and_no_token_is_none(tmp_path):
+    folder = make_llama(tmp_path / "model")
+    vocabulary = byte_level_vocabulary(folder)
+    vocabulary["tokens"] = [*vocabulary["tokens"][:-1], "ĠĠ"]  # its one merge
+    path = write_gguf(tmp_path / "model.gguf", folder, vocabulary, extra={"tokenizer.ggml.padding_token_id": 2**32 - 1})
+    assert open_model(path, tmp_path).config["pad_token_id"] is None
+    path = write_gguf(tmp_path / "wrong.gguf", folder, vocabulary, extra={"tokenizer.ggml.padding_token_id": 999})
+    said = refusal(path, tmp_path)
+    assert "wrong.gguf: pad_token_id is 999" in said
+    assert "config.json" not in said
+
+
 def test_linear_scaling_of_gguf_is_read_also_where_only_the_factor_is_given(tmp_path):
     """llama.cpp takes a factor without a type as linear."""
     folder = make_llama(tmp_path / "model")
