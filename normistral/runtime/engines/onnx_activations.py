@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from normistral.runtime.engines.onnx_graph import QUANTIZED_PRODUCT, Node, OnnxGraph, make_node
+from normistral.runtime.engines.onnx_graph import (
+    QUANTIZED_PRODUCT,
+    Node,
+    OnnxGraph,
+    drop_empty_inputs,
+    get_int,
+    make_node,
+)
 
 INT8_LEVEL = 4  # the accuracy level that rounds activations
 _OPSET = 18  # axes are inputs of ReduceMax
@@ -27,23 +34,21 @@ def can_split(graph: OnnxGraph) -> bool:
 
     Beside weights of 4 bits, what activations lose is nothing.
     """
-    products = [node for node in graph.nodes if node.operator == QUANTIZED_PRODUCT]
+    products = [node for node in graph.nodes if node.op_type == QUANTIZED_PRODUCT]
     return graph.opset() >= _OPSET and bool(products) and all(map(_is_of_8_bits, products))
 
 
 def split_activations(graph: OnnxGraph) -> None:
     """Multiply the activations of quantized weights in two parts, for a batch of one sequence; see `can_split`."""
     splitter = _Splitter(graph)
-    for node in [node for node in graph.nodes if node.operator == QUANTIZED_PRODUCT]:
+    for node in [node for node in graph.nodes if node.op_type == QUANTIZED_PRODUCT]:
         splitter.split(node)
 
 
 def _is_of_8_bits(node: Node) -> bool:
-    """Whether a node multiplies with 8-bit weights whose blocks fill their rows."""
-    if node.operator != QUANTIZED_PRODUCT or node.get_int("bits") != 8:
-        return False
-    block = node.get_int("block_size")
-    return block > 0 and node.get_int("K") % block == 0
+    """Whether a product is of 8-bit weights whose blocks fill their rows."""
+    block = get_int(node, "block_size")
+    return get_int(node, "bits") == 8 and block > 0 and get_int(node, "K") % block == 0
 
 
 @dataclass(slots=True)
@@ -52,21 +57,20 @@ class _Splitter:
     parts: dict[tuple[str, int], str] = field(default_factory=dict)  # of an input, which several products may read
 
     def split(self, node: Node) -> None:
-        output, (bias,) = node.outputs[0], node.inputs[_BIAS:] or [""]
-        node.inputs = [self._parts(node), *node.inputs[1:_BIAS]]
-        while not node.inputs[-1]:  # optional inputs at the end are left out
-            node.inputs.pop()
-        node.outputs = [f"{output}.parts"]  # [2, n, N]
+        output, (bias,) = node.output[0], node.input[_BIAS:] or [""]
+        node.input[:] = [self._parts(node), *node.input[1:_BIAS]]
+        drop_empty_inputs(node)
+        node.output[:] = [f"{output}.parts"]  # [2, n, N]
         total = f"{output}.unbiased" if bias else output
         after = [make_node("ReduceSum", [f"{output}.parts", self._ints("parts.first_axis", 0)], total)]
         if bias:  # once, not with each part
             after.append(make_node("Add", [total, bias], output))
-        place = self.graph.nodes.index(node) + 1
+        place = self.graph.place(node) + 1
         self.graph.nodes[place:place] = after
 
     def _parts(self, node: Node) -> str:
         """Both parts of a product's input [1, n, K], one behind the other: [2, n, K]."""
-        x, columns, block = node.inputs[0], node.get_int("K"), node.get_int("block_size")
+        x, columns, block = node.input[0], get_int(node, "K"), get_int(node, "block_size")
         if (x, block) in self.parts:
             return self.parts[x, block]
 

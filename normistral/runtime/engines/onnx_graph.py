@@ -1,36 +1,61 @@
 """Changes an ONNX graph in memory at load: changes for this runtime alone, which the file does not get.
 
-The runtime does without the package `onnx`: of a model it reads nodes, and the names of weights. Source of the field
-numbers: onnx.proto of the ONNX repository.
+The runtime does without the package `onnx`. protobuf, which onnxruntime requires, reads the fields that are declared
+here, and writes all others back as they were. Source of names and numbers: onnx.proto of the ONNX repository.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normistral.errors import EXPORT_AGAIN, ArtifactError
-from normistral.runtime.engines.protobuf import WireError, WireMessage
+from normistral.errors import EXPORT_AGAIN, ArtifactError, first_line
 
 LOGITS = "logits"
 LOGITS_START = "logits_start"  # name of the input that `keep_last_logits` adds
 LAST_POSITIONS = "last_positions"  # and of that of `take_lengths`
 
-# onnx.proto
-_MODEL_GRAPH, _MODEL_OPSET_IMPORT = 7, 8
-_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
-_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
-_ATTRIBUTE_NAME, _ATTRIBUTE_I, _ATTRIBUTE_G, _ATTRIBUTE_TYPE, _ATTRIBUTE_GRAPHS = 1, 3, 6, 20, 11
-_TENSOR_DIMS, _TENSOR_DATA_TYPE, _TENSOR_NAME, _TENSOR_RAW_DATA, _TENSOR_EXTERNAL_DATA = 1, 2, 8, 9, 13
-_ENTRY_KEY, _ENTRY_VALUE = 1, 2
-_VALUE_INFO_NAME, _VALUE_INFO_TYPE = 1, 2
-_TYPE_TENSOR, _TYPE_TENSOR_ELEM_TYPE, _TYPE_TENSOR_SHAPE = 1, 1, 2
-_SHAPE_DIM, _DIM_VALUE = 1, 1
+_MESSAGES = {  # of each message its fields: number and type; a * is "repeated"
+    "ModelProto": {"graph": (7, "GraphProto"), "opset_import": (8, "OperatorSetIdProto*")},
+    "OperatorSetIdProto": {"domain": (1, "string"), "version": (2, "int64")},
+    "GraphProto": {
+        "node": (1, "NodeProto*"),
+        "initializer": (5, "TensorProto*"),
+        "input": (11, "ValueInfoProto*"),
+        "output": (12, "ValueInfoProto*"),
+    },
+    "NodeProto": {
+        "input": (1, "string*"),
+        "output": (2, "string*"),
+        "name": (3, "string"),
+        "op_type": (4, "string"),
+        "attribute": (5, "AttributeProto*"),
+    },
+    "AttributeProto": {
+        "name": (1, "string"),
+        "i": (3, "int64"),
+        "g": (6, "GraphProto"),
+        "graphs": (11, "GraphProto*"),
+        "type": (20, "int32"),
+    },
+    "TensorProto": {
+        "dims": (1, "int64*"),
+        "data_type": (2, "int32"),
+        "name": (8, "string"),
+        "raw_data": (9, "bytes"),
+        "external_data": (13, "StringStringEntryProto*"),
+    },
+    "StringStringEntryProto": {"key": (1, "string"), "value": (2, "string")},
+    "ValueInfoProto": {"name": (1, "string"), "type": (2, "TypeProto")},
+    "TypeProto": {"tensor_type": (1, "Tensor")},
+    "Tensor": {"elem_type": (1, "int32"), "shape": (2, "TensorShapeProto")},
+    "TensorShapeProto": {"dim": (1, "Dimension*")},
+    "Dimension": {"dim_value": (1, "int64")},
+}
 _INT32, _INT64 = 6, 7  # TensorProto.DataType
 _DATA_TYPES = {"float32": 1, "int64": _INT64}  # of numpy's names
 _INT = 2  # AttributeProto.AttributeType
@@ -42,69 +67,62 @@ _PRODUCTS = ("MatMul", "Gemm", QUANTIZED_PRODUCT)
 _PAST_INPUTS, _LENGTHS, _ATTENTION_BIAS = (3, 4), 5, 10
 _PADDING = "mask.row"  # what hides padding in every attention's bias, as the exporter names it: [b, 1, 1, total]
 
+Node: TypeAlias = Any
+"""A NodeProto."""
 
-@contextmanager
-def _readable() -> Iterator[None]:
-    """Translate what the wire format says of bytes that are no ONNX model."""
-    try:
-        yield
-    except WireError as exc:
-        raise _damaged(str(exc)) from exc
+
+@functools.cache
+def _protobuf_classes() -> dict[str, Any]:
+    """The messages as classes. Syntax proto3, where text is checked, with proto2's presence of fields (oneofs)."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="normistral/onnx.proto", package="normistral", syntax="proto3")
+    for name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=name)
+        for field, (number, kind) in fields.items():
+            added = message.field.add(name=field, number=number, label=kinds.LABEL_OPTIONAL)
+            if kind.rstrip("*") in _MESSAGES:
+                added.type, added.type_name = kinds.TYPE_MESSAGE, f".normistral.{kind.rstrip('*')}"
+            else:
+                added.type = kinds.Type.Value(f"TYPE_{kind.rstrip('*').upper()}")
+            if kind.endswith("*"):
+                added.label = kinds.LABEL_REPEATED
+            else:
+                added.proto3_optional, added.oneof_index = True, len(message.oneof_decl)
+                message.oneof_decl.add(name=f"_{field}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClassesForFiles([file.name], pool)
 
 
 def _damaged(what: str) -> ArtifactError:
     return ArtifactError(f"model.onnx is damaged: {what}", EXPORT_AGAIN)
 
 
-class Node:
-    """A NodeProto: its inputs, outputs and operator; everything else stays as it was."""
+def get_int(node: Node, name: str) -> int:
+    """An integer attribute, 0 where it is not set."""
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), 0)
 
-    def __init__(self, message: WireMessage) -> None:
-        self.inputs = message.texts(_NODE_INPUT)
-        self.outputs = message.texts(_NODE_OUTPUT)
-        self.operator = message.text(_NODE_OP_TYPE)
-        message.remove(_NODE_INPUT, _NODE_OUTPUT)
-        self._rest = message
 
-    def get_int(self, name: str) -> int:
-        """An integer attribute, 0 where it is not set."""
-        attributes = [WireMessage(chunk) for chunk in self._rest.chunks(_NODE_ATTRIBUTE)]
-        found = [attribute for attribute in attributes if attribute.text(_ATTRIBUTE_NAME) == name]
-        return found[0].number(_ATTRIBUTE_I) if found else 0
+def _set_int(node: Node, name: str, value: int) -> None:
+    """Set an integer attribute, new or not."""
+    attribute = next((one for one in node.attribute if one.name == name), None) or node.attribute.add(name=name)
+    attribute.i, attribute.type = value, _INT
 
-    def set_int(self, name: str, value: int) -> None:
-        """Set an integer attribute, new or not."""
-        kept = [
-            chunk for chunk in self._rest.chunks(_NODE_ATTRIBUTE) if WireMessage(chunk).text(_ATTRIBUTE_NAME) != name
-        ]
-        self._rest.remove(_NODE_ATTRIBUTE)
-        for chunk in kept:
-            self._rest.add(_NODE_ATTRIBUTE, bytes(chunk))
-        attribute = WireMessage().add(_ATTRIBUTE_NAME, name).add(_ATTRIBUTE_I, value).add(_ATTRIBUTE_TYPE, _INT)
-        self._rest.add(_NODE_ATTRIBUTE, attribute)
 
-    def has_subgraph(self) -> bool:
-        """Whether an attribute is a graph (If, Loop, Scan), which may use any name of the graph around it."""
-        attributes = [WireMessage(chunk) for chunk in self._rest.chunks(_NODE_ATTRIBUTE)]
-        return any(attribute.chunks(_ATTRIBUTE_G) or attribute.chunks(_ATTRIBUTE_GRAPHS) for attribute in attributes)
-
-    def message(self) -> WireMessage:
-        """As it is written."""
-        message = WireMessage()
-        for name in self.inputs:
-            message.add(_NODE_INPUT, name)
-        for name in self.outputs:
-            message.add(_NODE_OUTPUT, name)
-        message.fields += self._rest.fields
-        return message
+def drop_empty_inputs(node: Node) -> None:
+    """Leave out optional inputs at the end that are not given."""
+    while node.input and not node.input[-1]:
+        node.input.pop()
 
 
 def make_node(operator: str, inputs: Iterable[str], output: str, **attributes: int) -> Node:
     """A new node of the ONNX standard, named after its output and operator: names are unique in a graph."""
-    node = Node(WireMessage().add(_NODE_OP_TYPE, operator).add(_NODE_NAME, f"/{output}/{operator}"))
-    node.inputs, node.outputs = list(inputs), [output]
-    for name, value in attributes.items():
-        node.set_int(name, value)
+    name = f"/{output}/{operator}"
+    node = _protobuf_classes()["normistral.NodeProto"](input=inputs, output=[output], name=name, op_type=operator)
+    for key, value in attributes.items():
+        _set_int(node, key, value)
     return node
 
 
@@ -117,77 +135,71 @@ class OnnxGraph:
         Raises:
             ArtifactError: the bytes are no ONNX model.
         """
-        self._model, self._graph, self.nodes = _take_apart(data)
+        from google.protobuf.message import DecodeError
+
+        try:
+            self._model = _protobuf_classes()["normistral.ModelProto"].FromString(data)
+        except DecodeError as exc:
+            raise _damaged(first_line(exc)) from exc
+        if not self._model.HasField("graph"):
+            raise _damaged("it has no graph")
+        self._graph = self._model.graph
+        self.nodes: list[Node] = list(self._graph.node)
         self._constants: set[str] = set()  # those that were added
 
     def inputs(self) -> list[str]:
         """Names of the graph's inputs."""
-        return self._names(_GRAPH_INPUT)
+        return [port.name for port in self._graph.input]
 
     def outputs(self) -> list[str]:
         """Names of the graph's outputs."""
-        return self._names(_GRAPH_OUTPUT)
+        return [port.name for port in self._graph.output]
 
-    @_readable()
     def opset(self) -> int:
         """Version of the ONNX standard's operators; 0 where it is not said."""
-        imports = [WireMessage(chunk) for chunk in self._model.chunks(_MODEL_OPSET_IMPORT)]
-        standard = [entry for entry in imports if entry.text(_OPSET_DOMAIN) in ("", "ai.onnx")]
-        return standard[-1].number(_OPSET_VERSION) if standard else 0
+        versions = [int(entry.version) for entry in self._model.opset_import if entry.domain in ("", "ai.onnx")]
+        return versions[-1] if versions else 0
 
-    @_readable()
     def external_files(self) -> set[str]:
         """Names of the files that hold the weights, as the graph gives them."""
-        entries = [
-            WireMessage(entry)
-            for tensor in self._graph.chunks(_GRAPH_INITIALIZER)
-            for entry in WireMessage(tensor).chunks(_TENSOR_EXTERNAL_DATA)
-        ]
-        return {entry.text(_ENTRY_VALUE) for entry in entries if entry.text(_ENTRY_KEY) == "location"}
+        entries = (entry for tensor in self._graph.initializer for entry in tensor.external_data)
+        return {entry.value for entry in entries if entry.key == "location"}
 
     def add_vector_input(self, name: str, kind: int = _INT64, size: int | None = 1) -> None:
         """A new input [size] of a TensorProto.DataType; a size of None is any."""
-        dimension = WireMessage() if size is None else WireMessage().add(_DIM_VALUE, size)
-        shape = WireMessage().add(_SHAPE_DIM, dimension)
-        tensor = WireMessage().add(_TYPE_TENSOR_ELEM_TYPE, kind).add(_TYPE_TENSOR_SHAPE, shape)
-        value_info = (
-            WireMessage().add(_VALUE_INFO_NAME, name).add(_VALUE_INFO_TYPE, WireMessage().add(_TYPE_TENSOR, tensor))
-        )
-        self._graph.add(_GRAPH_INPUT, value_info)
+        tensor = self._graph.input.add(name=name).type.tensor_type
+        tensor.elem_type = kind
+        tensor.shape.dim.add(dim_value=size)
 
     def add_constant(self, name: str, values: NDArray[Any]) -> str:
         """A constant, float32 or int64 of any shape, once for its name; returns the name."""
-        if name in self._constants:
-            return name
-        self._constants.add(name)
-        tensor = WireMessage()
-        for length in values.shape:
-            tensor.add(_TENSOR_DIMS, length)
-        tensor.add(_TENSOR_DATA_TYPE, _DATA_TYPES[values.dtype.name]).add(_TENSOR_NAME, name)
-        little_endian = values.astype(values.dtype.newbyteorder("<"), copy=False)
-        self._graph.add(_GRAPH_INITIALIZER, tensor.add(_TENSOR_RAW_DATA, little_endian.tobytes()))
+        if name not in self._constants:
+            self._constants.add(name)
+            raw = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+            kind = _DATA_TYPES[values.dtype.name]
+            self._graph.initializer.add(dims=values.shape, data_type=kind, name=name, raw_data=raw)
         return name
 
     def add_node(self, before: Node, operator: str, inputs: Iterable[str], output: str, **attributes: int) -> str:
         """A new node, placed before another that reads it (nodes have to be in order); returns its output."""
-        self.nodes.insert(self.nodes.index(before), make_node(operator, inputs, output, **attributes))
+        self.nodes.insert(self.place(before), make_node(operator, inputs, output, **attributes))
         return output
+
+    def place(self, node: Node) -> int:
+        """Index of this very node; others may be equal."""
+        return next(index for index, one in enumerate(self.nodes) if one is node)
 
     def producer(self, name: str) -> Node | None:
         """The node that computes a tensor; None for inputs and constants."""
-        return next((node for node in self.nodes if name in node.outputs), None)
+        return next((node for node in self.nodes if name in node.output), None)
 
     def __bytes__(self) -> bytes:
-        graph, model = WireMessage(), WireMessage()
-        for node in self.nodes:
-            graph.add(_GRAPH_NODE, node.message())
-        graph.fields += self._graph.fields
-        model.fields = list(self._model.fields)
-        return bytes(model.add(_MODEL_GRAPH, graph))
-
-    @_readable()
-    def _names(self, field: int) -> list[str]:
-        return [WireMessage(chunk).text(_VALUE_INFO_NAME) for chunk in self._graph.chunks(field)]
+        model = type(self._model)()
+        model.CopyFrom(self._model)
+        del model.graph.node[:]
+        model.graph.node.extend(self.nodes)
+        data: bytes = model.SerializeToString()
+        return data
 
 
 def keep_last_logits(graph: OnnxGraph) -> None:
@@ -200,48 +212,46 @@ def keep_last_logits(graph: OnnxGraph) -> None:
         ArtifactError: the logits do not come from a matrix product.
     """
     product = _walk_back(graph, LOGITS, ("Cast", "Add", "Reshape"))
-    if product is None or product.operator not in _PRODUCTS or not product.inputs:
-        raise _damaged(f"the logits come from {product.operator if product else 'no node'}, not from a matrix product")
-    hidden = product.inputs[0]
+    if product is None or product.op_type not in _PRODUCTS or not product.input:
+        raise _damaged(f"the logits come from {product.op_type if product else 'no node'}, not from a matrix product")
+    hidden = product.input[0]
     flattened = graph.producer(hidden)
-    if product.operator == "Gemm" and flattened is not None and flattened.operator == "Reshape" and flattened.inputs:
-        hidden = flattened.inputs[0]  # [1, n, hidden], which Gemm reads as [n, hidden]
-    readers = [node for node in graph.nodes if hidden in node.inputs]
+    if product.op_type == "Gemm" and flattened is not None and flattened.op_type == "Reshape" and flattened.input:
+        hidden = flattened.input[0]  # [1, n, hidden], which Gemm reads as [n, hidden]
+    readers = [node for node in graph.nodes if hidden in node.input]
     graph.add_vector_input(LOGITS_START)
     end = graph.add_constant("logits_end", np.array([2**63 - 1]))
     axis = graph.add_constant("logits_axis", np.array([1]))
     last = graph.add_node(readers[0], "Slice", [hidden, LOGITS_START, end, axis], "last_hidden")
     for node in readers:
-        node.inputs = [last if name == hidden else name for name in node.inputs]
+        node.input[:] = [last if name == hidden else name for name in node.input]
 
 
 def _walk_back(graph: OnnxGraph, name: str, operators: Sequence[str]) -> Node | None:
     """The node that computes a tensor, seen through operators that only change what another node computed."""
     node = graph.producer(name)
     for _ in graph.nodes:  # as many steps as there are nodes, in case a damaged graph goes round
-        if node is None or node.operator not in operators or not node.inputs:
+        if node is None or node.op_type not in operators or not node.input:
             break
-        node = graph.producer(node.inputs[0])
+        node = graph.producer(node.input[0])
     return node
 
 
-@_readable()
 def accuracy_levels(graph: OnnxGraph) -> list[int]:
     """The levels of the products of rounded weights, each once: 1 computes in float32, 4 rounds activations to int8."""
-    return sorted({node.get_int("accuracy_level") for node in graph.nodes if node.operator == QUANTIZED_PRODUCT})
+    return sorted({get_int(node, "accuracy_level") for node in graph.nodes if node.op_type == QUANTIZED_PRODUCT})
 
 
-@_readable()
 def set_accuracy_level(graph: OnnxGraph, level: int) -> None:
     """How the products of rounded weights are computed, by `accuracy_levels`."""
     for node in graph.nodes:
-        if node.operator == QUANTIZED_PRODUCT:
-            node.set_int("accuracy_level", level)
+        if node.op_type == QUANTIZED_PRODUCT:
+            _set_int(node, "accuracy_level", level)
 
 
 def is_fused(graph: OnnxGraph) -> bool:
     """Whether attention is one operator that can keep past and present keys and values in one buffer."""
-    return any(node.operator == ATTENTION for node in graph.nodes)
+    return any(node.op_type == ATTENTION for node in graph.nodes)
 
 
 def attend_in_place(graph: OnnxGraph) -> None:
@@ -253,19 +263,18 @@ def attend_in_place(graph: OnnxGraph) -> None:
     inputs = set(graph.inputs())
     without_padding: dict[str, str] = {}  # a few hundred nodes, and all layers share one bias
     for node in graph.nodes:
-        if node.operator != ATTENTION:
+        if node.op_type != ATTENTION:
             continue
         for index in _PAST_INPUTS:
-            mend = graph.producer(node.inputs[index]) if index < len(node.inputs) else None
-            if mend is not None and mend.operator == "Reshape" and mend.inputs and mend.inputs[0] in inputs:
-                node.inputs[index] = mend.inputs[0]
-        if len(node.inputs) > _ATTENTION_BIAS:
-            bias = node.inputs[_ATTENTION_BIAS]
+            mend = graph.producer(node.input[index]) if index < len(node.input) else None
+            if mend is not None and mend.op_type == "Reshape" and mend.input and mend.input[0] in inputs:
+                node.input[index] = mend.input[0]
+        if len(node.input) > _ATTENTION_BIAS:
+            bias = node.input[_ATTENTION_BIAS]
             if bias not in without_padding:
                 without_padding[bias] = _leave_out_padding(graph, bias)
-            node.inputs[_ATTENTION_BIAS] = without_padding[bias]
-        while node.inputs and not node.inputs[-1]:  # optional inputs at the end are left out
-            node.inputs.pop()
+            node.input[_ATTENTION_BIAS] = without_padding[bias]
+        drop_empty_inputs(node)
     remove_unused(graph)
 
 
@@ -276,12 +285,12 @@ def take_lengths(graph: OnnxGraph) -> bool:
     `attend_in_place`. Returns whether that can be: not where a bias of the attention (ALiBi) counts from the end of the
     longest row.
     """
-    attentions = [node for node in graph.nodes if node.operator == ATTENTION]
-    if not attentions or any(len(node.inputs) > _ATTENTION_BIAS for node in attentions):
+    attentions = [node for node in graph.nodes if node.op_type == ATTENTION]
+    if not attentions or any(len(node.input) > _ATTENTION_BIAS for node in attentions):
         return False
     graph.add_vector_input(LAST_POSITIONS, _INT32, None)
     for node in attentions:
-        node.inputs[_LENGTHS] = LAST_POSITIONS
+        node.input[_LENGTHS] = LAST_POSITIONS
     remove_unused(graph)
     return True
 
@@ -289,37 +298,24 @@ def take_lengths(graph: OnnxGraph) -> bool:
 def _leave_out_padding(graph: OnnxGraph, bias: str) -> str:
     """The part of a bias that is not about padding; "" when nothing is left."""
     source = graph.producer(bias)
-    if source is None or _PADDING not in source.inputs:
+    if source is None or _PADDING not in source.input:
         return bias
-    if source.operator == "Expand":
+    if source.op_type == "Expand":
         return ""
-    if source.operator == "Add" and len(source.inputs) == 2:
-        return next(name for name in source.inputs if name != _PADDING)
-    raise _damaged(f"an attention's bias comes from {source.operator}")
+    if source.op_type == "Add" and len(source.input) == 2:
+        return next(name for name in source.input if name != _PADDING)
+    raise _damaged(f"an attention's bias comes from {source.op_type}")
 
 
-@_readable()
 def remove_unused(graph: OnnxGraph) -> None:
     """Drop the nodes whose results are not read; onnxruntime would compute them."""
-    if any(node.has_subgraph() for node in graph.nodes):
-        return
+    attributes = (attribute for node in graph.nodes for attribute in node.attribute)
+    if any(attribute.HasField("g") or attribute.graphs for attribute in attributes):
+        return  # a subgraph (If, Loop, Scan) may use any name of the graph around it
     used = set(graph.outputs())
     kept = []
     for node in reversed(graph.nodes):  # nodes are in order: readers of a result stand behind its node
-        if used.intersection(node.outputs):
-            used.update(node.inputs)
+        if used.intersection(node.output):
+            used.update(node.input)
             kept.append(node)
     graph.nodes[:] = reversed(kept)
-
-
-@_readable()
-def _take_apart(data: bytes) -> tuple[WireMessage, WireMessage, list[Node]]:
-    model = WireMessage(data)
-    graphs = model.chunks(_MODEL_GRAPH)
-    if len(graphs) != 1:
-        raise WireError(f"{len(graphs)} graphs instead of one")
-    graph = WireMessage(graphs[0])
-    nodes = [Node(WireMessage(chunk)) for chunk in graph.chunks(_GRAPH_NODE)]
-    model.remove(_MODEL_GRAPH)
-    graph.remove(_GRAPH_NODE)
-    return model, graph, nodes

@@ -123,7 +123,7 @@ def test_products_of_one_input_share_its_parts():
     data, _ = model()
     graph = OnnxGraph(data)
     split_activations(graph)
-    assert [node.operator for node in graph.nodes].count("Round") == 1
+    assert [node.op_type for node in graph.nodes].count("Round") == 1
 
 
 def test_other_bits_and_older_operators_are_left_alone():
