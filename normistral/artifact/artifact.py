@@ -156,7 +156,7 @@ def find_advice(folder: Path, manifest: Manifest) -> str | None:
     if used.get("rope_theta") != _DEFAULT_THETA or used.get("rope_scaling") is not None:
         return None  # read from the form of transformers 4, which was understood
     preset = find_preset(manifest.source.id)
-    published = None if preset is None or preset.shape is None else preset.shape.rope_theta
+    published = None if preset is None else preset.rope_theta
     if published == _DEFAULT_THETA:
         return None
     if published is not None:

@@ -15,35 +15,6 @@ WeightFormat = Literal["int4", "int8", "fp16", "fp32"]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Fields of a model's published config.json; widths and counts as in `normistral.artifact.manifest.Architecture`.
-
-    Attributes:
-        architecture: the class that config.json names.
-        rope_theta: base of the rotary angles; None for ALiBi.
-        tied_embeddings: None where config.json is silent.
-        bos_id, eos_id, pad_id: of config.json; other files may name other tokens.
-        weight_files: how many, and in which format.
-    """
-
-    architecture: str
-    vocabulary: int
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    feed_forward: int
-    sliding_window: int | None
-    rope_theta: float | None
-    tied_embeddings: bool | None
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    weight_files: tuple[int, Literal["safetensors", "bin", "gguf"]]
-
-
-@dataclass(frozen=True, slots=True)
 class Preset:
     """One published model.
 
@@ -57,7 +28,7 @@ class Preset:
         parameters: number of parameters, or None when not published.
         weights: the recommended weight format.
         quirks: what a user or an exporter must know, one sentence each.
-        shape: of the published model, or None when not published.
+        rope_theta: base of the rotary angles in its config.json; None for ALiBi, or when not published.
         max_new_tokens: most tokens of an answer by default, where the checkpoint says nothing of it.
         recipe: how it is quantized when this package offers to make it; None is the default of `export`.
         languages: that it was trained for, as ISO 639 codes.
@@ -72,7 +43,7 @@ class Preset:
     parameters: int | None
     weights: WeightFormat
     quirks: tuple[str, ...]
-    shape: Shape | None
+    rope_theta: float | None
     package: str | None = None
     recipe: Literal["fast"] | None = None
     max_new_tokens: int | None = None
@@ -96,24 +67,6 @@ class Preset:
         return self.repository is not None and id in (self.repository, self.repository.rpartition("/")[2])
 
 
-_7B = Shape(
-    architecture="MistralForCausalLM",
-    vocabulary=32768,
-    hidden_size=4096,
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    feed_forward=14336,
-    sliding_window=2048,
-    rope_theta=1e4,
-    tied_embeddings=False,
-    bos_id=1,
-    eos_id=2,
-    pad_id=2,
-    weight_files=(3, "safetensors"),
-)
-
 _7B_BASE = Preset(
     name="7b-warm",
     repository="norallm/normistral-7b-warm",
@@ -123,7 +76,7 @@ _7B_BASE = Preset(
     parameters=7_248_023_552,
     weights="int4",
     quirks=("sliding window of 2048", "completes text; it has no chat template"),
-    shape=_7B,
+    rope_theta=1e4,
 )
 # Their files were not seen.
 _UNSEEN = Preset(
@@ -135,7 +88,7 @@ _UNSEEN = Preset(
     parameters=None,
     weights="int4",
     quirks=("its files were not seen: 11b-warm's architecture is expected, and what the checkpoint says counts",),
-    shape=None,
+    rope_theta=None,
 )
 
 PRESETS: tuple[Preset, ...] = (
@@ -157,23 +110,7 @@ PRESETS: tuple[Preset, ...] = (
             "weights were already rounded to llama.cpp's Q4_1 grid",
             "width 576 takes group size 64, not 128",
         ),
-        shape=Shape(
-            architecture="LlamaForCausalLM",
-            vocabulary=49152,
-            hidden_size=576,
-            layers=30,
-            heads=9,
-            kv_heads=3,
-            head_dim=64,
-            feed_forward=1536,
-            sliding_window=None,
-            rope_theta=1e5,
-            tied_embeddings=True,
-            bos_id=1,
-            eos_id=2,
-            pad_id=2,
-            weight_files=(1, "gguf"),
-        ),
+        rope_theta=1e5,
     ),
     Preset(
         name="7b-warm-instruct",
@@ -189,7 +126,7 @@ PRESETS: tuple[Preset, ...] = (
             "a repetition penalty other than 1.0 gives very bad output",
             "system prompts are followed weakly: put the instruction into the first user message",
         ),
-        shape=replace(_7B, sliding_window=4096),
+        rope_theta=1e4,
     ),
     _7B_BASE,
     replace(_7B_BASE, name="7b-scratch", repository="norallm/normistral-7b-scratch"),
@@ -207,23 +144,7 @@ PRESETS: tuple[Preset, ...] = (
             "its config gives no context length: 2048 tokens are taken unless --context N says otherwise",
             "completes text; it has no chat template",
         ),
-        shape=Shape(
-            architecture="BloomModel",
-            vocabulary=32768,
-            hidden_size=4096,
-            layers=32,
-            heads=32,
-            kv_heads=32,
-            head_dim=128,
-            feed_forward=4 * 4096,
-            sliding_window=None,
-            rope_theta=None,
-            tied_embeddings=None,
-            bos_id=1,
-            eos_id=2,
-            pad_id=0,
-            weight_files=(1, "bin"),
-        ),
+        rope_theta=None,
     ),
     Preset(
         name="11b-warm",
@@ -234,23 +155,7 @@ PRESETS: tuple[Preset, ...] = (
         parameters=None,
         weights="int4",
         quirks=("head_dim is 128, not hidden_size / heads", "completes text; it has no chat template"),
-        shape=Shape(
-            architecture="MistralForCausalLM",
-            vocabulary=51200,
-            hidden_size=5120,
-            layers=40,
-            heads=32,
-            kv_heads=8,
-            head_dim=128,
-            feed_forward=14336,
-            sliding_window=None,
-            rope_theta=1e6,
-            tied_embeddings=False,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            weight_files=(5, "safetensors"),
-        ),
+        rope_theta=1e6,
     ),
     Preset(
         name="11b-thinking",
@@ -264,7 +169,7 @@ PRESETS: tuple[Preset, ...] = (
             "writes its reasoning between <think> and </think> before the answer",
             "its published .gguf holds a template in Go's language: give one in jinja with --chat-template FILE",
         ),
-        shape=None,
+        rope_theta=None,
     ),
     _UNSEEN,
     replace(_UNSEEN, name="11b-long", repository="norallm/normistral-11b-long"),

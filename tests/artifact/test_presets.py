@@ -3,6 +3,7 @@
 from dataclasses import FrozenInstanceError
 
 import pytest
+from family_shapes import SHAPES
 
 from normistral.artifact.presets import PRESETS, Preset, find_preset
 
@@ -41,6 +42,7 @@ def test_facts_are_plausible(preset: Preset) -> None:
     assert (preset.role is None) == (preset.name in UNSEEN)
     assert preset.context_length is None or preset.context_length >= 2048
     assert preset.parameters is None or 10**8 < preset.parameters < 2 * 10**10
+    assert preset.rope_theta == (None if preset.name in (*UNSEEN, "11b-thinking") else SHAPES[preset.name].rope_theta)
     assert preset.quirks
     assert all(quirk == quirk.strip() and "\n" not in quirk for quirk in preset.quirks)
 

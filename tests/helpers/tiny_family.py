@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from family_shapes import SHAPES, Shape
 from safetensors.torch import load_file
 from tiny_bloom import make_bloom
 from tiny_gguf import byte_level_vocabulary, write_gguf
 from tiny_models import edit_json, make_llama, make_mistral
 
-from normistral.artifact.presets import PRESETS, Preset, Shape
+from normistral.artifact.presets import PRESETS, Preset
 
 HEAD_DIM, WINDOW, POSITIONS = 16, 16, 64
 CHAT_POSITIONS = 192  # two turns of a tokenizer whose tokens are bytes
@@ -30,9 +31,7 @@ ROWS = {preset.name: preset for preset in PRESETS if preset.role is not None}  #
 
 
 def shape_of(preset: Preset) -> Shape:
-    shape = preset.shape or ROWS["11b-warm"].shape
-    assert shape is not None
-    return shape
+    return SHAPES[preset.name]
 
 
 def make_tiny(preset: Preset, folder: Path, vocabulary: int | None = None) -> Path:
