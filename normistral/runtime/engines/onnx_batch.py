@@ -23,7 +23,6 @@ from normistral.runtime.engines.base import CacheTensor, EngineInfo, Logits, Unm
 from normistral.runtime.engines.batching import BatchCall
 from normistral.runtime.engines.block_pool import BLOCK_TOKENS, blocks_of
 from normistral.runtime.engines.onnx_cache import CAPACITY_STEP
-from normistral.runtime.engines.onnx_graph import LAST_POSITIONS, LOGITS, LOGITS_START
 from normistral.runtime.engines.onnx_session import translated
 from normistral.runtime.engines.onnxruntime import OnnxDecoder
 
@@ -204,12 +203,11 @@ class OnnxBatch:
         """Compute as many tokens for each row from `begin` on; logits [rows, last, vocabulary]."""
         decoder = opened(self._decoder)
         ids = np.array(token_ids, np.int64)
-        rows, count = ids.shape
+        rows = len(ids)
         past = np.array([engine.length for engine in self._rows[begin : begin + rows]])
-        total = int(past.max()) + count
+        total = int(past.max()) + ids.shape[1]
         if total > decoder.layout.limit:
             raise EngineError(f"{total} tokens do not fit into the model's context of {decoder.layout.limit}")
-        logits = np.empty((rows, last, decoder.vocabulary), decoder.logits_dtype)
         with translated(f"onnxruntime failed at token {total}"):
             self._fit(total)
             binding = decoder.session.io_binding()
@@ -217,16 +215,7 @@ class OnnxBatch:
                 value = decoder.layout.place(self._buffers[name].array[begin : begin + rows])
                 binding.bind_ortvalue_input(name, value)
                 binding.bind_ortvalue_output(present, value)
-            binding.bind_cpu_input("input_ids", ids)
-            binding.bind_cpu_input("attention_mask", np.ones((rows, total), np.int64))  # of which the shape is read
-            if decoder.takes_positions:
-                binding.bind_cpu_input("position_ids", past[:, None] + np.arange(count))
-            binding.bind_cpu_input(LAST_POSITIONS, (past + count - 1).astype(np.int32))
-            binding.bind_cpu_input(LOGITS_START, np.array([-last], np.int64))
-            binding.bind_output(LOGITS, "cpu", 0, decoder.logits_dtype, logits.shape, logits.ctypes.data)
-            decoder.session.run_with_iobinding(binding)
-        result: Logits = logits.astype(np.float32, copy=False)
-        return result
+            return decoder.run(binding, ids, past, last)
 
     def _fit(self, tokens: int) -> None:
         """Have a row for each sequence, with room for so many tokens; buffers move when they grow."""

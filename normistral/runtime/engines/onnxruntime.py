@@ -45,7 +45,7 @@ from normistral.runtime.engines.settings import DEFAULT_CONFIG, PREFILL_CHUNK, E
 from normistral.runtime.providers import ProviderTarget, find_target, import_onnxruntime, require_all_on
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, IOBinding
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,6 @@ class OnnxDecoder:
         takes_positions: position_ids is an input.
         takes_lengths: so is last_positions (`onnx_graph.take_lengths`).
         logits_dtype: float32 or float16.
-        ones, positions: int64 [1, context]; masks and position ids are slices of them.
     """
 
     session: InferenceSession
@@ -83,8 +82,26 @@ class OnnxDecoder:
     takes_lengths: bool
     logits_dtype: np.dtype[Any]
     vocabulary: int
-    ones: NDArray[np.int64]
-    positions: NDArray[np.int64]
+
+    def run(self, binding: IOBinding, token_ids: NDArray[np.int64], past: NDArray[np.int64], last: int) -> Logits:
+        """Compute tokens [rows, n], each row behind `past` [rows] others; logits [rows, last, vocabulary].
+
+        Args:
+            binding: has the KV cache.
+        """
+        rows, count = token_ids.shape
+        logits = np.empty((rows, last, self.vocabulary), self.logits_dtype)
+        binding.bind_cpu_input("input_ids", token_ids)
+        binding.bind_cpu_input("attention_mask", np.ones((rows, past.max() + count), np.int64))
+        if self.takes_positions:
+            binding.bind_cpu_input("position_ids", past[:, None] + np.arange(count))
+        if self.takes_lengths:  # then only the shape of the mask is read
+            binding.bind_cpu_input(LAST_POSITIONS, (past + count - 1).astype(np.int32))
+        binding.bind_cpu_input(LOGITS_START, np.array([-last], np.int64))
+        binding.bind_output(LOGITS, "cpu", 0, self.logits_dtype, logits.shape, logits.ctypes.data)
+        self.session.run_with_iobinding(binding)
+        result: Logits = logits.astype(np.float32, copy=False)
+        return result
 
 
 class OnnxBackend:
@@ -131,25 +148,16 @@ class OnnxEngine(UnmaskedEngine):
             EngineError: onnxruntime failed, or the sequence outgrows the model's context.
         """
         sequence = opened(self._sequence)
-        decoder, binding = sequence.decoder, sequence.binding
-        total = self.length + len(token_ids)
-        if total > decoder.layout.limit:
-            raise EngineError(f"{total} tokens do not fit into the model's context of {decoder.layout.limit}")
-        logits = np.empty((1, last, decoder.vocabulary), decoder.logits_dtype)
+        total, limit = self.length + len(token_ids), sequence.decoder.layout.limit
+        if total > limit:
+            raise EngineError(f"{total} tokens do not fit into the model's context of {limit}")
         with translated(f"onnxruntime failed at token {total}"):
             sequence.cache.prepare(self.length, total)
-            binding.bind_cpu_input("input_ids", np.array([token_ids], np.int64))
-            binding.bind_cpu_input("attention_mask", decoder.ones[:, :total])
-            if decoder.takes_positions:
-                binding.bind_cpu_input("position_ids", decoder.positions[:, self.length : total])
-            if decoder.takes_lengths:
-                binding.bind_cpu_input(LAST_POSITIONS, np.array([total - 1], np.int32))
-            binding.bind_cpu_input(LOGITS_START, np.array([-last], np.int64))
-            binding.bind_output(LOGITS, "cpu", 0, decoder.logits_dtype, logits.shape, logits.ctypes.data)
-            decoder.session.run_with_iobinding(binding)
+            ids, past = np.array([token_ids], np.int64), np.array([self.length])
+            logits = sequence.decoder.run(sequence.binding, ids, past, last)
             sequence.cache.advance()
         self.length = total
-        result: Logits = logits[0].astype(np.float32, copy=False)
+        result: Logits = logits[0]
         return result
 
     def trim(self, length: int, *, exactly: bool = False) -> None:
@@ -358,6 +366,4 @@ def describe_decoder(
         LAST_POSITIONS in inputs,
         _FLOATS[outputs[LOGITS]],
         shape.vocabulary,
-        np.ones((1, limit), np.int64),
-        np.arange(limit, dtype=np.int64)[None],
     )
