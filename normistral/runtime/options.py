@@ -31,9 +31,7 @@ class OptionSpec:
         kind: int or float.
         low, high: the range, both ends included.
         metavar: name of the value in the help of a command.
-        help: sentence for the help of a command, without the default.
-        api_range: (low, high) of the field of a request where it differs from `low` and `high`; None is unbounded.
-        api_help: description of that field.
+        help: sentence for the help of a command, without the default, and for the server's API.
         at_minus_one: -1 is accepted and becomes this, as in vLLM and llama.cpp; "refused" is no such value.
     """
 
@@ -42,125 +40,44 @@ class OptionSpec:
     high: float
     metavar: str
     help: str
-    api_range: tuple[float | None, float | None] | None = None
-    api_help: str | None = None
     at_minus_one: int | Literal["refused"] | None = "refused"
 
 
 # In the order of the commands' help. The other options (stop, logit_bias, dry_sequence_breakers, ignore_eos, draft,
 # structure) are no single numbers.
 NUMERIC_OPTIONS = {
-    "max_new_tokens": OptionSpec(
-        int,
-        1,
-        _ALL,
-        "N",
-        "Most tokens to write; -1 is as many as fit.",
-        (-1, None),
-        "-1 is as many as fit.",
-        at_minus_one=_ALL,
-    ),
-    "temperature": OptionSpec(
-        float, 0.0, 100.0, "T", "Above 0 answers vary; 0 is greedy.", api_help="Default: the model's authors'."
-    ),
-    "top_k": OptionSpec(
-        int,
-        0,
-        2**31,
-        "K",
-        "Sample among the K likeliest tokens; 0 is all.",
-        (-1, 2**31),
-        "Extension: 0 and -1 are all tokens.",
-        at_minus_one=0,
-    ),
+    "max_new_tokens": OptionSpec(int, 1, _ALL, "N", "Most tokens to write; -1 is as many as fit.", _ALL),
+    "temperature": OptionSpec(float, 0.0, 100.0, "T", "Above 0 answers vary; 0 is greedy."),
+    "top_k": OptionSpec(int, 0, _ALL, "K", "Sample among the K likeliest tokens; 0 is all.", 0),
     "top_p": OptionSpec(float, 0.0, 1.0, "P", "Sample among the likeliest that reach probability P."),
-    "min_p": OptionSpec(
-        float, 0.0, 1.0, "P", "Leave out tokens below P times the likeliest one.", api_help="Extension."
-    ),
-    "typical_p": OptionSpec(
-        float,
-        0.0,
-        1.0,
-        "P",
-        "Sample among the tokens of most typical probability that reach P.",
-        api_help="Extension: locally typical sampling; 1 is off.",
-    ),
-    "repetition_penalty": OptionSpec(
-        float, 0.01, 100.0, "R", "Above 1 makes repeated tokens less likely.", api_help="Extension."
-    ),
+    "min_p": OptionSpec(float, 0.0, 1.0, "P", "Leave out tokens below P times the likeliest one."),
+    "typical_p": OptionSpec(float, 0.0, 1.0, "P", "Sample among the tokens of most typical probability that reach P."),
+    "repetition_penalty": OptionSpec(float, 0.01, 100.0, "R", "Above 1 makes repeated tokens less likely."),
     "presence_penalty": OptionSpec(
         float, -2.0, 2.0, "R", "Above 0 makes tokens of the answer less likely to come again."
     ),
     "frequency_penalty": OptionSpec(float, -2.0, 2.0, "R", "The same for each time that a token has come."),
     "dry_multiplier": OptionSpec(
-        float,
-        0.0,
-        100.0,
-        "R",
-        "Above 0 makes tokens less likely that would go on with a repeated sequence (DRY).",
-        api_help="Extension: weight of the DRY penalty; 0 is off.",
+        float, 0.0, 100.0, "R", "Above 0 makes tokens less likely that would go on with a repeated sequence (DRY)."
     ),
-    "dry_base": OptionSpec(
-        float,
-        1.0,
-        100.0,
-        "R",
-        "Growth of the DRY penalty with each repeated token.",
-        api_help="Extension: growth of the DRY penalty with each repeated token.",
-    ),
-    "dry_allowed_length": OptionSpec(
-        int,
-        1,
-        _ALL,
-        "N",
-        "Repeated tokens from which the DRY penalty begins.",
-        api_help="Extension: repeated tokens from which the DRY penalty begins.",
-    ),
-    "dry_penalty_last_n": OptionSpec(
-        int,
-        0,
-        _ALL,
-        "N",
-        "Tokens before the next that DRY looks at; -1 is all.",
-        (-1, _ALL),
-        "Extension: tokens that DRY looks at, prompt included; -1 is all.",
-        at_minus_one=_ALL,
-    ),
+    "dry_base": OptionSpec(float, 1.0, 100.0, "R", "Growth of the DRY penalty with each repeated token."),
+    "dry_allowed_length": OptionSpec(int, 1, _ALL, "N", "Repeated tokens from which the DRY penalty begins."),
+    "dry_penalty_last_n": OptionSpec(int, 0, _ALL, "N", "Tokens before the next that DRY looks at; -1 is all.", _ALL),
     "xtc_probability": OptionSpec(
-        float,
-        0.0,
-        1.0,
-        "P",
-        "How often to leave out the likeliest of several good tokens (XTC).",
-        api_help="Extension: chance at each token that XTC acts; 0 is off.",
+        float, 0.0, 1.0, "P", "How often to leave out the likeliest of several good tokens (XTC)."
     ),
-    "xtc_threshold": OptionSpec(
-        float,
-        0.0,
-        0.5,
-        "P",
-        "Probability from which XTC takes a token for a good one.",
-        api_help="Extension: probability from which XTC takes a token for a good one.",
-    ),
+    "xtc_threshold": OptionSpec(float, 0.0, 0.5, "P", "Probability from which XTC takes a token for a good one."),
     "seed": OptionSpec(
-        int,
-        0,
-        2**64 - 1,
-        "N",
-        "Same seed and input, same text. Default, and -1: a new one every time.",
-        (-1, 2**63),
-        "The same text again, while system_fingerprint is the same and not null; -1 is none.",
-        at_minus_one=None,
+        int, 0, 2**64 - 1, "N", "Same seed and input, same text. Default, and -1: a new one every time.", None
     ),
     "logprobs": OptionSpec(int, 0, 100, "N", "Report log-probabilities of the N likeliest tokens."),
     "prompt_logprobs": OptionSpec(int, 0, 100, "N", "Report log-probabilities of the prompt's tokens too."),
     "max_reasoning_tokens": OptionSpec(
         int,
         0,
-        2**31,
+        _ALL,
         "N",
         "Of a thinking model: end its reasoning after N tokens; 0 is none. Default: no limit.",
-        api_help="Extension: ends the reasoning of a thinking model after so many tokens.",
     ),
 }
 

@@ -159,12 +159,18 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = Field(None, description="Nothing is padded here, so this changes nothing.")
 
 
+_OPENAI_OPTIONS = ("seed", "temperature", "top_p", "max_new_tokens", "frequency_penalty", "presence_penalty")
+_HIGHEST = {"max_new_tokens": None, "seed": 2**63}  # where it is not the option's own
+_SEED = "The same text again, while system_fingerprint is the same and not null; -1 is none."
+
+
 def _option(name: str, gt: float | None = None) -> Any:
     """Field of an option as `NUMERIC_OPTIONS` declares it; `gt` is an exclusive lower bound in place of its own."""
     spec = NUMERIC_OPTIONS[name]
-    low, high = spec.api_range or (spec.low, spec.high)
+    low = spec.low if spec.at_minus_one == "refused" else -1
     at_least = None if gt is not None else _as_written(low)
-    return Field(None, ge=at_least, gt=gt, le=_as_written(high), description=spec.api_help)
+    description = _SEED if name == "seed" else spec.help if name in _OPENAI_OPTIONS else f"Extension: {spec.help}"
+    return Field(None, ge=at_least, gt=gt, le=_as_written(_HIGHEST.get(name, spec.high)), description=description)
 
 
 def _as_written(bound: float | None) -> float | None:
@@ -211,8 +217,8 @@ class CommonRequest(WithNumbers):
     max_reasoning_tokens: int | None = _option("max_reasoning_tokens")
     ignore_eos: bool | None = Field(None, description="Extension: go on past the end of the answer.")
     structured_outputs: StructuredOutputs | None = None
-    frequency_penalty: float | None = _option("frequency_penalty")
     presence_penalty: float | None = _option("presence_penalty")
+    frequency_penalty: float | None = _option("frequency_penalty")
     logit_bias: (
         Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], TokenBias], Field(max_length=_BIASES)] | None
     ) = Field(None, description="Added to the logits of tokens, by their ids.")
