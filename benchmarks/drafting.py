@@ -34,7 +34,7 @@ from normistral.runtime.chunks import Timings
 from normistral.runtime.generate import Limits, generate_tokens
 from normistral.runtime.options import GenerationConfig
 from normistral.runtime.sequence import CachedSequence
-from normistral.runtime.speculative.decoder import Decoder, Draft, PlainDecoder, SpeculativeDecoder
+from normistral.runtime.speculative.decoder import Decoder, Draft
 from normistral.runtime.speculative.draft_length import StepCosts
 
 WARM_UP = "Repeat this three times: the quick brown fox jumps over the lazy dog and runs into the forest."
@@ -144,8 +144,8 @@ def run_replay(arguments: argparse.Namespace) -> dict[str, Any]:
             sequence = model.create_sequence()
             plain, drafted = [], []
             for _ in range(arguments.repeats + 1):  # the first one learns what steps cost, and is left out
-                plain.append(follow(model, sequence, prompt, expected, PlainDecoder(sequence)))
-                decoder = SpeculativeDecoder(sequence, Replay(expected, rate, vocabulary), costs)
+                plain.append(follow(model, sequence, prompt, expected, Decoder(sequence, costs, None)))
+                decoder = Decoder(sequence, costs, Replay(expected, rate, vocabulary))
                 drafted.append(follow(model, sequence, prompt, expected, decoder))
             speeds = [statistics.median(t.tokens_per_s for t in timings[1:]) for timings in (plain, drafted)]
             rows.append(

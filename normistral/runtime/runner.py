@@ -27,7 +27,7 @@ from normistral.runtime.interpreter_exit import (
 from normistral.runtime.options import GenerationConfig, encode_breakers, require_applicable, resolve_options
 from normistral.runtime.reasoning import ReasoningBudget, ReasoningSplitter, encode_close_tag
 from normistral.runtime.sequence import CachedSequence
-from normistral.runtime.speculative.decoder import Decoder, PlainDecoder, PromptLookup, SpeculativeDecoder
+from normistral.runtime.speculative.decoder import Decoder, PromptLookup
 from normistral.runtime.speculative.draft_length import StepCosts
 from normistral.runtime.stopping import StopTexts
 from normistral.runtime.structured.constraint import StructureCompiler
@@ -170,10 +170,9 @@ class Runner:
         close_ids = encode_close_tag(self.manifest.reasoning, self.tokenizer)
         splitter = ReasoningSplitter.after_prompt(self.manifest.reasoning, self.tokenizer, prompt_ids)
         constraint, whole = self.structures.begin(config.structure, self.manifest.reasoning, splitter)
-        decoder: Decoder = PlainDecoder(sequence)
-        if self._drafts(config):
-            draft_filter = None if constraint is None else constraint.count_accepted
-            decoder = SpeculativeDecoder(sequence, PromptLookup(prompt_ids), self._step_costs, draft_filter)
+        drafter = PromptLookup(prompt_ids) if self._drafts(config) else None
+        draft_filter = None if constraint is None else constraint.count_accepted
+        decoder = Decoder(sequence, self._step_costs, drafter, draft_filter)
         text = TextStream(
             StreamDetokenizer(self.tokenizer, prompt_ids),
             StopTexts(config.stop, None if whole is None else whole.advance),

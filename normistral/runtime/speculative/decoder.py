@@ -15,75 +15,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from normistral.runtime.engines.base import Logits
 from normistral.runtime.sequence import CachedSequence
 from normistral.runtime.speculative.draft_length import MOST_DRAFTED, StepCosts
 
 
-class Decoder(Protocol):
-    """Turns chosen tokens into the logits behind them.
+class Decoder:
+    """Turns chosen tokens into the logits behind them: feeds each, with as many drafted ones as pay.
+
+    Args:
+        sequence: holds the prompt by the time of the first step; it also knows how good its drafts have been.
+        costs: of drafted steps on these weights.
+        drafter: has seen the prompt; None drafts nothing.
+        draft_filter: how many of drafted tokens may follow at all, one after the other; None lets all.
 
     Attributes:
         drafted: tokens that were fed as drafts.
         accepted: of these, those that were chosen too; each saved a step.
     """
 
-    drafted: int
-    accepted: int
-
-    def step(self, token_id: int, most: int, jump_forward: Sequence[int] = ()) -> Logits:
-        """Append `token_id` to the sequence; logits [vocabulary] after it.
-
-        Args:
-            most: how many more tokens may be fed with it.
-            jump_forward: tokens that come next in any case, at most as many; they are fed with it.
-        """
-
-    def rollback(self) -> None:
-        """Take tokens out of the KV cache that were fed and not chosen."""
-
-
-class PlainDecoder:
-    """One token a step, and the jump-forward tokens behind it."""
-
-    drafted = accepted = 0
-
-    def __init__(self, sequence: CachedSequence) -> None:
-        self._sequence = sequence
-        self._ahead: list[Logits] = []  # after each token that was fed and has not come yet
-
-    def step(self, token_id: int, most: int, jump_forward: Sequence[int] = ()) -> Logits:
-        """Feed the token, unless an earlier step fed it as a jump-forward token."""
-        if not self._ahead:
-            self._ahead = list(self._sequence.append_each([token_id, *jump_forward]))
-        return self._ahead.pop(0)
-
-    def rollback(self) -> None:
-        """Take jump-forward tokens out of the KV cache that were not reached."""
-        self._sequence.drop_last(len(self._ahead))
-        self._ahead = []
-
-
-class SpeculativeDecoder:
-    """Feeds drafted tokens with the chosen one, as many as pay.
-
-    Args:
-        sequence: holds the prompt by the time of the first step; it also knows how good its drafts have been.
-        drafter: has seen the prompt.
-        costs: of steps on these weights.
-        draft_filter: how many of drafted tokens may follow at all, one after the other; None lets all.
-    """
-
     def __init__(
         self,
         sequence: CachedSequence,
-        drafter: PromptLookup,
         costs: StepCosts,
+        drafter: PromptLookup | None,
         draft_filter: Callable[[Sequence[int]], int] | None = None,
     ) -> None:
-        self._sequence, self._drafter, self._costs, self._draft_filter = sequence, drafter, costs, draft_filter
+        self._sequence, self._costs, self._drafter, self._draft_filter = sequence, costs, drafter, draft_filter
         self._draft: Draft | None = None  # for the places behind the last token that was not drafted
         self._fed: list[int] = []  # its tokens that were fed; with none it is only compared with what comes
         self._right = 0  # how many of these were chosen
@@ -91,11 +50,15 @@ class SpeculativeDecoder:
         self.drafted = self.accepted = 0
 
     def step(self, token_id: int, most: int, jump_forward: Sequence[int] = ()) -> Logits:
-        """Logits after the token: of an earlier step if it was fed, else of a new one with a new draft.
+        """Append `token_id` to the sequence; logits [vocabulary] after it, of an earlier step if that fed it.
 
-        With jump-forward tokens nothing is drafted.
+        Args:
+            most: how many more tokens may be fed with it.
+            jump_forward: tokens that come next in any case, at most as many; they are fed with it, and nothing is
+                drafted.
         """
-        self._drafter.observe(token_id)
+        if self._drafter is not None:
+            self._drafter.observe(token_id)
         if self._right < len(self._fed) and self._fed[self._right] == token_id:
             self._right += 1
             self.accepted += self._draft is not None
@@ -110,17 +73,18 @@ class SpeculativeDecoder:
             self._fed = self._draft.token_ids[: self._costs.choose(rates, context)]
             self.drafted += len(self._fed)
         self._logits = list(self._sequence.append_each([token_id, *self._fed]))
-        self._costs.observe(1 + len(self._fed), self._sequence.forward_s, self._sequence.trim_s, context)
+        if self._drafter is not None:
+            self._costs.observe(1 + len(self._fed), self._sequence.forward_s, self._sequence.trim_s, context)
         return self._logits[0]
 
     def rollback(self) -> None:
-        """Forget the tokens that were fed and not chosen."""
+        """Take tokens out of the KV cache that were fed and not chosen."""
         self._sequence.drop_last(len(self._fed) - self._right)
         self._draft, self._fed, self._right = None, [], 0
 
     def _propose(self, most: int) -> Draft | None:
         """A draft up to the first token that the filter refuses."""
-        draft = self._drafter.propose(most) if most > 0 else None
+        draft = self._drafter.propose(most) if self._drafter is not None and most > 0 else None
         if draft is None or self._draft_filter is None:
             return draft
         kept = draft.token_ids[: self._draft_filter(draft.token_ids)]
