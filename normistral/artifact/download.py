@@ -50,6 +50,7 @@ from normistral.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, File
 from normistral.artifact.presets import find_preset
 from normistral.errors import ArtifactError, DownloadError, ModelNotFoundError, ResourceError, UsageError
 from normistral.files import (
+    atomic_write,
     explain,
     is_own_folder,
     locked,
@@ -120,7 +121,8 @@ def download_published(name: PublishedName, progress: Progress) -> Path:
                 raise UsageError(f"{target} is there, and is no copy of {name}", "rename or remove it")
             work = _open_work_folder(root / f".{target.name}.download")
             _fetch_all(repository, listing, manifest, work, progress)
-            _write(work / "artifact" / MANIFEST_NAME, raw)
+            with atomic_write(work / "artifact" / MANIFEST_NAME, private=False) as file:
+                file.write(raw)
             today = datetime.now(UTC).date().isoformat()
             write_origin(work / "artifact", Origin(address, name.repository, name.revision, listing.commit, today))
             (work / "artifact").rename(target)
@@ -256,13 +258,6 @@ def _fetch(repository: Repository, commit: str, name: str, record: FileRecord, w
             "run the same command again; if it stays wrong, tell its owner, or use another network",
         )
     partial.replace(work / "artifact" / name)
-
-
-def _write(path: Path, raw: bytes) -> None:
-    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, follow=False), "wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager

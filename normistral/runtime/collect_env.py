@@ -170,9 +170,9 @@ def describe_artifact(folder: Path, machine: Machine, versions: dict[str, str]) 
 
 def heuristic_settings(machine: Machine, manifest: Manifest) -> dict[str, str]:
     """The settings of an artifact that `load` takes without a tuning."""
-    if manifest.format == "openvino":
-        return {**plan_openvino(machine, manifest.recipe.weights), PREFILL_CHUNK: DEFAULT_CHUNK}
-    return {**plan_onnxruntime(machine), PREFILL_CHUNK: DEFAULT_CHUNK}
+    is_openvino = manifest.format == "openvino"
+    plan = plan_openvino(machine, manifest.recipe.weights) if is_openvino else plan_onnxruntime(machine)
+    return {**plan, PREFILL_CHUNK: DEFAULT_CHUNK}
 
 
 def tuned_document(tuned: Tuned) -> dict[str, Any]:

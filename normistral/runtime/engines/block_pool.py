@@ -130,11 +130,6 @@ class BlockPool:
         self.release([block])
         return copy
 
-    @property
-    def published(self) -> int:
-        """Blocks that can be found."""
-        return len(self._published)
-
     def shrink(self) -> None:
         """Free the memory if no sequence has a block."""
         self._count_returned()

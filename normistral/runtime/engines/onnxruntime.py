@@ -162,8 +162,7 @@ class OnnxEngine(UnmaskedEngine):
 
     def trim(self, length: int, *, exactly: bool = False) -> None:
         """Forget everything after the first `length` tokens."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot trim {self.length} tokens to {length}")
+        assert 0 <= length <= self.length
         if length < self.length:
             with translated("onnxruntime could not shorten the KV cache"):
                 opened(self._sequence).cache.trim(length)

@@ -18,7 +18,7 @@ from normistral.artifact.manifest import Manifest
 from normistral.errors import DeviceError, EngineError, UsageError
 from normistral.runtime.engines.base import Backend, EngineInfo, load_hint, warm_up
 from normistral.runtime.engines.openvino_graph import keep_last_logits, keep_logits_at, page_attention
-from normistral.runtime.engines.openvino_paged import KEYS_BY_TOKEN, PAGED_PRECISIONS, PagedBackend, can_page
+from normistral.runtime.engines.openvino_paged import KEYS_BY_TOKEN, PAGED_PRECISIONS, PagedBackend
 from normistral.runtime.engines.openvino_settings import (
     KV_CACHE_SETTINGS,
     REPORTED,
@@ -139,11 +139,10 @@ def choose_settings(core: ov.Core, manifest: Manifest, config: EngineConfig) -> 
     require_device(device, list(core.available_devices))
     plan = _plan(hardware.read_machine(), manifest, device, exact=config.exact)
     known = known_settings(core, device)
-    if can_page(device):
+    if device == "CPU":
         known[ATTENTION] = ATTENTION_SETTING
-    if device == "CPU" and manifest.recipe.weights in _KERNEL_WEIGHTS:
-        known[INT4_KERNEL] = KERNEL
-        known[INT4_WEIGHTS] = INT4_WEIGHTS_SETTING
+        if manifest.recipe.weights in _KERNEL_WEIGHTS:
+            known |= {INT4_KERNEL: KERNEL, INT4_WEIGHTS: INT4_WEIGHTS_SETTING}
     settings = override({**plan, **(config.tuned or {})}, overrides, known, engine="OpenVINO", exact=config.exact)
     if ATTENTION not in overrides and settings.get("KV_CACHE_PRECISION", "u8") not in PAGED_PRECISIONS:
         settings.pop(ATTENTION, None)
@@ -155,8 +154,7 @@ def choose_settings(core: ov.Core, manifest: Manifest, config: EngineConfig) -> 
 def _plan(machine: hardware.Machine, manifest: Manifest, device: str, *, exact: bool) -> dict[str, str]:
     settings = hardware.exact_openvino(machine) if exact else hardware.plan_openvino(machine, manifest.recipe.weights)
     if device == "CPU":
-        if can_page(device):
-            settings[ATTENTION] = PAGED
+        settings[ATTENTION] = PAGED  # windows and ALiBi included
         if manifest.recipe.weights in _KERNEL_WEIGHTS and not exact:
             settings[INT4_KERNEL] = ENGINES_KERNEL if find_library(machine) is None else OUR_KERNEL
         return settings

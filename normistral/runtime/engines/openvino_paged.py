@@ -43,11 +43,6 @@ KEYS_BY_TOKEN = {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"}
 PAGED_PRECISIONS = ("u8", "f16", "f32")  # of the cache; bf16 keeps the stateful graph
 
 
-def can_page(device: str) -> bool:
-    """Whether a device has PagedAttention that takes its cache from the caller; windows and ALiBi included."""
-    return device == "CPU"
-
-
 class PagedBackend:
     """A compiled model with PagedAttention; see `load_openvino`.
 
@@ -158,8 +153,7 @@ class PagedEngine(UnmaskedEngine):
 
     def trim(self, length: int, *, exactly: bool = False) -> None:
         """Forget everything after the first `length` tokens; `exactly` or not, nothing stays."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot trim {self.length} tokens to {length}")
+        assert 0 <= length <= self.length
         self.length = length
         surplus = self._blocks[blocks_of(length) :]
         del self._blocks[blocks_of(length) :]

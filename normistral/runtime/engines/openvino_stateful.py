@@ -140,8 +140,7 @@ class StatefulEngine:
 
     def trim(self, length: int, *, exactly: bool = False) -> None:
         """Forget everything after the first `length` tokens; unless `exactly`, they may stay in the cache, masked."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot trim {self.length} tokens to {length}")
+        assert 0 <= length <= self.length
         if length == 0:
             self.reset()
         else:
