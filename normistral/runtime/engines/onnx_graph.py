@@ -93,7 +93,8 @@ def _protobuf_classes() -> dict[str, Any]:
                 message.oneof_decl.add(name=f"_{field}")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return message_factory.GetMessageClassesForFiles([file.name], pool)
+    classes: dict[str, Any] = message_factory.GetMessageClassesForFiles([file.name], pool)
+    return classes
 
 
 def _damaged(what: str) -> ArtifactError:
@@ -303,7 +304,7 @@ def _leave_out_padding(graph: OnnxGraph, bias: str) -> str:
     if source.op_type == "Expand":
         return ""
     if source.op_type == "Add" and len(source.input) == 2:
-        return next(name for name in source.input if name != _PADDING)
+        return next(str(name) for name in source.input if name != _PADDING)
     raise _damaged(f"an attention's bias comes from {source.op_type}")
 
 

@@ -310,12 +310,13 @@ def adapt_graph(
     Args:
         level: accuracy level of products of rounded weights; None keeps the file's.
         activation_bits: "16" multiplies activations beside 8-bit weights in two parts.
-        lengths: let sequences of a batch have lengths of their own, where the graph allows it.
+        lengths: let sequences of a batch have lengths of their own, where the graph allows it: not with activations in
+            two parts, which are rows of a batch already.
     """
     onnx_graph.keep_last_logits(graph)
     if onnx_graph.is_fused(graph):
         onnx_graph.attend_in_place(graph)
-        if lengths:
+        if lengths and activation_bits != "16":
             onnx_graph.take_lengths(graph)
     if level is not None:
         onnx_graph.set_accuracy_level(graph, int(level))

@@ -10,8 +10,8 @@ from test_onnx_engine import distance, load
 from normistral.artifact.artifact import Artifact
 from normistral.errors import UsageError
 from normistral.runtime.engines.onnx_activations import can_split, split_activations
-from normistral.runtime.engines.onnx_graph import OnnxGraph
-from normistral.runtime.engines.onnxruntime import load_onnx
+from normistral.runtime.engines.onnx_graph import LAST_POSITIONS, OnnxGraph
+from normistral.runtime.engines.onnxruntime import adapt_graph, load_onnx
 from normistral.runtime.engines.settings import EngineConfig
 
 COLUMNS, ROWS, BLOCK = 128, 24, 32
@@ -45,6 +45,19 @@ def test_one_by_one_is_as_at_once(int8):
 def test_a_kv_cache_of_other_activations_is_another(int8):
     keys = [load_fast(int8, activation_bits=bits).capabilities.kv_cache_key for bits in ("8", "16")]
     assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(("bits", "takes_lengths"), [("8", True), ("16", False)])
+def test_activations_in_two_parts_leave_no_rows_for_a_batch(bits, takes_lengths):
+    attended = ["hidden", "k", "v", "past_key_values.0.key", "past_key_values.0.value", "lengths", "total"]
+    nodes = [
+        helper.make_node("GroupQueryAttention", attended, ["attention"], domain="com.microsoft"),
+        helper.make_node("MatMulNBits", ["attention", "q", "s"], ["logits"], bits=8, K=64, N=4, block_size=32),
+    ]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
+    graph = OnnxGraph(helper.make_model(helper.make_graph(nodes, "g", [], [logits])).SerializeToString())
+    adapt_graph(graph, None, bits, lengths=True)
+    assert (LAST_POSITIONS in graph.inputs()) is takes_lengths
 
 
 def test_it_is_an_error_where_activations_are_not_rounded(int8, tiny_onnx):
