@@ -229,6 +229,8 @@ def _describe_store() -> str:
 def _missing_hint(name: str, preset: Preset | None) -> str:
     if preset is not None:
         return f"make it with: {preset.export_command}"
+    if "://" in name:
+        return "name a published artifact as OWNER/NAME, without the hub's address"
     if parse_published(name) is not None:
         return f"if it is published: normistral info {name} fetches it, or normistral.load with download=True"
     return _close_hint(name) or f"make one with: {PRESETS[0].export_command}"

@@ -67,6 +67,9 @@ def test_a_missing_artifact_says_what_there_is(home: Path) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         store.resolve_artifact("noe helt annet")
     assert caught.value.hint == "make one with: normistral export demo --recipe fast"
+    with pytest.raises(ModelNotFoundError) as caught:
+        store.resolve_artifact("https://huggingface.co/norallm/norsk-int4")
+    assert caught.value.hint == "name a published artifact as OWNER/NAME, without the hub's address"
 
 
 def test_a_preset_that_was_not_exported_says_how() -> None:
