@@ -52,7 +52,7 @@ from normistral.export.recipe import (
 )
 from normistral.export.reference.model import (
     PROBE_TEXT,
-    ReferenceLogits,
+    Logits,
     compute_reference,
     fits_for_running,
     load_reference,
@@ -66,7 +66,7 @@ from normistral.export.resources import (
 )
 from normistral.export.staging import Staging, check_output, stage
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
-from normistral.export.verify.artifact import VerificationOptions, choose_verification, record_verification
+from normistral.export.verify.artifact import choose_failed_place, verify_or_keep
 from normistral.export.verify.weights import check_rotary_buffers
 from normistral.hardware import plan_threads, read_machine
 from normistral.progress import NoProgress, Progress
@@ -121,7 +121,7 @@ def export_model(
     output = default_output(model, weights, format) if output is None else Path(output)
     progress = NoProgress() if progress is None else progress
     check_output(output, force=force)
-    options = choose_verification(output, verify=verify, keep_failed=keep_failed)
+    failed_place = choose_failed_place(output, verify=verify) if keep_failed else None
     template = None if chat_template is None else read_template_file(Path(chat_template))
     silence_telemetry()
     with MemoryMeter() as meter, _translate_system_errors():
@@ -139,26 +139,21 @@ def export_model(
                 ignore_fields=ignore_fields,
             )
             job = ExportJob.settle(checkpoint, choice, staging, progress)
-            manifest = _make_artifact(job, output, options, restart=restart)
+            manifest = _make_artifact(job, output, verify=verify, failed_place=failed_place, restart=restart)
     took, size = _in_words(time.perf_counter() - started), manifest.total_bytes
     written = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-    if meter.peak_bytes is None:
-        progress.note(f"{output} is ready: {written}, in {took}")
-    else:
-        peak = meter.peak_bytes / 2**30
-        progress.note(f"{output} is ready: {written}, in {took}, peak memory {peak:.1f} GiB")
+    peak = "" if meter.peak_bytes is None else f", peak memory {meter.peak_bytes / 2**30:.1f} GiB"
+    progress.note(f"{output} is ready: {written}, in {took}{peak}")
     return manifest
 
 
-def _make_artifact(job: ExportJob, output: Path, options: VerificationOptions, *, restart: bool) -> Manifest:
+def _make_artifact(job: ExportJob, output: Path, *, verify: bool, failed_place: Path | None, restart: bool) -> Manifest:
     """Fill `job.staging.artifact`, manifest last."""
     checkpoint, recipe, progress, artifact = job.checkpoint, job.recipe, job.progress, job.staging.artifact
     _require_resources(job, output)
-    choices = [
-        *describe_choices(
-            checkpoint.architecture, checkpoint.context_length, recipe, job.group_size, job.context_length
-        )
-    ]
+    choices = list(
+        describe_choices(checkpoint.architecture, checkpoint.context_length, recipe, job.group_size, job.context_length)
+    )
     logger.info(choices[0])
     for note in choices[1:]:
         progress.note(note)
@@ -171,7 +166,11 @@ def _make_artifact(job: ExportJob, output: Path, options: VerificationOptions, *
             require_range(read_magnitudes(checkpoint, reading.advance), checkpoint, recipe)
         quantized, record = _calibrate(job, restart=restart)
         reference = _run_reference(job)
-        _write_model(job, quantized)
+        if recipe.format == "onnx":
+            from normistral.export.onnx.artifact import write_model
+        else:
+            from normistral.export.openvino import write_model
+        write_model(job, quantized)
         with progress.stage("hashing", total=folder_bytes(artifact), unit="bytes") as hashing:
             files = hash_files(artifact, hashing.advance)
         source = hashed.result()
@@ -197,11 +196,15 @@ def _make_artifact(job: ExportJob, output: Path, options: VerificationOptions, *
     )
     for note in found:
         progress.note(note)
-    try:
-        manifest = record_verification(job, manifest, reference, options)
-    except ExportError:
-        discard_kept(job.staging.kept, "what was made of them failed its verification", progress)
-        raise
+    if verify:
+        try:
+            manifest = verify_or_keep(job, manifest, reference, failed_place)
+        except ExportError:
+            discard_kept(job.staging.kept, "what was made of them failed its verification", progress)
+            raise
+    else:
+        progress.note("not verified: --no-verify")
+        manifest = replace(manifest, verified="no", notes=(*manifest.notes, "not verified, as asked"))
     write_card(artifact, manifest, output.name)
     write_manifest(artifact, manifest)
     return manifest
@@ -267,22 +270,12 @@ def _select_int8(job: ExportJob, plan: QuantPlan, windows: list[list[int]]) -> f
         return select_int8(measure_sensitivity(job.checkpoint, plan, some, stage), plan.ratio)
 
 
-def _run_reference(job: ExportJob) -> ReferenceLogits | None:
+def _run_reference(job: ExportJob) -> Logits | None:
     """The model's own logits for the probe text, or None when it is too large to run beside the export."""
     if not fits_for_running(job.checkpoint.architecture):
         return None
     with job.progress.stage("running the model for comparison"):
         return compute_reference(load_reference(job.checkpoint), job.probe_ids)
-
-
-def _write_model(job: ExportJob, quantized: QuantizedTensorStore | None) -> None:
-    """Write graph and weights; `quantized` has the matrices that a calibration has quantized already."""
-    if job.recipe.format == "onnx":
-        from normistral.export.onnx import artifact
-
-        artifact.write_model(job, quantized)
-    else:
-        openvino.write_model(job, quantized)
 
 
 def _write_auxiliary_files(job: ExportJob) -> list[str]:

@@ -9,7 +9,6 @@ refused by checkpoint/fields.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-Logits = NDArray[np.float32]
+Logits = NDArray[np.float32]  # [tokens, vocabulary]
 
 PROBE_TEXT = (
     "Hovedstaden i Norge er Oslo, og den lengste elva er Glåma. På Vestlandet regner det ofte, men folk går tur. "
@@ -34,14 +33,6 @@ PROBE_TEXT = (
 PROBE_TOKENS = 64
 # A model whose float32 copy takes more than this is not run: twice that is held during the comparison.
 _RUN_LIMIT_BYTES = 2 * 10**9
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceLogits:
-    """Outputs of the original model: token ids [n] and float32 logits [n, vocabulary]."""
-
-    token_ids: list[int]
-    logits: Logits
 
 
 def fits_for_running(architecture: Architecture) -> bool:
@@ -120,14 +111,13 @@ def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     return model
 
 
-def compute_reference(model: PreTrainedModel, token_ids: list[int]) -> ReferenceLogits:
-    """Logits of a model in float32, before its weights are rounded."""
+def compute_reference(model: PreTrainedModel, token_ids: list[int]) -> Logits:
+    """Logits of a model for the first `PROBE_TOKENS` tokens, before its weights are rounded."""
     import torch
 
-    token_ids = token_ids[:PROBE_TOKENS]
     with torch.inference_mode():
-        logits = model(torch.tensor([token_ids])).logits[0]
-    return ReferenceLogits(token_ids, logits.numpy().astype(np.float32))
+        logits: Logits = model(torch.tensor([token_ids[:PROBE_TOKENS]])).logits[0].numpy()
+    return logits.astype(np.float32)
 
 
 _NOT_THE_MODEL = {

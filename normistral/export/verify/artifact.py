@@ -13,14 +13,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from normistral.artifact.artifact import Artifact
-from normistral.artifact.manifest import Manifest, Verified, write_manifest
+from normistral.artifact.manifest import Manifest, write_manifest
 from normistral.errors import EngineError, ExportError, UsageError
 from normistral.evaluation.metrics import compare_logits
 from normistral.evaluation.windows import Window
@@ -31,7 +31,7 @@ from normistral.export.checkpoint.tokenizer_check import first_difference
 from normistral.export.job import ExportJob
 from normistral.export.recipe import Recipe
 from normistral.export.reference.layerwise import LayeredModel, MatrixSource
-from normistral.export.reference.model import PROBE_TOKENS, Logits, ReferenceLogits, fits_for_running
+from normistral.export.reference.model import PROBE_TOKENS, Logits, fits_for_running
 from normistral.export.resources import estimate_layered_bytes, estimate_running_bytes
 from normistral.export.verify import CAUSE
 from normistral.hardware import available_memory_bytes
@@ -55,28 +55,17 @@ _FLOAT_KL_LIMIT = 1e-3
 _WARNING_SHARE = 0.5  # of the uniform distribution's KL divergence; from there on the result gets a warning
 
 
-@dataclass(frozen=True, slots=True)
-class VerificationResult:
-    """Result of a verification that passed.
-
-    Attributes:
-        summary: a line for everybody.
-        note: the same with figures, for the manifest.
-        quality: the figures.
-        has_run: False for a model that is too large to run on this machine.
-    """
-
-    summary: str
-    note: str
-    quality: dict[str, float]
-    has_run: bool
+logger = logging.getLogger(__name__)
 
 
-def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogits | None) -> VerificationResult:
-    """Check a written artifact, which has all files but the manifest.
+def verify_artifact(job: ExportJob, manifest: Manifest, reference: Logits | None) -> Manifest:
+    """Check a written artifact, which has all files but the manifest, and tell the user the result.
 
     Args:
         reference: the model's own logits, where they are known already.
+
+    Returns:
+        the manifest with the result, its figures, and a note of them.
 
     Raises:
         ExportError: the artifact is not what it should be.
@@ -95,28 +84,25 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: ReferenceLogi
     read = "the same tokenizer, template and matrices"
     small = fits_for_running(manifest.architecture)  # asked once: what is free changes meanwhile
     if estimate_run_bytes(manifest, small=small) > available_memory_bytes():
-        summary = f"quality check passed in part: {read} as the original; too large to run here"
-        return VerificationResult(summary, f"verified: {read}; too large to run here", quality, has_run=False)
+        progress.note(f"quality check passed in part: {read} as the original; too large to run here")
+        notes = (*manifest.notes, f"verified: {read}; too large to run here")
+        return replace(manifest, verified="read", quality=quality, notes=notes)
     if reference is None:
         reference = run_checkpoint(checkpoint, job.probe_ids, progress)
     expected = run_checkpoint(checkpoint, job.probe_ids, progress, matrices)
     with progress.stage("verifying by running it"):
         logits = run_artifact(folder, manifest, job.probe_ids, small=small)
     quality |= compare_runs(manifest, logits, expected, reference)
+    uniform_kl = compare_logits(reference, np.zeros_like(reference))[0]
+    warning = f"; {quantization_warning(job.recipe)}" if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl else ""
+    agreement = f"{quality['probe_top1_agreement']:.0%} of {len(reference)} tokens of a fixed text{warning}"
+    progress.note(f"quality check passed: {read} as the original, and the same first choice for {agreement}")
     note = (
         f"verified: {read}; computes what transformers does with them ({quality['graph_error']:.1g} of the logits' "
         f"spread), step by step as at once; {quality['probe_kl_nats']:.2g} nats from the checkpoint and the same first "
-        f"choice at {quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text"
+        f"choice at {agreement}"
     )
-    uniform_kl = compare_logits(reference.logits, np.zeros_like(reference.logits))[0]
-    warning = f"; {quantization_warning(job.recipe)}" if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl else ""
-    return VerificationResult(
-        f"quality check passed: {read} as the original, and the same first choice for "
-        f"{quality['probe_top1_agreement']:.0%} of {len(reference.token_ids)} tokens of a fixed text{warning}",
-        note + warning,
-        quality,
-        has_run=True,
-    )
+    return replace(manifest, verified="run", quality=quality, notes=(*manifest.notes, note))
 
 
 def quantization_warning(recipe: Recipe) -> str:
@@ -128,12 +114,12 @@ def quantization_warning(recipe: Recipe) -> str:
 
 def run_checkpoint(
     checkpoint: Checkpoint, token_ids: list[int], progress: Progress, matrices: MatrixSource | None = None
-) -> ReferenceLogits:
+) -> Logits:
     """Run a checkpoint of any size layer by layer, with `matrices` in place of its own if they are given."""
     token_ids = token_ids[:PROBE_TOKENS]
     window = Window((*token_ids, token_ids[0]), 0, len(token_ids))  # the last one is a target and is not fed
     (logits,) = LayeredModel(checkpoint, progress, matrices=matrices).predict([window])
-    return ReferenceLogits(token_ids, logits)
+    return logits
 
 
 def is_run_layered(manifest: Manifest, *, small: bool) -> bool:
@@ -172,9 +158,7 @@ def run_artifact(folder: Path, manifest: Manifest, token_ids: list[int], *, smal
     return at_once
 
 
-def compare_runs(
-    manifest: Manifest, logits: Logits, expected: ReferenceLogits, reference: ReferenceLogits
-) -> dict[str, float]:
+def compare_runs(manifest: Manifest, logits: Logits, expected: Logits, reference: Logits) -> dict[str, float]:
     """The figures; raises ExportError with those that are beyond their bounds.
 
     Args:
@@ -182,8 +166,8 @@ def compare_runs(
         expected: transformers' with the artifact's matrices.
         reference: transformers' with the checkpoint's.
     """
-    error = float(np.abs(logits - expected.logits).max() / np.ptp(expected.logits))
-    kl, agreement = compare_logits(reference.logits, logits)
+    error = float(np.abs(logits - expected).max() / np.ptp(expected))
+    kl, agreement = compare_logits(reference, logits)
     tolerance = _GRAPH_TOLERANCE[_arithmetic(manifest)]
     if not error <= tolerance:
         raise ExportError(
@@ -201,7 +185,7 @@ def compare_runs(
         "graph_error": error,
         "probe_kl_nats": kl,
         "probe_top1_agreement": agreement,
-        "probe_tokens": float(len(reference.token_ids)),
+        "probe_tokens": float(len(reference)),
     }
 
 
@@ -275,54 +259,33 @@ def split_in_turns(token_ids: list[int], answer: int) -> list[list[int]]:
     return [token_ids[:start], *([token] for token in token_ids[start:stop]), token_ids[stop:]]
 
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class VerificationOptions:
-    """Whether the artifact is verified, and where one that fails is kept; None is nowhere."""
-
-    verify: bool
-    keep_failed: Path | None
-
-
-def choose_verification(output: Path, *, verify: bool, keep_failed: bool) -> VerificationOptions:
-    """Check the user's choice.
+def choose_failed_place(output: Path, *, verify: bool) -> Path:
+    """Where an artifact that fails its verification is kept.
 
     Raises:
-        UsageError: nothing can fail without verification, or something stands where it would be kept.
+        UsageError: nothing can fail without verification, or something stands there.
     """
-    if not keep_failed:
-        return VerificationOptions(verify, None)
     if not verify:
         raise UsageError("without verification nothing fails that could be kept", "leave out --keep-failed")
     place = output.absolute().with_name(f"{output.name}.failed")
     if os.path.lexists(place):
         raise UsageError(f"{place} exists already", "remove or rename it, or leave out --keep-failed")
-    return VerificationOptions(verify, place)
+    return place
 
 
-def record_verification(
-    job: ExportJob, manifest: Manifest, reference: ReferenceLogits | None, options: VerificationOptions
-) -> Manifest:
-    """Verify an artifact; returns the manifest with the result. One that fails is kept as `options.keep_failed`."""
-    progress, artifact = job.progress, job.staging.artifact
-    if not options.verify:
-        progress.note("not verified: --no-verify")
-        return replace(manifest, verified="no", notes=(*manifest.notes, "not verified, as asked"))
+def verify_or_keep(job: ExportJob, manifest: Manifest, reference: Logits | None, failed_place: Path | None) -> Manifest:
+    """As `verify_artifact`; an artifact that fails is moved to `failed_place`, or left where that is None."""
     try:
-        result = verify_artifact(job, manifest, reference)
+        verified = verify_artifact(job, manifest, reference)
     except ExportError as failure:
-        if options.keep_failed is not None:
+        if failed_place is not None:
             notes = (*manifest.notes, f"failed its verification: {failure.message}")
-            write_manifest(artifact, replace(manifest, verified="failed", notes=notes))
-            artifact.rename(options.keep_failed)
-            failure.hint = f"what was written is kept as {options.keep_failed}; {failure.hint}"
+            write_manifest(job.staging.artifact, replace(manifest, verified="failed", notes=notes))
+            job.staging.artifact.rename(failed_place)
+            failure.hint = f"what was written is kept as {failed_place}; {failure.hint}"
         raise
-    progress.note(result.summary)
-    logger.info(result.note)
-    verified: Verified = "run" if result.has_run else "read"
-    return replace(manifest, verified=verified, quality=result.quality, notes=(*manifest.notes, result.note))
+    logger.info(verified.notes[-1])
+    return verified
 
 
 # Compared by its two long lists apart: those are where something goes missing unnoticed.
