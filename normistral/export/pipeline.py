@@ -64,7 +64,7 @@ from normistral.export.resources import (
     estimate_needs,
     predict_calibration_s,
 )
-from normistral.export.staging import Staging, check_output, stage
+from normistral.export.staging import check_output, stage
 from normistral.export.tools import find_export_tools, quiet_tools, require_export_tools, tool_versions
 from normistral.export.verify.artifact import choose_failed_place, verify_or_keep
 from normistral.export.verify.weights import check_rotary_buffers
@@ -130,7 +130,7 @@ def export_model(
         located = locate(model, revision=revision, ignore_fields=ignore_fields, progress=progress)
         with progress.stage("starting the export tools"):
             require_export_tools(choice.format)
-        with stage(output, force=force) as staging, _keep_layers(staging, progress), quiet_tools(choice.format):
+        with stage(output, force=force) as staging, leave_kept(staging.kept, progress), quiet_tools(choice.format):
             checkpoint = open_checkpoint(
                 located,
                 staging.workspace,
@@ -310,16 +310,6 @@ def _in_background(work: Callable[[Callable[[int], None]], Source]) -> Iterator[
             yield executor.submit(work, stop_if_asked)
         finally:
             stopping.set()
-
-
-@contextmanager
-def _keep_layers(staging: Staging, progress: Progress) -> Iterator[None]:
-    """Say which layers stay of an export that does not come to its end."""
-    try:
-        yield
-    except BaseException:
-        leave_kept(staging.kept, progress)
-        raise
 
 
 def _in_words(seconds: float) -> str:

@@ -248,22 +248,13 @@ class MemoryMeter:
             self.peak_bytes = max(self.peak_bytes or 0, anonymous_bytes() or 0)
 
 
-def anonymous_bytes() -> int | None:
-    """Anonymous, shared and swapped memory of this process and its descendants; None on systems without /proc."""
-    if not Path("/proc/self/status").exists():
-        return None
-    return _tree_bytes("self")
-
-
-def _tree_bytes(process: str) -> int:
-    total = 0
+def anonymous_bytes(process: str = "self") -> int | None:
+    """Anonymous, shared and swapped memory of a process and its descendants; None without /proc, or if it has ended."""
     folder = Path("/proc") / process
     try:
-        for line in (folder / "status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in ("RssAnon", "RssShmem", "VmSwap"):
-                total += 1024 * int(value.split()[0])
-        children = [task.read_text().split() for task in (folder / "task").glob("*/children")]
-    except OSError:  # it ended while we looked
-        return total
-    return total + sum(_tree_bytes(child) for group in children for child in group)
+        fields = [line.split() for line in (folder / "status").read_text().splitlines()]
+        children = [child for task in (folder / "task").glob("*/children") for child in task.read_text().split()]
+    except OSError:
+        return None
+    own = sum(1024 * int(row[1]) for row in fields if row[0] in ("RssAnon:", "RssShmem:", "VmSwap:"))
+    return own + sum(anonymous_bytes(child) or 0 for child in children)

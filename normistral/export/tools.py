@@ -126,6 +126,11 @@ def quiet_tools(format: ArtifactFormat | None) -> Iterator[None]:
 
             restore.callback(nncf.set_log_level, nncf_logger.level)
             nncf.set_log_level(logging.ERROR)
+        elif format == "onnx":
+            from optimum.utils import logging as optimum_logging
+
+            restore.callback(optimum_logging.set_verbosity, optimum_logging.get_verbosity())
+            optimum_logging.set_verbosity(logging.ERROR)
         restore.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
         transformers_logging.set_verbosity_error()
         if transformers_logging.is_progress_bar_enabled():

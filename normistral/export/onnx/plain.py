@@ -15,10 +15,7 @@ all that is computed while tracing are the small activations of Optimum's dummy 
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Set
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -224,22 +221,9 @@ def trace(config: Any, dtype: torch.dtype, folder: Path) -> onnx.GraphProto:
     optimum = export_config("onnx", config)
     optimum.float_dtype = "fp16" if dtype == torch.float16 else "fp32"
     try:
-        with _quiet(), TemporaryDirectory(prefix="trace-", dir=folder) as scratch:
+        with TemporaryDirectory(prefix="trace-", dir=folder) as scratch:
             file = Path(scratch) / "traced.onnx"
             export_pytorch(build_decoder(config, dtype), optimum, optimum.DEFAULT_ONNX_OPSET, file)
             return onnx.load(file).graph
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as exc:
         raise ExportError(f"the model cannot be converted to ONNX: {first_line(exc)}") from exc
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tracer's warnings and Optimum's log off stderr."""
-    from optimum.utils import logging as optimum_logging
-
-    with ExitStack() as restore:
-        restore.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        restore.callback(optimum_logging.set_verbosity, optimum_logging.get_verbosity())
-        optimum_logging.set_verbosity(logging.ERROR)
-        yield

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,17 +240,22 @@ def discard_kept(folder: Path, reason: str, progress: Progress) -> None:
     remove_own_folder(folder)
 
 
-def leave_kept(folder: Path, progress: Progress) -> None:
-    """Say what an export leaves that did not come to its end; without anything done, leave nothing."""
-    index = _read_index(folder)
-    if index is not None:
-        done, of_layers, size = len(index["layers"]), index["of_layers"], format_bytes(folder_bytes(folder))
-        progress.note(
-            f"kept {done} of {of_layers} layers, {size}, in {folder}: the same command goes on with them; "
-            "--restart or rm -r throws them away"
-        )
-    elif folder.exists():
-        remove_own_folder(folder)
+@contextmanager
+def leave_kept(folder: Path, progress: Progress) -> Iterator[None]:
+    """Say what an export leaves that does not come to its end; without anything done, leave nothing."""
+    try:
+        yield
+    except BaseException:
+        index = _read_index(folder)
+        if index is not None:
+            done, of_layers, size = len(index["layers"]), index["of_layers"], format_bytes(folder_bytes(folder))
+            progress.note(
+                f"kept {done} of {of_layers} layers, {size}, in {folder}: the same command goes on with them; "
+                "--restart or rm -r throws them away"
+            )
+        elif folder.exists():
+            remove_own_folder(folder)
+        raise
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
