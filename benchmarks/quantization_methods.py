@@ -195,9 +195,9 @@ def quantize_model(
 ) -> dict[str, torch.Tensor]:
     """Every matrix inside the layers, quantized and dequantized, by its name in the checkpoint."""
     model = LayeredModel(checkpoint, NoProgress())
-    states = model.embed_together(windows)
+    (states,) = model.embed(windows)
     own_windows = windows[: max(1, round(len(windows) * method.corrected_share))]
-    own = model.embed_together(own_windows) if method.correction or method.inputs == "original" else None
+    own = model.embed(own_windows)[0] if method.correction or method.inputs == "original" else None
     done: dict[str, torch.Tensor] = {}
     head_dim = checkpoint.architecture.head_dim
     for index in range(model.layers):

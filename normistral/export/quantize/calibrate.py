@@ -74,7 +74,7 @@ def quantize_layers(
     start = first = 0 if kept is None else kept.done
     if start == model.layers:
         return
-    quantized_states = model.embed_together(windows)
+    (quantized_states,) = model.embed(windows)
     own_states = replace(quantized_states)
     states = [quantized_states, own_states] if plan.correction else [quantized_states]
     if kept is not None:

@@ -70,7 +70,7 @@ def measure_sensitivity(
         CheckpointError: the weights cannot be read.
     """
     model = LayeredModel(checkpoint, NoProgress())
-    sequences = model.embed(windows)
+    sequences = model.embed(*([window] for window in windows))
     states: list[list[torch.Tensor]] = []  # in front of every layer
     moments: list[dict[str, torch.Tensor]] = []
     for index in range(model.layers):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +50,8 @@ if TYPE_CHECKING:
 _GROUP_TOKENS = 8192
 
 
-class MatrixSource(Protocol):
-    """Replacement values for some of the checkpoint's matrices."""
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def read(self, name: str) -> NDArray[np.float32]:
-        """A whole matrix [out, in]."""
+MatrixReader = Callable[[str], NDArray[np.float32] | None]
+"""From a matrix's name to its values [out, in], or None for one that it does not have."""
 
 
 @dataclass(slots=True)
@@ -73,7 +68,7 @@ class LayeredModel:
     Args:
         checkpoint: an opened one; its folder has to stay.
         group_tokens: tokens that go through the layers together.
-        matrices: replace the checkpoint's matrices of the same names: those of an artifact.
+        matrices: replace the checkpoint's matrices of the same names where it has them: those of an artifact.
 
     Raises:
         ExportError: transformers cannot build the model.
@@ -85,7 +80,7 @@ class LayeredModel:
         progress: Progress,
         *,
         group_tokens: int = _GROUP_TOKENS,
-        matrices: MatrixSource | None = None,
+        matrices: MatrixReader | None = None,
     ) -> None:
         import torch
 
@@ -109,7 +104,7 @@ class LayeredModel:
             what = "reference" if self._matrices is None else "the artifact's weights in transformers"
             title = f"{what}, layer by layer" + (f", part {number} of {len(groups)}" if len(groups) > 1 else "")
             with self._progress.stage(title, self.layers, "layers") as stage:
-                sequences = self.embed([window.fed_ids for window in group])
+                sequences = self.embed(*([window.fed_ids] for window in group))
                 for index in range(self.layers):
                     with self.open_layer(index) as layer:
                         for sequence in sequences:
@@ -122,19 +117,12 @@ class LayeredModel:
         """Number of layers."""
         return len(self._layers)
 
-    def embed(self, sequences: Sequence[Sequence[int]]) -> list[SequenceState]:
-        """Embed token ids: the inputs of the first layer."""
+    def embed(self, *batches: Sequence[Sequence[int]]) -> list[SequenceState]:
+        """Embed token ids, the inputs of the first layer: one state for each batch of sequences of one length."""
         import torch
 
         with self._filled(self._model, {self._family.embedding: self._family.embedding}), torch.no_grad():
-            return [self._start(torch.tensor([list(token_ids)])) for token_ids in sequences]
-
-    def embed_together(self, sequences: Sequence[Sequence[int]]) -> SequenceState:
-        """Embed token ids of sequences of one length, to pass through the layers at once."""
-        import torch
-
-        with self._filled(self._model, {self._family.embedding: self._family.embedding}), torch.no_grad():
-            return self._start(torch.tensor(sequences))
+            return [self._start(torch.tensor(batch)) for batch in batches]
 
     @contextmanager
     def open_layer(self, index: int, without: Set[str] = frozenset()) -> Iterator[torch.nn.Module]:
@@ -232,10 +220,8 @@ class LayeredModel:
 
         if stored == OUTPUT_LAYER and self._tied:
             stored = self._family.embedding
-        if self._matrices is not None and stored in self._matrices:
-            values = torch.from_numpy(self._matrices.read(stored))
-        else:
-            values = self.read_matrix(stored)
+        replaced = None if self._matrices is None else self._matrices(stored)
+        values = self.read_matrix(stored) if replaced is None else torch.from_numpy(replaced)
         if values.shape != module.get_parameter(name).shape:
             raise ExportError(f"transformers expects another shape of {stored}", "config.json and weights differ")
         set_parameter(module, name, values)

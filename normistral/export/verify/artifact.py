@@ -30,7 +30,7 @@ from normistral.export.checkpoint.open import Checkpoint
 from normistral.export.checkpoint.tokenizer_check import first_difference
 from normistral.export.job import ExportJob
 from normistral.export.recipe import Recipe
-from normistral.export.reference.layerwise import LayeredModel, MatrixSource
+from normistral.export.reference.layerwise import LayeredModel, MatrixReader
 from normistral.export.reference.model import PROBE_TOKENS, Logits, fits_for_running
 from normistral.export.resources import estimate_layered_bytes, estimate_running_bytes
 from normistral.export.verify import CAUSE
@@ -89,7 +89,7 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: Logits | None
         return replace(manifest, verified="read", quality=quality, notes=notes)
     if reference is None:
         reference = run_checkpoint(checkpoint, job.probe_ids, progress)
-    expected = run_checkpoint(checkpoint, job.probe_ids, progress, matrices)
+    expected = run_checkpoint(checkpoint, job.probe_ids, progress, matrices.read)
     with progress.stage("verifying by running it"):
         logits = run_artifact(folder, manifest, job.probe_ids, small=small)
     quality |= compare_runs(manifest, logits, expected, reference)
@@ -113,7 +113,7 @@ def quantization_warning(recipe: Recipe) -> str:
 
 
 def run_checkpoint(
-    checkpoint: Checkpoint, token_ids: list[int], progress: Progress, matrices: MatrixSource | None = None
+    checkpoint: Checkpoint, token_ids: list[int], progress: Progress, matrices: MatrixReader | None = None
 ) -> Logits:
     """Run a checkpoint of any size layer by layer, with `matrices` in place of its own if they are given."""
     token_ids = token_ids[:PROBE_TOKENS]

@@ -205,11 +205,10 @@ class ArtifactMatrices:
             whole, parts = self._reader.source(name)
             self._parts.setdefault(whole, []).append((matrix, offset, [row for part in parts for row in part]))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._parts and name in self._shapes
-
-    def read(self, name: str) -> Rows:
-        """A whole matrix, dequantised: float32 [out, in]."""
+    def read(self, name: str) -> Rows | None:
+        """A whole matrix, dequantised: float32 [out, in]; None where the artifact has none of this name."""
+        if name not in self._parts or name not in self._shapes:
+            return None
         values = np.empty(self._shapes[name], np.float32)
         for matrix, offset, rows in self._parts[name]:
             for start in range(0, len(rows), _BLOCK_ROWS):
