@@ -133,7 +133,11 @@ def token_nll(logits: Logits, targets: NDArray[np.int64]) -> Floats:
     Args:
         logits: [n, vocabulary]; targets: token ids [n].
     """
-    return np.concatenate([_row_nll(logits[rows], targets[rows]) for rows in _pieces(len(targets))])
+    log_p = (
+        np.take_along_axis(log_softmax(logits[rows]), targets[rows, None], axis=-1)[:, 0]
+        for rows in _pieces(len(targets))
+    )
+    return -np.concatenate(list(log_p))
 
 
 def kl_divergences(reference: Floats, logits: Logits) -> Floats:
@@ -142,8 +146,9 @@ def kl_divergences(reference: Floats, logits: Logits) -> Floats:
     Args:
         reference: log-probabilities [n, vocabulary]; logits: [n, vocabulary].
     """
-    pieces = [_row_kl(reference[rows], log_softmax(logits[rows])) for rows in _pieces(len(logits))]
-    return np.concatenate(pieces)
+    pieces = ((reference[rows], log_softmax(logits[rows])) for rows in _pieces(len(logits)))
+    kl = np.concatenate([np.sum(np.exp(p) * (p - q), axis=-1) for p, q in pieces])
+    return np.maximum(kl, 0.0)  # float rounding can take it below
 
 
 def compare_logits(reference: Logits, logits: Logits) -> tuple[float, float]:
@@ -156,21 +161,9 @@ def compare_logits(reference: Logits, logits: Logits) -> tuple[float, float]:
         mean Kullback-Leibler divergence KL(reference || logits) in nats, and the share of positions with the same
         most likely token.
     """
-    kl = np.concatenate(
-        [_row_kl(log_softmax(reference[rows]), log_softmax(logits[rows])) for rows in _pieces(len(logits))]
-    )
+    kl = np.concatenate([kl_divergences(log_softmax(reference[rows]), logits[rows]) for rows in _pieces(len(logits))])
     agreement = float(np.mean(reference.argmax(axis=-1) == logits.argmax(axis=-1)))
     return float(kl.mean()), agreement
-
-
-def _row_kl(p: Floats, q: Floats) -> Floats:
-    kl: Floats = np.sum(np.exp(p) * (p - q), axis=-1)
-    return np.maximum(kl, 0.0)  # float rounding can take it below
-
-
-def _row_nll(logits: Logits, targets: NDArray[np.int64]) -> Floats:
-    taken: Floats = np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
-    return -taken
 
 
 def _pieces(rows: int) -> list[slice]:

@@ -15,7 +15,7 @@ all that is computed while tracing are the small activations of Optimum's dummy 
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,7 +87,8 @@ def fill(graph: Graph, traced: onnx.GraphProto, architecture: Architecture, embe
                     graph.vector(name)
             graph.nodes.append(node)
         elif node.op_type == "Embedding":
-            look_up(graph, node)
+            ids, weight = node.input
+            graph.node("Gather", [graph.matrix(weight, [weight], transposed=False), ids], node.output)
         elif node.input[1] == OUTPUT_LAYER and architecture.tied_embeddings:
             multiply_by_embedding(graph, node.input[0], embedding, architecture, node.output[0])
         else:
@@ -95,12 +96,6 @@ def fill(graph: Graph, traced: onnx.GraphProto, architecture: Architecture, embe
     written = {tensor.name for tensor in graph.initializers}
     missing = {name for node in graph.nodes for name in node.input} - written
     graph.initializers += [tensor for tensor in traced.initializer if tensor.name in missing]  # folded constants
-
-
-def look_up(graph: Graph, node: onnx.NodeProto) -> None:
-    """Rows of the embedding: ids [b, s] → [b, s, hidden]."""
-    ids, weight = node.input
-    graph.node("Gather", [graph.matrix(weight, [weight], transposed=False), ids], node.output)
 
 
 def multiply(graph: Graph, node: onnx.NodeProto) -> None:
@@ -164,19 +159,12 @@ class _Normalisation(torch.autograd.Function):
         return graph.op("LayerNormalization", x, weight, bias, axis_i=-1, epsilon_f=epsilon).setType(x.type())
 
 
-def _linear(module: nn.Linear, x: torch.Tensor) -> Any:
-    return _Product.apply(x, module.weight, module.bias, module.out_features)  # type: ignore[no-untyped-call]
-
-
-def _embedding(module: nn.Embedding, ids: torch.Tensor) -> Any:
-    return _LookUp.apply(ids, module.weight, module.embedding_dim)  # type: ignore[no-untyped-call]
-
-
-def _layer_norm(module: nn.LayerNorm, x: torch.Tensor) -> Any:
-    return _Normalisation.apply(x, module.weight, module.bias, module.eps)  # type: ignore[no-untyped-call]
-
-
-_FORWARDS: dict[type[nn.Module], Any] = {nn.Linear: _linear, nn.Embedding: _embedding, nn.LayerNorm: _layer_norm}
+# A module's forward, called with the module and its input.
+_FORWARDS: dict[type[nn.Module], Callable[[Any, torch.Tensor], Any]] = {
+    nn.Linear: lambda layer, x: _Product.apply(x, layer.weight, layer.bias, layer.out_features),
+    nn.Embedding: lambda layer, ids: _LookUp.apply(ids, layer.weight, layer.embedding_dim),
+    nn.LayerNorm: lambda layer, x: _Normalisation.apply(x, layer.weight, layer.bias, layer.eps),
+}
 
 
 def build_decoder(config: Any, dtype: torch.dtype) -> nn.Module:

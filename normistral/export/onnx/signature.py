@@ -102,21 +102,13 @@ def check_structure(folder: Path, manifest: Manifest) -> None:
             raise ExportError(f"the written model has {len(values)} {kind}s instead of {len(wanted)}")
     size = (folder / DATA_NAME).stat().st_size
     for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            check_place(tensor, size)
-
-
-def check_place(tensor: onnx.TensorProto, size: int) -> None:
-    """A tensor lies whole in a data file of `size` bytes, and takes as many there as its type and shape say.
-
-    Raises:
-        ExportError: it does not.
-    """
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    offset, length = int(where["offset"]), int(where["length"])
-    needed = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    if where["location"] != DATA_NAME or length != needed or not 0 <= offset <= offset + length <= size:
-        raise ExportError(
-            f"the weights {tensor.name} are not whole: bytes {offset} to {offset + length} of {size} in "
-            f"{where['location']}, {needed} needed"
-        )
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        offset, length = int(where["offset"]), int(where["length"])
+        needed = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        if where["location"] != DATA_NAME or length != needed or not 0 <= offset <= offset + length <= size:
+            raise ExportError(
+                f"the weights {tensor.name} are not whole: bytes {offset} to {offset + length} of {size} in "
+                f"{where['location']}, {needed} needed"
+            )

@@ -71,11 +71,16 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: Logits | None
         ExportError: the artifact is not what it should be.
         ResourceError: it was cut short because the disk is full.
     """
+    from normistral.export import openvino
+    from normistral.export.onnx import signature as onnx_signature
     from normistral.export.verify.weights import ArtifactMatrices  # imports onnx
 
     checkpoint, folder, progress = job.checkpoint, job.staging.artifact, job.progress
     with progress.stage("verifying the files"):
-        check_structure(folder, manifest)
+        if manifest.format == "onnx":
+            onnx_signature.check_structure(folder, manifest)
+        else:
+            openvino.check_structure(folder, manifest.architecture)
         check_config(folder, checkpoint.folder)
         check_tokenizer(folder, checkpoint)
         check_template(manifest, checkpoint)
@@ -187,23 +192,6 @@ def compare_runs(manifest: Manifest, logits: Logits, expected: Logits, reference
         "probe_top1_agreement": agreement,
         "probe_tokens": float(len(reference)),
     }
-
-
-def check_structure(folder: Path, manifest: Manifest) -> None:
-    """Inputs, outputs and KV cache, without running anything.
-
-    Raises:
-        ExportError: something is missing or has another shape.
-        ResourceError: the disk is full.
-    """
-    if manifest.format == "onnx":
-        from normistral.export.onnx.signature import check_structure as check_onnx
-
-        check_onnx(folder, manifest)
-    else:
-        from normistral.export.openvino import check_structure as check_ir
-
-        check_ir(folder, manifest.architecture)
 
 
 def load_exact(folder: Path, manifest: Manifest) -> Backend:
