@@ -72,8 +72,9 @@ def unreadable(path: Path, reason: str, hint: str) -> CheckpointError:
 def _not_the_file(path: Path, head: bytes) -> ForeignFile | None:
     """Something that stands in the place of the file, whatever the file's format."""
     if head.startswith(_LFS):
+        size = re.search(rb"\nsize (\d{1,15})\b", head)
         return ForeignFile(
-            f"a pointer of Git LFS, not the file itself{_lfs_size(head)}",
+            "a pointer of Git LFS, not the file itself" + ("" if size is None else f" ({int(size[1])} bytes)"),
             "run in the checkpoint's folder: git lfs install && git lfs pull",
         )
     if not head:
@@ -82,7 +83,8 @@ def _not_the_file(path: Path, head: bytes) -> ForeignFile | None:
         return ForeignFile(
             "a web page that was saved under this name", f"{_FETCH}; on the hub its address has /resolve/, not /blob/"
         )
-    if _ANSWER.match(head) and (path.suffix.lower() != ".json" or not _is_json_config(head)):
+    # A JSON file with more fields than an error message would have is what its name says.
+    if _ANSWER.match(head) and (path.suffix.lower() != ".json" or head.count(b":") <= 3):
         answer = ascii(head[:60].decode("utf-8", "replace").strip())
         return ForeignFile(f"an error message that was saved under this name: {answer}", _FETCH)
     if not head.strip(b"\x00"):
@@ -91,16 +93,6 @@ def _not_the_file(path: Path, head: bytes) -> ForeignFile | None:
         if head.startswith(magic):
             return ForeignFile(f"compressed with {name}", "unpack it, and give it its name again")
     return None
-
-
-def _is_json_config(head: bytes) -> bool:
-    """Whether what looks like an answer in JSON has more fields than one would have."""
-    return head.count(b":") > 3
-
-
-def _lfs_size(head: bytes) -> str:
-    size = re.search(rb"\nsize (\d{1,15})\b", head)
-    return "" if size is None else f" ({int(size[1])} bytes)"
 
 
 def _wrong_encoding(head: bytes) -> ForeignFile | None:
@@ -258,8 +250,10 @@ def refuse_other_models(folder: Path, config: dict[str, Any], name: str = "") ->
         if config.get("quantization_config"):
             hint += "; or, if these are floats again, with --ignore-field quantization_config"
         found = ForeignFile(f"quantised already, by {method}", hint)
-    elif _has_weights(folder) and (folder / "adapter_config.json").is_file():
-        found = MODEL_AND_ADAPTER if any((folder / name).exists() for name in ADAPTER_WEIGHTS) else None
+    elif all(
+        any((folder / name).exists() for name in kind) for kind in (_WHOLE, ("adapter_config.json",), ADAPTER_WEIGHTS)
+    ):
+        found = MODEL_AND_ADAPTER
     if found is not None:
         raise CheckpointError(f"{name or folder.name} is {found.what}", found.hint)
 
@@ -295,10 +289,6 @@ def _quantisation(folder: Path, config: dict[str, Any]) -> str:
         if (folder / file).is_file():
             return method
     return ""
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _WHOLE)
 
 
 def _files(folder: Path) -> list[Path]:

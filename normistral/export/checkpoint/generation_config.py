@@ -132,79 +132,47 @@ def read_sampling_defaults(generation: dict[str, Any], note: Callable[[str], Non
     Args:
         note: told, in one line, of each value that is translated or left out.
     """
-    fields = _Fields(generation, note)
-    values: dict[str, Any] = {"max_new_tokens": fields.whole("max_new_tokens", 1)}
+
+    def read(name: str, kind: type[int] | type[float], low: float, high: float) -> Any:
+        """A number in this range, whole ones also written like 50.0; None where there is none."""
+        value = generation.get(name)
+        if value is None:
+            return None
+        if not _is_number(value) or not low <= value <= high or value != kind(value):
+            wanted = f"a number from {low:g} to {high:g}" if kind is float else f"a whole number of at least {low}"
+            note(f"generation_config.json: {name} is {shorten(value)}, not {wanted}: it is left out")
+            return None
+        return kind(value)
+
+    def translate(name: str, meaning: str) -> None:
+        note(f"generation_config.json: {name} is {shorten(generation[name])}, which means {meaning}")
+
+    values: dict[str, Any] = {"max_new_tokens": read("max_new_tokens", int, 1, _LARGEST)}
     if generation.get("do_sample") is True or generation.get("sample") is True:
-        temperature = fields.number("temperature", 0.0, 100.0)
-        values |= {
-            "temperature": 1.0 if temperature is None else temperature,
-            "top_k": _read_top_k(fields),
-            "min_p": fields.number("min_p", 0.0, 1.0),
-        }
-        values |= _read_top_p(fields)
-    penalty = fields.number("repetition_penalty", 0.01, 100.0)
+        temperature = read("temperature", float, 0.0, 100.0)
+        values["temperature"] = 1.0 if temperature is None else temperature
+        if generation.get("top_k") == -1:  # vLLM's way to say "all"
+            translate("top_k", "all tokens, as in vLLM")
+            values["top_k"] = 0
+        else:
+            top_k = read("top_k", int, 0, _LARGEST)
+            values["top_k"] = _TOP_K if top_k is None else top_k
+        values["min_p"] = read("min_p", float, 0.0, 1.0)
+        top_p = generation.get("top_p")
+        if _is_number(top_p) and top_p == 0:
+            translate("top_p", "the likeliest token alone (top_k 1), as in transformers")
+            values["top_k"] = 1
+        elif _is_number(top_p) and top_p > 1:
+            translate("top_p", "no such filter, as in transformers")
+        else:
+            values["top_p"] = read("top_p", float, 1e-6, 1.0)
+    penalty = read("repetition_penalty", float, 0.01, 100.0)
     if penalty != 1.0 or "temperature" in values:
         values["repetition_penalty"] = penalty
     return SamplingDefaults(**values)
 
 
-def _read_top_k(fields: _Fields) -> int:
-    if fields.get("top_k") == -1:  # vLLM's way to say "all"
-        fields.translated("top_k", "all tokens, as in vLLM")
-        return 0
-    top_k = fields.whole("top_k", 0)
-    return _TOP_K if top_k is None else top_k
-
-
-def _read_top_p(fields: _Fields) -> dict[str, Any]:
-    """top_p; transformers applies none from 1 on, and leaves the likeliest token alone at 0."""
-    value = fields.get("top_p")
-    if _is_number(value) and value == 0:
-        fields.translated("top_p", "the likeliest token alone (top_k 1), as in transformers")
-        return {"top_k": 1, "top_p": None}
-    if _is_number(value) and value > 1:
-        fields.translated("top_p", "no such filter, as in transformers")
-        return {"top_p": None}
-    return {"top_p": fields.number("top_p", 1e-6, 1.0)}
-
-
-class _Fields:
-    """Fields of generation_config.json that may hold anything."""
-
-    def __init__(self, document: dict[str, Any], note: Callable[[str], None]) -> None:
-        self._document, self._note = document, note
-
-    def get(self, name: str) -> Any:
-        return self._document.get(name)
-
-    def number(self, name: str, low: float, high: float) -> float | None:
-        """A number from `low` to `high`; None where there is none."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if not _is_number(value) or not low <= value <= high:
-            self._left_out(name, f"a number from {low:g} to {high:g}")
-            return None
-        return float(value)
-
-    def whole(self, name: str, low: int) -> int | None:
-        """A whole number of at least `low`, also written like 50.0; None where there is none."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if not _is_number(value) or value != int(value) or not low <= value <= _LARGEST:
-            self._left_out(name, f"a whole number of at least {low}")
-            return None
-        return int(value)
-
-    def translated(self, name: str, meaning: str) -> None:
-        self._note(f"generation_config.json: {name} is {shorten(self.get(name))}, which means {meaning}")
-
-    def _left_out(self, name: str, wanted: str) -> None:
-        self._note(f"generation_config.json: {name} is {shorten(self.get(name))}, not {wanted}: it is left out")
-
-
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, int) or math.isfinite(value)

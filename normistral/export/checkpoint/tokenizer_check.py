@@ -7,7 +7,7 @@ package has to give the same text and ids as rendered by transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,15 @@ def verify_tokenizer(folder: Path, tokenizer: Tokenizer, reference: Any) -> int:
     short = list(_ODD_TEXTS)
     for token in sorted({token.text for token in tokenizer.added_tokens} | set(reference.get_added_vocab())):
         short += [token, surround(token)]
-    texts = [*short, *_our_texts()]
+    texts = [*short, *(line for text in load_texts().values() for line in text.splitlines(keepends=True))]
     if _differs(folder, backend):
         texts += sorted(tokenizer.decode([i], skip_special_tokens=False) for i in range(tokenizer.vocabulary_size))
     compared = 0
-    for number, (text, theirs) in enumerate(zip(texts, _encode(reference, texts), strict=True)):
+    expected = reference(texts, padding=False, truncation=False)["input_ids"]
+    for number, (text, theirs) in enumerate(zip(texts, expected, strict=True)):
         ours = tokenizer.encode(text)
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            at = min(len(ours), len(theirs)) if at is None else at
+            at = _first_difference(ours, theirs)
             raise _refusal(
                 folder,
                 reference,
@@ -109,16 +109,6 @@ def _require_same_text(folder: Path, tokenizer: Tokenizer, reference: Any, ids: 
 def surround(token: str) -> str:
     """A text that has a token at its start and its end, between letters, between blanks, and twice in a row."""
     return f"{token}a{token} b {token} c{token}{token}\n{token} {token}"
-
-
-def _our_texts() -> Iterator[str]:
-    for text in load_texts().values():
-        yield from text.splitlines(keepends=True)
-
-
-def _encode(reference: Any, texts: Iterable[str]) -> list[list[int]]:
-    ids: list[list[int]] = reference(list(texts), padding=False, truncation=False)["input_ids"]
-    return ids
 
 
 def _differs(folder: Path, backend: Any) -> bool:
@@ -202,10 +192,14 @@ def verify_template(ours: ChatTemplate, reference: Any) -> int:
 
 def first_difference(text: str, expected: str) -> str:
     """A few characters of both, around the first that differs."""
-    at = next((i for i, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), None)
-    at = min(len(text), len(expected)) if at is None else at
+    at = _first_difference(text, expected)
     start = max(0, at - 12)
     return f"{shorten(text[start : at + 12])} instead of {shorten(expected[start : at + 12])}"
+
+
+def _first_difference(left: Sequence[Any], right: Sequence[Any]) -> int:
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _render_in_transformers(reference: Any, messages: Conversation) -> tuple[str, str]:

@@ -16,7 +16,7 @@ import math
 import pickletools
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -193,13 +193,6 @@ class _View:
     stride: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class _Table:
-    """A dict or an OrderedDict."""
-
-    items: dict[str, Any] = field(default_factory=dict)
-
-
 def read_torch_file(path: Path) -> dict[str, Tensor]:
     """Every tensor of the file by name; several may share their bytes.
 
@@ -241,11 +234,10 @@ def _read_tensors(path: Path, file: BinaryIO, entries: dict[str, ZipEntry]) -> d
         raise CheckpointError(
             f"{path.name} is damaged: its pickle is broken ({ascii(str(exc))[1:-1][:120]})", DOWNLOAD_AGAIN
         ) from exc
-    if not isinstance(state, _Table) or not all(isinstance(view, _View) for view in state.items.values()):
+    if not isinstance(state, dict) or not all(isinstance(view, _View) for view in state.values()):
         raise CheckpointError(f"{path.name} holds more than tensors by name", _ALONE)
     return {
-        name: _place(path, name, view, entries.get(f"{root}data/{view.storage.key}"))
-        for name, view in state.items.items()
+        name: _place(path, name, view, entries.get(f"{root}data/{view.storage.key}")) for name, view in state.items()
     }
 
 
@@ -327,7 +319,7 @@ def _interpret(path: Path, pickle: bytes) -> object:
             width = _TUPLES[name]
             stack[-width:] = [tuple(stack[-width:])]
         elif name == "EMPTY_DICT":
-            stack.append(_Table())
+            stack.append({})
         elif name == "EMPTY_LIST":
             stack.append([])
         elif name == "GLOBAL":
@@ -341,7 +333,7 @@ def _interpret(path: Path, pickle: bytes) -> object:
             value, key = stack.pop(), stack.pop()
             _set_items(path, stack[-1], [key, value])
         elif name == "SETITEMS":
-            pairs = pop_marked()
+            pairs = pop_marked()  # before the table is looked for below them
             _set_items(path, stack[-1], pairs)
         elif name in ("APPEND", "APPENDS"):
             values = [stack.pop()] if name == "APPEND" else pop_marked()
@@ -350,16 +342,16 @@ def _interpret(path: Path, pickle: bytes) -> object:
             stack[-1].extend(values)
         elif name == "BUILD":  # the attributes of a state_dict: versions of its modules, and nothing to read
             attributes = stack.pop()
-            if not isinstance(stack[-1], _Table) or not isinstance(attributes, _Table):
+            if not isinstance(stack[-1], dict) or not isinstance(attributes, dict):
                 raise _refusal(path, "it sets the state of an object")
         elif name == "STOP":
             if len(stack) != 1 or marks or position != len(pickle) - 1:
                 raise ValueError("it ends too early")
             return stack[0]
         elif name != "PROTO":
-            named = (
-                f" of {argument}" if argument is not None else f" after {_strings(stack)}" if _strings(stack) else ""
-            )
+            # What an operation like STACK_GLOBAL would take from the stack.
+            strings = ".".join(value for value in stack[-2:] if isinstance(value, str))
+            named = f" of {argument}" if argument is not None else f" after {strings}" if strings else ""
             raise _refusal(path, f"its pickle asks for {name}{named}")
     raise ValueError("it has no end")
 
@@ -375,7 +367,7 @@ def _rebuild(path: Path, called: object, arguments: object) -> object:
     if not isinstance(called, _Global) or not isinstance(arguments, tuple):
         raise _refusal(path, "its pickle calls what is no function")
     if called.name == _TABLE and arguments == ():
-        return _Table()
+        return {}
     if called.name == _PARAMETER and len(arguments) == 3 and isinstance(arguments[0], _View):
         return arguments[0]
     if called.name == _TENSOR and len(arguments) in (6, 7) and isinstance(arguments[0], _Storage):
@@ -400,16 +392,16 @@ def _storage(path: Path, identity: object) -> _Storage:
 
 
 def _set_items(path: Path, table: object, pairs: list[Any]) -> None:
-    if not isinstance(table, _Table):
+    if not isinstance(table, dict):
         raise _refusal(path, "its pickle sets items of an object")
     for name, value in zip(pairs[::2], pairs[1::2], strict=True):
         if not isinstance(name, str):
             raise CheckpointError(f"{path.name} holds more than tensors by name", _ALONE)
-        if name in table.items:
+        if name in table:
             raise CheckpointError(
                 f"{path.name} is damaged: it holds two values of the name {shown(name)}", DOWNLOAD_AGAIN
             )
-        table.items[name] = value
+        table[name] = value
 
 
 def _whole(value: object) -> int:
@@ -422,11 +414,6 @@ def _widths(value: object) -> tuple[int, ...]:
     if not isinstance(value, tuple):
         raise ValueError("a shape or stride is no tuple")
     return tuple(_whole(width) for width in value)
-
-
-def _strings(stack: list[Any]) -> str:
-    """The names that an operation like STACK_GLOBAL would take from the stack."""
-    return ".".join(value for value in stack[-2:] if isinstance(value, str))
 
 
 def _refusal(path: Path, reason: str) -> CheckpointError:
