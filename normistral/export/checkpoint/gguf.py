@@ -30,7 +30,6 @@ from normistral.export.checkpoint.families import find_family, sanitise_config
 from normistral.export.checkpoint.families.base import Shapes
 from normistral.export.checkpoint.fields import (
     DOWNLOAD_AGAIN,
-    Document,
     IgnoredFields,
     KnownField,
     check_fields,
@@ -317,13 +316,6 @@ _EXPERTS = "a mixture of experts"
 _MARKER = "a marker of a task; the vocabulary has it as a token"
 
 
-def _is_trained_context(value: Any, metadata: Document) -> bool:
-    return value == metadata.get("llama.context_length") or metadata.get("llama.rope.scaling.type") in (
-        "none",
-        "linear",
-    )
-
-
 GGUF_FIELDS: dict[str, KnownField] = {
     "general.architecture": used("has to be llama"),
     "general.alignment": used("where tensors begin"),
@@ -361,7 +353,12 @@ GGUF_FIELDS: dict[str, KnownField] = {
     "llama.rope.scaling.factor": used("of linear, which llama.cpp takes where no type is given"),
     "llama.rope.scale_linear": used("the factor's old name"),
     "llama.rope.scaling.original_context_length": KnownField(
-        _SCALED, accepts=_is_trained_context, values="the context, or any where positions are not scaled by YaRN"
+        _SCALED,
+        accepts=lambda value, metadata: (
+            value == metadata.get("llama.context_length")
+            or metadata.get("llama.rope.scaling.type") in ("none", "linear")
+        ),
+        values="the context, or any where positions are not scaled by YaRN",
     ),
     "llama.rope.scaling.finetuned": harmless("llama.cpp does not read it"),
     "llama.tensor_data_layout": harmless_at("Meta AI original pth", reason="order of the weights"),

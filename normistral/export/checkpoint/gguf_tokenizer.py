@@ -52,6 +52,8 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> tuple[str, ...]:
     Raises:
         CheckpointError: the metadata are incomplete, contradict each other, or name an unknown pre-tokenizer.
     """
+    from tokenizers import processors
+
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise CheckpointError("the .gguf file has no vocabulary", _ORIGINAL)
@@ -82,8 +84,11 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> tuple[str, ...]:
     }
     given = metadata.get("tokenizer.ggml.add_bos_token")
     adds_bos = given if isinstance(given, bool) else adds_bos
-    if adds_bos and specials["bos_token"] is not None:
-        _prepend(tokenizer, specials["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
+    bos, bos_id = specials["bos_token"], metadata.get("tokenizer.ggml.bos_token_id")
+    if adds_bos and bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {name: content for name, content in specials.items() if content is not None}
@@ -160,14 +165,6 @@ def _add_special_tokens(tokenizer: Any, metadata: dict[str, Any], tokens: list[s
         if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED) and token
     ]
     tokenizer.add_tokens(added)
-
-
-def _prepend(tokenizer: Any, bos: str, bos_id: int) -> None:
-    from tokenizers import processors
-
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
-    )
 
 
 def _token(metadata: dict[str, Any], tokens: list[str], key: str) -> str | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 _DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_ITEM_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+# numpy's types of the stored bytes; it has no bfloat16, which comes as the integers of its bits.
+STORED_DTYPES: dict[Dtype, np.dtype[Any]] = {
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+}
 _MAX_DIMENSIONS = 8
 
 
@@ -41,12 +46,12 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
 
     @property
     def row_bytes(self) -> int:
         """Size of one of `shape[0]` rows."""
-        return math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape[1:]) * STORED_DTYPES[self.dtype].itemsize
 
 
 def make_tensor(file: Path, name: str, dtype: object, shape: object, start: int) -> Tensor:
@@ -76,7 +81,7 @@ def make_tensor(file: Path, name: str, dtype: object, shape: object, start: int)
 
 
 def widen_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """bfloat16 is the upper half of a float32; numpy has no such type, so it comes as the integers of its bits."""
+    """The values of bfloat16, which is the upper half of a float32."""
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
@@ -89,8 +94,7 @@ def map_tensor(tensor: Tensor) -> torch.Tensor:
     kind = getattr(torch, tensor.dtype)
     if tensor.nbytes == 0:  # nothing to map
         return torch.empty(tensor.shape, dtype=kind)
-    stored = np.dtype({"float32": "<f4", "float16": "<f2", "bfloat16": "<i2"}[tensor.dtype])  # numpy has no bfloat16
-    values = np.memmap(tensor.file, stored, mode="c", offset=tensor.start, shape=tensor.shape)
+    values = np.memmap(tensor.file, STORED_DTYPES[tensor.dtype], mode="c", offset=tensor.start, shape=tensor.shape)
     # No writer that is in use leaves a tensor between two items; torch does not promise to read one from there.
     return torch.from_numpy(values if values.flags.aligned else np.array(values)).view(kind)
 
@@ -203,9 +207,8 @@ class WeightReader:
         return self._tensors[whole], rows
 
     def _read_rows(self, tensor: Tensor, start: int, stop: int) -> Rows:
-        row_values = int(np.prod(tensor.shape[1:], dtype=np.int64))
-        count = (stop - start) * row_values
-        stored = np.dtype("<f4" if tensor.dtype == "float32" else "<f2" if tensor.dtype == "float16" else "<u2")
+        stored = STORED_DTYPES[tensor.dtype]
+        count = (stop - start) * math.prod(tensor.shape[1:])
         # Read and not mapped: a mapped checkpoint counts as resident until the kernel needs the pages elsewhere.
         values = np.fromfile(tensor.file, stored, count, offset=tensor.start + start * tensor.row_bytes)
         if values.size != count:

@@ -21,7 +21,7 @@ from normistral.errors import CheckpointError, ExportError
 from normistral.export.checkpoint.families.base import OUTPUT_LAYER
 from normistral.export.checkpoint.fields import DOWNLOAD_AGAIN
 from normistral.export.checkpoint.open import Checkpoint
-from normistral.export.checkpoint.tensor import Dtype, Tensor, shown, widen_bfloat16
+from normistral.export.checkpoint.tensor import STORED_DTYPES, Dtype, Tensor, shown, widen_bfloat16
 from normistral.export.quantize.scheme import smallest_representable
 from normistral.export.recipe import Recipe
 from normistral.progress import OnBytes, ignore_bytes
@@ -72,11 +72,8 @@ def _largest_bits(block: NDArray[Any]) -> int:
 
 
 def _magnitude(bits: int, dtype: Dtype) -> float:
-    if dtype == "float16":
-        return float(np.uint16(bits).view(np.float16))
-    if dtype == "bfloat16":
-        return float(widen_bfloat16(np.array([bits], np.uint16))[0])
-    return float(np.uint32(bits).view(np.float32))
+    raw = np.array([bits], _BITS[dtype])
+    return float((widen_bfloat16(raw) if dtype == "bfloat16" else raw.view(STORED_DTYPES[dtype]))[0])
 
 
 def _not_finite(name: str, tensor: Tensor) -> CheckpointError:
