@@ -33,13 +33,13 @@ from normistral.artifact.hub import (
     Listing,
     RemoteFile,
     Repository,
+    endpoint,
     git_blob_id,
     hub_cache,
     is_commit,
     is_digest,
     is_offline,
 )
-from normistral.artifact.hub import endpoint as hub_endpoint
 from normistral.errors import CheckpointError, DownloadError, ModelNotFoundError, ResourceError, UsageError
 from normistral.export.checkpoint.chat_templates import FURTHER_TEMPLATES
 from normistral.export.checkpoint.files import ADAPTER_WEIGHTS, MODEL_AND_ADAPTER, recognise_folder
@@ -215,8 +215,6 @@ def download(
     *,
     before_weights: Callable[[Path], None],
     progress: Progress,
-    endpoint: str | None = None,
-    cache: Path | None = None,
 ) -> Snapshot:
     """Bring the files that an export needs into the hub's cache and check them.
 
@@ -224,7 +222,6 @@ def download(
         repository: "owner/name".
         revision: branch, tag or commit; None is "main".
         before_weights: called with the folder once all small files are there; what it raises stops the download.
-        endpoint, cache: for tests; by default as huggingface_hub reads them from the environment.
 
     Raises:
         ModelNotFoundError: no such repository or revision.
@@ -235,12 +232,12 @@ def download(
         raise UsageError(f"{revision!r} is no revision", "give a branch, a tag or a commit")
     if parse_published(repository) is None:
         raise UsageError(f"{repository!r} is no hub id", "a hub id looks like: owner/name")
-    revision, cache = revision or "main", cache or hub_cache()
+    revision, cache = revision or "main", hub_cache()
     files = RepositoryCache(cache, repository)
     try:
         if is_offline():
             raise _UnreachableError("HF_HUB_OFFLINE is set")
-        hub = _CheckpointRepository(repository, endpoint or hub_endpoint(), revision)
+        hub = _CheckpointRepository(repository, endpoint(), revision)
         listing = hub.list_files(revision)
     except _UnreachableError as exc:
         return _open_cached(files, repository, revision, before_weights, progress, exc)
@@ -267,7 +264,7 @@ class _UnreachableError(Exception):
 
 
 class _CheckpointRepository(Repository):
-    """A repository whose errors speak to `export`."""
+    """A repository whose errors have hints for `export`."""
 
     def __init__(self, name: str, address: str, revision: str) -> None:
         super().__init__(name, address)
@@ -293,7 +290,7 @@ class _CheckpointRepository(Repository):
 
 
 def _choose_files(hub: Repository, listing: Listing) -> dict[str, RemoteFile]:
-    """The files that may be wanted; of others nothing is believed or refused."""
+    """The checkpoint's files in the listing; other files are not checked."""
     wanted: dict[str, RemoteFile] = {}
     for name, file in listing.files.items():
         if not is_plain_name(name) or not (_SMALL.fullmatch(name) or _WEIGHTS.fullmatch(name)):

@@ -26,7 +26,6 @@ from normistral.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
-from normistral.export.checkpoint import locate as locate_module
 from normistral.export.checkpoint.hub import Snapshot, download
 from normistral.export.checkpoint.locate import locate
 from normistral.export.checkpoint.open import hash_sources, open_checkpoint
@@ -80,14 +79,19 @@ class Bytes(NoProgress):
 
 
 def fetch(hub: LoopbackHub, cache: Path, revision: str | None = None, progress: Any = None, **options: Any) -> Snapshot:
-    return download(
-        options.get("repository", hub.repository),
-        revision,
-        before_weights=options.get("before_weights", lambda folder: None),
-        progress=progress or NoProgress(),
-        endpoint=hub.endpoint,
-        cache=cache,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        use_hub(hub, cache, patch)
+        return download(
+            options.get("repository", hub.repository),
+            revision,
+            before_weights=options.get("before_weights", lambda folder: None),
+            progress=progress or NoProgress(),
+        )
+
+
+def use_hub(hub: LoopbackHub, cache: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("HF_ENDPOINT", hub.endpoint)
+    patch.setenv("HF_HUB_CACHE", str(cache))
 
 
 def refusal(hub: LoopbackHub, cache: Path, kind: type[NormistralError], **options: Any) -> NormistralError:
@@ -268,9 +272,7 @@ def test_unsupported_model_is_refused_before_its_weights(
     shutil.copy(checkpoint / "config.json", changed)
     edit_json(changed, architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox")
     hub.files["config.json"] = changed.read_bytes()
-    monkeypatch.setattr(
-        locate_module, "download", lambda *a, **k: download(*a, **k, endpoint=hub.endpoint, cache=tmp_path / "cache")
-    )
+    use_hub(hub, tmp_path / "cache", monkeypatch)
     with pytest.raises(UnsupportedArchitectureError, match="GPTNeoXForCausalLM"):
         locate(hub.repository, progress=NoProgress())
     assert hub.asked_for(SHARD) == []
@@ -278,8 +280,7 @@ def test_unsupported_model_is_refused_before_its_weights(
 
 def test_an_adapter_beside_the_weights(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merged model may keep its adapter's settings; with the adapter itself nobody knows whether it is merged."""
-    place = {"endpoint": hub.endpoint, "cache": tmp_path / "cache"}
-    monkeypatch.setattr(locate_module, "download", lambda *a, **k: download(*a, **k, **place))
+    use_hub(hub, tmp_path / "cache", monkeypatch)
     for name in [name for name in hub.files if name.startswith("model")]:
         del hub.files[name]
     hub.files |= {"adapter_config.json": b'{"peft_type": "LORA"}'}
@@ -300,9 +301,7 @@ def test_index_that_names_a_file_the_repository_lacks(hub: LoopbackHub, tmp_path
 def test_downloaded_model_opens_without_hashing_again(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        locate_module, "download", lambda *a, **k: download(*a, **k, endpoint=hub.endpoint, cache=tmp_path / "cache")
-    )
+    use_hub(hub, tmp_path / "cache", monkeypatch)
     located = locate(hub.repository, revision=COMMIT, progress=NoProgress())
     (tmp_path / "workspace").mkdir()
     opened = open_checkpoint(located, tmp_path / "workspace", progress=NoProgress())

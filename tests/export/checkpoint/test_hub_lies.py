@@ -52,14 +52,10 @@ def storage(tmp_path: Path) -> Path:
 
 def fetch(hub: LoopbackHub, tmp_path: Path) -> Snapshot:
     cache = tmp_path / "home" / "cache"
-    return download(
-        hub.repository,
-        None,
-        before_weights=lambda folder: None,
-        progress=NoProgress(),
-        endpoint=hub.endpoint,
-        cache=cache,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.endpoint)
+        patch.setenv("HF_HUB_CACHE", str(cache))
+        return download(hub.repository, None, before_weights=lambda folder: None, progress=NoProgress())
 
 
 def beside(tmp_path: Path) -> dict[str, Any]:
