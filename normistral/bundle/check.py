@@ -186,7 +186,7 @@ def _read_members(reader: "_Reader") -> tuple[dict[str, Member], dict[str, bytes
 
 
 def _read_name_and_size(reader: "_Reader", header: bytes) -> tuple[str, int]:
-    """Of the next file, whose header begins with this block and has to be the only one for them."""
+    """Name and size of the next file, whose header has to be as `member_header` writes it."""
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         name, size = info.name, info.size

@@ -159,7 +159,7 @@ def evaluate(
 
 
 def _complete_predictions(file: ReferenceFile, reference: ReferenceModel, progress: Progress) -> ReferenceFile:
-    """The file with the predictions that were missing; closed after an error."""
+    """Compute the predictions that the file lacks; an error closes it."""
     missing = sum(window.scored for window in file.missing)
     if not missing:
         progress.note(f"the reference's predictions are in {file.path}")

@@ -335,7 +335,7 @@ def inner_weights(architecture: Architecture) -> int:
 
 
 def _bytes_per_weight(recipe: Recipe, bits: int, symmetric: bool, width: int) -> float:
-    """Codes, and a scale (float32 in ONNX, float16 in OpenVINO) and zero point for every `width` of them."""
+    """A code and its part of a group's scale (float32 in ONNX, float16 in OpenVINO) and zero point."""
     scale = 4.0 if recipe.format == "onnx" else 2.0
     return bits / 8 + (scale + (0.0 if symmetric else bits / 8)) / width
 

@@ -108,7 +108,7 @@ def _check_place(output: Path, *, force: bool) -> None:
 
 
 def _require_movable(output: Path) -> None:
-    """Refuse now what the rename at the end would fail at, or what somebody would miss in its place."""
+    """Refuse a mount point, the current folder, and what the rename at the end would fail at."""
     real = Path(os.path.realpath(output))
     for mounted in mount_points():
         if mounted.is_relative_to(real):

@@ -135,7 +135,7 @@ def _cells(table: ReportTable, row: tuple[str, ...], tag: str) -> Iterator[str]:
 
 
 def _breakable(label: str) -> str:
-    """A name with settings breaks before it breaks a word."""
+    """A label as HTML that may wrap behind @, comma and =."""
     return re.sub("([@,=])", r"\1<wbr>", escape(label))
 
 
@@ -171,7 +171,7 @@ def _markdown_row(cells: list[str] | tuple[str, ...]) -> str:
 
 
 def _escape_markdown(text: str) -> str:
-    """Names are shown as they are written; what Markdown would read as a sign gets a backslash."""
+    """A backslash in front of every character that has a meaning in Markdown."""
     for sign in "\\`*_<>[]|":
         text = text.replace(sign, f"\\{sign}")
     return text

@@ -70,7 +70,7 @@ def unreadable(path: Path, reason: str, hint: str) -> CheckpointError:
 
 
 def _not_the_file(path: Path, head: bytes) -> ForeignFile | None:
-    """Something that stands in the place of the file, whatever the file's format."""
+    """A pointer, web page, error message, compressed or empty file in the place of a file of any format."""
     if head.startswith(_LFS):
         size = re.search(rb"\nsize (\d{1,15})\b", head)
         return ForeignFile(
@@ -96,7 +96,6 @@ def _not_the_file(path: Path, head: bytes) -> ForeignFile | None:
 
 
 def _wrong_encoding(head: bytes) -> ForeignFile | None:
-    """A text in an encoding that is not UTF-8."""
     if head.startswith(_UTF_16_OR_32) or head[1:2] == b"\x00":
         return ForeignFile("a text in UTF-16, not in UTF-8", "save it again as UTF-8 (PowerShell's > writes UTF-16)")
     return None
@@ -272,7 +271,7 @@ def _adapter(folder: Path) -> ForeignFile:
 
 
 def _quantisation(folder: Path, config: dict[str, Any]) -> str:
-    """By what a checkpoint is quantised, from config.json or the files that stood for its field in older versions."""
+    """Method that quantised a checkpoint, from config.json or the files of older tools; empty if it was none."""
     settings = config.get("quantization_config") or config.get("compression_config")
     if settings:
         method = settings.get("quant_method") if isinstance(settings, dict) else settings

@@ -224,7 +224,7 @@ def read_vocabulary(
 
 
 def _eos_ids(vocabulary: dict[str, int], files: dict[str, dict[str, Any]]) -> Iterator[int]:
-    """The ids of what the files call eos_token; NorMistral's name different ones."""
+    """Ids of eos_token in each file; NorMistral's files name different ones."""
     for file, document in files.items():
         content = _content(document.get("eos_token"), f"{file}: eos_token")
         if content is None:

@@ -227,7 +227,6 @@ def _stored(model: LayeredModel, index: int, name: str) -> str:
 def _quantize(
     name: str, matrix: torch.Tensor, inputs: _Inputs, scheme: QuantScheme, quantized: QuantizedTensorStore
 ) -> None:
-    """Quantize a matrix [out, in] into `quantized`."""
     factor = inputs.factor
     rows = (matrix if factor is None else correct(matrix, factor)).numpy()
     params = search_params(rows, scheme, inputs.mean_squares.numpy())

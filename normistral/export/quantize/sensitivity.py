@@ -99,7 +99,7 @@ def measure_sensitivity(
 
 
 def _gradients_at_the_end(model: LayeredModel, sequences: list[SequenceState]) -> list[torch.Tensor]:
-    """Behind the last layer, of the log-probability of tokens drawn from the model's own answers."""
+    """Gradients at the last layer's outputs of the log-probability of tokens drawn from the model's own answers."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -164,7 +164,7 @@ def _watch(layer: nn.Module, errors: Mapping[str, torch.Tensor]) -> Iterator[dic
 def _step_back(
     model: LayeredModel, layer: nn.Module, sequence: SequenceState, hidden: torch.Tensor, gradient: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient in front of a layer, from the one behind it."""
+    """The gradient at a layer's inputs, from the one at its outputs."""
     import torch
 
     sequence.hidden = hidden.requires_grad_()
