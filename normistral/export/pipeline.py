@@ -50,13 +50,7 @@ from normistral.export.recipe import (
     describe_choices,
     record_recipe,
 )
-from normistral.export.reference.model import (
-    PROBE_TEXT,
-    Logits,
-    compute_reference,
-    fits_for_running,
-    load_reference,
-)
+from normistral.export.reference.model import PROBE_TEXT
 from normistral.export.resources import (
     MemoryMeter,
     check_resources,
@@ -165,7 +159,6 @@ def _make_artifact(job: ExportJob, output: Path, *, verify: bool, failed_place: 
         with progress.stage("reading the weights", checkpoint.weight_bytes, "bytes") as reading:
             require_range(read_magnitudes(checkpoint, reading.advance), checkpoint, recipe)
         quantized, record = _calibrate(job, restart=restart)
-        reference = _run_reference(job)
         if recipe.format == "onnx":
             from normistral.export.onnx.artifact import write_model
         else:
@@ -198,7 +191,7 @@ def _make_artifact(job: ExportJob, output: Path, *, verify: bool, failed_place: 
         progress.note(note)
     if verify:
         try:
-            manifest = verify_or_keep(job, manifest, reference, failed_place)
+            manifest = verify_or_keep(job, manifest, failed_place)
         except ExportError:
             discard_kept(job.staging.kept, "what was made of them failed its verification", progress)
             raise
@@ -268,14 +261,6 @@ def _select_int8(job: ExportJob, plan: QuantPlan, windows: list[list[int]]) -> f
     tokens, passes = sum(map(len, some)), 2 * job.checkpoint.architecture.layers
     with job.progress.stage(f"finding which weights need 8 bits, on {tokens:,} tokens", passes, "layers") as stage:
         return select_int8(measure_sensitivity(job.checkpoint, plan, some, stage), plan.ratio)
-
-
-def _run_reference(job: ExportJob) -> Logits | None:
-    """The model's own logits for the probe text, or None when it is too large to run beside the export."""
-    if not fits_for_running(job.checkpoint.architecture):
-        return None
-    with job.progress.stage("running the model for comparison"):
-        return compute_reference(load_reference(job.checkpoint), job.probe_ids)
 
 
 def _write_auxiliary_files(job: ExportJob) -> list[str]:

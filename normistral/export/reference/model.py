@@ -111,15 +111,6 @@ def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     return model
 
 
-def compute_reference(model: PreTrainedModel, token_ids: list[int]) -> Logits:
-    """Logits of a model for the first `PROBE_TOKENS` tokens, before its weights are rounded."""
-    import torch
-
-    with torch.inference_mode():
-        logits: Logits = model(torch.tensor([token_ids[:PROBE_TOKENS]])).logits[0].numpy()
-    return logits.astype(np.float32)
-
-
 _NOT_THE_MODEL = {
     *("architectures", "model_type", "auto_map", "attn_implementation", "experts_implementation", "custom_pipelines"),
     *("output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_cache", "dtype", "torch_dtype"),

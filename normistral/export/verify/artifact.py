@@ -3,9 +3,9 @@
 The cheap parts come first, and name the difference: inputs and outputs, configuration, tokenizer, template, some rows
 of every matrix. (Tokenizer and template were compared with transformers before the export began.) Then the model is
 run by this package's own engine, step by step against all at once, and against transformers in float32: with the
-artifact's matrices, which has to agree, and with the checkpoint's, which says what rounding costs. A large model goes
-through transformers layer by layer, and is never in memory with the artifact; a large fused ONNX artifact is itself run
-layer by layer.
+artifact's matrices, which has to agree, and with the checkpoint's, which says what rounding costs. Through transformers
+it goes layer by layer, so that checkpoint and artifact are never in memory together; a large fused ONNX artifact is
+itself run layer by layer.
 """
 
 from __future__ import annotations
@@ -58,11 +58,8 @@ _WARNING_SHARE = 0.5  # of the uniform distribution's KL divergence; from there 
 logger = logging.getLogger(__name__)
 
 
-def verify_artifact(job: ExportJob, manifest: Manifest, reference: Logits | None) -> Manifest:
+def verify_artifact(job: ExportJob, manifest: Manifest) -> Manifest:
     """Check a written artifact, which has all files but the manifest, and tell the user the result.
-
-    Args:
-        reference: the model's own logits, where they are known already.
 
     Returns:
         the manifest with the result, its figures, and a note of them.
@@ -92,8 +89,7 @@ def verify_artifact(job: ExportJob, manifest: Manifest, reference: Logits | None
         progress.note(f"quality check passed in part: {read} as the original; too large to run here")
         notes = (*manifest.notes, f"verified: {read}; too large to run here")
         return replace(manifest, verified="read", quality=quality, notes=notes)
-    if reference is None:
-        reference = run_checkpoint(checkpoint, job.probe_ids, progress)
+    reference = run_checkpoint(checkpoint, job.probe_ids, progress)
     expected = run_checkpoint(checkpoint, job.probe_ids, progress, matrices.read)
     with progress.stage("verifying by running it"):
         logits = run_artifact(folder, manifest, job.probe_ids, small=small)
@@ -261,10 +257,10 @@ def choose_failed_place(output: Path, *, verify: bool) -> Path:
     return place
 
 
-def verify_or_keep(job: ExportJob, manifest: Manifest, reference: Logits | None, failed_place: Path | None) -> Manifest:
+def verify_or_keep(job: ExportJob, manifest: Manifest, failed_place: Path | None) -> Manifest:
     """As `verify_artifact`; an artifact that fails is moved to `failed_place`, or left where that is None."""
     try:
-        verified = verify_artifact(job, manifest, reference)
+        verified = verify_artifact(job, manifest)
     except ExportError as failure:
         if failed_place is not None:
             notes = (*manifest.notes, f"failed its verification: {failure.message}")

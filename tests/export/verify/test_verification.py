@@ -223,7 +223,6 @@ def test_what_fails_can_be_kept_under_another_name(checkpoint, tmp_path, monkeyp
 
 
 def test_a_large_model_is_compared_layer_by_layer(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("normistral.export.pipeline.fits_for_running", lambda architecture: False)
     monkeypatch.setattr("normistral.export.verify.artifact.fits_for_running", lambda architecture: False)
     small = export(checkpoint, tmp_path / "small", "onnx")
     assert small.verified == "run"
@@ -265,7 +264,6 @@ def test_a_wrong_layer_of_a_large_model_is_refused(checkpoint, tmp_path, monkeyp
         next(entry for entry in attention[-1].attribute if entry.name == "scale").f = 0.01
         (folder / "model.onnx").write_bytes(model.SerializeToString())
 
-    monkeypatch.setattr("normistral.export.pipeline.fits_for_running", lambda architecture: False)
     monkeypatch.setattr("normistral.export.verify.artifact.fits_for_running", lambda architecture: False)
     monkeypatch.setattr("normistral.export.verify.artifact.load_exact", lambda *_: pytest.fail("the whole was loaded"))
     with pytest.raises(ExportError, match=r"with the same weights: logits differ by"):
@@ -278,7 +276,6 @@ def test_a_wrong_layer_of_a_large_model_is_refused(checkpoint, tmp_path, monkeyp
 def test_how_a_model_is_run_is_decided_once(checkpoint, tmp_path, monkeypatch):
     """Memory that others free while the checkpoint is run must not load a large artifact as a whole."""
     answers = [False]
-    monkeypatch.setattr("normistral.export.pipeline.fits_for_running", lambda architecture: False)
     monkeypatch.setattr(
         "normistral.export.verify.artifact.fits_for_running", lambda architecture: answers.pop() if answers else True
     )
