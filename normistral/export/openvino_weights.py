@@ -45,7 +45,8 @@ def replace_weights(graph: openvino.Model, quantized: QuantizedTensorStore) -> N
                 node.output(0).replace(node.input_value(0))
         elif (name, part) in expected:
             expected.remove((name, part))
-            _replace(node, _values(quantized.read(name), scheme, part), _type(scheme, part))
+            kind = "f16" if part == "/scale" else f"{'i' if scheme.symmetric else 'u'}{scheme.bits}"
+            _replace(node, _values(quantized.read(name), scheme, part), kind)
             _trim_heap()
         elif scheme.bits == 4:
             raise ExportError(f"NNCF's graph holds {name}{part}, which was not rounded for it")
@@ -66,11 +67,6 @@ def _trim_heap() -> None:
 
 def _parts(scheme: QuantScheme) -> tuple[str, ...]:
     return ("", "/scale") if scheme.symmetric else ("", "/scale", "/zero_point")
-
-
-def _type(scheme: QuantScheme, part: str) -> str:
-    """OpenVINO's name of a constant's type."""
-    return "f16" if part == "/scale" else f"{'i' if scheme.symmetric else 'u'}{scheme.bits}"
 
 
 def _values(rounded: QuantizedTensor, scheme: QuantScheme, part: str) -> NDArray[Any]:

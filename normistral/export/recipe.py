@@ -115,9 +115,14 @@ class Recipe:
                 and getattr(self, field.name) != field.default
                 and field.name not in _MEANINGFUL[self.format, self.weights]
             ):
+                users = [
+                    f"{weights} in {_NAMES[format]}"
+                    for (format, weights), names in _MEANINGFUL.items()
+                    if field.name in names
+                ]
                 raise UsageError(
                     f"{field.name} means nothing for {self.weights} weights in {_NAMES[self.format]}",
-                    f"leave it out; {self._elsewhere(field.name)}",
+                    f"leave it out; it is for {', '.join(users)}",
                 )
         if self.format == "onnx" and self.group_size == PER_CHANNEL:
             raise UsageError(
@@ -139,11 +144,6 @@ class Recipe:
                 "an output layer of 8 bits needs an 8-bit backup, not fp",
                 "use backup int8_asym, or 4 output layer bits",
             )
-
-    def _elsewhere(self, name: str) -> str:
-        """Weight formats that an option applies to."""
-        users = [f"{weights} in {_NAMES[format]}" for (format, weights), names in _MEANINGFUL.items() if name in names]
-        return f"it is for {', '.join(users)}"
 
     @property
     def graph_kind(self) -> GraphKind | None:

@@ -157,7 +157,11 @@ def stage(output: Path, *, force: bool) -> Iterator[Staging]:
                 staging.artifact.mkdir()
                 staging.workspace.mkdir()
                 yield staging
-                _flush_to_disk(staging.artifact)
+                for path in [
+                    *staging.artifact.rglob("*"),
+                    staging.artifact,
+                ]:  # before their names, should the power fail
+                    flush_to_disk(path)
                 _move_into_place(staging.artifact, output)
                 _remove_neighbours(output, "kept")
             finally:
@@ -289,12 +293,6 @@ def _remove(folder: Path) -> None:
     """Delete a folder, the manifests first: what a kill in between leaves must not look whole."""
     with suppress(FileNotFoundError):
         remove_own_folder(folder, [f"{part}/{MANIFEST_NAME}" for part in ("artifact", _REPLACED)])
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """Make sure that the files are on the disk before their names are, should the power fail."""
-    for path in [*folder.rglob("*"), folder]:
-        flush_to_disk(path)
 
 
 def _move_into_place(artifact: Path, output: Path) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import struct
 from array import array
 from collections.abc import Callable, Mapping
@@ -40,7 +39,7 @@ from normistral.export.checkpoint.fields import (
 from normistral.export.checkpoint.files import write_json
 from normistral.export.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from normistral.export.checkpoint.gguf_tokenizer import write_tokenizer
-from normistral.hardware import available_memory_bytes
+from normistral.hardware import available_memory_bytes, free_disk_bytes
 from normistral.progress import OnBytes, Progress
 
 _ORIGINAL = "export the original checkpoint instead of the .gguf file"
@@ -244,11 +243,10 @@ def _require_room(path: Path, folder: Path, float_bytes: int) -> None:
             f"for the converter that does not fit in the {available / 1e9:.1f} GB of memory that is available",
             "export the original checkpoint (it is mapped, not copied), or use a machine with more memory",
         )
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk_bytes(folder)
     if float_bytes > free:
         raise ResourceError(
-            f"unpacking {path.name} needs {float_bytes / 1e9:.1f} GB of disk, but {existing} has "
+            f"unpacking {path.name} needs {float_bytes / 1e9:.1f} GB of disk, but {folder.parent} has "
             f"{free / 1e9:.1f} GB free",
             "free some space, or write to another disk",
         )

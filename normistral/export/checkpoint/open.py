@@ -316,7 +316,6 @@ def _read_generation(folder: Path, raw_config: dict[str, Any], ignored: IgnoredF
         settings = {name: raw_config[name] for name in GENERATION_FIELDS if raw_config.get(name) is not None}
         check_fields(settings, GENERATION_FIELDS, "config.json")
         return settings
-    _require_inside(folder, path.name)
     generation = ignored.take_from(read_json(path), GENERATION_FIELDS, path.name)
     check_fields(generation, GENERATION_FIELDS, path.name)
     return generation

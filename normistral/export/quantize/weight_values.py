@@ -127,7 +127,10 @@ def require_range(largest: Mapping[str, float], checkpoint: Checkpoint, recipe: 
         else:
             continue
         raise ExportError(
-            f"{name} {problem}, in which {recipe.format} {recipe.weights} stores {part} ({_RANGE})", _hint(recipe)
+            f"{name} {problem}, in which {recipe.format} {recipe.weights} stores {part} ({_RANGE})",
+            "use --weights fp32, or int8 or int4, whose scales are float32 in ONNX"
+            if recipe.format == "onnx"
+            else "use --format onnx with int8 or int4, whose scales are float32 there, or with fp32",
         )
 
 
@@ -144,9 +147,3 @@ def _stored_bits(name: str, dimensions: int, checkpoint: Checkpoint, recipe: Rec
     if recipe.output_layer_bits == 4 and (name == OUTPUT_LAYER or checkpoint.config["tie_word_embeddings"]):
         return 4
     return None if recipe.backup == "fp" else 8
-
-
-def _hint(recipe: Recipe) -> str:
-    if recipe.format == "onnx":
-        return "use --weights fp32, or int8 or int4, whose scales are float32 in ONNX"
-    return "use --format onnx with int8 or int4, whose scales are float32 there, or with fp32"
