@@ -147,7 +147,7 @@ def kl_divergences(reference: Floats, logits: Logits) -> Floats:
         reference: log-probabilities [n, vocabulary]; logits: [n, vocabulary].
     """
     pieces = ((reference[rows], log_softmax(logits[rows])) for rows in _pieces(len(logits)))
-    kl = np.concatenate([np.sum(np.exp(p) * (p - q), axis=-1) for p, q in pieces])
+    kl: Floats = np.concatenate([np.sum(np.exp(p) * (p - q), axis=-1) for p, q in pieces])
     return np.maximum(kl, 0.0)  # float rounding can take it below
 
 

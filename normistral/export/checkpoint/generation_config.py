@@ -158,7 +158,7 @@ def read_sampling_defaults(generation: dict[str, Any], note: Callable[[str], Non
             top_k = read("top_k", int, 0, _LARGEST)
             values["top_k"] = _TOP_K if top_k is None else top_k
         values["min_p"] = read("min_p", float, 0.0, 1.0)
-        top_p = generation.get("top_p")
+        top_p: Any = generation.get("top_p")
         if _is_number(top_p) and top_p == 0:
             translate("top_p", "the likeliest token alone (top_k 1), as in transformers")
             values["top_k"] = 1

@@ -161,9 +161,9 @@ class _Normalisation(torch.autograd.Function):
 
 # A module's forward, called with the module and its input.
 _FORWARDS: dict[type[nn.Module], Callable[[Any, torch.Tensor], Any]] = {
-    nn.Linear: lambda layer, x: _Product.apply(x, layer.weight, layer.bias, layer.out_features),
-    nn.Embedding: lambda layer, ids: _LookUp.apply(ids, layer.weight, layer.embedding_dim),
-    nn.LayerNorm: lambda layer, x: _Normalisation.apply(x, layer.weight, layer.bias, layer.eps),
+    nn.Linear: lambda layer, x: _Product.apply(x, layer.weight, layer.bias, layer.out_features),  # type: ignore[no-untyped-call]
+    nn.Embedding: lambda layer, ids: _LookUp.apply(ids, layer.weight, layer.embedding_dim),  # type: ignore[no-untyped-call]
+    nn.LayerNorm: lambda layer, x: _Normalisation.apply(x, layer.weight, layer.bias, layer.eps),  # type: ignore[no-untyped-call]
 }
 
 
