@@ -136,8 +136,11 @@ def export_model(
             manifest = _make_artifact(job, output, verify=verify, failed_place=failed_place, restart=restart)
     took, size = _in_words(time.perf_counter() - started), manifest.total_bytes
     written = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-    peak = "" if meter.peak_bytes is None else f", peak memory {meter.peak_bytes / 2**30:.1f} GiB"
-    progress.note(f"{output} is ready: {written}, in {took}{peak}")
+    if meter.peak_bytes is None:
+        progress.note(f"{output} is ready: {written}, in {took}")
+    else:
+        peak = meter.peak_bytes / 2**30
+        progress.note(f"{output} is ready: {written}, in {took}, peak memory {peak:.1f} GiB")
     return manifest
 
 

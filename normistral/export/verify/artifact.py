@@ -96,12 +96,14 @@ def verify_artifact(job: ExportJob, manifest: Manifest) -> Manifest:
     quality |= compare_runs(manifest, logits, expected, reference)
     uniform_kl = compare_logits(reference, np.zeros_like(reference))[0]
     warning = f"; {quantization_warning(job.recipe)}" if quality["probe_kl_nats"] > _WARNING_SHARE * uniform_kl else ""
-    agreement = f"{quality['probe_top1_agreement']:.0%} of {len(reference)} tokens of a fixed text{warning}"
-    progress.note(f"quality check passed: {read} as the original, and the same first choice for {agreement}")
+    progress.note(
+        f"quality check passed: {read} as the original, and the same first choice for "
+        f"{quality['probe_top1_agreement']:.0%} of {len(reference)} tokens of a fixed text{warning}"
+    )
     note = (
         f"verified: {read}; computes what transformers does with them ({quality['graph_error']:.1g} of the logits' "
         f"spread), step by step as at once; {quality['probe_kl_nats']:.2g} nats from the checkpoint and the same first "
-        f"choice at {agreement}"
+        f"choice at {quality['probe_top1_agreement']:.0%} of {len(reference)} tokens of a fixed text{warning}"
     )
     return replace(manifest, verified="run", quality=quality, notes=(*manifest.notes, note))
 
