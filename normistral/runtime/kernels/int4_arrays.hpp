@@ -12,6 +12,8 @@
 
 constexpr int kColumns = 8;  // of one load of codes of 4 bits
 constexpr int kFour = 4;     // columns of one load of codes of 8 bits
+constexpr int kPart = 32;    // columns; groups are multiples of it
+constexpr int kLine = 64;    // bytes of a line of the cache
 
 struct Weights {
     int rows, columns;
@@ -30,6 +32,12 @@ struct Activations {
     const int8_t* codes;   // [tiles][columns / 4][tokens of the tile][4], for weights of 8 bits [8]: see int8_*.hpp
     const float* scales;   // [tokens][groups]
     const int32_t* sums;   // [tokens][groups], of codes
+};
+
+// Codes that a tile fetches into the cache while it computes: so many lines with each part of its columns.
+struct Ahead {
+    const uint8_t* codes = nullptr;
+    int lines = 0;
 };
 
 // The first bytes of a vector to their places among the activations: `count` fours, `width` fours apart.

@@ -17,6 +17,10 @@ constexpr int kRows = 2;      // vectors of rows in a tile of several tokens
 constexpr int kTokens = 4;    // tokens in a tile: 8 sums in int16, and 4 operands from codes, in 16 registers
 constexpr int kAloneRows = 4;  // vectors of rows in a tile of one token: what it takes to read as fast as memory gives
 
+// Lines of all codes of a tile's rows: with several tiles of tokens only the first would read from memory, and memory would idle
+// while the others compute. So each tile fetches its share of the rows behind.
+constexpr int kAheadLines = kRows * kLanes * kPart / 2 / kLine;
+
 inline __attribute__((always_inline)) __m256i broadcast_four(const int8_t* from) {
     return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(from)));
 }
@@ -27,34 +31,41 @@ inline __attribute__((always_inline)) void keep(__m256i& sum) { asm("" : "+x"(su
 
 #ifdef __AVXVNNI__
 
-constexpr int fitting_columns(int group) { return group; }
-
 inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i codes, __m256i activations) {
     sum = _mm256_dpbusd_avx_epi32(sum, codes, activations);
     keep(sum);
 }
 
-inline __attribute__((always_inline)) __m256i widen(__m256i sum) { return sum; }
+struct Sum {
+    __m256i whole;
+    inline __attribute__((always_inline)) void add(__m256i codes, __m256i activations, bool) {
+        add_products(whole, codes, activations);
+    }
+    void end_part() {}
+};
 
 #else
 
-// Columns whose products fit the narrow sums; groups are multiples of it.
-constexpr int fitting_columns(int) { return 4 * kColumns; }
-
-inline __attribute__((always_inline)) void add_products(__m256i& sum, __m256i codes, __m256i activations) {
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, activations));
-    keep(sum);
-}
-
-inline __attribute__((always_inline)) __m256i widen(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+struct Sum {
+    __m256i whole, narrow;
+    // The first products of a part take the narrow sum's place: to clear it and add to it took a tenth of a prompt's time.
+    inline __attribute__((always_inline)) void add(__m256i codes, __m256i activations, bool first) {
+        const __m256i products = _mm256_maddubs_epi16(codes, activations);
+        narrow = first ? products : _mm256_add_epi16(narrow, products);
+        keep(narrow);
+    }
+    inline __attribute__((always_inline)) void end_part() {
+        whole = _mm256_add_epi32(whole, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+    }
+};
 
 #endif
 
 // Outputs of `tokens` tokens and `rows` vectors of rows.
 template <int tokens, int rows>
 inline __attribute__((always_inline)) void multiply_tile(const Weights& weights, const Activations& x, float* out, int row,
-                                                         size_t token) {
-    const int groups = weights.groups(), columns = weights.columns, fitting = fitting_columns(weights.group);
+                                                         size_t token, Ahead ahead) {
+    const int groups = weights.groups(), columns = weights.columns;
     const size_t stride = size_t(kLanes) * columns / 2;  // bytes from one vector of rows to the next
     const size_t block = row / kLanes;
     const uint8_t* codes = weights.codes + block * stride;
@@ -65,21 +76,19 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
         UNROLL for (int t = 0; t < tokens; t++) totals[r][t] = _mm256_setzero_ps();
     }
     for (int g = 0; g < groups; g++) {
-        __m256i sums[rows][tokens];
+        Sum sums[rows][tokens];
         UNROLL for (int r = 0; r < rows; r++) {
             const uint8_t* from = weights.zeros + ((block + r) * groups + g) * kLanes;
             const __m256i zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
             UNROLL for (int t = 0; t < tokens; t++) {
-                sums[r][t] = _mm256_mullo_epi32(zeros, _mm256_set1_epi32(-x.sums[(token + t) * groups + g]));
+                sums[r][t].whole = _mm256_mullo_epi32(zeros, _mm256_set1_epi32(-x.sums[(token + t) * groups + g]));
             }
         }
         const int end = (g + 1) * weights.group;
-        for (int begin = g * weights.group; begin < end; begin += fitting) {
-            __m256i narrow[rows][tokens];
-            UNROLL for (int r = 0; r < rows; r++) {
-                UNROLL for (int t = 0; t < tokens; t++) narrow[r][t] = _mm256_setzero_si256();
-            }
-            for (int column = begin; column < begin + fitting; column += kColumns) {
+        for (int begin = g * weights.group; begin < end; begin += kPart) {
+            for (int i = 0; i < ahead.lines; i++, ahead.codes += kLine) _mm_prefetch(ahead.codes, _MM_HINT_T0);
+            UNROLL for (int step = 0; step < kPart / kColumns; step++) {
+                const int column = begin + step * kColumns;
                 __m256i low[rows], high[rows];
                 UNROLL for (int r = 0; r < rows; r++) {
                     const uint8_t* from = codes + r * stride + size_t(column) * kLanes / 2;
@@ -90,14 +99,12 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
                 UNROLL for (int t = 0; t < tokens; t++) {
                     const int8_t* four = activations + (size_t(column) * tokens + t * 4);
                     const __m256i first = broadcast_four(four), second = broadcast_four(four + 4 * tokens);
-                    UNROLL for (int r = 0; r < rows; r++) add_products(narrow[r][t], low[r], first);
-                    UNROLL for (int r = 0; r < rows; r++) add_products(narrow[r][t], high[r], second);
+                    UNROLL for (int r = 0; r < rows; r++) sums[r][t].add(low[r], first, step == 0);
+                    UNROLL for (int r = 0; r < rows; r++) sums[r][t].add(high[r], second, false);
                 }
             }
             UNROLL for (int r = 0; r < rows; r++) {
-                UNROLL for (int t = 0; t < tokens; t++) {
-                    sums[r][t] = _mm256_add_epi32(sums[r][t], widen(narrow[r][t]));
-                }
+                UNROLL for (int t = 0; t < tokens; t++) sums[r][t].end_part();
             }
         }
         UNROLL for (int r = 0; r < rows; r++) {
@@ -105,7 +112,7 @@ inline __attribute__((always_inline)) void multiply_tile(const Weights& weights,
             const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
             UNROLL for (int t = 0; t < tokens; t++) {
                 const __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(x.scales[(token + t) * groups + g]));
-                totals[r][t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sums[r][t]), totals[r][t]);
+                totals[r][t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sums[r][t].whole), totals[r][t]);
             }
         }
     }

@@ -12,6 +12,7 @@ constexpr int kLanes = 16;     // rows in a vector
 constexpr int kRows = 1;       // vectors of rows in a tile of several tokens
 constexpr int kTokens = 12;    // tokens in a tile: 12 sums in int32 and as many in float32
 constexpr int kAloneRows = 1;  // vectors of rows in a tile of one token
+constexpr int kAheadLines = 0;  // of the rows behind a tile; it fetches its own, kPrefetchBytes ahead
 // So many tokens hold the processor up for so long at each line of codes that it no longer fetches ahead by itself.
 constexpr int kPrefetchTokens = 4, kPrefetchBytes = 4096;
 
@@ -26,7 +27,7 @@ inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i co
 // stream of memory, which the processor fetches ahead by itself where tokens are few: better than with two streams.
 template <int tokens, int rows>
 inline __attribute__((always_inline)) void multiply_tile(const Weights& weights, const Activations& x, float* out, int row,
-                                                         size_t token) {
+                                                         size_t token, Ahead) {
     const int groups = weights.groups(), columns = weights.columns;
     const size_t stride = size_t(kLanes) * columns / 2;  // bytes from one vector of rows to the next
     const size_t block = row / kLanes;

@@ -55,29 +55,31 @@ constexpr size_t kQuantisedAlone = 8;  // fewer tokens are rounded by one thread
 // What differs between weights of 4 and of 8 bits.
 struct Narrow {
     static constexpr int kTileTokens = kTokens, kTileRows = kRows, kAlone = kAloneRows, kBytes = 1;  // of an activation
+    static constexpr int kFetched = kAheadLines;
     static constexpr auto& round = quantise;
     template <int tokens, int rows>
-    static void tile(const Weights& weights, const Activations& x, float* out, int row, size_t token) {
-        multiply_tile<tokens, rows>(weights, x, out, row, token);
+    static void tile(const Weights& weights, const Activations& x, float* out, int row, size_t token, Ahead ahead) {
+        multiply_tile<tokens, rows>(weights, x, out, row, token, ahead);
     }
 };
 
 struct Wide {
     static constexpr int kTileTokens = kWideTokens, kTileRows = 1, kAlone = kWideAloneRows, kBytes = 2;
+    static constexpr int kFetched = 0;
     static constexpr auto& round = quantise_wide;
     template <int tokens, int rows>
-    static void tile(const Weights& weights, const Activations& x, float* out, int row, size_t token) {
+    static void tile(const Weights& weights, const Activations& x, float* out, int row, size_t token, Ahead) {
         multiply_wide_tile<tokens, rows>(weights, x, out, row, token);
     }
 };
 
 // The tokens that are left when whole tiles are done.
 template <typename Kind, int tokens>
-void multiply_rest(const Weights& weights, const Activations& x, float* out, int row, size_t token) {
+void multiply_rest(const Weights& weights, const Activations& x, float* out, int row, size_t token, Ahead ahead) {
     if (x.tokens - token == tokens) {
-        Kind::template tile<tokens, Kind::kTileRows>(weights, x, out, row, token);
+        Kind::template tile<tokens, Kind::kTileRows>(weights, x, out, row, token, ahead);
     } else if constexpr (tokens > 1) {
-        multiply_rest<Kind, tokens - 1>(weights, x, out, row, token);
+        multiply_rest<Kind, tokens - 1>(weights, x, out, row, token, ahead);
     }
 }
 
@@ -86,16 +88,26 @@ template <typename Kind>
 void multiply_rows(const Weights& weights, const Activations& x, float* out, int begin, int end) {
     if (x.tokens == 1) {
         for (int row = begin; row < end; row += kLanes * Kind::kAlone) {
-            Kind::template tile<1, Kind::kAlone>(weights, x, out, row, 0);
+            Kind::template tile<1, Kind::kAlone>(weights, x, out, row, 0, {});
         }
         return;
     }
+    const int tiles = int(std::min((x.tokens - 1) / Kind::kTileTokens + 1, size_t(Kind::kFetched)));
+    const int share = tiles ? (Kind::kFetched + tiles - 1) / tiles : 0;  // lines with each tile, until all are fetched
     for (int row = begin; row < end; row += kLanes * Kind::kTileRows) {
+        const uint8_t* behind = weights.codes + size_t(row + kLanes * Kind::kTileRows) * weights.columns / 2;
+        int left = Kind::kFetched;
+        const auto next_share = [&] {
+            const Ahead ahead{behind, std::min(share, left)};
+            behind += size_t(ahead.lines) * (weights.columns / kPart) * kLine;
+            left -= ahead.lines;
+            return ahead;
+        };
         size_t token = 0;
         for (; token + Kind::kTileTokens <= x.tokens; token += Kind::kTileTokens) {
-            Kind::template tile<Kind::kTileTokens, Kind::kTileRows>(weights, x, out, row, token);
+            Kind::template tile<Kind::kTileTokens, Kind::kTileRows>(weights, x, out, row, token, next_share());
         }
-        multiply_rest<Kind, Kind::kTileTokens - 1>(weights, x, out, row, token);
+        multiply_rest<Kind, Kind::kTileTokens - 1>(weights, x, out, row, token, next_share());
     }
 }
 
