@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IR_NAME = "openvino_model.xml"
+_XML_BYTES = 2**22  # more than the graph of a 7B takes without its weights
 
 
 def write_model(job: ExportJob, quantized: QuantizedTensorStore | None) -> None:
@@ -185,15 +186,16 @@ def write_ir(graph: openvino.Model, path: Path) -> None:
     """Write a graph as .xml and .bin, with its constants as they are.
 
     Raises:
-        ResourceError: the disk is full.
+        ResourceError: the system has no room for it.
         ExportError: OpenVINO cannot write it for another reason.
     """
     import openvino
 
     try:
         openvino.save_model(graph, path, compress_to_fp16=False)
-    except RuntimeError as exc:  # it says "iostream error" for everything that the system may refuse
-        require_free_disk(path)
+    except RuntimeError as exc:  # "iostream error" for everything that the system may refuse; its files are removed
+        weights = (node for node in graph.get_ordered_ops() if isinstance(node, openvino.op.Constant))
+        require_free_disk(path, _XML_BYTES + sum(node.get_byte_size() for node in weights))
         raise ExportError(f"OpenVINO cannot write {path.name}: {first_line(exc)}") from exc
 
 

@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -205,14 +206,17 @@ def translate_full_disk(path: Path) -> Iterator[None]:
         raise _full_disk(path, exc) from exc
 
 
-def require_free_disk(path: Path) -> None:
-    """To be asked when a library failed to write `path` and does not say why.
+def require_free_disk(path: Path, needed_bytes: int = _FULL_BELOW_BYTES) -> None:
+    """To be asked when a library failed to write `path` and does not say why; what it wrote may be gone again.
 
     Raises:
-        ResourceError: the disk is full.
+        ResourceError: there is no room for so many bytes: the disk, a quota or a limit on files is too small.
     """
-    if free_disk_bytes(path) < _FULL_BELOW_BYTES:
+    if free_disk_bytes(path) < needed_bytes:
         raise _full_disk(path)
+    if sys.platform == "linux" and path.parent.is_dir():
+        with translate_full_disk(path), tempfile.TemporaryFile(dir=path.parent) as file:
+            os.posix_fallocate(file.fileno(), 0, needed_bytes)
 
 
 def _full_disk(path: Path, exc: OSError | None = None) -> ResourceError:
