@@ -231,13 +231,15 @@ from pathlib import Path
 sys.path.insert(0, {str(HELPERS)!r})
 from checkpoint_headers import read_headers
 from normistral.export.onnx.plain import write_plain
+from normistral.export.tools import quiet_tools
 from normistral.progress import Uncounted
 checkpoint = Path({str(checkpoint)!r})
 headers = read_headers(checkpoint)
 for dtype in ("float32", "float16"):
     output = Path({str(tmp_path)!r}) / dtype
     output.mkdir()
-    write_plain(headers, output, dtype, Uncounted())
+    with quiet_tools("onnx"):
+        write_plain(headers, output, dtype, Uncounted())
 """
     work = tmp_path / "work"
     work.mkdir()
