@@ -40,7 +40,7 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(given, in_force):
     not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="this system gives no huge pages"
 )
 def test_tensors_lie_in_huge_pages():
-    """As many faults as memory takes that asks for huge pages itself: when memory is short, there are few to give."""
+    """Judged where memory that asks for huge pages by itself gets them: when it is short, there are none to give."""
     counting = (
         "import mmap, resource, torch\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -57,7 +57,9 @@ def test_tensors_lie_in_huge_pages():
         [sys.executable, "-c", SCRIPT + counting], env=environment, capture_output=True, check=True, timeout=120
     )
     of_asking, of_tensor = map(int, done.stdout.split()[-2:])
-    assert of_tensor < of_asking + 2**13
+    if of_asking >= 2**13:
+        pytest.skip("this system has no huge pages to give at the moment")
+    assert of_tensor < 2**13
 
 
 class PartialOfPython314(functools.partial):

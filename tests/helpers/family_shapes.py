@@ -50,19 +50,12 @@ _7B = Shape(
     pad_id=2,
     weight_files=(3, "safetensors"),
 )
-_11B = Shape(
-    architecture="MistralForCausalLM",
+_11B = replace(
+    _7B,
     vocabulary=51200,
     hidden_size=5120,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    feed_forward=14336,
     sliding_window=None,
     rope_theta=1e6,
-    tied_embeddings=False,
-    bos_id=1,
-    eos_id=2,
     pad_id=3,
     weight_files=(5, "safetensors"),
 )

@@ -271,3 +271,9 @@ class _Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(data[: cut.pop(0)] if cut else data)
             self.close_connection = self.close_connection or bool(cut is not None)
+
+
+def use_hub(hub: LoopbackHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it the hub that downloads ask, with a cache of its own."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))

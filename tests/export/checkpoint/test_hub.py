@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback_hub import COMMIT, LARGE_BYTES, LoopbackHub, etag_of, serve
+from loopback_hub import COMMIT, LARGE_BYTES, LoopbackHub, etag_of, serve, use_hub
 from tiny_models import edit_json, make_mistral
 
 from normistral.artifact import hub as hub_module
@@ -87,11 +87,6 @@ def fetch(hub: LoopbackHub, cache: Path, revision: str | None = None, progress: 
             before_weights=options.get("before_weights", lambda folder: None),
             progress=progress or NoProgress(),
         )
-
-
-def use_hub(hub: LoopbackHub, cache: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("HF_ENDPOINT", hub.endpoint)
-    patch.setenv("HF_HUB_CACHE", str(cache))
 
 
 def refusal(hub: LoopbackHub, cache: Path, kind: type[NormistralError], **options: Any) -> NormistralError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback_hub import COMMIT, LoopbackHub, etag_of, serve
+from loopback_hub import COMMIT, LoopbackHub, etag_of, serve, use_hub
 from planted import look
 from tiny_models import make_mistral
 
@@ -53,8 +53,7 @@ def storage(tmp_path: Path) -> Path:
 def fetch(hub: LoopbackHub, tmp_path: Path) -> Snapshot:
     cache = tmp_path / "home" / "cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_ENDPOINT", hub.endpoint)
-        patch.setenv("HF_HUB_CACHE", str(cache))
+        use_hub(hub, cache, patch)
         return download(hub.repository, None, before_weights=lambda folder: None, progress=NoProgress())
 
 
